@@ -1,11 +1,12 @@
 """Tiny randomly initialised models, built from diffusers' and transformers' own classes.
 
-Every builder is deterministic in its seed and returns an object that `save_pretrained` writes, so that
-tests exercise the code that loads real models. Nothing is fetched.
+Every builder is deterministic in its seed and returns an object that `save_pretrained` writes, so
+that tests exercise the code that loads real models. Nothing is fetched.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -35,9 +36,10 @@ from transformers import (
 )
 
 WORDS = (
-    "a an in of on the style photo picture emoji cat dog bird fish tree house red green blue yellow "
-    "noto mono round square castle person"
-).split()
+    *("a", "an", "in", "of", "on", "the", "style", "photo", "picture", "emoji", "person"),
+    *("cat", "dog", "bird", "fish", "tree", "house", "castle"),
+    *("red", "green", "blue", "yellow", "noto", "mono", "round", "square"),
+)
 MAX_TOKENS = 16
 RESOLUTION = 32
 COLOURS = {
@@ -60,7 +62,7 @@ def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
     splits = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
     merges: list[tuple[str, str]] = []
     while True:
-        pairs = Counter(pair for parts in splits.values() for pair in zip(parts, parts[1:]))
+        pairs = Counter(pair for parts in splits.values() for pair in itertools.pairwise(parts))
         if not pairs:
             return merges
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
@@ -76,7 +78,7 @@ def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def tiny_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> CLIPTokenizer:
-    """A CLIP tokenizer that knows each of `words` as one token; its files are written to `folder`."""
+    """A CLIP tokenizer that knows each of `words` as one token; writes its files."""
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = _byte_alphabet()
     merges = _merges(words)
@@ -117,7 +119,7 @@ def _text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
 def tiny_stable_diffusion(
     folder: Path, *, seed: int = 0, prediction_type: str = "epsilon"
 ) -> StableDiffusionPipeline:
-    """A Stable Diffusion pipeline for 32×32 pictures, 0.2 M parameters; `folder` holds its tokenizer."""
+    """Stable Diffusion for 32×32 pictures, 0.4 M parameters; `folder` holds the tokenizer."""
     tokenizer = tiny_tokenizer(folder)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
