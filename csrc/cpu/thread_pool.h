@@ -1,0 +1,39 @@
+// A persistent pool of threads that is cheap to enter and survives fork().
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+namespace mima {
+
+// Runs body(context, thread) once for each thread in [0, threads); thread 0 is the caller. The body
+// must not throw. Callers from several Python threads take turns.
+void run_on_threads(int threads, void (*body)(void* context, int thread), void* context);
+
+// Calls f(item, thread) for each item in [0, items), on at most `threads` threads. Items are handed
+// out one at a time, in order: make each large enough (tens of microseconds) and let results depend
+// on the item only, never on the thread, so that they are the same for any number of threads.
+template <class F>
+void parallel_for(int64_t items, int threads, const F& f) {
+  if (items <= 0) return;
+  if (threads > items) threads = static_cast<int>(items);
+  if (threads <= 1) {
+    for (int64_t item = 0; item < items; ++item) f(item, 0);
+    return;
+  }
+  struct Shared {
+    const F& f;
+    int64_t items;
+    std::atomic<int64_t> next;
+  } shared{f, items, {0}};
+  run_on_threads(
+      threads,
+      [](void* context, int thread) {
+        auto& job = *static_cast<Shared*>(context);
+        for (int64_t item; (item = job.next.fetch_add(1, std::memory_order_relaxed)) < job.items;)
+          job.f(item, thread);
+      },
+      &shared);
+}
+
+}  // namespace mima
