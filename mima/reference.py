@@ -1,0 +1,303 @@
+"""The whole mathematics of merging in plain PyTorch: read this first.
+
+These functions are the definition of every operator. They take any device and any floating dtype,
+can be differentiated any number of times, and are what the kernels are tested against and what
+serves an operator when no kernel can. They trust their arguments: :mod:`mima.ops` checks them.
+
+Symbols, which `docs/math.md` maps to the papers'::
+
+    N concepts      L layers      P parameters      o, d  rows and columns of a weight
+    W0  [o, d]      shared weight                   W_n   [o, d]    weight adapted to concept n
+    C_n [s_n, d]    token embeddings of concept n   C_reg [m, d]    those of ordinary captions
+    M_n [s_n, d]    rows of the merge plan          w     [N]       weights of the concepts
+    A_n [r_n, d], B_n [o, r_n]                      low-rank adapter of concept n
+
+float16 and bfloat16 are computed in float32 and rounded once, at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import cast, overload
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+logger = logging.getLogger(__name__)
+
+RIDGE = 1e-5
+"""Singular values of C_reg below this fraction of the largest count as zero: see `merge_plan`."""
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return x in the dtype that sums are kept in: float32 at least."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+@overload
+def weighted_merge(base: Tensor, thetas: Sequence[Tensor], weights: Tensor) -> Tensor: ...
+
+
+@overload
+def weighted_merge(
+    base: Sequence[Tensor], thetas: Sequence[Sequence[Tensor]], weights: Tensor
+) -> list[Tensor]: ...
+
+
+def weighted_merge(
+    base: Tensor | Sequence[Tensor],
+    thetas: Sequence[Tensor] | Sequence[Sequence[Tensor]],
+    weights: Tensor,
+) -> Tensor | list[Tensor]:
+    """Average adapted parameters: φ = base + Σ_n w_n (θ_n − base).
+
+    Args:
+        base: a tensor of any shape, or P of them.
+        thetas: N tensors shaped as `base`, or N sequences of P.
+        weights: [N].
+
+    Returns:
+        φ, a tensor or a list of P tensors, as `base` is.
+    """
+    if isinstance(base, Tensor):
+        alone = [[theta] for theta in cast("Sequence[Tensor]", thetas)]
+        return weighted_merge([base], alone, weights)[0]
+    merged = []
+    for p, base_p in enumerate(base):
+        origin = wide(base_p)
+        phi = origin + 0
+        for w_n, theta_n in zip(weights, thetas, strict=True):
+            phi = phi + w_n * (wide(theta_n[p]) - origin)
+        merged.append(phi.to(base_p.dtype))
+    return merged
+
+
+def projected_merge(
+    W0: Sequence[Tensor], W: Sequence[Sequence[Tensor]], C: Sequence[Tensor], M: Sequence[Tensor]
+) -> list[Tensor]:
+    """Merge projections by the text they answer to: φ = W0 + Σ_n (W_n − W0) C_nᵀ M_n.
+
+    Args:
+        W0: L tensors [o_l, d].
+        W: N sequences of L tensors [o_l, d].
+        C: N tensors [s_n, d].
+        M: N tensors [s_n, d], from `merge_plan`.
+
+    Returns:
+        L tensors [o_l, d].
+    """
+    merged = []
+    for layer, W0_l in enumerate(W0):
+        origin = wide(W0_l)
+        phi = origin + 0
+        for W_n, C_n, M_n in zip(W, C, M, strict=True):
+            phi = phi + ((wide(W_n[layer]) - origin) @ wide(C_n).mT) @ wide(M_n)
+        merged.append(phi.to(W0_l.dtype))
+    return merged
+
+
+def batched_lora(
+    x: Tensor,
+    weight: Tensor,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scale: Tensor,
+    index: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Apply a linear layer whose low-rank adapter differs from sample to sample.
+
+    y_b = x_b Wᵀ + bias + s_i (x_b A_iᵀ) B_iᵀ with i = index[b]; no adapter where i = −1.
+
+    Args:
+        x: [b, t, d].
+        weight: [o, d].
+        A: N tensors [r_n, d]; ranks may differ.
+        B: N tensors [o, r_n].
+        scale: [N].
+        index: [b], int64, each in [−1, N).
+        bias: [o], or None.
+
+    Returns:
+        [b, t, o].
+    """
+    x_wide = wide(x)
+    y = F.linear(x_wide, wide(weight), None if bias is None else wide(bias))
+    if A:
+        # Zero rows make the ranks equal; one more adapter of zeros, last, is what −1 selects.
+        rank = max(A_n.shape[0] for A_n in A)
+        A_stack = torch.stack([F.pad(wide(A_n), (0, 0, 0, rank - A_n.shape[0])) for A_n in A])
+        B_stack = torch.stack([F.pad(wide(B_n), (0, rank - B_n.shape[1])) for B_n in B])
+        A_b = F.pad(A_stack, (0, 0, 0, 0, 0, 1))[index]
+        B_b = F.pad(B_stack, (0, 0, 0, 0, 0, 1))[index]
+        s_b = F.pad(scale.to(y.dtype), (0, 1))[index]
+        y = y + ((x_wide @ A_b.mT) * s_b[:, None, None]) @ B_b.mT
+    return y.to(x.dtype)
+
+
+def merge_lora(
+    weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], scale: Tensor, weights: Tensor
+) -> Tensor:
+    """Average models that differ by low-rank adapters: φ = W + Σ_n w_n s_n B_n A_n.
+
+    Args:
+        weight: [o, d].
+        A: N tensors [r_n, d]; ranks may differ.
+        B: N tensors [o, r_n].
+        scale: [N], the adapters' own scales.
+        weights: [N], the concepts' weights.
+
+    Returns:
+        [o, d].
+    """
+    phi = wide(weight) + 0
+    for A_n, B_n, s_n, w_n in zip(A, B, scale, weights, strict=True):
+        phi = phi + (w_n * s_n) * (wide(B_n) @ wide(A_n))
+    return phi.to(weight.dtype)
+
+
+def merge_plan(
+    C: Sequence[Tensor],
+    C_reg: Tensor,
+    lam: float = 1e-4,
+    weights: Tensor | None = None,
+    *,
+    ridge: float | None = None,
+) -> list[Tensor]:
+    """Return the M_n of `projected_merge`, which depend on text only.
+
+    With G = C_regᵀ C_reg, C the rows of all C_n, and Λ = λ · mean(diag(C G⁻¹ Cᵀ)) · diag(1/w),
+
+        M = (C G⁻¹ Cᵀ + Λ)⁻¹ C G⁻¹
+
+    gives the φ that changes the outputs for C_reg least subject to φ C_nᵀ = W_n C_nᵀ: exactly for
+    λ = 0, softly, and weighted by w, for λ > 0; λ → 0 gives the hard constraint back. Everything is
+    computed in float64 by QR factorisations and triangular solves: with C_reg = Q R and
+    Z = R⁻ᵀ Cᵀ, C G⁻¹ Cᵀ = Zᵀ Z; with [Z; Λ^½] = [U; V] T, M = T⁻¹ Uᵀ R⁻ᵀ. No inverse is formed and
+    neither G nor Zᵀ Z, whose condition numbers are the squares, appears.
+
+    Fewer captions than d, or dependent ones, leave G singular. Then G + ρ² I replaces it, with ρ =
+    `RIDGE` (1e-5) times the largest singular value of C_reg: directions that no caption uses
+    become nearly free to change. The replacement is logged. So it is also done when the smallest
+    singular value is below ρ. ρ is a constant in differentiation.
+
+    Differentiable any number of times in `C`, `C_reg` and `weights`.
+
+    Args:
+        C: N tensors [s_n, d] of one dtype and device.
+        C_reg: [m, d].
+        lam: λ ≥ 0.
+        weights: [N], positive; None means 1/N each. Without effect when λ = 0.
+        ridge: ρ, absolute, instead of the choice above; 0 for none.
+
+    Returns:
+        N tensors [s_n, d], dtype of `C`.
+
+    Raises:
+        ValueError: λ = 0 and the rows of C are dependent, so that the constraints contradict each
+            other or are redundant; λ or a weight out of range; shapes that do not agree.
+
+    Example:
+        >>> C, C_reg = [torch.randn(3, 8)], torch.randn(50, 8)
+        >>> (M,) = merge_plan(C, C_reg, lam=0.0)
+        >>> torch.allclose(C[0] @ M.mT, torch.eye(3), atol=1e-4)
+        True
+    """
+    if not lam >= 0:
+        raise ValueError(f"merge_plan: lam must be at least 0, got {lam}")
+    d = C_reg.shape[-1]
+    if C_reg.ndim != 2 or C_reg.shape[0] == 0:
+        raise ValueError(f"merge_plan: C_reg must be [m, d], m > 0, got {list(C_reg.shape)}")
+    for n, C_n in enumerate(C):
+        if C_n.ndim != 2 or C_n.shape[1] != d:
+            raise ValueError(
+                f"merge_plan: C[{n}] must be [s, {d}] to match C_reg {list(C_reg.shape)}, "
+                f"got {list(C_n.shape)}"
+            )
+    lengths = [C_n.shape[0] for C_n in C]
+    if sum(lengths) == 0:
+        return [C_n.clone() for C_n in C]
+
+    C_all = torch.cat([C_n.double() for C_n in C])
+    R = _triangular_factor(C_reg.double(), ridge)
+    # Z = R⁻ᵀ Cᵀ, [d, s]
+    Z = torch.linalg.solve_triangular(R.mT, C_all.mT, upper=False)
+    tall = Z
+    if lam > 0:
+        tall = torch.cat([Z, torch.diag_embed(_softness(Z, lam, weights, lengths).sqrt())])
+    elif Z.shape[1] > d:
+        raise ValueError(
+            f"merge_plan: lam must be positive for {Z.shape[1]} tokens of dimension {d}: "
+            "that many hard constraints contradict each other"
+        )
+    Q, T = torch.linalg.qr(tall)
+    pivots = T.detach().diagonal().abs()
+    if lam == 0 and bool(pivots.min() <= pivots.max() * d * torch.finfo(T.dtype).eps):
+        raise ValueError(
+            "merge_plan: lam must be positive when rows of C are linearly dependent "
+            "(concepts that share a token, for example); got lam=0"
+        )
+    # M = T⁻¹ Uᵀ R⁻ᵀ, and X R⁻ᵀ solves X' Rᵀ = X
+    M = torch.linalg.solve_triangular(T, Q[:d].mT, upper=True)
+    M = torch.linalg.solve_triangular(R.mT, M, upper=False, left=False)
+    return [M_n.to(C_n.dtype) for M_n, C_n in zip(M.split(lengths), C, strict=True)]
+
+
+def _softness(Z: Tensor, lam: float, weights: Tensor | None, lengths: Sequence[int]) -> Tensor:
+    """Return the diagonal of Λ, one entry per token."""
+    num_concepts = len(lengths)
+    if weights is None:
+        weights = Z.new_full((num_concepts,), 1 / num_concepts)
+    if weights.shape != (num_concepts,):
+        raise ValueError(
+            f"merge_plan: weights must be [{num_concepts}], one per concept, "
+            f"got {list(weights.shape)}"
+        )
+    if not bool((weights.detach() > 0).all()):
+        raise ValueError(f"merge_plan: weights must be positive, got {weights.tolist()}")
+    per_concept = lam * Z.square().sum(0).mean() / weights.to(Z)
+    return torch.cat([x.expand(length) for x, length in zip(per_concept, lengths, strict=True)])
+
+
+def _triangular_factor(C_reg: Tensor, ridge: float | None) -> Tensor:
+    """Return R [d, d], upper triangular: RᵀR = C_regᵀ C_reg, plus ρ² I where that is singular."""
+    m, d = C_reg.shape
+    R = _qr_r(C_reg)
+    if ridge is None:
+        singular_values = torch.linalg.svdvals(R.detach())
+        ridge = plan_ridge(singular_values, d)
+        if ridge == 0:
+            return R
+        logger.warning(
+            "merge plan: %d captions span %d of %d directions; using a ridge of %.2e "
+            "(%.0e of the largest singular value)",
+            m,
+            int((singular_values >= ridge).sum()),
+            d,
+            ridge,
+            RIDGE,
+        )
+    if ridge == 0:
+        return R
+    return _qr_r(torch.cat([R, ridge * torch.eye(d, dtype=R.dtype, device=R.device)]))
+
+
+def plan_ridge(singular_values: Tensor, d: int) -> float:
+    """Return the ridge ρ that `merge_plan` chooses: 0 where the captions span all d directions.
+
+    Args:
+        singular_values: [min(m, d)] of C_reg or of its triangular factor, descending.
+        d: columns of C_reg.
+    """
+    largest, smallest = float(singular_values[0]), float(singular_values[-1])
+    deficient = len(singular_values) < d or smallest < RIDGE * largest
+    return RIDGE * largest if deficient else 0.0
+
+
+def _qr_r(x: Tensor) -> Tensor:
+    # torch differentiates R only where Q was computed too.
+    mode = "reduced" if x.requires_grad and torch.is_grad_enabled() else "r"
+    R: Tensor = torch.linalg.qr(x, mode=mode)[1]
+    return R
