@@ -1,0 +1,612 @@
+"""What a model is immunized against, or must stay able to learn: concepts and their pictures.
+
+A concept is made in Python, or read from a folder of pictures, a YAML or JSON file, or one of the
+concept lists of DreamBooth and Custom Diffusion training scripts.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from PIL import Image
+
+from mima.embedded import assets
+from mima.errors import MimaError, nearest
+from mima.pictures import (
+    CAPTION_COLUMNS,
+    Picture,
+    PictureError,
+    check_pictures,
+    metadata_file,
+    picture_files,
+    read_captions,
+    read_folder,
+)
+
+__all__ = [
+    "Concept",
+    "Kind",
+    "Picture",
+    "PictureError",
+    "embedded_concept",
+    "embedded_concepts",
+    "embedded_names",
+    "load_concepts",
+]
+
+Kind = Literal["object", "style", "instance", "benign"]
+# a folder, a file, a picture, {file_name: ..., text: ...}, or several of the last three
+OnePicture = str | Path | Image.Image | Picture | Mapping[str, object]
+PictureSource = OnePicture | Iterable[OnePicture]
+
+DESCRIPTION_NAMES = ("concept.yaml", "concept.yml", "concept.json")
+HELD_OUT_FOLDER = "held_out"
+CLASS_FOLDER = "class_images"
+
+_TEXT_KEYS = (
+    "name",
+    "prompt",
+    "class_prompt",
+    "kind",
+    "token",
+    "initializer",
+    "description",
+    "validation_prompt",
+)
+_PICTURE_KEYS = ("images", "held_out", "class_images")
+# the entries of concept lists that DreamBooth and Custom Diffusion scripts read
+_LIST_KEYS = (
+    "instance_prompt",
+    "class_prompt",
+    "instance_data_dir",
+    "class_data_dir",
+    "prompt_filename",
+    "token",
+    "validation_prompt",
+    "name",
+)
+
+
+@dataclass(frozen=True, init=False)
+class Concept:
+    """A concept with its reference pictures, all of them readable.
+
+    Attributes:
+        name: what tables and file names call it.
+        prompt: the text that asks for it.
+        images: reference pictures that adaptation and immunization train on.
+        class_prompt: what the concept is one of, for prior preservation; may be empty.
+        held_out: further reference pictures, for measuring only.
+        class_images: pictures of the class, for prior preservation.
+        kind: an object, a style, a new instance, or something that must stay learnable.
+        token: a new word that stands for an instance, as in "photo of a <new1> castle".
+        initializer: an ordinary word whose embedding the new word starts from.
+        description: a sentence for people.
+        validation_prompt: the prompt for sample pictures; `prompt` when empty.
+
+    Example:
+        >>> Concept("cat", "a photo of a cat", "pictures/cat", class_prompt="a photo of an animal")
+    """
+
+    name: str
+    prompt: str
+    images: tuple[Picture, ...]
+    class_prompt: str
+    held_out: tuple[Picture, ...]
+    class_images: tuple[Picture, ...]
+    kind: Kind
+    token: str | None
+    initializer: str | None
+    description: str
+    validation_prompt: str
+
+    def __init__(
+        self,
+        name: str,
+        prompt: str,
+        images: PictureSource,
+        class_prompt: str = "",
+        held_out: PictureSource = (),
+        class_images: PictureSource = (),
+        kind: Kind = "object",
+        token: str | None = None,
+        initializer: str | None = None,
+        description: str = "",
+        validation_prompt: str = "",
+    ) -> None:
+        """Check everything, and decode every picture once.
+
+        Args:
+            name: see the attributes, as for the others.
+            prompt: also the caption of pictures that come without one.
+            images: a folder, a file, a PIL image, a `Picture`, or a sequence of the last three.
+            class_prompt: also the caption of class images that come without one.
+            held_out: like `images`; default none.
+            class_images: like `images`; default none.
+            kind: one of "object", "style", "instance", "benign".
+            token: must occur in `prompt` and in the captions of `images`.
+            initializer: default none.
+            description: default none.
+            validation_prompt: default `prompt`.
+
+        Raises:
+            MimaError: no name, no prompt, no pictures, or a prompt without the token.
+            PictureError: pictures that cannot be read, all of them listed.
+        """
+        texts: dict[str, Any] = {
+            "name": name,
+            "prompt": prompt,
+            "class_prompt": class_prompt,
+            "kind": kind,
+            "token": token,
+            "initializer": initializer,
+            "description": description,
+            "validation_prompt": validation_prompt or prompt,
+        }
+        for key, value in texts.items():
+            optional = key in ("token", "initializer") and value is None
+            if not isinstance(value, str) and not optional:
+                raise TypeError(f"Concept: {key} must be a string, got {value!r}")
+        if not name.strip():
+            raise MimaError("Concept: name is empty")
+        where = f"concept {name!r}"
+        if kind not in get_args(Kind):
+            raise MimaError(f"{where}: kind {kind!r} is unknown; {nearest(kind, get_args(Kind))}")
+        pictures = {
+            "images": _pictures(images, prompt),
+            "held_out": _pictures(held_out, prompt),
+            "class_images": _pictures(class_images, class_prompt),
+        }
+        if not prompt.strip():
+            raise MimaError(f"{where}: prompt is empty")
+        if not pictures["images"]:
+            raise MimaError(f"{where} has no pictures: images is empty")
+        if token is not None:
+            _check_token(where, token, prompt, pictures["images"])
+        problems = check_pictures(picture for group in pictures.values() for picture in group)
+        if problems:
+            raise PictureError(f"{where}: {_count(problems)} cannot be read:", problems)
+        for key, value in {**texts, **pictures}.items():
+            object.__setattr__(self, key, value)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, **overrides: Any) -> Concept:
+        """Read a concept from a folder of pictures.
+
+        The folder holds the pictures; captions in `metadata.csv` or `metadata.jsonl` or in text
+        files beside them; optionally `concept.yaml` (or .json) with any of the attributes, and the
+        sub-folders `held_out` and `class_images`.
+
+        Args:
+            folder: its name is the concept's name unless something else says it.
+            **overrides: attributes of `Concept` that win over what the folder says.
+
+        Returns:
+            The concept. Where nothing says its prompt, that is the commonest caption.
+
+        Raises:
+            MimaError: a missing or empty folder, captions that do not fit, unknown attributes.
+            PictureError: pictures that cannot be read, all of them listed.
+        """
+        folder = Path(folder).expanduser()
+        if not folder.is_dir():
+            what = "is not a folder" if folder.exists() else "does not exist"
+            raise MimaError(f"concept folder {folder} {what}")
+        description: dict[str, object] = {"name": folder.resolve().name, "images": str(folder)}
+        for key in (HELD_OUT_FOLDER, CLASS_FOLDER):
+            if (folder / key).is_dir():
+                description[key] = str(folder / key)
+        described = [folder / name for name in DESCRIPTION_NAMES if (folder / name).is_file()]
+        if len(described) > 1:
+            names = " and ".join(path.name for path in described)
+            raise MimaError(f"{folder} holds {names}: keep one of them")
+        if described:
+            given = _parse(described[0])
+            if not isinstance(given, Mapping):
+                raise MimaError(f"{described[0]}: expected the attributes of one concept")
+            _check_keys(str(described[0]), given, (*_TEXT_KEYS, *_PICTURE_KEYS))
+            description |= _with_base(given, folder)
+        _check_keys("from_folder", overrides, (*_TEXT_KEYS, *_PICTURE_KEYS))
+        return _from_description({**description, **overrides}, str(folder))
+
+
+def load_concepts(
+    source: object, *, base: str | Path | None = None, group: str | None = None
+) -> list[Concept]:
+    """Read concepts from wherever they are described.
+
+    Args:
+        source: any of
+            a folder of pictures, or a folder of such folders;
+            a YAML or JSON file with one concept, a list of them, or groups `{"a+b": [...]}`, either
+            with the attributes of `Concept` or with the keys of the field's training scripts
+            (`instance_prompt`, `instance_data_dir`, ...); `file.json#a+b` picks a group;
+            the name of an embedded concept;
+            a mapping with what such a file holds; a `Concept`; a sequence of all these.
+        base: what relative paths start from; default the working directory. Paths in a file start
+            from the file's folder, or from the working directory where that has no such file.
+        group: which group of a file that has several.
+
+    Returns:
+        At least one concept, with names made distinct by "-2", "-3" and so on.
+
+    Raises:
+        MimaError: nothing there, or a description that does not hold together.
+        PictureError: pictures that cannot be read; those of all concepts in one list.
+    """
+    concepts: list[Concept] = []
+    problems: list[str] = []
+    for make in _makers(source, Path(base or "."), group):
+        try:
+            concepts.append(make())
+        except PictureError as error:
+            problems += error.problems
+    if problems:
+        raise PictureError(f"{_count(problems)} cannot be read:", problems)
+    if not concepts:
+        raise MimaError("no concepts given")
+    return _distinct(concepts)
+
+
+def embedded_names() -> list[str]:
+    """The names by which `embedded_concept` knows the shipped concepts."""
+    root = assets() / "concepts"
+    if not root.is_dir():
+        return []
+    return sorted(path.name for path in root.iterdir() if _is_concept_folder(path))
+
+
+def embedded_concept(name: str) -> Concept:
+    """One of the concepts that ship with the package.
+
+    Args:
+        name: its folder's name under `mima/assets/concepts`, as `embedded_names` lists them.
+
+    Returns:
+        The concept with its reference and held-out pictures.
+
+    Raises:
+        MimaError: there is none of that name; the message says which there are.
+    """
+    slug = name.strip().lower().replace(" ", "-")
+    for candidate in (slug, slug.replace("-", "_")):
+        if candidate in embedded_names():
+            return Concept.from_folder(assets() / "concepts" / candidate)
+    raise MimaError(f"no embedded concept is named {name!r}; {nearest(slug, embedded_names())}")
+
+
+def embedded_concepts() -> list[Concept]:
+    """All concepts that ship with the package, in the order of their names."""
+    return [embedded_concept(name) for name in embedded_names()]
+
+
+def _pictures(source: PictureSource, prompt: str) -> tuple[Picture, ...]:
+    if isinstance(source, (str, Path)):
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return read_folder(path, prompt)
+        return (_picture(path, prompt),)
+    if isinstance(source, (Image.Image, Picture, Mapping)):
+        return (_picture(source, prompt),)
+    if not isinstance(source, Iterable):
+        raise TypeError(f"pictures must be a folder, files or PIL images, got {source!r}")
+    return tuple(_picture(item, prompt) for item in source)
+
+
+def _picture(source: OnePicture, prompt: str) -> Picture:
+    if isinstance(source, Picture):
+        return source
+    if isinstance(source, Mapping):
+        _check_keys("a picture", source, ("file_name", *CAPTION_COLUMNS))
+        file_name = source.get("file_name")
+        captions = [source[key] for key in CAPTION_COLUMNS if key in source]
+        if not isinstance(file_name, str) or not all(isinstance(text, str) for text in captions):
+            raise MimaError(f"a picture needs a file_name and a text, got {dict(source)!r}")
+        return _picture(file_name, str(captions[0]) if captions else prompt)
+    if isinstance(source, str):
+        source = Path(source)
+    if isinstance(source, Path):
+        source = source.expanduser()
+    picture = Picture(source, prompt)
+    if not prompt.strip():
+        raise MimaError(f"{picture.label} has no caption, and there is no prompt for all pictures")
+    return picture
+
+
+def _check_token(where: str, token: str, prompt: str, images: Iterable[Picture]) -> None:
+    if not token.strip():
+        raise MimaError(f"{where}: token is empty")
+    if token not in prompt:
+        raise MimaError(f"{where}: the prompt {prompt!r} does not contain the token {token!r}")
+    without = sorted({image.prompt for image in images if token not in image.prompt})
+    if without:
+        raise MimaError(
+            f"{where}: {len(without)} captions do not contain the token {token!r}, "
+            f"the first is {without[0]!r}"
+        )
+
+
+def _count(problems: list[str]) -> str:
+    return "1 picture" if len(problems) == 1 else f"{len(problems)} pictures"
+
+
+def _from_description(given: Mapping[str, object], where: str) -> Concept:
+    """Build a concept from its attributes, paths already resolved."""
+    _check_keys(where, given, (*_TEXT_KEYS, *_PICTURE_KEYS))
+    attributes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    for key in _TEXT_KEYS:
+        if not isinstance(attributes.get(key, ""), str):
+            raise MimaError(f"{where}: {key} must be text, got {attributes[key]!r}")
+    if "images" not in attributes:
+        raise MimaError(f"{where}: images is missing (a folder, or a list of files)")
+    prompt = attributes.get("prompt", "")
+    images = _pictures(attributes["images"], prompt)
+    attributes["images"] = images
+    if not prompt and images:
+        attributes["prompt"] = Counter(image.prompt for image in images).most_common(1)[0][0]
+    attributes.setdefault("name", _default_name(given, attributes["prompt"]))
+    return Concept(**attributes)
+
+
+def _default_name(given: Mapping[str, object], prompt: str) -> str:
+    source = given.get("images")
+    if isinstance(source, (str, Path)):
+        path = Path(source).resolve()
+        return path.name if path.is_dir() else path.parent.name
+    return prompt
+
+
+def _from_list_entry(
+    entry: Mapping[str, object], base: Path, where: str, name: str | None
+) -> Concept:
+    """Build a concept from an entry of a DreamBooth or Custom Diffusion concept list."""
+    unused = sorted(set(entry) - set(_LIST_KEYS))
+    if unused:
+        warnings.warn(f"{where}: ignored {', '.join(unused)}", stacklevel=2)
+    texts = {key: entry[key] for key in _LIST_KEYS if entry.get(key) is not None}
+    for key, value in texts.items():
+        if not isinstance(value, str):
+            raise MimaError(f"{where}: {key} must be text, got {value!r}")
+    values = {key: str(value) for key, value in texts.items()}
+    if "instance_data_dir" not in values:
+        raise MimaError(f"{where}: instance_data_dir is missing")
+    folder = _locate(values["instance_data_dir"], base)
+    prompt = values.get("instance_prompt", "")
+    if "prompt_filename" in values:
+        images = _captions_from(folder, values["prompt_filename"], base)
+    elif prompt and folder.is_dir():
+        # these scripts read one prompt for all pictures and know of no metadata
+        images = tuple(Picture(path, prompt) for path in picture_files(folder))
+        if not images:
+            raise MimaError(f"{where}: instance_data_dir {folder} holds no pictures")
+    else:
+        images = read_folder(folder, prompt)
+    class_prompt = values.get("class_prompt", "")
+    return Concept(
+        name=values.get("name") or name or folder.resolve().name,
+        prompt=prompt or Counter(image.prompt for image in images).most_common(1)[0][0],
+        images=images,
+        class_prompt=class_prompt,
+        class_images=_class_images(values.get("class_data_dir"), class_prompt, base, where),
+        kind="instance" if "token" in values else "object",
+        token=values.get("token"),
+        validation_prompt=values.get("validation_prompt", ""),
+    )
+
+
+def _class_images(
+    source: str | None, class_prompt: str, base: Path, where: str
+) -> tuple[Picture, ...]:
+    if source is None:
+        return ()
+    path = _locate(source, base)
+    if path.is_dir():
+        if not class_prompt:
+            raise MimaError(f"{where}: class_data_dir needs a class_prompt")
+        return tuple(Picture(file, class_prompt) for file in picture_files(path))
+    # not there yet: whoever preserves the prior generates the class images
+    return ()
+
+
+def _captions_from(folder: Path, file_name: str, base: Path) -> tuple[Picture, ...]:
+    """Captions from a metadata file, or from a text file with one line for each picture."""
+    path = folder / file_name if (folder / file_name).is_file() else _locate(file_name, base)
+    if not path.is_file():
+        raise MimaError(f"prompt_filename {file_name} is neither in {folder} nor in {base}")
+    if path.suffix.lower() in (".csv", ".jsonl"):
+        return read_captions(folder, path)
+    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    prompts = [prompt for prompt in prompts if prompt]
+    files = [file for file in picture_files(folder) if file != path]
+    if len(prompts) == 1:
+        prompts *= len(files)
+    if len(prompts) != len(files):
+        raise MimaError(
+            f"{path} holds {len(prompts)} prompts for the {len(files)} pictures in {folder}"
+        )
+    return tuple(Picture(file, prompt) for file, prompt in zip(files, prompts, strict=True))
+
+
+_Maker = Callable[[], Concept]
+
+
+def _makers(source: object, base: Path, group: str | None) -> list[_Maker]:
+    """What makes each concept of a source; pictures are read only when a maker is called."""
+    if isinstance(source, Concept):
+        return [lambda: source]
+    if isinstance(source, (str, Path)):
+        return _makers_at(source, base, group)
+    if isinstance(source, Mapping):
+        return _makers_in(source, base, group, "concept description")
+    if isinstance(source, Iterable):
+        return [make for item in source for make in _makers(item, base, group)]
+    raise TypeError(
+        "load_concepts: expected a folder, a file, an embedded concept's name, a description or "
+        f"a sequence of these, got {source!r}"
+    )
+
+
+def _makers_at(source: str | Path, base: Path, group: str | None) -> list[_Maker]:
+    path = _locate(str(source), base)
+    if not path.exists() and "#" in str(source):
+        file_name, _, group = str(source).rpartition("#")
+        path = _locate(file_name, base)
+    if path.is_dir():
+        return _makers_in_folder(path)
+    if path.is_file():
+        return _makers_in(_parse(path), path.parent, group, str(path))
+    name = str(source)
+    if name in embedded_names():
+        return [partial(embedded_concept, name)]
+    raise MimaError(
+        f"{name} is neither a folder, nor a file, nor an embedded concept; "
+        f"{nearest(name, embedded_names())}"
+    )
+
+
+def _makers_in_folder(folder: Path) -> list[_Maker]:
+    if _is_concept_folder(folder):
+        return [partial(Concept.from_folder, folder)]
+    inner = sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_dir()
+        and not path.name.startswith(".")
+        and path.name not in (HELD_OUT_FOLDER, CLASS_FOLDER)
+    )
+    if not inner:
+        raise MimaError(f"concept folder {folder} holds no pictures and no folders of pictures")
+    return [partial(Concept.from_folder, path) for path in inner]
+
+
+def _is_concept_folder(path: Path) -> bool:
+    return path.is_dir() and (
+        any((path / name).is_file() for name in DESCRIPTION_NAMES)
+        or metadata_file(path) is not None
+        or bool(picture_files(path))
+    )
+
+
+def _makers_in(content: object, base: Path, group: str | None, where: str) -> list[_Maker]:
+    if isinstance(content, Mapping) and set(content) == {"concepts"}:
+        content = content["concepts"]
+    if isinstance(content, Mapping) and _is_grouped(content):
+        return _makers_in_group(content, base, group, where)
+    entries = content if isinstance(content, list) else [content]
+    if not entries:
+        raise MimaError(f"{where} describes no concepts")
+    return [
+        make
+        for number, entry in enumerate(entries, start=1)
+        for make in _makers_of(entry, base, f"{where}, concept {number}", None)
+    ]
+
+
+def _is_grouped(content: Mapping[str, object]) -> bool:
+    return bool(content) and all(
+        isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value)
+        for value in content.values()
+    )
+
+
+def _makers_in_group(
+    groups: Mapping[str, Any], base: Path, group: str | None, where: str
+) -> list[_Maker]:
+    if group is None and len(groups) > 1:
+        raise MimaError(
+            f"{where} holds {len(groups)} groups of concepts, say which: {', '.join(groups)}"
+        )
+    key = next(iter(groups)) if group is None else group
+    if key not in groups:
+        raise MimaError(f"{where} holds no group {key!r}; {nearest(key, groups)}")
+    entries = groups[key]
+    if not entries:
+        raise MimaError(f"{where}: group {key!r} is empty")
+    names: list[str | None] = [part.strip() or None for part in key.split("+")]
+    if len(names) != len(entries):
+        names = [None] * len(entries)
+    return [
+        make
+        for number, (entry, name) in enumerate(zip(entries, names, strict=True), start=1)
+        for make in _makers_of(entry, base, f"{where}, {key}, concept {number}", name)
+    ]
+
+
+def _makers_of(entry: object, base: Path, where: str, name: str | None) -> list[_Maker]:
+    if isinstance(entry, str):
+        return _makers_at(entry, base, None)
+    if not isinstance(entry, Mapping):
+        raise MimaError(f"{where}: expected the attributes of a concept, got {entry!r}")
+    if "instance_data_dir" in entry or "instance_prompt" in entry:
+        return [partial(_from_list_entry, entry, base, where, name)]
+    given = _with_base(entry, base)
+    if name is not None:
+        given = {"name": name, **given}
+    return [partial(_from_description, given, where)]
+
+
+def _with_base(given: Mapping[str, object], base: Path) -> dict[str, object]:
+    """Resolve the paths in a description."""
+
+    def resolve(value: object) -> object:
+        if isinstance(value, str):
+            return str(_locate(value, base))
+        if isinstance(value, Mapping) and isinstance(value.get("file_name"), str):
+            return {**value, "file_name": str(_locate(value["file_name"], base))}
+        if isinstance(value, list):
+            return [resolve(item) for item in value]
+        return value
+
+    return {key: resolve(value) if key in _PICTURE_KEYS else value for key, value in given.items()}
+
+
+def _locate(name: str, base: Path) -> Path:
+    """A path relative to `base`, or to the working directory where only that has it."""
+    path = Path(name).expanduser()
+    if path.is_absolute() or (base / path).exists() or not path.exists():
+        return base / path
+    return path
+
+
+def _parse(path: Path) -> object:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix.lower() == ".json":
+            return json.loads(text)
+        if path.suffix.lower() in (".yaml", ".yml"):
+            return yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise MimaError(f"{path} is not UTF-8 text") from error
+    except json.JSONDecodeError as error:
+        raise MimaError(f"{path} is not valid JSON: {error}") from error
+    except yaml.YAMLError as error:
+        raise MimaError(f"{path} is not valid YAML: {error}") from error
+    raise MimaError(f"{path}: concepts are described in .yaml or .json files, or by folders")
+
+
+def _check_keys(where: str, given: Mapping[str, object], known: tuple[str, ...]) -> None:
+    for key in given:
+        if key not in known:
+            raise MimaError(f"{where}: {key!r} is unknown; {nearest(str(key), known)}")
+
+
+def _distinct(concepts: list[Concept]) -> list[Concept]:
+    """Number the later ones of concepts that share a name, so that no table drops one."""
+    taken: set[str] = set()
+    result = []
+    for concept in concepts:
+        name, number = concept.name, 1
+        while name in taken:
+            number += 1
+            name = f"{concept.name}-{number}"
+        taken.add(name)
+        result.append(concept if name == concept.name else replace(concept, name=name))
+    return result

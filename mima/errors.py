@@ -1,0 +1,32 @@
+"""Errors that a caller can act on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class MimaError(ValueError):
+    """Bad input, explained. The command line prints its message without a traceback."""
+
+
+class ProblemListError(MimaError):
+    """One error for several problems of the same input, so that all can be mended at once.
+
+    Attributes:
+        problems: one line each, already naming file or row.
+    """
+
+    def __init__(self, summary: str, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join([summary, *(f"  - {problem}" for problem in self.problems)]))
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A suggestion to append to "unknown NAME": the closest valid name and the whole list."""
+    known = sorted(valid)
+    if not known:
+        return "none is available"
+    close = get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Known: {', '.join(known)}"
