@@ -10,7 +10,7 @@ class MimaError(ValueError):
     """Bad input, explained. The command line prints its message without a traceback."""
 
 
-class ProblemListError(MimaError):
+class ProblemList(MimaError):  # noqa: N818 - reads as what it holds; MimaError says it is one
     """One error for several problems of the same input, so that all can be mended at once.
 
     Attributes:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from mima.errors import MimaError, ProblemListError
+from mima.errors import MimaError, ProblemList
 
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
@@ -50,7 +50,7 @@ _DECODE_ERRORS = (
 )
 
 
-class PictureError(ProblemListError):
+class PictureError(ProblemList):
     """Pictures that cannot be used, each with its reason."""
 
 
@@ -286,7 +286,7 @@ def read_captions(folder: Path, metadata: Path, *, complete: bool = True) -> tup
             if path.resolve() not in named
         ]
     if problems:
-        raise ProblemListError(f"{metadata} does not fit its pictures:", problems)
+        raise ProblemList(f"{metadata} does not fit its pictures:", problems)
     return tuple(pictures)
 
 
@@ -306,7 +306,7 @@ def _with_text_files(folder: Path, prompt: str) -> tuple[Picture, ...]:
                 problems.append(f"{path.name} has no caption")
         pictures.append(Picture(path, caption))
     if problems:
-        raise ProblemListError(
+        raise ProblemList(
             f"pictures in {folder} lack captions; give one prompt for all, a metadata.csv with "
             "the columns file_name and text, or a .txt file beside each:",
             problems,
