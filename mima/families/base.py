@@ -1,15 +1,18 @@
-"""What every model family answers: encode pictures and prompts, add noise, predict, name the weights that read text."""
+"""What every model family answers: encode, add noise, predict, name the weights that read text."""
 
 # B = batch, S = tokens, D = text embedding, C H W = latent channels and size
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch.func import functional_call
+
+from mima.errors import MimaError
 
 Params = Mapping[str, torch.Tensor]
 Conditioning = dict[str, torch.Tensor]
@@ -26,6 +29,10 @@ class Family(ABC):
     """
 
     pipeline_names: ClassVar[tuple[str, ...]]
+    _presets: ClassVar[dict[str, str]] = {
+        "attention": r"\.attn\d?\.",
+        "cross_attention": r"\.attn2\.",
+    }
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
@@ -80,6 +87,50 @@ class Family(ABC):
     @abstractmethod
     def text_projections(self) -> list[str]:
         """Names, relative to the denoiser, of the [o, D] weights that read text embeddings."""
+
+    def parameter_names(self, which: str) -> list[str]:
+        """Names of the denoiser's parameters in a preset, or matching a regular expression.
+
+        Args:
+            which: ``cross_attention``, ``cross_attention_kv``, ``attention``, ``denoiser``, or an
+                expression that ``re.search`` is to find in a name.
+
+        Raises:
+            MimaError: not a valid expression, or it matches nothing.
+        """
+        names = [name for name, _ in self.denoiser.named_parameters()]
+        if which == "denoiser":
+            return names
+        if which == "cross_attention_kv":
+            return self.text_projections()
+        pattern = self._presets.get(which, which)
+        try:
+            chosen = [name for name in names if re.search(pattern, name)]
+        except re.error as error:
+            presets = ["cross_attention_kv", "denoiser", *self._presets]
+            raise MimaError(
+                f"parameters: {which!r} is no valid regular expression ({error}) and "
+                f"not one of {', '.join(sorted(presets))}"
+            ) from error
+        if not chosen:
+            raise MimaError(f"parameters: {which!r} matches no parameter of the denoiser")
+        return chosen
+
+    def lora_targets(self) -> list[str]:
+        """Names of the weights that LoRA adapts by default: every attention projection."""
+        return [
+            name
+            for name in self.parameter_names("attention")
+            if re.search(r"\.to_(q|k|v|out\.0)\.weight$", name)
+        ]
+
+    def sample_latents(self, prompts: Sequence[str], generator: torch.Generator) -> torch.Tensor:
+        """Pictures of ``prompts`` by the pipeline's own sampler, as scaled latents [B, C, H, W]."""
+        size = self.resolution
+        latents: torch.Tensor = self.pipeline(
+            list(prompts), height=size, width=size, generator=generator, output_type="latent"
+        ).images
+        return latents.to(self.device, self.dtype)
 
     @abstractmethod
     def sample_timesteps(self, batch: int, generator: torch.Generator) -> torch.Tensor:

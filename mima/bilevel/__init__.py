@@ -1,0 +1,1 @@
+"""Bi-level optimisation: unrolled lower levels, hypergradients, the two-pass outer step."""

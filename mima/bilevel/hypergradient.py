@@ -1,0 +1,185 @@
+"""Differentiate through the K lower-level steps: one reverse sweep, three Hessian products.
+
+The sweep walks the trajectory backwards, last step first. At each step the optimizer's rule is
+differentiated by autograd (it is elementwise), and the loss's curvature enters through one
+Hessian-vector product. The gradient modes differ in that product alone:
+
+- ``exact``: a backward pass through the backward pass;
+- ``finite_difference``: central difference of two first-order gradients;
+- ``first_order``: no product; dθ'[n]/dθ = I.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mima.bilevel import lower
+from mima.bilevel.lower import LowerLevel, Params, State, Tensors
+
+Product = Callable[[Params], tuple[Tensors, Tensors]]
+"""``u ↦ (∂²L/∂z∂z · u, ∂²L/∂θ∂z · u)``, the second for the θ names that were asked for."""
+Linearise = Callable[[LowerLevel, State, Params, tuple[str, ...], int], tuple[Tensors, Product]]
+"""Gradient of step k's loss at a state, and its Hessian product there."""
+
+
+@contextmanager
+def twice_differentiable_attention() -> Iterator[None]:
+    """Run attention on the math backend: the fused kernels have no double backward.
+
+    ``exact`` enters it for the steps that it differentiates twice, and nothing else does, so that
+    every other pass keeps the fused kernels.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def exact(
+    task: LowerLevel, state: State, theta: Params, wrt: tuple[str, ...], k: int
+) -> tuple[Tensors, Product]:
+    """Second derivatives by autograd."""
+    z = {name: value.detach().requires_grad_() for name, value in state.z.items()}
+    leaves = {name: theta[name].detach().requires_grad_() for name in wrt}
+    with torch.enable_grad(), twice_differentiable_attention():
+        loss = task.loss(z, {**theta, **leaves}, k)
+        graph = torch.autograd.grad(loss, list(z.values()), create_graph=True)
+
+    def product(u: Params) -> tuple[Tensors, Tensors]:
+        with twice_differentiable_attention():
+            out = torch.autograd.grad(
+                [g for g in graph if g.requires_grad],
+                [*z.values(), *leaves.values()],
+                [u[name] for name, g in zip(z, graph, strict=True) if g.requires_grad],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        return _split(out, z, leaves)
+
+    return {name: g.detach() for name, g in zip(z, graph, strict=True)}, product
+
+
+def finite_difference(
+    task: LowerLevel, state: State, theta: Params, wrt: tuple[str, ...], k: int
+) -> tuple[Tensors, Product]:
+    """Second derivatives by central differences of first-order gradients.
+
+    The two points lie ``± h u`` from z with ``h = ∛ε · ‖z‖ / ‖u‖``, ε the rounding unit of z's
+    dtype: the step that balances the O(h²) truncation against the O(ε / h) rounding error.
+    """
+
+    def gradients(z: Params) -> tuple[torch.Tensor, ...]:
+        leaves = {name: value.detach().requires_grad_() for name, value in z.items()}
+        shared = {name: theta[name].detach().requires_grad_() for name in wrt}
+        with torch.enable_grad():
+            loss = task.loss(leaves, {**theta, **shared}, k)
+        return torch.autograd.grad(
+            loss,
+            [*leaves.values(), *shared.values()],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+    def product(u: Params) -> tuple[Tensors, Tensors]:
+        length = _norm(u)
+        if length == 0:
+            zeros = [torch.zeros_like(value) for value in state.z.values()]
+            return _split([*zeros, *(torch.zeros_like(theta[n]) for n in wrt)], state.z, wrt)
+        rounding = torch.finfo(next(iter(state.z.values())).dtype).eps
+        h = rounding ** (1 / 3) * max(_norm(state.z), rounding) / length
+        ahead, behind = (
+            gradients({name: z + sign * h * u[name] for name, z in state.z.items()})
+            for sign in (1, -1)
+        )
+        slopes = [(a - b) / (2 * h) for a, b in zip(ahead, behind, strict=True)]
+        return _split(slopes, state.z, wrt)
+
+    return lower.gradient(task, state, theta, k) if task.optimizer.reads_gradient else {}, product
+
+
+LINEARISE: dict[str, Linearise] = {"exact": exact, "finite_difference": finite_difference}
+
+
+def pullback(
+    mode: str, task: LowerLevel, theta: Params, wrt: tuple[str, ...], cotangent: Params
+) -> Tensors:
+    """Vector-Jacobian product of ``θ ↦ θ'[n](θ) − θ``.
+
+    Args:
+        mode: ``exact``, ``finite_difference`` or ``first_order``.
+        task: the lower-level problem.
+        theta: θ, by name.
+        wrt: the names of θ to differentiate by.
+        cotangent: gradient at the change θ'[n] − θ.
+
+    Returns:
+        Gradient at θ, by name (names without any are absent). Memory: K states, one graph.
+    """
+    if mode == "first_order":
+        return {}
+    states = lower.descend(task, theta, task.steps - 1)
+
+    def final() -> Params:
+        last = task.steps - 1
+        return lower.advance(
+            task, states[last], lower.gradient(task, states[last], theta, last), last
+        ).z
+
+    z_bar, total = task.change_pullback(final, theta, wrt, cotangent)
+    memory_bar: dict[str, lower.Vector] | None = None
+    for k in reversed(range(task.steps)):
+        g, product = LINEARISE[mode](task, states[k], theta, wrt, k)
+        z_bar, g_bar, memory_bar = _rule_pullback(task, states[k], g, k, z_bar, memory_bar)
+        hz, htheta = product(g_bar)
+        z_bar = {name: value + hz[name] for name, value in z_bar.items()}
+        accumulate(total, htheta)
+    accumulate(total, {n: v for n, v in task.start_pullback(z_bar).items() if n in wrt})
+    return total
+
+
+def _rule_pullback(
+    task: LowerLevel,
+    state: State,
+    g: Params,
+    k: int,
+    z_bar: Params,
+    memory_bar: dict[str, lower.Vector] | None,
+) -> tuple[Tensors, Tensors, dict[str, lower.Vector]]:
+    """Adjoint of the optimizer's rule at one step: gradients at z, at g and at its memory."""
+    z_out: Tensors = {}
+    g_out: Tensors = {}
+    memory_out: dict[str, lower.Vector] = {}
+    for name, value in state.z.items():
+        z = value.detach().requires_grad_()
+        gradient = g[name] if name in g else torch.zeros_like(value)
+        gradient = gradient.detach().requires_grad_()
+        memory = tuple(m.detach().requires_grad_() for m in state.memory[name])
+        with torch.enable_grad():
+            z_next, memory_next = task.optimizer.step(z, gradient, memory, k)
+        bars = memory_bar[name] if memory_bar else tuple(torch.zeros_like(m) for m in memory)
+        out = torch.autograd.grad(
+            [z_next, *memory_next], [z, gradient, *memory], [z_bar[name], *bars]
+        )
+        z_out[name], g_out[name], memory_out[name] = out[0], out[1], out[2:]
+    return z_out, g_out, memory_out
+
+
+def accumulate(total: Tensors, more: Params) -> None:
+    """Add ``more`` to ``total`` in place, by name."""
+    for name, value in more.items():
+        total[name] = total[name] + value if name in total else value
+
+
+def _norm(x: Params) -> float:
+    return float(torch.linalg.vector_norm(torch.stack([v.detach().norm() for v in x.values()])))
+
+
+def _split(
+    values: list[torch.Tensor] | tuple[torch.Tensor, ...],
+    z: Params,
+    wrt: tuple[str, ...] | Params,
+) -> tuple[Tensors, Tensors]:
+    count = len(z)
+    return dict(zip(z, values[:count], strict=True)), dict(zip(wrt, values[count:], strict=True))

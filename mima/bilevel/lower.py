@@ -1,0 +1,119 @@
+"""The lower level: what one concept's adaptation trains, and K steps of it."""
+
+# θ = shared parameters by name, z = what the adapter trains, z_0(θ) → z_K(θ) → θ'[n](θ)
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from mima.bilevel.optimizers import Optimizer, Vector
+
+Params = Mapping[str, torch.Tensor]
+Tensors = dict[str, torch.Tensor]
+
+
+class LowerLevel(ABC):
+    """``θ'[n] = argmin L(x_l[n], c[n]; θ)``, approximated by K steps from θ on fixed batches.
+
+    The batches are part of the problem: ``loss(z, θ, k)`` gives the same value at every call.
+
+    Attributes:
+        steps: K ≥ 1.
+        optimizer: the update rule.
+    """
+
+    steps: int
+    optimizer: Optimizer
+
+    @abstractmethod
+    def start(self, theta: Params) -> Tensors:
+        """z_0(θ), differentiable in θ."""
+
+    @abstractmethod
+    def loss(self, z: Params, theta: Params, k: int) -> torch.Tensor:
+        """Loss of the k-th batch; scalar, differentiable in z and θ."""
+
+    @abstractmethod
+    def change(self, z: Params, theta: Params) -> Tensors:
+        """θ'[n] − θ for the names that this adaptation changes; differentiable in z and θ."""
+
+    @abstractmethod
+    def change_pullback(
+        self, final: Callable[[], Params], theta: Params, wrt: tuple[str, ...], cotangent: Params
+    ) -> tuple[Tensors, Tensors]:
+        """Adjoint of ``change`` at z_K: gradients at z_K, and at the ``wrt`` names of θ.
+
+        Args:
+            final: returns z_K; called only if its value matters.
+            theta: θ.
+            wrt: names of θ that the caller wants gradients for.
+            cotangent: gradient at ``change``.
+        """
+
+    @abstractmethod
+    def start_pullback(self, cotangent: Params) -> Tensors:
+        """Adjoint of ``start``, by name of θ."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Where the lower level stands before step k."""
+
+    z: Tensors
+    memory: dict[str, Vector]
+
+
+def start(task: LowerLevel, theta: Params) -> State:
+    """State before the first step."""
+    z = task.start(theta)
+    return State(z, {name: task.optimizer.init(value) for name, value in z.items()})
+
+
+def advance(task: LowerLevel, state: State, gradient: Params, k: int) -> State:
+    """State after step k."""
+    stepped = {
+        name: task.optimizer.step(value, gradient[name], state.memory[name], k)
+        for name, value in state.z.items()
+    }
+    return State(
+        {name: z for name, (z, _) in stepped.items()},
+        {name: memory for name, (_, memory) in stepped.items()},
+    )
+
+
+def gradient(task: LowerLevel, state: State, theta: Params, k: int) -> Tensors:
+    """∇_z of the k-th batch's loss, without a graph."""
+    z = {name: value.detach().requires_grad_() for name, value in state.z.items()}
+    with torch.enable_grad():
+        loss = task.loss(z, theta, k)
+    return dict(zip(z, torch.autograd.grad(loss, list(z.values())), strict=True))
+
+
+def descend(task: LowerLevel, theta: Params, steps: int | None = None) -> list[State]:
+    """The first ``steps`` steps (default K) without a graph; states 0 to ``steps``."""
+    states = [start(task, theta)]
+    for k in range(task.steps if steps is None else steps):
+        states.append(advance(task, states[-1], gradient(task, states[-1], theta, k), k))
+    return states
+
+
+def adapt(task: LowerLevel, theta: Params) -> Tensors:
+    """z_K(θ) without a graph, in the memory of one step."""
+    state = start(task, theta)
+    for k in range(task.steps):
+        state = advance(task, state, gradient(task, state, theta, k), k)
+    return state.z
+
+
+def unroll(task: LowerLevel, theta: Params) -> Tensors:
+    """z_K(θ) with the whole graph kept: differentiable, in memory that grows with K."""
+    state = start(task, theta)
+    for k in range(task.steps):
+        loss = task.loss(state.z, theta, k)
+        grads = torch.autograd.grad(loss, list(state.z.values()), create_graph=True)
+        state = advance(task, state, dict(zip(state.z, grads, strict=True)), k)
+    return state.z

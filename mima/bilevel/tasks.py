@@ -1,0 +1,116 @@
+"""Lower-level problems on a network's weights: all of some weights, or LoRA factors beside them."""
+
+# O = output, D = input features, R = rank
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from mima.bilevel.lower import LowerLevel, Params, Tensors
+from mima.bilevel.optimizers import Optimizer
+
+StepLoss = Callable[[Params, int], torch.Tensor]
+"""``(params, k) ↦ L``: the training loss of step k's batch under the network's parameters."""
+
+
+class FullWeights(LowerLevel):
+    """Fine-tuning of the weights themselves (DreamBooth, Custom Diffusion's keys and values).
+
+    Args:
+        loss: training loss of step k at given parameters.
+        names: the trained parameters.
+        steps: K.
+        optimizer: the update rule.
+    """
+
+    def __init__(
+        self, loss: StepLoss, names: Sequence[str], *, steps: int, optimizer: Optimizer
+    ) -> None:
+        self._loss = loss
+        self.names = tuple(names)
+        self.steps = steps
+        self.optimizer = optimizer
+
+    def start(self, theta: Params) -> Tensors:
+        return {name: theta[name] for name in self.names}
+
+    def loss(self, z: Params, theta: Params, k: int) -> torch.Tensor:
+        return self._loss({**theta, **z}, k)
+
+    def change(self, z: Params, theta: Params) -> Tensors:
+        return {name: z[name] - theta[name] for name in self.names}
+
+    def change_pullback(
+        self, final: Callable[[], Params], theta: Params, wrt: tuple[str, ...], cotangent: Params
+    ) -> tuple[Tensors, Tensors]:
+        z_bar = {name: cotangent[name] for name in self.names}
+        return z_bar, {name: -value for name, value in z_bar.items() if name in wrt}
+
+    def start_pullback(self, cotangent: Params) -> Tensors:
+        return dict(cotangent)
+
+
+class LoraFactors(LowerLevel):
+    """LoRA (Hu et al. 2022): ``W + scale · B A`` with B = 0 at the start, only A and B trained.
+
+    Args:
+        loss: training loss of step k at given parameters.
+        shapes: the [O, D] shapes of the adapted weights, by name.
+        rank: R ≥ 1.
+        scale: alpha / rank (or alpha / √rank for rsLoRA).
+        generator: draws A as peft does, uniform in ±1/√D.
+        steps: K.
+        optimizer: the update rule.
+    """
+
+    def __init__(
+        self,
+        loss: StepLoss,
+        shapes: dict[str, torch.Size],
+        *,
+        rank: int,
+        scale: float,
+        generator: torch.Generator,
+        steps: int,
+        optimizer: Optimizer,
+        like: torch.Tensor,
+    ) -> None:
+        self._loss = loss
+        self.names = tuple(shapes)
+        self.scale = scale
+        self.steps = steps
+        self.optimizer = optimizer
+        self._factors: Tensors = {}
+        for name, (out_features, in_features) in shapes.items():
+            draw = torch.rand(rank, in_features, generator=generator, dtype=torch.float64)
+            A_RD = (2 * draw - 1) / in_features**0.5
+            self._factors[f"{name}.lora_A"] = A_RD.to(like)
+            self._factors[f"{name}.lora_B"] = like.new_zeros(out_features, rank)
+
+    def start(self, theta: Params) -> Tensors:
+        return dict(self._factors)
+
+    def change(self, z: Params, theta: Params) -> Tensors:
+        return {
+            name: self.scale * (z[f"{name}.lora_B"] @ z[f"{name}.lora_A"]) for name in self.names
+        }
+
+    def loss(self, z: Params, theta: Params, k: int) -> torch.Tensor:
+        change = self.change(z, theta)
+        return self._loss({**theta, **{n: theta[n] + change[n] for n in self.names}}, k)
+
+    def change_pullback(
+        self, final: Callable[[], Params], theta: Params, wrt: tuple[str, ...], cotangent: Params
+    ) -> tuple[Tensors, Tensors]:
+        z = final()
+        z_bar: Tensors = {}
+        for name in self.names:
+            A_RD, B_OR = z[f"{name}.lora_A"], z[f"{name}.lora_B"]
+            z_bar[f"{name}.lora_A"] = self.scale * (B_OR.mT @ cotangent[name])
+            z_bar[f"{name}.lora_B"] = self.scale * (cotangent[name] @ A_RD.mT)
+        return z_bar, {}
+
+    def start_pullback(self, cotangent: Params) -> Tensors:
+        return {}

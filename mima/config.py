@@ -1,0 +1,160 @@
+"""What a run is: every setting, checked, with its unit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mima.errors import MimaError, ProblemList, nearest
+
+Method = Literal["none", "imma", "joint", "compose", "mima"]
+MergeRule = Literal["projected", "average", "none"]
+Hypergradient = Literal["exact", "finite_difference", "first_order", "alternating"]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+_SettingsT = TypeVar("_SettingsT", bound=_Settings)
+
+
+class LowerConfig(_Settings):
+    """The lower level: the attacker whose adaptation is simulated."""
+
+    steps: int = Field(1, ge=1)
+    """K, unrolled steps per concept."""
+    optimizer: Literal["sgd", "adam"] = "adam"
+    """Update rule; Adam's state is unrolled too."""
+    lr: float = Field(5e-6, gt=0)
+    """Step size."""
+    batch_size: int = Field(1, ge=1)
+    """Pictures per step."""
+    parameters: str = "cross_attention"
+    """S_l: ``cross_attention``, ``cross_attention_kv``, ``attention``, ``denoiser``, ``lora``
+    (factors on every attention projection), or a regular expression on parameter names."""
+    rank: int = Field(8, ge=1)
+    """Rank of the LoRA factors."""
+    alpha: float | None = Field(None, gt=0)
+    """LoRA's alpha; the factors' product is scaled by alpha / rank. Default: the rank."""
+    prior_weight: float = Field(0.0, ge=0)
+    """Weight of the loss on class pictures."""
+
+
+class UpperConfig(_Settings):
+    """The upper level: what the defender changes, and for what."""
+
+    lr: float = Field(3e-5, gt=0)
+    """AdamW's step size."""
+    weight_decay: float = Field(1e-2, ge=0)
+    """AdamW's decoupled decay."""
+    batch_size: int = Field(1, ge=1)
+    """Pictures per concept and step."""
+    parameters: str = "cross_attention"
+    """S_u: the same names as ``lower.parameters``, but for ``lora``."""
+    prior_weight: float = Field(1.0, ge=0)
+    """Weight of the loss on class pictures, which keeps the model useful."""
+    prior_batch_size: int | None = Field(None, ge=1)
+    """Class pictures per concept and step. Default: ``batch_size``."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Gradients longer than this are scaled down to it."""
+    loss_cap: float | None = Field(None, gt=0)
+    """A concept whose loss exceeds this no longer pulls: it counts as immunized. None: no cap."""
+
+
+class ImmunizeConfig(_Settings):
+    """One immunization. Defaults follow the published re-learning experiments."""
+
+    method: Method = "mima"
+    """``mima``, or a baseline: ``none``, ``imma`` (one concept), ``joint``, ``compose``."""
+    merge: MergeRule = "projected"
+    """Projected for keys and values and averaged elsewhere; averaged everywhere; or no merge."""
+    hypergradient: Hypergradient = "exact"
+    """How the lower level is differentiated; see ``mima.bilevel.hypergradient``."""
+    steps: int = Field(1000, ge=1)
+    """Outer steps."""
+    seed: int = Field(0, ge=0)
+    """Seeds every draw."""
+    lower: LowerConfig = LowerConfig()
+    """The lower level."""
+    upper: UpperConfig = UpperConfig()
+    """The upper level."""
+    lam: float = Field(1e-4, ge=0)
+    """Softness of the projected merge's constraint; 0 is hard."""
+    captions: Path | None = None
+    """A text file of ordinary captions, one per line, that the merge leaves alone and from which
+    missing class pictures are generated. Default: the captions that ship with mima."""
+    num_captions: int = Field(200, ge=1)
+    """How many captions the merge plan reads."""
+    num_class_images: int = Field(64, ge=1)
+    """Class pictures generated per concept where it brings none."""
+    erase_first: bool = False
+    """Erase the concepts before immunizing (the re-learning task)."""
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> ImmunizeConfig:
+        if self.upper.parameters == "lora":
+            raise ValueError("upper.parameters: 'lora' is an adapter; the defender changes weights")
+        if self.hypergradient == "alternating" and self.method not in ("mima", "none"):
+            raise ValueError(
+                "hypergradient: 'alternating' is the published MIMA update, "
+                f"not for method {self.method!r}"
+            )
+        return self
+
+
+class ImmunizeRun(_Settings):
+    """What ``mima immunize CONFIG.yaml`` reads."""
+
+    model: str
+    """A diffusers folder, a .safetensors file, a hub id, or ``embedded``."""
+    concepts: list[Any] = Field(min_length=1)
+    """Concept descriptions: folders, files, names of embedded concepts, or inline mappings."""
+    output: Path | None = None
+    """Where the immunized model goes."""
+    immunize: ImmunizeConfig = ImmunizeConfig()
+    """The settings."""
+
+
+def load_config(path: str | Path) -> ImmunizeRun:
+    """Read a run from YAML (or JSON). Relative paths in it are relative to its folder.
+
+    Raises:
+        MimaError: unreadable, not YAML, or a setting that is unknown or of the wrong type or range;
+            every such setting is named, unknown ones with the nearest valid name.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MimaError(f"config: cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MimaError(f"config: {path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise MimaError(f"config: {path} must be a mapping of settings, got {type(raw).__name__}")
+    return parse_config(ImmunizeRun, raw, source=str(path))
+
+
+def parse_config(kind: type[_SettingsT], raw: dict[str, Any], *, source: str) -> _SettingsT:
+    """Check plain data against a settings class; errors say where, what was expected and got."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        problems = [_explain(kind, dict(item)) for item in error.errors()]
+        raise ProblemList(f"config: {source} has {len(problems)} problem(s)", problems) from error
+
+
+def _explain(kind: type[_Settings], error: dict[str, Any]) -> str:
+    where = [str(part) for part in error["loc"]]
+    name = ".".join(where)
+    if error["type"] != "extra_forbidden":
+        got = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
+        return f"{name + ': ' if name else ''}{error['msg']}{got}"
+    fields = kind.model_fields
+    for part in where[:-1]:
+        inner = fields[part].annotation
+        fields = inner.model_fields if isinstance(inner, type) else {}
+    return f"{name}: unknown setting; {nearest(where[-1], fields)}"
