@@ -64,11 +64,12 @@ def weighted_merge(
     if isinstance(base, Tensor):
         alone = [[theta] for theta in cast("Sequence[Tensor]", thetas)]
         return weighted_merge([base], alone, weights)[0]
+    columns = cast("Sequence[Sequence[Tensor]]", thetas)
     merged = []
     for p, base_p in enumerate(base):
         origin = wide(base_p)
         phi = origin + 0
-        for w_n, theta_n in zip(weights, thetas, strict=True):
+        for w_n, theta_n in zip(weights, columns, strict=True):
             phi = phi + w_n * (wide(theta_n[p]) - origin)
         merged.append(phi.to(base_p.dtype))
     return merged
@@ -261,6 +262,14 @@ def _softness(Z: Tensor, lam: float, weights: Tensor | None, lengths: Sequence[i
     return torch.cat([x.expand(length) for x, length in zip(per_concept, lengths, strict=True)])
 
 
+def plan_ridge(singular_values: Tensor, d: int) -> float:
+    """Return the ρ of `merge_plan` for captions [m, d] with these singular values, descending."""
+    largest = float(singular_values[0])
+    if len(singular_values) == d and float(singular_values[-1]) >= RIDGE * largest:
+        return 0.0
+    return RIDGE * largest
+
+
 def _triangular_factor(C_reg: Tensor, ridge: float | None) -> Tensor:
     """Return R [d, d], upper triangular: RᵀR = C_regᵀ C_reg, plus ρ² I where that is singular."""
     m, d = C_reg.shape
@@ -268,32 +277,19 @@ def _triangular_factor(C_reg: Tensor, ridge: float | None) -> Tensor:
     if ridge is None:
         singular_values = torch.linalg.svdvals(R.detach())
         ridge = plan_ridge(singular_values, d)
-        if ridge == 0:
-            return R
-        logger.warning(
-            "merge plan: %d captions span %d of %d directions; using a ridge of %.2e "
-            "(%.0e of the largest singular value)",
-            m,
-            int((singular_values >= ridge).sum()),
-            d,
-            ridge,
-            RIDGE,
-        )
+        if ridge > 0:
+            logger.warning(
+                "merge plan: %d captions span %d of %d directions; using a ridge of %.2e "
+                "(%.0e of the largest singular value)",
+                m,
+                int((singular_values >= ridge).sum()),
+                d,
+                ridge,
+                RIDGE,
+            )
     if ridge == 0:
         return R
-    return _qr_r(torch.cat([R, ridge * torch.eye(d, dtype=R.dtype, device=R.device)]))
-
-
-def plan_ridge(singular_values: Tensor, d: int) -> float:
-    """Return the ridge ρ that `merge_plan` chooses: 0 where the captions span all d directions.
-
-    Args:
-        singular_values: [min(m, d)] of C_reg or of its triangular factor, descending.
-        d: columns of C_reg.
-    """
-    largest, smallest = float(singular_values[0]), float(singular_values[-1])
-    deficient = len(singular_values) < d or smallest < RIDGE * largest
-    return RIDGE * largest if deficient else 0.0
+    return _qr_r(torch.cat([C_reg, ridge * torch.eye(d, dtype=R.dtype, device=R.device)]))
 
 
 def _qr_r(x: Tensor) -> Tensor:
