@@ -111,7 +111,9 @@ def adapt(task: LowerLevel, theta: Params) -> Tensors:
 
 def unroll(task: LowerLevel, theta: Params) -> Tensors:
     """z_K(θ) with the whole graph kept: differentiable, in memory that grows with K."""
-    state = start(task, theta)
+    first = start(task, theta)
+    z = {n: v if v.requires_grad else v.detach().requires_grad_() for n, v in first.z.items()}
+    state = State(z, first.memory)
     for k in range(task.steps):
         loss = task.loss(state.z, theta, k)
         grads = torch.autograd.grad(loss, list(state.z.values()), create_graph=True)

@@ -1,0 +1,257 @@
+"""The hypergradient against central differences of the whole outer objective, in float64."""
+
+import pytest
+import torch
+
+from mima.bilevel import lower
+from mima.bilevel.lower import LowerLevel
+from mima.bilevel.optimizers import SGD, Adam
+from mima.bilevel.outer import UpperTerm, naive_outer_gradient, outer_gradient, unmerged_gradient
+from mima.bilevel.tasks import FullWeights, LoraFactors
+from mima.merging import MergeLayer, MergePlan
+
+# a network that reads text: y = V tanh(K c ⊙ x), K projected, V averaged
+D, OUT = 5, 4
+CONCEPTS = 3
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+
+
+class Data:
+    def __init__(self, seed, text):
+        self.text, self.x, self.y = text, randn(6, OUT, seed=seed), randn(6, 3, seed=seed + 1)
+
+    def loss(self, params):
+        hidden = torch.tanh((params["key"] @ self.text.mean(0)) * self.x)
+        return (hidden @ params["value"].mT + params["bias"] - self.y).square().mean()
+
+
+@pytest.fixture
+def theta():
+    return {"key": randn(OUT, D, seed=1), "value": randn(3, OUT, seed=2), "bias": randn(3, seed=3)}
+
+
+def problem(theta, *, kind="full", optimizer=None, steps=2, merge="projected", cap=None):
+    optimizer = optimizer or SGD(lr=0.3)
+    texts = [randn(2, D, seed=10 + n) for n in range(CONCEPTS)]
+    tasks: list[LowerLevel] = []
+    upper = []
+    for n, text in enumerate(texts):
+        batches = [Data(100 * n + k, text) for k in range(steps)]
+
+        def loss(params, k, batches=batches):
+            return batches[k].loss(params)
+
+        if kind == "full":
+            task = FullWeights(loss, list(theta), steps=steps, optimizer=optimizer)
+        elif kind == "partial":
+            task = FullWeights(loss, ["key"], steps=steps, optimizer=optimizer)
+        else:
+            task = LoraFactors(
+                loss,
+                {name: theta[name].shape for name in ("key", "value")},
+                rank=2,
+                scale=1.5,
+                generator=generator(n),
+                steps=steps,
+                optimizer=optimizer,
+                like=theta["key"],
+            )
+        tasks.append(task)
+        upper.append(UpperTerm(f"c{n}", Data(100 * n + 50, text).loss, -1.0, cap))
+        upper.append(UpperTerm(f"p{n}", Data(100 * n + 60, randn(2, D, seed=77)).loss, 0.7))
+    weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    layer = MergeLayer(weights)
+    if merge == "projected":
+        plan = MergePlan.from_embeddings(texts, randn(40, D, seed=9), weights=weights)
+        layer = MergeLayer(weights, plan, ["key"])
+    return tasks, layer, upper
+
+
+def objective(theta, tasks, layer, upper):
+    adapted = []
+    for task in tasks:
+        change = task.change(lower.adapt(task, theta), theta)
+        adapted.append({n: v + change[n] if n in change else v for n, v in theta.items()})
+    phi = layer(theta, adapted)
+    return sum(float(term.objective(term.loss(phi))) for term in upper)
+
+
+def numeric_gradient(f, theta, name, h=1e-5):
+    out = torch.empty_like(theta[name])
+    for index in range(out.numel()):
+        values = []
+        for sign in (1, -1):
+            moved = theta[name].clone()
+            moved.view(-1)[index] += sign * h
+            values.append(f({**theta, name: moved}))
+        out.view(-1)[index] = (values[0] - values[1]) / (2 * h)
+    return out
+
+
+def assert_close(a, b, tolerance):
+    for name in b:
+        error = (a[name] - b[name]).norm() / b[name].norm()
+        assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"
+
+
+@pytest.mark.parametrize("merge", ["projected", "average"])
+@pytest.mark.parametrize("kind", ["full", "partial", "lora"])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("optimizer", [SGD(lr=0.3), Adam(lr=0.1, eps=1e-2)], ids=["sgd", "adam"])
+def test_exact_agrees_with_central_differences(theta, merge, kind, steps, optimizer):
+    args = problem(theta, kind=kind, optimizer=optimizer, steps=steps, merge=merge)
+    outer = outer_gradient(theta, *args, mode="exact", wrt=tuple(theta))
+    truth = {n: numeric_gradient(lambda t: objective(t, *args), theta, n) for n in theta}
+    assert_close(outer.gradient, truth, 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["full", "partial", "lora"])
+@pytest.mark.parametrize("optimizer", [SGD(lr=0.3), Adam(lr=0.1)], ids=["sgd", "adam"])
+def test_two_passes_equal_holding_every_graph(theta, kind, optimizer):
+    args = problem(theta, kind=kind, optimizer=optimizer, steps=3)
+    outer = outer_gradient(theta, *args, mode="exact", wrt=tuple(theta))
+    naive = naive_outer_gradient(theta, *args, wrt=tuple(theta))
+    assert_close(outer.gradient, naive.gradient, 1e-10)
+    assert outer.losses == pytest.approx(naive.losses, rel=1e-12)
+    assert outer.drift == pytest.approx(naive.drift, rel=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", [SGD(lr=0.3), Adam(lr=0.1, eps=1e-2)], ids=["sgd", "adam"])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_finite_difference_agrees_with_exact_on_the_second_order_part(
+    theta, kind, steps, optimizer
+):
+    args = problem(theta, kind=kind, optimizer=optimizer, steps=steps)
+    modes = {
+        mode: outer_gradient(theta, *args, mode=mode, wrt=tuple(theta)).gradient
+        for mode in ("exact", "finite_difference", "first_order")
+    }
+    second = {n: modes["exact"][n] - modes["first_order"][n] for n in theta}
+    estimate = {n: modes["finite_difference"][n] - modes["first_order"][n] for n in theta}
+    assert_close(estimate, second, 1e-3)
+
+
+def test_finite_difference_holds_in_float32(theta):
+    theta = {name: value.float() for name, value in theta.items()}
+    batches = [Data(k, randn(2, D, seed=10)) for k in range(2)]
+    for data in batches:
+        data.text, data.x, data.y = data.text.float(), data.x.float(), data.y.float()
+    task = FullWeights(
+        lambda params, k: batches[k].loss(params), list(theta), steps=2, optimizer=SGD(lr=0.3)
+    )
+    args = [task], MergeLayer(torch.ones(1)), [UpperTerm("c", batches[0].loss, -1.0)]
+    modes = {
+        mode: outer_gradient(theta, *args, mode=mode, wrt=tuple(theta)).gradient
+        for mode in ("exact", "finite_difference", "first_order")
+    }
+    second = {n: modes["exact"][n] - modes["first_order"][n] for n in theta}
+    estimate = {n: modes["finite_difference"][n] - modes["first_order"][n] for n in theta}
+    assert_close(estimate, second, 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_first_order_is_the_limit_of_small_lower_steps(theta, kind):
+    gaps = []
+    for lr in (1e-2, 1e-4, 1e-6):
+        args = problem(theta, kind=kind, optimizer=SGD(lr=lr))
+        exact = outer_gradient(theta, *args, mode="exact", wrt=tuple(theta)).gradient
+        first = outer_gradient(theta, *args, mode="first_order", wrt=tuple(theta)).gradient
+        gaps.append(sum(float((exact[n] - first[n]).norm()) for n in theta))
+    # the gap is the second-order part, of order lr (lr² for LoRA, whose B starts at 0)
+    assert gaps[0] > 50 * gaps[1] > 2500 * gaps[2]
+
+
+def test_a_capped_concept_does_not_pull(theta):
+    tasks, layer, upper = problem(theta, cap=1e-9)
+    outer = outer_gradient(theta, tasks, layer, upper, mode="exact", wrt=tuple(theta))
+    priors = [term for term in upper if term.weight > 0]
+    kept = outer_gradient(theta, tasks, layer, priors, mode="exact", wrt=tuple(theta))
+    assert_close(outer.gradient, kept.gradient, 1e-12)
+
+
+def test_unmerged_sums_the_single_concept_problems(theta):
+    tasks, _, upper = problem(theta)
+    pairs = [upper[2 * n : 2 * n + 2] for n in range(CONCEPTS)]
+    joint = unmerged_gradient(theta, tasks, pairs, mode="exact", wrt=("key",))
+    alone = MergeLayer(torch.ones(1))
+
+    def total(t):
+        return sum(objective(t, [tasks[n]], alone, pairs[n]) for n in range(CONCEPTS))
+
+    assert_close(joint.gradient, {"key": numeric_gradient(total, theta, "key")}, 1e-6)
+
+
+def test_closed_form_of_a_quadratic_lower_level():
+    """SGD on ½(z − t)ᵀH(z − t): θ' = t + (I − lr H)ᴷ(θ − t), and ½|θ'|² has a known gradient."""
+    H = randn(4, 4, seed=1)
+    H = H @ H.mT
+    target, start, lr = randn(4, seed=2), randn(4, seed=3), 0.05
+
+    def loss(params, k):
+        gap = params["z"] - target
+        return 0.5 * gap @ H @ gap
+
+    steps = 3
+    task = FullWeights(loss, ["z"], steps=steps, optimizer=SGD(lr=lr))
+    upper = [UpperTerm("u", lambda p: 0.5 * p["z"].square().sum(), 1.0)]
+    outer = outer_gradient(
+        {"z": start}, [task], MergeLayer(torch.ones(1)), upper, mode="exact", wrt=("z",)
+    )
+    contraction = torch.linalg.matrix_power(torch.eye(4, dtype=torch.float64) - lr * H, steps)
+    adapted = target + contraction @ (start - target)
+    torch.testing.assert_close(outer.gradient["z"], contraction.mT @ adapted, rtol=1e-12, atol=0)
+
+
+def test_the_second_order_part_matters():
+    """A steep lower level undoes what first_order does: only exact finds the better start.
+
+    ½ h (z − t)² with lr·h = 1.5 overshoots: θ' − t = −½ (θ − t). Moving θ' up needs θ to go down,
+    which first_order, taking dθ'/dθ for 1, never does.
+    """
+    h, lr, target = 15.0, 0.1, 1.0
+    task = FullWeights(
+        lambda p, k: 0.5 * h * (p["z"] - target).square().sum(),
+        ["z"],
+        steps=1,
+        optimizer=SGD(lr=lr),
+    )
+    upper = [UpperTerm("u", lambda p: 0.5 * (p["z"] - 3.0).square().sum(), 1.0)]
+    reached = {}
+    for mode in ("exact", "first_order"):
+        z = torch.tensor([0.0], dtype=torch.float64)
+        for _ in range(20):
+            outer = outer_gradient(
+                {"z": z}, [task], MergeLayer(torch.ones(1)), upper, mode=mode, wrt=("z",)
+            )
+            z = z - 0.5 * outer.gradient["z"]
+        reached[mode] = outer.losses["u"]
+    assert reached["exact"] < 0.1 < reached["first_order"]
+
+
+def test_adam_rule_equals_torch():
+    parameter = torch.nn.Parameter(randn(6, seed=1))
+    reference = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.01)
+    rule = Adam(lr=0.1, weight_decay=0.01)
+    z, state = parameter.detach().clone(), rule.init(parameter.detach())
+    for k in range(4):
+        g = randn(6, seed=20 + k)
+        parameter.grad = g.clone()
+        reference.step()
+        z, state = rule.step(z, g, state, k)
+    torch.testing.assert_close(z, parameter.detach())
+
+
+def test_adam_has_finite_derivatives_where_no_gradient_was_seen():
+    z, g = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64).requires_grad_()
+    rule = Adam(lr=0.1)
+    stepped, _ = rule.step(z, g, rule.init(z), 0)
+    (slope,) = torch.autograd.grad(stepped.sum(), g)
+    assert torch.isfinite(slope).all()
