@@ -1,0 +1,48 @@
+"""Copies that let an adaptation change a pipeline while the caller's stays as it was."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+
+def shared_copy(module: Module) -> Module:
+    """Copy a module's structure around the same weights.
+
+    Adapters can be put into the copy without touching `module`, and the frozen weights exist once.
+    The copy's parameters are new objects on the same storage and want no gradient: replace them,
+    but do not write into them.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = torch.nn.Parameter(parameter.detach(), requires_grad=False)
+    for buffer in module.buffers():
+        memo[id(buffer)] = buffer.detach()
+    return copy.deepcopy(module, memo)
+
+
+def with_modules(pipeline: Any, **modules: Any) -> Any:
+    """The pipeline with some modules replaced and a scheduler of its own; the rest is shared.
+
+    Args:
+        pipeline: a diffusers pipeline, left as it was.
+        modules: replacements by component name, for instance `unet=...`.
+
+    Returns:
+        A pipeline of the same class.
+    """
+    clone = copy.copy(pipeline)
+    clone.register_modules(scheduler=copy.deepcopy(pipeline.scheduler), **modules)
+    return clone
+
+
+def component_name(pipeline: Any, module: torch.nn.Module) -> str:
+    """Under which name a pipeline holds a module, for instance `"unet"`."""
+    for name, component in pipeline.components.items():
+        if component is module:
+            return str(name)
+    raise ValueError(f"{type(pipeline).__name__} does not hold this {type(module).__name__}")

@@ -1,0 +1,208 @@
+"""Attack a model: adapt it to a concept and watch how like the real thing its pictures become."""
+
+# S = evaluated steps, P = prompts, R = seeds, K = references of one prompt
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mima.adaptation.base import Adaptation
+from mima.concepts import Concept
+from mima.errors import MimaError
+from mima.evaluation.metrics import GapCurve
+from mima.evaluation.sampling import Sampler
+from mima.evaluation.similarity import ImageEncoder, similarity
+from mima.pictures import Picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackCurve:
+    """How far one attack got, step by step.
+
+    Attributes:
+        concept: name of the attacked concept.
+        method: name of the adaptation method.
+        encoder: name of the similarity model.
+        steps: adaptation steps at which the model was sampled, ascending.
+        prompts: P prompts.
+        seeds: R sampling seeds.
+        scores: [S, P, R] similarity of each picture to the references of its own prompt.
+        images: the pictures, indexed [step][prompt][seed] likewise.
+        references: K reference pictures for each prompt.
+        losses: training loss of every adaptation step.
+    """
+
+    concept: str
+    method: str
+    encoder: str
+    steps: tuple[int, ...]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    scores: np.ndarray[Any, np.dtype[np.float64]]
+    images: tuple[tuple[tuple[Image.Image, ...], ...], ...]
+    references: tuple[tuple[Image.Image, ...], ...]
+    losses: tuple[float, ...]
+
+    @property
+    def similarity(self) -> tuple[float, ...]:
+        """Mean similarity at each of `steps`, over prompts and seeds."""
+        return tuple(self.scores.mean(axis=(1, 2)).tolist())
+
+    @property
+    def by_seed(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Similarity [S, R]: mean over prompts, for confidence intervals over seeds."""
+        return np.asarray(self.scores.mean(axis=1))
+
+
+def attack(
+    pipeline: Any,
+    concept: Concept,
+    adaptation: Adaptation,
+    *,
+    encoder: ImageEncoder,
+    steps: Sequence[int] = (25, 50, 100),
+    seeds: Sequence[int] = (0, 1, 2),
+    sampler: Sampler | None = None,
+    references: Sequence[Picture] | None = None,
+    max_prompts: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> AttackCurve:
+    """Adapt a pipeline to a concept and measure its pictures at some steps on the way.
+
+    Each picture is compared with the references of the same prompt, and scores the mean of their
+    similarities. Two pipelines attacked with the same arguments see the same batches, noise and
+    seeds.
+
+    Args:
+        pipeline: the model under attack; it stays as it is.
+        concept: what is learned, from `concept.images`.
+        adaptation: method, settings and the seed of the training; its `steps` are not used.
+        encoder: similarity model.
+        steps: when to sample, ascending; 0 is before any training.
+        seeds: sampling seeds.
+        sampler: how to sample; default `Sampler()`.
+        references: what to compare with, `concept.held_out` by default. They must not be
+            pictures that were trained on if learning is to be told from memorising.
+        max_prompts: sample at most this many prompts, spread evenly over those of the references.
+        progress: called with work done and all work, in steps and pictures.
+
+    Raises:
+        MimaError: the concept has no references.
+        ValueError: steps do not ascend, or an empty list.
+    """
+    steps = tuple(steps)
+    seeds = tuple(seeds)
+    if not steps or not seeds or list(steps) != sorted(set(steps)) or steps[0] < 0:
+        raise ValueError(
+            f"attack: steps must ascend from 0 and seeds be given, got {steps} and {seeds}"
+        )
+    if max_prompts is not None and max_prompts < 1:
+        raise ValueError(f"attack: max_prompts must be at least 1, got {max_prompts}")
+    pictures = _by_prompt(concept.held_out if references is None else references, max_prompts)
+    if not pictures:
+        raise MimaError(
+            f"concept {concept.name!r} has no held_out pictures to compare with; "
+            "add some, or pass references"
+        )
+    prompts = tuple(pictures)
+    reference_images = tuple(
+        tuple(picture.load() for picture in group) for group in pictures.values()
+    )
+    references_KD = [encoder.embed(group) for group in reference_images]
+    sampler = sampler or Sampler()
+
+    run = adaptation.start(pipeline, concept)
+    total = steps[-1] + len(steps) * len(prompts) * len(seeds)
+    done = 0
+
+    def advance(amount: int) -> None:
+        nonlocal done
+        done += amount
+        if progress is not None:
+            progress(done, total)
+
+    scores, images = [], []
+    for _ in run.until(*steps, on_step=lambda _: advance(1)):
+        drawn = 0
+
+        def on_pictures(count: int, _: int) -> None:
+            nonlocal drawn
+            advance(count - drawn)
+            drawn = count
+
+        rows = sampler(run.pipeline, prompts, seeds, progress=on_pictures)
+        images.append(tuple(map(tuple, rows)))
+        scores.append(score(rows, references_KD, encoder))
+    return AttackCurve(
+        concept=concept.name,
+        method=adaptation.method,
+        encoder=encoder.name,
+        steps=steps,
+        prompts=prompts,
+        seeds=seeds,
+        scores=np.stack(scores),
+        images=tuple(images),
+        references=reference_images,
+        losses=tuple(run.losses),
+    )
+
+
+def score(
+    rows: Sequence[Sequence[Image.Image]],
+    references_KD: Sequence[torch.Tensor],
+    encoder: ImageEncoder,
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Similarity of each picture to its row's references.
+
+    Args:
+        rows: P rows of R pictures.
+        references_KD: P sets of normalised features, any number K in each.
+        encoder: what made the features.
+
+    Returns:
+        [P, R] mean similarity over the K references.
+    """
+    features_BD = encoder.embed([image for row in rows for image in row])
+    split = features_BD.split([len(row) for row in rows])
+    return np.stack(
+        [
+            similarity(features, references).double().mean(dim=1).numpy()
+            for features, references in zip(split, references_KD, strict=True)
+        ]
+    )
+
+
+def compare(original: AttackCurve, immunized: AttackCurve) -> GapCurve:
+    """The same attack on two models, as SGR along the adaptation.
+
+    Raises:
+        ValueError: the attacks differ in concept, method, encoder, steps, prompts or seeds.
+    """
+    for name in ("concept", "method", "encoder", "steps", "prompts", "seeds"):
+        first, second = getattr(original, name), getattr(immunized, name)
+        if first != second:
+            raise ValueError(f"compare: the attacks differ in {name}: {first!r} and {second!r}")
+    return GapCurve(
+        concept=original.concept,
+        steps=original.steps,
+        original=original.similarity,
+        immunized=immunized.similarity,
+    )
+
+
+def _by_prompt(pictures: Sequence[Picture], limit: int | None) -> dict[str, list[Picture]]:
+    """Pictures by prompt in order of appearance, thinned evenly to `limit` prompts."""
+    groups: dict[str, list[Picture]] = {}
+    for picture in pictures:
+        groups.setdefault(picture.prompt, []).append(picture)
+    if limit is None or limit >= len(groups):
+        return groups
+    prompts = list(groups)
+    chosen = [prompts[index * len(prompts) // limit] for index in range(limit)]
+    return {prompt: groups[prompt] for prompt in chosen}

@@ -1,0 +1,284 @@
+"""Image similarity: encoders that turn pictures into vectors whose closeness means likeness."""
+
+# B = images, A = other images, D = features
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from mima.errors import MimaError
+
+CLIP_DEFAULT = "openai/clip-vit-base-patch32"
+DINO_DEFAULT = "facebook/dino-vits16"
+
+
+@runtime_checkable
+class ImageEncoder(Protocol):
+    """What measures need of an image encoder."""
+
+    name: str
+
+    def embed(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Normalised float32 features [B, D] on the CPU, one row per image."""
+
+
+@runtime_checkable
+class TextImageEncoder(ImageEncoder, Protocol):
+    """An image encoder that also embeds texts into the same space, as CLIP does."""
+
+    def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
+        """Normalised float32 features [B, D] on the CPU, one row per text."""
+
+
+def similarity(a_AD: torch.Tensor, b_BD: torch.Tensor) -> torch.Tensor:
+    """Cosine similarities [A, B] of two sets of normalised features."""
+    return a_AD @ b_BD.mT
+
+
+class Preprocessor:
+    """Resize, crop, rescale and normalise as a `preprocessor_config.json` says.
+
+    Written out here with Pillow because transformers' own processors resize differently between
+    versions and with torchvision installed, and measured similarities should not.
+
+    Args:
+        settings: the parsed configuration of a CLIP, ViT or BiT image processor.
+
+    Raises:
+        MimaError: a setting that is not understood.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.shorter_side: int | None = None
+        self.exact: tuple[int, int] | None = None
+        self.crop: tuple[int, int] | None = None
+        if settings.get("do_resize", True):
+            size = settings.get("size", 224)
+            if isinstance(size, int):
+                if settings.get("do_center_crop"):
+                    self.shorter_side = size
+                else:
+                    self.exact = (size, size)
+            elif "shortest_edge" in size and "longest_edge" not in size:
+                self.shorter_side = int(size["shortest_edge"])
+            elif "height" in size and "width" in size:
+                self.exact = (int(size["width"]), int(size["height"]))
+            else:
+                raise MimaError(f"encoder: preprocessor size {size} is not understood")
+        if settings.get("do_center_crop"):
+            crop = settings.get("crop_size", 224)
+            self.crop = (
+                (crop, crop) if isinstance(crop, int) else (int(crop["width"]), int(crop["height"]))
+            )
+        self.resample = Image.Resampling(settings.get("resample", Image.Resampling.BICUBIC))
+        scale = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
+        mean, std = [0.0] * 3, [1.0] * 3
+        if settings.get("do_normalize", True):
+            if "image_mean" not in settings or "image_std" not in settings:
+                raise MimaError("encoder: the preprocessor has no image_mean or no image_std")
+            mean, std = settings["image_mean"], settings["image_std"]
+        # (scale·x − mean) / std as one multiplication and one addition
+        self.gain = torch.tensor([scale / s for s in std]).view(3, 1, 1)
+        self.bias = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(3, 1, 1)
+
+    def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Pixel values [B, 3, height, width] float32."""
+        return torch.stack([self._one(image) for image in images])
+
+    def _one(self, image: Image.Image) -> torch.Tensor:
+        image = image.convert("RGB")
+        if self.exact is not None:
+            image = image.resize(self.exact, self.resample)
+        elif self.shorter_side is not None:
+            width, height = image.size
+            scale = self.shorter_side / min(width, height)
+            # the longer side is truncated, as transformers does
+            size = (int(width * scale), int(height * scale))
+            image = image.resize(
+                (max(size[0], self.shorter_side), max(size[1], self.shorter_side)), self.resample
+            )
+        if self.crop is not None:
+            left, top = (
+                (side - crop) // 2 for side, crop in zip(image.size, self.crop, strict=True)
+            )
+            image = image.crop((left, top, left + self.crop[0], top + self.crop[1]))
+        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)
+        return pixels * self.gain + self.bias
+
+
+class _TransformersEncoder:
+    """Shared by the encoders below: loading, batching, normalisation."""
+
+    def __init__(
+        self,
+        model: Any,
+        preprocess: Preprocessor,
+        *,
+        name: str,
+        device: str | torch.device,
+        batch_size: int,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"encoder: batch_size must be at least 1, got {batch_size}")
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.preprocess = preprocess
+        self.name = name
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+
+    @torch.inference_mode()
+    def embed(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Normalised float32 features [B, D] on the CPU, one row per image."""
+        if not images:
+            raise ValueError(f"{self.name}: images is empty")
+        rows = []
+        for start in range(0, len(images), self.batch_size):
+            pixels = self.preprocess(images[start : start + self.batch_size]).to(self.device)
+            rows.append(F.normalize(self._features(pixels).float(), dim=-1).cpu())
+        return torch.cat(rows)
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class ClipEncoder(_TransformersEncoder):
+    """CLIP through transformers: `get_image_features` and `get_text_features`, normalised.
+
+    Args:
+        model: hub id or folder of a CLIPModel with tokenizer and preprocessor.
+        device: where it runs.
+        batch_size: images per forward pass.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = CLIP_DEFAULT,
+        *,
+        device: str | torch.device = "cpu",
+        batch_size: int = 64,
+    ) -> None:
+        source = str(model)
+        clip, settings = _open(source, CLIPModel, {})
+        super().__init__(
+            clip, Preprocessor(settings), name=source, device=device, batch_size=batch_size
+        )
+        self.tokenizer = AutoTokenizer.from_pretrained(source)
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return _pooled(self.model.get_image_features(pixel_values=pixels))
+
+    @torch.inference_mode()
+    def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
+        """Normalised float32 features [B, D] on the CPU, one row per text; long texts are cut."""
+        if not texts:
+            raise ValueError(f"{self.name}: texts is empty")
+        rows = []
+        longest = self.model.config.text_config.max_position_embeddings
+        for start in range(0, len(texts), self.batch_size):
+            tokens = self.tokenizer(
+                list(texts[start : start + self.batch_size]),
+                padding=True,
+                truncation=True,
+                max_length=longest,
+                return_tensors="pt",
+            ).to(self.device)
+            features = _pooled(
+                self.model.get_text_features(
+                    input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+                )
+            )
+            rows.append(F.normalize(features.float(), dim=-1).cpu())
+        return torch.cat(rows)
+
+
+class DinoEncoder(_TransformersEncoder):
+    """DINO or DINOv2 through transformers: the last layer's class token, normalised.
+
+    Args:
+        model: hub id or folder of a ViTModel or Dinov2Model with its preprocessor.
+        device: where it runs.
+        batch_size: images per forward pass.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = DINO_DEFAULT,
+        *,
+        device: str | torch.device = "cpu",
+        batch_size: int = 64,
+    ) -> None:
+        source = str(model)
+        # a ViTModel's pooling layer is random in DINO checkpoints and not used
+        pooling = {"add_pooling_layer": False} if _model_type(source) == "vit" else {}
+        dino, settings = _open(source, AutoModel, pooling)
+        super().__init__(
+            dino, Preprocessor(settings), name=source, device=device, batch_size=batch_size
+        )
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.model(pixel_values=pixels).last_hidden_state
+        return hidden[:, 0]
+
+
+def load_encoder(
+    model: str | Path = "embedded", *, device: str | torch.device = "cpu", batch_size: int = 64
+) -> ClipEncoder | DinoEncoder:
+    """Open an image encoder by name.
+
+    Args:
+        model: `"embedded"` (the small CLIP-kind encoder that mima ships), `"clip"`, `"dino"`, a hub
+            id, or a folder; CLIP, ViT and DINOv2 models are recognised by their configuration.
+        device: where it runs.
+        batch_size: images per forward pass.
+
+    Raises:
+        MimaError: nothing there, or a model of another kind.
+    """
+    if model == "embedded":
+        from mima.embedded import assets
+
+        folder = assets() / "encoder"
+        if not (folder / "config.json").is_file():
+            raise MimaError(f"the embedded encoder is missing from this installation ({folder})")
+        model = folder
+    source = {"clip": CLIP_DEFAULT, "dino": DINO_DEFAULT}.get(str(model), str(model))
+    kind = _model_type(source)
+    if kind == "clip":
+        return ClipEncoder(source, device=device, batch_size=batch_size)
+    if kind in ("vit", "dinov2"):
+        return DinoEncoder(source, device=device, batch_size=batch_size)
+    raise MimaError(f"encoder: {source} is a {kind} model; clip, vit and dinov2 are supported")
+
+
+def _model_type(source: str) -> str:
+    try:
+        return str(AutoConfig.from_pretrained(source).model_type)
+    except (OSError, ValueError) as error:
+        raise MimaError(f"encoder: cannot open {source!r}: {error}") from error
+
+
+def _open(source: str, kind: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model, in float32, and the settings of its image processor."""
+    try:
+        model = kind.from_pretrained(source, dtype=torch.float32, **keywords)
+        settings, _ = BaseImageProcessor.get_image_processor_dict(source)
+    except OSError as error:
+        raise MimaError(f"encoder: cannot open {source!r}: {error}") from error
+    return model, settings
+
+
+def _pooled(features: Any) -> torch.Tensor:
+    # transformers 4 returns the projected features, 5 an output object that holds them
+    if isinstance(features, torch.Tensor):
+        return features
+    pooled: torch.Tensor = features.pooler_output
+    return pooled
