@@ -577,19 +577,17 @@ def _locate(name: str, base: Path) -> Path:
 
 
 def _parse(path: Path) -> object:
+    if path.suffix.lower() not in (".json", ".yaml", ".yml"):
+        raise MimaError(f"{path}: concepts are described in .yaml or .json files, or by folders")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix.lower() == ".json":
-            return json.loads(text)
-        if path.suffix.lower() in (".yaml", ".yml"):
-            return yaml.safe_load(text)
+        return json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
     except UnicodeDecodeError as error:
         raise MimaError(f"{path} is not UTF-8 text") from error
     except json.JSONDecodeError as error:
         raise MimaError(f"{path} is not valid JSON: {error}") from error
     except yaml.YAMLError as error:
         raise MimaError(f"{path} is not valid YAML: {error}") from error
-    raise MimaError(f"{path}: concepts are described in .yaml or .json files, or by folders")
 
 
 def _check_keys(where: str, given: Mapping[str, object], known: tuple[str, ...]) -> None:

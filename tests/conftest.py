@@ -1,0 +1,63 @@
+"""What every test runs under: seeds, strict backends, poisoned memory, no network, few threads."""
+
+from __future__ import annotations
+
+import os
+import random
+
+# before torch, transformers and huggingface_hub are imported: they read these once
+os.environ["MIMA_STRICT"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+# what deterministic algorithms need on CUDA
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# two torch processes that spin on the same cores slow each other several times over
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+# a busy machine is no failure, and the same examples everywhere make one reproducible
+settings.register_profile("mima", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("mima")
+
+SEED = 20_251
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Start every test from the same random state, whatever ran before it."""
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Make `torch.empty` return NaN, so that reading what nobody wrote shows."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _devices() -> list[str]:
+    """The devices to test on: MIMA_TEST_DEVICES=cpu,cuda, default the CPU."""
+    return os.environ.get("MIMA_TEST_DEVICES", "cpu").split(",")
+
+
+@pytest.fixture(params=_devices())
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """A device under test; skips, with the reason, one that this machine lacks."""
+    chosen = torch.device(request.param)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    return chosen
