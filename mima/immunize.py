@@ -11,7 +11,7 @@ s.t.  θ'[n] = argmin_{θ ∈ S_l} L(x_l[n], c[n]; θ)  for all n
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 
 from mima.adaptation.copies import component_name, with_modules
 from mima.bilevel.outer import OuterGradient
-from mima.concepts import Concept, ConceptSource, load_concepts
+from mima.concepts import Concept, load_concepts
 from mima.config import ImmunizeConfig
 from mima.erasure import erase
 from mima.errors import MimaError
@@ -75,7 +75,7 @@ class ImmunizeResult:
 
 def immunize(
     model: Any,
-    concepts: ConceptSource | Iterable[ConceptSource],
+    concepts: Sequence[Concept] | object,
     config: ImmunizeConfig | None = None,
     *,
     output: str | Path | None = None,

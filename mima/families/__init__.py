@@ -61,10 +61,10 @@ def load_pipeline(
     else:
         pipeline = _open(str(model), dtype, revision, variant)
     family_of(pipeline)
-    pipeline.to(device=device, dtype=dtype)
+    pipeline.to(device)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
-            component.requires_grad_(False).eval()
+            component.to(dtype).requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
