@@ -25,7 +25,7 @@ from mima.config import ImmunizeConfig
 from mima.erasure import erase
 from mima.errors import MimaError
 from mima.families import Family, family_of, load_pipeline
-from mima.problem import ConceptData, Problem, encode_concepts, merge_layer
+from mima.problem import ConceptData, Problem, encode_concepts, merge_layer, ordinary_captions
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ def immunize(
 
     data = encode_concepts(family, concepts, config)
     if config.erase_first:
-        erase(pipeline, concepts)
+        pipeline = erase(pipeline, concepts, preserve=ordinary_captions(config.captions))
+        family = family_of(pipeline)
     if config.method == "none":
         history = []
     elif config.method == "compose":
