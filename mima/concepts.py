@@ -33,6 +33,7 @@ from mima.pictures import (
 
 __all__ = [
     "Concept",
+    "ConceptSource",
     "Kind",
     "Picture",
     "PictureError",
@@ -218,8 +219,15 @@ class Concept:
         return _from_description({**description, **overrides}, str(folder))
 
 
+# what load_concepts reads one or more concepts from
+ConceptSource = str | Path | Concept | Mapping[str, object]
+
+
 def load_concepts(
-    source: object, *, base: str | Path | None = None, group: str | None = None
+    source: ConceptSource | Iterable[ConceptSource],
+    *,
+    base: str | Path | None = None,
+    group: str | None = None,
 ) -> list[Concept]:
     """Read concepts from wherever they are described.
 

@@ -137,7 +137,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _scale_to_8_bit(image)
-    if image.mode in ("P", "PA", "La", "LA", "RGBa") or "transparency" in image.info:
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.mode in ("P", "PA", "LA", "RGBa") or "transparency" in image.info:
         # a palette of opaque colours costs nothing to take the same way
         image = image.convert("RGBA")
     image = _to_srgb(image)
