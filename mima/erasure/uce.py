@@ -1,0 +1,265 @@
+"""Erase concepts by a closed-form edit of the weights that read text.
+
+After Unified Concept Editing (UCE, Gandikota et al., WACV 2024, arXiv 2308.14761). For a weight W0
+[o, D] that reads text embeddings, rows x_e of prompts that name the concept, values v_e that they
+should get instead, and rows x_p of prompts to preserve:
+
+    min_W  s_e · mean_e ‖W x_e − v_e‖² + s_p · mean_p ‖(W − W0) x_p‖² + r ‖W − W0‖²_F
+
+With G = s_e · mean_e x_e x_eᵀ + s_p · mean_p x_p x_pᵀ + r I, which no weight is part of:
+
+    W = W0 + s_e · mean_e (v_e − W0 x_e) (G⁻¹ x_e)ᵀ
+
+so G is factored once, in float64, for all keys and values of the model.
+"""
+
+# E = rows to edit, N = rows to preserve, S = tokens, D = text embedding, o = outputs of one weight
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from mima.adaptation.copies import component_name, with_modules
+from mima.concepts import Concept
+from mima.errors import MimaError
+from mima.families import Family, family_of
+
+logger = logging.getLogger(__name__)
+
+Technique = Literal["replace", "tensor"]
+ENCODING_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What a prompt should mean from now on.
+
+    Attributes:
+        source: a prompt that names what is to be erased.
+        target: the prompt that it should be read as.
+    """
+
+    source: str
+    target: str
+
+
+def erase(
+    pipeline: Any,
+    concepts: Sequence[Concept | Sequence[Edit]],
+    *,
+    preserve: Sequence[str | Concept] = (),
+    target: str = "",
+    technique: Technique = "replace",
+    erase_scale: float = 1.0,
+    preserve_scale: float = 1.0,
+    ridge: float = 1e-3,
+) -> Any:
+    """Erase concepts from a model, all at once, and keep the rest.
+
+    A concept's name (`Concept.name`; hyphens and underscores read as spaces) is looked for in its
+    own prompts and in the captions of `preserve`. Wherever it stands it is replaced by `target`,
+    and the prompt is made to mean what is left: "a cat emoji in mono style" becomes "a emoji in
+    mono style" for the concept cat. All other captions keep their meaning. Without a `target`, a
+    preposition that would be left hanging goes with the name: for the concept mono style, "a cat
+    emoji in mono style" becomes "a cat emoji".
+
+    Args:
+        pipeline: a diffusers pipeline, which stays as it is.
+        concepts: what to erase; a list of `Edit`s instead of a concept says exactly how.
+        preserve: ordinary captions, or concepts whose prompts are to keep their meaning. The
+            more they cover, the less the rest of the model changes.
+        target: words that take the place of a concept's name; nothing by default.
+        technique: `"replace"` moves a value to the target's, `"tensor"` moreover removes from it
+            what points in the old value's direction.
+        erase_scale: weight of the edited prompts.
+        preserve_scale: weight of the preserved prompts.
+        ridge: weight of staying near the old weights, relative to the mean diagonal of G; it also
+            makes the solution unique where the prompts leave it open.
+
+    Returns:
+        A pipeline of the same class with a denoiser of its own, no weight of which is shared with
+        the input. Text encoder and VAE are not changed and are shared.
+
+    Raises:
+        MimaError: a concept whose name is in none of its prompts, or an unsupported model.
+        ValueError: no concepts, or a setting out of its range.
+
+    Example:
+        >>> erased = erase(pipeline, [cat], preserve=["a photo of a dog", "a red house"])
+    """
+    for name, value, lowest in (
+        ("erase_scale", erase_scale, 0.0),
+        ("preserve_scale", preserve_scale, 0.0),
+        ("ridge", ridge, 0.0),
+    ):
+        if not value > lowest and not (name == "preserve_scale" and value == 0):
+            raise ValueError(f"erase: {name} must be above {lowest}, got {value}")
+    if technique not in ("replace", "tensor"):
+        raise ValueError(f"erase: technique must be replace or tensor, got {technique!r}")
+    if not concepts:
+        raise ValueError("erase: concepts is empty")
+    captions = _captions(preserve)
+    groups, kept = [], set(captions)
+    for concept in concepts:
+        if isinstance(concept, Concept):
+            group = edits_of(concept, captions, target)
+        else:
+            group = list(concept)
+        if not group:
+            raise ValueError("erase: a list of edits is empty")
+        groups.append(group)
+        kept -= {edit.source for edit in group}
+    preserved = [caption for caption in captions if caption in kept]
+    logger.info(
+        "erasing %d concepts: %d prompts edited, %d preserved",
+        len(groups),
+        sum(map(len, groups)),
+        len(preserved),
+    )
+
+    denoiser = copy.deepcopy(family_of(pipeline).denoiser)
+    name = component_name(pipeline, family_of(pipeline).denoiser)
+    erased = with_modules(pipeline, **{name: denoiser})
+    family = family_of(erased)
+
+    pairs = [_rows(family, group) for group in groups]
+    # every concept weighs the same, however many prompts name it
+    weights = torch.cat([torch.full((len(x),), 1 / len(x)) for x, _ in pairs])
+    source_ED = torch.cat([x for x, _ in pairs])
+    target_ED = torch.cat([t for _, t in pairs])
+    weighted_ED = source_ED * (erase_scale * weights.to(source_ED)).unsqueeze(1)
+    gram_DD = weighted_ED.mT @ source_ED
+    if preserved and preserve_scale > 0:
+        kept_ND = _embed(family, preserved).flatten(0, 1)
+        gram_DD += kept_ND.mT @ kept_ND * (preserve_scale / len(kept_ND))
+    gram_DD.diagonal().add_(ridge * gram_DD.diagonal().mean())
+    # G⁻¹ x_e, weighted, for every edited row
+    solved_DE = torch.cholesky_solve(weighted_ED.mT, torch.linalg.cholesky(gram_DD))
+
+    with torch.no_grad():
+        for projection in family.text_projections():
+            weight = denoiser.get_parameter(projection)
+            old_oD = weight.to(source_ED)
+            old_Eo = source_ED @ old_oD.mT
+            new_Eo = target_ED @ old_oD.mT
+            if technique == "tensor":
+                direction_Eo = torch.nn.functional.normalize(old_Eo, dim=-1)
+                # where the prompt already means its target there is nothing to remove
+                changed_E1 = (source_ED != target_ED).any(dim=-1, keepdim=True)
+                along_E1 = (new_Eo * direction_Eo).sum(dim=-1, keepdim=True)
+                new_Eo = new_Eo - along_E1 * direction_Eo * changed_E1
+            delta_oD = (new_Eo - old_Eo).mT @ solved_DE.mT
+            weight.copy_(old_oD + delta_oD)
+    return erased
+
+
+def edits_of(concept: Concept, captions: Sequence[str] = (), target: str = "") -> list[Edit]:
+    """One edit for each prompt that names a concept, its name replaced by `target`.
+
+    Args:
+        concept: its name is looked for in its prompts as whole words, in any case.
+        captions: further prompts that may name it.
+        target: words that take the place of the name.
+
+    Raises:
+        MimaError: none of the concept's own prompts names it.
+    """
+    words = re.split(r"[\s_-]+", concept.name.strip())
+    name = re.compile(r"(?<!\w)" + r"[\s_-]+".join(map(re.escape, words)) + r"(?!\w)", re.I)
+    hanging = re.compile(
+        rf"(?:\s*,)?\s*\b(?:in|by|of|with)(?:\s+the)?\s+{name.pattern}\s*(?=,|$)", re.I
+    )
+    own = dict.fromkeys(
+        [concept.prompt, *(picture.prompt for picture in (*concept.images, *concept.held_out))]
+    )
+    if not any(name.search(prompt) for prompt in own):
+        raise MimaError(
+            f"concept {concept.name!r}: none of its prompts contains its name (one is "
+            f"{concept.prompt!r}), so there is nothing to replace; pass a list of Edits instead"
+        )
+    edits = []
+    for prompt in dict.fromkeys([*own, *captions]):
+        if name.search(prompt):
+            replaced = prompt if target else hanging.sub("", prompt)
+            replaced = name.sub(lambda _: target, replaced)
+            edits.append(Edit(prompt, " ".join(replaced.split())))
+    return edits
+
+
+def _captions(preserve: Sequence[str | Concept]) -> list[str]:
+    prompts: list[str] = []
+    for item in preserve:
+        if isinstance(item, Concept):
+            prompts.append(item.prompt)
+            prompts += [picture.prompt for picture in (*item.images, *item.held_out)]
+        else:
+            prompts.append(item)
+    return list(dict.fromkeys(prompts))
+
+
+def _embed(family: Family, prompts: Sequence[str]) -> torch.Tensor:
+    """What the text projections read, [prompts, S, D] in float64, padding included.
+
+    Padding is kept because Stable Diffusion's cross-attention reads it.
+    """
+    batches = []
+    for start in range(0, len(prompts), ENCODING_BATCH):
+        conditioning = family.encode_prompts(prompts[start : start + ENCODING_BATCH])
+        if "encoder_hidden_states" not in conditioning:
+            raise MimaError(
+                f"erase: {type(family).__name__} models are not supported, only models whose "
+                "text projections read one sequence of text embeddings"
+            )
+        batches.append(conditioning["encoder_hidden_states"].double())
+    return torch.cat(batches)
+
+
+def _rows(family: Family, edits: Sequence[Edit]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings of all tokens of the sources [E, D], and of the tokens they should become."""
+    source_BSD = _embed(family, [edit.source for edit in edits])
+    target_BSD = _embed(family, [edit.target for edit in edits])
+    tokenizer, length = family.pipeline.tokenizer, source_BSD.shape[1]
+    aligned = []
+    for edit, target_SD in zip(edits, target_BSD, strict=True):
+        ids = [
+            tokenizer(text, truncation=True, max_length=length).input_ids
+            for text in (edit.source, edit.target)
+        ]
+        aligned.append(target_SD[align(ids[0], ids[1], length).to(target_SD.device)])
+    return source_BSD.flatten(0, 1), torch.cat(aligned)
+
+
+def align(source: Sequence[int], target: Sequence[int], length: int) -> torch.Tensor:
+    """For each token of a source prompt, the place of its counterpart in the target prompt.
+
+    Tokens that both prompts begin with, and those that both end with, are each other's
+    counterparts. What the source has in between becomes the last token of what the target has in
+    between, or, if that is nothing, the token after it. Padding continues the common end.
+
+    Args:
+        source: token ids with start and end token, no padding.
+        target: likewise.
+        length: number of positions, padding included.
+
+    Returns:
+        [length] positions in the target.
+    """
+    shorter = min(len(source), len(target))
+    start = 0
+    while start < shorter and source[start] == target[start]:
+        start += 1
+    end = 0
+    while end < shorter - start and source[-1 - end] == target[-1 - end]:
+        end += 1
+    source_end, target_end = len(source) - end, len(target) - end
+    places = torch.arange(length)
+    places[start:source_end] = max(start, target_end - 1)
+    places[source_end:] += target_end - source_end
+    return places.clamp(0, length - 1)
