@@ -29,9 +29,7 @@ SOURCES = {
     "_native": sorted(ROOT.glob("csrc/cpu/*.cpp")),
     "_native_cuda": [ROOT / "csrc/cuda/bindings.cpp", *sorted(ROOT.glob("csrc/cuda/*.cu"))],
 }
-VERSION = re.search(
-    r'"(.+)"', (ROOT / "mima/_version.py").read_text(encoding="utf-8").split("=")[1]
-)[1]
+VERSION = re.findall(r'__version__ = "(.+)"', (ROOT / "mima/_version.py").read_text("utf-8"))[0]
 
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -pthread"
 # -O1 for the bindings: pybind11's templates take most of the build, and nothing in them is hot
@@ -153,13 +151,15 @@ def compile_module(name: str, build_dir: Path, compilers: dict[str, list[str]]) 
     defines = f'-I{shlex.quote(str(ROOT / "csrc"))} -DMIMA_VERSION=\\"{VERSION}\\"'
     lines = [
         "ninja_required_version = 1.5",
+        f"builddir = {ninja_path(build_dir / name)}",
         f"flags = {flags} {defines}",
         "rule cxx",
         f"  command = {cxx} -MMD -MF $out.d $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule bindings",
-        f"  command = {cxx} -MMD -MF $out.d $flags {BINDINGS_FLAGS} {python_includes()} -c $in -o $out",
+        f"  command = {cxx} -MMD -MF $out.d $flags {BINDINGS_FLAGS} {python_includes()}"
+        " -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
     ]
@@ -172,7 +172,8 @@ def compile_module(name: str, build_dir: Path, compilers: dict[str, list[str]]) 
         ccbin = f" -ccbin {shlex.quote(compilers['cxx'][0])}" if os.environ.get("CXX") else ""
         lines += [
             "rule cuda",
-            f"  command = {nvcc} -MMD -MF $out.d {NVCC_FLAGS}{ccbin} {gencode} {defines} -c $in -o $out",
+            f"  command = {nvcc} -MMD -MF $out.d {NVCC_FLAGS}{ccbin} {gencode} {defines}"
+            " -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
@@ -240,6 +241,7 @@ class BuildNative(build_ext):
     """Builds what can be built, and writes down what could not and why."""
 
     def run(self) -> None:
+        """Build both modules into build_lib and, for an editable install, beside the sources."""
         build_dir = Path(self.build_temp).resolve()
         package = Path(self.build_lib, "mima")
         package.mkdir(parents=True, exist_ok=True)
@@ -260,11 +262,13 @@ class BuildNative(build_ext):
                 shutil.copy2(package / name, ROOT / "mima" / name)
 
     def get_output_mapping(self) -> dict[str, str]:
+        """What an editable install put beside the sources."""
         if not self.inplace:
             return {}
         return {str(Path(self.build_lib, "mima", name)): f"mima/{name}" for name in self.produced}
 
     def get_outputs(self) -> list[str]:
+        """What was put into build_lib."""
         return [str(Path(self.build_lib, "mima", name)) for name in self.produced]
 
 

@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "cpu/kernels.h"
+
 namespace mima {
 
 const char* name(CpuLevel level) {
@@ -44,6 +46,19 @@ CpuLevel cpu_level() {
   }
   throw std::invalid_argument("MIMA_CPU_LEVEL must be generic, avx2 or avx512, got " +
                               std::string(wanted));
+}
+
+const Kernels& active_kernels() {
+  switch (cpu_level()) {
+#if defined(__x86_64__)
+    case CpuLevel::kAvx512:
+      return kAvx512Kernels;
+    case CpuLevel::kAvx2:
+      return kAvx2Kernels;
+#endif
+    default:
+      return kGenericKernels;
+  }
 }
 
 }  // namespace mima

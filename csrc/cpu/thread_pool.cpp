@@ -58,8 +58,8 @@ class Pool {
  private:
   void work(int thread, uint64_t seen) {
     for (;;) {
-      for (int spin = 0;
-           spin < kSpins && generation_.load(std::memory_order_acquire) == seen; ++spin)
+      for (int spin = 0; spin < kSpins && generation_.load(std::memory_order_acquire) == seen;
+           ++spin)
         pause_briefly();
       void (*body)(void*, int);
       void* context;
@@ -81,7 +81,7 @@ class Pool {
     }
   }
 
-  std::mutex turn_;  // held for the length of a job
+  std::mutex turn_;   // held for the length of a job
   std::mutex mutex_;  // guards what follows
   std::condition_variable wake_, done_;
   std::atomic<uint64_t> generation_{0};

@@ -1,0 +1,121 @@
+// What the operators share: aligned memory, padding, and splitting of rows into blocks and slabs.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/thread_pool.h"
+
+namespace mima {
+
+// Uninitialised memory, aligned to a cache line.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) {
+    if (size <= 0) return;
+    const size_t bytes = (static_cast<size_t>(size) * sizeof(T) + 63) / 64 * 64;
+    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// Columns padded to whole vectors.
+template <class T>
+int64_t padded(const Kernels& kernels, int64_t cols) {
+  const int64_t lanes = kernels.vector_bytes / static_cast<int64_t>(sizeof(T));
+  return ceil_div(cols, lanes) * lanes;
+}
+
+// A leading dimension for packed operands: whole cache lines, and no multiple of 1 KiB, whose rows
+// would fall into few sets of the first-level cache and evict each other.
+template <class T>
+int64_t leading_dimension(int64_t cols) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+  const int64_t ld = ceil_div(std::max<int64_t>(cols, 1), line) * line;
+  return ld * static_cast<int64_t>(sizeof(T)) % 1024 == 0 ? ld + line : ld;
+}
+
+// Rows that pass through the kernels together: 16 where a block of them, in the accumulator type,
+// takes at most 64 KiB, so that the few blocks in use stay in the second-level cache.
+template <class T>
+int64_t block_rows(int64_t cols) {
+  const int64_t fitting =
+      (64 << 10) / (std::max<int64_t>(cols, 1) * static_cast<int64_t>(sizeof(T)));
+  return std::clamp<int64_t>(fitting / 4 * 4, 4, 16);
+}
+
+// Prefix sums: offsets[i] = sizes[0] + ... + sizes[i - 1].
+inline std::vector<int64_t> offsets_of(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> offsets(sizes.size() + 1, 0);
+  for (size_t i = 0; i < sizes.size(); ++i) offsets[i + 1] = offsets[i] + sizes[i];
+  return offsets;
+}
+
+// Threads worth waking for this much work, in elementary operations: below some 20 microseconds per
+// thread the wake-up costs more than it saves.
+inline int useful_threads(int threads, double operations) {
+  const double useful = operations / 200e3 + 1;
+  return useful < threads ? static_cast<int>(useful) : threads;
+}
+
+// Sums over rows are split into at most this many slabs, whatever the number of threads, and the
+// slabs are added in order: the result does not depend on how many threads there are.
+constexpr int64_t kMaxSlabs = 32;
+
+// Adds `count` slabs of rows x ld elements, `stride` apart, into the first.
+template <class T>
+void sum_slabs(T* slabs, int64_t count, int64_t stride, int64_t ld, int64_t rows, int64_t cols,
+               int threads) {
+  parallel_for(rows, useful_threads(threads, double(rows) * cols * count), [&](int64_t i, int) {
+    T* total = slabs + i * ld;
+    for (int64_t j = 0; j < cols; ++j) {
+      double sum = total[j];
+      for (int64_t slab = 1; slab < count; ++slab) sum += total[slab * stride + j];
+      total[j] = static_cast<T>(sum);
+    }
+  });
+}
+
+// out[rows, cols] = the sum of the slabs, which it overwrites.
+template <class T>
+void store_slab_sum(const Kernels& kernels, DType dtype, T* slabs, int64_t count, int64_t stride,
+                    int64_t ld, int64_t rows, int64_t cols, const Matrix& out, int threads) {
+  sum_slabs(slabs, count, stride, ld, rows, cols, threads);
+  kernels.storage[static_cast<int>(dtype)].store(slabs, ld, rows, cols, out.data, out.ld);
+}
+
+// out[cols, rows], contiguous, = the transpose of that sum.
+template <class T>
+void store_slab_sum_transposed(const Kernels& kernels, DType dtype, T* slabs, int64_t count,
+                               int64_t stride, int64_t ld, int64_t rows, int64_t cols,
+                               const Matrix& out, int threads) {
+  sum_slabs(slabs, count, stride, ld, rows, cols, threads);
+  const Buffer<T> transposed(padded<T>(kernels, rows * cols));
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j) transposed.get()[j * rows + i] = slabs[i * ld + j];
+  kernels.storage[static_cast<int>(dtype)].store(transposed.get(), 0, 1, rows * cols, out.data, 0);
+}
+
+// Sets a matrix to zero.
+inline void store_zeros(DType dtype, int64_t rows, int64_t cols, const Matrix& out) {
+  for (int64_t i = 0; i < rows; ++i)
+    std::memset(out.row(i, dtype), 0, static_cast<size_t>(cols) * item_size(dtype));
+}
+
+}  // namespace mima

@@ -1,0 +1,74 @@
+// The vectorised building blocks, compiled once for each instruction set. The operators
+// (weighted_merge.cpp and so on) are written in terms of these and know no instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace mima {
+
+// Blocks of accumulator type T (float, or double for float64). Leading dimensions are in elements;
+// `n` and, in gemm_nt, `k` are multiples of lanes<T>(): operands are padded with zeros.
+template <class T>
+struct BlockKernels {
+  // c[m, n] = a[m, k] b[n, k]^T, n here arbitrary
+  void (*gemm_nt)(const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t m,
+                  int64_t n, int64_t k);
+  // c[m, n] = (accumulate ? c : 0) + a b[k, n], where a[i, j] = a[i * stride_am + j * stride_ak]
+  void (*gemm_nn)(const T* a, int64_t stride_am, int64_t stride_ak, const T* b, int64_t ldb, T* c,
+                  int64_t ldc, int64_t m, int64_t n, int64_t k, bool accumulate);
+};
+
+// What depends on the stored type. `Acc` of the comments is its accumulator type.
+struct StorageKernels {
+  // dst[rows, padded cols] = src[rows, cols], zeros beyond
+  void (*load)(const void* src, int64_t ld_src, int64_t rows, int64_t cols, void* dst,
+               int64_t ld_dst);
+  // dst = src - base
+  void (*load_difference)(const void* src, int64_t ld_src, const void* base, int64_t ld_base,
+                          int64_t rows, int64_t cols, void* dst, int64_t ld_dst);
+  // dst[rows, cols] = src, rounded to the stored type
+  void (*store)(const void* src, int64_t ld_src, int64_t rows, int64_t cols, void* dst,
+                int64_t ld_dst);
+  // dst += src, in the accumulator type, rounded once
+  void (*add)(const void* src, int64_t ld_src, int64_t rows, int64_t cols, void* dst,
+              int64_t ld_dst);
+  // out = base + sum_n w_n (theta_n - base)
+  void (*merge)(void* out, const void* base, const void* const* thetas, const double* weights,
+                int64_t num_concepts, int64_t size);
+  // d_theta_n = w_n d_out; d_base = (1 - sum_n w_n) d_out; d_weights[n] = <d_out, theta_n - base>.
+  // Null where not needed.
+  void (*merge_backward)(const void* d_out, const void* base, const void* const* thetas,
+                         const double* weights, int64_t num_concepts, int64_t size, void* d_base,
+                         void* const* d_thetas, double* d_weights);
+};
+
+struct Kernels {
+  int vector_bytes;
+  BlockKernels<float> block_f32;
+  BlockKernels<double> block_f64;
+  StorageKernels storage[4];  // by DType
+};
+
+template <class T>
+const BlockKernels<T>& block_kernels(const Kernels& kernels);
+template <>
+inline const BlockKernels<float>& block_kernels(const Kernels& kernels) {
+  return kernels.block_f32;
+}
+template <>
+inline const BlockKernels<double>& block_kernels(const Kernels& kernels) {
+  return kernels.block_f64;
+}
+
+// The kernels of cpu_level().
+const Kernels& active_kernels();
+
+extern const Kernels kGenericKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+}  // namespace mima

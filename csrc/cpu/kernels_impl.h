@@ -1,0 +1,272 @@
+// The bodies behind kernels.h. Included by kernels_<level>.cpp after simd.h; see there for why
+// everything is in an anonymous namespace.
+
+namespace mima {
+namespace {
+
+// Rows of a that one tile keeps in registers: 4 x 4 accumulators, and operands, fill 32 registers
+// well; 16 registers hold 2 x 4.
+constexpr int kTileRows = MIMA_VECTOR_REGISTERS >= 32 ? 4 : 2;
+constexpr int kTileCols = 4;
+
+// c[ROWS, COLS] = a[ROWS, k] b[COLS, k]^T: one accumulator vector per element, along k.
+template <class T, int ROWS, int COLS>
+MIMA_INLINE void nt_tile(const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
+                         int64_t k) {
+  using Vec = typename Traits<T>::Vec;
+  Vec total[ROWS][COLS] = {};
+  for (int64_t p = 0; p < k; p += kLanes<T>) {
+    Vec a_p[ROWS];
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) a_p[i] = load(a + i * lda + p);
+#pragma GCC unroll 4
+    for (int j = 0; j < COLS; ++j) {
+      const Vec b_p = load(b + j * ldb + p);
+#pragma GCC unroll 4
+      for (int i = 0; i < ROWS; ++i) total[i][j] += a_p[i] * b_p;
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < COLS; ++j) c[i * ldc + j] = sum<T>(total[i][j]);
+}
+
+template <class T, int COLS>
+void nt_columns(const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t m,
+                int64_t k) {
+  int64_t i = 0;
+  for (; i + kTileRows <= m; i += kTileRows)
+    nt_tile<T, kTileRows, COLS>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, k);
+  for (; i < m; ++i) nt_tile<T, 1, COLS>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, k);
+}
+
+template <class T>
+void gemm_nt(const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t m,
+             int64_t n, int64_t k) {
+  // columns outside: kTileCols rows of b stay in the first-level cache while a passes
+  int64_t j = 0;
+  for (; j + kTileCols <= n; j += kTileCols)
+    nt_columns<T, kTileCols>(a, lda, b + j * ldb, ldb, c + j, ldc, m, k);
+  switch (n - j) {
+    case 3:
+      return nt_columns<T, 3>(a, lda, b + j * ldb, ldb, c + j, ldc, m, k);
+    case 2:
+      return nt_columns<T, 2>(a, lda, b + j * ldb, ldb, c + j, ldc, m, k);
+    case 1:
+      return nt_columns<T, 1>(a, lda, b + j * ldb, ldb, c + j, ldc, m, k);
+  }
+}
+
+// c[ROWS, VECS lanes] (+)= a b: elements of a broadcast against rows of b.
+template <class T, int ROWS, int VECS>
+MIMA_INLINE void nn_tile(const T* a, int64_t stride_am, int64_t stride_ak, const T* b, int64_t ldb,
+                         T* c, int64_t ldc, int64_t k, bool accumulate) {
+  using Vec = typename Traits<T>::Vec;
+  Vec total[ROWS][VECS] = {};
+  if (accumulate) {
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; ++v) total[i][v] = load(c + i * ldc + v * kLanes<T>);
+  }
+  for (int64_t p = 0; p < k; ++p) {
+    Vec b_p[VECS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v) b_p[v] = load(b + p * ldb + v * kLanes<T>);
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) {
+      const Vec a_ip = Vec{} + a[i * stride_am + p * stride_ak];
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; ++v) total[i][v] += a_ip * b_p[v];
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v) store(c + i * ldc + v * kLanes<T>, total[i][v]);
+}
+
+template <class T, int VECS>
+void nn_columns(const T* a, int64_t stride_am, int64_t stride_ak, const T* b, int64_t ldb, T* c,
+                int64_t ldc, int64_t m, int64_t k, bool accumulate) {
+  int64_t i = 0;
+  for (; i + kTileRows <= m; i += kTileRows)
+    nn_tile<T, kTileRows, VECS>(a + i * stride_am, stride_am, stride_ak, b, ldb, c + i * ldc, ldc,
+                                k, accumulate);
+  for (; i < m; ++i)
+    nn_tile<T, 1, VECS>(a + i * stride_am, stride_am, stride_ak, b, ldb, c + i * ldc, ldc, k,
+                        accumulate);
+}
+
+template <class T>
+void gemm_nn(const T* a, int64_t stride_am, int64_t stride_ak, const T* b, int64_t ldb, T* c,
+             int64_t ldc, int64_t m, int64_t n, int64_t k, bool accumulate) {
+  int64_t j = 0;
+  for (; j + kTileCols * kLanes<T> <= n; j += kTileCols * kLanes<T>)
+    nn_columns<T, kTileCols>(a, stride_am, stride_ak, b + j, ldb, c + j, ldc, m, k, accumulate);
+  for (; j < n; j += kLanes<T>)
+    nn_columns<T, 1>(a, stride_am, stride_ak, b + j, ldb, c + j, ldc, m, k, accumulate);
+}
+
+template <class T>
+void load_rows(const void* src, int64_t ld_src, int64_t rows, int64_t cols, void* dst,
+               int64_t ld_dst) {
+  using Acc = typename Traits<T>::Acc;
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* from = static_cast<const T*>(src) + i * ld_src;
+    Acc* to = static_cast<Acc*>(dst) + i * ld_dst;
+    int64_t j = 0;
+    for (; j + kLanes<T> <= cols; j += kLanes<T>) store(to + j, load(from + j));
+    if (j < cols) store(to + j, load_part(from + j, cols - j));
+  }
+}
+
+template <class T>
+void load_difference_rows(const void* src, int64_t ld_src, const void* base, int64_t ld_base,
+                          int64_t rows, int64_t cols, void* dst, int64_t ld_dst) {
+  using Acc = typename Traits<T>::Acc;
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* from = static_cast<const T*>(src) + i * ld_src;
+    const T* less = static_cast<const T*>(base) + i * ld_base;
+    Acc* to = static_cast<Acc*>(dst) + i * ld_dst;
+    int64_t j = 0;
+    for (; j + kLanes<T> <= cols; j += kLanes<T>) store(to + j, load(from + j) - load(less + j));
+    if (j < cols) store(to + j, load_part(from + j, cols - j) - load_part(less + j, cols - j));
+  }
+}
+
+template <class T>
+void store_rows(const void* src, int64_t ld_src, int64_t rows, int64_t cols, void* dst,
+                int64_t ld_dst) {
+  using Acc = typename Traits<T>::Acc;
+  for (int64_t i = 0; i < rows; ++i) {
+    const Acc* from = static_cast<const Acc*>(src) + i * ld_src;
+    T* to = static_cast<T*>(dst) + i * ld_dst;
+    int64_t j = 0;
+    for (; j + kLanes<T> <= cols; j += kLanes<T>) store(to + j, load(from + j));
+    if (j < cols) store_part(to + j, load(from + j), cols - j);
+  }
+}
+
+template <class T>
+void add_rows(const void* src, int64_t ld_src, int64_t rows, int64_t cols, void* dst,
+              int64_t ld_dst) {
+  using Acc = typename Traits<T>::Acc;
+  for (int64_t i = 0; i < rows; ++i) {
+    const Acc* from = static_cast<const Acc*>(src) + i * ld_src;
+    T* to = static_cast<T*>(dst) + i * ld_dst;
+    int64_t j = 0;
+    for (; j + kLanes<T> <= cols; j += kLanes<T>) store(to + j, load(to + j) + load(from + j));
+    if (j < cols) store_part(to + j, load_part(to + j, cols - j) + load(from + j), cols - j);
+  }
+}
+
+// Four vectors at a time keep enough loads in flight to reach the memory's bandwidth.
+constexpr int kUnroll = 4;
+
+template <class T>
+void merge(void* out, const void* base, const void* const* thetas, const double* weights,
+           int64_t num_concepts, int64_t size) {
+  using Vec = typename Traits<T>::Vec;
+  using Acc = typename Traits<T>::Acc;
+  const T* from = static_cast<const T*>(base);
+  T* to = static_cast<T*>(out);
+  int64_t i = 0;
+  for (; i + kUnroll * kLanes<T> <= size; i += kUnroll * kLanes<T>) {
+    Vec b[kUnroll], total[kUnroll];
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) {
+      b[u] = load(from + i + u * kLanes<T>);
+      total[u] = Vec{};
+    }
+    for (int64_t n = 0; n < num_concepts; ++n) {
+      const T* theta = static_cast<const T*>(thetas[n]) + i;
+      const Vec w = Vec{} + static_cast<Acc>(weights[n]);
+#pragma GCC unroll 4
+      for (int u = 0; u < kUnroll; ++u) total[u] += w * (load(theta + u * kLanes<T>) - b[u]);
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) store(to + i + u * kLanes<T>, b[u] + total[u]);
+  }
+  for (; i < size; i += kLanes<T>) {
+    const int64_t count = size - i < kLanes<T> ? size - i : kLanes<T>;
+    const Vec b = load_part(from + i, count);
+    Vec total = {};
+    for (int64_t n = 0; n < num_concepts; ++n)
+      total += static_cast<Acc>(weights[n]) *
+               (load_part(static_cast<const T*>(thetas[n]) + i, count) - b);
+    store_part(to + i, b + total, count);
+  }
+}
+
+template <class T>
+void merge_backward(const void* d_out, const void* base, const void* const* thetas,
+                    const double* weights, int64_t num_concepts, int64_t size, void* d_base,
+                    void* const* d_thetas, double* d_weights) {
+  using Vec = typename Traits<T>::Vec;
+  using Acc = typename Traits<T>::Acc;
+  const T* upstream = static_cast<const T*>(d_out);
+  const T* from = static_cast<const T*>(base);
+  double rest = 1;
+  for (int64_t n = 0; n < num_concepts; ++n) rest -= weights[n];
+  const Acc base_weight = static_cast<Acc>(rest);
+  // one concept at a time over pieces that stay in the first-level cache
+  constexpr int64_t kPiece = 2048;
+  for (int64_t start = 0; start < size; start += kPiece) {
+    const int64_t end = start + kPiece < size ? start + kPiece : size;
+    if (d_base != nullptr) {
+      T* to = static_cast<T*>(d_base);
+      int64_t i = start;
+      for (; i + kLanes<T> <= end; i += kLanes<T>) store(to + i, base_weight * load(upstream + i));
+      if (i < end) store_part(to + i, base_weight * load_part(upstream + i, end - i), end - i);
+    }
+    for (int64_t n = 0; n < num_concepts; ++n) {
+      const Acc w = static_cast<Acc>(weights[n]);
+      const T* theta = static_cast<const T*>(thetas[n]);
+      T* to = d_thetas == nullptr ? nullptr : static_cast<T*>(d_thetas[n]);
+      Vec total[kUnroll] = {};
+      int64_t i = start;
+      if (d_weights == nullptr) {
+        if (to == nullptr) continue;
+        for (; i + kLanes<T> <= end; i += kLanes<T>) store(to + i, w * load(upstream + i));
+        if (i < end) store_part(to + i, w * load_part(upstream + i, end - i), end - i);
+        continue;
+      }
+      for (; i + kUnroll * kLanes<T> <= end; i += kUnroll * kLanes<T>) {
+#pragma GCC unroll 4
+        for (int u = 0; u < kUnroll; ++u) {
+          const int64_t at = i + u * kLanes<T>;
+          const Vec g = load(upstream + at);
+          total[u] += g * (load(theta + at) - load(from + at));
+          if (to != nullptr) store(to + at, w * g);
+        }
+      }
+      for (; i < end; i += kLanes<T>) {
+        const int64_t count = end - i < kLanes<T> ? end - i : kLanes<T>;
+        const Vec g = load_part(upstream + i, count);
+        total[0] += g * (load_part(theta + i, count) - load_part(from + i, count));
+        if (to != nullptr) store_part(to + i, w * g, count);
+      }
+      // pieces are summed in double: a model has 10^9 terms
+      d_weights[n] += static_cast<double>(sum<Acc>((total[0] + total[1]) + (total[2] + total[3])));
+    }
+  }
+}
+
+template <class T>
+constexpr BlockKernels<T> kBlock = {gemm_nt<T>, gemm_nn<T>};
+
+template <class T>
+constexpr StorageKernels kStorage = {
+    load_rows<T>, load_difference_rows<T>, store_rows<T>, add_rows<T>, merge<T>, merge_backward<T>};
+
+}  // namespace
+
+extern const Kernels MIMA_KERNELS = {
+    MIMA_VECTOR_BYTES,
+    kBlock<float>,
+    kBlock<double>,
+    {kStorage<float>, kStorage<double>, kStorage<BFloat16>, kStorage<Float16>}};
+
+}  // namespace mima

@@ -1,0 +1,17 @@
+// The operators on the CPU. Arguments are checked by the caller; see params.h for the formulas.
+#pragma once
+
+#include "params.h"
+
+namespace mima::cpu {
+
+void weighted_merge_forward(const WeightedMergeParams& params);
+void weighted_merge_backward(WeightedMergeParams& params);
+void projected_merge_forward(const ProjectedMergeParams& params);
+void projected_merge_backward(const ProjectedMergeParams& params);
+void batched_lora_forward(const BatchedLoraParams& params);
+void batched_lora_backward(BatchedLoraParams& params);
+void merge_lora_forward(const MergeLoraParams& params);
+void merge_lora_backward(MergeLoraParams& params);
+
+}  // namespace mima::cpu

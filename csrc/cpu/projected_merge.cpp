@@ -1,0 +1,187 @@
+// projected_merge: blocks of rows. Each block of W0 and of every W_n is read from memory once; its
+// coefficients A_n = (W_n - W0) C_n^T and its result stay in the caches beside the packed C and M.
+#include "cpu/blocks.h"
+#include "cpu/ops.h"
+
+namespace mima::cpu {
+namespace {
+
+template <class T>
+struct Layout {
+  const ProjectedMergeParams& params;
+  const Kernels& kernels;
+  const StorageKernels& storage;
+  const BlockKernels<T>& block;
+  int64_t num_layers, num_concepts;
+  std::vector<int64_t> first_token;  // [N + 1]
+  std::vector<int64_t> first_block;  // [L + 1]
+  int64_t S, lds, ld, cols, rows_per_block;
+  Buffer<T> C, M;  // [S, ld], zero-padded
+
+  explicit Layout(const ProjectedMergeParams& p)
+      : params(p),
+        kernels(active_kernels()),
+        storage(kernels.storage[static_cast<int>(p.dtype)]),
+        block(block_kernels<T>(kernels)),
+        num_layers(static_cast<int64_t>(p.rows.size())),
+        num_concepts(static_cast<int64_t>(p.tokens.size())),
+        first_token(offsets_of(p.tokens)),
+        S(first_token.back()),
+        lds(leading_dimension<T>(S)),
+        ld(leading_dimension<T>(p.d)),
+        cols(padded<T>(kernels, p.d)),
+        rows_per_block(block_rows<T>(p.d)),
+        C(S * ld),
+        M(S * ld) {
+    std::vector<int64_t> blocks(p.rows.size());
+    for (size_t l = 0; l < blocks.size(); ++l) blocks[l] = ceil_div(p.rows[l], rows_per_block);
+    first_block = offsets_of(blocks);
+    for (int64_t n = 0; n < num_concepts; ++n) {
+      storage.load(p.C[n].data, p.C[n].ld, p.tokens[n], p.d, C.get() + first_token[n] * ld, ld);
+      storage.load(p.M[n].data, p.M[n].ld, p.tokens[n], p.d, M.get() + first_token[n] * ld, ld);
+    }
+  }
+
+  struct Rows {
+    int64_t layer, start, count;
+  };
+  Rows rows_of(int64_t item) const {
+    const int64_t layer =
+        std::upper_bound(first_block.begin(), first_block.end(), item) - first_block.begin() - 1;
+    const int64_t start = (item - first_block[layer]) * rows_per_block;
+    return {layer, start, std::min(rows_per_block, params.rows[layer] - start)};
+  }
+  int64_t blocks() const { return first_block.back(); }
+  int threads() const {
+    return useful_threads(params.threads, double(blocks()) * rows_per_block * params.d *
+                                              static_cast<double>(S + num_concepts + 1));
+  }
+
+  // dst = rows of W_n - W0
+  void load_difference(const Rows& rows, int64_t n, T* dst) const {
+    const Matrix& W0 = params.W0[rows.layer];
+    const Matrix& W = params.W[n * num_layers + rows.layer];
+    storage.load_difference(W.row(rows.start, params.dtype), W.ld, W0.row(rows.start, params.dtype),
+                            W0.ld, rows.count, params.d, dst, ld);
+  }
+  void load(const Matrix& src, const Rows& rows, T* dst) const {
+    storage.load(src.row(rows.start, params.dtype), src.ld, rows.count, params.d, dst, ld);
+  }
+  void store(const T* src, const Rows& rows, const Matrix& dst) const {
+    storage.store(src, ld, rows.count, params.d, dst.row(rows.start, params.dtype), dst.ld);
+  }
+};
+
+template <class T>
+void forward(const ProjectedMergeParams& params) {
+  const Layout<T> layout(params);
+  const int threads = layout.threads();
+  const int64_t rows_ld = layout.rows_per_block * layout.ld;
+  const int64_t per_thread = 2 * rows_ld + layout.rows_per_block * layout.lds;
+  const Buffer<T> scratch(threads * per_thread);
+  parallel_for(layout.blocks(), threads, [&](int64_t item, int thread) {
+    T* difference = scratch.get() + thread * per_thread;
+    T* result = difference + rows_ld;
+    T* coefficients = result + rows_ld;  // [rows, S]
+    const auto rows = layout.rows_of(item);
+    layout.load(params.W0[rows.layer], rows, result);
+    for (int64_t n = 0; n < layout.num_concepts; ++n) {
+      layout.load_difference(rows, n, difference);
+      layout.block.gemm_nt(difference, layout.ld,
+                           layout.C.get() + layout.first_token[n] * layout.ld, layout.ld,
+                           coefficients + layout.first_token[n], layout.lds, rows.count,
+                           params.tokens[n], layout.cols);
+    }
+    layout.block.gemm_nn(coefficients, layout.lds, 1, layout.M.get(), layout.ld, result, layout.ld,
+                         rows.count, layout.cols, layout.S, true);
+    layout.store(result, rows, params.out[rows.layer]);
+  });
+}
+
+template <class T>
+void backward(const ProjectedMergeParams& params) {
+  const Layout<T> layout(params);
+  const bool need_W0 = !params.d_W0.empty(), need_W = !params.d_W.empty();
+  const bool need_C = !params.d_C.empty(), need_M = !params.d_M.empty();
+  const bool need_sums = need_C || need_M;
+  const int threads = layout.threads();
+  const int64_t ld = layout.ld, lds = layout.lds, S = layout.S;
+  const int64_t rows_ld = layout.rows_per_block * ld;
+  const int64_t per_thread = 3 * rows_ld + 2 * layout.rows_per_block * lds;
+  const Buffer<T> scratch(threads * per_thread);
+  // d_C and d_M are sums over all rows of all layers
+  const int64_t num_slabs = need_sums ? std::min(layout.blocks(), kMaxSlabs) : layout.blocks();
+  const int64_t slab_size = S * ld;
+  const Buffer<T> d_C(need_C ? num_slabs * slab_size : 0);
+  const Buffer<T> d_M(need_M ? num_slabs * slab_size : 0);
+
+  parallel_for(num_slabs, threads, [&](int64_t slab, int thread) {
+    T* upstream = scratch.get() + thread * per_thread;
+    T* gradient = upstream + rows_ld;
+    T* difference = gradient + rows_ld;
+    T* d_coefficients = difference + rows_ld;  // [rows, S], d_out M^T
+    T* coefficients = d_coefficients + layout.rows_per_block * lds;
+    const int64_t begin = layout.blocks() * slab / num_slabs;
+    const int64_t end = layout.blocks() * (slab + 1) / num_slabs;
+    for (int64_t item = begin; item < end; ++item) {
+      const auto rows = layout.rows_of(item);
+      const bool accumulate = item > begin;
+      layout.load(params.d_out[rows.layer], rows, upstream);
+      layout.block.gemm_nt(upstream, ld, layout.M.get(), ld, d_coefficients, lds, rows.count, S,
+                           layout.cols);
+      for (int64_t n = 0; n < layout.num_concepts; ++n) {
+        const int64_t first = layout.first_token[n];
+        if (need_W) {
+          layout.block.gemm_nn(d_coefficients + first, lds, 1, layout.C.get() + first * ld, ld,
+                               gradient, ld, rows.count, layout.cols, params.tokens[n], false);
+          layout.store(gradient, rows, params.d_W[n * layout.num_layers + rows.layer]);
+        }
+        if (!need_sums) continue;
+        layout.load_difference(rows, n, difference);
+        if (need_C)
+          layout.block.gemm_nn(d_coefficients + first, 1, lds, difference, ld,
+                               d_C.get() + slab * slab_size + first * ld, ld, params.tokens[n],
+                               layout.cols, rows.count, accumulate);
+        if (need_M)
+          layout.block.gemm_nt(difference, ld, layout.C.get() + first * ld, ld,
+                               coefficients + first, lds, rows.count, params.tokens[n],
+                               layout.cols);
+      }
+      if (need_M)
+        layout.block.gemm_nn(coefficients, 1, lds, upstream, ld, d_M.get() + slab * slab_size, ld,
+                             S, layout.cols, rows.count, accumulate);
+      if (need_W0) {
+        for (int64_t i = 0; i < rows.count; ++i)
+          for (int64_t j = 0; j < S; ++j) coefficients[i * lds + j] = -d_coefficients[i * lds + j];
+        layout.block.gemm_nn(coefficients, lds, 1, layout.C.get(), ld, upstream, ld, rows.count,
+                             layout.cols, S, true);
+        layout.store(upstream, rows, params.d_W0[rows.layer]);
+      }
+    }
+  });
+
+  const auto store_sums = [&](const Buffer<T>& slabs, const std::vector<Matrix>& out) {
+    for (int64_t n = 0; n < static_cast<int64_t>(out.size()); ++n) {
+      if (num_slabs == 0)
+        store_zeros(params.dtype, params.tokens[n], params.d, out[n]);
+      else
+        store_slab_sum(layout.kernels, params.dtype, slabs.get() + layout.first_token[n] * ld,
+                       num_slabs, slab_size, ld, params.tokens[n], params.d, out[n],
+                       params.threads);
+    }
+  };
+  store_sums(d_C, params.d_C);
+  store_sums(d_M, params.d_M);
+}
+
+}  // namespace
+
+void projected_merge_forward(const ProjectedMergeParams& params) {
+  params.dtype == DType::kFloat64 ? forward<double>(params) : forward<float>(params);
+}
+
+void projected_merge_backward(const ProjectedMergeParams& params) {
+  params.dtype == DType::kFloat64 ? backward<double>(params) : backward<float>(params);
+}
+
+}  // namespace mima::cpu

@@ -1,0 +1,167 @@
+// Vectors of MIMA_VECTOR_BYTES bytes in the compiler's own vector extensions, so that one source
+// serves SSE2, NEON, AVX2 and AVX-512; intrinsics only where no portable expression compiles to the
+// one instruction. Included by kernels_<level>.cpp, after it has set the target: everything here is
+// in an anonymous namespace, because a function that the linker merged across levels would run
+// instructions that the processor may not have. For the same reason nothing here calls into std::.
+
+namespace mima {
+namespace {
+
+#define MIMA_INLINE __attribute__((always_inline)) inline
+
+typedef float VecF __attribute__((vector_size(MIMA_VECTOR_BYTES)));
+typedef double VecD __attribute__((vector_size(MIMA_VECTOR_BYTES)));
+typedef uint32_t VecU __attribute__((vector_size(MIMA_VECTOR_BYTES)));
+typedef int32_t VecI __attribute__((vector_size(MIMA_VECTOR_BYTES)));
+typedef uint16_t VecH __attribute__((vector_size(MIMA_VECTOR_BYTES / 2)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// Acc: the type that T is computed in. Vec: a vector of it.
+template <class T>
+struct Traits;
+template <>
+struct Traits<float> {
+  using Acc = float;
+  using Vec = VecF;
+};
+template <>
+struct Traits<double> {
+  using Acc = double;
+  using Vec = VecD;
+};
+template <>
+struct Traits<BFloat16> : Traits<float> {};
+template <>
+struct Traits<Float16> : Traits<float> {};
+
+template <class T>
+constexpr int64_t kLanes = MIMA_VECTOR_BYTES / sizeof(typename Traits<T>::Acc);
+
+// Unaligned access: memcpy of a whole vector is one instruction.
+template <class V, class T>
+MIMA_INLINE V read(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V, class T>
+MIMA_INLINE void write(T* p, const V& v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+template <class To, class From>
+MIMA_INLINE To bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "reinterprets bits");
+  return read<To>(&from);
+}
+
+MIMA_INLINE VecF widen(VecH h, BFloat16) {
+  return bits<VecF>(__builtin_convertvector(h, VecU) << 16);
+}
+
+MIMA_INLINE VecH narrow(VecF f, BFloat16) {
+  const VecU u = bits<VecU>(f);
+  // to nearest, ties to even
+  const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const VecU quiet_nan = (u >> 16) | 0x40u;
+  const VecI is_number = f == f;
+  return __builtin_convertvector(is_number ? rounded : quiet_nan, VecH);
+}
+
+#if MIMA_VECTOR_BYTES == 64
+MIMA_INLINE VecF widen(VecH h, Float16) {
+  return bits<VecF>(_mm512_cvtph_ps(bits<__m256i>(h)));
+}
+MIMA_INLINE VecH narrow(VecF f, Float16) {
+  return bits<VecH>(_mm512_cvtps_ph(bits<__m512>(f), _MM_FROUND_TO_NEAREST_INT));
+}
+#elif MIMA_VECTOR_BYTES == 32
+MIMA_INLINE VecF widen(VecH h, Float16) {
+  return bits<VecF>(_mm256_cvtph_ps(bits<__m128i>(h)));
+}
+MIMA_INLINE VecH narrow(VecF f, Float16) {
+  return bits<VecH>(_mm256_cvtps_ph(bits<__m256>(f), _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+MIMA_INLINE VecF widen(VecH h, Float16) {
+  const VecU u = __builtin_convertvector(h, VecU);
+  const VecU magnitude = (u & 0x7fffu) << 13;
+  // 2^112 moves the exponent from bias 15 to 127, subnormals included
+  const VecF scaled = bits<VecF>(magnitude) * 0x1p112f;
+  const VecI is_special = bits<VecI>(magnitude) >= 0x7c00 << 13;
+  const VecU number = is_special ? (magnitude | 0x7f800000u) : bits<VecU>(scaled);
+  return bits<VecF>(number | ((u & 0x8000u) << 16));
+}
+MIMA_INLINE VecH narrow(VecF f, Float16) {
+  const VecU u = bits<VecU>(f);
+  const VecU sign = (u >> 16) & 0x8000u;
+  const VecU magnitude = u & 0x7fffffffu;
+  const VecI order = bits<VecI>(magnitude);
+  // adding 0.5 leaves a subnormal result, correctly rounded, in the low bits of the sum
+  const VecF half = bits<VecF>(VecU{} + (126u << 23));
+  const VecU subnormal = bits<VecU>(bits<VecF>(magnitude) + half) - (126u << 23);
+  const VecU normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const VecU infinite_or_nan = order > 0x7f800000 ? VecU{} + 0x7e00u : VecU{} + 0x7c00u;
+  VecU result = order < (113 << 23) ? subnormal : normal;
+  result = order >= (143 << 23) ? infinite_or_nan : result;
+  return __builtin_convertvector(result | sign, VecH);
+}
+#endif
+
+MIMA_INLINE VecF load(const float* p) {
+  return read<VecF>(p);
+}
+MIMA_INLINE VecD load(const double* p) {
+  return read<VecD>(p);
+}
+template <class T>
+MIMA_INLINE VecF load(const T* p) {
+  return widen(read<VecH>(p), T{});
+}
+
+MIMA_INLINE void store(float* p, VecF v) {
+  write(p, v);
+}
+MIMA_INLINE void store(double* p, VecD v) {
+  write(p, v);
+}
+template <class T>
+MIMA_INLINE void store(T* p, VecF v) {
+  write(p, narrow(v, T{}));
+}
+
+// The first `count` elements, zeros beyond.
+template <class T>
+MIMA_INLINE typename Traits<T>::Vec load_part(const T* p, int64_t count) {
+  T buffer[kLanes<T>] = {};
+  for (int64_t i = 0; i < count; ++i) buffer[i] = p[i];
+  return load(static_cast<const T*>(buffer));
+}
+
+template <class T>
+MIMA_INLINE void store_part(T* p, typename Traits<T>::Vec v, int64_t count) {
+  T buffer[kLanes<T>];
+  store(static_cast<T*>(buffer), v);
+  for (int64_t i = 0; i < count; ++i) p[i] = buffer[i];
+}
+
+// The sum of all lanes, in halves: fewer steps and less rounding than one lane after the other.
+template <class T>
+MIMA_INLINE T sum(typename Traits<T>::Vec v) {
+  T lanes[kLanes<T>];
+  write(lanes, v);
+#pragma GCC unroll 8
+  for (int64_t half = kLanes<T> / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+}  // namespace
+}  // namespace mima

@@ -1,0 +1,98 @@
+// What the Python side passes: dtype codes, raw tensors, and one Params struct per operator.
+// Shared by the CPU and the CUDA code. Letters: N concepts, P tensors, L layers, o x d one weight,
+// s_n tokens of concept n, S = sum of s_n, r_n rank of adapter n, b batch, t tokens.
+// Every matrix has unit stride along its last dimension; `ld` is the stride of the one before.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace mima {
+
+enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+inline size_t item_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+struct Matrix {
+  void* data;
+  int64_t ld;
+
+  void* row(int64_t index, DType dtype) const {
+    return static_cast<char*>(data) + index * ld * static_cast<int64_t>(item_size(dtype));
+  }
+};
+
+// out = base + sum_n w_n (theta_n - base)
+struct WeightedMergeParams {
+  DType dtype;
+  int threads;
+  std::vector<int64_t> sizes;     // [P] elements
+  std::vector<void*> base;        // [P]
+  std::vector<void*> thetas;      // [N * P], concept-major
+  std::vector<double> weights;    // [N]
+  std::vector<void*> out;         // [P], forward
+  std::vector<void*> d_out;       // [P], backward
+  std::vector<void*> d_base;      // [P] or empty: not needed
+  std::vector<void*> d_thetas;    // [N * P] or empty
+  std::vector<double> d_weights;  // [N] or empty
+};
+
+// out_l = W0_l + sum_n (W_nl - W0_l) C_n^T M_n
+struct ProjectedMergeParams {
+  DType dtype;
+  int threads;
+  int64_t d;
+  std::vector<int64_t> rows;     // [L] o_l
+  std::vector<int64_t> tokens;   // [N] s_n
+  std::vector<Matrix> W0;        // [L] of [o_l, d]
+  std::vector<Matrix> W;         // [N * L], concept-major
+  std::vector<Matrix> C, M;      // [N] of [s_n, d]
+  std::vector<Matrix> out;       // [L], forward
+  std::vector<Matrix> d_out;     // [L], backward
+  std::vector<Matrix> d_W0;      // [L] or empty: not needed
+  std::vector<Matrix> d_W;       // [N * L] or empty
+  std::vector<Matrix> d_C, d_M;  // [N] or empty
+};
+
+// y_b += s_i (x_b A_i^T) B_i^T with i = index[b]; the base product is the caller's
+struct BatchedLoraParams {
+  DType dtype;
+  int threads;
+  int64_t b, t, d, o;
+  std::vector<int64_t> ranks;  // [N]
+  std::vector<int64_t> index;  // [b], -1: no adapter
+  std::vector<double> scale;   // [N]
+  Matrix x;                    // [b * t, d]
+  std::vector<Matrix> A;       // [N] of [r_n, d]
+  std::vector<Matrix> B;       // [N] of [o, r_n]
+  Matrix y;                    // [b * t, o], updated in place, forward
+  Matrix d_y;                  // [b * t, o], backward
+  Matrix d_x;                  // [b * t, d], updated in place, or null: not needed
+  std::vector<Matrix> d_A;     // [N] or empty
+  std::vector<Matrix> d_B;     // [N] or empty
+  bool need_scale;
+  std::vector<double> d_scale;  // [N], out
+};
+
+// out = W + sum_n w_n s_n B_n A_n
+struct MergeLoraParams {
+  DType dtype;
+  int threads;
+  int64_t o, d;
+  std::vector<int64_t> ranks;          // [N]
+  std::vector<double> scale, weights;  // [N]
+  Matrix W;                            // [o, d]
+  std::vector<Matrix> A;               // [N] of [r_n, d]
+  std::vector<Matrix> B;               // [N] of [o, r_n]
+  Matrix out;                          // [o, d], forward
+  Matrix d_out;                        // [o, d], backward
+  std::vector<Matrix> d_A;             // [N] or empty
+  std::vector<Matrix> d_B;             // [N] or empty
+  bool need_products;
+  std::vector<double> products;  // [N], out: <d_out, B_n A_n>
+};
+
+}  // namespace mima

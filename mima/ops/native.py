@@ -1,0 +1,392 @@
+"""The native backend: passes tensors, as addresses and sizes, to the C++ and CUDA kernels of csrc/.
+
+Raw operators: arguments are validated, outputs freshly allocated, nothing recorded by autograd. On
+the CPU every operator is served in float32, float64, bfloat16 and float16, with as many threads as
+`torch.get_num_threads()` says; results do not depend on how many. On CUDA `weighted_merge` and
+`projected_merge` are served. The extension modules are optional: `unsupported_reasons` says why one
+is not there.
+
+Letters: N concepts, P tensors, L layers, [o, d] one weight, s_n tokens of concept n, r_n rank of
+adapter n, b batch, t tokens. Flat lists are concept-major.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mima._version import __version__
+
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+"""As in csrc/params.h."""
+
+OPS = {
+    "cpu": ("weighted_merge", "projected_merge", "batched_lora", "merge_lora"),
+    "cuda": ("weighted_merge", "projected_merge"),
+}
+MODULES = {"cpu": "_native", "cuda": "_native_cuda"}
+
+
+@cache
+def build_info() -> dict[str, Any]:
+    """What the installation wrote down: which modules were built, with what, or why they were not.
+
+    Empty where mima runs from a tree that was never installed.
+    """
+    path = Path(__file__).parents[1] / "_build_info.json"
+    if not path.exists():
+        return {}
+    info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return info
+
+
+@cache
+def _load(device_type: str) -> tuple[Any, str]:
+    """Return the extension module for a device type, or None and the reason."""
+    name = MODULES[device_type]
+    try:
+        module = importlib.import_module(f"mima.{name}")
+    except ImportError as error:
+        recorded = build_info().get(name.lstrip("_"), {}).get("reason")
+        return None, f"mima.{name} was not built: {recorded}" if recorded else str(error)
+    if module.version != __version__:
+        return None, (
+            f"mima.{name} was built for mima {module.version}, this is {__version__}: "
+            "install mima again"
+        )
+    return module, ""
+
+
+def unsupported_reasons(op: str, *tensors: Tensor) -> list[str]:
+    """Say why the native backend cannot serve `op` for these tensors; empty if it can.
+
+    Args:
+        op: name of a public function of `mima.ops`.
+        tensors: any of its tensors; their devices and dtypes count.
+    """
+    reasons = []
+    for device_type in sorted({x.device.type for x in tensors}):
+        if device_type not in OPS:
+            reasons.append(f"no kernels for device {device_type}, only for {' and '.join(OPS)}")
+            continue
+        if op not in OPS[device_type]:
+            reasons.append(
+                f"no {device_type} kernel for it, only for {', '.join(OPS[device_type])}"
+            )
+        module, missing = _load(device_type)
+        if module is None:
+            reasons.append(missing)
+        elif device_type == "cuda" and not torch.cuda.is_available():
+            reasons.append("no CUDA device")
+    for dtype in sorted({str(x.dtype) for x in tensors if x.dtype not in DTYPE_CODES}):
+        served = ", ".join(str(d) for d in DTYPE_CODES)
+        reasons.append(f"no kernels for {dtype}, only for {served}")
+    return reasons
+
+
+def cpu_level() -> str:
+    """Return the instruction set that the CPU kernels use: generic, avx2 or avx512."""
+    level: str = _module("cpu").cpu_level()
+    return level
+
+
+def _module(device_type: str) -> Any:
+    module, missing = _load(device_type)
+    if module is None:
+        raise RuntimeError(missing)
+    return module
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [x.data_ptr() for x in tensors]
+
+
+def _matrix(x: Tensor) -> tuple[int, int]:
+    """Address and leading dimension of a matrix whose rows are contiguous."""
+    return x.data_ptr(), x.stride(0)
+
+
+def _matrices(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    return [(x.data_ptr(), x.stride(0)) for x in tensors]
+
+
+def _with_rows(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Matrices whose rows are contiguous: views where they are, copies where not."""
+    return [x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in tensors]
+
+
+def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [x.contiguous() for x in tensors]
+
+
+def _empty_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+
+
+def weighted_merge_forward(
+    base: Sequence[Tensor], thetas: Sequence[Tensor], weights: Tensor
+) -> list[Tensor]:
+    """Return base_p + Σ_n w_n (θ_np − base_p) for each p."""
+    out = _empty_like(base)
+    if not base:
+        return out
+    base, thetas = _contiguous(base), _contiguous(thetas)
+    sizes = [x.numel() for x in base]
+    _module("cpu").weighted_merge_forward(
+        DTYPE_CODES[base[0].dtype],
+        torch.get_num_threads(),
+        sizes,
+        _addresses(base),
+        _addresses(thetas),
+        weights.tolist(),
+        _addresses(out),
+    )
+    return out
+
+
+def weighted_merge_backward(
+    d_out: Sequence[Tensor],
+    base: Sequence[Tensor],
+    thetas: Sequence[Tensor],
+    weights: Tensor,
+    need_base: bool,
+    need_thetas: bool,
+    need_weights: bool,
+) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    """Return (1 − Σ w) d_out, w_n d_out and ⟨d_out, θ_n − base⟩, each where needed."""
+    d_base = _empty_like(base) if need_base else []
+    d_thetas = _empty_like(thetas) if need_thetas else []
+    if not base:
+        return d_base, d_thetas, torch.zeros_like(weights) if need_weights else None
+    d_out, base, thetas = _contiguous(d_out), _contiguous(base), _contiguous(thetas)
+    d_weights = _module("cpu").weighted_merge_backward(
+        DTYPE_CODES[base[0].dtype],
+        torch.get_num_threads(),
+        [x.numel() for x in base],
+        _addresses(d_out),
+        _addresses(base),
+        _addresses(thetas),
+        weights.tolist(),
+        _addresses(d_base),
+        _addresses(d_thetas),
+        need_weights,
+    )
+    return d_base, d_thetas, weights.new_tensor(d_weights) if need_weights else None
+
+
+def projected_merge_forward(
+    W0: Sequence[Tensor], W: Sequence[Tensor], C: Sequence[Tensor], M: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return W0_l + Σ_n (W_nl − W0_l) C_nᵀ M_n for each l."""
+    out = _empty_like(W0)
+    if not W0:
+        return out
+    W0, W, C, M = _with_rows(W0), _with_rows(W), _with_rows(C), _with_rows(M)
+    _module("cpu").projected_merge_forward(
+        DTYPE_CODES[W0[0].dtype],
+        torch.get_num_threads(),
+        W0[0].shape[1],
+        [x.shape[0] for x in W0],
+        [x.shape[0] for x in C],
+        _matrices(W0),
+        _matrices(W),
+        _matrices(C),
+        _matrices(M),
+        _matrices(out),
+    )
+    return out
+
+
+def projected_merge_backward(
+    d_out: Sequence[Tensor],
+    W0: Sequence[Tensor],
+    W: Sequence[Tensor],
+    C: Sequence[Tensor],
+    M: Sequence[Tensor],
+    need_W0: bool,
+    need_W: bool,
+    need_C: bool,
+    need_M: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Return the gradients of `projected_merge_forward`, an empty list where not needed."""
+    d_W0 = _empty_like(W0) if need_W0 else []
+    d_W = _empty_like(W) if need_W else []
+    d_C = _empty_like(C) if need_C else []
+    d_M = _empty_like(M) if need_M else []
+    if not W0:
+        return d_W0, d_W, [x.zero_() for x in d_C], [x.zero_() for x in d_M]
+    d_out, W0, W = _with_rows(d_out), _with_rows(W0), _with_rows(W)
+    C, M = _with_rows(C), _with_rows(M)
+    _module("cpu").projected_merge_backward(
+        DTYPE_CODES[W0[0].dtype],
+        torch.get_num_threads(),
+        W0[0].shape[1],
+        [x.shape[0] for x in W0],
+        [x.shape[0] for x in C],
+        _matrices(d_out),
+        _matrices(W0),
+        _matrices(W),
+        _matrices(C),
+        _matrices(M),
+        _matrices(d_W0),
+        _matrices(d_W),
+        _matrices(d_C),
+        _matrices(d_M),
+    )
+    return d_W0, d_W, d_C, d_M
+
+
+def batched_lora_forward(
+    x: Tensor,
+    weight: Tensor,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scale: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """Return x_b Wᵀ + bias + s_i (x_b A_iᵀ) B_iᵀ with i = index[b], [b, t, o].
+
+    The base product is PyTorch's; the kernel adds the low-rank part to it in place.
+    """
+    (b, t, d), o = x.shape, weight.shape[0]
+    x = x.contiguous()
+    y = F.linear(x, weight, bias).contiguous()
+    if y.numel() == 0 or not A:
+        return y
+    A, B = _with_rows(A), _contiguous(B)
+    _module("cpu").batched_lora_forward(
+        DTYPE_CODES[x.dtype],
+        torch.get_num_threads(),
+        (b, t, d, o),
+        [A_n.shape[0] for A_n in A],
+        index.tolist(),
+        scale.tolist(),
+        (x.data_ptr(), d),
+        _matrices(A),
+        _matrices(B),
+        (y.data_ptr(), o),
+    )
+    return y
+
+
+def batched_lora_backward(
+    d_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scale: Tensor,
+    index: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_A: bool,
+    need_B: bool,
+    need_scale: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+    """Return the gradients of x, weight, A, B, scale and bias; None or empty where not needed."""
+    (b, t, d), o = x.shape, weight.shape[0]
+    x, d_y = x.contiguous(), d_y.contiguous()
+    d_x = torch.matmul(d_y, weight).contiguous() if need_x else None
+    d_weight = d_y.view(b * t, o).mT @ x.view(b * t, d) if need_weight else None
+    d_bias = d_y.sum((0, 1)) if need_bias else None
+    d_A = _empty_like(A) if need_A else []
+    d_B = _empty_like(B) if need_B else []
+    d_scale = None
+    if A and (need_x or need_A or need_B or need_scale):
+        A, B = _with_rows(A), _contiguous(B)
+        sums = _module("cpu").batched_lora_backward(
+            DTYPE_CODES[x.dtype],
+            torch.get_num_threads(),
+            (b, t, d, o),
+            [A_n.shape[0] for A_n in A],
+            index.tolist(),
+            scale.tolist(),
+            (d_y.data_ptr(), o),
+            (x.data_ptr(), d),
+            _matrices(A),
+            _matrices(B),
+            (0, 0) if d_x is None else (d_x.data_ptr(), d),
+            _matrices(d_A),
+            _matrices(d_B),
+            need_scale,
+        )
+        d_scale = scale.new_tensor(sums) if need_scale else None
+    elif need_scale:
+        d_scale = torch.zeros_like(scale)
+    return d_x, d_weight, d_A, d_B, d_scale, d_bias
+
+
+def merge_lora_forward(
+    weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], scale: Tensor, weights: Tensor
+) -> Tensor:
+    """Return W + Σ_n w_n s_n B_n A_n, [o, d]."""
+    (out,) = _empty_like([weight])
+    (weight,) = _with_rows([weight])
+    A, B = _with_rows(A), _contiguous(B)
+    _module("cpu").merge_lora_forward(
+        DTYPE_CODES[weight.dtype],
+        torch.get_num_threads(),
+        tuple(weight.shape),
+        [A_n.shape[0] for A_n in A],
+        scale.tolist(),
+        weights.tolist(),
+        _matrix(weight),
+        _matrices(A),
+        _matrices(B),
+        _matrix(out),
+    )
+    return out
+
+
+def merge_lora_backward(
+    d_out: Tensor,
+    weight: Tensor,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scale: Tensor,
+    weights: Tensor,
+    need_weight: bool,
+    need_A: bool,
+    need_B: bool,
+    need_scale: bool,
+    need_weights: bool,
+) -> tuple[Tensor | None, list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+    """Return the gradients of weight, A, B, scale and weights; None or empty where not needed."""
+    # a copy: an operator's output may not be its input
+    d_weight = d_out.clone(memory_format=torch.contiguous_format) if need_weight else None
+    d_A = _empty_like(A) if need_A else []
+    d_B = _empty_like(B) if need_B else []
+    need_products = need_scale or need_weights
+    products = scale.new_zeros(scale.shape)
+    if A and (need_A or need_B or need_products):
+        (d_out,) = _with_rows([d_out])
+        A, B = _with_rows(A), _contiguous(B)
+        # ⟨d_out, B_n A_n⟩, of which both gradients are multiples
+        sums = _module("cpu").merge_lora_backward(
+            DTYPE_CODES[d_out.dtype],
+            torch.get_num_threads(),
+            tuple(weight.shape),
+            [A_n.shape[0] for A_n in A],
+            scale.tolist(),
+            weights.tolist(),
+            _matrix(d_out),
+            _matrices(A),
+            _matrices(B),
+            _matrices(d_A),
+            _matrices(d_B),
+            need_products,
+        )
+        products = scale.new_tensor(sums) if need_products else products
+    d_scale = weights * products if need_scale else None
+    d_weights = scale * products if need_weights else None
+    return d_weight, d_A, d_B, d_scale, d_weights
