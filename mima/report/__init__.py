@@ -1,0 +1,19 @@
+"""Figures that show what immunization did."""
+
+from mima.report.figures import (
+    ATTACK_ROWS,
+    GridColumn,
+    attack_columns,
+    house_style,
+    image_grid,
+    plot_curves,
+)
+
+__all__ = [
+    "ATTACK_ROWS",
+    "GridColumn",
+    "attack_columns",
+    "house_style",
+    "image_grid",
+    "plot_curves",
+]
