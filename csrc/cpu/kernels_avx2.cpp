@@ -17,7 +17,6 @@
 #define MIMA_KERNELS kAvx2Kernels
 
 #include "cpu/kernels_impl.h"
-#include "cpu/simd.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

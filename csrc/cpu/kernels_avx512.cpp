@@ -2,8 +2,10 @@
 // dispatch.cpp has found them.
 #if defined(__x86_64__)
 
-// The intrinsics' own "undefined" operands, which the conversions ignore, trip this one in gcc.
+#if !defined(__clang__)
+// The intrinsics' own "undefined" operands, which the conversions ignore, trip this one.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 
 // Before the target changes: what these headers define stays runnable everywhere.
 #include <immintrin.h>
@@ -23,7 +25,6 @@
 #define MIMA_KERNELS kAvx512Kernels
 
 #include "cpu/kernels_impl.h"
-#include "cpu/simd.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -10,4 +10,3 @@
 #define MIMA_KERNELS kGenericKernels
 
 #include "cpu/kernels_impl.h"
-#include "cpu/simd.h"

@@ -1,5 +1,7 @@
-// The bodies behind kernels.h. Included by kernels_<level>.cpp after simd.h; see there for why
-// everything is in an anonymous namespace.
+// The bodies behind kernels.h. Included by kernels_<level>.cpp once it has set the target; simd.h
+// says why everything is in an anonymous namespace.
+
+#include "cpu/simd.h"
 
 namespace mima {
 namespace {
