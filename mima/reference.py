@@ -124,18 +124,32 @@ def batched_lora(
     Returns:
         [b, t, o].
     """
-    x_wide = wide(x)
-    y = F.linear(x_wide, wide(weight), None if bias is None else wide(bias))
-    if A:
-        # Zero rows make the ranks equal; one more adapter of zeros, last, is what −1 selects.
-        rank = max(A_n.shape[0] for A_n in A)
-        A_stack = torch.stack([F.pad(wide(A_n), (0, 0, 0, rank - A_n.shape[0])) for A_n in A])
-        B_stack = torch.stack([F.pad(wide(B_n), (0, rank - B_n.shape[1])) for B_n in B])
-        A_b = F.pad(A_stack, (0, 0, 0, 0, 0, 1))[index]
-        B_b = F.pad(B_stack, (0, 0, 0, 0, 0, 1))[index]
-        s_b = F.pad(scale.to(y.dtype), (0, 1))[index]
-        y = y + ((x_wide @ A_b.mT) * s_b[:, None, None]) @ B_b.mT
-    return y.to(x.dtype)
+    y = F.linear(wide(x), wide(weight), None if bias is None else wide(bias))
+    return (y + low_rank(wide(x), A, B, scale, index)).to(x.dtype)
+
+
+def low_rank(
+    x: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], scale: Tensor, index: Tensor
+) -> Tensor:
+    """Return the adapters' part of `batched_lora`: s_i (x_b A_iᵀ) B_iᵀ, [b, t, o] or a scalar 0."""
+    if not A:
+        return x.new_zeros(())
+    A_b, B_b, s_b = select_adapters(A, B, scale, index)
+    return (s_b * (x @ A_b.mT)) @ B_b.mT
+
+
+def select_adapters(
+    A: Sequence[Tensor], B: Sequence[Tensor], scale: Tensor, index: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each sample's adapter and scale: [b, r, d], [b, o, r] and [b, 1, 1]."""
+    # Zeros make the ranks equal; one more adapter of zeros, last, is what −1 selects.
+    rank = max(A_n.shape[0] for A_n in A)
+    A_stack = torch.stack([F.pad(wide(A_n), (0, 0, 0, rank - A_n.shape[0])) for A_n in A])
+    B_stack = torch.stack([F.pad(wide(B_n), (0, rank - B_n.shape[1])) for B_n in B])
+    A_b = F.pad(A_stack, (0, 0, 0, 0, 0, 1))[index]
+    B_b = F.pad(B_stack, (0, 0, 0, 0, 0, 1))[index]
+    s_b = F.pad(scale.to(A_b.dtype), (0, 1))[index]
+    return A_b, B_b, s_b[:, None, None]
 
 
 def merge_lora(

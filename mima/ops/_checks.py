@@ -1,0 +1,117 @@
+"""Checks of arguments that several operators share.
+
+Each raises ValueError or TypeError naming operator, argument, what was expected and what it got.
+They look at metadata only, except `require_finite` and `require_in_range`, which run inside the raw
+operators: under torch.compile a value is visible nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# tensor -> the version and limit it was last found good at. Reading values back from a GPU waits
+# for it, and one index serves every layer of a model.
+_known_good: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def describe(x: object) -> str:
+    """Return what an error message says of an argument."""
+    if isinstance(x, Tensor):
+        return f"{x.dtype} {list(x.shape)} on {x.device}"
+    return f"{type(x).__name__} {x!r}"[:80]
+
+
+def require_sequence(op: str, name: str, value: object, of: str = "tensors") -> None:
+    """Refuse what cannot be indexed, and a tensor, whose rows would pass for its elements."""
+    if isinstance(value, Tensor | str) or not isinstance(value, Sequence):
+        raise TypeError(f"{op}: {name} must be a sequence of {of}, got {describe(value)}")
+
+
+def require_length(op: str, name: str, value: Sequence[object], length: int, why: str) -> None:
+    """Refuse a sequence of another length."""
+    if len(value) != length:
+        raise ValueError(f"{op}: {name} must have length {length}, {why}, got {len(value)}")
+
+
+def require_floating(op: str, name: str, x: object) -> None:
+    """Refuse what is not a floating-point tensor that every backend knows."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {describe(x)}")
+    if x.dtype not in _FLOATING:
+        raise TypeError(
+            f"{op}: {name} must be float32, bfloat16, float16 or float64, got {describe(x)}"
+        )
+
+
+def require_like(
+    op: str, name: str, x: object, like: Tensor, like_name: str, shape: Sequence[int | str]
+) -> None:
+    """Refuse a tensor of another dtype, device or shape. Letters in `shape` match any size."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {describe(x)}")
+    if x.dtype != like.dtype or x.device != like.device:
+        raise TypeError(
+            f"{op}: {name} must be {like.dtype} on {like.device} like {like_name}, "
+            f"got {describe(x)}"
+        )
+    if x.ndim != len(shape) or any(
+        size != wanted
+        for size, wanted in zip(x.shape, shape, strict=True)
+        if wanted.__class__ is not str
+    ):
+        expected = ", ".join(str(size) for size in shape)
+        raise ValueError(
+            f"{op}: {name} must be [{expected}] to match {like_name} {list(like.shape)}, "
+            f"got {list(x.shape)}"
+        )
+
+
+def as_vector(op: str, name: str, value: object, length: int, like: Tensor) -> Tensor:
+    """Return weights or scales as the backends take them: 1-D, float32 or float64, on the device.
+
+    Args:
+        op: operator.
+        name: argument.
+        value: a floating-point tensor [length] or a sequence of numbers.
+        length: N.
+        like: float64 gives float64; its device is used.
+    """
+    if not isinstance(value, Tensor):
+        require_sequence(op, name, value, of="numbers")
+        value = torch.tensor(value, dtype=torch.float64)
+    elif not value.dtype.is_floating_point:
+        raise TypeError(f"{op}: {name} must be floating point, got {describe(value)}")
+    if value.shape != (length,):
+        raise ValueError(
+            f"{op}: {name} must be [{length}], one per concept, got {list(value.shape)}"
+        )
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return value.to(like.device, dtype)
+
+
+def require_finite(op: str, name: str, vector: Tensor) -> None:
+    """Refuse NaN and infinities."""
+    if _known_good.get(vector) == (vector._version, None):
+        return
+    if not bool(vector.isfinite().all()):
+        raise ValueError(f"{op}: {name} must be finite, got {vector.tolist()}")
+    _known_good[vector] = (vector._version, None)
+
+
+def require_in_range(op: str, name: str, index: Tensor, num_adapters: int) -> None:
+    """Refuse an index outside [−1, N)."""
+    if _known_good.get(index) == (index._version, num_adapters) or index.numel() == 0:
+        return
+    low, high = (int(x) for x in torch.stack(torch.aminmax(index)).tolist())
+    if low < -1 or high >= num_adapters:
+        raise ValueError(
+            f"{op}: {name} must be in [-1, {num_adapters}), −1 for no adapter, "
+            f"got values from {low} to {high}"
+        )
+    _known_good[index] = (index._version, num_adapters)

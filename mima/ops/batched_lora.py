@@ -1,0 +1,382 @@
+"""batched_lora: y_b = x_b Wᵀ + bias + s_i (x_b A_iᵀ) B_iᵀ, an adapter per sample, mixed ranks."""
+
+# N = adapters; b = samples, t = tokens, d -> o = features, r = rank
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mima import reference
+from mima.ops import _checks, backends, reference_backend
+from mima.ops._autograd import apply, filled, total, vmap_formula
+
+_OP = "batched_lora"
+
+
+def batched_lora(
+    x: Tensor,
+    weight: Tensor,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scale: Tensor | Sequence[float],
+    index: Tensor,
+    *,
+    bias: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Apply a linear layer whose low-rank adapter differs from sample to sample.
+
+        y_b = x_b Wᵀ + bias + s_i (x_b A_iᵀ) B_iᵀ,  i = index[b];  no adapter where i = −1
+
+    The rank-r intermediate is kept in float32. Differentiable any number of times in `x`, `weight`,
+    `A`, `B`, `scale` and `bias`.
+
+    Args:
+        x: [b, t, d]; float32, bfloat16, float16 or float64, and all arguments but `scale` and
+            `index` of one dtype and device.
+        weight: [o, d].
+        A: N tensors [r_n, d]; ranks may differ, and be 0.
+        B: N tensors [o, r_n].
+        scale: [N]; a tensor or numbers. Used in float32 (float64 with float64).
+        index: [b], int64, each in [−1, N).
+        bias: [o], or None.
+        backend: "reference", "triton" or "native"; None chooses (see `mima.ops.backends`).
+
+    Returns:
+        [b, t, o].
+
+    Raises:
+        TypeError: not tensors, or dtypes or devices that differ.
+        ValueError: numbers or shapes of tensors that do not agree; an index out of range.
+        BackendError: `backend` cannot serve.
+
+    Example:
+        >>> x, weight = torch.ones(2, 1, 3), torch.zeros(2, 3)
+        >>> A, B = [torch.ones(1, 3)], [torch.ones(2, 1)]
+        >>> batched_lora(x, weight, A, B, [2.0], torch.tensor([0, -1]))
+        tensor([[[6., 6.]],
+        <BLANKLINE>
+                [[0., 0.]]])
+    """
+    _require_agreement(x, weight, A, B, index, bias)
+    vector = _checks.as_vector(_OP, "scale", scale, len(A), x)
+    (y,) = apply(BatchedLora, len(A), backend or "", x, weight, bias, vector, index, *A, *B)
+    return cast(Tensor, y)
+
+
+def _require_agreement(
+    x: Tensor,
+    weight: Tensor,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    index: Tensor,
+    bias: Tensor | None,
+) -> None:
+    _checks.require_floating(_OP, "x", x)
+    if x.ndim != 3:
+        raise ValueError(f"{_OP}: x must be [b, t, d], got {list(x.shape)}")
+    d = x.shape[2]
+    _checks.require_like(_OP, "weight", weight, x, "x", ("o", d))
+    o = weight.shape[0]
+    if bias is not None:
+        _checks.require_like(_OP, "bias", bias, weight, "weight", (o,))
+    _checks.require_sequence(_OP, "A", A)
+    _checks.require_sequence(_OP, "B", B)
+    _checks.require_length(_OP, "B", B, len(A), "one per tensor of A")
+    for n, A_n in enumerate(A):
+        _checks.require_like(_OP, f"A[{n}]", A_n, weight, "weight", ("r", d))
+        _checks.require_like(_OP, f"B[{n}]", B[n], A_n, f"A[{n}]", (o, A_n.shape[0]))
+    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.device != x.device:
+        raise TypeError(
+            f"{_OP}: index must be torch.int64 on {x.device} like x, got {_checks.describe(index)}"
+        )
+    if index.shape != x.shape[:1]:
+        raise ValueError(
+            f"{_OP}: index must be [{x.shape[0]}], one per sample of x {list(x.shape)}, "
+            f"got {list(index.shape)}"
+        )
+
+
+@torch.library.custom_op(
+    f"mima::{_OP}",
+    mutates_args=(),
+    schema=(
+        "(Tensor x, Tensor weight, Tensor[] A, Tensor[] B, Tensor scale, Tensor index, "
+        "Tensor? bias, str backend) -> Tensor"
+    ),
+)
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    A: list[Tensor],
+    B: list[Tensor],
+    scale: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    backend: str,
+) -> Tensor:
+    _checks.require_in_range(_OP, "index", index, len(A))
+    module = backends.resolve(_OP, x, backend)
+    return cast(Tensor, module.batched_lora_forward(x, weight, A, B, scale, index, bias))
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    A: list[Tensor],
+    B: list[Tensor],
+    scale: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    backend: str,
+) -> Tensor:
+    return x.new_empty(*x.shape[:2], weight.shape[0])
+
+
+@torch.library.custom_op(
+    f"mima::{_OP}_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor d_y, Tensor x, Tensor weight, Tensor[] A, Tensor[] B, Tensor scale, Tensor index, "
+        "bool need_x, bool need_weight, bool need_A, bool need_B, bool need_scale, bool need_bias, "
+        "str backend) -> Tensor[]"
+    ),
+)
+def _backward(
+    d_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    A: list[Tensor],
+    B: list[Tensor],
+    scale: Tensor,
+    index: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_A: bool,
+    need_B: bool,
+    need_scale: bool,
+    need_bias: bool,
+    backend: str,
+) -> list[Tensor]:
+    module = backends.resolve(_OP, x, backend)
+    needs = need_x, need_weight, need_A, need_B, need_scale, need_bias
+    return _flat(module.batched_lora_backward(d_y, x, weight, A, B, scale, index, *needs), needs)
+
+
+@_backward.register_fake
+def _(
+    d_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    A: list[Tensor],
+    B: list[Tensor],
+    scale: Tensor,
+    index: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_A: bool,
+    need_B: bool,
+    need_scale: bool,
+    need_bias: bool,
+    backend: str,
+) -> list[Tensor]:
+    needs = need_x, need_weight, need_A, need_B, need_scale, need_bias
+    like = _flat((x, weight, A, B, scale, d_y[0, 0] if need_bias else None), needs)
+    return [x.new_empty(x.shape) for x in like]
+
+
+def _flat(grads: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
+    """List the needed ones of x, weight, A, B, scale, bias."""
+    out: list[Tensor] = []
+    for grad, need in zip(grads, needs, strict=True):
+        if need:
+            out += [grad] if isinstance(grad, Tensor) else grad
+    return out
+
+
+def _split(grads: Sequence[Any], N: int, needs: Sequence[bool]) -> tuple[Any, ...]:
+    """Undo `_flat`: x, weight, A, B, scale, bias, None where absent."""
+    rest = list(grads)
+    out: list[Any] = []
+    for need, size in zip(needs, (1, 1, N, N, 1, 1), strict=True):
+        group = rest[:size] if need else [None] * size
+        rest = rest[size:] if need else rest
+        out.append(group)
+    x, weight, A, B, scale, bias = out
+    return x[0], weight[0], A, B, scale[0], bias[0]
+
+
+def _forward_formula(
+    N: int,
+    backend: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    index: Tensor,
+    *AB: Tensor,
+) -> list[Tensor]:
+    return [reference.batched_lora(x, weight, AB[:N], AB[N:], scale, index, bias)]
+
+
+def _backward_formula(N: int, backend: str, *args: Any) -> list[Tensor]:
+    needs, (d_y, x, weight, scale, index, *AB) = args[:6], args[6:]
+    grads = reference_backend.batched_lora_backward(
+        d_y, x, weight, AB[:N], AB[N:], scale, index, *needs
+    )
+    return _flat(grads, needs)
+
+
+class BatchedLora(torch.autograd.Function):
+    """(N, backend, x, weight, bias, scale, index, *A, *B) -> (y,)."""
+
+    @staticmethod
+    def forward(
+        N: int,
+        backend: str,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor,
+        index: Tensor,
+        *AB: Tensor,
+    ) -> tuple[Tensor, ...]:
+        return (_forward(x, weight, list(AB[:N]), list(AB[N:]), scale, index, bias, backend),)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.N, ctx.backend, x, weight, _, scale, index, *AB = inputs
+        ctx.save_for_backward(x, weight, scale, index, *AB)
+
+    @staticmethod
+    def backward(ctx: Any, *d_out: Tensor) -> tuple[Any, ...]:
+        N = ctx.N
+        _, _, need_x, need_weight, need_bias, need_scale, _, *need_AB = ctx.needs_input_grad
+        need_A, need_B = any(need_AB[:N]), any(need_AB[N:])
+        needs = need_x, need_weight, need_A, need_B, need_scale, need_bias
+        grads = apply(BatchedLoraBackward, N, ctx.backend, *needs, *d_out, *ctx.saved_tensors)
+        d_x, d_weight, d_A, d_B, d_scale, d_bias = _split(grads, N, needs)
+        return None, None, d_x, d_weight, d_bias, d_scale, None, *d_A, *d_B
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return vmap_formula(_forward_formula, info, in_dims, args)
+
+
+class BatchedLoraBackward(torch.autograd.Function):
+    """(N, backend, needs, d_y, x, weight, scale, index, *A, *B) -> the gradients that are needed.
+
+    It is the adjoint of the derivative of y, which in the direction u is
+
+        u_x Wᵀ + s (u_x Aᵀ) Bᵀ  +  x u_Wᵀ + u_bias  +  (x A2ᵀ) B2ᵀ,
+        A2 = [u_A; A],  B2 = [s B, s u_B + u_s B],
+
+    the operator at u_x, a linear layer, and an adapter of twice the rank. Its own gradients are
+    those three and theirs; the last two, in plain PyTorch.
+    """
+
+    @staticmethod
+    def forward(N: int, backend: str, *args: Any) -> tuple[Tensor, ...]:
+        needs, (d_y, x, weight, scale, index, *AB) = args[:6], args[6:]
+        return tuple(
+            _backward(d_y, x, weight, list(AB[:N]), list(AB[N:]), scale, index, *needs, backend)
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.N, ctx.backend, *ctx.needs = inputs[:8]
+        ctx.save_for_backward(*inputs[8:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *u: Tensor | None) -> tuple[Any, ...]:
+        N, backend = ctx.N, ctx.backend
+        d_y, x, weight, scale, index, *AB = ctx.saved_tensors
+        A, B = AB[:N], AB[N:]
+        u_x, u_weight, u_A, u_B, u_scale, u_bias = _split(u, N, ctx.needs)
+        need_d_y, need_x, need_weight, need_scale, _, *need_AB = ctx.needs_input_grad[8:]
+        need_A, need_B = any(need_AB[:N]), any(need_AB[N:])
+        dd_y: list[Tensor | None] = []
+        d_x: list[Tensor | None] = []
+        d_weight = None
+        d_scale: list[Tensor | None] = []
+        d_A: list[list[Tensor | None]] = []
+        d_B: list[list[Tensor | None]] = []
+
+        if u_x is not None:
+            if need_d_y:
+                dd_y += apply(BatchedLora, N, backend, u_x, weight, None, scale, index, *AB)
+            needs = False, need_weight, need_A, need_B, need_scale, False
+            if any(needs):
+                grads = apply(
+                    BatchedLoraBackward, N, backend, *needs, d_y, u_x, weight, scale, index, *AB
+                )
+                _, d_weight, first_A, first_B, first_scale, _ = _split(grads, N, needs)
+                d_A.append(first_A)
+                d_B.append(first_B)
+                d_scale.append(first_scale)
+        if u_weight is not None:
+            dd_y.append(F.linear(x, u_weight))
+            d_x.append(d_y @ u_weight)
+        if u_bias is not None:
+            dd_y.append(u_bias.expand_as(d_y))
+        if u_scale is not None or any(u_n is not None for u_n in (*u_A, *u_B)):
+            u_A, u_B = filled(u_A, A), filled(u_B, B)
+            (u_scale,) = filled([u_scale], [scale])
+            dtype = x.dtype
+            x, d_y = reference.wide(x), reference.wide(d_y)
+            A, B, u_A, u_B = ([reference.wide(y) for y in group] for group in (A, B, u_A, u_B))
+            A2 = [torch.cat(pair) for pair in zip(u_A, A, strict=True)]
+            B2 = [
+                torch.cat([s * B_n, s * u_B_n + u_s * B_n], dim=1)
+                for B_n, u_B_n, s, u_s in zip(B, u_B, scale, u_scale, strict=True)
+            ]
+            ones = torch.ones_like(scale)
+            if need_d_y:
+                dd_y.append(reference.low_rank(x, A2, B2, ones, index).to(dtype))
+            need_B2 = need_B or need_scale
+            d_x2, d_A2, d_B2, _ = reference_backend.low_rank_backward(
+                d_y, x, A2, B2, ones, index, need_x, need_A, need_B2, False
+            )
+            if d_x2 is not None:
+                d_x.append(d_x2.to(dtype))
+            if need_A:
+                d_A.append([d[len(d) // 2 :].to(dtype) for d in d_A2])
+            if need_B2:
+                # d_B2 = [of s B, of s u_B + u_s B]
+                halves = [d.tensor_split(2, dim=1) for d in d_B2]
+                d_B.append(
+                    [
+                        (s * left + u_s * right).to(dtype)
+                        for (left, right), s, u_s in zip(halves, scale, u_scale, strict=True)
+                    ]
+                )
+                inner = [
+                    (left * B_n).sum() + (right * u_B_n).sum()
+                    for (left, right), B_n, u_B_n in zip(halves, B, u_B, strict=True)
+                ]
+                d_scale.append(torch.stack(inner).to(scale.dtype) if inner else None)
+        return (
+            *(None,) * 8,
+            total(dd_y),
+            total(d_x),
+            d_weight,
+            total(d_scale),
+            None,
+            *(total(group) for group in _by_adapter(d_A, N)),
+            *(total(group) for group in _by_adapter(d_B, N)),
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return vmap_formula(_backward_formula, info, in_dims, args)
+
+
+def _by_adapter(terms: Sequence[Sequence[Tensor | None]], N: int) -> list[list[Tensor | None]]:
+    return [[term[n] for term in terms] for n in range(N)]

@@ -1,0 +1,295 @@
+"""merge_lora: φ = W + Σ_n w_n s_n B_n A_n, without materialising any adapted weight."""
+
+# N = adapters; o, d = rows and columns of the weight, r = rank
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from mima.ops import _checks, backends, reference_backend
+from mima.ops._autograd import apply, filled, total, vmap_formula
+
+_OP = "merge_lora"
+
+
+def merge_lora(
+    weight: Tensor,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scale: Tensor | Sequence[float],
+    weights: Tensor | Sequence[float],
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Average models that differ by low-rank adapters.
+
+        φ = W + Σ_n w_n s_n B_n A_n
+
+    Differentiable any number of times in `weight`, `A`, `B`, `scale` and `weights`.
+
+    Args:
+        weight: [o, d]; float32, bfloat16, float16 or float64, like `A` and `B`, on their device.
+        A: N tensors [r_n, d]; ranks may differ, and be 0.
+        B: N tensors [o, r_n].
+        scale: [N], the adapters' own scales; a tensor or numbers, used in float32 (float64 with
+            float64).
+        weights: [N], finite, the concepts' weights; likewise.
+        backend: "reference", "triton" or "native"; None chooses (see `mima.ops.backends`).
+
+    Returns:
+        [o, d].
+
+    Raises:
+        TypeError: not tensors, or dtypes or devices that differ.
+        ValueError: numbers or shapes of tensors that do not agree; weights not finite.
+        BackendError: `backend` cannot serve.
+
+    Example:
+        >>> A, B = [torch.ones(1, 2)], [torch.ones(2, 1)]
+        >>> merge_lora(torch.zeros(2, 2), A, B, [4.0], [0.5])
+        tensor([[2., 2.],
+                [2., 2.]])
+    """
+    _checks.require_floating(_OP, "weight", weight)
+    if weight.ndim != 2:
+        raise ValueError(f"{_OP}: weight must be [o, d], got {list(weight.shape)}")
+    _checks.require_sequence(_OP, "A", A)
+    _checks.require_sequence(_OP, "B", B)
+    _checks.require_length(_OP, "B", B, len(A), "one per tensor of A")
+    o, d = weight.shape
+    for n, (A_n, B_n) in enumerate(zip(A, B, strict=True)):
+        _checks.require_like(_OP, f"A[{n}]", A_n, weight, "weight", ("r", d))
+        _checks.require_like(_OP, f"B[{n}]", B_n, A_n, f"A[{n}]", (o, A_n.shape[0]))
+    scales = _checks.as_vector(_OP, "scale", scale, len(A), weight)
+    shares = _checks.as_vector(_OP, "weights", weights, len(A), weight)
+    (phi,) = apply(MergeLora, len(A), backend or "", weight, scales, shares, *A, *B)
+    return cast(Tensor, phi)
+
+
+@torch.library.custom_op(
+    f"mima::{_OP}",
+    mutates_args=(),
+    schema=(
+        "(Tensor weight, Tensor[] A, Tensor[] B, Tensor scale, Tensor weights, str backend) "
+        "-> Tensor"
+    ),
+)
+def _forward(
+    weight: Tensor,
+    A: list[Tensor],
+    B: list[Tensor],
+    scale: Tensor,
+    weights: Tensor,
+    backend: str,
+) -> Tensor:
+    _checks.require_finite(_OP, "weights", weights)
+    module = backends.resolve(_OP, weight, backend)
+    return cast(Tensor, module.merge_lora_forward(weight, A, B, scale, weights))
+
+
+@_forward.register_fake
+def _(
+    weight: Tensor,
+    A: list[Tensor],
+    B: list[Tensor],
+    scale: Tensor,
+    weights: Tensor,
+    backend: str,
+) -> Tensor:
+    return weight.new_empty(weight.shape)
+
+
+@torch.library.custom_op(
+    f"mima::{_OP}_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor d_out, Tensor weight, Tensor[] A, Tensor[] B, Tensor scale, Tensor weights, "
+        "bool need_weight, bool need_A, bool need_B, bool need_scale, bool need_weights, "
+        "str backend) -> Tensor[]"
+    ),
+)
+def _backward(
+    d_out: Tensor,
+    weight: Tensor,
+    A: list[Tensor],
+    B: list[Tensor],
+    scale: Tensor,
+    weights: Tensor,
+    need_weight: bool,
+    need_A: bool,
+    need_B: bool,
+    need_scale: bool,
+    need_weights: bool,
+    backend: str,
+) -> list[Tensor]:
+    module = backends.resolve(_OP, weight, backend)
+    needs = need_weight, need_A, need_B, need_scale, need_weights
+    return _flat(module.merge_lora_backward(d_out, weight, A, B, scale, weights, *needs), needs)
+
+
+@_backward.register_fake
+def _(
+    d_out: Tensor,
+    weight: Tensor,
+    A: list[Tensor],
+    B: list[Tensor],
+    scale: Tensor,
+    weights: Tensor,
+    need_weight: bool,
+    need_A: bool,
+    need_B: bool,
+    need_scale: bool,
+    need_weights: bool,
+    backend: str,
+) -> list[Tensor]:
+    needs = need_weight, need_A, need_B, need_scale, need_weights
+    return [x.new_empty(x.shape) for x in _flat((weight, A, B, scale, weights), needs)]
+
+
+def _flat(grads: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
+    """List the needed ones of weight, A, B, scale, weights."""
+    out: list[Tensor] = []
+    for grad, need in zip(grads, needs, strict=True):
+        if need:
+            out += [grad] if isinstance(grad, Tensor) else grad
+    return out
+
+
+def _split(grads: Sequence[Any], N: int, needs: Sequence[bool]) -> tuple[Any, ...]:
+    """Undo `_flat`: weight, A, B, scale, weights, None where absent."""
+    rest = list(grads)
+    out: list[Any] = []
+    for need, size in zip(needs, (1, N, N, 1, 1), strict=True):
+        out.append(rest[:size] if need else [None] * size)
+        rest = rest[size:] if need else rest
+    weight, A, B, scale, weights = out
+    return weight[0], A, B, scale[0], weights[0]
+
+
+def _forward_formula(
+    N: int, backend: str, weight: Tensor, scale: Tensor, weights: Tensor, *AB: Tensor
+) -> list[Tensor]:
+    return [reference_backend.merge_lora_forward(weight, AB[:N], AB[N:], scale, weights)]
+
+
+def _backward_formula(N: int, backend: str, *args: Any) -> list[Tensor]:
+    needs, (d_out, weight, scale, weights, *AB) = args[:5], args[5:]
+    grads = reference_backend.merge_lora_backward(
+        d_out, weight, AB[:N], AB[N:], scale, weights, *needs
+    )
+    return _flat(grads, needs)
+
+
+class MergeLora(torch.autograd.Function):
+    """(N, backend, weight, scale, weights, *A, *B) -> (φ,)."""
+
+    @staticmethod
+    def forward(
+        N: int, backend: str, weight: Tensor, scale: Tensor, weights: Tensor, *AB: Tensor
+    ) -> tuple[Tensor, ...]:
+        return (_forward(weight, list(AB[:N]), list(AB[N:]), scale, weights, backend),)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.N, ctx.backend, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *d_out: Tensor) -> tuple[Any, ...]:
+        N = ctx.N
+        _, _, need_weight, need_scale, need_weights, *need_AB = ctx.needs_input_grad
+        needs = need_weight, any(need_AB[:N]), any(need_AB[N:]), need_scale, need_weights
+        grads = apply(MergeLoraBackward, N, ctx.backend, *needs, *d_out, *ctx.saved_tensors)
+        d_weight, d_A, d_B, d_scale, d_weights = _split(grads, N, needs)
+        return None, None, d_weight, d_scale, d_weights, *d_A, *d_B
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return vmap_formula(_forward_formula, info, in_dims, args)
+
+
+class MergeLoraBackward(torch.autograd.Function):
+    """(N, backend, needs, d_out, weight, scale, weights, *A, *B) -> the gradients that are needed.
+
+    It is the adjoint of the derivative of φ, which in the direction u is, with c = w s and
+    k = w u_s + s u_w,
+
+        u_W + Σ_n B2_n A2_n,   A2 = [A; u_A],   B2 = [c u_B + k B, c B],
+
+    the operator with adapters of twice the rank; its own gradients follow from that.
+    """
+
+    @staticmethod
+    def forward(N: int, backend: str, *args: Any) -> tuple[Tensor, ...]:
+        needs, (d_out, weight, scale, weights, *AB) = args[:5], args[5:]
+        A, B = list(AB[:N]), list(AB[N:])
+        return tuple(_backward(d_out, weight, A, B, scale, weights, *needs, backend))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.N, ctx.backend, *ctx.needs = inputs[:7]
+        ctx.save_for_backward(*inputs[7:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *u: Tensor | None) -> tuple[Any, ...]:
+        N, backend = ctx.N, ctx.backend
+        d_out, weight, scale, weights, *AB = ctx.saved_tensors
+        A, B = AB[:N], AB[N:]
+        u_weight, u_A, u_B, u_scale, u_weights = _split(u, N, ctx.needs)
+        need_d_out, _, need_scale, need_weights, *need_AB = ctx.needs_input_grad[7:]
+        need_A, need_B = any(need_AB[:N]), any(need_AB[N:])
+        dd_out: Tensor | None = u_weight
+        d_A: list[Tensor | None] = [None] * N
+        d_B: list[Tensor | None] = [None] * N
+        d_scale = d_weights = None
+
+        if N and any(x is not None for x in (*u_A, *u_B, u_scale, u_weights)):
+            u_A, u_B = filled(u_A, A), filled(u_B, B)
+            u_scale, u_weights = filled([u_scale, u_weights], [scale, weights])
+            c, k = weights * scale, weights * u_scale + scale * u_weights
+            A2 = [torch.cat(pair) for pair in zip(A, u_A, strict=True)]
+            B2 = [
+                torch.cat([c_n * u_B_n + k_n * B_n, c_n * B_n], dim=1)
+                for B_n, u_B_n, c_n, k_n in zip(B, u_B, c, k, strict=True)
+            ]
+            ones = torch.ones_like(scale)
+            if need_d_out:
+                start = total([u_weight, torch.zeros_like(d_out)])
+                (dd_out,) = apply(MergeLora, N, backend, start, ones, ones, *A2, *B2)
+            need_B2 = need_B or need_scale or need_weights
+            if need_A or need_B2:
+                needs = False, need_A, need_B2, False, False
+                grads = apply(
+                    MergeLoraBackward, N, backend, *needs, d_out, weight, ones, ones, *A2, *B2
+                )
+                _, d_A2, d_B2, _, _ = _split(grads, N, needs)
+                if need_A:
+                    d_A = [d[: len(A_n)] for d, A_n in zip(d_A2, A, strict=True)]
+                if need_B2:
+                    # d_B2 = [of c u_B + k B, of c B]
+                    halves = [d.tensor_split(2, dim=1) for d in d_B2]
+                    d_B = [
+                        k_n * left + c_n * right
+                        for (left, right), c_n, k_n in zip(halves, c, k, strict=True)
+                    ]
+                    d_c = torch.stack(
+                        [
+                            (left * u_B_n).sum() + (right * B_n).sum()
+                            for (left, right), B_n, u_B_n in zip(halves, B, u_B, strict=True)
+                        ]
+                    ).to(scale.dtype)
+                    d_k = torch.stack(
+                        [(left * B_n).sum() for (left, _), B_n in zip(halves, B, strict=True)]
+                    ).to(scale.dtype)
+                    d_scale = d_c * weights + d_k * u_weights
+                    d_weights = d_c * scale + d_k * u_scale
+        return *(None,) * 7, dd_out, None, d_scale, d_weights, *d_A, *d_B
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return vmap_formula(_backward_formula, info, in_dims, args)

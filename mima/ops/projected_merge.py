@@ -1,0 +1,286 @@
+"""projected_merge: φ = W0 + Σ_n (W_n − W0) C_nᵀ M_n, every layer that reads text in one call."""
+
+# N = concepts, L = layers; flat lists are concept-major, W[n * L + l]
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from mima.ops import _checks, backends, reference_backend
+from mima.ops._autograd import apply, filled, total, vmap_formula
+
+_OP = "projected_merge"
+
+
+def projected_merge(
+    W0: Sequence[Tensor],
+    W: Sequence[Sequence[Tensor]],
+    C: Sequence[Tensor],
+    M: Sequence[Tensor],
+    *,
+    backend: str | None = None,
+) -> list[Tensor]:
+    """Merge projections by the text they answer to.
+
+        φ_l = W0_l + Σ_n (W_nl − W0_l) C_nᵀ M_n
+
+    Differentiable any number of times in `W0`, `W`, `C` and `M`.
+
+    Args:
+        W0: L tensors [o_l, d]; float32, bfloat16, float16 or float64, and all arguments of one
+            dtype and device.
+        W: N sequences of L tensors [o_l, d]. N = 0 gives a copy of `W0`.
+        C: N tensors [s_n, d]: the token embeddings of each concept; s_n = 0 leaves it out.
+        M: N tensors [s_n, d]: the merge plan, `mima.reference.merge_plan`.
+        backend: "reference", "triton" or "native"; None chooses (see `mima.ops.backends`).
+
+    Returns:
+        L tensors [o_l, d].
+
+    Raises:
+        TypeError: not tensors, or dtypes or devices that differ.
+        ValueError: numbers or shapes of tensors that do not agree.
+        BackendError: `backend` cannot serve.
+
+    Example:
+        >>> W0, W1 = torch.zeros(2, 3), torch.ones(2, 3)
+        >>> first = torch.tensor([[1.0, 0.0, 0.0]])
+        >>> projected_merge([W0], [[W1]], [first], [first])
+        [tensor([[1., 0., 0.],
+                [1., 0., 0.]])]
+    """
+    _require_agreement(W0, W, C, M)
+    if not W0:
+        return []
+    flat = [W_nl for row in W for W_nl in row]
+    return list(apply(ProjectedMerge, len(W0), len(W), backend or "", *W0, *flat, *C, *M))
+
+
+def _require_agreement(
+    W0: Sequence[Tensor], W: Sequence[Sequence[Tensor]], C: Sequence[Tensor], M: Sequence[Tensor]
+) -> None:
+    _checks.require_sequence(_OP, "W0", W0)
+    _checks.require_sequence(_OP, "W", W, of="sequences of tensors")
+    _checks.require_sequence(_OP, "C", C)
+    _checks.require_sequence(_OP, "M", M)
+    _checks.require_length(_OP, "C", C, len(W), "one per concept of W")
+    _checks.require_length(_OP, "M", M, len(W), "one per concept of W")
+    for n, row in enumerate(W):
+        _checks.require_sequence(_OP, f"W[{n}]", row)
+        _checks.require_length(_OP, f"W[{n}]", row, len(W0), "one per layer of W0")
+    if not W0:
+        return
+    _checks.require_floating(_OP, "W0[0]", W0[0])
+    if W0[0].ndim != 2:
+        raise ValueError(f"{_OP}: W0[0] must be [o, d], got {list(W0[0].shape)}")
+    d = W0[0].shape[1]
+    for layer, W0_l in enumerate(W0):
+        _checks.require_like(_OP, f"W0[{layer}]", W0_l, W0[0], "W0[0]", ("o", d))
+        for n, row in enumerate(W):
+            name = f"W[{n}][{layer}]"
+            _checks.require_like(_OP, name, row[layer], W0_l, f"W0[{layer}]", W0_l.shape)
+    for n, (C_n, M_n) in enumerate(zip(C, M, strict=True)):
+        _checks.require_like(_OP, f"C[{n}]", C_n, W0[0], "W0[0]", ("s", d))
+        _checks.require_like(_OP, f"M[{n}]", M_n, C_n, f"C[{n}]", C_n.shape)
+
+
+@torch.library.custom_op(
+    f"mima::{_OP}",
+    mutates_args=(),
+    schema="(Tensor[] W0, Tensor[] W, Tensor[] C, Tensor[] M, str backend) -> Tensor[]",
+)
+def _forward(
+    W0: list[Tensor], W: list[Tensor], C: list[Tensor], M: list[Tensor], backend: str
+) -> list[Tensor]:
+    module = backends.resolve(_OP, W0[0], backend)
+    return cast("list[Tensor]", module.projected_merge_forward(W0, W, C, M))
+
+
+@_forward.register_fake
+def _(
+    W0: list[Tensor], W: list[Tensor], C: list[Tensor], M: list[Tensor], backend: str
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in W0]
+
+
+@torch.library.custom_op(
+    f"mima::{_OP}_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor[] d_out, Tensor[] W0, Tensor[] W, Tensor[] C, Tensor[] M, "
+        "bool need_W0, bool need_W, bool need_C, bool need_M, str backend) -> Tensor[]"
+    ),
+)
+def _backward(
+    d_out: list[Tensor],
+    W0: list[Tensor],
+    W: list[Tensor],
+    C: list[Tensor],
+    M: list[Tensor],
+    need_W0: bool,
+    need_W: bool,
+    need_C: bool,
+    need_M: bool,
+    backend: str,
+) -> list[Tensor]:
+    module = backends.resolve(_OP, W0[0], backend)
+    d_W0, d_W, d_C, d_M = module.projected_merge_backward(
+        d_out, W0, W, C, M, need_W0, need_W, need_C, need_M
+    )
+    return [*d_W0, *d_W, *d_C, *d_M]
+
+
+@_backward.register_fake
+def _(
+    d_out: list[Tensor],
+    W0: list[Tensor],
+    W: list[Tensor],
+    C: list[Tensor],
+    M: list[Tensor],
+    need_W0: bool,
+    need_W: bool,
+    need_C: bool,
+    need_M: bool,
+    backend: str,
+) -> list[Tensor]:
+    groups = (W0, need_W0), (W, need_W), (C, need_C), (M, need_M)
+    return [x.new_empty(x.shape) for group, need in groups if need for x in group]
+
+
+def _groups(flat: Sequence[Any], L: int, N: int) -> tuple[list[Any], ...]:
+    """Cut a flat list into W0, W, C, M."""
+    ends = L, L + N * L, L + N * L + N, L + N * L + 2 * N
+    return tuple(list(flat[a:b]) for a, b in zip((0, *ends[:-1]), ends, strict=True))
+
+
+def _forward_formula(L: int, N: int, backend: str, *flat: Tensor) -> list[Tensor]:
+    return reference_backend.projected_merge_forward(*_groups(flat, L, N))
+
+
+def _backward_formula(L: int, N: int, backend: str, *args: Any) -> list[Tensor]:
+    needs, d_out, flat = args[:4], args[4 : 4 + L], args[4 + L :]
+    W0, W, C, M = _groups(flat, L, N)
+    grads = reference_backend.projected_merge_backward(d_out, W0, W, C, M, *needs)
+    return [x for group in grads for x in group]
+
+
+class ProjectedMerge(torch.autograd.Function):
+    """(L, N, backend, *W0, *W, *C, *M) -> L tensors."""
+
+    @staticmethod
+    def forward(L: int, N: int, backend: str, *flat: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_forward(*_groups(flat, L, N), backend))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.L, ctx.N, ctx.backend, *flat = inputs
+        ctx.save_for_backward(*flat)
+
+    @staticmethod
+    def backward(ctx: Any, *d_out: Tensor) -> tuple[Any, ...]:
+        L, N = ctx.L, ctx.N
+        needs = [any(group) for group in _groups(ctx.needs_input_grad[3:], L, N)]
+        grads = apply(ProjectedMergeBackward, L, N, ctx.backend, *needs, *d_out, *ctx.saved_tensors)
+        return *(None,) * 3, *(x for group in _split(grads, L, N, needs) for x in group)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return vmap_formula(_forward_formula, info, in_dims, args)
+
+
+class ProjectedMergeBackward(torch.autograd.Function):
+    """(L, N, backend, needs, *d_out, *W0, *W, *C, *M) -> the gradients that are needed.
+
+    The merge is linear in the weights, in C and in M, and its derivative in the direction u is
+
+        u_W0 + Σ_n (u_Wn − u_W0) C_nᵀ M_n + Σ_n D_n [C_n; u_Cn]ᵀ [u_Mn; M_n],   D_n = W_n − W0,
+
+    two merges. This function is the adjoint of that map, so its own gradients are those merges and
+    their gradients.
+    """
+
+    @staticmethod
+    def forward(L: int, N: int, backend: str, *args: Any) -> tuple[Tensor, ...]:
+        needs, d_out, flat = args[:4], list(args[4 : 4 + L]), args[4 + L :]
+        return tuple(_backward(d_out, *_groups(flat, L, N), *needs, backend))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.L, ctx.N, ctx.backend, *ctx.needs = inputs[:7]
+        ctx.save_for_backward(*inputs[7:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *u: Tensor | None) -> tuple[Any, ...]:
+        L, N, backend = ctx.L, ctx.N, ctx.backend
+        d_out, flat = ctx.saved_tensors[:L], ctx.saved_tensors[L:]
+        W0, W, C, M = _groups(flat, L, N)
+        u_W0, u_W, u_C, u_M = _split(u, L, N, ctx.needs)
+        need_d_out = any(ctx.needs_input_grad[7 : 7 + L])
+        need_W0, need_W, need_C, need_M = (
+            any(group) for group in _groups(ctx.needs_input_grad[7 + L :], L, N)
+        )
+        need_D = need_W0 or need_W
+        dd_out: list[Tensor | None] = [None] * L
+        d_W0: list[Tensor | None] = [None] * L
+        d_W: list[Tensor | None] = [None] * (N * L)
+        d_C: list[Tensor | None] = [None] * N
+        d_M: list[Tensor | None] = [None] * N
+
+        if any(x is not None for x in (*u_W0, *u_W)):
+            direction = filled([*u_W0, *u_W], [*W0, *W])
+            if need_d_out:
+                dd_out = list(apply(ProjectedMerge, L, N, backend, *direction, *C, *M))
+            if need_C or need_M:
+                needs = [False, False, need_C, need_M]
+                grads = apply(
+                    ProjectedMergeBackward, L, N, backend, *needs, *d_out, *direction, *C, *M
+                )
+                _, _, d_C, d_M = _split(grads, L, N, needs)
+
+        if any(x is not None for x in (*u_C, *u_M)):
+            # From zero, not from W0: a low precision W0 + δ has lost digits of δ.
+            zeros = [torch.zeros_like(x) for x in W0]
+            D = [W_nl - W0[i % L] for i, W_nl in enumerate(W)]
+            C2 = [torch.cat(pair) for pair in zip(C, filled(u_C, C), strict=True)]
+            M2 = [torch.cat(pair) for pair in zip(filled(u_M, M), M, strict=True)]
+            if need_d_out:
+                more = apply(ProjectedMerge, L, N, backend, *zeros, *D, *C2, *M2)
+                dd_out = [total(pair) for pair in zip(dd_out, more, strict=True)]
+            needs = [False, need_D, need_C, need_M]
+            if any(needs):
+                grads = apply(
+                    ProjectedMergeBackward, L, N, backend, *needs, *d_out, *zeros, *D, *C2, *M2
+                )
+                _, d_W, d_C2, d_M2 = _split(grads, L, N, needs)
+                if need_C:
+                    first = [x[: len(C_n)] for x, C_n in zip(d_C2, C, strict=True)]
+                    d_C = [total(pair) for pair in zip(d_C, first, strict=True)]
+                if need_M:
+                    last = [x[len(M_n) :] for x, M_n in zip(d_M2, M, strict=True)]
+                    d_M = [total(pair) for pair in zip(d_M, last, strict=True)]
+                if need_W0:
+                    sums = (total(d_W[layer::L]) for layer in range(L))
+                    d_W0 = [None if x is None else -x for x in sums]
+        return *(None,) * 7, *dd_out, *d_W0, *d_W, *d_C, *d_M
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return vmap_formula(_backward_formula, info, in_dims, args)
+
+
+def _split(
+    grads: Sequence[Any], L: int, N: int, needs: Sequence[bool]
+) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+    """Cut a list of the needed gradients into W0's, W's, C's and M's, None where absent."""
+    rest = list(grads)
+    out = []
+    for need, size in zip(needs, (L, N * L, N, N), strict=True):
+        out.append(rest[:size] if need else [None] * size)
+        rest = rest[size:] if need else rest
+    d_W0, d_W, d_C, d_M = out
+    return d_W0, d_W, d_C, d_M

@@ -1,0 +1,268 @@
+"""The backend that always serves: :mod:`mima.reference` and the gradients, in plain PyTorch.
+
+Lists are flat and concept-major (`thetas[n * P + p]`), like those of every backend. Each backward
+is a formula of its own, which the tests hold against autograd through the reference.
+"""
+
+# N = concepts, P = parameters, L = layers, b = samples, t = tokens, r = rank
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mima import reference
+from mima.reference import wide
+
+
+def unsupported_reasons(op: str, *tensors: Tensor) -> list[str]:
+    """Return why this backend cannot serve: it always can."""
+    return []
+
+
+def _rows(flat: Sequence[Tensor], num_rows: int) -> list[Sequence[Tensor]]:
+    """Cut a concept-major list into one row per concept."""
+    width = len(flat) // num_rows if num_rows else 0
+    return [flat[n * width : (n + 1) * width] for n in range(num_rows)]
+
+
+def _narrow(values: Sequence[Tensor], templates: Sequence[Tensor]) -> list[Tensor]:
+    """Return the values, if there are any, in the templates' dtypes."""
+    return [x.to(template.dtype) for x, template in zip(values, templates, strict=bool(values))]
+
+
+def weighted_merge_forward(
+    base: Sequence[Tensor], thetas: Sequence[Tensor], weights: Tensor
+) -> list[Tensor]:
+    """Return φ, P tensors."""
+    return reference.weighted_merge(base, _rows(thetas, len(weights)), weights)
+
+
+def weighted_merge_backward(
+    d_out: Sequence[Tensor],
+    base: Sequence[Tensor],
+    thetas: Sequence[Tensor],
+    weights: Tensor,
+    need_base: bool,
+    need_thetas: bool,
+    need_weights: bool,
+) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    """Return the gradients: (1 − Σw) φ̄, w_n φ̄ and ⟨φ̄, θ_n − base⟩."""
+    d_base: list[Tensor] = []
+    d_thetas: list[Tensor] = []
+    d_weights = None
+    if need_base:
+        rest = 1 - weights.sum()
+        d_base = [(rest * wide(d)).to(d.dtype) for d in d_out]
+    if need_thetas:
+        d_thetas = [(w_n * wide(d)).to(d.dtype) for w_n in weights for d in d_out]
+    if need_weights:
+        sums = [
+            sum(
+                (
+                    (wide(d) * (wide(t) - wide(b))).sum()
+                    for d, t, b in zip(d_out, row, base, strict=True)
+                ),
+                start=weights.new_zeros(()),
+            )
+            for row in _rows(thetas, len(weights))
+        ]
+        d_weights = torch.stack(sums) if sums else torch.zeros_like(weights)
+    return d_base, d_thetas, d_weights
+
+
+def projected_merge_forward(
+    W0: Sequence[Tensor], W: Sequence[Tensor], C: Sequence[Tensor], M: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return φ, L tensors."""
+    return reference.projected_merge(W0, _rows(W, len(C)), C, M)
+
+
+def projected_merge_backward(
+    d_out: Sequence[Tensor],
+    W0: Sequence[Tensor],
+    W: Sequence[Tensor],
+    C: Sequence[Tensor],
+    M: Sequence[Tensor],
+    need_W0: bool,
+    need_W: bool,
+    need_C: bool,
+    need_M: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Return the gradients, with D = W_n − W0 of one layer and sums over layers for the text's.
+
+    W̄_n = (φ̄ M_nᵀ) C_n, W̄0 = φ̄ − Σ_n W̄_n, C̄_n = Σ (φ̄ M_nᵀ)ᵀ D, M̄_n = Σ (D C_nᵀ)ᵀ φ̄.
+    """
+    d_W0 = [wide(d) + 0 for d in d_out] if need_W0 else []
+    d_W: list[Tensor] = []
+    d_C = [torch.zeros_like(wide(C_n)) for C_n in C] if need_C else []
+    d_M = [torch.zeros_like(wide(M_n)) for M_n in M] if need_M else []
+    for n, W_n in enumerate(_rows(W, len(C))):
+        C_n, M_n = wide(C[n]), wide(M[n])
+        for layer, d in enumerate(d_out):
+            if need_W0 or need_W or need_C:
+                d_A = wide(d) @ M_n.mT
+            if need_W0 or need_W:
+                d_W_nl = d_A @ C_n
+            if need_W0:
+                d_W0[layer] = d_W0[layer] - d_W_nl
+            if need_W:
+                d_W.append(d_W_nl.to(d.dtype))
+            if need_C or need_M:
+                D = wide(W_n[layer]) - wide(W0[layer])
+            if need_C:
+                d_C[n] = d_C[n] + d_A.mT @ D
+            if need_M:
+                d_M[n] = d_M[n] + (D @ C_n.mT).mT @ wide(d)
+    return (
+        _narrow(d_W0, d_out),
+        d_W,
+        _narrow(d_C, C),
+        _narrow(d_M, M),
+    )
+
+
+def batched_lora_forward(
+    x: Tensor,
+    weight: Tensor,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scale: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """Return y [b, t, o]."""
+    return reference.batched_lora(x, weight, A, B, scale, index, bias)
+
+
+def batched_lora_backward(
+    d_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scale: Tensor,
+    index: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_A: bool,
+    need_B: bool,
+    need_scale: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+    """Return d_x, d_weight, d_A, d_B, d_scale, d_bias."""
+    d_y_wide = wide(d_y)
+    d_x, d_A, d_B, d_scale = low_rank_backward(
+        d_y_wide, wide(x), A, B, scale, index, need_x, need_A, need_B, need_scale
+    )
+    if need_x:
+        base = d_y_wide @ wide(weight)
+        d_x = (base if d_x is None else base + d_x).to(x.dtype)
+    d_weight = None
+    if need_weight:
+        d_weight = (d_y_wide.flatten(0, 1).mT @ wide(x).flatten(0, 1)).to(weight.dtype)
+    d_bias = d_y_wide.sum((0, 1)).to(d_y.dtype) if need_bias else None
+    return d_x, d_weight, d_A, d_B, d_scale, d_bias
+
+
+def low_rank_backward(
+    d_y: Tensor,
+    x: Tensor,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scale: Tensor,
+    index: Tensor,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+    need_scale: bool,
+) -> tuple[Tensor | None, list[Tensor], list[Tensor], Tensor | None]:
+    """Return the gradients of the adapters' part of the output: d_x, d_A, d_B, d_scale.
+
+    With P = x_b A_iᵀ and Q = d_y_b B_i: s_i Q A_i, s_i Qᵀ x, s_i d_yᵀ P and ⟨P, Q⟩, the last three
+    summed over the samples of an adapter.
+    """
+    num_adapters = len(A)
+    if num_adapters == 0:
+        return None, [], [], torch.zeros_like(scale) if need_scale else None
+    A_b, B_b, s_b = reference.select_adapters(A, B, scale, index)
+    slot = torch.where(index < 0, num_adapters, index)
+    d_x: Tensor | None = None
+    d_A: list[Tensor] = []
+    d_B: list[Tensor] = []
+    d_scale: Tensor | None = None
+    Q = d_y @ B_b
+    if need_x:
+        d_x = (s_b * Q) @ A_b
+    if need_A:
+        per_adapter = _sum_by_slot((s_b * Q).mT @ x, slot, num_adapters)
+        d_A = [
+            d[: A_n.shape[0]].to(A_n.dtype, copy=True)
+            for d, A_n in zip(per_adapter, A, strict=True)
+        ]
+    if need_B or need_scale:
+        P = x @ A_b.mT
+    if need_B:
+        per_adapter = _sum_by_slot(d_y.mT @ (s_b * P), slot, num_adapters)
+        d_B = [
+            d[:, : B_n.shape[1]].to(B_n.dtype, copy=True)
+            for d, B_n in zip(per_adapter, B, strict=True)
+        ]
+    if need_scale:
+        d_scale = _sum_by_slot((P * Q).sum((1, 2)), slot, num_adapters).to(scale.dtype)
+    return d_x, d_A, d_B, d_scale
+
+
+def _sum_by_slot(per_sample: Tensor, slot: Tensor, num_slots: int) -> Tensor:
+    """Sum [b, …] by adapter to [N, …]; slot N, no adapter, is dropped."""
+    sums = per_sample.new_zeros(num_slots + 1, *per_sample.shape[1:])
+    return sums.index_add(0, slot, per_sample)[:num_slots]
+
+
+def merge_lora_forward(
+    weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], scale: Tensor, weights: Tensor
+) -> Tensor:
+    """Return φ [o, d]."""
+    return reference.merge_lora(weight, A, B, scale, weights)
+
+
+def merge_lora_backward(
+    d_out: Tensor,
+    weight: Tensor,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scale: Tensor,
+    weights: Tensor,
+    need_weight: bool,
+    need_A: bool,
+    need_B: bool,
+    need_scale: bool,
+    need_weights: bool,
+) -> tuple[Tensor | None, list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+    """Return d_weight, d_A, d_B, d_scale, d_weights.
+
+    With c_n = w_n s_n: φ̄, c_n B_nᵀ φ̄, c_n φ̄ A_nᵀ, and ⟨φ̄, B_n A_n⟩ times w_n and s_n.
+    """
+    d = wide(d_out)
+    d_A: list[Tensor] = []
+    d_B: list[Tensor] = []
+    inner: list[Tensor] = []
+    for A_n, B_n, c_n in zip(A, B, scale * weights, strict=True):
+        if need_A or need_scale or need_weights:
+            projected = wide(B_n).mT @ d
+        if need_A:
+            d_A.append((c_n * projected).to(A_n.dtype))
+        if need_B:
+            d_B.append((c_n * (d @ wide(A_n).mT)).to(B_n.dtype))
+        if need_scale or need_weights:
+            inner.append((projected * wide(A_n)).sum())
+    d_c = torch.stack(inner) if inner else torch.zeros_like(scale)
+    return (
+        d_out.clone() if need_weight else None,
+        d_A,
+        d_B,
+        d_c * weights if need_scale else None,
+        d_c * scale if need_weights else None,
+    )

@@ -1,0 +1,293 @@
+"""weighted_merge: φ = base + Σ_n w_n (θ_n − base), every tensor of a model in one call."""
+
+# N = concepts, P = parameters; flat lists are concept-major, thetas[n * P + p]
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast, overload
+
+import torch
+from torch import Tensor
+
+from mima.ops import _checks, backends, reference_backend
+from mima.ops._autograd import apply, filled, total, vmap_formula
+
+_OP = "weighted_merge"
+
+
+@overload
+def weighted_merge(
+    base: Tensor,
+    thetas: Sequence[Tensor],
+    weights: Tensor | Sequence[float],
+    *,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def weighted_merge(
+    base: Sequence[Tensor],
+    thetas: Sequence[Sequence[Tensor]],
+    weights: Tensor | Sequence[float],
+    *,
+    backend: str | None = None,
+) -> list[Tensor]: ...
+
+
+def weighted_merge(
+    base: Tensor | Sequence[Tensor],
+    thetas: Sequence[Tensor] | Sequence[Sequence[Tensor]],
+    weights: Tensor | Sequence[float],
+    *,
+    backend: str | None = None,
+) -> Tensor | list[Tensor]:
+    """Average adapted parameters.
+
+        φ = base + Σ_n w_n (θ_n − base)
+
+    Differentiable any number of times in `base`, `thetas` and `weights`.
+
+    Args:
+        base: a tensor of any shape, or P of them; float32, bfloat16, float16 or float64, all of one
+            dtype and device.
+        thetas: N tensors shaped as `base`, or N sequences of P. N = 0 gives a copy of `base`.
+        weights: [N], finite, any sum; a tensor or numbers. Used in float32 (float64 with float64).
+        backend: "reference", "triton" or "native"; None chooses (see `mima.ops.backends`).
+
+    Returns:
+        φ, a tensor or a list of P tensors, as `base` is.
+
+    Raises:
+        TypeError: not tensors, or dtypes or devices that differ.
+        ValueError: numbers or shapes of tensors that do not agree; weights not finite.
+        BackendError: `backend` cannot serve.
+
+    Example:
+        >>> base = torch.zeros(2)
+        >>> weighted_merge(base, [base + 1, base + 3], [0.5, 0.5])
+        tensor([2., 2.])
+    """
+    if isinstance(base, Tensor):
+        _checks.require_sequence(_OP, "thetas", thetas)
+        alone = [[theta] for theta in cast("Sequence[Tensor]", thetas)]
+        return weighted_merge([base], alone, weights, backend=backend)[0]
+    rows = cast("Sequence[Sequence[Tensor]]", thetas)
+    _require_agreement(base, rows)
+    if not base:
+        return []
+    vector = _checks.as_vector(_OP, "weights", weights, len(rows), base[0])
+    flat = [theta for row in rows for theta in row]
+    return list(apply(WeightedMerge, len(base), backend or "", vector, *base, *flat))
+
+
+def _require_agreement(base: Sequence[Tensor], thetas: Sequence[Sequence[Tensor]]) -> None:
+    _checks.require_sequence(_OP, "base", base)
+    _checks.require_sequence(_OP, "thetas", thetas, of="sequences of tensors")
+    for n, row in enumerate(thetas):
+        _checks.require_sequence(_OP, f"thetas[{n}]", row)
+        _checks.require_length(_OP, f"thetas[{n}]", row, len(base), "one per tensor of base")
+    if not base:
+        return
+    _checks.require_floating(_OP, "base[0]", base[0])
+    dtype, device = base[0].dtype, base[0].device
+    # Hundreds of tensors: compare here, and leave the message to the slow path.
+    for p, b in enumerate(base):
+        if not isinstance(b, Tensor) or b.dtype != dtype or b.device != device:
+            _checks.require_like(_OP, f"base[{p}]", b, base[0], "base[0]", ("...",))
+        shape = b.shape
+        for n, row in enumerate(thetas):
+            t = row[p]
+            if (
+                not isinstance(t, Tensor)
+                or t.shape != shape
+                or t.dtype != dtype
+                or t.device != device
+            ):
+                _checks.require_like(_OP, f"thetas[{n}][{p}]", t, b, f"base[{p}]", shape)
+
+
+@torch.library.custom_op(
+    f"mima::{_OP}",
+    mutates_args=(),
+    schema="(Tensor[] base, Tensor[] thetas, Tensor weights, str backend) -> Tensor[]",
+)
+def _forward(
+    base: list[Tensor], thetas: list[Tensor], weights: Tensor, backend: str
+) -> list[Tensor]:
+    _checks.require_finite(_OP, "weights", weights)
+    module = backends.resolve(_OP, base[0], backend)
+    return cast("list[Tensor]", module.weighted_merge_forward(base, thetas, weights))
+
+
+@_forward.register_fake
+def _(base: list[Tensor], thetas: list[Tensor], weights: Tensor, backend: str) -> list[Tensor]:
+    return [b.new_empty(b.shape) for b in base]
+
+
+@torch.library.custom_op(
+    f"mima::{_OP}_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor[] d_out, Tensor[] base, Tensor[] thetas, Tensor weights, "
+        "bool need_base, bool need_thetas, bool need_weights, str backend) -> Tensor[]"
+    ),
+)
+def _backward(
+    d_out: list[Tensor],
+    base: list[Tensor],
+    thetas: list[Tensor],
+    weights: Tensor,
+    need_base: bool,
+    need_thetas: bool,
+    need_weights: bool,
+    backend: str,
+) -> list[Tensor]:
+    module = backends.resolve(_OP, base[0], backend)
+    d_base, d_thetas, d_weights = module.weighted_merge_backward(
+        d_out, base, thetas, weights, need_base, need_thetas, need_weights
+    )
+    return [*d_base, *d_thetas, *([d_weights] if need_weights else [])]
+
+
+@_backward.register_fake
+def _(
+    d_out: list[Tensor],
+    base: list[Tensor],
+    thetas: list[Tensor],
+    weights: Tensor,
+    need_base: bool,
+    need_thetas: bool,
+    need_weights: bool,
+    backend: str,
+) -> list[Tensor]:
+    like = [*(base if need_base else []), *(thetas if need_thetas else [])]
+    grads = [x.new_empty(x.shape) for x in like]
+    return [*grads, weights.new_empty(weights.shape)] if need_weights else grads
+
+
+def _forward_formula(P: int, backend: str, weights: Tensor, *flat: Tensor) -> list[Tensor]:
+    return reference_backend.weighted_merge_forward(flat[:P], flat[P:], weights)
+
+
+def _backward_formula(
+    P: int,
+    backend: str,
+    need_base: bool,
+    need_thetas: bool,
+    need_weights: bool,
+    weights: Tensor,
+    *flat: Tensor,
+) -> list[Tensor]:
+    d_out, base, thetas = flat[:P], flat[P : 2 * P], flat[2 * P :]
+    d_base, d_thetas, d_weights = reference_backend.weighted_merge_backward(
+        d_out, base, thetas, weights, need_base, need_thetas, need_weights
+    )
+    return [*d_base, *d_thetas, *([] if d_weights is None else [d_weights])]
+
+
+class WeightedMerge(torch.autograd.Function):
+    """(P, backend, weights, *base, *thetas) -> P tensors."""
+
+    @staticmethod
+    def forward(P: int, backend: str, weights: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_forward(list(flat[:P]), list(flat[P:]), weights, backend))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.P, ctx.backend, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *d_out: Tensor) -> tuple[Any, ...]:
+        P = ctx.P
+        weights, *flat = ctx.saved_tensors
+        _, _, need_weights, *need_flat = ctx.needs_input_grad
+        need_base, need_thetas = any(need_flat[:P]), any(need_flat[P:])
+        needs = need_base, need_thetas, need_weights
+        grads = apply(WeightedMergeBackward, P, ctx.backend, *needs, weights, *d_out, *flat)
+        d_base, d_thetas, d_weights = _split(grads, P, len(flat) - P, *needs)
+        return None, None, d_weights, *d_base, *d_thetas
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return vmap_formula(_forward_formula, info, in_dims, args)
+
+
+class WeightedMergeBackward(torch.autograd.Function):
+    """(P, backend, needs, weights, *d_out, *base, *thetas) -> the gradients that are needed.
+
+    It is the adjoint of the derivative: its own gradient is `weighted_merge` and itself, at the
+    incoming gradients.
+    """
+
+    @staticmethod
+    def forward(
+        P: int,
+        backend: str,
+        need_base: bool,
+        need_thetas: bool,
+        need_weights: bool,
+        weights: Tensor,
+        *flat: Tensor,
+    ) -> tuple[Tensor, ...]:
+        d_out, base, thetas = list(flat[:P]), list(flat[P : 2 * P]), list(flat[2 * P :])
+        return tuple(
+            _backward(d_out, base, thetas, weights, need_base, need_thetas, need_weights, backend)
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.P, ctx.backend, *ctx.needs = inputs[:5]
+        ctx.save_for_backward(*inputs[5:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *u: Tensor | None) -> tuple[Any, ...]:
+        P, backend = ctx.P, ctx.backend
+        weights, *flat = ctx.saved_tensors
+        d_out, base, thetas = flat[:P], flat[P : 2 * P], flat[2 * P :]
+        u_base, u_thetas, u_weights = _split(u, P, len(thetas), *ctx.needs)
+        need_weights = ctx.needs_input_grad[5]
+        need_d_out = any(ctx.needs_input_grad[6 : 6 + P])
+        need_x = any(ctx.needs_input_grad[6 + P :])
+        dd_out: list[Tensor | None] = [None] * P
+        d_base: list[Tensor | None] = [None] * P
+        d_thetas: list[Tensor | None] = [None] * len(thetas)
+        d_weights = None
+        if any(x is not None for x in (*u_base, *u_thetas)):
+            u_flat = filled([*u_base, *u_thetas], [*base, *thetas])
+            if need_d_out:
+                dd_out = list(apply(WeightedMerge, P, backend, weights, *u_flat))
+            if need_weights:
+                needs = False, False, True
+                (d_weights,) = apply(
+                    WeightedMergeBackward, P, backend, *needs, weights, *d_out, *u_flat
+                )
+        if u_weights is not None:
+            if need_d_out:
+                # On differences from zero, for the low precision dtypes' sake.
+                zeros = [torch.zeros_like(b) for b in base]
+                D = [theta - base[i % P] for i, theta in enumerate(thetas)]
+                more = apply(WeightedMerge, P, backend, u_weights, *zeros, *D)
+                dd_out = [total(pair) for pair in zip(dd_out, more, strict=True)]
+            if need_x:
+                rest = -u_weights.sum()
+                d_base = [rest * d for d in d_out]
+                d_thetas = [u_n * d for u_n in u_weights for d in d_out]
+        return *(None,) * 5, d_weights, *dd_out, *d_base, *d_thetas
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return vmap_formula(_backward_formula, info, in_dims, args)
+
+
+def _split(
+    grads: Sequence[Any], P: int, NP: int, need_base: bool, need_thetas: bool, need_weights: bool
+) -> tuple[list[Any], list[Any], Any]:
+    """Cut a list of the needed gradients into base's, thetas' and weights', None where absent."""
+    rest = list(grads)
+    d_base = [rest.pop(0) for _ in range(P)] if need_base else [None] * P
+    d_thetas = rest[:NP] if need_thetas else [None] * NP
+    return d_base, d_thetas, rest[-1] if need_weights else None
