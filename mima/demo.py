@@ -33,6 +33,7 @@ from mima.immunize import StepReport, immunize
 from mima.outputs import claim_folder
 from mima.pictures import Picture
 from mima.problem import ordinary_captions
+from mima.report.figures import ATTACK_ROWS, attack_columns, image_grid, plot_curves
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
