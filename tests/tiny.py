@@ -35,6 +35,9 @@ from transformers import (
     ViTModel,
 )
 
+from mima.concepts import Concept
+from mima.pictures import Picture
+
 WORDS = (
     *("a", "an", "in", "of", "on", "the", "style", "photo", "picture", "emoji", "person"),
     *("cat", "dog", "bird", "fish", "tree", "house", "castle"),
@@ -234,3 +237,21 @@ def picture(colour: str, shape: str, *, size: int = RESOLUTION, seed: int = 0) -
     pixels = np.full((size, size, 3), 255, np.uint8)
     pixels[inside] = COLOURS[colour]
     return Image.fromarray(pixels)
+
+
+def concept(colour: str = "red", shape: str = "round", *, images: int = 4) -> Concept:
+    """`images` pictures to learn from, two held out, two of the class without a colour."""
+
+    def pictures(count: int, first_seed: int, prompt: str) -> tuple[Picture, ...]:
+        seeds = range(first_seed, first_seed + count)
+        return tuple(Picture(picture(colour, shape, seed=seed), prompt) for seed in seeds)
+
+    prompt = f"a {colour} {shape} emoji"
+    return Concept(
+        name=f"{colour} {shape}",
+        prompt=prompt,
+        images=pictures(images, 0, prompt),
+        held_out=pictures(2, 100, prompt),
+        class_prompt=f"a {shape} emoji",
+        class_images=pictures(2, 200, f"a {shape} emoji"),
+    )

@@ -1,0 +1,220 @@
+import dataclasses
+
+import pytest
+import tiny
+import torch
+from diffusers import StableDiffusionPipeline
+
+from mima.adaptation import LoRA
+from mima.adaptation.copies import component_name, shared_copy, with_modules
+from mima.diffusion import diffusion_loss, pixels
+from mima.errors import MimaError
+from mima.families import family_of
+
+FAST = LoRA(learning_rate=1e-2, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture
+def pipeline(folder):
+    return StableDiffusionPipeline.from_pretrained(folder)
+
+
+def fixed_loss(pipeline, concept):
+    """Training loss on the same noise and timesteps, whatever was trained."""
+    family = family_of(pipeline)
+    generator = torch.Generator().manual_seed(7)
+    latents = family.encode_images(pixels(concept.images, 32)).repeat(8, 1, 1, 1)
+    text = family.encode_prompts([concept.prompt] * len(latents))
+    steps = family.sample_timesteps(len(latents), generator)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    with torch.no_grad():
+        return diffusion_loss(family, latents, text, steps, noise).item()
+
+
+def draw(pipeline, prompt="a red round emoji"):
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(prompt, num_inference_steps=4, generator=generator, output_type="pt").images
+
+
+def test_training_lowers_the_loss_and_leaves_the_given_pipeline_alone(pipeline):
+    concept = tiny.concept()
+    weights = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
+    wanted_gradients = [value.requires_grad for value in pipeline.unet.parameters()]
+    before = fixed_loss(pipeline, concept)
+    run = FAST.start(pipeline, concept)
+    run.advance(40)
+
+    assert fixed_loss(run.pipeline, concept) < 0.9 * before
+    assert fixed_loss(pipeline, concept) == before
+    now = pipeline.unet.state_dict()
+    assert list(now) == list(weights)
+    assert all(torch.equal(now[name], weights[name]) for name in weights)
+    assert [value.requires_grad for value in pipeline.unet.parameters()] == wanted_gradients
+    # only adapters differ, and frozen weights exist once
+    assert run.pipeline.unet.conv_in.weight.data_ptr() == pipeline.unet.conv_in.weight.data_ptr()
+
+
+def test_adapter_adds_scaled_low_rank_product(pipeline):
+    settings = dataclasses.replace(FAST, rank=3, alpha=6.0)
+    run = settings.start(pipeline, tiny.concept())
+    run.advance(5)
+    adapted = run.pipeline.unet.state_dict()
+    expected = {}
+    for name, value in pipeline.unet.state_dict().items():
+        stem = name.removesuffix(".weight")
+        if f"{stem}.lora_A.default.weight" in adapted:
+            a = adapted[f"{stem}.lora_A.default.weight"]
+            b = adapted[f"{stem}.lora_B.default.weight"]
+            assert a.shape[0] == b.shape[1] == 3
+            value = value + 2.0 * b @ a
+        expected[name] = value
+    old = pipeline.unet.state_dict()
+    changed = [name for name in expected if not torch.equal(expected[name], old[name])]
+    # self- and cross-attention of seven transformer blocks, four projections each
+    assert len(changed) == 7 * 2 * 4
+    merged = type(pipeline.unet).from_config(pipeline.unet.config).eval()
+    merged.load_state_dict(expected)
+    torch.testing.assert_close(
+        draw(run.pipeline), draw(with_modules(pipeline, unet=merged)), atol=1e-5, rtol=0
+    )
+
+
+def test_same_seed_gives_the_same_run_in_one_piece_or_two(pipeline):
+    concept = tiny.concept()
+    whole, pieces, other = (
+        dataclasses.replace(FAST, seed=seed).start(pipeline, concept) for seed in (0, 0, 1)
+    )
+    whole.advance(6)
+    assert list(pieces.until(2, 6)) == [2, 6]
+    other.advance(6)
+    assert whole.losses == pieces.losses
+    assert whole.losses != other.losses
+    assert torch.equal(draw(whole.pipeline), draw(pieces.pipeline))
+
+
+@pytest.mark.parametrize("alpha", [None, 12.0], ids=["alpha=rank", "alpha=3·rank"])
+def test_diffusers_reads_the_saved_adapter_and_draws_the_same(pipeline, folder, tmp_path, alpha):
+    run = dataclasses.replace(FAST, alpha=alpha).start(pipeline, tiny.concept())
+    run.advance(5)
+    run.save(tmp_path / "lora")
+
+    fresh = StableDiffusionPipeline.from_pretrained(folder)
+    untrained = draw(fresh)
+    fresh.load_lora_weights(tmp_path / "lora")
+    assert torch.equal(draw(fresh), draw(run.pipeline))
+    assert (draw(fresh) - untrained).abs().max() > 1e-3
+
+
+def test_prior_loss_is_added_with_its_weight(pipeline):
+    concept = tiny.concept()
+    first = []
+    for weight in (1.0, 2.0, 3.0):
+        run = dataclasses.replace(FAST, prior_weight=weight).start(pipeline, concept)
+        run.advance(1)
+        first.append(run.loss)
+    alone = FAST.start(pipeline, concept)
+    alone.advance(1)
+    assert first[2] - first[1] == pytest.approx(first[1] - first[0], rel=1e-4)
+    assert first[0] - (first[1] - first[0]) == pytest.approx(alone.loss, rel=1e-4)
+
+
+def test_prior_preservation_needs_class_images(pipeline):
+    concept = dataclasses.replace(tiny.concept(), class_images=())
+    with pytest.raises(MimaError, match="'red round': prior preservation needs class_images"):
+        dataclasses.replace(FAST, prior_weight=1.0).start(pipeline, concept)
+
+
+def test_loop_can_end_early_and_steps_must_ascend(pipeline):
+    run = FAST.start(pipeline, tiny.concept())
+    for step in run.until(1, 2, 1000):
+        if step == 2:
+            break
+    assert run.step == len(run.losses) == 2
+    with pytest.raises(ValueError, match="ascend from 2"):
+        list(run.until(1))
+
+
+def test_on_step_sees_each_step_and_may_stop_the_training(pipeline):
+    run = FAST.start(pipeline, tiny.concept())
+    seen = []
+
+    def watch(run):
+        seen.append(run.step)
+        if run.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.advance(10, on_step=watch)
+    assert seen == [1, 2, 3]
+    assert not run.pipeline.unet.training
+
+
+def test_half_precision_model_trains_a_float32_adapter(folder):
+    half = StableDiffusionPipeline.from_pretrained(folder).to(dtype=torch.bfloat16)
+    run = FAST.start(half, tiny.concept())
+    before = fixed_loss(run.pipeline, tiny.concept())
+    run.advance(40)
+    trained = [value for value in run.pipeline.unet.parameters() if value.requires_grad]
+    assert {value.dtype for value in trained} == {torch.float32}
+    assert half.unet.dtype == torch.bfloat16
+    assert fixed_loss(run.pipeline, tiny.concept()) < 0.95 * before
+    assert draw(run.pipeline).isfinite().all()
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(pipeline):
+    runs = [
+        dataclasses.replace(FAST, gradient_checkpointing=on).start(pipeline, tiny.concept())
+        for on in (False, True)
+    ]
+    for run in runs:
+        run.advance(3)
+    assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-6)
+    assert not pipeline.unet.is_gradient_checkpointing
+
+
+def test_diverging_training_says_so(pipeline):
+    run = dataclasses.replace(FAST, learning_rate=1e12, max_grad_norm=None).start(
+        pipeline, tiny.concept()
+    )
+    with pytest.raises(MimaError, match=r"lora: the loss is .* at step .*learning_rate"):
+        run.advance(20)
+
+
+def test_model_with_adapters_is_refused(pipeline):
+    run = FAST.start(pipeline, tiny.concept())
+    with pytest.raises(MimaError, match="adapters are loaded already"):
+        FAST.start(run.pipeline, tiny.concept())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0),
+        ("learning_rate", 0.0),
+        ("batch_size", 0),
+        ("weight_decay", -1.0),
+        ("max_grad_norm", 0.0),
+        ("prior_weight", -0.5),
+        ("rank", 0),
+        ("dropout", 1.0),
+        ("target_modules", ()),
+    ],
+)
+def test_bad_setting_is_named(name, value):
+    with pytest.raises(ValueError, match=f"LoRA: {name}"):
+        LoRA(**{name: value})
+
+
+def test_shared_copy_keeps_storage_and_separates_structure(pipeline):
+    copy = shared_copy(pipeline.unet)
+    pairs = list(zip(copy.parameters(), pipeline.unet.parameters(), strict=True))
+    assert all(new.data_ptr() == old.data_ptr() and new is not old for new, old in pairs)
+    copy.conv_in = torch.nn.Identity()
+    assert isinstance(pipeline.unet.conv_in, torch.nn.Conv2d)
+    with pytest.raises(ValueError, match="does not hold"):
+        component_name(pipeline, copy)
