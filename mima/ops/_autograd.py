@@ -15,6 +15,18 @@ def apply(function: type[torch.autograd.Function], *args: object) -> tuple[Any, 
     return outputs
 
 
+def apply_backward(function: type[torch.autograd.Function], *args: object) -> tuple[Any, ...]:
+    """Apply a function that is the backward of another.
+
+    Inside torch.compile, which neither traces a Function within the backward of another nor
+    differentiates that backward, it runs as a plain function.
+    """
+    if torch.compiler.is_compiling():
+        outputs: tuple[Any, ...] = function.forward(*args)
+        return outputs
+    return apply(function, *args)
+
+
 def filled(d: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
     """Return gradients, with zeros for those that autograd left out."""
     return [torch.zeros_like(x) if d_x is None else d_x for d_x, x in zip(d, like, strict=True)]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mima import reference
 from mima.ops import _checks, backends, reference_backend
-from mima.ops._autograd import apply, filled, total, vmap_formula
+from mima.ops._autograd import apply, apply_backward, filled, total, vmap_formula
 
 _OP = "batched_lora"
 
@@ -260,7 +260,9 @@ class BatchedLora(torch.autograd.Function):
         _, _, need_x, need_weight, need_bias, need_scale, _, *need_AB = ctx.needs_input_grad
         need_A, need_B = any(need_AB[:N]), any(need_AB[N:])
         needs = need_x, need_weight, need_A, need_B, need_scale, need_bias
-        grads = apply(BatchedLoraBackward, N, ctx.backend, *needs, *d_out, *ctx.saved_tensors)
+        grads = apply_backward(
+            BatchedLoraBackward, N, ctx.backend, *needs, *d_out, *ctx.saved_tensors
+        )
         d_x, d_weight, d_A, d_B, d_scale, d_bias = _split(grads, N, needs)
         return None, None, d_x, d_weight, d_bias, d_scale, None, *d_A, *d_B
 
@@ -314,7 +316,7 @@ class BatchedLoraBackward(torch.autograd.Function):
                 dd_y += apply(BatchedLora, N, backend, u_x, weight, None, scale, index, *AB)
             needs = False, need_weight, need_A, need_B, need_scale, False
             if any(needs):
-                grads = apply(
+                grads = apply_backward(
                     BatchedLoraBackward, N, backend, *needs, d_y, u_x, weight, scale, index, *AB
                 )
                 _, d_weight, first_A, first_B, first_scale, _ = _split(grads, N, needs)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mima.ops import _checks, backends, reference_backend
-from mima.ops._autograd import apply, filled, total, vmap_formula
+from mima.ops._autograd import apply, apply_backward, filled, total, vmap_formula
 
 _OP = "merge_lora"
 
@@ -203,7 +203,9 @@ class MergeLora(torch.autograd.Function):
         N = ctx.N
         _, _, need_weight, need_scale, need_weights, *need_AB = ctx.needs_input_grad
         needs = need_weight, any(need_AB[:N]), any(need_AB[N:]), need_scale, need_weights
-        grads = apply(MergeLoraBackward, N, ctx.backend, *needs, *d_out, *ctx.saved_tensors)
+        grads = apply_backward(
+            MergeLoraBackward, N, ctx.backend, *needs, *d_out, *ctx.saved_tensors
+        )
         d_weight, d_A, d_B, d_scale, d_weights = _split(grads, N, needs)
         return None, None, d_weight, d_scale, d_weights, *d_A, *d_B
 
@@ -264,7 +266,7 @@ class MergeLoraBackward(torch.autograd.Function):
             need_B2 = need_B or need_scale or need_weights
             if need_A or need_B2:
                 needs = False, need_A, need_B2, False, False
-                grads = apply(
+                grads = apply_backward(
                     MergeLoraBackward, N, backend, *needs, d_out, weight, ones, ones, *A2, *B2
                 )
                 _, d_A2, d_B2, _, _ = _split(grads, N, needs)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mima.ops import _checks, backends, reference_backend
-from mima.ops._autograd import apply, filled, total, vmap_formula
+from mima.ops._autograd import apply, apply_backward, filled, total, vmap_formula
 
 _OP = "projected_merge"
 
@@ -184,7 +184,9 @@ class ProjectedMerge(torch.autograd.Function):
     def backward(ctx: Any, *d_out: Tensor) -> tuple[Any, ...]:
         L, N = ctx.L, ctx.N
         needs = [any(group) for group in _groups(ctx.needs_input_grad[3:], L, N)]
-        grads = apply(ProjectedMergeBackward, L, N, ctx.backend, *needs, *d_out, *ctx.saved_tensors)
+        grads = apply_backward(
+            ProjectedMergeBackward, L, N, ctx.backend, *needs, *d_out, *ctx.saved_tensors
+        )
         return *(None,) * 3, *(x for group in _split(grads, L, N, needs) for x in group)
 
     @staticmethod
@@ -237,7 +239,7 @@ class ProjectedMergeBackward(torch.autograd.Function):
                 dd_out = list(apply(ProjectedMerge, L, N, backend, *direction, *C, *M))
             if need_C or need_M:
                 needs = [False, False, need_C, need_M]
-                grads = apply(
+                grads = apply_backward(
                     ProjectedMergeBackward, L, N, backend, *needs, *d_out, *direction, *C, *M
                 )
                 _, _, d_C, d_M = _split(grads, L, N, needs)
@@ -253,7 +255,7 @@ class ProjectedMergeBackward(torch.autograd.Function):
                 dd_out = [total(pair) for pair in zip(dd_out, more, strict=True)]
             needs = [False, need_D, need_C, need_M]
             if any(needs):
-                grads = apply(
+                grads = apply_backward(
                     ProjectedMergeBackward, L, N, backend, *needs, *d_out, *zeros, *D, *C2, *M2
                 )
                 _, d_W, d_C2, d_M2 = _split(grads, L, N, needs)

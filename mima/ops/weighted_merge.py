@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mima.ops import _checks, backends, reference_backend
-from mima.ops._autograd import apply, filled, total, vmap_formula
+from mima.ops._autograd import apply, apply_backward, filled, total, vmap_formula
 
 _OP = "weighted_merge"
 
@@ -206,7 +206,9 @@ class WeightedMerge(torch.autograd.Function):
         _, _, need_weights, *need_flat = ctx.needs_input_grad
         need_base, need_thetas = any(need_flat[:P]), any(need_flat[P:])
         needs = need_base, need_thetas, need_weights
-        grads = apply(WeightedMergeBackward, P, ctx.backend, *needs, weights, *d_out, *flat)
+        grads = apply_backward(
+            WeightedMergeBackward, P, ctx.backend, *needs, weights, *d_out, *flat
+        )
         d_base, d_thetas, d_weights = _split(grads, P, len(flat) - P, *needs)
         return None, None, d_weights, *d_base, *d_thetas
 
@@ -262,7 +264,7 @@ class WeightedMergeBackward(torch.autograd.Function):
                 dd_out = list(apply(WeightedMerge, P, backend, weights, *u_flat))
             if need_weights:
                 needs = False, False, True
-                (d_weights,) = apply(
+                (d_weights,) = apply_backward(
                     WeightedMergeBackward, P, backend, *needs, weights, *d_out, *u_flat
                 )
         if u_weights is not None:
