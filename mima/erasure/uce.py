@@ -94,13 +94,11 @@ def erase(
     Example:
         >>> erased = erase(pipeline, [cat], preserve=["a photo of a dog", "a red house"])
     """
-    for name, value, lowest in (
-        ("erase_scale", erase_scale, 0.0),
-        ("preserve_scale", preserve_scale, 0.0),
-        ("ridge", ridge, 0.0),
-    ):
-        if not value > lowest and not (name == "preserve_scale" and value == 0):
-            raise ValueError(f"erase: {name} must be above {lowest}, got {value}")
+    for name, value in (("erase_scale", erase_scale), ("ridge", ridge)):
+        if not value > 0:
+            raise ValueError(f"erase: {name} must be above 0, got {value}")
+    if not preserve_scale >= 0:
+        raise ValueError(f"erase: preserve_scale must be at least 0, got {preserve_scale}")
     if technique not in ("replace", "tensor"):
         raise ValueError(f"erase: technique must be replace or tensor, got {technique!r}")
     if not concepts:

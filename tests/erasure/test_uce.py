@@ -1,0 +1,226 @@
+import dataclasses
+
+import pytest
+import tiny
+import torch
+from diffusers import AutoencoderKL
+
+from mima.erasure import Edit, edits_of, erase
+from mima.erasure.uce import align
+from mima.errors import MimaError
+from mima.families import family_of
+
+COLOURS = ("green", "blue", "yellow")
+OTHERS = ("square", "cat", "dog", "bird", "fish", "castle", "house", "tree")
+CAPTIONS = [f"a {colour} {other} emoji" for colour in COLOURS for other in OTHERS]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    # float64, so that the closed form can be checked to rounding
+    return tiny.tiny_stable_diffusion(tmp_path_factory.mktemp("tokenizer")).to(dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def concept():
+    return dataclasses.replace(tiny.concept(), name="red")
+
+
+def text(pipeline, prompts):
+    return family_of(pipeline).encode_prompts(prompts)["encoder_hidden_states"]
+
+
+def projections(pipeline):
+    family = family_of(pipeline)
+    return {name: family.denoiser.get_parameter(name) for name in family.text_projections()}
+
+
+def change(erased, pipeline, prompts):
+    """Largest relative change, over weights, of what prompts are read as."""
+    hidden = text(pipeline, prompts).flatten(0, 1)
+    return max(
+        ((hidden @ (new - old).mT).norm() / (hidden @ old.mT).norm()).item()
+        for new, old in zip(
+            projections(erased).values(), projections(pipeline).values(), strict=True
+        )
+    )
+
+
+# the end of a prompt continues into its padding
+@pytest.mark.parametrize(
+    ("source", "target", "places"),
+    [
+        ([0, 5, 6, 1], [0, 5, 6, 1], [0, 1, 2, 3, 4, 5]),
+        ([0, 5, 6, 1], [0, 5, 7, 1], [0, 1, 2, 3, 4, 5]),
+        ([0, 5, 6, 7, 1], [0, 5, 7, 1], [0, 1, 2, 2, 3, 4]),
+        ([0, 5, 6, 7, 1], [0, 1], [0, 1, 1, 1, 1, 2]),
+        ([0, 5, 1], [0, 6, 7, 8, 1], [0, 3, 4, 5, 5, 5]),
+        ([0, 5, 5, 1], [0, 5, 1], [0, 1, 2, 2, 3, 4]),
+    ],
+    ids=["same", "replaced", "removed", "all-removed", "longer", "repeated"],
+)
+def test_tokens_are_aligned_with_their_counterparts(source, target, places):
+    assert align(source, target, 6).tolist() == places
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "target", "expected"),
+    [
+        ("cat", "a cat emoji in mono style", "", "a emoji in mono style"),
+        ("cat", "a cat emoji in mono style", "dog", "a dog emoji in mono style"),
+        ("mono style", "a cat emoji in mono style", "", "a cat emoji"),
+        ("mono-style", "a mono style cat", "", "a cat"),
+        ("mono style", "a cat emoji in mono style", "noto style", "a cat emoji in noto style"),
+        ("Van Gogh", "a house by van gogh, in red", "", "a house, in red"),
+        ("cat", "a Cat and a cat", "dog", "a dog and a dog"),
+        ("a.b", "the a.b thing", r"\1", r"the \1 thing"),
+    ],
+)
+def test_name_is_replaced_in_prompts(name, prompt, target, expected):
+    concept = dataclasses.replace(tiny.concept(), name=name, prompt=prompt, held_out=())
+    edits = edits_of(concept, target=target)
+    assert edits == [Edit(prompt, expected)]
+
+
+def test_captions_that_name_the_concept_are_edited_too(concept):
+    edits = edits_of(concept, ["a red cat", "a reddish cat", "a blue cat"])
+    assert edits == [Edit("a red round emoji", "a round emoji"), Edit("a red cat", "a cat")]
+
+
+def test_unnamed_concept_is_refused(concept):
+    with pytest.raises(MimaError, match="'purple': none of its prompts contains its name"):
+        edits_of(dataclasses.replace(concept, name="purple"), ["a purple cat"])
+
+
+def test_weights_are_stationary_for_the_stated_objective(pipeline, concept):
+    groups = [edits_of(concept), [Edit("a blue cat", "a dog"), Edit("a blue bird", "a bird")]]
+    scales = {"erase_scale": 0.7, "preserve_scale": 0.3, "ridge": 0.02}
+    erased = erase(pipeline, [concept, groups[1]], preserve=CAPTIONS[-8:], **scales)
+
+    sources, targets = [], []
+    for group in groups:
+        source = text(pipeline, [edit.source for edit in group])
+        target = text(pipeline, [edit.target for edit in group])
+        for edit, x, t in zip(group, source, target, strict=True):
+            ids = [pipeline.tokenizer(p).input_ids for p in (edit.source, edit.target)]
+            sources.append((x, len(group)))
+            targets.append(t[align(*ids, tiny.MAX_TOKENS)])
+    kept = text(pipeline, CAPTIONS[-8:]).flatten(0, 1)
+
+    def objective(new, old, ridge):
+        fit = sum(
+            ((x @ new.mT - t @ old.mT) ** 2).sum() / (tiny.MAX_TOKENS * count)
+            for (x, count), t in zip(sources, targets, strict=True)
+        )
+        keep = ((kept @ (new - old).mT) ** 2).sum() / len(kept)
+        return 0.7 * fit + 0.3 * keep + ridge * ((new - old) ** 2).sum()
+
+    gram = 0.7 * sum(x.mT @ x / (tiny.MAX_TOKENS * count) for x, count in sources)
+    gram = gram + 0.3 * kept.mT @ kept / len(kept)
+    ridge = 0.02 * gram.diagonal().mean()
+    for name, new in projections(erased).items():
+        old = projections(pipeline)[name].detach()
+        new = new.detach().requires_grad_()
+        start = old.clone().requires_grad_()
+        (at_solution,) = torch.autograd.grad(objective(new, old, ridge), new)
+        (at_start,) = torch.autograd.grad(objective(start, old, ridge), start)
+        assert at_solution.norm() < 1e-9 * at_start.norm()
+
+
+def test_without_competition_erased_prompts_read_as_their_targets(pipeline, concept):
+    erased = erase(pipeline, [concept], ridge=1e-12)
+    edit = edits_of(concept)[0]
+    source, target = text(pipeline, [edit.source, edit.target])
+    ids = [pipeline.tokenizer(p).input_ids for p in (edit.source, edit.target)]
+    wanted = target[align(*ids, tiny.MAX_TOKENS)]
+    for name, new in projections(erased).items():
+        old = projections(pipeline)[name]
+        torch.testing.assert_close(source @ new.mT, wanted @ old.mT, rtol=1e-6, atol=1e-6)
+
+
+def test_preserved_prompts_move_far_less_than_erased_ones(pipeline, concept):
+    erased = erase(pipeline, [concept], preserve=CAPTIONS, preserve_scale=10.0)
+    moved = change(erased, pipeline, ["a red round emoji"])
+    assert moved > 0.1
+    assert change(erased, pipeline, CAPTIONS) < 0.25 * moved
+    # preserving is what does it
+    assert change(erase(pipeline, [concept]), pipeline, CAPTIONS) > moved
+
+
+def test_concepts_are_erased_together(pipeline, concept):
+    second = dataclasses.replace(tiny.concept("blue", "square"), name="blue")
+    both = erase(pipeline, [concept, second], ridge=1e-12)
+    for part in (concept, second):
+        one = erase(pipeline, [part], ridge=1e-12)
+        hidden = text(pipeline, [part.prompt])[0]
+        for name, weight in projections(both).items():
+            expected = hidden @ projections(one)[name].mT
+            torch.testing.assert_close(hidden @ weight.mT, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_preserved_caption_that_names_the_concept_is_edited_instead(pipeline, concept):
+    erased = erase(pipeline, [concept], preserve=[*CAPTIONS, "a red cat"])
+    without = erase(pipeline, [concept], preserve=CAPTIONS)
+    assert change(erased, pipeline, ["a red cat"]) > 1.2 * change(without, pipeline, ["a red cat"])
+
+
+def test_tensor_target_is_orthogonal_to_the_old_value(pipeline, concept):
+    erased = erase(pipeline, [concept], technique="tensor", ridge=1e-12)
+    hidden = text(pipeline, [concept.prompt])[0]
+    # start token and "a" come before the erased word and keep their values
+    for name, new in projections(erased).items():
+        old = projections(pipeline)[name]
+        cosine = torch.cosine_similarity(hidden @ new.mT, hidden @ old.mT, dim=-1)
+        torch.testing.assert_close(cosine[:2], torch.ones(2).double(), atol=1e-6, rtol=0)
+        torch.testing.assert_close(cosine[2:], torch.zeros(14).double(), atol=1e-5, rtol=0)
+
+
+def test_result_shares_no_denoiser_weight_and_input_is_untouched(pipeline, concept):
+    before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
+    erased = erase(pipeline, [concept], preserve=CAPTIONS)
+    old, new = pipeline.unet.state_dict(), erased.unet.state_dict()
+    edited = set(projections(pipeline))
+    for name, value in before.items():
+        assert torch.equal(old[name], value)
+        assert old[name].data_ptr() != new[name].data_ptr()
+        assert torch.equal(new[name], value) == (name not in edited)
+    assert isinstance(erased.vae, AutoencoderKL)
+    assert erased.text_encoder is pipeline.text_encoder
+    assert erased.scheduler is not pipeline.scheduler
+
+
+def test_erased_pipeline_saves_and_samples(pipeline, concept, tmp_path):
+    erased = erase(pipeline, [concept], preserve=CAPTIONS)
+    erased.save_pretrained(tmp_path)
+    opened = type(pipeline).from_pretrained(tmp_path, torch_dtype=torch.float64)
+    draws = [
+        model(
+            concept.prompt,
+            num_inference_steps=3,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+        ).images
+        for model in (erased, opened, pipeline)
+    ]
+    torch.testing.assert_close(draws[0], draws[1], rtol=0, atol=1e-6)
+    assert (draws[0] - draws[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"ridge": 0.0}, "ridge must be above 0"),
+        ({"erase_scale": -1.0}, "erase_scale must be above 0"),
+        ({"preserve_scale": -1.0}, "preserve_scale must be"),
+        ({"technique": "melt"}, "technique must be replace or tensor, got 'melt'"),
+    ],
+)
+def test_bad_setting_is_named(pipeline, concept, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        erase(pipeline, [concept], **keywords)
+
+
+@pytest.mark.parametrize("concepts", [[], [[]]], ids=["none", "no-edits"])
+def test_nothing_to_erase_is_refused(pipeline, concepts):
+    with pytest.raises(ValueError, match="is empty"):
+        erase(pipeline, concepts)
