@@ -276,7 +276,7 @@ def embedded_concept(name: str) -> Concept:
     """One of the concepts that ship with the package.
 
     Args:
-        name: its folder's name under `mima/assets/concepts`, as `embedded_names` lists them.
+        name: one of `embedded_names`, such as "unseen-fox", or the `Concept.name`, such as "fox".
 
     Returns:
         The concept with its reference and held-out pictures.
@@ -284,11 +284,22 @@ def embedded_concept(name: str) -> Concept:
     Raises:
         MimaError: there is none of that name; the message says which there are.
     """
-    slug = name.strip().lower().replace(" ", "-")
-    for candidate in (slug, slug.replace("-", "_")):
-        if candidate in embedded_names():
-            return Concept.from_folder(assets() / "concepts" / candidate)
-    raise MimaError(f"no embedded concept is named {name!r}; {nearest(slug, embedded_names())}")
+    folder = _embedded_folder(name)
+    if folder is None:
+        raise MimaError(f"no embedded concept is named {name!r}; {nearest(name, embedded_names())}")
+    return Concept.from_folder(folder)
+
+
+def _embedded_folder(name: str) -> Path | None:
+    """The folder of the shipped concept whose folder, or else whose description, has that name."""
+    root = assets() / "concepts"
+    if name in embedded_names():
+        return root / name
+    for folder_name in embedded_names():
+        described = _parse(root / folder_name / DESCRIPTION_NAMES[0])
+        if isinstance(described, Mapping) and described.get("name") == name:
+            return root / folder_name
+    return None
 
 
 def embedded_concepts() -> list[Concept]:
@@ -472,7 +483,7 @@ def _makers_at(source: str | Path, base: Path, group: str | None) -> list[_Maker
     if path.is_file():
         return _makers_in(_parse(path), path.parent, group, str(path))
     name = str(source)
-    if name in embedded_names():
+    if _embedded_folder(name) is not None:
         return [partial(embedded_concept, name)]
     raise MimaError(
         f"{name} is neither a folder, nor a file, nor an embedded concept; "

@@ -188,7 +188,7 @@ def check_pictures(pictures: Iterable[Picture]) -> list[str]:
     Returns:
         One line for each bad picture, empty if all are good.
     """
-    problems = []
+    problems: list[str] = []
     for picture in pictures:
         if picture._checked:
             continue

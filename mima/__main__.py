@@ -1,0 +1,5 @@
+"""`python -m mima` is `mima`."""
+
+from mima.cli import main
+
+main()

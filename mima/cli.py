@@ -1,0 +1,428 @@
+"""The commands. Each body imports what it needs, so that `mima --help` is instant."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from mima._version import __version__
+from mima.errors import MimaError, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mima.adaptation import Adaptation
+    from mima.concepts import Concept
+    from mima.config import ImmunizeRun
+
+USAGE_ERROR, UNEXPECTED_ERROR, INTERRUPTED = 2, 1, 130
+
+
+class _Commands(TyperGroup):
+    """Turns exceptions into messages and exit codes, for every command alike."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # people append --debug to the command that has just failed
+        if "--debug" in args:
+            args = ["--debug", *(arg for arg in args if arg != "--debug")]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        from mima.console import show_error
+
+        debug = bool(ctx.params.get("debug"))
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            show_error("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except (typer.Exit, typer.Abort):
+            raise
+        # this is the outermost frame: whatever went wrong is reported here and nowhere else
+        except Exception as error:
+            # usage errors know how to show themselves
+            if hasattr(error, "format_message"):
+                raise
+            if debug:
+                traceback.print_exc()
+            if _is_ours(error):
+                show_error(str(error))
+                raise typer.Exit(USAGE_ERROR) from error
+            hint = "" if debug else "\nThis should not happen; --debug shows where it did."
+            show_error(f"{type(error).__name__}: {error}{hint}")
+            raise typer.Exit(UNEXPECTED_ERROR) from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an exception is mima's own word about its input, not an accident further down."""
+    if isinstance(error, MimaError):
+        return True
+    if not isinstance(error, (ValueError, TypeError)):
+        return False
+    frames = list(traceback.walk_tb(error.__traceback__))
+    module = str(frames[-1][0].f_globals.get("__name__", ""))
+    return module == "mima" or module.startswith("mima.")
+
+
+app = typer.Typer(
+    name="mima",
+    cls=_Commands,
+    help="Immunize text-to-image models against fine-tuning on many concepts at once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="A diffusers folder, a .safetensors file, a hub id, or 'embedded'.", show_default=True
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace earlier results.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seeds every random draw.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")
+]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mima {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks and other libraries' messages.")
+    ] = False,
+) -> None:
+    from mima.console import quiet_third_parties
+
+    if not debug:
+        quiet_third_parties()
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
+        "mima-demo"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="A shorter run, in 90 seconds.")] = False,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Immunize the embedded model against two concepts, attack it, and print what held."""
+    from mima.demo import run_demo
+
+    run_demo(output, quick=quick, seed=seed, overwrite=overwrite)
+
+
+@app.command()
+def immunize(
+    config: Annotated[Path, typer.Argument(help="A YAML file: model, concepts, settings.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the immunized model.")
+    ] = None,
+    overwrite: Overwrite = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: --set lower.steps=8"),
+    ] = None,
+) -> None:
+    """Immunize a model as a config file says."""
+    from mima.concepts import load_concepts
+    from mima.config import load_config
+    from mima.console import progress, stdout
+    from mima.output import check_folder, fresh_folder
+
+    run = _with_settings(load_config(config), settings or [])
+    folder = output or (run.output and config.parent / run.output)
+    if folder is None:
+        raise MimaError(f"nowhere to write: give --output, or output in {config}")
+    check_folder(folder, overwrite=overwrite)
+    concepts = load_concepts(run.concepts, base=config.parent)
+
+    # only now what takes seconds to import
+    from mima.immunize import StepReport
+    from mima.immunize import immunize as run_immunize
+
+    model = str(config.parent / run.model) if (config.parent / run.model).exists() else run.model
+    with fresh_folder(folder, overwrite=overwrite) as staging, progress() as bars:
+        task = bars.add_task("immunizing", total=run.immunize.steps, note="preparing")
+
+        def advance(report: StepReport) -> None:
+            loss = sum(report.losses.values()) / max(1, len(report.losses))
+            note = f"loss {loss:.3f}, drift {report.drift:.1%}"
+            bars.update(task, completed=report.step, total=report.steps, note=note)
+
+        run_immunize(model, concepts, run.immunize, output=staging, callbacks=[advance])
+    names = ", ".join(concept.name for concept in concepts)
+    stdout().print(f"immunized against {names}: {folder}")
+
+
+@app.command()
+def adapt(
+    concept: Annotated[
+        str, typer.Argument(help="A folder of pictures, a description, or an embedded concept.")
+    ],
+    model: Model = "embedded",
+    method: Annotated[str, typer.Option(help="How to adapt.")] = "lora",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the adapter; CONCEPT-METHOD.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt of the concept, where nothing else says it.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures per step.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank, for LoRA.")] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Teach a model a concept, as its owner would, or an attacker."""
+    from dataclasses import fields
+
+    from mima.console import progress, stdout
+    from mima.families import load_pipeline
+    from mima.output import check_folder, fresh_folder
+
+    methods = _adaptation_methods()
+    if method not in methods:
+        raise MimaError(f"method {method!r} is unknown; {nearest(method, methods)}")
+    kind = methods[method]
+    given: dict[str, Any] = {
+        "steps": steps,
+        "learning_rate": lr,
+        "batch_size": batch_size,
+        "rank": rank,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    unfit = sorted(set(given) - {field.name for field in fields(kind)})
+    if unfit:
+        raise MimaError(f"method {method} has no {', '.join(unfit)}")
+    settings = kind(seed=seed, **given)
+    learned = _one_concept(concept, prompt)
+    folder = output or Path(f"{_slug(learned.name)}-{method}")
+    check_folder(folder, overwrite=overwrite)
+
+    pipeline = load_pipeline(model, device=_device(device))
+    with fresh_folder(folder, overwrite=overwrite) as staging, progress() as bars:
+        task = bars.add_task(f"learning {learned.name}", total=settings.steps, note="")
+        run = settings.adapt(
+            pipeline,
+            learned,
+            on_step=lambda run: bars.update(task, completed=run.step, note=f"loss {run.loss:.3f}"),
+        )
+        run.save(staging)
+    stdout().print(f"learned {learned.name} by {method} in {run.step} steps: {folder}")
+    if method == "lora":
+        stdout().print(f'look: mima sample "{learned.prompt}" --model {model} --lora {folder}')
+
+
+@app.command()
+def erase(
+    concepts: Annotated[list[str], typer.Argument(help="Folders, descriptions or embedded names.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the erased model.")],
+    model: Model = "embedded",
+    preserve: Annotated[
+        list[str] | None, typer.Option(help="A concept or a caption to keep; may be repeated.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="Words that take the place of a name.")] = "",
+    technique: Annotated[
+        Literal["replace", "tensor"],
+        typer.Option(help="Move values to the target's, or also remove the old direction."),
+    ] = "replace",
+    overwrite: Overwrite = False,
+) -> None:
+    """Erase concepts from a model by a closed-form edit of its cross-attention."""
+    from mima.concepts import load_concepts
+    from mima.console import stdout
+    from mima.erasure import erase as run_erase
+    from mima.families import load_pipeline
+    from mima.output import check_folder, fresh_folder
+    from mima.problem import ordinary_captions
+
+    check_folder(output, overwrite=overwrite)
+    erased = load_concepts(concepts)
+    kept: list[str | Concept] = [*ordinary_captions(None)]
+    for item in preserve or []:
+        kept += load_concepts(item) if _names_concepts(item) else [item]
+    pipeline = load_pipeline(model)
+    result = run_erase(pipeline, erased, preserve=kept, target=target, technique=technique)
+    with fresh_folder(output, overwrite=overwrite) as staging:
+        result.save_pretrained(staging)
+    stdout().print(f"erased {', '.join(concept.name for concept in erased)}: {output}")
+
+
+@app.command()
+def sample(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    model: Model = "embedded",
+    lora: Annotated[
+        Path | None, typer.Option(help="A folder that mima adapt wrote, or a LoRA file.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A .png; by default the prompt's words.")
+    ] = None,
+    seed: Seed = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
+    guidance: Annotated[float, typer.Option(min=0, help="Guidance scale; 1 is none.")] = 4.0,
+    num: Annotated[int, typer.Option(min=1, help="Pictures, with seeds SEED, SEED+1, ...")] = 1,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Draw pictures."""
+    from mima.console import progress, stdout
+    from mima.evaluation.sampling import Sampler
+    from mima.families import load_pipeline
+    from mima.output import check_file
+
+    if not prompt.strip():
+        raise MimaError("the prompt is empty")
+    path = output or Path(f"{_slug(prompt)}.png")
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise MimaError(f"output {path}: expected a file ending in .png, .jpg or .webp")
+    paths = [path]
+    if num > 1:
+        paths = [path.with_stem(f"{path.stem}-{number}") for number in range(1, num + 1)]
+    for one in paths:
+        check_file(one, overwrite=overwrite)
+    pipeline = load_pipeline(model, device=_device(device))
+    if lora is not None:
+        _load_lora(pipeline, lora)
+    seeds = range(seed, seed + num)
+    with progress() as bars:
+        task = bars.add_task("drawing", total=num, note="")
+        sampler = Sampler(steps=steps, guidance=guidance)
+        (row,) = sampler(
+            pipeline,
+            [prompt],
+            seeds,
+            progress=lambda done, total: bars.update(task, completed=done, total=total),
+        )
+    for one, picture in zip(paths, row, strict=True):
+        picture.save(one)
+        stdout().print(str(one))
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices, and which backend serves each operator, or why not."""
+    from mima.doctor import show
+
+    show()
+
+
+def _with_settings(run: ImmunizeRun, settings: Sequence[str]) -> ImmunizeRun:
+    """Apply `--set key=value`; a key that only ImmunizeConfig has needs no "immunize." before."""
+    import yaml
+
+    from mima.config import ImmunizeConfig, ImmunizeRun, parse_config
+
+    raw = run.model_dump(exclude_unset=True)
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            raise MimaError(f"--set {setting}: expected KEY=VALUE, as in --set lower.steps=8")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise MimaError(f"--set {setting}: {text!r} is not a value: {error}") from error
+        known = {*ImmunizeRun.model_fields, *ImmunizeConfig.model_fields}
+        if parts[0] not in known:
+            raise MimaError(f"--set {setting}: unknown setting; {nearest(parts[0], known)}")
+        if parts[0] not in ImmunizeRun.model_fields:
+            parts = ["immunize", *parts]
+        inner = raw
+        for part in parts[:-1]:
+            inner = inner.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise MimaError(f"--set {setting}: {part} has no settings of its own")
+        inner[parts[-1]] = value
+    return parse_config(ImmunizeRun, raw, source="--set") if settings else run
+
+
+def _adaptation_methods() -> dict[str, type[Adaptation]]:
+    """Every method that `mima.adaptation` exports, by its name."""
+    from mima import adaptation
+
+    exported = [getattr(adaptation, name) for name in adaptation.__all__]
+    return {
+        kind.method: kind
+        for kind in exported
+        if isinstance(kind, type)
+        and issubclass(kind, adaptation.Adaptation)
+        and kind is not adaptation.Adaptation
+    }
+
+
+def _one_concept(source: str, prompt: str | None) -> Concept:
+    from dataclasses import replace
+
+    from mima.concepts import Concept, load_concepts
+
+    if prompt is not None and Path(source).is_dir():
+        return Concept.from_folder(source, prompt=prompt)
+    found = load_concepts(source)
+    if len(found) > 1:
+        names = ", ".join(concept.name for concept in found)
+        raise MimaError(f"{source} describes {len(found)} concepts ({names}), expected one")
+    return found[0] if prompt is None else replace(found[0], prompt=prompt)
+
+
+def _names_concepts(item: str) -> bool:
+    from mima.concepts import embedded_names
+
+    return Path(item).exists() or item in embedded_names()
+
+
+def _load_lora(pipeline: Any, path: Path) -> None:
+    from safetensors import SafetensorError
+
+    if not path.exists():
+        raise MimaError(f"lora {path} does not exist")
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        raise MimaError(f"lora {path} holds no .safetensors file")
+    try:
+        pipeline.load_lora_weights(str(path), local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise MimaError(f"lora {path} does not fit the model: {error}") from error
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise MimaError(f"device {name!r} is unknown; {nearest(name, ['cpu', 'cuda'])}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise MimaError(f"device {name}: this machine has no usable CUDA device")
+    return str(device)
+
+
+def _slug(text: str) -> str:
+    """A file name from words."""
+    return re.sub(r"[^\w]+", "-", text.strip().lower()).strip("-")[:80] or "picture"

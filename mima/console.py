@@ -1,0 +1,104 @@
+"""What commands print: results on stdout; progress, warnings and errors on stderr."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+
+def stdout() -> Console:
+    """For results."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def stderr() -> Console:
+    """For everything else."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def show_error(message: str) -> None:
+    """One red message."""
+    from rich.text import Text
+
+    # Text, so that brackets in paths are not read as markup
+    stderr().print(Text("error: ", style="bold red") + Text(message, style="red"))
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    from rich.text import Text
+
+    stderr().print(Text(f"warning: {message}", style="yellow"))
+
+
+class _OneLine(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        from rich.text import Text
+
+        stderr().print(Text(f"{record.levelname.lower()}: {record.getMessage()}", style="yellow"))
+
+
+def quiet_third_parties() -> None:
+    """Leave the terminal to mima: no other library's progress bars, notices and warnings.
+
+    Only commands call this; whoever imports mima keeps their own settings. It must come before
+    those libraries are imported, since they read these variables once.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", module=r"mima(\.|$)")
+    warnings.showwarning = _show_warning
+    logger = logging.getLogger("mima")
+    if not logger.handlers:
+        logger.addHandler(_OneLine())
+        logger.propagate = False
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """Progress bars with work done and time left, on stderr; nothing where that is no terminal."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    console = stderr()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        yield bars

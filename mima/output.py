@@ -1,0 +1,94 @@
+"""Output folders that appear whole or not at all, and never cost anybody's files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mima.errors import MimaError
+
+# a folder with none of these is not ours to replace
+OUR_FILES = (
+    "model_index.json",
+    "results.json",
+    "pytorch_lora_weights.safetensors",
+    "learned_embeds.safetensors",
+    "mima.json",
+)
+
+
+def check_folder(path: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder before any long work starts.
+
+    Args:
+        path: where results will go.
+        overwrite: whether earlier results there may be replaced.
+
+    Raises:
+        MimaError: it is a file, holds files that may not be replaced, or cannot be written.
+    """
+    if path.exists() and not path.is_dir():
+        raise MimaError(f"output {path} is a file, expected a folder")
+    held = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    if held and not overwrite:
+        raise MimaError(f"output folder {path} is not empty; choose another, or use --overwrite")
+    if held and not any((path / name).exists() for name in OUR_FILES):
+        raise MimaError(
+            f"output folder {path} holds files that mima did not write ({held[0]}, ...); "
+            "choose another, or remove it yourself"
+        )
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise MimaError(f"output folder {path} cannot be made: {parent} is not writable")
+
+
+def check_file(path: Path, *, overwrite: bool) -> None:
+    """The same as `check_folder` for one output file."""
+    if path.is_dir():
+        raise MimaError(f"output {path} is a folder, expected a file")
+    if path.exists() and not overwrite:
+        raise MimaError(f"output {path} exists; choose another, or use --overwrite")
+    if not path.absolute().parent.is_dir():
+        raise MimaError(f"output {path}: there is no folder {path.absolute().parent}")
+
+
+@contextmanager
+def fresh_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder to write results to, which takes its place when the block ends without an error.
+
+    What was at `path` stays there until then, and stays for good if the block raises.
+
+    Args:
+        path: where the results go in the end.
+        overwrite: as for `check_folder`.
+
+    Yields:
+        An empty folder beside `path`.
+
+    Raises:
+        MimaError: as for `check_folder`.
+    """
+    check_folder(path, overwrite=overwrite)
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+    staging.mkdir()
+    try:
+        yield staging
+        if path.exists():
+            path.rename(replaced)
+        try:
+            staging.rename(path)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(path)
+            raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -1,0 +1,397 @@
+"""The commands as a person types them: results, messages, exit codes, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import mima
+from mima.cli import app
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch) -> Path:
+    """A working directory with two folders of pictures, `cat` and `dog`."""
+    for index, name in enumerate(("cat", "dog")):
+        folder = tmp_path / name
+        folder.mkdir()
+        for number in range(4):
+            color = (40 * number, 200 * index, 90)
+            Image.new("RGB", (32, 32), color).save(folder / f"{number}.png")
+        described = {"name": name, "prompt": f"a photo of a {name}", "class_prompt": "a photo"}
+        (folder / "concept.yaml").write_text(yaml.safe_dump(described))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    """Run a command, check its exit code, and give back what it printed, on one line."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    # usage errors come in a box
+    return " ".join(result.output.replace("│", " ").split())
+
+
+def write_config(path: Path, **changes: object) -> Path:
+    settings = {
+        "steps": 2,
+        "num_captions": 8,
+        "num_class_images": 2,
+        "hypergradient": "first_order",
+        "lower": {"steps": 1},
+    }
+    config = {"model": "model", "concepts": ["cat", "dog"], "immunize": settings, **changes}
+    path.write_text(yaml.safe_dump({k: v for k, v in config.items() if v is not None}))
+    return path
+
+
+def test_version():
+    assert run("--version") == f"mima {mima.__version__}"
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["immunize"], ["adapt"], ["erase"], ["sample"], ["doctor"]]
+)
+def test_help_for_everything(command):
+    assert "Usage" in run(*command, "--help")
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, mima.cli\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'matplotlib', 'numpy', 'pydantic', 'PIL'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_module_runs_too():
+    done = subprocess.run(
+        [sys.executable, "-m", "mima", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"mima {mima.__version__}\n"
+
+
+def test_an_unknown_command_or_option():
+    assert "No such command 'samlpe'" in run("samlpe", code=2)
+    assert "No such option" in run("sample", "x", "--sedd", "3", code=2)
+
+
+# sample
+
+
+def test_sample(workdir, model):
+    output = run("sample", "A cat, red!", "--model", model, "--steps", 2)
+    assert output.endswith("a-cat-red.png")
+    assert Image.open("a-cat-red.png").size == (32, 32)
+    first = Path("a-cat-red.png").read_bytes()
+    run("sample", "A cat, red!", "--model", model, "--steps", 2, "--overwrite")
+    assert Path("a-cat-red.png").read_bytes() == first
+    run("sample", "A cat, red!", "--model", model, "--steps", 2, "--seed", 1, "-o", "other.png")
+    assert Path("other.png").read_bytes() != first
+
+
+def test_sample_several(workdir, model):
+    run("sample", "a cat", "--model", model, "--steps", 2, "--num", 3, "-o", "x.png", "--seed", 4)
+    names = ["x-1.png", "x-2.png", "x-3.png"]
+    assert sorted(path.name for path in workdir.glob("x*.png")) == names
+    run("sample", "a cat", "--model", model, "--steps", 2, "--seed", 5, "-o", "y.png")
+    assert Path("x-2.png").read_bytes() == Path("y.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "-3"], "'--steps'"),
+        (["--steps", "two"], "'--steps'"),
+        (["--guidance", "-1"], "'--guidance'"),
+        (["--num", "0"], "'--num'"),
+        (["--seed", "-1"], "'--seed'"),
+        (["--output", "x.txt"], "expected a file ending in .png"),
+        (["--output", "cat"], "expected a file ending in .png"),
+        (["--output", "absent/x.png"], "there is no folder"),
+        (["--output", "cat/0.png"], "exists; choose another, or use --overwrite"),
+        (["--model", "absent"], "absent"),
+        (["--model", "cat"], "not a diffusers folder"),
+        (["--model", "cat/0.png"], "only .safetensors files"),
+        (["--device", "gpu"], "device 'gpu' is unknown"),
+        (["--lora", "absent"], "lora absent does not exist"),
+        (["--lora", "cat"], "lora cat holds no .safetensors"),
+    ],
+)
+def test_bad_samples(workdir, model, options, message):
+    before = sorted(workdir.rglob("*"))
+    defaults = [] if "--model" in options else ["--model", model]
+    assert message in run("sample", "a cat", *defaults, *options, code=2)
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_an_empty_prompt(workdir, model):
+    assert "the prompt is empty" in run("sample", " ", "--model", model, code=2)
+
+
+def test_a_damaged_model(workdir, model, tmp_path):
+    import shutil
+
+    shutil.copytree(model, "damaged")
+    weights = next(Path("damaged/unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "damaged" in run("sample", "a cat", "--model", "damaged", code=2)
+    assert not list(workdir.glob("*.png"))
+
+
+# adapt
+
+
+def test_adapt_and_sample_with_what_was_learned(workdir, model):
+    options = ["--model", model, "--steps", 2, "--lr", 0.01, "--rank", 2]
+    output = run("adapt", "cat", *options)
+    assert "learned cat by lora in 2 steps: cat-lora" in output
+    assert load_file("cat-lora/pytorch_lora_weights.safetensors")
+    run("sample", "a cat", "--model", model, "--steps", 2, "-o", "plain.png")
+    run("sample", "a cat", "--model", model, "--steps", 2, "--lora", "cat-lora", "-o", "cat.png")
+    assert Path("plain.png").read_bytes() != Path("cat.png").read_bytes()
+    before = Path("cat-lora/pytorch_lora_weights.safetensors").read_bytes()
+    assert "not empty" in run("adapt", "cat", *options, code=2)
+    run("adapt", "cat", *options, "--seed", 1, "--overwrite")
+    assert Path("cat-lora/pytorch_lora_weights.safetensors").read_bytes() != before
+    assert not list(workdir.glob(".cat-lora*"))
+
+
+def test_adapt_a_plain_folder_with_a_prompt(workdir, model):
+    (workdir / "cat" / "concept.yaml").unlink()
+    assert "give one prompt for all" in run("adapt", "cat", "--model", model, code=2)
+    run("adapt", "cat", "--prompt", "a cat", "--model", model, "--steps", 1, "-o", "out")
+    assert Path("out/pytorch_lora_weights.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent"], "neither a folder, nor a file, nor an embedded concept"),
+        (["."], "describes 2 concepts (cat, dog), expected one"),
+        (["cat", "--steps", "-1"], "steps must be at least 1, got -1"),
+        (["cat", "--lr", "0"], "learning_rate must be above 0"),
+        (["cat", "--rank", "0"], "rank must be at least 1"),
+        (["cat", "--method", "lroa"], "method 'lroa' is unknown; did you mean 'lora'"),
+        (["cat", "--model", "absent"], "absent"),
+        (["cat", "--output", "dog"], "not empty"),
+        (["cat", "--output", "dog", "--overwrite"], "files that mima did not write"),
+        (["cat", "--output", "dog/0.png"], "is a file, expected a folder"),
+    ],
+)
+def test_bad_adaptations(workdir, model, arguments, message):
+    before = sorted(workdir.rglob("*"))
+    defaults = [] if "--model" in arguments else ["--model", model]
+    assert message in run("adapt", *arguments, *defaults, code=2)
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_unreadable_pictures_are_all_named(workdir, model):
+    (workdir / "cat" / "bad.png").write_text("x")
+    (workdir / "cat" / "worse.jpg").write_bytes(b"")
+    output = run("adapt", "cat", "--model", model, code=2)
+    assert "2 pictures cannot be read" in output
+    assert "bad.png: not a picture" in output
+    assert "worse.jpg: the file is empty" in output
+
+
+# erase
+
+
+def test_erase(workdir, model):
+    assert "erased cat: erased" in run("erase", "cat", "--model", model, "-o", "erased")
+    before = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    after = load_file("erased/unet/diffusion_pytorch_model.safetensors")
+    changed = {name for name in before if not before[name].equal(after[name])}
+    assert changed
+    assert all("attn2.to_k" in name or "attn2.to_v" in name for name in changed)
+
+
+def test_bad_erasures(workdir, model):
+    assert "Missing option" in run("erase", "cat", "--model", model, code=2)
+    output = run("erase", "cat", "-o", "dog", "--model", model, code=2)
+    assert "not empty" in output
+    output = run("erase", "cat", "-o", "x", "--technique", "tonsor", "--model", model, code=2)
+    assert "tonsor" in output
+    assert not Path("x").exists()
+
+
+# immunize
+
+
+@pytest.fixture
+def config(workdir, model) -> Path:
+    (workdir / "model").symlink_to(model)
+    return write_config(workdir / "run.yaml")
+
+
+def test_immunize(config, model):
+    output = run("immunize", config, "--output", "out", "--set", "steps=1")
+    assert "immunized against cat, dog: out" in output
+    before = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    after = load_file("out/unet/diffusion_pytorch_model.safetensors")
+    assert any(not before[name].equal(after[name]) for name in before)
+    run("sample", "a cat", "--model", "out", "--steps", 2)
+    assert "not empty" in run("immunize", config, "--output", "out", code=2)
+    run("immunize", config, "--output", "out", "--overwrite", "--set", "lower.lr=1e-4")
+
+
+def test_immunize_reads_paths_from_the_configs_folder(config, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    write_config(config, output="results")
+    run("immunize", config)
+    assert (tmp_path / "results" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"concpets": ["cat"]}, "did you mean 'concepts'"),
+        ({"immunize": {"stpes": 3}}, "did you mean 'steps'"),
+        ({"immunize": {"lower": {"optimiser": "sgd"}}}, "did you mean 'optimizer'"),
+        ({"immunize": {"steps": -3}}, "immunize.steps"),
+        ({"immunize": {"steps": "many"}}, "immunize.steps"),
+        ({"immunize": {"method": "mimi"}}, "immunize.method"),
+        ({"immunize": [1]}, "immunize"),
+        ({"model": "absent"}, "absent"),
+        ({"model": 3}, "model"),
+        ({"concepts": []}, "concepts"),
+        ({"concepts": ["cat", "cow"]}, "cow is neither a folder"),
+        ({"concepts": None}, "concepts"),
+        ({"concepts": [{"prompt": "x", "imagse": "cat"}]}, "did you mean 'images'"),
+        ({"immunize": {"steps": 1, "captions": "absent.txt"}}, "absent.txt"),
+        ({"immunize": {"method": "imma", "steps": 1}}, "imma"),
+    ],
+)
+def test_bad_configs(config, changes, message):
+    write_config(config, **changes)
+    assert message in run("immunize", config, "--output", "out", code=2)
+    assert not Path("out").exists()
+    assert not list(Path.cwd().glob(".out*"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("steps", "expected KEY=VALUE"),
+        ("=3", "expected KEY=VALUE"),
+        ("stpes=3", "did you mean"),
+        ("lower.stpes=3", "did you mean 'steps'"),
+        ("steps=[", "is not a value"),
+        ("steps=-1", "steps"),
+        ("steps.more=1", "has no settings of its own|steps"),
+    ],
+)
+def test_bad_settings(config, setting, message):
+    import re
+
+    output = run("immunize", config, "--output", "out", "--set", setting, code=2)
+    assert re.search(message, output)
+
+
+def test_a_config_that_is_none(config, workdir):
+    assert "absent.yaml" in run("immunize", "absent.yaml", "-o", "out", code=2)
+    assert "nowhere to write" in run("immunize", config, code=2)
+    (workdir / "list.yaml").write_text("- 1")
+    assert "must be a mapping" in run("immunize", "list.yaml", "-o", "out", code=2)
+
+
+def test_an_empty_concept_folder(config, workdir):
+    (workdir / "empty").mkdir()
+    write_config(config, concepts=["empty"])
+    assert "holds no pictures" in run("immunize", config, "-o", "out", code=2)
+
+
+# demo
+
+
+def test_bad_demos(workdir):
+    assert "dog" in run("demo", "--output", "dog", code=2)
+    assert "dog" in run("demo", "--output", "dog", "--overwrite", code=2)
+    assert sorted(path.name for path in Path("dog").glob("*.png"))[0] == "0.png"
+    assert "'--seed'" in run("demo", "--seed", "-1", code=2)
+    assert "cat/0.png" in run("demo", "--output", "cat/0.png", code=2)
+
+
+# failures
+
+
+def failing(monkeypatch, error: BaseException) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("mima.doctor.show", fail)
+
+
+def test_an_accident_is_short_unless_debug_is_asked_for(monkeypatch, capfd):
+    failing(monkeypatch, RuntimeError("no [such] thing"))
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "RuntimeError: no [such] thing" in result.output
+    assert "--debug shows where" in result.output
+    assert "Traceback" not in result.output
+    for arguments in (["--debug", "doctor"], ["doctor", "--debug"]):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 1
+        assert "Traceback" in result.output
+        assert "in fail" in result.output
+
+
+def test_another_librarys_value_error_is_an_accident(monkeypatch):
+    def fail() -> None:
+        json.loads("{")
+
+    monkeypatch.setattr("mima.doctor.show", fail)
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "--debug" in result.output
+
+
+def test_an_interrupt(monkeypatch):
+    failing(monkeypatch, KeyboardInterrupt())
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 130
+    assert "interrupted" in result.output
+
+
+def test_an_interrupted_run_leaves_what_was_there(config, workdir):
+    old = workdir / "out"
+    old.mkdir()
+    (old / "model_index.json").write_text("old")
+    command = [sys.executable, "-m", "mima", "immunize", str(config), "-o", "out", "--overwrite"]
+    process = subprocess.Popen(
+        [*command, "--set", "steps=100000"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    deadline = time.monotonic() + 120
+    while not list(workdir.glob(".out.partial*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output.decode()
+    assert b"Traceback" not in output
+    assert (old / "model_index.json").read_text() == "old"
+    assert not list(workdir.glob(".out*"))
