@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -140,15 +141,14 @@ def weighted_merge_forward(
         return out
     base, thetas = _contiguous(base), _contiguous(thetas)
     sizes = [x.numel() for x in base]
-    _module("cpu").weighted_merge_forward(
-        DTYPE_CODES[base[0].dtype],
-        torch.get_num_threads(),
-        sizes,
-        _addresses(base),
-        _addresses(thetas),
-        weights.tolist(),
-        _addresses(out),
-    )
+    code = DTYPE_CODES[base[0].dtype]
+    arrays = _addresses(base), _addresses(thetas), weights.tolist(), _addresses(out)
+    if base[0].device.type == "cuda":
+        call = _module("cuda").WeightedMerge(code, sizes, *arrays, [], [], [])
+        with _launching(call, base[0].device) as (table, stream):
+            call.forward(table.data_ptr(), stream)
+    else:
+        _module("cpu").weighted_merge_forward(code, torch.get_num_threads(), sizes, *arrays)
     return out
 
 
@@ -167,28 +167,42 @@ def weighted_merge_backward(
     if not base:
         return d_base, d_thetas, torch.zeros_like(weights) if need_weights else None
     d_out, base, thetas = _contiguous(d_out), _contiguous(base), _contiguous(thetas)
-    d_weights = _module("cpu").weighted_merge_backward(
-        DTYPE_CODES[base[0].dtype],
-        torch.get_num_threads(),
-        [x.numel() for x in base],
-        _addresses(d_out),
-        _addresses(base),
-        _addresses(thetas),
-        weights.tolist(),
-        _addresses(d_base),
-        _addresses(d_thetas),
-        need_weights,
-    )
-    return d_base, d_thetas, weights.new_tensor(d_weights) if need_weights else None
+    sizes = [x.numel() for x in base]
+    code = DTYPE_CODES[base[0].dtype]
+    inputs = _addresses(base), _addresses(thetas), weights.tolist()
+    outputs = _addresses(d_base), _addresses(d_thetas)
+    d_weights = None
+    if base[0].device.type == "cuda":
+        call = _module("cuda").WeightedMerge(code, sizes, *inputs, [], _addresses(d_out), *outputs)
+        with _launching(call, base[0].device) as (table, stream):
+            # a sum per piece, added in a fixed order: the same result each time
+            shape = (call.num_pieces if need_weights else 0, weights.shape[0])
+            partial = weights.new_empty(shape, dtype=torch.float64)
+            call.backward(table.data_ptr(), partial.data_ptr(), stream)
+            d_weights = partial.sum(0).to(weights.dtype) if need_weights else None
+    else:
+        sums = _module("cpu").weighted_merge_backward(
+            code,
+            torch.get_num_threads(),
+            sizes,
+            _addresses(d_out),
+            *inputs,
+            *outputs,
+            need_weights,
+        )
+        d_weights = weights.new_tensor(sums) if need_weights else None
+    return d_base, d_thetas, d_weights
 
 
 def projected_merge_forward(
     W0: Sequence[Tensor], W: Sequence[Tensor], C: Sequence[Tensor], M: Sequence[Tensor]
 ) -> list[Tensor]:
     """Return W0_l + Σ_n (W_nl − W0_l) C_nᵀ M_n for each l."""
-    out = _empty_like(W0)
     if not W0:
-        return out
+        return []
+    if W0[0].device.type == "cuda":
+        return _projected_merge_forward_cuda(W0, W, C, M)
+    out = _empty_like(W0)
     W0, W, C, M = _with_rows(W0), _with_rows(W), _with_rows(C), _with_rows(M)
     _module("cpu").projected_merge_forward(
         DTYPE_CODES[W0[0].dtype],
@@ -196,11 +210,7 @@ def projected_merge_forward(
         W0[0].shape[1],
         [x.shape[0] for x in W0],
         [x.shape[0] for x in C],
-        _matrices(W0),
-        _matrices(W),
-        _matrices(C),
-        _matrices(M),
-        _matrices(out),
+        *map(_matrices, (W0, W, C, M, out)),
     )
     return out
 
@@ -217,6 +227,8 @@ def projected_merge_backward(
     need_M: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Return the gradients of `projected_merge_forward`, an empty list where not needed."""
+    if W0 and W0[0].device.type == "cuda":
+        return _projected_merge_backward_cuda(d_out, W0, W, C, M, need_W0, need_W, need_C, need_M)
     d_W0 = _empty_like(W0) if need_W0 else []
     d_W = _empty_like(W) if need_W else []
     d_C = _empty_like(C) if need_C else []
@@ -231,17 +243,121 @@ def projected_merge_backward(
         W0[0].shape[1],
         [x.shape[0] for x in W0],
         [x.shape[0] for x in C],
-        _matrices(d_out),
-        _matrices(W0),
-        _matrices(W),
-        _matrices(C),
-        _matrices(M),
-        _matrices(d_W0),
-        _matrices(d_W),
-        _matrices(d_C),
-        _matrices(d_M),
+        *map(_matrices, (d_out, W0, W, C, M, d_W0, d_W, d_C, d_M)),
     )
     return d_W0, d_W, d_C, d_M
+
+
+@contextmanager
+def _launching(call: Any, device: torch.device) -> Iterator[tuple[Tensor, int]]:
+    """Make the device current, copy a call's table to it, and name the current stream."""
+    with torch.cuda.device(device):
+        table = torch.frombuffer(call.table(), dtype=torch.uint8).to(device, non_blocking=True)
+        yield table, torch.cuda.current_stream(device).cuda_stream
+
+
+def _pad_rows(tensors: Sequence[Tensor], width: int) -> list[Tensor]:
+    """Matrices of at least `width` columns whose rows start at multiples of 16 bytes.
+
+    Views where they are so already, copies, padded with zeros, where not: the CUDA kernels access
+    16 bytes at a time. For d a multiple of 8, as in every model there is, nothing is copied.
+    """
+    padded = []
+    for x in tensors:
+        fits = x.shape[1] == width and (x.stride(1) == 1 or width == 1)
+        if not fits or (x.data_ptr() | x.stride(0) * x.element_size()) % 16:
+            x = F.pad(x, (0, width - x.shape[1])).contiguous()
+            x = x.clone() if x.data_ptr() % 16 else x
+        padded.append(x)
+    return padded
+
+
+def _padded_like(tensors: Sequence[Tensor], width: int) -> list[Tensor]:
+    return [x.new_empty((x.shape[0], width)) for x in tensors]
+
+
+def _cut(tensors: Sequence[Tensor], d: int) -> list[Tensor]:
+    """Undo the padding of outputs."""
+    return [x if x.shape[1] == d else x[:, :d].contiguous() for x in tensors]
+
+
+def _projected_merge_forward_cuda(
+    W0: Sequence[Tensor], W: Sequence[Tensor], C: Sequence[Tensor], M: Sequence[Tensor]
+) -> list[Tensor]:
+    d = W0[0].shape[1]
+    width = _vector_multiple(d, W0[0])
+    out = _padded_like(W0, width)
+    inputs = [_pad_rows(x, width) for x in (W0, W, C, M)]
+    call = _projected_merge_call(inputs, width, out=out)
+    with _launching(call, W0[0].device) as (table, stream):
+        call.forward(table.data_ptr(), 0, stream)
+    return _cut(out, d)
+
+
+def _projected_merge_backward_cuda(
+    d_out: Sequence[Tensor],
+    W0: Sequence[Tensor],
+    W: Sequence[Tensor],
+    C: Sequence[Tensor],
+    M: Sequence[Tensor],
+    need_W0: bool,
+    need_W: bool,
+    need_C: bool,
+    need_M: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    d = W0[0].shape[1]
+    width = _vector_multiple(d, W0[0])
+    d_W0 = _padded_like(W0, width) if need_W0 else []
+    d_W = _padded_like(W, width) if need_W else []
+    inputs = [_pad_rows(x, width) for x in (W0, W, C, M)]
+    upstream = _pad_rows(d_out, width)
+    call = _projected_merge_call(inputs, width, d_out=upstream, d_W0=d_W0, d_W=d_W)
+    acc = torch.float64 if W0[0].dtype == torch.float64 else torch.float32
+    # [all rows, tokens]: d_out M^T for d_C, (W - W0) C^T for d_M
+    coefficients = W0[0].new_empty((call.all_rows, call.num_tokens), dtype=acc)
+    with _launching(call, W0[0].device) as (table, stream):
+
+        def row_sums(like: Sequence[Tensor], differences: bool) -> list[Tensor]:
+            shape = (call.num_chunks, call.num_tokens, width)
+            partial = coefficients.new_empty(shape)
+            address = coefficients.data_ptr()
+            call.sums(table.data_ptr(), address, differences, partial.data_ptr(), stream)
+            total = partial.sum(0)[:, :d].to(W0[0].dtype)
+            return [x.contiguous() for x in total.split([x.shape[0] for x in like])]
+
+        kept = coefficients.data_ptr() if need_C else 0
+        call.backward(table.data_ptr(), kept, stream)
+        d_C = row_sums(C, True) if need_C else []
+        d_M = []
+        if need_M:
+            call.forward(table.data_ptr(), coefficients.data_ptr(), stream)
+            d_M = row_sums(M, False)
+    return _cut(d_W0, d), _cut(d_W, d), d_C, d_M
+
+
+def _vector_multiple(d: int, like: Tensor) -> int:
+    """Columns padded to whole 16-byte vectors."""
+    lanes = 16 // like.element_size()
+    return -(-d // lanes) * lanes
+
+
+def _projected_merge_call(
+    inputs: Sequence[Sequence[Tensor]],
+    width: int,
+    *,
+    out: Sequence[Tensor] = (),
+    d_out: Sequence[Tensor] = (),
+    d_W0: Sequence[Tensor] = (),
+    d_W: Sequence[Tensor] = (),
+) -> Any:
+    W0, _, C, _ = inputs
+    return _module("cuda").ProjectedMerge(
+        DTYPE_CODES[W0[0].dtype],
+        width,
+        [x.shape[0] for x in W0],
+        [x.shape[0] for x in C],
+        *map(_matrices, (*inputs, out, d_out, d_W0, d_W)),
+    )
 
 
 def batched_lora_forward(
