@@ -30,13 +30,14 @@ from mima.evaluation import (
 from mima.evaluation.attack import score
 from mima.families import load_pipeline
 from mima.immunize import StepReport, immunize
-from mima.outputs import claim_folder
+from mima.output import fresh_folder
 from mima.pictures import Picture
 from mima.problem import ordinary_captions
 from mima.report.figures import ATTACK_ROWS, attack_columns, image_grid, plot_curves
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
+    from rich.table import Table
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +48,9 @@ PACKAGES = ("mima", "torch", "diffusers", "transformers", "peft", "numpy")
 class DemoSettings:
     """What the demonstration does; two concepts to immunize against, one to keep learnable."""
 
-    targets: tuple[str, ...] = ("cat", "noto-style")
+    targets: tuple[str, ...] = ("tiger", "style-fluent")
     """Embedded concepts that are erased and immunized against."""
-    untouched: str = "pizza"
+    untouched: str = "benign-panda"
     """An embedded concept that the model's users should be able to learn."""
     immunization: ImmunizeConfig
     """Settings of the immunization."""
@@ -113,9 +114,40 @@ def run_demo(
     Raises:
         MimaError: the folder cannot be used.
     """
-    folder = claim_folder(output, overwrite=overwrite)
-    with _log_to(folder / "log"), console.progress() as bars:
+    with (
+        fresh_folder(Path(output), overwrite=overwrite) as folder,
+        _log_to(folder / "log"),
+        console.progress() as bars,
+    ):
         return Demo(settings(quick=quick, seed=seed), folder, bars).run()
+
+
+def show(results: dict[str, Any]) -> Table:
+    """The results as a table for the terminal: one row for each concept."""
+    from rich.table import Table
+
+    steps = [step for step in next(iter(results["sgr"].values()))]
+    table = Table(
+        title="similarity gap ratio (SGR) after attacking the erased and the immunized model",
+        caption="SGR 0: learned as easily as before; 1: nothing of the concept is learned.",
+    )
+    table.add_column("concept")
+    for step in steps:
+        table.add_column(f"step {step}", justify="right")
+    table.add_column("mean", justify="right", style="bold")
+    for name, gap in results["concepts"].items():
+        label = name if name in results["targets"] else f"{name} (not immunized)"
+        cells = [f"{gap['sgr'][step]:.2f}" for step in steps]
+        table.add_row(label, *cells, f"{gap['mean']:.2f}")
+    table.add_section()
+    table.add_row("MSGR of the immunized concepts", *[""] * len(steps), f"{results['msgr']:.2f}")
+    alignment = results["prompt_alignment"]
+    table.add_row(
+        f"prompt alignment {alignment['erased']:.3f} → {alignment['immunized']:.3f}, lost",
+        *[""] * len(steps),
+        f"{alignment['loss']:.3f}",
+    )
+    return table
 
 
 class Demo:
@@ -155,7 +187,7 @@ class Demo:
             targets=tuple(gaps[target.name] for target in targets), others=(gaps[untouched.name],)
         )
         alignment = self._alignment({"erased": erased, "immunized": immunized}, captions)
-        self._draw(original, attacks)
+        self._draw(original, attacks, targets)
         results = {
             "msgr": summary.msgr,
             "worst_sgr": summary.worst_sgr,
@@ -164,8 +196,8 @@ class Demo:
             "benign_rsgr": summary.mrsgr,
             "sgr": {name: gap.to_dict()["sgr"] for name, gap in gaps.items()},
             "concepts": {name: gap.to_dict() for name, gap in gaps.items()},
-            "targets": list(s.targets),
-            "untouched": s.untouched,
+            "targets": [target.name for target in targets],
+            "untouched": untouched.name,
             "prompt_alignment": alignment,
             "seconds": time.perf_counter() - started,
             "seed": s.immunization.seed,
@@ -227,7 +259,12 @@ class Demo:
         out["relative_loss"] = out["loss"] / out["erased"]
         return out
 
-    def _draw(self, original: Any, attacks: dict[str, tuple[AttackCurve, AttackCurve]]) -> None:
+    def _draw(
+        self,
+        original: Any,
+        attacks: dict[str, tuple[AttackCurve, AttackCurve]],
+        targets: Sequence[Concept],
+    ) -> None:
         s = self.settings
         columns, ceiling, notes = [], {}, {}
         for name, pair in attacks.items():
@@ -237,7 +274,8 @@ class Demo:
             references = [self.encoder.embed(images) for images in erased.references]
             ceiling[name] = float(score(before, references, self.encoder).mean())
             gap = compare(*pair).mean
-            notes[name] = f"{'untouched, ' if name == s.untouched else ''}mean SGR {gap:.2f}"
+            kept = "" if name in [target.name for target in targets] else "not immunized, "
+            notes[name] = f"{kept}mean SGR {gap:.2f}"
             columns += attack_columns(pair, before)
         plot_curves(
             list(attacks.values()),
