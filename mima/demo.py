@@ -126,7 +126,7 @@ def show(results: dict[str, Any]) -> Table:
     """The results as a table for the terminal: one row for each concept."""
     from rich.table import Table
 
-    steps = [step for step in next(iter(results["sgr"].values()))]
+    steps = list(next(iter(results["sgr"].values())))
     table = Table(
         title="similarity gap ratio (SGR) after attacking the erased and the immunized model",
         caption="SGR 0: learned as easily as before; 1: nothing of the concept is learned.",
