@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import traceback
 from pathlib import Path
@@ -141,6 +142,10 @@ def immunize(
         Path | None, typer.Option("--output", "-o", help="Folder for the immunized model.")
     ] = None,
     overwrite: Overwrite = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")
+    ] = False,
+    device: Device = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: --set lower.steps=8"),
@@ -149,8 +154,8 @@ def immunize(
     """Immunize a model as a config file says."""
     from mima.concepts import load_concepts
     from mima.config import load_config
-    from mima.console import progress, stdout
-    from mima.output import check_folder, fresh_folder
+    from mima.console import stderr, stdout
+    from mima.output import check_folder
 
     run = _with_settings(load_config(config), settings or [])
     folder = output or (run.output and config.parent / run.output)
@@ -160,21 +165,30 @@ def immunize(
     concepts = load_concepts(run.concepts, base=config.parent)
 
     # only now what takes seconds to import
-    from mima.immunize import StepReport
+    from mima.ascent import default_folder
     from mima.immunize import immunize as run_immunize
+    from mima.progress import ProgressBar
 
     model = str(config.parent / run.model) if (config.parent / run.model).exists() else run.model
-    with fresh_folder(folder, overwrite=overwrite) as staging, progress() as bars:
-        task = bars.add_task("immunizing", total=run.immunize.steps, note="preparing")
-
-        def advance(report: StepReport) -> None:
-            loss = sum(report.losses.values()) / max(1, len(report.losses))
-            note = f"loss {loss:.3f}, drift {report.drift:.1%}"
-            bars.update(task, completed=report.step, total=report.steps, note=note)
-
-        run_immunize(model, concepts, run.immunize, output=staging, callbacks=[advance])
-    names = ", ".join(concept.name for concept in concepts)
-    stdout().print(f"immunized against {names}: {folder}")
+    try:
+        with ProgressBar() as bar:
+            result = run_immunize(
+                model,
+                concepts,
+                run.immunize,
+                output=folder,
+                overwrite=overwrite,
+                resume=resume,
+                device=None if device is None else _device(device),
+                callbacks=[bar],
+            )
+    except KeyboardInterrupt:
+        if default_folder(folder).exists():
+            stderr().print("what was done is kept; the same command with --resume goes on from it")
+        raise
+    # torchrun's other processes stay silent
+    if os.environ.get("RANK", "0") == "0":
+        stdout().print(f"immunized against {', '.join(result.concepts)}: {folder}")
 
 
 @app.command()
