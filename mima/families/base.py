@@ -1,12 +1,13 @@
 """What every model family answers: encode, add noise, predict, name the weights that read text."""
 
-# B = batch, S = tokens, D = text embedding, C H W = latent channels and size
+# B = batch, S = tokens, D = width of what the text projections read, C H W = latent channels, size
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -17,26 +18,59 @@ from mima.errors import MimaError
 Params = Mapping[str, torch.Tensor]
 Conditioning = dict[str, torch.Tensor]
 
+# pictures are encoded this many pixels at a time: activations of four 512 px pictures
+PIXELS_AT_ONCE = 4 * 512**2
+
 
 class Family(ABC):
     """One diffusers pipeline seen by the training loops, which know nothing of its kind.
 
     Subclasses say what differs between families and nothing else.
 
+    Args:
+        pipeline: a diffusers pipeline; its modules are used as they are, never copied.
+
     Attributes:
-        pipeline: the wrapped pipeline; its modules are used as they are, never copied.
+        pipeline: the wrapped pipeline.
         denoiser: the network that is fine-tuned (``unet`` or ``transformer``).
+
+    Raises:
+        MimaError: a part of the pipeline is missing or of a kind that is not supported.
     """
 
     pipeline_names: ClassVar[tuple[str, ...]]
-    _presets: ClassVar[dict[str, str]] = {
+    """Names of the diffusers pipelines of this family."""
+    parts: ClassVar[tuple[str, ...]]
+    """Components that must be there; the first is the denoiser."""
+    text_weights: ClassVar[str] = r"\.attn2\.to_[kv]\.weight$"
+    """Matches the names of the denoiser's weights that read text embeddings."""
+    presets: ClassVar[dict[str, str]] = {
         "attention": r"\.attn\d?\.",
         "cross_attention": r"\.attn2\.",
     }
+    """What the names of parameter sets stand for, as expressions on parameter names."""
 
     def __init__(self, pipeline: Any) -> None:
+        kind = type(pipeline).__name__
+        missing = [part for part in self.parts if getattr(pipeline, part, None) is None]
+        if missing:
+            raise MimaError(f"model: this {kind} has no {' and no '.join(missing)}")
         self.pipeline = pipeline
-        self.denoiser: torch.nn.Module = self._denoiser()
+        self.denoiser: torch.nn.Module = getattr(pipeline, self.parts[0])
+        if getattr(self.denoiser, "is_quantized", False):
+            raise MimaError(f"model: the {self.parts[0]} is quantized; open it unquantized")
+        if any(getattr(module, "fused_projections", False) for module in self.denoiser.modules()):
+            raise MimaError(
+                f"model: the {self.parts[0]}'s attention projections are fused, so that their own "
+                "weights are not read; call unfuse_qkv_projections() first"
+            )
+        expected, latent = self._latent_channels, pipeline.vae.config.latent_channels
+        if expected != latent:
+            raise MimaError(
+                f"model: the {self.parts[0]} reads {expected} latent channels and the vae makes "
+                f"{latent}; models with further picture inputs (inpainting, editing) are not "
+                "supported, text-to-image models are"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -49,51 +83,163 @@ class Family(ABC):
         return next(self.denoiser.parameters()).dtype
 
     @property
-    @abstractmethod
     def resolution(self) -> int:
         """Side of the square pictures that the model was trained on, in pixels."""
+        size = self._sample_size
+        sides = {size} if isinstance(size, int) else set(size or ())
+        if len(sides) != 1:
+            raise MimaError(
+                f"model: sample_size of the {self.parts[0]} must be one number or two equal ones, "
+                f"got {size}; only square pictures are supported"
+            )
+        return int(sides.pop() * self.pipeline.vae_scale_factor)
 
     @property
     @abstractmethod
     def num_train_timesteps(self) -> int:
         """Number of noise levels of the training process."""
 
-    @abstractmethod
-    def _denoiser(self) -> torch.nn.Module: ...
+    @property
+    def _latent_channels(self) -> int:
+        return int(self._config["in_channels"])
 
-    @abstractmethod
+    @property
+    def _sample_size(self) -> Any:
+        return self._config["sample_size"]
+
+    @property
+    def _patch(self) -> int:
+        """Side, in latents, of what the denoiser takes for one token."""
+        return 1
+
+    @property
+    def _config(self) -> Mapping[str, Any]:
+        config: Mapping[str, Any] = self.denoiser.config  # type: ignore[assignment]
+        return config
+
+    @torch.no_grad()
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encode pictures to scaled latents (the posterior's mean), without a graph.
 
+        A float16 VAE that diffusers marks ``force_upcast`` is run in float32, where it does not
+        overflow, as the pipeline does when it decodes.
+
         Args:
-            pixels: [B, 3, height, width] in [-1, 1]; sides divisible by the VAE's factor.
+            pixels: [B, 3, height, width] in [-1, 1].
 
         Returns:
             [B, C, H, W] in the denoiser's dtype.
+
+        Raises:
+            ValueError: a side is no multiple of what the VAE and the denoiser need.
         """
+        vae, multiple = self.pipeline.vae, self.pipeline.vae_scale_factor * self._patch
+        height, width = pixels.shape[-2:]
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"encode_images: pixels must be [B, 3, height, width] with sides that are "
+                f"multiples of {multiple}, got {list(pixels.shape)}"
+            )
+        dtype = vae.dtype
+        upcast = dtype == torch.float16 and vae.config.force_upcast
+        if upcast:
+            cast(vae, torch.float32)
+        parts = pixels.split(max(1, PIXELS_AT_ONCE // (height * width)))
+        mean = torch.cat(
+            [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mean for part in parts]
+        )
+        if upcast:
+            cast(vae, dtype)
+        return self._scaled(mean).to(self.device, self.dtype)
+
+    def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """What the denoiser is trained on, from what the VAE encodes."""
+        return latents * float(self.pipeline.vae.config.scaling_factor)
+
+    def encode_prompts(
+        self, prompts: Sequence[str], *, differentiable: bool = False
+    ) -> Conditioning:
+        """Encode prompts as the pipeline does when it samples.
+
+        Args:
+            prompts: B texts; longer ones than the model reads are cut, with a warning.
+            differentiable: keep the graph into the text encoders, for adapters that train them.
+
+        Returns:
+            Batch-first tensors that ``predict`` takes, in the denoiser's dtype.
+        """
+        with torch.set_grad_enabled(differentiable):
+            encoded = self._encode(list(prompts))
+        return {
+            name: value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+            for name, value in encoded.items()
+        }
 
     @abstractmethod
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts to the denoiser's batch-first keyword tensors, without a graph."""
+    def _encode(self, prompts: list[str]) -> Conditioning: ...
 
     @abstractmethod
+    def text_embeddings(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Return what the text projections read for ``prompts``: [B, S, D], padding included."""
+
+    @abstractmethod
+    def token_mask(self, prompts: Sequence[str]) -> torch.Tensor:
+        """[B, S]: True where ``text_embeddings`` holds a token of the prompt or its end token."""
+
+    @torch.no_grad()
     def token_embeddings(self, prompt: str) -> torch.Tensor:
         """Return what the text projections read for the real tokens of ``prompt``.
 
         Returns:
             [S, D]; the end token is kept, the start token and padding are not.
         """
+        mask = self.token_mask([prompt])[0]
+        return self.text_embeddings([prompt])[0][mask.to(self.device)]
 
-    @abstractmethod
+    def _mask(self, tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tensor:
+        """[B, length]: the tokens of each prompt and its end token."""
+        prompts = list(prompts)
+        if hasattr(self.pipeline, "maybe_convert_prompt"):
+            # learned embeddings of several vectors count as several tokens
+            prompts = self.pipeline.maybe_convert_prompt(prompts, tokenizer)
+        batch = tokenizer(
+            prompts,
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        mask: torch.Tensor = batch.attention_mask.bool()
+        if tokenizer.bos_token_id is not None:
+            mask[:, 0] &= batch.input_ids[:, 0] != tokenizer.bos_token_id
+        return mask
+
     def text_projections(self) -> list[str]:
-        """Names, relative to the denoiser, of the [o, D] weights that read text embeddings."""
+        """Names, relative to the denoiser, of the [o, D] weights that read text embeddings.
+
+        Raises:
+            MimaError: none, because adapters are loaded, whose weights go by other names.
+        """
+        names = [
+            name
+            for name, _ in self.denoiser.named_parameters()
+            if re.search(self.text_weights, name)
+        ]
+        if not names:
+            raise MimaError(
+                f"model: the {self.parts[0]} has no weights named {self.text_weights}; if adapters "
+                "are loaded, fuse_lora() and unload_lora_weights() first"
+            )
+        return names
 
     def parameter_names(self, which: str) -> list[str]:
         """Names of the denoiser's parameters in a preset, or matching a regular expression.
 
         Args:
-            which: ``cross_attention``, ``cross_attention_kv``, ``attention``, ``denoiser``, or an
-                expression that ``re.search`` is to find in a name.
+            which: ``cross_attention``, ``cross_attention_kv`` (the text projections),
+                ``attention``, ``denoiser``, or an expression that ``re.search`` is to find in a
+                name.
 
         Raises:
             MimaError: not a valid expression, or it matches nothing.
@@ -103,11 +249,11 @@ class Family(ABC):
             return names
         if which == "cross_attention_kv":
             return self.text_projections()
-        pattern = self._presets.get(which, which)
+        pattern = self.presets.get(which, which)
         try:
             chosen = [name for name in names if re.search(pattern, name)]
         except re.error as error:
-            presets = ["cross_attention_kv", "denoiser", *self._presets]
+            presets = ["cross_attention_kv", "denoiser", *self.presets]
             raise MimaError(
                 f"parameters: {which!r} is no valid regular expression ({error}) and "
                 f"not one of {', '.join(sorted(presets))}"
@@ -121,16 +267,29 @@ class Family(ABC):
         return [
             name
             for name in self.parameter_names("attention")
-            if re.search(r"\.to_(q|k|v|out\.0)\.weight$", name)
+            if re.search(r"\.(to_(q|k|v|out\.0|add_out)|add_(q|k|v)_proj)\.weight$", name)
         ]
 
     def sample_latents(self, prompts: Sequence[str], generator: torch.Generator) -> torch.Tensor:
         """Pictures of ``prompts`` by the pipeline's own sampler, as scaled latents [B, C, H, W]."""
         size = self.resolution
         latents: torch.Tensor = self.pipeline(
-            list(prompts), height=size, width=size, generator=generator, output_type="latent"
+            list(prompts),
+            height=size,
+            width=size,
+            generator=generator,
+            output_type="latent",
+            **self._sampling(),
         ).images
-        return latents.to(self.device, self.dtype)
+        return self._sampled(latents).to(self.device, self.dtype)
+
+    def _sampling(self) -> dict[str, Any]:
+        """Further arguments of the pipeline's call."""
+        return {}
+
+    def _sampled(self, latents: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] from what the pipeline calls latents."""
+        return latents
 
     @abstractmethod
     def sample_timesteps(self, batch: int, generator: torch.Generator) -> torch.Tensor:
@@ -140,7 +299,7 @@ class Family(ABC):
     def add_noise(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
-        """Forward process: noisy latents at ``timesteps``."""
+        """Forward process: noisy latents at ``timesteps``, computed in float32 at least."""
 
     @abstractmethod
     def target(
@@ -149,7 +308,14 @@ class Family(ABC):
         """What the denoiser is trained to predict (noise, velocity, sample or flow)."""
 
     @abstractmethod
-    def _keywords(self, conditioning: Conditioning) -> dict[str, Any]: ...
+    def _inputs(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> dict[str, Any]:
+        """Keyword arguments of the denoiser's forward."""
+
+    def _prediction(self, output: torch.Tensor, noisy: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] from what the denoiser returns."""
+        return output
 
     def predict(
         self,
@@ -169,8 +335,45 @@ class Family(ABC):
         Returns:
             [B, C, H, W] prediction, the counterpart of ``target``.
         """
-        keywords = self._keywords(conditioning)
+        inputs = {**self._inputs(noisy, timesteps, conditioning), "return_dict": False}
         if params is None:
-            return self.denoiser(noisy, timesteps, return_dict=False, **keywords)[0]
-        keywords["return_dict"] = False
-        return functional_call(self.denoiser, dict(params), (noisy, timesteps), keywords)[0]
+            output = self.denoiser(**inputs)[0]
+        else:
+            output = functional_call(self.denoiser, dict(params), (), inputs)[0]
+        return self._prediction(output, noisy)
+
+    @torch.no_grad()
+    def projection_inputs(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> dict[str, torch.Tensor]:
+        """Record what each text projection reads, [B, S, D], while ``predict`` runs."""
+        inputs: dict[str, torch.Tensor] = {}
+        hooks = []
+        for name in self.text_projections():
+            layer = self.denoiser.get_submodule(name.removesuffix(".weight"))
+
+            def record(_: torch.nn.Module, args: tuple[torch.Tensor], name: str = name) -> None:
+                inputs[name] = args[0]
+
+            hooks.append(layer.register_forward_pre_hook(record))
+        try:
+            self.predict(noisy, timesteps, conditioning)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return inputs
+
+
+def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast a module's floating point parameters and buffers in place.
+
+    In float16, layers that the module's class declares to overflow there stay in float32: T5's
+    feed-forward outputs, ``_keep_in_fp32_modules`` of transformers.
+    """
+    # diffusers' own .to(dtype) warns of such layers even where there are none
+    declared = getattr(module, "_keep_in_fp32_modules", None) or ()
+    kept = set(declared) if dtype == torch.float16 else set()
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if tensor.is_floating_point():
+            wanted = dtype if kept.isdisjoint(name.split(".")) else torch.float32
+            tensor.data = tensor.data.to(wanted)

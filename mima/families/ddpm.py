@@ -1,0 +1,84 @@
+"""Families trained with the variance-preserving process of DDPM (Ho et al. 2020)."""
+
+# B = batch, C H W = latent channels and size
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+
+from mima.errors import MimaError
+from mima.families.base import Family
+
+# what determines the training process; the rest of a scheduler's settings concerns sampling
+SCHEDULE = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
+    *("prediction_type", "rescale_betas_zero_snr"),
+)
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+class DDPM(Family):
+    """``x_t = √ᾱ_t x + √(1 − ᾱ_t) ε`` with the betas of the pipeline's scheduler.
+
+    Zero terminal signal-to-noise ratio (``rescale_betas_zero_snr``) is followed: at the last noise
+    level ``x_t = ε`` exactly.
+
+    Attributes:
+        schedule: the training process as a DDPM scheduler, whatever the pipeline samples with.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        scheduler = pipeline.scheduler
+        kind, config = type(scheduler).__name__, scheduler.config
+        if "beta_start" not in config:
+            raise MimaError(
+                f"scheduler: {kind} has no betas; {type(pipeline).__name__} is supported with "
+                "schedulers of the DDPM process (DDIM, PNDM, Euler, DPM-Solver and the like)"
+            )
+        settings = {name: config[name] for name in SCHEDULE if name in config}
+        schedule: Any = DDPMScheduler(**settings)
+        self.schedule = schedule
+        prediction = schedule.config["prediction_type"]
+        if prediction not in PREDICTIONS:
+            raise MimaError(
+                f"scheduler: prediction_type of {kind} must be one of {', '.join(PREDICTIONS)}, "
+                f"got {prediction!r}"
+            )
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return int(self.schedule.config["num_train_timesteps"])
+
+    def sample_timesteps(self, batch: int, generator: torch.Generator) -> torch.Tensor:
+        """Draw [batch] noise levels uniformly."""
+        steps = torch.randint(self.num_train_timesteps, (batch,), generator=generator)
+        return steps.to(self.device)
+
+    def add_noise(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        x, eps = (at_least_float32(tensor) for tensor in (latents, noise))
+        noisy: torch.Tensor = self.schedule.add_noise(x, eps, timesteps)
+        return noisy.to(latents.dtype)
+
+    def target(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """ε, ``v = √ᾱ_t ε − √(1 − ᾱ_t) x`` or x, as the scheduler's prediction_type says."""
+        kind = self.schedule.config["prediction_type"]
+        if kind == "epsilon":
+            return noise
+        if kind == "sample":
+            return latents
+        x, eps = (at_least_float32(tensor) for tensor in (latents, noise))
+        velocity: torch.Tensor = self.schedule.get_velocity(x, eps, timesteps)
+        return velocity.to(latents.dtype)
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Half precision as float32, the rest as it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,276 @@
+"""Open a model from wherever it is, and say clearly why it cannot be opened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from safetensors import SafetensorError, safe_open
+
+from mima.errors import MimaError
+from mima.families.base import Family, cast
+from mima.families.flux import Flux
+from mima.families.pixart import PixArt
+from mima.families.sd3 import StableDiffusion3
+from mima.families.sdxl import StableDiffusionXL
+from mima.families.stable_diffusion import StableDiffusion
+
+FAMILIES: tuple[type[Family], ...] = (
+    *(StableDiffusion, StableDiffusionXL, PixArt, StableDiffusion3, Flux),
+)
+
+# what diffusers and transformers raise for files that are missing, damaged or do not fit
+LOADING_ERRORS = (
+    *(OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError),
+    SingleFileComponentError,
+)
+
+# single checkpoint files by a prefix of their keys: how to open them, or why not
+SINGLE_FILES: tuple[tuple[str, Any], ...] = (
+    ("conditioner.embedders.1.", StableDiffusionXLPipeline),
+    ("conditioner.embedders.0.model.", "the SDXL refiner is not supported, SDXL base models are"),
+    ("joint_blocks.", "single files of SD3 are not opened, its diffusers folders are"),
+    ("double_blocks.", "single files of Flux are not opened, its diffusers folders are"),
+    ("model.diffusion_model.input_blocks.0.", StableDiffusionPipeline),
+)
+
+
+def family_of(pipeline: Any) -> Family:
+    """Wrap a diffusers pipeline in the family that knows it.
+
+    Raises:
+        MimaError: the pipeline's class belongs to no supported family.
+    """
+    return _family_class(type(pipeline).__name__)(pipeline)
+
+
+def _family_class(name: str, where: str = "") -> type[Family]:
+    for family in FAMILIES:
+        if name in family.pipeline_names:
+            return family
+    supported = ", ".join(n for family in FAMILIES for n in family.pipeline_names)
+    hint = ""
+    if name == "StableDiffusionXLImg2ImgPipeline":
+        hint = " (the SDXL refiner is such a model)"
+    raise MimaError(
+        f"model: {where}{name} is not supported{hint}; supported pipelines are {supported}"
+    )
+
+
+def load_pipeline(
+    model: Any,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    config: str | Path | None = None,
+) -> Any:
+    """Open a model in one dtype on one device, in evaluation mode and without gradients.
+
+    Args:
+        model: a diffusers pipeline (cast and moved in place, not copied), a diffusers folder, a
+            single ``.safetensors`` checkpoint of Stable Diffusion or SDXL, a hub id, or
+            ``"embedded"`` for the model that mima ships.
+        dtype: dtype of every module. In float16 the layers of T5 that overflow there stay in
+            float32, as transformers declares.
+        device: where to put it; by default a pipeline stays where it is and a file goes to the CPU.
+        revision: the hub's branch, tag or commit.
+        variant: file variant such as ``"fp16"``.
+        config: for a single file, a diffusers folder (or hub id) of a model of the same
+            architecture; by default diffusers fetches the published one from the hub.
+
+    Raises:
+        MimaError: nothing there, damaged, or not of a supported family; the message says which.
+    """
+    pipeline: Any = model
+    if isinstance(model, DiffusionPipeline):
+        pass
+    elif model == "embedded":
+        from mima.embedded import load_embedded
+
+        pipeline = load_embedded()
+    else:
+        pipeline = _open(str(model), dtype, revision, variant, config)
+    family_of(pipeline)
+    if device is not None:
+        pipeline.to(device)
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            cast(component, dtype)
+            component.requires_grad_(False).eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _open(
+    model: str,
+    dtype: torch.dtype,
+    revision: str | None,
+    variant: str | None,
+    config: str | Path | None,
+) -> Any:
+    path = Path(model).expanduser()
+    if revision is not None and path.exists():
+        raise MimaError(f"revision: only models of the hub have revisions, {path} is local")
+    if config is not None and not path.is_file():
+        raise MimaError(f"config: only a single file needs one, {model} brings its own")
+    if path.is_file():
+        if variant is not None:
+            raise MimaError(f"variant: {path} is a single file and has no variants")
+        return _open_file(path, dtype, config)
+    if path.is_dir():
+        return _open_folder(path, dtype, variant)
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise MimaError(
+            f"model: {model!r} is neither a folder, a .safetensors file, 'embedded', "
+            "nor a hub id of the form owner/name"
+        )
+    return _open_hub(model, dtype, revision, variant)
+
+
+def _open_hub(model: str, dtype: torch.dtype, revision: str | None, variant: str | None) -> Any:
+    try:
+        index = DiffusionPipeline.load_config(model, revision=revision)
+    except LOADING_ERRORS as error:
+        raise _hub_error(model, revision, error) from error
+    # before gigabytes are fetched
+    _family_class(str(index.get("_class_name")), f"{model} is a ")
+    try:
+        folder = DiffusionPipeline.download(
+            model, revision=revision, variant=variant, **_absent(index)
+        )
+    except LOADING_ERRORS as error:
+        raise _hub_error(model, revision, error) from error
+    return _open_folder(Path(folder), dtype, variant)
+
+
+def _hub_error(model: str, revision: str | None, error: Exception) -> MimaError:
+    at = f" at revision {revision!r}" if revision else ""
+    return MimaError(
+        f"model: there is no folder {model!r} here, and the hub gave no pipeline of that "
+        f"name{at}: {_first_line(error)}"
+    )
+
+
+def _open_folder(path: Path, dtype: torch.dtype, variant: str | None) -> Any:
+    if not (path / "model_index.json").is_file():
+        raise MimaError(f"model: {path} has no model_index.json: not a diffusers folder")
+    index = _read_json(path / "model_index.json")
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise MimaError(f"model: {path / 'model_index.json'} names no diffusers pipeline")
+    family = _family_class(index["_class_name"], f"{path} is a ")
+    for name, kind in index.items():
+        if isinstance(kind, list) and all(isinstance(part, str) for part in kind):
+            _check_component(path / name, ".".join(kind), variant)
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            str(path), variant=variant, local_files_only=True, **_dtype(dtype), **_absent(index)
+        )
+    except LOADING_ERRORS as error:
+        raise MimaError(f"model: cannot open {path}: {_first_line(error)}") from error
+    _check_complete(path / family.parts[0], getattr(pipeline, family.parts[0]))
+    return pipeline
+
+
+def _dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The keyword that diffusers calls it by; 0.42 warns of the old name."""
+    major, minor = (int(part) for part in diffusers.__version__.split(".")[:2])
+    return {"dtype" if (major, minor) >= (0, 42) else "torch_dtype": dtype}
+
+
+def _check_complete(folder: Path, denoiser: torch.nn.Module) -> None:
+    """Refuse a denoiser whose files lack weights: diffusers only warns, and draws random ones."""
+    files = list(folder.glob("*.safetensors"))
+    if not files:
+        return
+    stored = {key for file in files for key in safetensors_keys(file)}
+    missing = sorted(set(denoiser.state_dict()) - stored)
+    if missing:
+        raise MimaError(
+            f"model: {folder} lacks {len(missing)} of the denoiser's tensors, such as {missing[0]}"
+        )
+
+
+def _absent(index: dict[str, Any]) -> dict[str, None]:
+    """Components that the pipeline was saved without; diffusers wants that confirmed for some."""
+    return {name: None for name, kind in index.items() if kind == [None, None]}
+
+
+def _check_component(folder: Path, kind: str, variant: str | None) -> None:
+    """Name the file that is missing or damaged; the loaders' own errors often do not."""
+    if not folder.is_dir():
+        raise MimaError(f"model: {folder} is missing; it should hold the {kind}")
+    for file in sorted(folder.glob("*.json")):
+        content = _read_json(file)
+        if file.name.endswith(".index.json"):
+            shards = sorted(set(content.get("weight_map", {}).values()))
+            absent = [shard for shard in shards if not (folder / shard).is_file()]
+            if absent:
+                raise MimaError(f"model: {folder} lacks {', '.join(absent)}, named in {file.name}")
+    weights = sorted(folder.glob("*.safetensors"))
+    for file in weights:
+        safetensors_keys(file)
+    if not (folder / "config.json").is_file():
+        return
+    weights += sorted(folder.glob("*.bin"))
+    if not weights:
+        raise MimaError(f"model: {folder} holds no weights (.safetensors or .bin) of the {kind}")
+    if variant is not None and not any(f".{variant}." in f"{file.name}." for file in weights):
+        found = ", ".join(file.name for file in weights)
+        raise MimaError(f"variant: {folder} holds no {variant!r} weights, only {found}")
+
+
+def _open_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Any:
+    if path.suffix != ".safetensors":
+        raise MimaError(f"model: {path} is a file; only .safetensors files are opened")
+    keys = safetensors_keys(path)
+    opener = next((o for part, o in SINGLE_FILES if any(part in key for key in keys)), None)
+    if opener is None:
+        raise MimaError(
+            f"model: {path} is no checkpoint of a whole Stable Diffusion or SDXL model (its "
+            f"tensors have names like {next(iter(keys), 'none')!r}); LoRA files and single "
+            "components are not models"
+        )
+    if isinstance(opener, str):
+        raise MimaError(f"model: {path}: {opener}")
+    keywords: dict[str, Any] = {**_dtype(dtype)}
+    if config is not None:
+        keywords["config"] = str(config)
+    try:
+        return opener.from_single_file(str(path), **keywords)
+    except LOADING_ERRORS as error:
+        hint = ""
+        if config is None:
+            hint = (
+                "; diffusers reads its configuration from the hub: offline, pass config, a "
+                "diffusers folder of a model of the same architecture"
+            )
+        raise MimaError(f"model: cannot open {path}: {_first_line(error)}{hint}") from error
+
+
+def safetensors_keys(path: Path) -> list[str]:
+    """Names of the tensors in a file, whose header is checked against its length."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise MimaError(f"model: {path} is damaged or no safetensors file: {error}") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise MimaError(f"model: cannot read {path}: {error}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,86 @@
+"""PixArt-α and PixArt-Σ: a T5 text encoder, a transformer with cross-attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mima.families.base import Conditioning
+from mima.families.ddpm import DDPM
+
+# tokens that the pipelines read by default
+MAX_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
+
+
+class PixArt(DDPM):
+    """``PixArtAlphaPipeline`` and ``PixArtSigmaPipeline``.
+
+    Keys and values read the transformer's ``caption_projection`` of T5's output, which
+    ``text_embeddings`` therefore returns. It is part of the denoiser: where a run trains it
+    (``denoiser``), the merge plan holds for the projection as it was at the start. Keys and values
+    have biases, which are averaged like any other parameter.
+
+    The half of the output that predicts a variance is not trained and not returned.
+    """
+
+    pipeline_names = tuple(MAX_TOKENS)
+    parts = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+
+    @property
+    def _patch(self) -> int:
+        return int(self._config["patch_size"])
+
+    @property
+    def _max_tokens(self) -> int:
+        default = MAX_TOKENS[type(self.pipeline).__name__]
+        return min(default, int(self.pipeline.tokenizer.model_max_length))
+
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        pipeline = self.pipeline
+        hidden, mask, _, _ = pipeline.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            device=pipeline.text_encoder.device,
+            max_sequence_length=self._max_tokens,
+        )
+        return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
+
+    @torch.no_grad()
+    def text_embeddings(self, prompts: Sequence[str]) -> torch.Tensor:
+        hidden = self.encode_prompts(prompts)["encoder_hidden_states"]
+        projection = self.pipeline.transformer.caption_projection
+        return hidden if projection is None else projection(hidden)
+
+    def token_mask(self, prompts: Sequence[str]) -> torch.Tensor:
+        # the pipeline changes the text (lower case) before it counts tokens
+        texts = self.pipeline._text_preprocessing(list(prompts), clean_caption=False)
+        return self._mask(self.pipeline.tokenizer, texts, self._max_tokens)
+
+    def _sampling(self) -> dict[str, Any]:
+        return {
+            "max_sequence_length": self._max_tokens,
+            # as in encode_prompts, whether or not the cleaner's packages are installed
+            "clean_caption": False,
+            "use_resolution_binning": False,
+        }
+
+    def _inputs(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> dict[str, Any]:
+        added: dict[str, torch.Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if self.pipeline.transformer.use_additional_conditions:
+            height, width = (side * self.pipeline.vae_scale_factor for side in noisy.shape[-2:])
+            batch = len(noisy)
+            added["resolution"] = noisy.new_tensor([height, width]).expand(batch, 2)
+            added["aspect_ratio"] = noisy.new_tensor([height / width]).expand(batch, 1)
+        return {
+            "hidden_states": noisy,
+            "timestep": timesteps,
+            "added_cond_kwargs": added,
+            **conditioning,
+        }
+
+    def _prediction(self, output: torch.Tensor, noisy: torch.Tensor) -> torch.Tensor:
+        return output[:, : noisy.shape[1]]

@@ -1,0 +1,139 @@
+"""Families of transformers with joint attention, trained by rectified flow (SD3, Flux)."""
+
+# B = batch, S = tokens, D = width of the text stream, C H W = latent channels and size
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mima.errors import MimaError
+from mima.families.base import Conditioning, Family
+from mima.families.ddpm import at_least_float32
+
+
+class RectifiedFlow(Family):
+    """``x_σ = (1 − σ) x + σ ε``, target ``ε − x`` (Liu et al. 2023; Esser et al. 2024).
+
+    Noise levels are given as timesteps ``σ · num_train_timesteps``, floating point. They are drawn
+    as ``σ = shift(sigmoid(z))``, z standard normal (logit-normal sampling, the default of
+    diffusers' training scripts), with the shift that the pipeline's scheduler applies: its
+    constant, or, where it shifts by resolution, the one for the model's resolution. (diffusers'
+    Flux script leaves the latter out.)
+
+    **Text in joint attention.** A text stream runs beside the picture's; its ``add_k_proj`` and
+    ``add_v_proj`` play the part of cross-attention's keys and values, and the preset
+    ``cross_attention`` is the text stream's attention: ``add_q_proj``, ``add_k_proj``,
+    ``add_v_proj``, their norms and ``to_add_out``. What they read is not the text encoders'
+    output: it is embedded, updated block by block, and each block normalises and modulates it by
+    the noise level and the pooled text. ``text_embeddings`` is therefore one point of it: *what the
+    first block reads at the middle noise level* (σ = ½). The merge plan made of it meets its
+    constraint exactly there, and approximately in later blocks and at other noise levels;
+    ``projection_embeddings`` says what each weight reads, block by block. Flux's single-stream
+    blocks have no weights for text alone; they are merged like any other weight.
+    """
+
+    text_weights = r"\.attn\.add_[kv]_proj\.weight$"
+    presets = Family.presets | {
+        "cross_attention": r"\.attn\.(add_[qkv]_proj|to_add_out|norm_added_[qk])\.",
+    }
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        if "shift" not in pipeline.scheduler.config:
+            raise MimaError(
+                f"scheduler: {type(pipeline.scheduler).__name__} has no shift; "
+                f"{type(pipeline).__name__} is supported with flow-matching schedulers "
+                "(FlowMatchEulerDiscreteScheduler)"
+            )
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return int(self.pipeline.scheduler.config.num_train_timesteps)
+
+    @property
+    def _patch(self) -> int:
+        return int(self._config["patch_size"])
+
+    def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        return super()._scaled(latents - (self.pipeline.vae.config.shift_factor or 0.0))
+
+    def sample_timesteps(self, batch: int, generator: torch.Generator) -> torch.Tensor:
+        """Draw [batch] shifted logit-normal noise levels, float32 in [0, num_train_timesteps]."""
+        sigmas = self._shift(torch.randn(batch, generator=generator).sigmoid())
+        return (sigmas * self.num_train_timesteps).to(self.device)
+
+    def _shift(self, sigmas: torch.Tensor) -> torch.Tensor:
+        scheduler, config = self.pipeline.scheduler, self.pipeline.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            shift = float(config.shift)
+            return shift * sigmas / (1 + (shift - 1) * sigmas)
+        # a straight line through (base_image_seq_len, base_shift), (max_image_seq_len, max_shift)
+        side = self.resolution // self.pipeline.vae_scale_factor // self._patch
+        slope = (config.max_shift - config.base_shift) / (
+            config.max_image_seq_len - config.base_image_seq_len
+        )
+        mu = config.base_shift + slope * (side**2 - config.base_image_seq_len)
+        shifted: torch.Tensor = scheduler.time_shift(mu, 1.0, sigmas)
+        return shifted
+
+    def _sigmas(self, timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return (timesteps.to(like) / self.num_train_timesteps).view(-1, 1, 1, 1)
+
+    def add_noise(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        x, eps = (at_least_float32(tensor) for tensor in (latents, noise))
+        sigmas = self._sigmas(timesteps, x)
+        return ((1 - sigmas) * x + sigmas * eps).to(latents.dtype)
+
+    def target(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        x, eps = (at_least_float32(tensor) for tensor in (latents, noise))
+        return (eps - x).to(latents.dtype)
+
+    @torch.no_grad()
+    def text_embeddings(self, prompts: Sequence[str]) -> torch.Tensor:
+        """[B, S, D] that the first block's text projections read at σ = ½, padding included."""
+        # the picture reaches the text stream in the first block's attention, after its projections
+        smallest = self._latents(len(prompts), self._patch)
+        return self._read(prompts, smallest)[self.text_projections()[0]]
+
+    @torch.no_grad()
+    def projection_embeddings(self, prompt: str, generator: torch.Generator) -> Conditioning:
+        """What each text projection reads for the real tokens of ``prompt`` at σ = ½.
+
+        Args:
+            prompt: a text.
+            generator: draws the picture, pure noise of the model's resolution.
+
+        Returns:
+            [S, D] by name of the weight; those of one block share a tensor.
+        """
+        noise = torch.randn(
+            self._latents(1, self.resolution // self.pipeline.vae_scale_factor).shape,
+            generator=generator,
+        )
+        mask = self.token_mask([prompt])[0].to(self.device)
+        inputs = self._read([prompt], noise.to(self.device, self.dtype))
+        return {name: value[0][mask] for name, value in inputs.items()}
+
+    def _latents(self, batch: int, side: int) -> torch.Tensor:
+        size = (batch, self._latent_channels, side, side)
+        return torch.zeros(size, device=self.device, dtype=self.dtype)
+
+    def _read(self, prompts: Sequence[str], noisy: torch.Tensor) -> Conditioning:
+        middle = torch.full((len(prompts),), self.num_train_timesteps / 2, device=self.device)
+        return self.projection_inputs(noisy, middle, self.encode_prompts(prompts))
+
+    @property
+    @abstractmethod
+    def _t5_tokenizer(self) -> Any: ...
+
+    def _max_tokens(self, default: int) -> int:
+        tokenizer = self._t5_tokenizer
+        return default if tokenizer is None else min(default, tokenizer.model_max_length)

@@ -1,0 +1,64 @@
+"""Stable Diffusion 3 and 3.5: two CLIP text encoders and T5, joint attention, rectified flow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mima.families.base import Conditioning
+from mima.families.rectified_flow import RectifiedFlow
+
+# T5 tokens that the pipeline reads by default
+T5_TOKENS = 256
+
+
+class StableDiffusion3(RectifiedFlow):
+    """``StableDiffusion3Pipeline``, with T5 or without.
+
+    The text stream is the CLIP tokens, both encoders side by side, followed by the T5 tokens; the
+    real tokens of a prompt therefore occur twice. Without T5 its places are zeros, not tokens.
+    """
+
+    pipeline_names = ("StableDiffusion3Pipeline",)
+    parts = (
+        *("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+        "scheduler",
+    )
+
+    @property
+    def _t5_tokenizer(self) -> Any:
+        return None if self.pipeline.text_encoder_3 is None else self.pipeline.tokenizer_3
+
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        pipeline = self.pipeline
+        hidden_BSD, _, pooled, _ = pipeline.encode_prompt(
+            prompts,
+            prompts,
+            prompts,
+            device=pipeline.text_encoder.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self._max_tokens(T5_TOKENS),
+        )
+        return {"encoder_hidden_states": hidden_BSD, "pooled_projections": pooled}
+
+    def token_mask(self, prompts: Sequence[str]) -> torch.Tensor:
+        pipeline, length = self.pipeline, self._max_tokens(T5_TOKENS)
+        first, second = (
+            self._mask(tokenizer, prompts, pipeline.tokenizer_max_length)
+            for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)
+        )
+        if self._t5_tokenizer is None:
+            t5 = torch.zeros(len(prompts), length, dtype=torch.bool)
+        else:
+            t5 = self._mask(self._t5_tokenizer, prompts, length)
+        return torch.cat([first | second, t5], dim=1)
+
+    def _sampling(self) -> dict[str, Any]:
+        return {"max_sequence_length": self._max_tokens(T5_TOKENS)}
+
+    def _inputs(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> dict[str, Any]:
+        return {"hidden_states": noisy, "timestep": timesteps, **conditioning}
