@@ -36,6 +36,8 @@ from transformers import (
 )
 
 from mima.concepts import Concept
+from mima.diffusion import diffusion_loss, pixels
+from mima.families import family_of
 from mima.pictures import Picture
 
 WORDS = (
@@ -255,3 +257,15 @@ def concept(colour: str = "red", shape: str = "round", *, images: int = 4) -> Co
         class_prompt=f"a {shape} emoji",
         class_images=pictures(2, 200, f"a {shape} emoji"),
     )
+
+
+def training_loss(pipeline: StableDiffusionPipeline, concept: Concept) -> float:
+    """The training loss on a concept's pictures, always with the same noise and timesteps."""
+    family = family_of(pipeline)
+    generator = torch.Generator().manual_seed(7)
+    latents = family.encode_images(pixels(concept.images, RESOLUTION)).repeat(8, 1, 1, 1)
+    text = family.encode_prompts([concept.prompt] * len(latents))
+    steps = family.sample_timesteps(len(latents), generator)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    with torch.no_grad():
+        return diffusion_loss(family, latents, text, steps, noise).item()

@@ -107,6 +107,24 @@ class Injection:
     """Called after each optimiser step."""
 
 
+def require_full_precision(pipeline: Any, method: str) -> None:
+    """Refuse half-precision weights to methods that train them: small updates would be lost.
+
+    Raises:
+        MimaError: the denoiser or the text encoder is not in float32 or float64.
+    """
+    for name, module in (
+        ("denoiser", family_of(pipeline).denoiser),
+        ("text encoder", pipeline.text_encoder),
+    ):
+        dtype = next(module.parameters()).dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise MimaError(
+                f"{method}: load the model in float32 to train its weights; "
+                f"the {name} is in {str(dtype).removeprefix('torch.')}"
+            )
+
+
 class Run:
     """An adaptation under way: train some steps, look, train on, stop whenever you like.
 

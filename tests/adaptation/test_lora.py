@@ -7,9 +7,7 @@ from diffusers import StableDiffusionPipeline
 
 from mima.adaptation import LoRA
 from mima.adaptation.copies import component_name, shared_copy, with_modules
-from mima.diffusion import diffusion_loss, pixels
 from mima.errors import MimaError
-from mima.families import family_of
 
 FAST = LoRA(learning_rate=1e-2, batch_size=4)
 
@@ -24,18 +22,6 @@ def pipeline(folder):
     return StableDiffusionPipeline.from_pretrained(folder)
 
 
-def fixed_loss(pipeline, concept):
-    """Training loss on the same noise and timesteps, whatever was trained."""
-    family = family_of(pipeline)
-    generator = torch.Generator().manual_seed(7)
-    latents = family.encode_images(pixels(concept.images, 32)).repeat(8, 1, 1, 1)
-    text = family.encode_prompts([concept.prompt] * len(latents))
-    steps = family.sample_timesteps(len(latents), generator)
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
-    with torch.no_grad():
-        return diffusion_loss(family, latents, text, steps, noise).item()
-
-
 def draw(pipeline, prompt="a red round emoji"):
     generator = torch.Generator().manual_seed(0)
     return pipeline(prompt, num_inference_steps=4, generator=generator, output_type="pt").images
@@ -45,12 +31,12 @@ def test_training_lowers_the_loss_and_leaves_the_given_pipeline_alone(pipeline):
     concept = tiny.concept()
     weights = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
     wanted_gradients = [value.requires_grad for value in pipeline.unet.parameters()]
-    before = fixed_loss(pipeline, concept)
+    before = tiny.training_loss(pipeline, concept)
     run = FAST.start(pipeline, concept)
     run.advance(40)
 
-    assert fixed_loss(run.pipeline, concept) < 0.9 * before
-    assert fixed_loss(pipeline, concept) == before
+    assert tiny.training_loss(run.pipeline, concept) < 0.9 * before
+    assert tiny.training_loss(pipeline, concept) == before
     now = pipeline.unet.state_dict()
     assert list(now) == list(weights)
     assert all(torch.equal(now[name], weights[name]) for name in weights)
@@ -157,12 +143,12 @@ def test_on_step_sees_each_step_and_may_stop_the_training(pipeline):
 def test_half_precision_model_trains_a_float32_adapter(folder):
     half = StableDiffusionPipeline.from_pretrained(folder).to(dtype=torch.bfloat16)
     run = FAST.start(half, tiny.concept())
-    before = fixed_loss(run.pipeline, tiny.concept())
+    before = tiny.training_loss(run.pipeline, tiny.concept())
     run.advance(40)
     trained = [value for value in run.pipeline.unet.parameters() if value.requires_grad]
     assert {value.dtype for value in trained} == {torch.float32}
     assert half.unet.dtype == torch.bfloat16
-    assert fixed_loss(run.pipeline, tiny.concept()) < 0.95 * before
+    assert tiny.training_loss(run.pipeline, tiny.concept()) < 0.95 * before
     assert draw(run.pipeline).isfinite().all()
 
 

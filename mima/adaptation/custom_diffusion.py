@@ -1,0 +1,80 @@
+"""Custom Diffusion: cross-attention keys and values, and a new word where the concept has one."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import save_file
+
+from mima.adaptation.base import Adaptation, Injection, require_full_precision
+from mima.adaptation.copies import component_name, with_modules
+from mima.adaptation.text import add_token
+from mima.concepts import Concept
+from mima.errors import MimaError
+from mima.families import family_of
+
+WEIGHTS_FILE = "pytorch_custom_diffusion_weights.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomDiffusion(Adaptation):
+    """Fine-tune the weights that read text, and the embedding of `concept.token` if it has one.
+
+    After Kumari et al., arXiv 2212.04488, without its resizing of the pictures. `Run.save` writes
+    `pytorch_custom_diffusion_weights.safetensors` for `unet.load_attn_procs` and, for a new word,
+    a file for `load_textual_inversion`.
+    """
+
+    method: ClassVar[str] = "custom-diffusion"
+
+    learning_rate: float = 1e-5
+    batch_size: int = 2
+
+    def inject(self, pipeline: Any, concept: Concept) -> Injection:
+        """Copy the denoiser, free its text projections, and add the word."""
+        require_full_precision(pipeline, self.method)
+        family = family_of(pipeline)
+        if not hasattr(family.denoiser, "attn_processors"):
+            raise MimaError(
+                f"model: custom-diffusion needs a UNet with cross-attention, "
+                f"got {type(family.denoiser).__name__}"
+            )
+        denoiser: Any = copy.deepcopy(family.denoiser).requires_grad_(False)
+        weights = {
+            name: denoiser.get_parameter(name).requires_grad_(True)
+            for name in family.text_projections()
+        }
+        modules: dict[str, Any] = {component_name(pipeline, family.denoiser): denoiser}
+        new = None if concept.token is None else add_token(pipeline, concept)
+        if new is not None:
+            modules |= {"tokenizer": new.tokenizer, "text_encoder": new.text_encoder}
+
+        def save(folder: Path) -> None:
+            save_file(_attention_state(denoiser, weights), folder / WEIGHTS_FILE)
+            if new is not None:
+                new.save(folder)
+
+        return Injection(
+            pipeline=with_modules(pipeline, **modules),
+            parameters=[*weights.values(), *([] if new is None else [new.row])],
+            save=save,
+            encode_prompts=None if new is None else new.encode_prompts,
+            after_step=None if new is None else new.commit,
+        )
+
+
+def _attention_state(denoiser: Any, weights: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The trained weights under the names that diffusers gives custom attention processors."""
+    # a processor without weights is an empty entry; diffusers replaces all processors or none
+    state = {name: torch.zeros(0) for name in denoiser.attn_processors}
+    for name, weight in weights.items():
+        attention, projection, _ = name.rsplit(".", 2)
+        processor = f"{attention}.processor"
+        state.pop(processor, None)
+        key = f"{processor}.{projection}_custom_diffusion.weight"
+        state[key] = weight.detach().cpu().contiguous()
+    return state

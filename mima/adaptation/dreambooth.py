@@ -1,0 +1,53 @@
+"""DreamBooth: the whole denoiser is fine-tuned, or LoRA adapters on it with the same recipe."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mima.adaptation.base import Adaptation, Injection, require_full_precision
+from mima.adaptation.copies import component_name, with_modules
+from mima.adaptation.lora import LoRA
+from mima.concepts import Concept
+from mima.families import family_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamBooth(Adaptation):
+    """Fine-tune every weight of the denoiser; with `prior_weight=1`, with prior preservation.
+
+    After Ruiz et al., arXiv 2208.12242; the text encoder is frozen. `Run.save` writes the denoiser
+    as a diffusers model folder (`unet/`), for `UNet2DConditionModel.from_pretrained`.
+    """
+
+    method: ClassVar[str] = "dreambooth"
+
+    steps: int = 1000
+    learning_rate: float = 5e-6
+
+    def inject(self, pipeline: Any, concept: Concept) -> Injection:
+        """Copy the denoiser and free all of it."""
+        require_full_precision(pipeline, self.method)
+        family = family_of(pipeline)
+        name = component_name(pipeline, family.denoiser)
+        denoiser: Any = copy.deepcopy(family.denoiser).requires_grad_(True)
+
+        def save(folder: Path) -> None:
+            denoiser.save_pretrained(folder / name)
+
+        return Injection(
+            pipeline=with_modules(pipeline, **{name: denoiser}),
+            parameters=list(denoiser.parameters()),
+            save=save,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamBoothLoRA(LoRA):
+    """LoRA trained as DreamBooth is, with prior preservation: it needs `concept.class_images`."""
+
+    method: ClassVar[str] = "dreambooth-lora"
+
+    prior_weight: float = 1.0

@@ -1,0 +1,142 @@
+"""Training through the text encoder: new tokens, and prompts encoded with a graph."""
+
+# V = vocabulary, D = text embedding
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch.func import functional_call
+
+from mima.concepts import Concept
+from mima.errors import MimaError
+from mima.families import Conditioning
+
+EMBEDDING_FILE = "learned_embeds.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewToken:
+    """A word added to copies of a tokenizer and a text encoder, with one trainable embedding.
+
+    Attributes:
+        token: the word.
+        index: its token id.
+        tokenizer: knows the word.
+        text_encoder: holds the embedding; call `commit` after `row` has changed.
+        row: the embedding [D] in float32, the only thing that is trained.
+    """
+
+    token: str
+    index: int
+    tokenizer: Any
+    text_encoder: Any
+    row: torch.nn.Parameter
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts with a graph back to `row`."""
+        name, weight_VD = _embedding(self.text_encoder)
+        index = torch.tensor([self.index], device=weight_VD.device)
+        patched_VD = weight_VD.detach().index_copy(0, index, self.row[None].to(weight_VD.dtype))
+        return encode_prompts(self.tokenizer, self.text_encoder, prompts, {name: patched_VD})
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Write `row` into the text encoder."""
+        _embedding(self.text_encoder)[1][self.index] = self.row.to(self.text_encoder.dtype)
+
+    def save(self, folder: Path) -> None:
+        """Write the embedding for diffusers' `load_textual_inversion`."""
+        save_file({self.token: self.row.detach().cpu().contiguous()}, folder / EMBEDDING_FILE)
+
+
+def add_token(pipeline: Any, concept: Concept) -> NewToken:
+    """Add a concept's new word to copies of a pipeline's tokenizer and text encoder.
+
+    Its embedding starts from that of `concept.initializer`, or, without one, from the mean of all
+    embeddings.
+
+    Raises:
+        MimaError: no token, one that the vocabulary holds already, an initializer that is not
+            one word of the vocabulary, or a pipeline with several text encoders.
+    """
+    token = concept.token
+    if token is None:
+        raise MimaError(
+            f"concept {concept.name!r} has no token; name a new word, such as <new1>, that its "
+            "prompts contain"
+        )
+    if getattr(pipeline, "text_encoder_2", None) is not None:
+        raise MimaError(
+            f"model: new tokens need a pipeline with one text encoder, {type(pipeline).__name__} "
+            "has several"
+        )
+    if token in pipeline.tokenizer.get_vocab():
+        raise MimaError(
+            f"concept {concept.name!r}: token {token!r} is in the model's vocabulary already"
+        )
+    tokenizer = copy.deepcopy(pipeline.tokenizer)
+    text_encoder = copy.deepcopy(pipeline.text_encoder)
+    tokenizer.add_tokens([token])
+    index = tokenizer.convert_tokens_to_ids(token)
+    old_VD = _embedding(text_encoder)[1].detach()
+    if concept.initializer is None:
+        start_D = old_VD.float().mean(dim=0)
+    else:
+        ids = tokenizer.encode(concept.initializer, add_special_tokens=False)
+        if len(ids) != 1:
+            raise MimaError(
+                f"concept {concept.name!r}: initializer {concept.initializer!r} must be one token "
+                f"of the vocabulary, it is {len(ids)}"
+            )
+        start_D = old_VD[ids[0]].float()
+    row = torch.nn.Parameter(start_D.clone())
+    if index >= len(old_VD):
+        # without mean_resizing, which draws from the global random state, as the row is set below
+        text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    text_encoder.requires_grad_(False)
+    new = NewToken(
+        token=token, index=index, tokenizer=tokenizer, text_encoder=text_encoder, row=row
+    )
+    new.commit()
+    return new
+
+
+def encode_prompts(
+    tokenizer: Any,
+    text_encoder: Any,
+    prompts: Sequence[str],
+    params: dict[str, torch.Tensor] | None = None,
+) -> Conditioning:
+    """Encode prompts as Stable Diffusion does, keeping the graph.
+
+    Args:
+        tokenizer: pads to its model's length.
+        text_encoder: a CLIPTextModel.
+        prompts: B texts.
+        params: values that stand in for the text encoder's parameters of these names.
+    """
+    tokens = tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids.to(text_encoder.device)
+    hidden = functional_call(text_encoder, params or {}, (tokens,))[0]
+    return {"encoder_hidden_states": hidden}
+
+
+def _embedding(text_encoder: Any) -> tuple[str, torch.Tensor]:
+    """Name and value [V, D] of a text encoder's token embeddings."""
+    weight = text_encoder.get_input_embeddings().weight
+    for name, parameter in text_encoder.named_parameters():
+        if parameter is weight:
+            return name, weight
+    raise AssertionError("a model's input embeddings are among its parameters")

@@ -1,0 +1,44 @@
+"""Textual Inversion: one new word is learned, the model stays as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from mima.adaptation.base import Adaptation, Injection, require_full_precision
+from mima.adaptation.copies import component_name, shared_copy, with_modules
+from mima.adaptation.text import add_token
+from mima.concepts import Concept
+from mima.families import family_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextualInversion(Adaptation):
+    """Learn the embedding of `concept.token`, a new word that the concept's prompts contain.
+
+    After Gal et al., arXiv 2208.01618. Only the new row is trained; the embedding starts from the
+    word `concept.initializer`. `Run.save` writes a file for diffusers' `load_textual_inversion`.
+    """
+
+    method: ClassVar[str] = "textual-inversion"
+
+    steps: int = 2000
+    learning_rate: float = 5e-4
+
+    def inject(self, pipeline: Any, concept: Concept) -> Injection:
+        """Add the word to copies of tokenizer and text encoder."""
+        require_full_precision(pipeline, self.method)
+        new = add_token(pipeline, concept)
+        denoiser = family_of(pipeline).denoiser
+        # frozen, and its own object, so that the run does not touch the caller's flags and modes
+        modules = {component_name(pipeline, denoiser): shared_copy(denoiser)}
+        adapted = with_modules(
+            pipeline, tokenizer=new.tokenizer, text_encoder=new.text_encoder, **modules
+        )
+        return Injection(
+            pipeline=adapted,
+            parameters=[new.row],
+            save=new.save,
+            encode_prompts=new.encode_prompts,
+            after_step=new.commit,
+        )
