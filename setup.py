@@ -49,7 +49,7 @@ class Outcome:
     reason: str
     """Empty when built."""
     tool: str = ""
-    """First line of the compiler's --version."""
+    """The compiler, as it calls itself."""
 
 
 def requested(variable: str) -> str:
@@ -60,15 +60,17 @@ def requested(variable: str) -> str:
     return value
 
 
-def first_line(command: list[str]) -> str:
-    """First line that `command` prints; CannotBuildError where it does not run."""
+def version_of(command: list[str]) -> str:
+    """What the compiler says it is, in a line; CannotBuildError where it does not run."""
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        result = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
     except OSError as error:
         raise CannotBuildError(f"{command[0]} does not run: {error.strerror}") from error
     except subprocess.CalledProcessError as error:
-        raise CannotBuildError(f"{shlex.join(command)} exits with {error.returncode}") from error
-    return result.stdout.strip().splitlines()[0]
+        raise CannotBuildError(f"{command[0]} --version exits with {error.returncode}") from error
+    lines = result.stdout.strip().splitlines()
+    # nvcc gives its number in the fourth line
+    return next((line for line in lines if "release" in line), lines[0] if lines else command[0])
 
 
 def find_cxx() -> list[str]:
@@ -224,7 +226,7 @@ def build_module(
         compilers = {"cxx": find_cxx()}
         if name == "_native_cuda":
             compilers["nvcc"] = find_nvcc()
-        tool = first_line([*list(compilers.values())[-1], "--version"])
+        tool = version_of(list(compilers.values())[-1])
         return Outcome(built=True, reason="", tool=tool), compile_module(name, build_dir, compilers)
     except CannotBuildError as error:
         if mode == "1":

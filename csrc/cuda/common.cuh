@@ -1,11 +1,9 @@
 // What the CUDA kernels share: stored types, their accumulators, 16-byte accesses and reductions.
 #pragma once
 
-#include <cstdint>
-
-#if defined(__CUDACC__)
 #include <cuda_fp16.h>
-#endif
+
+#include <cstdint>
 
 namespace mima {
 namespace cuda {

@@ -11,11 +11,28 @@
 
 namespace mima::cuda {
 
-inline void check_launch(const char* op, const std::string& shape) {
-  const cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string(op) + " (" + shape +
-                           "): CUDA launch failed: " + cudaGetErrorString(error));
+struct LaunchSize {
+  dim3 blocks;
+  int threads;
+  int64_t shared_bytes;
+};
+
+// Launches a kernel on a stream; a failure becomes an exception that names operator and shape.
+template <class... Params, class... Args>
+void launch(const char* op, const std::string& shape, const LaunchSize& size, uint64_t stream,
+            void (*kernel)(Params...), Args... args) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = size.blocks;
+  config.blockDim = dim3(static_cast<unsigned>(size.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(size.shared_bytes);
+  config.stream = reinterpret_cast<cudaStream_t>(stream);
+  cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+  // cleared here, so that the next caller does not see it again
+  const cudaError_t pending = cudaGetLastError();
+  if (error == cudaSuccess) error = pending;
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string(op) + " (" + shape +
+                             "): CUDA launch failed: " + cudaGetErrorString(error));
 }
 
 // Calls f(T{}) with the type that the code names.

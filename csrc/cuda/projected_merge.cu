@@ -1,3 +1,4 @@
+// projected_merge: the table of a call, and its launches.
 #include "cuda/projected_merge_kernel.cuh"
 
 #include <algorithm>
@@ -106,43 +107,37 @@ struct ProjectLaunch {
 
 void ProjectedMergeCall::forward(uint64_t table, uint64_t coefficients, uint64_t stream) const {
   if (num_blocks_ == 0 || d_ == 0) return;
+  const int64_t shared = num_tokens_ * kRows * warps_ * acc_size(dtype_);
   with_type(dtype_, [&](auto type) {
-    const size_t shared = static_cast<size_t>(num_tokens_ * kRows * warps_ * acc_size(dtype_));
-    projected_merge_fwd_kernel<decltype(type)><<<static_cast<unsigned>(num_blocks_), warps_ * 32,
-                                                 shared, reinterpret_cast<cudaStream_t>(stream)>>>(
-        ProjectLaunch::arrays(*this, table, coefficients), num_layers_, num_concepts_, d_,
-        int64_t(warps_) * kRows);
+    launch("projected_merge forward", shape_, {dim3(num_blocks_), warps_ * 32, shared}, stream,
+           &projected_merge_fwd_kernel<decltype(type)>,
+           ProjectLaunch::arrays(*this, table, coefficients), num_layers_, num_concepts_, d_,
+           warps_ * kRows);
   });
-  check_launch("projected_merge forward", shape_);
 }
 
 void ProjectedMergeCall::backward(uint64_t table, uint64_t coefficients, uint64_t stream) const {
   if (num_blocks_ == 0 || d_ == 0) return;
+  const int64_t shared = num_tokens_ * kRows * warps_ * acc_size(dtype_);
   with_type(dtype_, [&](auto type) {
-    const size_t shared = static_cast<size_t>(num_tokens_ * kRows * warps_ * acc_size(dtype_));
-    projected_merge_bwd_kernel<decltype(type)><<<static_cast<unsigned>(num_blocks_), warps_ * 32,
-                                                 shared, reinterpret_cast<cudaStream_t>(stream)>>>(
-        ProjectLaunch::arrays(*this, table, coefficients), num_layers_, num_concepts_, d_,
-        int64_t(warps_) * kRows);
+    launch("projected_merge backward", shape_, {dim3(num_blocks_), warps_ * 32, shared}, stream,
+           &projected_merge_bwd_kernel<decltype(type)>,
+           ProjectLaunch::arrays(*this, table, coefficients), num_layers_, num_concepts_, d_,
+           warps_ * kRows);
   });
-  check_launch("projected_merge backward", shape_);
 }
 
 void ProjectedMergeCall::sums(uint64_t table, uint64_t coefficients, bool differences,
                               uint64_t partial, uint64_t stream) const {
   if (num_chunks_ == 0 || num_tiles_ == 0 || d_ == 0) return;
+  const dim3 blocks(num_chunks_, (d_ + kSumThreads - 1) / kSumThreads, num_tiles_);
   with_type(dtype_, [&](auto type) {
     using T = decltype(type);
-    const dim3 grid(static_cast<unsigned>(num_chunks_),
-                    static_cast<unsigned>((d_ + kSumThreads - 1) / kSumThreads),
-                    static_cast<unsigned>(num_tiles_));
-    projected_merge_sums_kernel<T>
-        <<<grid, kSumThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
-            ProjectLaunch::arrays(*this, table, coefficients), at<int64_t>(table, chunks_),
-            at<int64_t>(table, tiles_), differences, num_layers_, num_concepts_, d_,
-            reinterpret_cast<Acc<T>*>(partial));
+    launch("projected_merge backward of C and M", shape_, {blocks, kSumThreads, 0}, stream,
+           &projected_merge_sums_kernel<T>, ProjectLaunch::arrays(*this, table, coefficients),
+           at<int64_t>(table, chunks_), at<int64_t>(table, tiles_), differences, num_layers_,
+           num_concepts_, d_, reinterpret_cast<Acc<T>*>(partial));
   });
-  check_launch("projected_merge backward of C and M", shape_);
 }
 
 }  // namespace mima::cuda

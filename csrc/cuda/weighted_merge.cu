@@ -1,3 +1,4 @@
+// weighted_merge: the table of a call, and its launches.
 #include "cuda/weighted_merge_kernel.cuh"
 
 #include <algorithm>
@@ -69,11 +70,9 @@ void WeightedMergeCall::forward(uint64_t table, uint64_t stream) const {
                           .d_thetas = nullptr,
                           .partial = nullptr};
   with_type(dtype_, [&](auto type) {
-    weighted_merge_fwd_kernel<decltype(type)>
-        <<<static_cast<unsigned>(num_pieces_), kMergeThreads, 0,
-           reinterpret_cast<cudaStream_t>(stream)>>>(arrays, num_tensors_, num_concepts_);
+    launch("weighted_merge forward", shape_, {dim3(num_pieces_), kMergeThreads, 0}, stream,
+           &weighted_merge_fwd_kernel<decltype(type)>, arrays, num_tensors_, num_concepts_);
   });
-  check_launch("weighted_merge forward", shape_);
 }
 
 void WeightedMergeCall::backward(uint64_t table, uint64_t partial, uint64_t stream) const {
@@ -92,14 +91,12 @@ void WeightedMergeCall::backward(uint64_t table, uint64_t partial, uint64_t stre
   int first = 0;
   do {
     const int count = std::min(kConceptsPerLaunch, num_concepts_ - first);
+    const int64_t shared = count * kMergeWarps * static_cast<int64_t>(sizeof(double));
     with_type(dtype_, [&](auto type) {
-      weighted_merge_bwd_kernel<decltype(type)>
-          <<<static_cast<unsigned>(num_pieces_), kMergeThreads,
-             static_cast<size_t>(count) * kMergeWarps * sizeof(double),
-             reinterpret_cast<cudaStream_t>(stream)>>>(arrays, num_tensors_, first, count,
-                                                       num_concepts_, base_weight_);
+      launch("weighted_merge backward", shape_, {dim3(num_pieces_), kMergeThreads, shared}, stream,
+             &weighted_merge_bwd_kernel<decltype(type)>, arrays, num_tensors_, first, count,
+             num_concepts_, base_weight_);
     });
-    check_launch("weighted_merge backward", shape_);
     first += kConceptsPerLaunch;
   } while (first < num_concepts_);
 }

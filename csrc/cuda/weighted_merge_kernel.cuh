@@ -95,12 +95,12 @@ __global__ void __launch_bounds__(kMergeThreads, 4)
 }
 
 // Concepts [first_concept, first_concept + num_concepts) of the table, whose sums of products each
-// warp keeps in its own column of shared memory: `sums` [num_concepts, kMergeWarps] doubles.
+// warp keeps in its own column of shared memory, [num_concepts, kMergeWarps] doubles.
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads, 4)
     weighted_merge_bwd_kernel(MergeTable table, int64_t num_tensors, int first_concept,
                               int num_concepts, int all_concepts, double base_weight) {
-  extern __shared__ double sums[];
+  extern __shared__ double shared[];
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int64_t tensor = table.pieces[3 * blockIdx.x];
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kMergeThreads, 4)
   const T* d_out = element<const T>(table.d_out, tensor, start);
   const T* base = element<const T>(table.base, tensor, start);
   if (need_sums && lane == 0)
-    for (int n = 0; n < num_concepts; ++n) sums[n * kMergeWarps + warp] = 0;
+    for (int n = 0; n < num_concepts; ++n) shared[n * kMergeWarps + warp] = 0;
   int tile = 0;
   for (; aligned && tile + kMergeTile<T> <= size; tile += kMergeTile<T>) {
     Acc<T> g[kMergeUnroll<T>][kVec<T>], b[kMergeUnroll<T>][kVec<T>];
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kMergeThreads, 4)
           for (int v = 0; v < kVec<T>; ++v) dot += g[u][v] * (x[v] - b[u][v]);
         }
         dot = warp_sum(dot);
-        if (lane == 0) sums[n * kMergeWarps + warp] += static_cast<double>(dot);
+        if (lane == 0) shared[n * kMergeWarps + warp] += static_cast<double>(dot);
       }
       if (need_thetas) {
         T* d_theta = element<T>(table.d_thetas, which, start);
@@ -172,14 +172,14 @@ __global__ void __launch_bounds__(kMergeThreads, 4)
         if (need_thetas) narrow(w * g, element<T>(table.d_thetas, which, start) + i);
       }
       dot = warp_sum(dot);
-      if (need_sums && lane == 0) sums[n * kMergeWarps + warp] += static_cast<double>(dot);
+      if (need_sums && lane == 0) shared[n * kMergeWarps + warp] += static_cast<double>(dot);
     }
   }
   if (!need_sums) return;
   __syncthreads();
   for (int n = threadIdx.x; n < num_concepts; n += kMergeThreads) {
     double total = 0;
-    for (int w = 0; w < kMergeWarps; ++w) total += sums[n * kMergeWarps + w];
+    for (int w = 0; w < kMergeWarps; ++w) total += shared[n * kMergeWarps + w];
     table.partial[int64_t(blockIdx.x) * all_concepts + first_concept + n] = total;
   }
 }
