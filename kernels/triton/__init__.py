@@ -1,0 +1,41 @@
+"""The Triton backend, imported as `mima.kernels`: kernels, and the launchers that serve operators.
+
+The launchers take validated tensors of one dtype on one CUDA device (or on the CPU, in Triton's
+interpreter) and differentiate nothing; :mod:`mima.ops` does the rest.
+"""
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+
+from mima.kernels._common import TRITON_DTYPE
+from mima.kernels.batched_lora import batched_lora_backward, batched_lora_forward
+from mima.kernels.merge_lora import merge_lora_backward, merge_lora_forward
+from mima.kernels.projected_merge import projected_merge_backward, projected_merge_forward
+from mima.kernels.weighted_merge import weighted_merge_backward, weighted_merge_forward
+
+__all__ = [
+    "batched_lora_backward",
+    "batched_lora_forward",
+    "merge_lora_backward",
+    "merge_lora_forward",
+    "projected_merge_backward",
+    "projected_merge_forward",
+    "unsupported_reasons",
+    "weighted_merge_backward",
+    "weighted_merge_forward",
+]
+
+
+def unsupported_reasons(op: str, *tensors: Tensor) -> list[str]:
+    """Return why these kernels cannot serve tensors like the given ones; empty if they can."""
+    reasons = []
+    for x in tensors:
+        if x.dtype not in TRITON_DTYPE:
+            reasons.append(f"no kernel for {x.dtype}: float32, bfloat16 and float16 only")
+        if x.device.type == "cpu" and not triton.knobs.runtime.interpret:
+            reasons.append("on the CPU only in Triton's interpreter, TRITON_INTERPRET=1")
+        elif x.device.type not in ("cpu", "cuda"):
+            reasons.append(f"no kernel for device {x.device.type}")
+    return reasons

@@ -1,0 +1,269 @@
+"""merge_lora: W + Σ_n c_n B_n A_n, c = w s, one tile of the weight per program.
+
+No adapted weight is ever formed: a program loops over adapters and ranks, its tile in registers.
+The gradients B_nᵀ φ̄ and φ̄ A_nᵀ are one launch, in which each program owns a strip of one factor.
+
+Bytes: one read and one write of the weight. FLOPs: 2 o d Σ r_n.
+"""
+
+# N = adapters; o, d = rows and columns of the weight, r = rank
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mima.kernels._common import (
+    TRITON_DTYPE,
+    are_aligned,
+    contiguous,
+    dot_precision,
+    load_pointer,
+    on_device_of,
+    pointer_table,
+    sizes_on_device,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Launch settings of the two kernels."""
+
+    block_o: int
+    """Rows of a tile."""
+    block_d: int
+    """Columns of a tile."""
+    block_r: int
+    """Ranks per product; a power of 2."""
+    num_warps: int
+    num_stages: int
+
+
+def settings(dtype: torch.dtype, rank: int) -> Settings:
+    """Return the settings for a dtype and the largest rank.
+
+    tl.dot needs a rank of 16 at least; programs loop over ranks above 32. Not measured on a GPU.
+    """
+    return Settings(
+        block_o=64,
+        block_d=64,
+        block_r=min(max(triton.next_power_of_2(rank), 16), 32),
+        num_warps=4,
+        num_stages=2,
+    )
+
+
+@triton.jit
+def _load_tile(pointer, offs_i, offs_j, num_i, num_j):
+    """Load X[i, j] of a contiguous [num_i, num_j] matrix, zero outside."""
+    mask = (offs_i < num_i)[:, None] & (offs_j < num_j)[None, :]
+    ptrs = pointer + offs_i.to(tl.int64)[:, None] * num_j + offs_j[None, :]
+    return tl.load(ptrs, mask, other=0.0)
+
+
+@triton.jit
+def _store_tile(pointer, tile, offs_i, offs_j, num_i, num_j):
+    mask = (offs_i < num_i)[:, None] & (offs_j < num_j)[None, :]
+    ptrs = pointer + offs_i.to(tl.int64)[:, None] * num_j + offs_j[None, :]
+    tl.store(ptrs, tile.to(ptrs.dtype.element_ty), mask)
+
+
+@triton.jit
+def _merge_lora_fwd_kernel(
+    weight_ptr,  # [o, d] in
+    A_ptr,  # [N] in, int64: addresses of A_n [r_n, d]
+    B_ptr,  # [N] in, int64: addresses of B_n [o, r_n]
+    rank_ptr,  # [N] in, int64
+    coefficient_ptr,  # [N] in, fp32: w_n s_n
+    out_ptr,  # [o, d] out, aliases nothing
+    o,
+    d,
+    num_adapters,  # N
+    DTYPE: tl.constexpr,  # of all but the coefficients
+    ALIGNED: tl.constexpr,  # every adapter's address is a multiple of 16 bytes
+    PRECISION: tl.constexpr,  # of tl.dot on float32
+    BLOCK_O: tl.constexpr,  # rows per program
+    BLOCK_D: tl.constexpr,  # columns per program
+    BLOCK_R: tl.constexpr,  # ranks per product
+):
+    offs_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    merged = _load_tile(weight_ptr, offs_o, offs_d, o, d).to(tl.float32)
+    for n in range(num_adapters):
+        A_n = load_pointer(A_ptr, n, DTYPE, ALIGNED)
+        B_n = load_pointer(B_ptr, n, DTYPE, ALIGNED)
+        rank = tl.load(rank_ptr + n).to(tl.int32)
+        BA = tl.zeros((BLOCK_O, BLOCK_D), tl.float32)
+        for start in range(0, rank, BLOCK_R):
+            offs_r = start + tl.arange(0, BLOCK_R)
+            B = _load_tile(B_n, offs_o, offs_r, o, rank)
+            A = _load_tile(A_n, offs_r, offs_d, rank, d)
+            BA = tl.dot(B, A, BA, input_precision=PRECISION)
+        merged += tl.load(coefficient_ptr + n) * BA
+    _store_tile(out_ptr, merged, offs_o, offs_d, o, d)
+
+
+@triton.jit
+def _merge_lora_bwd_kernel(
+    d_out_ptr,  # [o, d] in
+    A_ptr,  # [N] in, int64: addresses of A_n [r_n, d]
+    B_ptr,  # [N] in, int64: addresses of B_n [o, r_n]
+    rank_ptr,  # [N] in, int64
+    coefficient_ptr,  # [N] in, fp32: w_n s_n
+    d_A_ptr,  # [N] in, int64: addresses of d_A_n
+    d_B_ptr,  # [N] in, int64: addresses of d_B_n
+    inner_ptr,  # [N, chunks, blocks_d] out, fp32: shares of ⟨d_out, B_n A_n⟩
+    o,
+    d,
+    blocks_d,  # programs of a chunk that own columns of A; the rest own rows of B
+    NEED_A: tl.constexpr,  # write d_A
+    NEED_B: tl.constexpr,  # write d_B
+    NEED_INNER: tl.constexpr,  # write inner
+    DTYPE: tl.constexpr,  # of all but the coefficients
+    ALIGNED: tl.constexpr,  # every adapter's address is a multiple of 16 bytes
+    PRECISION: tl.constexpr,  # of tl.dot on float32
+    BLOCK_O: tl.constexpr,  # rows per program or step
+    BLOCK_D: tl.constexpr,  # columns per program or step
+    BLOCK_R: tl.constexpr,  # ranks per program
+):
+    pid = tl.program_id(0)
+    chunk = tl.program_id(1)
+    n = tl.program_id(2)
+    offs_r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
+    rank = tl.load(rank_ptr + n)
+    coefficient = tl.load(coefficient_ptr + n)
+    A_n = load_pointer(A_ptr, n, DTYPE, ALIGNED)
+    B_n = load_pointer(B_ptr, n, DTYPE, ALIGNED)
+    if pid < blocks_d:
+        if NEED_A or NEED_INNER:
+            offs_d = pid * BLOCK_D + tl.arange(0, BLOCK_D)
+            d_A = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+            for start in range(0, o, BLOCK_O):
+                offs_o = start + tl.arange(0, BLOCK_O)
+                B = _load_tile(B_n, offs_o, offs_r, o, rank)
+                d_out = _load_tile(d_out_ptr, offs_o, offs_d, o, d)
+                d_A = tl.dot(tl.trans(B), d_out, d_A, input_precision=PRECISION)
+            if NEED_INNER:
+                A = _load_tile(A_n, offs_r, offs_d, rank, d).to(tl.float32)
+                i = (n * tl.num_programs(1) + chunk) * blocks_d + pid
+                tl.store(inner_ptr + i, tl.sum(d_A * A))
+            if NEED_A:
+                d_A_n = load_pointer(d_A_ptr, n, DTYPE, ALIGNED)
+                _store_tile(d_A_n, coefficient * d_A, offs_r, offs_d, rank, d)
+    else:
+        if NEED_B:
+            rows = (pid - blocks_d) * BLOCK_O + tl.arange(0, BLOCK_O)
+            d_B = tl.zeros((BLOCK_O, BLOCK_R), tl.float32)
+            for start in range(0, d, BLOCK_D):
+                columns = start + tl.arange(0, BLOCK_D)
+                d_strip = _load_tile(d_out_ptr, rows, columns, o, d)
+                A_strip = _load_tile(A_n, offs_r, columns, rank, d)
+                d_B = tl.dot(d_strip, tl.trans(A_strip), d_B, input_precision=PRECISION)
+            d_B_n = load_pointer(d_B_ptr, n, DTYPE, ALIGNED)
+            _store_tile(d_B_n, coefficient * d_B, rows, offs_r, o, rank)
+
+
+def merge_lora_forward(
+    weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], scale: Tensor, weights: Tensor
+) -> Tensor:
+    """Return φ [o, d], by one launch."""
+    weight, A, B = weight.contiguous(), contiguous(A), contiguous(B)
+    out = torch.empty_like(weight)
+    o, d = weight.shape
+    ranks = tuple(len(A_n) for A_n in A)
+    if not A or out.numel() == 0:
+        return weight.clone()
+    chosen = settings(weight.dtype, max(ranks))
+    with on_device_of(weight):
+        _merge_lora_fwd_kernel[(triton.cdiv(d, chosen.block_d), triton.cdiv(o, chosen.block_o))](
+            weight_ptr=weight,
+            A_ptr=pointer_table(A),
+            B_ptr=pointer_table(B),
+            rank_ptr=sizes_on_device(ranks, weight.device),
+            coefficient_ptr=scale * weights,
+            out_ptr=out,
+            o=o,
+            d=d,
+            num_adapters=len(A),
+            DTYPE=TRITON_DTYPE[weight.dtype],
+            ALIGNED=are_aligned([*A, *B]),
+            PRECISION=dot_precision(weight.dtype),
+            BLOCK_O=chosen.block_o,
+            BLOCK_D=chosen.block_d,
+            BLOCK_R=chosen.block_r,
+            num_warps=chosen.num_warps,
+            num_stages=chosen.num_stages,
+        )
+    return out
+
+
+def merge_lora_backward(
+    d_out: Tensor,
+    weight: Tensor,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scale: Tensor,
+    weights: Tensor,
+    need_weight: bool,
+    need_A: bool,
+    need_B: bool,
+    need_scale: bool,
+    need_weights: bool,
+) -> tuple[Tensor | None, list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+    """Return d_weight, d_A, d_B, d_scale, d_weights, by one launch."""
+    d_out, A, B = d_out.contiguous(), contiguous(A), contiguous(B)
+    need_inner = need_scale or need_weights
+    o, d = d_out.shape
+    ranks = tuple(len(A_n) for A_n in A)
+    d_A = [torch.zeros_like(A_n) for A_n in A] if need_A else []
+    d_B = [torch.zeros_like(B_n) for B_n in B] if need_B else []
+    inner = torch.zeros_like(scale)
+    if d_out.numel() > 0 and max(ranks, default=0) > 0 and (need_A or need_B or need_inner):
+        chosen = settings(d_out.dtype, max(ranks))
+        blocks_d = triton.cdiv(d, chosen.block_d)
+        blocks_o = triton.cdiv(o, chosen.block_o) if need_B else 0
+        chunks = triton.cdiv(max(ranks), chosen.block_r)
+        shares = torch.zeros(
+            (len(A) if need_inner else 0, chunks, blocks_d),
+            dtype=torch.float32,
+            device=d_out.device,
+        )
+        with on_device_of(d_out):
+            _merge_lora_bwd_kernel[(blocks_d + blocks_o, chunks, len(A))](
+                d_out_ptr=d_out,
+                A_ptr=pointer_table(A),
+                B_ptr=pointer_table(B),
+                rank_ptr=sizes_on_device(ranks, d_out.device),
+                coefficient_ptr=scale * weights,
+                d_A_ptr=pointer_table(d_A or A),
+                d_B_ptr=pointer_table(d_B or B),
+                inner_ptr=shares,
+                o=o,
+                d=d,
+                blocks_d=blocks_d,
+                NEED_A=need_A,
+                NEED_B=need_B,
+                NEED_INNER=need_inner,
+                DTYPE=TRITON_DTYPE[d_out.dtype],
+                ALIGNED=are_aligned([*A, *B, *d_A, *d_B]),
+                PRECISION=dot_precision(d_out.dtype),
+                BLOCK_O=chosen.block_o,
+                BLOCK_D=chosen.block_d,
+                BLOCK_R=chosen.block_r,
+                num_warps=chosen.num_warps,
+                num_stages=chosen.num_stages,
+            )
+        if need_inner:
+            inner = shares.sum((1, 2))
+    return (
+        d_out.clone() if need_weight else None,
+        d_A,
+        d_B,
+        inner * weights if need_scale else None,
+        inner * scale if need_weights else None,
+    )

@@ -1,0 +1,449 @@
+"""projected_merge: every layer that reads text, one tile of rows per program.
+
+A program owns BLOCK_O rows of one layer. Forward, it first projects its rows of each W_n − W0 on
+the concept's tokens, A_n = (W_n − W0) C_nᵀ, then writes W0 + Σ_n A_n M_n. Backward is the same with
+C and M swapped: B_n = φ̄ M_nᵀ, then W̄_n = B_n C_n. The projections [BLOCK_O, s_n] pass through a
+scratch buffer, because a program cannot index registers by concept.
+
+Bytes: forward reads N + 1 weights and writes one; W0 is read again by the same program, from the
+cache. FLOPs: 4 o d s per concept, in float32 accuracy on the tensor cores.
+"""
+
+# N = concepts, L = layers, o, d = rows and columns of a weight; flat lists are concept-major
+# S = BLOCK_S * SLOTS: tokens of a concept, padded with zero rows
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mima.kernels._common import (
+    TRITON_DTYPE,
+    are_aligned,
+    block_map,
+    contiguous,
+    dot_precision,
+    load_pointer,
+    on_device_of,
+    pointer_table,
+    sizes_on_device,
+)
+
+NUM_SPLITS = 32
+"""Shares of the sum over rows in the text's gradients: about 4 programs a multiprocessor of an H100
+at N = 3, d = 768; chosen from that count, not measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Launch settings of the kernels."""
+
+    block_o: int
+    """Rows per program."""
+    block_s: int
+    """Tokens per product; a power of 2."""
+    block_d: int
+    """Columns per step."""
+    num_warps: int
+    num_stages: int
+
+
+def settings(dtype: torch.dtype, longest: int) -> Settings:
+    """Return the settings for a dtype and the longest concept.
+
+    tl.dot needs 16 tokens at least; beyond 64 a program loops. A row of a tile is one 128-byte
+    line; twice that spills registers in float32 (compiled for sm_90 with triton 3.8). Not measured
+    on a GPU.
+    """
+    block_s = min(max(triton.next_power_of_2(longest), 16), 64)
+    return Settings(
+        block_o=32, block_s=block_s, block_d=128 // dtype.itemsize, num_warps=4, num_stages=2
+    )
+
+
+@triton.jit
+def _load_tile(pointer, offs_o, offs_d, o, d):
+    """Load rows of a [o, d] matrix as float32, zero outside."""
+    mask = (offs_o < o)[:, None] & (offs_d < d)[None, :]
+    return tl.load(pointer + offs_o[:, None] * d + offs_d[None, :], mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_text(text_ptr, n, j, offs_d, d, BLOCK_S: tl.constexpr, SLOTS: tl.constexpr):
+    """Load tokens j BLOCK_S … of concept n from [N, S, d] as float32."""
+    row = (n * SLOTS + j) * BLOCK_S + tl.arange(0, BLOCK_S)
+    ptrs = text_ptr + row.to(tl.int64)[:, None] * d + offs_d[None, :]
+    return tl.load(ptrs, (offs_d < d)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _scratch(scratch_ptr, tile, n, j, num_concepts,
+             BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
+    """Return pointers to the [BLOCK_O, BLOCK_S] projections of a tile of rows."""
+    first = ((tile * num_concepts + n) * SLOTS + j) * (BLOCK_O * BLOCK_S)
+    offs_o, offs_s = tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_S)
+    return scratch_ptr + first + offs_o[:, None] * BLOCK_S + offs_s[None, :]
+
+
+@triton.jit
+def _project_difference(
+    table_ptr, C_ptr, A_ptr, layer, tile, offs_o, o, d, num_layers, num_concepts,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Write A_n = (W_n − W0) C_nᵀ of a tile of rows to the scratch buffer."""
+    W0_ptr = load_pointer(table_ptr, layer, DTYPE, ALIGNED)
+    for n in range(num_concepts):
+        W_ptr = load_pointer(table_ptr, (n + 1) * num_layers + layer, DTYPE, ALIGNED)
+        for j in range(SLOTS):
+            A = tl.zeros((BLOCK_O, BLOCK_S), tl.float32)
+            for start in range(0, d, BLOCK_D):
+                offs_d = start + tl.arange(0, BLOCK_D)
+                D = _load_tile(W_ptr, offs_o, offs_d, o, d)
+                D -= _load_tile(W0_ptr, offs_o, offs_d, o, d)
+                C = _load_text(C_ptr, n, j, offs_d, d, BLOCK_S, SLOTS)
+                A = tl.dot(D, tl.trans(C), A, input_precision=PRECISION)
+            tl.store(_scratch(A_ptr, tile, n, j, num_concepts, BLOCK_O, BLOCK_S, SLOTS), A)
+
+
+@triton.jit
+def _projected_merge_fwd_kernel(
+    table_ptr,  # [(N + 2) * L] in, int64: addresses of W0, each W_n, out; out aliases nothing
+    rows_ptr,  # [L] in, int64: o of each layer
+    block_map_ptr,  # [num_programs, 2] in, int32: layer, tile of rows
+    C_ptr,  # [N, S, d] in
+    M_ptr,  # [N, S, d] in
+    A_ptr,  # [num_programs, N, SLOTS, BLOCK_O, BLOCK_S] scratch, fp32
+    d,  # columns
+    num_layers,  # L
+    num_concepts,  # N
+    DTYPE: tl.constexpr,  # of all tensors
+    ALIGNED: tl.constexpr,  # every address is a multiple of 16 bytes
+    PRECISION: tl.constexpr,  # of tl.dot
+    BLOCK_O: tl.constexpr,  # rows per program
+    BLOCK_S: tl.constexpr,  # tokens per product
+    BLOCK_D: tl.constexpr,  # columns per step
+    SLOTS: tl.constexpr,  # products per concept
+):
+    # int64: offsets into weights and scratch may pass 2**31
+    tile = tl.program_id(0).to(tl.int64)
+    layer = tl.load(block_map_ptr + 2 * tile)
+    block = tl.load(block_map_ptr + 2 * tile + 1).to(tl.int64)
+    o = tl.load(rows_ptr + layer)
+    offs_o = block * BLOCK_O + tl.arange(0, BLOCK_O)
+    _project_difference(
+        table_ptr, C_ptr, A_ptr, layer, tile, offs_o, o, d, num_layers, num_concepts,
+        DTYPE, ALIGNED, PRECISION, BLOCK_O, BLOCK_S, BLOCK_D, SLOTS,
+    )  # fmt: skip
+    # The projections were written by other threads of this program.
+    tl.debug_barrier()
+    W0_ptr = load_pointer(table_ptr, layer, DTYPE, ALIGNED)
+    out_ptr = load_pointer(table_ptr, (num_concepts + 1) * num_layers + layer, DTYPE, ALIGNED)
+    for start in range(0, d, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        merged = _load_tile(W0_ptr, offs_o, offs_d, o, d)
+        for n in range(num_concepts):
+            for j in range(SLOTS):
+                A = tl.load(_scratch(A_ptr, tile, n, j, num_concepts, BLOCK_O, BLOCK_S, SLOTS))
+                M = _load_text(M_ptr, n, j, offs_d, d, BLOCK_S, SLOTS)
+                merged = tl.dot(A, M, merged, input_precision=PRECISION)
+        mask = (offs_o < o)[:, None] & (offs_d < d)[None, :]
+        tl.store(out_ptr + offs_o[:, None] * d + offs_d[None, :], merged.to(DTYPE), mask)
+
+
+@triton.jit
+def _projected_merge_bwd_kernel(
+    table_ptr,  # [(2 N + 3) * L] in, int64: addresses of W0, W_n, d_out, d_W0, d_W_n
+    rows_ptr,  # [L] in, int64: o of each layer
+    block_map_ptr,  # [num_programs, 2] in, int32: layer, tile of rows
+    C_ptr,  # [N, S, d] in
+    M_ptr,  # [N, S, d] in
+    A_ptr,  # [num_programs, N, SLOTS, BLOCK_O, BLOCK_S] out, fp32: (W_n − W0) C_nᵀ
+    B_ptr,  # likewise: d_out M_nᵀ
+    d,  # columns
+    num_layers,  # L
+    num_concepts,  # N
+    NEED_W0: tl.constexpr,  # write d_W0
+    NEED_W: tl.constexpr,  # write d_W
+    NEED_A: tl.constexpr,  # write A, for d_M
+    NEED_B: tl.constexpr,  # write B, for everything else
+    DTYPE: tl.constexpr,  # of all tensors
+    ALIGNED: tl.constexpr,  # every address is a multiple of 16 bytes
+    PRECISION: tl.constexpr,  # of tl.dot
+    BLOCK_O: tl.constexpr,  # rows per program
+    BLOCK_S: tl.constexpr,  # tokens per product
+    BLOCK_D: tl.constexpr,  # columns per step
+    SLOTS: tl.constexpr,  # products per concept
+):
+    tile = tl.program_id(0).to(tl.int64)
+    layer = tl.load(block_map_ptr + 2 * tile)
+    block = tl.load(block_map_ptr + 2 * tile + 1).to(tl.int64)
+    o = tl.load(rows_ptr + layer)
+    offs_o = block * BLOCK_O + tl.arange(0, BLOCK_O)
+    if NEED_A:
+        _project_difference(
+            table_ptr, C_ptr, A_ptr, layer, tile, offs_o, o, d, num_layers, num_concepts,
+            DTYPE, ALIGNED, PRECISION, BLOCK_O, BLOCK_S, BLOCK_D, SLOTS,
+        )  # fmt: skip
+    d_out_ptr = load_pointer(table_ptr, (num_concepts + 1) * num_layers + layer, DTYPE, ALIGNED)
+    if NEED_B:
+        for n in range(num_concepts):
+            for j in range(SLOTS):
+                B = tl.zeros((BLOCK_O, BLOCK_S), tl.float32)
+                for start in range(0, d, BLOCK_D):
+                    offs_d = start + tl.arange(0, BLOCK_D)
+                    d_out = _load_tile(d_out_ptr, offs_o, offs_d, o, d)
+                    M = _load_text(M_ptr, n, j, offs_d, d, BLOCK_S, SLOTS)
+                    B = tl.dot(d_out, tl.trans(M), B, input_precision=PRECISION)
+                tl.store(_scratch(B_ptr, tile, n, j, num_concepts, BLOCK_O, BLOCK_S, SLOTS), B)
+    if NEED_W0 or NEED_W:
+        # The projections were written by other threads of this program.
+        tl.debug_barrier()
+        for start in range(0, d, BLOCK_D):
+            offs_d = start + tl.arange(0, BLOCK_D)
+            offs = offs_o[:, None] * d + offs_d[None, :]
+            mask = (offs_o < o)[:, None] & (offs_d < d)[None, :]
+            d_W0 = _load_tile(d_out_ptr, offs_o, offs_d, o, d)
+            for n in range(num_concepts):
+                d_W = tl.zeros((BLOCK_O, BLOCK_D), tl.float32)
+                for j in range(SLOTS):
+                    B = tl.load(_scratch(B_ptr, tile, n, j, num_concepts, BLOCK_O, BLOCK_S, SLOTS))
+                    C = _load_text(C_ptr, n, j, offs_d, d, BLOCK_S, SLOTS)
+                    d_W = tl.dot(B, C, d_W, input_precision=PRECISION)
+                d_W0 -= d_W
+                if NEED_W:
+                    i = (num_concepts + 3 + n) * num_layers + layer
+                    d_W_ptr = load_pointer(table_ptr, i, DTYPE, ALIGNED)
+                    tl.store(d_W_ptr + offs, d_W.to(DTYPE), mask)
+            if NEED_W0:
+                i = (num_concepts + 2) * num_layers + layer
+                d_W0_ptr = load_pointer(table_ptr, i, DTYPE, ALIGNED)
+                tl.store(d_W0_ptr + offs, d_W0.to(DTYPE), mask)
+
+
+@triton.jit
+def _projected_merge_bwd_text_kernel(
+    table_ptr,  # [(2 N + 3) * L] in, int64: as in _projected_merge_bwd_kernel
+    rows_ptr,  # [L] in, int64: o of each layer
+    block_map_ptr,  # [num_tiles, 2] in, int32: layer, tile of rows
+    A_ptr,  # [num_tiles, N, SLOTS, BLOCK_O, BLOCK_S] in, fp32: (W_n − W0) C_nᵀ
+    B_ptr,  # likewise: d_out M_nᵀ
+    d_C_ptr,  # [num_splits, N, S, d] out, fp32: each program's share of the sum over rows
+    d_M_ptr,  # likewise
+    d,  # columns
+    num_layers,  # L
+    num_concepts,  # N
+    num_tiles,  # of rows, all layers together
+    NEED_C: tl.constexpr,  # write d_C
+    NEED_M: tl.constexpr,  # write d_M
+    DTYPE: tl.constexpr,  # of the weights
+    ALIGNED: tl.constexpr,  # every address is a multiple of 16 bytes
+    PRECISION: tl.constexpr,  # of tl.dot
+    BLOCK_O: tl.constexpr,  # rows per tile
+    BLOCK_S: tl.constexpr,  # tokens per product
+    BLOCK_D: tl.constexpr,  # columns per program
+    SLOTS: tl.constexpr,  # products per concept
+):
+    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.program_id(1) // SLOTS
+    j = tl.program_id(1) % SLOTS
+    split, num_splits = tl.program_id(2), tl.num_programs(2)
+    d_C = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    d_M = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    for tile_i32 in range(split, num_tiles, num_splits):
+        tile = tl.cast(tile_i32, tl.int64)
+        layer = tl.load(block_map_ptr + 2 * tile)
+        offs_o = tl.load(block_map_ptr + 2 * tile + 1).to(tl.int64) * BLOCK_O + tl.arange(
+            0, BLOCK_O
+        )
+        o = tl.load(rows_ptr + layer)
+        if NEED_C:
+            W0_ptr = load_pointer(table_ptr, layer, DTYPE, ALIGNED)
+            W_ptr = load_pointer(table_ptr, (n + 1) * num_layers + layer, DTYPE, ALIGNED)
+            D = _load_tile(W_ptr, offs_o, offs_d, o, d) - _load_tile(W0_ptr, offs_o, offs_d, o, d)
+            B = tl.load(_scratch(B_ptr, tile, n, j, num_concepts, BLOCK_O, BLOCK_S, SLOTS))
+            d_C = tl.dot(tl.trans(B), D, d_C, input_precision=PRECISION)
+        if NEED_M:
+            i = (num_concepts + 1) * num_layers + layer
+            d_out_ptr = load_pointer(table_ptr, i, DTYPE, ALIGNED)
+            d_out = _load_tile(d_out_ptr, offs_o, offs_d, o, d)
+            A = tl.load(_scratch(A_ptr, tile, n, j, num_concepts, BLOCK_O, BLOCK_S, SLOTS))
+            d_M = tl.dot(tl.trans(A), d_out, d_M, input_precision=PRECISION)
+    row = ((split * num_concepts + n) * SLOTS + j) * BLOCK_S + tl.arange(0, BLOCK_S)
+    offs = row.to(tl.int64)[:, None] * d + offs_d[None, :]
+    mask = (offs_d < d)[None, :]
+    if NEED_C:
+        tl.store(d_C_ptr + offs, d_C, mask)
+    if NEED_M:
+        tl.store(d_M_ptr + offs, d_M, mask)
+
+
+def _pack(text: Sequence[Tensor], padded: int) -> Tensor:
+    """Return [N, padded, d], each concept's tokens followed by zero rows."""
+    packed = text[0].new_zeros(len(text), padded, text[0].shape[1])
+    for row, x in zip(packed, text, strict=True):
+        row[: len(x)] = x
+    return packed
+
+
+def _unpack(packed: Tensor, text: Sequence[Tensor]) -> list[Tensor]:
+    """Undo `_pack`: [N, padded, d] -> N tensors [s_n, d], of the text's dtype."""
+    return [row[: len(x)].to(x.dtype, copy=True) for row, x in zip(packed, text, strict=True)]
+
+
+def projected_merge_forward(
+    W0: Sequence[Tensor], W: Sequence[Tensor], C: Sequence[Tensor], M: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return φ, L tensors, by one launch."""
+    longest = max((len(C_n) for C_n in C), default=0)
+    if longest == 0:
+        return [x.clone(memory_format=torch.contiguous_format) for x in W0]
+    W0, W = contiguous(W0), contiguous(W)
+    out = [torch.empty_like(x) for x in W0]
+    everything = [*W0, *W, *out]
+    d = W0[0].shape[1]
+    chosen = settings(W0[0].dtype, longest)
+    slots = triton.cdiv(longest, chosen.block_s)
+    rows = tuple(len(x) for x in W0)
+    tiles = block_map(tuple(triton.cdiv(o, chosen.block_o) for o in rows), W0[0].device)
+    if len(tiles) == 0 or d == 0:
+        return out
+    size = len(tiles) * len(C) * slots * chosen.block_o * chosen.block_s
+    with on_device_of(W0[0]):
+        _projected_merge_fwd_kernel[(len(tiles),)](
+            table_ptr=pointer_table(everything),
+            rows_ptr=sizes_on_device(rows, W0[0].device),
+            block_map_ptr=tiles,
+            C_ptr=_pack(C, slots * chosen.block_s),
+            M_ptr=_pack(M, slots * chosen.block_s),
+            A_ptr=torch.empty(size, dtype=torch.float32, device=W0[0].device),
+            d=d,
+            num_layers=len(W0),
+            num_concepts=len(C),
+            DTYPE=TRITON_DTYPE[W0[0].dtype],
+            ALIGNED=are_aligned(everything),
+            PRECISION=dot_precision(W0[0].dtype),
+            BLOCK_O=chosen.block_o,
+            BLOCK_S=chosen.block_s,
+            BLOCK_D=chosen.block_d,
+            SLOTS=slots,
+            num_warps=chosen.num_warps,
+            num_stages=chosen.num_stages,
+        )
+    return out
+
+
+def projected_merge_backward(
+    d_out: Sequence[Tensor],
+    W0: Sequence[Tensor],
+    W: Sequence[Tensor],
+    C: Sequence[Tensor],
+    M: Sequence[Tensor],
+    need_W0: bool,
+    need_W: bool,
+    need_C: bool,
+    need_M: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Return d_W0, d_W, d_C, d_M, by one launch, or two if the text's gradients are needed."""
+    d_out = contiguous(d_out)
+    device, dtype, d = d_out[0].device, d_out[0].dtype, d_out[0].shape[1]
+    longest = max((len(C_n) for C_n in C), default=0)
+    rows = tuple(len(x) for x in d_out)
+    if longest == 0 or d == 0 or sum(rows) == 0:
+        return (
+            [x.clone() for x in d_out] if need_W0 else [],
+            [torch.zeros_like(x) for _ in C for x in d_out] if need_W else [],
+            [torch.zeros_like(x) for x in C] if need_C else [],
+            [torch.zeros_like(x) for x in M] if need_M else [],
+        )
+    if need_C or need_M:
+        W0, W = contiguous(W0), contiguous(W)
+    d_W0 = [torch.empty_like(x) for x in d_out] if need_W0 else []
+    d_W = [torch.empty_like(x) for _ in C for x in d_out] if need_W else []
+    nothing: list[Tensor | None] = [None]
+    everything = [
+        *(W0 if need_C or need_M else nothing * len(W0)),
+        *(W if need_C or need_M else nothing * len(W)),
+        *d_out,
+        *(d_W0 or nothing * len(W0)),
+        *d_W,
+    ]
+    chosen = settings(dtype, longest)
+    slots = triton.cdiv(longest, chosen.block_s)
+    padded = slots * chosen.block_s
+    tiles = block_map(tuple(triton.cdiv(o, chosen.block_o) for o in rows), device)
+    size = len(tiles) * len(C) * chosen.block_o * padded
+    A = torch.empty(size if need_M else 0, dtype=torch.float32, device=device)
+    B = torch.empty(size, dtype=torch.float32, device=device)
+    table = pointer_table(everything)
+    aligned = are_aligned(everything)
+    with on_device_of(d_out[0]):
+        _projected_merge_bwd_kernel[(len(tiles),)](
+            table_ptr=table,
+            rows_ptr=sizes_on_device(rows, device),
+            block_map_ptr=tiles,
+            C_ptr=_pack(C, padded),
+            M_ptr=_pack(M, padded),
+            A_ptr=A,
+            B_ptr=B,
+            d=d,
+            num_layers=len(W0),
+            num_concepts=len(C),
+            NEED_W0=need_W0,
+            NEED_W=need_W,
+            NEED_A=need_M,
+            NEED_B=need_W0 or need_W or need_C,
+            DTYPE=TRITON_DTYPE[dtype],
+            ALIGNED=aligned,
+            PRECISION=dot_precision(dtype),
+            BLOCK_O=chosen.block_o,
+            BLOCK_S=chosen.block_s,
+            BLOCK_D=chosen.block_d,
+            SLOTS=slots,
+            num_warps=chosen.num_warps,
+            num_stages=chosen.num_stages,
+        )
+        if not (need_C or need_M):
+            return d_W0, d_W, [], []
+        splits = min(NUM_SPLITS, len(tiles))
+        shares_C = torch.empty(
+            (splits if need_C else 0, len(C), padded, d), dtype=torch.float32, device=device
+        )
+        shares_M = torch.empty(
+            (splits if need_M else 0, len(C), padded, d), dtype=torch.float32, device=device
+        )
+        _projected_merge_bwd_text_kernel[(triton.cdiv(d, chosen.block_d), len(C) * slots, splits)](
+            table_ptr=table,
+            rows_ptr=sizes_on_device(rows, device),
+            block_map_ptr=tiles,
+            A_ptr=A,
+            B_ptr=B,
+            d_C_ptr=shares_C,
+            d_M_ptr=shares_M,
+            d=d,
+            num_layers=len(W0),
+            num_concepts=len(C),
+            num_tiles=len(tiles),
+            NEED_C=need_C,
+            NEED_M=need_M,
+            DTYPE=TRITON_DTYPE[dtype],
+            ALIGNED=aligned,
+            PRECISION=dot_precision(dtype),
+            BLOCK_O=chosen.block_o,
+            BLOCK_S=chosen.block_s,
+            BLOCK_D=chosen.block_d,
+            SLOTS=slots,
+            num_warps=chosen.num_warps,
+            num_stages=chosen.num_stages,
+        )
+    return (
+        d_W0,
+        d_W,
+        _unpack(shares_C.sum(0), C) if need_C else [],
+        _unpack(shares_M.sum(0), M) if need_M else [],
+    )

@@ -1,0 +1,237 @@
+"""weighted_merge: a stream over every parameter of a model, forward and backward in one pass each.
+
+Bytes: forward reads N + 1 values per parameter and writes one; backward reads up to N + 2 and
+writes up to N + 1. A multiply and an add per value read: memory is the only limit.
+"""
+
+# N = concepts, P = tensors; flat lists are concept-major, thetas[n * P + p]
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mima.kernels._common import (
+    TRITON_DTYPE,
+    are_aligned,
+    block_map,
+    contiguous,
+    load_pointer,
+    load_wide,
+    on_device_of,
+    pointer_table,
+    sizes_on_device,
+    store_narrow,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Launch settings of the two kernels."""
+
+    block: int
+    """Elements per program."""
+    num_warps: int
+
+
+def settings(dtype: torch.dtype) -> Settings:
+    """Return the settings for a dtype: each thread makes two 16-byte accesses per tensor.
+
+    Chosen from the count of bytes in flight, not measured on a GPU: N + 1 independent loads of 512
+    bytes a warp, twice, before the last use.
+    """
+    return Settings(block=1024 * (4 // dtype.itemsize), num_warps=4)
+
+
+@triton.jit
+def _merge_block(
+    table_ptr, weights_ptr, p, num_tensors, offs, size,
+    NUM_CONCEPTS: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    mask = offs < size
+    base_ptr = load_pointer(table_ptr, p, DTYPE, ALIGNED)
+    out_ptr = load_pointer(table_ptr, (NUM_CONCEPTS + 1) * num_tensors + p, DTYPE, ALIGNED)
+    base = load_wide(base_ptr + offs, mask, FULL)
+    merged = base
+    for n in tl.range(0, NUM_CONCEPTS, loop_unroll_factor=4):
+        theta_ptr = load_pointer(table_ptr, (n + 1) * num_tensors + p, DTYPE, ALIGNED)
+        theta = load_wide(theta_ptr + offs, mask, FULL)
+        merged += tl.load(weights_ptr + n) * (theta - base)
+    store_narrow(out_ptr + offs, merged, mask, FULL)
+
+
+@triton.jit
+def _weighted_merge_fwd_kernel(
+    table_ptr,  # [(N + 2) * P] in, int64: addresses of base, each θ_n, out; out aliases nothing
+    sizes_ptr,  # [P] in, int64: elements
+    block_map_ptr,  # [num_programs, 2] in, int32
+    weights_ptr,  # [N] in, fp32
+    num_tensors,  # P
+    NUM_CONCEPTS: tl.constexpr,  # N
+    DTYPE: tl.constexpr,  # of base, θ and out
+    ALIGNED: tl.constexpr,  # every address is a multiple of 16 bytes
+    BLOCK: tl.constexpr,  # elements per program
+):
+    pid = tl.program_id(0)
+    p = tl.load(block_map_ptr + 2 * pid)
+    # int64: a tensor may pass 2**31 elements
+    start = tl.load(block_map_ptr + 2 * pid + 1).to(tl.int64) * BLOCK
+    size = tl.load(sizes_ptr + p)
+    offs = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= size:
+        _merge_block(
+            table_ptr, weights_ptr, p, num_tensors, offs, size, NUM_CONCEPTS, DTYPE, ALIGNED, True
+        )
+    else:
+        _merge_block(
+            table_ptr, weights_ptr, p, num_tensors, offs, size, NUM_CONCEPTS, DTYPE, ALIGNED, False
+        )
+
+
+@triton.jit
+def _merge_bwd_block(
+    table_ptr, weights_ptr, d_weights_ptr, pid, p, num_tensors, offs, size,
+    NEED_BASE: tl.constexpr, NEED_THETAS: tl.constexpr, NEED_WEIGHTS: tl.constexpr,
+    NUM_CONCEPTS: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    mask = offs < size
+    d_out_ptr = load_pointer(table_ptr, p, DTYPE, ALIGNED)
+    d_out = load_wide(d_out_ptr + offs, mask, FULL)
+    if NEED_WEIGHTS:
+        base_ptr = load_pointer(table_ptr, num_tensors + p, DTYPE, ALIGNED)
+        base = load_wide(base_ptr + offs, mask, FULL)
+    rest = 1.0
+    for n in tl.range(0, NUM_CONCEPTS, loop_unroll_factor=4):
+        weight = tl.load(weights_ptr + n)
+        rest -= weight
+        if NEED_THETAS:
+            i = (NUM_CONCEPTS + 3 + n) * num_tensors + p
+            d_theta_ptr = load_pointer(table_ptr, i, DTYPE, ALIGNED)
+            store_narrow(d_theta_ptr + offs, weight * d_out, mask, FULL)
+        if NEED_WEIGHTS:
+            theta_ptr = load_pointer(table_ptr, (n + 2) * num_tensors + p, DTYPE, ALIGNED)
+            theta = load_wide(theta_ptr + offs, mask, FULL)
+            tl.store(d_weights_ptr + pid * NUM_CONCEPTS + n, tl.sum(d_out * (theta - base)))
+    if NEED_BASE:
+        i = (NUM_CONCEPTS + 2) * num_tensors + p
+        d_base_ptr = load_pointer(table_ptr, i, DTYPE, ALIGNED)
+        store_narrow(d_base_ptr + offs, rest * d_out, mask, FULL)
+
+
+@triton.jit
+def _weighted_merge_bwd_kernel(
+    table_ptr,  # [(2 N + 3) * P] in, int64: addresses of d_out, base, θ_n, d_base, d_θ_n
+    sizes_ptr,  # [P] in, int64: elements
+    block_map_ptr,  # [num_programs, 2] in, int32
+    weights_ptr,  # [N] in, fp32
+    d_weights_ptr,  # [num_programs, N] out, fp32: each program's share of the sum
+    num_tensors,  # P
+    NEED_BASE: tl.constexpr,  # write d_base
+    NEED_THETAS: tl.constexpr,  # write d_θ
+    NEED_WEIGHTS: tl.constexpr,  # read base and θ, write d_weights
+    NUM_CONCEPTS: tl.constexpr,  # N
+    DTYPE: tl.constexpr,  # of all tensors but the weights
+    ALIGNED: tl.constexpr,  # every address is a multiple of 16 bytes
+    BLOCK: tl.constexpr,  # elements per program
+):
+    # int64: programs times concepts may pass 2**31
+    pid = tl.program_id(0).to(tl.int64)
+    p = tl.load(block_map_ptr + 2 * pid)
+    start = tl.load(block_map_ptr + 2 * pid + 1).to(tl.int64) * BLOCK
+    size = tl.load(sizes_ptr + p)
+    offs = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= size:
+        _merge_bwd_block(
+            table_ptr, weights_ptr, d_weights_ptr, pid, p, num_tensors, offs, size,
+            NEED_BASE, NEED_THETAS, NEED_WEIGHTS, NUM_CONCEPTS, DTYPE, ALIGNED, True,
+        )  # fmt: skip
+    else:
+        _merge_bwd_block(
+            table_ptr, weights_ptr, d_weights_ptr, pid, p, num_tensors, offs, size,
+            NEED_BASE, NEED_THETAS, NEED_WEIGHTS, NUM_CONCEPTS, DTYPE, ALIGNED, False,
+        )  # fmt: skip
+
+
+def _blocks(tensors: Sequence[Tensor], block: int) -> tuple[Tensor, Tensor]:
+    """Return the tensors' sizes and the block map, on their device."""
+    sizes = tuple(x.numel() for x in tensors)
+    device = tensors[0].device
+    counts = tuple(triton.cdiv(size, block) for size in sizes)
+    return sizes_on_device(sizes, device), block_map(counts, device)
+
+
+def weighted_merge_forward(
+    base: Sequence[Tensor], thetas: Sequence[Tensor], weights: Tensor
+) -> list[Tensor]:
+    """Return φ, P tensors, by one launch."""
+    base, thetas, weights = contiguous(base), contiguous(thetas), weights.contiguous()
+    out = [torch.empty_like(b) for b in base]
+    everything = [*base, *thetas, *out]
+    chosen = settings(base[0].dtype)
+    sizes, blocks = _blocks(base, chosen.block)
+    if len(blocks) > 0:
+        with on_device_of(base[0]):
+            _weighted_merge_fwd_kernel[(len(blocks),)](
+                table_ptr=pointer_table(everything),
+                sizes_ptr=sizes,
+                block_map_ptr=blocks,
+                weights_ptr=weights,
+                num_tensors=len(base),
+                NUM_CONCEPTS=len(weights),
+                DTYPE=TRITON_DTYPE[base[0].dtype],
+                ALIGNED=are_aligned(everything),
+                BLOCK=chosen.block,
+                num_warps=chosen.num_warps,
+            )
+    return out
+
+
+def weighted_merge_backward(
+    d_out: Sequence[Tensor],
+    base: Sequence[Tensor],
+    thetas: Sequence[Tensor],
+    weights: Tensor,
+    need_base: bool,
+    need_thetas: bool,
+    need_weights: bool,
+) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    """Return d_base, d_thetas, d_weights, by one launch and the sum of the programs' shares."""
+    d_out, weights = contiguous(d_out), weights.contiguous()
+    if need_weights:
+        base, thetas = contiguous(base), contiguous(thetas)
+    d_base = [torch.empty_like(d) for d in d_out] if need_base else []
+    d_thetas = [torch.empty_like(d) for _ in weights for d in d_out] if need_thetas else []
+    everything: list[Tensor | None] = [
+        *d_out,
+        *(base if need_weights else [None] * len(base)),
+        *(thetas if need_weights else [None] * len(thetas)),
+        *(d_base or [None] * len(base)),
+        *d_thetas,
+    ]
+    chosen = settings(d_out[0].dtype)
+    sizes, blocks = _blocks(d_out, chosen.block)
+    shares = weights.new_empty(len(blocks) if need_weights else 0, len(weights))
+    if len(blocks) > 0 and (need_base or need_thetas or need_weights):
+        with on_device_of(d_out[0]):
+            _weighted_merge_bwd_kernel[(len(blocks),)](
+                table_ptr=pointer_table(everything),
+                sizes_ptr=sizes,
+                block_map_ptr=blocks,
+                weights_ptr=weights,
+                d_weights_ptr=shares,
+                num_tensors=len(d_out),
+                NEED_BASE=need_base,
+                NEED_THETAS=need_thetas,
+                NEED_WEIGHTS=need_weights,
+                NUM_CONCEPTS=len(weights),
+                DTYPE=TRITON_DTYPE[d_out[0].dtype],
+                ALIGNED=are_aligned(everything),
+                BLOCK=chosen.block,
+                num_warps=chosen.num_warps,
+            )
+    return d_base, d_thetas, shares.double().sum(0).float() if need_weights else None
