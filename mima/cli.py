@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from mima._version import __version__
-from mima.errors import MimaError, nearest
+from mima.errors import MimaError, ProblemList, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -170,12 +170,16 @@ def immunize(
     from mima.progress import ProgressBar
 
     model = str(config.parent / run.model) if (config.parent / run.model).exists() else run.model
+    settings_used = run.immunize
+    if settings_used.captions is not None:
+        captions = config.parent / settings_used.captions
+        settings_used = settings_used.model_copy(update={"captions": captions})
     try:
         with ProgressBar() as bar:
             result = run_immunize(
                 model,
                 concepts,
-                run.immunize,
+                settings_used,
                 output=folder,
                 overwrite=overwrite,
                 resume=resume,
@@ -204,49 +208,58 @@ def adapt(
     prompt: Annotated[
         str | None, typer.Option(help="Prompt of the concept, where nothing else says it.")
     ] = None,
+    class_prompt: Annotated[str | None, typer.Option(help="What the concept is one of.")] = None,
+    class_images: Annotated[
+        Path | None, typer.Option(help="A folder of that class, for prior preservation.")
+    ] = None,
+    token: Annotated[str | None, typer.Option(help="A new word in the prompt: '<new1>'.")] = None,
+    initializer: Annotated[
+        str | None, typer.Option(help="The ordinary word that the new word starts from.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Pictures per step.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank, for LoRA.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of the method."),
+    ] = None,
     seed: Seed = 0,
     device: Device = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Teach a model a concept, as its owner would, or an attacker."""
-    from dataclasses import fields
+    from dataclasses import asdict
 
     from mima.console import progress, stdout
     from mima.families import load_pipeline
     from mima.output import check_folder, fresh_folder
 
-    methods = _adaptation_methods()
-    if method not in methods:
-        raise MimaError(f"method {method!r} is unknown; {nearest(method, methods)}")
-    kind = methods[method]
-    given: dict[str, Any] = {
-        "steps": steps,
-        "learning_rate": lr,
-        "batch_size": batch_size,
-        "rank": rank,
+    options = {"steps": steps, "learning_rate": lr, "batch_size": batch_size, "rank": rank}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    given |= {".".join(parts): value for parts, value in map(_setting, settings or [])}
+    chosen = _adaptation(method, {"seed": seed, **given})
+    told = {
+        "prompt": prompt,
+        "class_prompt": class_prompt,
+        "class_images": class_images,
+        "token": token,
+        "initializer": initializer,
     }
-    given = {name: value for name, value in given.items() if value is not None}
-    unfit = sorted(set(given) - {field.name for field in fields(kind)})
-    if unfit:
-        raise MimaError(f"method {method} has no {', '.join(unfit)}")
-    settings = kind(seed=seed, **given)
-    learned = _one_concept(concept, prompt)
+    learned = _one_concept(concept, {key: said for key, said in told.items() if said is not None})
     folder = output or Path(f"{_slug(learned.name)}-{method}")
     check_folder(folder, overwrite=overwrite)
 
     pipeline = load_pipeline(model, device=_device(device))
     with fresh_folder(folder, overwrite=overwrite) as staging, progress() as bars:
-        task = bars.add_task(f"learning {learned.name}", total=settings.steps, note="")
-        run = settings.adapt(
+        task = bars.add_task(f"learning {learned.name}", total=chosen.steps, note="")
+        run = chosen.adapt(
             pipeline,
             learned,
             on_step=lambda run: bars.update(task, completed=run.step, note=f"loss {run.loss:.3f}"),
         )
         run.save(staging)
+        _write_down(staging, "adapt", model, [learned], method=method, settings=asdict(chosen))
     stdout().print(f"learned {learned.name} by {method} in {run.step} steps: {folder}")
     if method == "lora":
         stdout().print(f'look: mima sample "{learned.prompt}" --model {model} --lora {folder}')
@@ -284,6 +297,7 @@ def erase(
     result = run_erase(pipeline, erased, preserve=kept, target=target, technique=technique)
     with fresh_folder(output, overwrite=overwrite) as staging:
         result.save_pretrained(staging)
+        _write_down(staging, "erase", model, erased, target=target, technique=technique)
     stdout().print(f"erased {', '.join(concept.name for concept in erased)}: {output}")
 
 
@@ -348,60 +362,96 @@ def doctor() -> None:
 
 def _with_settings(run: ImmunizeRun, settings: Sequence[str]) -> ImmunizeRun:
     """Apply `--set key=value`; a key that only ImmunizeConfig has needs no "immunize." before."""
-    import yaml
-
     from mima.config import ImmunizeConfig, ImmunizeRun, parse_config
 
     raw = run.model_dump(exclude_unset=True)
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        parts = key.strip().split(".")
-        if not equals or not all(parts):
-            raise MimaError(f"--set {setting}: expected KEY=VALUE, as in --set lower.steps=8")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise MimaError(f"--set {setting}: {text!r} is not a value: {error}") from error
-        known = {*ImmunizeRun.model_fields, *ImmunizeConfig.model_fields}
+    known = {*ImmunizeRun.model_fields, *ImmunizeConfig.model_fields}
+    for parts, value in map(_setting, settings):
+        name = ".".join(parts)
         if parts[0] not in known:
-            raise MimaError(f"--set {setting}: unknown setting; {nearest(parts[0], known)}")
+            raise MimaError(f"--set {name}: unknown setting; {nearest(parts[0], known)}")
         if parts[0] not in ImmunizeRun.model_fields:
             parts = ["immunize", *parts]
         inner = raw
         for part in parts[:-1]:
             inner = inner.setdefault(part, {})
             if not isinstance(inner, dict):
-                raise MimaError(f"--set {setting}: {part} has no settings of its own")
+                raise MimaError(f"--set {name}: {part} has no settings of its own")
         inner[parts[-1]] = value
     return parse_config(ImmunizeRun, raw, source="--set") if settings else run
 
 
-def _adaptation_methods() -> dict[str, type[Adaptation]]:
-    """Every method that `mima.adaptation` exports, by its name."""
-    from mima import adaptation
+def _setting(text: str) -> tuple[list[str], Any]:
+    """Split `--set a.b=value` into its key's parts and its value, read as YAML."""
+    import yaml
 
-    exported = [getattr(adaptation, name) for name in adaptation.__all__]
-    return {
-        kind.method: kind
-        for kind in exported
-        if isinstance(kind, type)
-        and issubclass(kind, adaptation.Adaptation)
-        and kind is not adaptation.Adaptation
-    }
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise MimaError(f"--set {text}: expected KEY=VALUE, as in --set lower.steps=8")
+    try:
+        return parts, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise MimaError(f"--set {text}: {value!r} is not a value: {error}") from error
 
 
-def _one_concept(source: str, prompt: str | None) -> Concept:
+def _adaptation(method: str, settings: dict[str, Any]) -> Adaptation:
+    """A method with its settings, of the types that it declares."""
+    from dataclasses import fields
+
+    from pydantic import TypeAdapter, ValidationError
+
+    from mima.adaptation import METHODS
+
+    if method not in METHODS:
+        raise MimaError(f"method {method!r} is unknown; {nearest(method, METHODS)}")
+    kind = METHODS[method]
+    known = {field.name for field in fields(kind)}
+    for name in settings:
+        if name not in known:
+            raise MimaError(f"method {method} has no setting {name}; {nearest(name, known)}")
+    try:
+        return TypeAdapter(kind).validate_python(settings)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, item['loc']))} {item['msg']}, got {item['input']!r}"
+            if item["loc"]
+            else item["msg"].removeprefix("Value error, ")
+            for item in error.errors()
+        ]
+        raise ProblemList(f"method {method} cannot be used:", problems) from error
+
+
+def _one_concept(source: str, told: dict[str, Any]) -> Concept:
+    """The one concept that a source describes, with what the command line says about it."""
     from dataclasses import replace
 
     from mima.concepts import Concept, load_concepts
 
-    if prompt is not None and Path(source).is_dir():
-        return Concept.from_folder(source, prompt=prompt)
+    if told and Path(source).is_dir():
+        return Concept.from_folder(source, **told)
     found = load_concepts(source)
     if len(found) > 1:
         names = ", ".join(concept.name for concept in found)
         raise MimaError(f"{source} describes {len(found)} concepts ({names}), expected one")
-    return found[0] if prompt is None else replace(found[0], prompt=prompt)
+    return replace(found[0], **told)
+
+
+def _write_down(
+    folder: Path, command: str, model: str, concepts: Sequence[Concept], **settings: Any
+) -> None:
+    """Say in `mima.json` where a folder came from; it also marks the folder as mima's own."""
+    import json
+
+    origin = {
+        "command": command,
+        "version": __version__,
+        "model": model,
+        "concepts": [concept.name for concept in concepts],
+        **settings,
+    }
+    text = json.dumps(origin, indent=2, ensure_ascii=False)
+    (folder / "mima.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _names_concepts(item: str) -> bool:

@@ -186,6 +186,17 @@ def test_adapt_a_plain_folder_with_a_prompt(workdir, model):
     assert Path("out/pytorch_lora_weights.safetensors").exists()
 
 
+@pytest.mark.parametrize("method", ["dreambooth", "textual-inversion", "custom-diffusion"])
+def test_every_method_can_replace_its_own_results(workdir, model, method):
+    said = ["--prompt", "a <new1> cat", "--token", "<new1>", "--initializer", "cat"]
+    for _ in range(2):
+        run(
+            "adapt", "cat", *said, "--model", model, "--method", method, "--steps", 1, "--overwrite"
+        )
+    written = json.loads(Path(f"cat-{method}/mima.json").read_text())
+    assert (written["method"], written["settings"]["steps"]) == (method, 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -195,6 +206,10 @@ def test_adapt_a_plain_folder_with_a_prompt(workdir, model):
         (["cat", "--lr", "0"], "learning_rate must be above 0"),
         (["cat", "--rank", "0"], "rank must be at least 1"),
         (["cat", "--method", "lroa"], "method 'lroa' is unknown; did you mean 'lora'"),
+        (["cat", "--set", "rnak=3"], "method lora has no setting rnak; did you mean 'rank'"),
+        (["cat", "--set", "rank=big"], "rank Input should be a valid integer"),
+        (["cat", "--set", "rank"], "expected KEY=VALUE"),
+        (["cat", "--method", "dreambooth", "--rank", "3"], "method dreambooth has no setting rank"),
         (["cat", "--model", "absent"], "absent"),
         (["cat", "--output", "dog"], "not empty"),
         (["cat", "--output", "dog", "--overwrite"], "files that mima did not write"),
