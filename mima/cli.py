@@ -130,9 +130,16 @@ def demo(
     overwrite: Overwrite = False,
 ) -> None:
     """Immunize the embedded model against two concepts, attack it, and print what held."""
-    from mima.demo import run_demo
+    from mima.output import check_folder
 
-    run_demo(output, quick=quick, seed=seed, overwrite=overwrite)
+    check_folder(output, overwrite=overwrite)
+
+    # only now what takes seconds to import
+    from mima.console import stdout
+    from mima.demo import run_demo, show
+
+    stdout().print(show(run_demo(output, quick=quick, seed=seed, overwrite=overwrite)))
+    stdout().print(f"pictures, curves and all numbers: {output}")
 
 
 @app.command()

@@ -74,7 +74,8 @@ def quiet_third_parties() -> None:
     warnings.showwarning = _show_warning
     logger = logging.getLogger("mima")
     if not logger.handlers:
-        logger.addHandler(_OneLine())
+        # a log file may want more than the terminal
+        logger.addHandler(_OneLine(logging.WARNING))
         logger.propagate = False
 
 
