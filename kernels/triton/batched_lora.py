@@ -53,17 +53,21 @@ class Settings:
 def settings(dtype: torch.dtype, rank: int) -> Settings:
     """Return the settings for a dtype and the largest rank.
 
-    tl.dot needs a rank of 16 at least; above 64 a program walks the features again for the rest.
-    64 x 64 outputs leave room for the rank-r part in registers. Not measured on a GPU.
+    tl.dot needs a rank of 16 at least; a program loops over ranks above block_r. Larger tiles or
+    fewer warps spill registers: 128 x 128 in bfloat16, and 32 features a step in float32, whose
+    products are three (compiled for sm_80 with triton 3.8). Not measured on a GPU.
     """
+    if dtype == torch.float32:
+        return Settings(
+            block_t=64, block_o=64, block_k=16, block_r=_ranks(rank, 32), num_warps=8, num_stages=3
+        )
     return Settings(
-        block_t=64,
-        block_o=64,
-        block_k=128 // dtype.itemsize,
-        block_r=min(max(triton.next_power_of_2(rank), 16), 64),
-        num_warps=4,
-        num_stages=3,
+        block_t=128, block_o=64, block_k=64, block_r=_ranks(rank, 64), num_warps=8, num_stages=3
     )
+
+
+def _ranks(rank: int, limit: int) -> int:
+    return min(max(triton.next_power_of_2(rank), 16), limit)
 
 
 @triton.jit
@@ -220,11 +224,11 @@ def _batched_lora_outer_kernel(
     x_ptr,  # [b, T, K] in
     rank_ptr,  # [N] in, int64
     scale_ptr,  # [N] in, fp32
-    index_ptr,  # [b] in, int64
+    order_ptr,  # [b] in, int64: samples, those of one adapter together
+    start_ptr,  # [N + 1] in, int64: where each adapter's samples start in that order
     out_ptr,  # [N] in, int64: addresses of d_A_n [r_n, K]; if TRANSPOSED, of d_B_n [K, r_n]
-    num_samples,  # b
     T,  # tokens of a sample
-    num_in,  # features
+    num_in,  # K
     R,  # BLOCK_R times the third size of the grid
     TRANSPOSED: tl.constexpr,
     DTYPE: tl.constexpr,  # of x and the gradients
@@ -239,16 +243,16 @@ def _batched_lora_outer_kernel(
     n = tl.program_id(1)
     offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     rank = tl.load(rank_ptr + n)
+    steps = tl.cdiv(T, BLOCK_T)
+    first = tl.load(start_ptr + n).to(tl.int32)
+    last = tl.load(start_ptr + n + 1).to(tl.int32)
     acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    for sample_i32 in range(num_samples):
-        sample = tl.cast(sample_i32, tl.int64)
-        # No steps for the samples of other adapters.
-        end = tl.where(tl.load(index_ptr + sample) == n, T, 0)
-        for start in range(0, end, BLOCK_T):
-            offs_t = start + tl.arange(0, BLOCK_T)
-            h = _load_matrix(h_ptr + sample * T * R, offs_t, offs_r, T, R, R, False)
-            x = _load_matrix(x_ptr + sample * T * num_in, offs_t, offs_k, T, num_in, num_in, False)
-            acc = tl.dot(tl.trans(h), x.to(tl.float32), acc, input_precision=PRECISION)
+    for step in range(first * steps, last * steps):
+        sample = tl.load(order_ptr + step // steps)
+        offs_t = step % steps * BLOCK_T + tl.arange(0, BLOCK_T)
+        h = _load_matrix(h_ptr + sample * T * R, offs_t, offs_r, T, R, R, False)
+        x = _load_matrix(x_ptr + sample * T * num_in, offs_t, offs_k, T, num_in, num_in, False)
+        acc = tl.dot(tl.trans(h), x.to(tl.float32), acc, input_precision=PRECISION)
     acc *= tl.load(scale_ptr + n)
     out = load_pointer(out_ptr, n, DTYPE, ALIGNED)
     mask = (offs_r < rank)[:, None] & (offs_k < num_in)[None, :]
@@ -269,7 +273,6 @@ class _Adapters:
     largest: int
     scale: Tensor
     index: Tensor
-    dtype: torch.dtype
 
     @classmethod
     def prepare(
@@ -283,7 +286,6 @@ class _Adapters:
             largest=max(ranks, default=0),
             scale=scale.contiguous(),
             index=index.contiguous(),
-            dtype=x.dtype,
         )
 
 
@@ -363,12 +365,14 @@ def _project(x: Tensor, adapters: _Adapters, *, transposed: bool) -> Tensor:
 
 def _outer(h: Tensor, x: Tensor, adapters: _Adapters, *, transposed: bool) -> list[Tensor]:
     """Return s_n hᵀ x summed over the samples of each adapter: d_A, or d_B if transposed."""
-    b, T, num_in = x.shape
+    _, T, num_in = x.shape
     factors = adapters.B if transposed else adapters.A
     out = [torch.empty_like(factor) for factor in factors]
     if h.numel() == 0 or num_in == 0:
         return [factor.zero_() for factor in out]
     chosen = settings(x.dtype, adapters.largest)
+    by_adapter, order = adapters.index.sort(stable=True)
+    starts = torch.searchsorted(by_adapter, torch.arange(len(out) + 1, device=x.device))
     with on_device_of(x):
         _batched_lora_outer_kernel[
             (triton.cdiv(num_in, chosen.block_k), len(out), h.shape[2] // chosen.block_r)
@@ -377,9 +381,9 @@ def _outer(h: Tensor, x: Tensor, adapters: _Adapters, *, transposed: bool) -> li
             x_ptr=x,
             rank_ptr=adapters.ranks,
             scale_ptr=adapters.scale,
-            index_ptr=adapters.index,
+            order_ptr=order,
+            start_ptr=starts,
             out_ptr=pointer_table(out),
-            num_samples=b,
             T=T,
             num_in=num_in,
             R=h.shape[2],

@@ -328,7 +328,7 @@ class BatchedLoraBackward(torch.autograd.Function):
             d_x.append(d_y @ u_weight)
         if u_bias is not None:
             dd_y.append(u_bias.expand_as(d_y))
-        if u_scale is not None or any(u_n is not None for u_n in (*u_A, *u_B)):
+        if N and any(u_n is not None for u_n in (u_scale, *u_A, *u_B)):
             u_A, u_B = filled(u_A, A), filled(u_B, B)
             (u_scale,) = filled([u_scale], [scale])
             dtype = x.dtype

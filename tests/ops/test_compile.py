@@ -1,0 +1,113 @@
+"""torch.compile sees opaque operators: no graph break, right shapes, the same values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ops._cases import BY_ID, SMALL, Case, values_and_gradients
+
+TINY = [case for case in SMALL if case.name == "small"]
+r = torch.randn
+
+
+def _raw_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Each raw operator with arguments."""
+    raw = torch.ops.mima
+    base, thetas, weights = [r(3, 2), r(4)], [r(3, 2), r(4), r(3, 2), r(4)], r(2)
+    W0, W, C, M = [r(3, 4)], [r(3, 4), r(3, 4)], [r(2, 4), r(1, 4)], [r(2, 4), r(1, 4)]
+    x, weight, bias = r(3, 2, 4), r(5, 4), r(5)
+    A, B, scale = [r(1, 4), r(2, 4)], [r(5, 1), r(5, 2)], r(2)
+    index = torch.tensor([1, -1, 0])
+    yes, no = True, False
+    return {
+        "weighted_merge": (raw.weighted_merge, (base, thetas, weights, "")),
+        "weighted_merge_backward": (
+            raw.weighted_merge_backward,
+            (base, base, thetas, weights, yes, yes, yes, ""),
+        ),
+        "weighted_merge_backward-partly": (
+            raw.weighted_merge_backward,
+            (base, base, thetas, weights, no, yes, no, ""),
+        ),
+        "projected_merge": (raw.projected_merge, (W0, W, C, M, "")),
+        "projected_merge_backward": (
+            raw.projected_merge_backward,
+            (W0, W0, W, C, M, yes, yes, yes, yes, ""),
+        ),
+        "projected_merge_backward-partly": (
+            raw.projected_merge_backward,
+            (W0, W0, W, C, M, no, yes, yes, no, ""),
+        ),
+        "batched_lora": (raw.batched_lora, (x, weight, A, B, scale, index, bias, "")),
+        "batched_lora_backward": (
+            raw.batched_lora_backward,
+            (r(3, 2, 5), x, weight, A, B, scale, index, yes, yes, yes, yes, yes, yes, ""),
+        ),
+        "batched_lora_backward-partly": (
+            raw.batched_lora_backward,
+            (r(3, 2, 5), x, weight, A, B, scale, index, no, no, yes, no, no, yes, ""),
+        ),
+        "merge_lora": (raw.merge_lora, (weight, A, B, scale, scale, "")),
+        "merge_lora_backward": (
+            raw.merge_lora_backward,
+            (weight, weight, A, B, scale, scale, yes, yes, yes, yes, yes, ""),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", list(_raw_calls()))
+@pytest.mark.parametrize("backend", ["reference", ""])
+def test_opcheck(name: str, backend: str) -> None:
+    op, arguments = _raw_calls()[name]
+    torch.library.opcheck(op.default, (*arguments[:-1], backend))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*TINY, BY_ID["weighted_merge-no-concept"], BY_ID["batched_lora-unused"]],
+    ids=lambda case: case.id,
+)
+def test_no_graph_break_forward_or_backward(case: Case) -> None:
+    tensors = case.tensors(torch.float32)
+    compiled = torch.compile(
+        lambda *t: tuple(case.call(t, None)), fullgraph=True, backend="aot_eager"
+    )
+    expected = values_and_gradients(case, tensors, None)
+    actual = values_and_gradients(
+        Case(case.op, case.name, case.shapes, lambda t, _: list(compiled(*t)), case.vectors),
+        tensors,
+        None,
+    )
+    for part in (0, 1):
+        for x, y in zip(actual[part], expected[part], strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+def test_compiled_with_inductor_among_other_operations() -> None:
+    case = BY_ID["batched_lora-small"]
+    tensors = case.tensors(torch.float32)
+
+    def f(*t: torch.Tensor) -> torch.Tensor:
+        return torch.relu(case.call([x * 2 for x in t], None)[0]).sum()
+
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    expected = torch.autograd.grad(f(*leaves), leaves)
+    actual = torch.autograd.grad(torch.compile(f, fullgraph=True)(*leaves), leaves)
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_a_bad_index_is_found_in_a_compiled_graph_too() -> None:
+    case = BY_ID["batched_lora-small"]
+    x, weight, scale, bias, *AB = case.tensors(torch.float32)
+    raw = torch.ops.mima.batched_lora
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def f(index: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = raw(x, weight, AB[:2], AB[2:], scale, index, bias, "") + 1
+        return y
+
+    with pytest.raises(ValueError, match="index must be in"):
+        f(torch.tensor([0, 2, 0]))

@@ -1,0 +1,161 @@
+"""Derivatives of every order, against finite differences in float64; and none that nobody needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from ops._cases import SMALL, Case, skip_unless_available
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from mima import ops
+from mima.ops import reference_backend
+
+BACKENDS = ("reference", "native")
+TINY = [case for case in SMALL if case.name == "small"]
+
+
+def _leaves(case: Case, device: torch.device) -> list[Tensor]:
+    return [x.requires_grad_() for x in case.tensors(torch.float64, device)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id)
+def test_first_and_second_derivatives(case: Case, backend: str, device: torch.device) -> None:
+    skip_unless_available(backend, case.op, torch.float64, device)
+
+    def f(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(case.call(tensors, backend))
+
+    leaves = _leaves(case, device)
+    assert gradcheck(f, leaves)
+    assert gradgradcheck(f, leaves, fast_mode=case.name != "small")
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.id)
+def test_third_derivatives(case: Case, device: torch.device) -> None:
+    def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs = case.call(tensors, "reference")
+        loss = sum((y**3).sum() for y in outputs)
+        return torch.autograd.grad(loss, tensors, create_graph=True)
+
+    assert gradgradcheck(gradients, _leaves(case, device), fast_mode=True)
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.id)
+def test_each_input_can_be_the_only_one_that_is_differentiated(
+    case: Case, device: torch.device
+) -> None:
+    tensors = case.tensors(torch.float64, device)
+    for i in range(len(tensors)):
+
+        def f(x: Tensor, i: int = i) -> tuple[Tensor, ...]:
+            return tuple(case.call([*tensors[:i], x, *tensors[i + 1 :]], "reference"))
+
+        leaf = tensors[i].clone().requires_grad_()
+        assert gradcheck(f, [leaf], fast_mode=True)
+        assert gradgradcheck(f, [leaf], fast_mode=True)
+
+
+def _recorded_needs(monkeypatch: pytest.MonkeyPatch, op: str, count: int) -> list[tuple[bool, ...]]:
+    """Record the last `count` arguments, the needs, of each call of an operator's backward."""
+    name = f"{op}_backward"
+    original = getattr(reference_backend, name)
+    needs: list[tuple[bool, ...]] = []
+
+    def spy(*args: Any) -> Any:
+        needs.append(args[-count:])
+        return original(*args)
+
+    monkeypatch.setattr(reference_backend, name, spy)
+    return needs
+
+
+def test_no_gradient_is_computed_that_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(2, 2)
+    leaf = torch.ones(2, 2, requires_grad=True)
+
+    needs = _recorded_needs(monkeypatch, "weighted_merge", 3)
+    ops.weighted_merge(x, [leaf], [1.0], backend="reference").sum().backward()
+    assert needs == [(False, True, False)]
+
+    needs = _recorded_needs(monkeypatch, "projected_merge", 4)
+    ops.projected_merge([x], [[leaf]], [x], [x], backend="reference")[0].sum().backward()
+    assert needs == [(False, True, False, False)]
+
+    needs = _recorded_needs(monkeypatch, "batched_lora", 6)
+    index = torch.tensor([0, 0])
+    y = ops.batched_lora(x[:, None], x, [leaf], [x], [1.0], index, backend="reference")
+    y.sum().backward()
+    assert needs == [(False, False, True, False, False, False)]
+
+    needs = _recorded_needs(monkeypatch, "merge_lora", 5)
+    ops.merge_lora(x, [x], [leaf], [1.0], [1.0], backend="reference").sum().backward()
+    assert needs == [(False, False, True, False, False)]
+
+
+def test_gradients_do_not_overwrite_what_a_second_backward_reads(device: torch.device) -> None:
+    for case in TINY:
+        leaves = _leaves(case, device)
+        loss = sum((y**2).sum() for y in case.call(leaves, None))
+        first = torch.autograd.grad(loss, leaves, retain_graph=True)
+        again = torch.autograd.grad(loss, leaves)
+        for x, y in zip(first, again, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.id)
+def test_torch_func_transforms(case: Case, device: torch.device) -> None:
+    tensors = case.tensors(torch.float64, device)
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return torch.stack([(y**2).sum() for y in case.call(tensors, None)]).sum()
+
+    every = tuple(range(len(tensors)))
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    _assert_close(torch.func.grad(loss, every)(*tensors), expected)
+
+    outputs, pullback = torch.func.vjp(lambda *t: tuple(case.call(t, None)), *tensors)
+    _assert_close(pullback(tuple(2 * y for y in outputs)), expected)
+
+    # The gradient of the gradient's norm, by nested transforms and by autograd.
+    def norm(first: Tensor) -> Tensor:
+        return (torch.func.grad(loss)(first, *tensors[1:]) ** 2).sum()
+
+    leaf = tensors[0].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf, *tensors[1:]), leaf, create_graph=True)
+    (second,) = torch.autograd.grad((gradient**2).sum(), leaf)
+    _assert_close([torch.func.grad(norm)(tensors[0])], [second])
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.id)
+@pytest.mark.parametrize("which", ["all", "first", "last"])
+def test_vmap_agrees_with_a_loop(case: Case, which: str, device: torch.device) -> None:
+    size = 3
+    batches = [case.tensors(torch.float64, device, seed=seed) for seed in range(size)]
+    stacked = [torch.stack(xs, dim=-1) for xs in zip(*batches, strict=True)]
+    batched = {"all": range(len(stacked)), "first": [0], "last": [len(stacked) - 1]}[which]
+    in_dims = tuple(-1 if i in batched else None for i in range(len(stacked)))
+    tensors = [x if i in batched else x[..., 0] for i, x in enumerate(stacked)]
+
+    def f(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(case.call(tensors, None))
+
+    def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+        loss = lambda *t: torch.stack([(y**2).sum() for y in f(*t)]).sum()  # noqa: E731
+        return torch.func.grad(loss, tuple(range(len(tensors))))(*tensors)
+
+    for function in (f, gradients):
+        together = torch.vmap(function, in_dims)(*tensors)
+        for b in range(size):
+            alone = function(*(x[..., b] if i in batched else x for i, x in enumerate(tensors)))
+            _assert_close([y[b] for y in together], alone)
+
+
+def _assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y)

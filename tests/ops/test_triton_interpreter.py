@@ -1,0 +1,35 @@
+"""The Triton kernels compute the right values: in Triton's interpreter, which needs no GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="test_values.py runs the kernels already"
+)
+def test_kernels_in_the_interpreter() -> None:
+    # A process of its own: Triton reads the variable when a kernel is defined.
+    values = Path(__file__).with_name("test_values.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton"]
+    result = subprocess.run(
+        [*command, values],
+        cwd=values.parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "1", "MIMA_TEST_DEVICES": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", result.stdout)
+    # Every case but those of float64 and bfloat16, which the interpreter or the kernels lack.
+    assert passed is not None, result.stdout
+    assert int(passed[1]) > 100, result.stdout
