@@ -16,7 +16,7 @@ def draw(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=generator)
 
 
-# [S, D] embeddings of each concept's prompt, and of ordinary captions that the merge should leave alone
+# embeddings of each concept's prompt, and of ordinary captions that the merge should leave alone
 concept_tokens = [draw(S, D) for _ in range(N)]
 caption_tokens = draw(500, D)
 plan = MergePlan.from_embeddings(concept_tokens, caption_tokens, lam=1e-6)
