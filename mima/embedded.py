@@ -35,13 +35,16 @@ def load_embedded(
         MimaError: this installation came without its assets.
     """
     import torch
-    from diffusers import StableDiffusionPipeline
+
+    from mima.families import load_pipeline
 
     folder = assets() / "model"
     if not (folder / "model_index.json").is_file():
         raise MimaError(f"the embedded model is missing from this installation ({folder})")
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        folder, torch_dtype=dtype or torch.float32, local_files_only=True
-    )
-    moved: StableDiffusionPipeline = pipeline.to(device, dtype or torch.float32)
-    return moved
+    loaded = load_pipeline(str(folder), dtype=dtype or torch.float32, device=device)
+    # as diffusers gives it: ready to be trained, though in evaluation mode
+    for component in loaded.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(True)
+    pipeline: StableDiffusionPipeline = loaded
+    return pipeline
