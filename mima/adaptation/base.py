@@ -101,8 +101,8 @@ class Injection:
     """What the optimiser trains, in float32."""
     save: Callable[[Path], None]
     """Write the trained part to a folder, in the format that diffusers reads."""
-    encode_prompts: Callable[[Sequence[str]], Conditioning] | None = None
-    """Differentiable text encoding, for methods that train tokens; None if text is frozen."""
+    encode_prompts: Callable[[Family, Sequence[str]], Conditioning] | None = None
+    """Text encoding with a graph, for methods that train tokens; None if text is frozen."""
     after_step: Callable[[], None] | None = None
     """Called after each optimiser step."""
 
@@ -261,7 +261,7 @@ class _Stream:
         pictures: Sequence[Picture],
         family: Family,
         generator: torch.Generator,
-        encode_prompts: Callable[[Sequence[str]], Conditioning] | None,
+        encode_prompts: Callable[[Family, Sequence[str]], Conditioning] | None,
     ) -> None:
         self._latents = torch.cat(
             [
@@ -271,6 +271,7 @@ class _Stream:
                 for start in range(0, len(pictures), ENCODING_BATCH)
             ]
         )
+        self._family = family
         self._generator = generator
         self._prompts = [picture.prompt for picture in pictures]
         self._encode_prompts = encode_prompts
@@ -285,7 +286,8 @@ class _Stream:
             self._queue += torch.randperm(len(self._prompts), generator=self._generator).tolist()
         chosen, self._queue = self._queue[:batch_size], self._queue[batch_size:]
         if self._encode_prompts is not None:
-            conditioning = self._encode_prompts([self._prompts[index] for index in chosen])
+            prompts = [self._prompts[index] for index in chosen]
+            conditioning = self._encode_prompts(self._family, prompts)
         else:
             rows = self._rows[chosen]
             conditioning = {name: value[rows] for name, value in self._text.items()}

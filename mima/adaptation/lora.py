@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from peft import LoraConfig, inject_adapter_in_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from safetensors.torch import save_file
 
 from mima.adaptation.base import Adaptation, Injection
 from mima.adaptation.copies import component_name, shared_copy, with_modules
@@ -25,7 +26,8 @@ class LoRA(Adaptation):
     """Text-to-image LoRA through peft; only the adapter is trained, the text encoder is frozen.
 
     The defaults are those of the published immunization experiments (rank 4, learning rate 1e-4).
-    `Run.save` writes a file for diffusers' `load_lora_weights`.
+    `Run.save` writes a file for diffusers' `load_lora_weights`; for pipelines that have none
+    (PixArt), a folder for peft's `PeftModel.from_pretrained`.
     """
 
     method: ClassVar[str] = "lora"
@@ -36,8 +38,8 @@ class LoRA(Adaptation):
     """The update is scaled by alpha / rank; None means alpha = rank."""
     dropout: float = 0.0
     """Dropout before A."""
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Endings of the names of the adapted layers."""
+    target_modules: tuple[str, ...] | None = None
+    """Endings of the names of the adapted layers; None means every attention projection."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,7 +47,7 @@ class LoRA(Adaptation):
             raise ValueError(f"LoRA: rank must be at least 1, got {self.rank}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"LoRA: dropout must lie in [0, 1), got {self.dropout}")
-        if not self.target_modules:
+        if self.target_modules == ():
             raise ValueError("LoRA: target_modules is empty")
 
     def inject(self, pipeline: Any, concept: Concept) -> Injection:
@@ -57,17 +59,26 @@ class LoRA(Adaptation):
             )
         name = component_name(pipeline, family.denoiser)
         denoiser: Any = shared_copy(family.denoiser)
+        targets = self.target_modules or [
+            target.removesuffix(".weight") for target in family.lora_targets()
+        ]
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.rank if self.alpha is None else self.alpha,  # type: ignore[arg-type]
             lora_dropout=self.dropout,
             init_lora_weights="gaussian",
-            target_modules=list(self.target_modules),
+            target_modules=list(targets),
         )
         devices = [family.device] if family.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.seed)
-            denoiser.add_adapter(config, adapter_name=ADAPTER)
+            try:
+                if hasattr(denoiser, "add_adapter"):
+                    denoiser.add_adapter(config, adapter_name=ADAPTER)
+                else:
+                    inject_adapter_in_model(config, denoiser, ADAPTER)
+            except ValueError as error:
+                raise MimaError(f"lora: {error}") from error
         parameters = [weight for weight in denoiser.parameters() if weight.requires_grad]
         for parameter in parameters:
             parameter.data = parameter.data.float()
@@ -75,12 +86,20 @@ class LoRA(Adaptation):
 
         def save(folder: Path) -> None:
             layers = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
-            adapted.save_lora_weights(
-                folder,
-                **{
-                    f"{name}_lora_layers": convert_state_dict_to_diffusers(layers),
-                    f"{name}_lora_adapter_metadata": config.to_dict(),
-                },
-            )
+            if name == "unet":
+                # the names that other programs know, too; transformers' files keep peft's
+                layers = convert_state_dict_to_diffusers(layers)
+            if hasattr(adapted, "save_lora_weights"):
+                adapted.save_lora_weights(
+                    folder,
+                    **{
+                        f"{name}_lora_layers": layers,
+                        f"{name}_lora_adapter_metadata": config.to_dict(),
+                    },
+                )
+            else:
+                config.save_pretrained(str(folder))
+                prefixed = {f"base_model.model.{key}": value for key, value in layers.items()}
+                save_file(prefixed, folder / SAFETENSORS_WEIGHTS_NAME)
 
         return Injection(pipeline=adapted, parameters=parameters, save=save)

@@ -1,4 +1,4 @@
-"""Training through the text encoder: new tokens, and prompts encoded with a graph."""
+"""New words: added to tokenizer and text encoder, one embedding trained."""
 
 # V = vocabulary, D = text embedding
 
@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch.func import functional_call
 
 from mima.concepts import Concept
 from mima.errors import MimaError
-from mima.families import Conditioning
+from mima.families import Conditioning, Family
 
 EMBEDDING_FILE = "learned_embeds.safetensors"
 
@@ -39,17 +38,28 @@ class NewToken:
     text_encoder: Any
     row: torch.nn.Parameter
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts with a graph back to `row`."""
-        name, weight_VD = _embedding(self.text_encoder)
-        index = torch.tensor([self.index], device=weight_VD.device)
-        patched_VD = weight_VD.detach().index_copy(0, index, self.row[None].to(weight_VD.dtype))
-        return encode_prompts(self.tokenizer, self.text_encoder, prompts, {name: patched_VD})
+    def encode_prompts(self, family: Family, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts with a graph back to `row`.
+
+        Args:
+            family: a pipeline with this tokenizer and text encoder.
+            prompts: B texts.
+        """
+
+        def use_row(_: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> Any:
+            here = (inputs[0] == self.index).unsqueeze(-1)
+            return torch.where(here, self.row.to(output.dtype), output)
+
+        hook = self.text_encoder.get_input_embeddings().register_forward_hook(use_row)
+        try:
+            return family.encode_prompts(prompts, differentiable=True)
+        finally:
+            hook.remove()
 
     @torch.no_grad()
     def commit(self) -> None:
         """Write `row` into the text encoder."""
-        _embedding(self.text_encoder)[1][self.index] = self.row.to(self.text_encoder.dtype)
+        self.text_encoder.get_input_embeddings().weight[self.index] = self.row
 
     def save(self, folder: Path) -> None:
         """Write the embedding for diffusers' `load_textual_inversion`."""
@@ -85,7 +95,7 @@ def add_token(pipeline: Any, concept: Concept) -> NewToken:
     text_encoder = copy.deepcopy(pipeline.text_encoder)
     tokenizer.add_tokens([token])
     index = tokenizer.convert_tokens_to_ids(token)
-    old_VD = _embedding(text_encoder)[1].detach()
+    old_VD = text_encoder.get_input_embeddings().weight.detach()
     if concept.initializer is None:
         start_D = old_VD.float().mean(dim=0)
     else:
@@ -106,37 +116,3 @@ def add_token(pipeline: Any, concept: Concept) -> NewToken:
     )
     new.commit()
     return new
-
-
-def encode_prompts(
-    tokenizer: Any,
-    text_encoder: Any,
-    prompts: Sequence[str],
-    params: dict[str, torch.Tensor] | None = None,
-) -> Conditioning:
-    """Encode prompts as Stable Diffusion does, keeping the graph.
-
-    Args:
-        tokenizer: pads to its model's length.
-        text_encoder: a CLIPTextModel.
-        prompts: B texts.
-        params: values that stand in for the text encoder's parameters of these names.
-    """
-    tokens = tokenizer(
-        list(prompts),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids.to(text_encoder.device)
-    hidden = functional_call(text_encoder, params or {}, (tokens,))[0]
-    return {"encoder_hidden_states": hidden}
-
-
-def _embedding(text_encoder: Any) -> tuple[str, torch.Tensor]:
-    """Name and value [V, D] of a text encoder's token embeddings."""
-    weight = text_encoder.get_input_embeddings().weight
-    for name, parameter in text_encoder.named_parameters():
-        if parameter is weight:
-            return name, weight
-    raise AssertionError("a model's input embeddings are among its parameters")

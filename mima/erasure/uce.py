@@ -30,6 +30,7 @@ from mima.adaptation.copies import component_name, with_modules
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import Family, family_of
+from mima.families.rectified_flow import RectifiedFlow
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,11 @@ def erase(
         raise ValueError(f"erase: technique must be replace or tensor, got {technique!r}")
     if not concepts:
         raise ValueError("erase: concepts is empty")
+    if isinstance(family_of(pipeline), RectifiedFlow):
+        raise MimaError(
+            f"erase: {type(pipeline).__name__} is not supported: what its text projections read "
+            "depends on the picture, so no edit is exact; Stable Diffusion, SDXL and PixArt are"
+        )
     captions = _captions(preserve)
     groups, kept = [], set(captions)
     for concept in concepts:
@@ -135,7 +141,8 @@ def erase(
     weighted_ED = source_ED * (erase_scale * weights.to(source_ED)).unsqueeze(1)
     gram_DD = weighted_ED.mT @ source_ED
     if preserved and preserve_scale > 0:
-        kept_ND = _embed(family, preserved).flatten(0, 1)
+        hidden_BSD, read_BS = _embed(family, preserved)
+        kept_ND = hidden_BSD[read_BS.to(hidden_BSD.device)]
         gram_DD += kept_ND.mT @ kept_ND * (preserve_scale / len(kept_ND))
     gram_DD.diagonal().add_(ridge * gram_DD.diagonal().mean())
     # G⁻¹ x_e, weighted, for every edited row
@@ -202,36 +209,42 @@ def _captions(preserve: Sequence[str | Concept]) -> list[str]:
     return list(dict.fromkeys(prompts))
 
 
-def _embed(family: Family, prompts: Sequence[str]) -> torch.Tensor:
-    """What the text projections read, [prompts, S, D] in float64, padding included.
+def _embed(family: Family, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the text projections read, [B, S, D] in float64, and which of it they read, [B, S].
 
-    Padding is kept because Stable Diffusion's cross-attention reads it.
+    CLIP-conditioned models read padding as well as tokens; models with a mask do not.
     """
-    batches = []
+    hidden, masks = [], []
     for start in range(0, len(prompts), ENCODING_BATCH):
-        conditioning = family.encode_prompts(prompts[start : start + ENCODING_BATCH])
-        if "encoder_hidden_states" not in conditioning:
-            raise MimaError(
-                f"erase: {type(family).__name__} models are not supported, only models whose "
-                "text projections read one sequence of text embeddings"
-            )
-        batches.append(conditioning["encoder_hidden_states"].double())
-    return torch.cat(batches)
+        batch = prompts[start : start + ENCODING_BATCH]
+        hidden.append(family.text_embeddings(batch).detach().double())
+        mask = family.encode_prompts(batch).get("encoder_attention_mask")
+        masks.append(torch.ones(hidden[-1].shape[:2]) if mask is None else mask.cpu())
+    return torch.cat(hidden), torch.cat(masks).bool()
 
 
 def _rows(family: Family, edits: Sequence[Edit]) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings of all tokens of the sources [E, D], and of the tokens they should become."""
-    source_BSD = _embed(family, [edit.source for edit in edits])
-    target_BSD = _embed(family, [edit.target for edit in edits])
-    tokenizer, length = family.pipeline.tokenizer, source_BSD.shape[1]
+    source_BSD, read_BS = _embed(family, [edit.source for edit in edits])
+    target_BSD, _ = _embed(family, [edit.target for edit in edits])
+    length = source_BSD.shape[1]
     aligned = []
     for edit, target_SD in zip(edits, target_BSD, strict=True):
-        ids = [
-            tokenizer(text, truncation=True, max_length=length).input_ids
-            for text in (edit.source, edit.target)
-        ]
-        aligned.append(target_SD[align(ids[0], ids[1], length).to(target_SD.device)])
-    return source_BSD.flatten(0, 1), torch.cat(aligned)
+        places = align(
+            _token_ids(family, edit.source, length), _token_ids(family, edit.target, length), length
+        )
+        aligned.append(target_SD[places.to(target_SD.device)])
+    read_BS = read_BS.to(source_BSD.device)
+    return source_BSD[read_BS], torch.stack(aligned)[read_BS]
+
+
+def _token_ids(family: Family, prompt: str, length: int) -> list[int]:
+    pipeline = family.pipeline
+    if hasattr(pipeline, "_text_preprocessing"):
+        # PixArt changes the text (lower case) before it counts tokens
+        (prompt,) = pipeline._text_preprocessing([prompt], clean_caption=False)
+    ids: list[int] = pipeline.tokenizer(prompt, truncation=True, max_length=length).input_ids
+    return ids
 
 
 def align(source: Sequence[int], target: Sequence[int], length: int) -> torch.Tensor:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from mima.errors import MimaError
+from mima.families import family_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +32,12 @@ class Sampler:
 
     steps: int = 25
     """Denoising steps."""
-    guidance: float = 7.5
-    """Classifier-free guidance scale; 1 turns it off and halves the work."""
+    guidance: float | None = None
+    """Guidance scale; 1 turns guidance off and halves the work. None is the pipeline's own."""
     batch_size: int = 8
     """Pictures per forward pass, before guidance doubles them."""
     negative_prompt: str = ""
-    """What guidance leads away from."""
+    """What guidance leads away from; the empty one is what the pipeline uses by default."""
     scheduler: str = "own"
     """`"own"` keeps the pipeline's scheduler; `"dpm++"` is DPM-Solver++ 2M, good in 10–15 steps."""
     size: int | None = None
@@ -105,15 +107,18 @@ class Sampler:
         return drawer
 
     def _draw(self, drawer: Any, jobs: Sequence[tuple[str, int]]) -> list[Image.Image]:
-        guided = self.guidance > 1
+        family = family_of(drawer)
+        size = self.size or family.resolution
+        keywords = {"height": size, "width": size, **family._sampling()}
+        if self.guidance is not None:
+            keywords["guidance_scale"] = self.guidance
+        if self.negative_prompt and keywords.get("guidance_scale", math.inf) > 1:
+            keywords["negative_prompt"] = [self.negative_prompt] * len(jobs)
         result = drawer(
             prompt=[prompt for prompt, _ in jobs],
-            negative_prompt=[self.negative_prompt] * len(jobs) if guided else None,
             generator=[torch.Generator().manual_seed(seed) for _, seed in jobs],
             num_inference_steps=self.steps,
-            guidance_scale=self.guidance,
-            height=self.size,
-            width=self.size,
+            **keywords,
         )
         images: list[Image.Image] = result.images
         return images

@@ -1,0 +1,103 @@
+"""Every model family, from one code: adapt, sample on the way, save and read back."""
+
+import pytest
+import tiny
+import torch
+from families import builders
+from peft import PeftModel
+
+from mima.adaptation import LoRA, TextualInversion
+from mima.concepts import Concept
+from mima.erasure import erase
+from mima.errors import MimaError
+from mima.evaluation import Sampler, attack
+from mima.families import family_of, load_pipeline
+
+KINDS = {
+    "sdxl": builders.sdxl,
+    "pixart": builders.pixart,
+    "sd3": builders.sd3,
+    "flux": builders.flux,
+}
+
+
+class Flat:
+    name = "pixels"
+
+    def embed(self, images):
+        pixels = [torch.tensor(list(image.resize((4, 4)).tobytes())).float() for image in images]
+        return torch.nn.functional.normalize(torch.stack(pixels), dim=-1)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request, tmp_path_factory):
+    return builders.save(KINDS[request.param], tmp_path_factory.mktemp("families") / request.param)
+
+
+def draw(pipeline):
+    return Sampler(steps=2)(pipeline, ["a red round emoji"], (0,))[0][0].tobytes()
+
+
+def test_lora_attack_and_round_trip(folder, tmp_path):
+    pipeline = load_pipeline(folder)
+    concept = tiny.concept()
+    settings = LoRA(learning_rate=2e-2, batch_size=2)
+    curve = attack(
+        pipeline,
+        concept,
+        settings,
+        encoder=Flat(),
+        steps=(0, 2),
+        seeds=(0,),
+        sampler=Sampler(steps=2),
+    )
+    drawn = draw(pipeline)
+    assert curve.images[0][0][0].tobytes() == drawn
+    run = settings.start(pipeline, concept)
+    run.advance(2)
+    adapted = draw(run.pipeline)
+    assert tuple(run.losses) == curve.losses
+    assert curve.images[1][0][0].tobytes() == adapted != drawn
+
+    run.save(tmp_path)
+    fresh = load_pipeline(folder)
+    if hasattr(fresh, "load_lora_weights"):
+        fresh.load_lora_weights(tmp_path)
+    else:
+        fresh.transformer = PeftModel.from_pretrained(fresh.transformer, tmp_path).base_model.model
+    assert draw(fresh) == adapted
+
+
+def test_erasure_edits_what_reads_text(folder):
+    pipeline = load_pipeline(folder)
+    concept = Concept("red", "a red round emoji", tiny.concept().images)
+    if folder.name in ("sd3", "flux"):
+        with pytest.raises(MimaError, match="is not supported: what its text projections read"):
+            erase(pipeline, [concept])
+        return
+    kept = ["a blue cat", "a green dog"]
+    erased = erase(pipeline, [concept], preserve=kept, preserve_scale=100.0, ridge=1e-9)
+    family = family_of(pipeline)
+    name = family.text_projections()[0]
+    change = family_of(erased).denoiser.get_parameter(name) - family.denoiser.get_parameter(name)
+
+    def moved(prompts):
+        hidden = family.text_embeddings(prompts)
+        mask = family.encode_prompts(prompts).get("encoder_attention_mask")
+        hidden = hidden if mask is None else hidden[mask.bool()]
+        return (hidden @ change.mT).norm() / hidden.norm()
+
+    assert moved([concept.prompt]) > 3 * moved(kept)
+
+
+def test_new_words_need_one_text_encoder(folder):
+    pipeline = load_pipeline(folder)
+    images = [picture.image for picture in tiny.concept().images]
+    concept = Concept("thing", "a <new1> emoji", images, token="<new1>", initializer="cat")
+    if getattr(pipeline, "text_encoder_2", None) is None:
+        run = TextualInversion(learning_rate=1e-2).start(pipeline, concept)
+        run.advance(1)
+        assert run.pipeline.tokenizer.tokenize(concept.prompt)[1] == "<new1>"
+    else:
+        with pytest.raises(MimaError, match="one text encoder"):
+            TextualInversion().start(pipeline, concept)
