@@ -72,6 +72,29 @@ def require_like(
         )
 
 
+def require_adapters(op: str, A: Sequence[Tensor], B: Sequence[Tensor], weight: Tensor) -> None:
+    """Refuse low-rank factors that do not fit a weight [o, d]: A_n [r_n, d] and B_n [o, r_n]."""
+    require_sequence(op, "A", A)
+    require_sequence(op, "B", B)
+    require_length(op, "B", B, len(A), "one per tensor of A")
+    o, d = weight.shape
+    dtype, device = weight.dtype, weight.device
+    for n, (A_n, B_n) in enumerate(zip(A, B, strict=True)):
+        # Every layer of a model comes here: compare, and leave the message to the slow path.
+        if (
+            isinstance(A_n, Tensor)
+            and isinstance(B_n, Tensor)
+            and A_n.ndim == 2
+            and A_n.shape[1] == d
+            and B_n.shape == (o, A_n.shape[0])
+            and A_n.dtype == B_n.dtype == dtype
+            and A_n.device == B_n.device == device
+        ):
+            continue
+        require_like(op, f"A[{n}]", A_n, weight, "weight", ("r", d))
+        require_like(op, f"B[{n}]", B_n, A_n, f"A[{n}]", (o, A_n.shape[0]))
+
+
 def as_vector(op: str, name: str, value: object, length: int, like: Tensor) -> Tensor:
     """Return weights or scales as the backends take them: 1-D, float32 or float64, on the device.
 

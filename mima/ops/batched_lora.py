@@ -80,17 +80,10 @@ def _require_agreement(
     _checks.require_floating(_OP, "x", x)
     if x.ndim != 3:
         raise ValueError(f"{_OP}: x must be [b, t, d], got {list(x.shape)}")
-    d = x.shape[2]
-    _checks.require_like(_OP, "weight", weight, x, "x", ("o", d))
-    o = weight.shape[0]
+    _checks.require_like(_OP, "weight", weight, x, "x", ("o", x.shape[2]))
     if bias is not None:
-        _checks.require_like(_OP, "bias", bias, weight, "weight", (o,))
-    _checks.require_sequence(_OP, "A", A)
-    _checks.require_sequence(_OP, "B", B)
-    _checks.require_length(_OP, "B", B, len(A), "one per tensor of A")
-    for n, A_n in enumerate(A):
-        _checks.require_like(_OP, f"A[{n}]", A_n, weight, "weight", ("r", d))
-        _checks.require_like(_OP, f"B[{n}]", B[n], A_n, f"A[{n}]", (o, A_n.shape[0]))
+        _checks.require_like(_OP, "bias", bias, weight, "weight", weight.shape[:1])
+    _checks.require_adapters(_OP, A, B, weight)
     if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.device != x.device:
         raise TypeError(
             f"{_OP}: index must be torch.int64 on {x.device} like x, got {_checks.describe(index)}"
@@ -237,17 +230,9 @@ class BatchedLora(torch.autograd.Function):
     """(N, backend, x, weight, bias, scale, index, *A, *B) -> (y,)."""
 
     @staticmethod
-    def forward(
-        N: int,
-        backend: str,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        scale: Tensor,
-        index: Tensor,
-        *AB: Tensor,
-    ) -> tuple[Tensor, ...]:
-        return (_forward(x, weight, list(AB[:N]), list(AB[N:]), scale, index, bias, backend),)
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        N, backend, x, weight, bias, scale, index, *AB = args
+        return (_forward(x, weight, AB[:N], AB[N:], scale, index, bias, backend),)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -284,11 +269,10 @@ class BatchedLoraBackward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(N: int, backend: str, *args: Any) -> tuple[Tensor, ...]:
-        needs, (d_y, x, weight, scale, index, *AB) = args[:6], args[6:]
-        return tuple(
-            _backward(d_y, x, weight, list(AB[:N]), list(AB[N:]), scale, index, *needs, backend)
-        )
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        N, backend, *needs = args[:8]
+        d_y, x, weight, scale, index, *AB = args[8:]
+        return tuple(_backward(d_y, x, weight, AB[:N], AB[N:], scale, index, *needs, backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -57,13 +57,7 @@ def merge_lora(
     _checks.require_floating(_OP, "weight", weight)
     if weight.ndim != 2:
         raise ValueError(f"{_OP}: weight must be [o, d], got {list(weight.shape)}")
-    _checks.require_sequence(_OP, "A", A)
-    _checks.require_sequence(_OP, "B", B)
-    _checks.require_length(_OP, "B", B, len(A), "one per tensor of A")
-    o, d = weight.shape
-    for n, (A_n, B_n) in enumerate(zip(A, B, strict=True)):
-        _checks.require_like(_OP, f"A[{n}]", A_n, weight, "weight", ("r", d))
-        _checks.require_like(_OP, f"B[{n}]", B_n, A_n, f"A[{n}]", (o, A_n.shape[0]))
+    _checks.require_adapters(_OP, A, B, weight)
     scales = _checks.as_vector(_OP, "scale", scale, len(A), weight)
     shares = _checks.as_vector(_OP, "weights", weights, len(A), weight)
     (phi,) = apply(MergeLora, len(A), backend or "", weight, scales, shares, *A, *B)
@@ -188,10 +182,9 @@ class MergeLora(torch.autograd.Function):
     """(N, backend, weight, scale, weights, *A, *B) -> (φ,)."""
 
     @staticmethod
-    def forward(
-        N: int, backend: str, weight: Tensor, scale: Tensor, weights: Tensor, *AB: Tensor
-    ) -> tuple[Tensor, ...]:
-        return (_forward(weight, list(AB[:N]), list(AB[N:]), scale, weights, backend),)
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        N, backend, weight, scale, weights, *AB = args
+        return (_forward(weight, AB[:N], AB[N:], scale, weights, backend),)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -226,10 +219,10 @@ class MergeLoraBackward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(N: int, backend: str, *args: Any) -> tuple[Tensor, ...]:
-        needs, (d_out, weight, scale, weights, *AB) = args[:5], args[5:]
-        A, B = list(AB[:N]), list(AB[N:])
-        return tuple(_backward(d_out, weight, A, B, scale, weights, *needs, backend))
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        N, backend, *needs = args[:7]
+        d_out, weight, scale, weights, *AB = args[7:]
+        return tuple(_backward(d_out, weight, AB[:N], AB[N:], scale, weights, *needs, backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

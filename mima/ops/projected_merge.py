@@ -77,12 +77,20 @@ def _require_agreement(
     _checks.require_floating(_OP, "W0[0]", W0[0])
     if W0[0].ndim != 2:
         raise ValueError(f"{_OP}: W0[0] must be [o, d], got {list(W0[0].shape)}")
-    d = W0[0].shape[1]
+    d, dtype, device = W0[0].shape[1], W0[0].dtype, W0[0].device
     for layer, W0_l in enumerate(W0):
         _checks.require_like(_OP, f"W0[{layer}]", W0_l, W0[0], "W0[0]", ("o", d))
         for n, row in enumerate(W):
-            name = f"W[{n}][{layer}]"
-            _checks.require_like(_OP, name, row[layer], W0_l, f"W0[{layer}]", W0_l.shape)
+            x = row[layer]
+            # As many as layers times concepts: compare, and leave the message to the slow path.
+            if (
+                not isinstance(x, Tensor)
+                or x.shape != W0_l.shape
+                or x.dtype != dtype
+                or x.device != device
+            ):
+                name = f"W[{n}][{layer}]"
+                _checks.require_like(_OP, name, x, W0_l, f"W0[{layer}]", W0_l.shape)
     for n, (C_n, M_n) in enumerate(zip(C, M, strict=True)):
         _checks.require_like(_OP, f"C[{n}]", C_n, W0[0], "W0[0]", ("s", d))
         _checks.require_like(_OP, f"M[{n}]", M_n, C_n, f"C[{n}]", C_n.shape)
@@ -172,7 +180,8 @@ class ProjectedMerge(torch.autograd.Function):
     """(L, N, backend, *W0, *W, *C, *M) -> L tensors."""
 
     @staticmethod
-    def forward(L: int, N: int, backend: str, *flat: Tensor) -> tuple[Tensor, ...]:
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        L, N, backend, *flat = args
         return tuple(_forward(*_groups(flat, L, N), backend))
 
     @staticmethod
@@ -206,8 +215,9 @@ class ProjectedMergeBackward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(L: int, N: int, backend: str, *args: Any) -> tuple[Tensor, ...]:
-        needs, d_out, flat = args[:4], list(args[4 : 4 + L]), args[4 + L :]
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        L, N, backend, *needs = args[:7]
+        d_out, flat = list(args[7 : 7 + L]), args[7 + L :]
         return tuple(_backward(d_out, *_groups(flat, L, N), *needs, backend))
 
     @staticmethod

@@ -191,8 +191,9 @@ class WeightedMerge(torch.autograd.Function):
     """(P, backend, weights, *base, *thetas) -> P tensors."""
 
     @staticmethod
-    def forward(P: int, backend: str, weights: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_forward(list(flat[:P]), list(flat[P:]), weights, backend))
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        P, backend, weights, *flat = args
+        return tuple(_forward(flat[:P], flat[P:], weights, backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -225,19 +226,11 @@ class WeightedMergeBackward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        P: int,
-        backend: str,
-        need_base: bool,
-        need_thetas: bool,
-        need_weights: bool,
-        weights: Tensor,
-        *flat: Tensor,
-    ) -> tuple[Tensor, ...]:
-        d_out, base, thetas = list(flat[:P]), list(flat[P : 2 * P]), list(flat[2 * P :])
-        return tuple(
-            _backward(d_out, base, thetas, weights, need_base, need_thetas, need_weights, backend)
-        )
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        P, backend, *needs = args[:5]
+        weights, *flat = args[5:]
+        d_out, base, thetas = flat[:P], flat[P : 2 * P], flat[2 * P :]
+        return tuple(_backward(d_out, base, thetas, weights, *needs, backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
