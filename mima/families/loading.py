@@ -11,6 +11,16 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 
 from mima.errors import MimaError
@@ -30,6 +40,17 @@ LOADING_ERRORS = (
     *(OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError),
     SingleFileComponentError,
 )
+# what huggingface_hub and diffusers raise for what cannot be fetched
+HUB_ERRORS = (OSError, ValueError, HfHubHTTPError, EntryNotFoundError)
+
+# a tokenizer without its files opens all the same, and knows no word
+VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"})
+OLD_NAMES = {
+    ".to_q.": ".query.",
+    ".to_k.": ".key.",
+    ".to_v.": ".value.",
+    ".to_out.0.": ".proj_attn.",
+}
 
 # single checkpoint files by a prefix of their keys: how to open them, or why not
 SINGLE_FILES: tuple[tuple[str, Any], ...] = (
@@ -50,7 +71,7 @@ def family_of(pipeline: Any) -> Family:
     return _family_class(type(pipeline).__name__)(pipeline)
 
 
-def _family_class(name: str, where: str = "") -> type[Family]:
+def _family_class(name: str, where: str = "this") -> type[Family]:
     for family in FAMILIES:
         if name in family.pipeline_names:
             return family
@@ -59,7 +80,8 @@ def _family_class(name: str, where: str = "") -> type[Family]:
     if name == "StableDiffusionXLImg2ImgPipeline":
         hint = " (the SDXL refiner is such a model)"
     raise MimaError(
-        f"model: {where}{name} is not supported{hint}; supported pipelines are {supported}"
+        f"model: {where} is a {name}, which is not supported{hint}; "
+        f"supported pipelines are {supported}"
     )
 
 
@@ -137,26 +159,38 @@ def _open(
 
 def _open_hub(model: str, dtype: torch.dtype, revision: str | None, variant: str | None) -> Any:
     try:
-        index = DiffusionPipeline.load_config(model, revision=revision)
-    except LOADING_ERRORS as error:
-        raise _hub_error(model, revision, error) from error
+        file = hf_hub_download(model, "model_index.json", revision=revision)
+    except HUB_ERRORS as error:
+        raise MimaError(f"model: {_explain(model, revision, error)}") from error
+    index = _read_json(Path(file))
     # before gigabytes are fetched
-    _family_class(str(index.get("_class_name")), f"{model} is a ")
+    _family_class(str(index.get("_class_name")), model)
     try:
         folder = DiffusionPipeline.download(
             model, revision=revision, variant=variant, **_absent(index)
         )
-    except LOADING_ERRORS as error:
-        raise _hub_error(model, revision, error) from error
+    except HUB_ERRORS as error:
+        raise MimaError(f"model: {_explain(model, revision, error)}") from error
     return _open_folder(Path(folder), dtype, variant)
 
 
-def _hub_error(model: str, revision: str | None, error: Exception) -> MimaError:
-    at = f" at revision {revision!r}" if revision else ""
-    return MimaError(
-        f"model: there is no folder {model!r} here, and the hub gave no pipeline of that "
-        f"name{at}: {_first_line(error)}"
-    )
+def _explain(model: str, revision: str | None, error: Exception) -> str:
+    match error:
+        case LocalEntryNotFoundError() | OfflineModeIsEnabled():
+            return (
+                f"there is no folder {model!r}, it is not in the hub's cache on this machine, and "
+                "the hub cannot be reached (or offline mode is on)"
+            )
+        case GatedRepoError():
+            return f"{model} is gated: accept its conditions on the hub, then `hf auth login`"
+        case RevisionNotFoundError():
+            return f"{model} has no revision {revision!r}"
+        case EntryNotFoundError():
+            return f"{model} has no model_index.json: not a diffusers pipeline"
+        case RepositoryNotFoundError():
+            return f"neither a folder nor a public model of the hub is called {model!r}"
+        case _:
+            return f"cannot get {model!r} from the hub: {_first_line(error)}"
 
 
 def _open_folder(path: Path, dtype: torch.dtype, variant: str | None) -> Any:
@@ -165,7 +199,7 @@ def _open_folder(path: Path, dtype: torch.dtype, variant: str | None) -> Any:
     index = _read_json(path / "model_index.json")
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise MimaError(f"model: {path / 'model_index.json'} names no diffusers pipeline")
-    family = _family_class(index["_class_name"], f"{path} is a ")
+    _family_class(index["_class_name"], str(path))
     for name, kind in index.items():
         if isinstance(kind, list) and all(isinstance(part, str) for part in kind):
             _check_component(path / name, ".".join(kind), variant)
@@ -175,7 +209,9 @@ def _open_folder(path: Path, dtype: torch.dtype, variant: str | None) -> Any:
         )
     except LOADING_ERRORS as error:
         raise MimaError(f"model: cannot open {path}: {_first_line(error)}") from error
-    _check_complete(path / family.parts[0], getattr(pipeline, family.parts[0]))
+    for name, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module):
+            _check_complete(path / name, component)
     return pipeline
 
 
@@ -185,16 +221,23 @@ def _dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {"dtype" if (major, minor) >= (0, 42) else "torch_dtype": dtype}
 
 
-def _check_complete(folder: Path, denoiser: torch.nn.Module) -> None:
-    """Refuse a denoiser whose files lack weights: diffusers only warns, and draws random ones."""
-    files = list(folder.glob("*.safetensors"))
-    if not files:
+def _check_complete(folder: Path, module: torch.nn.Module) -> None:
+    """Refuse files that lack weights: the loaders only warn, and draw random ones."""
+    stored = {key for file in folder.glob("*.safetensors") for key in safetensors_keys(file)}
+    if not stored:
         return
-    stored = {key for file in files for key in safetensors_keys(file)}
-    missing = sorted(set(denoiser.state_dict()) - stored)
+    # transformers 5 drops a prefix, and older files have other names for a VAE's attention
+    tails = {key[i + 1 :] for key in stored for i, letter in enumerate(key) if letter == "."}
+    for new, old in OLD_NAMES.items():
+        stored |= {key.replace(old, new) for key in stored if old in key}
+    names_of: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(parameter), []).append(name)
+    missing = [names[0] for names in names_of.values() if not (stored | tails) & set(names)]
     if missing:
         raise MimaError(
-            f"model: {folder} lacks {len(missing)} of the denoiser's tensors, such as {missing[0]}"
+            f"model: the weights in {folder} are incomplete: {len(missing)} tensors are missing, "
+            f"such as {missing[0]}"
         )
 
 
@@ -217,6 +260,11 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
     weights = sorted(folder.glob("*.safetensors"))
     for file in weights:
         safetensors_keys(file)
+    if kind.endswith(("Tokenizer", "TokenizerFast")):
+        held = {file.name for file in folder.iterdir()}
+        if not any(needed <= held for needed in VOCABULARIES):
+            wanted = " or ".join(" with ".join(sorted(needed)) for needed in VOCABULARIES)
+            raise MimaError(f"model: {folder} holds no vocabulary of the {kind}: {wanted}")
     if not (folder / "config.json").is_file():
         return
     weights += sorted(folder.glob("*.bin"))
@@ -244,15 +292,24 @@ def _open_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Any
     if config is not None:
         keywords["config"] = str(config)
     try:
-        return opener.from_single_file(str(path), **keywords)
+        pipeline = opener.from_single_file(str(path), **keywords)
     except LOADING_ERRORS as error:
         hint = ""
-        if config is None:
+        if config is None and isinstance(error, OSError):
             hint = (
                 "; diffusers reads its configuration from the hub: offline, pass config, a "
                 "diffusers folder of a model of the same architecture"
             )
         raise MimaError(f"model: cannot open {path}: {_first_line(error)}{hint}") from error
+    for name, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module):
+            missing = [key for key, value in component.named_parameters() if value.is_meta]
+            if missing:
+                raise MimaError(
+                    f"model: {path} is incomplete: {len(missing)} tensors of the {name} are "
+                    f"missing, such as {missing[0]}"
+                )
+    return pipeline
 
 
 def safetensors_keys(path: Path) -> list[str]:
