@@ -23,7 +23,9 @@ def archive_name(package: str) -> str:
 def main() -> None:
     """Download what is missing, unpack what is not unpacked."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="work folder, outside the repository")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="work folder, outside the repository"
+    )
     args = parser.parse_args()
     archives, raw = args.data / "npm", args.data / "raw"
     archives.mkdir(parents=True, exist_ok=True)

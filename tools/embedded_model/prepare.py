@@ -74,7 +74,8 @@ def main() -> None:
             categories.append(entry["category"])
     count = Counter(names)
     wanted = load_names()
-    assert len(set(wanted["train"])) == 200, len(set(wanted["train"]))
+    if len(set(wanted["train"])) != 200:
+        raise SystemExit("names.yaml: `train` must hold 200 different names")
     incomplete = [n for split in wanted.values() for n in split if count[n] != len(STYLES)]
     if incomplete:
         raise SystemExit(f"names.yaml: not one picture in every style: {incomplete}")
