@@ -42,8 +42,8 @@ struct Layout {
   }
   // dst[rows, R] = rows of all B_n side by side
   void load_B(int64_t start, int64_t rows, T* dst) const {
-    for (int64_t n = 0; n < num_adapters; ++n) {
-      for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t n = 0; n < num_adapters; ++n) {
         // a load pads with zeros up to a whole vector: the next adapter's load overwrites them
         storage.load(params.B[n].row(start + i, params.dtype), 0, 1, params.ranks[n],
                      dst + i * ldr + first[n], 0);
