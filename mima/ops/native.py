@@ -106,6 +106,10 @@ def _module(device_type: str) -> Any:
     return module
 
 
+def _on_cuda(x: Tensor) -> bool:
+    return x.device.type == "cuda"
+
+
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return [x.data_ptr() for x in tensors]
 
@@ -143,7 +147,7 @@ def weighted_merge_forward(
     sizes = [x.numel() for x in base]
     code = DTYPE_CODES[base[0].dtype]
     arrays = _addresses(base), _addresses(thetas), weights.tolist(), _addresses(out)
-    if base[0].device.type == "cuda":
+    if _on_cuda(base[0]):
         call = _module("cuda").WeightedMerge(code, sizes, *arrays, [], [], [])
         with _launching(call, base[0].device) as (table, stream):
             call.forward(table.data_ptr(), stream)
@@ -172,7 +176,7 @@ def weighted_merge_backward(
     inputs = _addresses(base), _addresses(thetas), weights.tolist()
     outputs = _addresses(d_base), _addresses(d_thetas)
     d_weights = None
-    if base[0].device.type == "cuda":
+    if _on_cuda(base[0]):
         call = _module("cuda").WeightedMerge(code, sizes, *inputs, [], _addresses(d_out), *outputs)
         with _launching(call, base[0].device) as (table, stream):
             # a sum per piece, added in a fixed order: the same result each time
@@ -200,7 +204,7 @@ def projected_merge_forward(
     """Return W0_l + Σ_n (W_nl − W0_l) C_nᵀ M_n for each l."""
     if not W0:
         return []
-    if W0[0].device.type == "cuda":
+    if _on_cuda(W0[0]):
         return _projected_merge_forward_cuda(W0, W, C, M)
     out = _empty_like(W0)
     W0, W, C, M = _with_rows(W0), _with_rows(W), _with_rows(C), _with_rows(M)
@@ -227,7 +231,7 @@ def projected_merge_backward(
     need_M: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Return the gradients of `projected_merge_forward`, an empty list where not needed."""
-    if W0 and W0[0].device.type == "cuda":
+    if W0 and _on_cuda(W0[0]):
         return _projected_merge_backward_cuda(d_out, W0, W, C, M, need_W0, need_W, need_C, need_M)
     d_W0 = _empty_like(W0) if need_W0 else []
     d_W = _empty_like(W) if need_W else []

@@ -1,0 +1,115 @@
+"""Results do not depend on threads; the pool survives concurrent callers and fork()."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from mima.ops import native
+from native import cases
+
+
+@pytest.fixture
+def _threads_restored():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def _bits(case: cases.Case) -> list[torch.Tensor]:
+    torch.manual_seed(7)
+    out = case.run(case.inputs)
+    upstream = [torch.randn(x.shape, dtype=x.dtype) for x in out]
+    return [*out, *case.backward(upstream, case.inputs)]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(lambda: cases.weighted_merge([(700, 300), (99,)] * 4, 2, torch.float32)),
+        pytest.param(lambda: cases.projected_merge([320, 640], [9, 9], 768, torch.float32)),
+        pytest.param(lambda: cases.merge_lora(640, 512, [16, 4], torch.float32)),
+    ],
+    ids=["weighted_merge", "projected_merge", "merge_lora"],
+)
+@pytest.mark.usefixtures("_threads_restored")
+def test_same_bits_for_any_number_of_threads(case):
+    built = case()
+    torch.set_num_threads(1)
+    expected = _bits(built)
+    for threads in (2, 3, 8):
+        torch.set_num_threads(threads)
+        for a, b in zip(_bits(built), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("_threads_restored")
+def test_low_rank_part_has_same_bits_for_any_number_of_threads():
+    # the base product is PyTorch's, which promises nothing: zero weights leave the low-rank part
+    case = cases.batched_lora(8, 200, 320, 320, [4, 16, 64], torch.float32, bias=False)
+    case.inputs[1].zero_()
+    torch.set_num_threads(1)
+    expected = _bits(case)
+    for threads in (2, 3, 8):
+        torch.set_num_threads(threads)
+        actual = _bits(case)
+        for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+            # d_weight, the only one that PyTorch sums
+            assert i == 2 or torch.equal(a, b)
+
+
+def test_concurrent_callers():
+    torch.manual_seed(0)
+    base, theta = torch.randn(400_000), torch.randn(400_000)
+    w = torch.tensor([0.5])
+    expected = native.weighted_merge_forward([base], [theta], w)[0]
+
+    def call(_: int) -> bool:
+        return torch.equal(native.weighted_merge_forward([base], [theta], w)[0], expected)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(call, range(64)))
+
+
+def test_pool_works_in_a_forked_child():
+    code = """
+import os, torch
+from mima.ops import native
+torch.set_num_threads(2)
+base, theta, w = torch.zeros(500_000), torch.ones(500_000), torch.tensor([0.5])
+assert native.weighted_merge_forward([base], [theta], w)[0].sum() == 250_000
+child = os.fork()
+# no PyTorch operator that uses OpenMP here: its threads do not survive a fork
+out = native.weighted_merge_forward([base], [theta], w)[0]
+value = out[::100_000].tolist()
+if child == 0:
+    os._exit(0 if value == [0.5] * 5 else 1)
+_, status = os.waitpid(child, 0)
+assert os.waitstatus_to_exitcode(status) == 0
+assert value == [0.5] * 5
+"""
+    # a fresh interpreter: forking the test process would copy its threads' locks
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_lock_of_the_interpreter_is_released():
+    # another Python thread gets on while one is in a kernel
+    base = torch.zeros(30_000_000)
+    ticks = 0
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(native.weighted_merge_forward, [base], [base], torch.tensor([0.5]))
+        while not work.done():
+            ticks += 1
+    assert ticks > 100

@@ -1,0 +1,169 @@
+"""The CUDA kernels: values in an emulation, registers as nvcc reports them, values on a device."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from mima._version import __version__
+from mima.ops import native
+from native import cases
+from native.cases import DTYPE_IDS, DTYPES, check_backward, check_forward
+
+ROOT = Path(__file__).parents[2]
+EMULATION = Path(__file__).parent / "emulation"
+
+# Small: the emulation runs one thread at a time. Whole vectors, tails, more tokens than a warp sums
+# at once, empty layers and concepts.
+CASES = {
+    "weighted_merge": lambda dtype: cases.weighted_merge(
+        [(0,), (1,), (63,), (17, 241), (3, 3001)], 3, dtype
+    ),
+    "weighted_merge-none": lambda dtype: cases.weighted_merge([(1023,)], 0, dtype),
+    "projected_merge-64": lambda dtype: cases.projected_merge([21, 0, 4], [3, 17], 64, dtype),
+    "projected_merge-37": lambda dtype: cases.projected_merge([5], [9, 0], 37, dtype),
+    "projected_merge-none": lambda dtype: cases.projected_merge([5], [], 24, dtype),
+    "projected_merge-no-rows": lambda dtype: cases.projected_merge([0], [2], 24, dtype),
+}
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """mima._native_cuda compiled against the stand-in for the CUDA runtime."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to compile the emulation")
+    if "f16c" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("the emulation converts float16 with F16C")
+    pybind11 = pytest.importorskip("pybind11")
+    target = tmp_path_factory.mktemp("emulated") / (
+        "_native_cuda" + sysconfig.get_config_var("EXT_SUFFIX")
+    )
+    command = [
+        *(compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-mf16c", "-Wno-attributes"),
+        *(f"-I{EMULATION}", f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}"),
+        f"-I{sysconfig.get_path('include')}",
+        f'-DMIMA_VERSION="{__version__}"',
+        *(str(EMULATION / "shared.cpp"), str(ROOT / "csrc/cuda/bindings.cpp")),
+        *("-x", "c++", *map(str, sorted((ROOT / "csrc/cuda").glob("*.cu")))),
+        *("-o", str(target)),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    spec = importlib.util.spec_from_file_location("_native_cuda", target)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def _on_emulation(emulated, monkeypatch):
+    """Send CPU tensors down the adapter's CUDA path."""
+
+    @contextlib.contextmanager
+    def launching(call, device):
+        # a copy at another address, as on a device
+        yield torch.frombuffer(call.table(), dtype=torch.uint8).clone(), 0
+
+    monkeypatch.setattr(native, "_module", lambda device_type: emulated)
+    monkeypatch.setattr(native, "_launching", launching)
+    monkeypatch.setattr(native, "_on_cuda", lambda x: True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("_on_emulation")
+def test_values_in_emulation(name, dtype):
+    check_forward(CASES[name](dtype))
+    check_backward(CASES[name](dtype))
+
+
+@pytest.mark.usefixtures("_on_emulation")
+def test_views_off_the_16_byte_grid():
+    base, theta = torch.randn(5001)[1:], torch.randn(5002)[2:]
+    (actual,) = native.weighted_merge_forward([base], [theta[:5000]], torch.tensor([0.25]))
+    torch.testing.assert_close(actual, base + 0.25 * (theta[:5000] - base))
+    case = cases.projected_merge([9], [3], 64, torch.float32)
+    off = [torch.cat([x.new_zeros(x.shape[0], 1), x], 1)[:, 1:] for x in case.inputs]
+    for a, b in zip(case.run(off), case.reference(off), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_too_many_tokens_for_shared_memory_is_an_error(emulated):
+    with pytest.raises(ValueError, match="at most 3072 tokens on CUDA"):
+        emulated.ProjectedMerge(
+            0, 64, [4], [3073], [(0, 64)], [(0, 64)], [(0, 64)], [(0, 64)], [], [], [], []
+        )
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda p: p.stem)
+def test_nothing_spills(source, arch, tmp_path):
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which(os.environ.get("CUDACXX") or (f"{home}/bin/nvcc" if home else "nvcc"))
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    command = (
+        f"{shlex.quote(nvcc)} -std=c++17 -O3 -cubin -arch={arch} -Xptxas -v -I{ROOT}/csrc "
+        f"{source} -o {tmp_path}/out.cubin"
+    )
+    done = subprocess.run(shlex.split(command), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    usage = re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads",
+        done.stderr,
+        re.DOTALL,
+    )
+    assert len(usage) >= 8, done.stderr
+    for kernel, *numbers in usage:
+        assert numbers == ["0", "0", "0"], f"{kernel}: stack, spill stores, spill loads {numbers}"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize(
+    "name", [n for n in cases.CASES if n.startswith(("weighted", "projected"))]
+)
+def test_values_on_a_device(name, dtype):
+    case = cases.CASES[name](dtype)
+    reasons = native.unsupported_reasons(name.split("-")[0], torch.empty(0, device="cuda"))
+    assert reasons == []
+
+    def there(xs):
+        return [x.cuda() for x in xs]
+
+    def here(xs):
+        return [x.cpu() for x in xs]
+
+    moved = cases.Case(
+        case.inputs,
+        lambda xs: here(case.run(there(xs))),
+        case.reference,
+        lambda d_out, xs: here(case.backward(there(d_out), there(xs))),
+        case.length,
+    )
+    check_forward(moved)
+    check_backward(moved)
+
+
+@pytest.mark.cuda
+def test_current_stream_and_device():
+    stream = torch.cuda.Stream()
+    base = torch.zeros(1 << 20, device="cuda")
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        theta = torch.full_like(base, 4.0)
+        (out,) = native.weighted_merge_forward([base], [theta], torch.tensor([0.5], device="cuda"))
+    stream.synchronize()
+    assert bool((out == 2).all())

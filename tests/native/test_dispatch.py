@@ -1,0 +1,70 @@
+"""Which instruction set runs, and what the backend says where it cannot serve."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mima.ops import native
+
+
+def test_unknown_level_is_an_error(monkeypatch):
+    monkeypatch.setenv("MIMA_CPU_LEVEL", "sse9")
+    with pytest.raises(
+        ValueError, match="MIMA_CPU_LEVEL must be generic, avx2 or avx512, got sse9"
+    ):
+        native.cpu_level()
+    with pytest.raises(ValueError, match="MIMA_CPU_LEVEL"):
+        native.weighted_merge_forward([torch.ones(3)], [], torch.empty(0))
+
+
+@pytest.mark.parametrize("op", native.OPS["cpu"])
+@pytest.mark.parametrize("dtype", list(native.DTYPE_CODES), ids=str)
+def test_every_operator_is_served_on_the_cpu(op, dtype):
+    assert native.unsupported_reasons(op, torch.empty(0, dtype=dtype)) == []
+
+
+def test_reasons_name_device_and_dtype():
+    (reason,) = native.unsupported_reasons("weighted_merge", torch.empty(0, device="meta"))
+    assert "meta" in reason
+    (reason,) = native.unsupported_reasons("weighted_merge", torch.empty(0, dtype=torch.int32))
+    assert "int32" in reason
+
+
+def test_missing_module_gives_the_reason_that_the_installation_wrote_down(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(native.importlib, "import_module", missing)
+    recorded = {"native": {"built": False, "reason": "no C++ compiler: install g++"}}
+    monkeypatch.setattr(native, "build_info", lambda: recorded)
+    native._load.cache_clear()
+    try:
+        (reason,) = native.unsupported_reasons("merge_lora", torch.empty(0))
+        assert reason == "mima._native was not built: no C++ compiler: install g++"
+        with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
+            native.weighted_merge_forward([torch.ones(3)], [], torch.empty(0))
+    finally:
+        native._load.cache_clear()
+
+
+def test_module_of_another_version_is_refused(monkeypatch):
+    monkeypatch.setattr(native, "__version__", "99.0")
+    native._load.cache_clear()
+    try:
+        (reason,) = native.unsupported_reasons("merge_lora", torch.empty(0))
+        assert "this is 99.0" in reason
+    finally:
+        native._load.cache_clear()
+
+
+def test_bindings_refuse_what_would_be_a_wild_read():
+    module = native._module("cpu")
+    with pytest.raises(ValueError, match="base: expected 2 addresses, got 1"):
+        module.weighted_merge_forward(0, 1, [4, 4], [1], [], [], [1, 1])
+    with pytest.raises(ValueError, match="dtype code"):
+        module.weighted_merge_forward(9, 1, [], [], [], [], [])
+    with pytest.raises(ValueError, match=r"index must be in \[-1, 1\), got 1"):
+        module.batched_lora_forward(
+            0, 1, (1, 1, 1, 1), [1], [1], [1.0], (0, 1), [(0, 1)], [(0, 1)], (0, 1)
+        )
