@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from mima.pictures import Picture
 
 
+CHUNK = 16
+"""Pictures, or prompts, that are encoded at once."""
+
+
 def seeded(*key: int | str) -> torch.Generator:
     """A CPU generator that depends on ``key`` alone: the same draws in any pass, rank or rerun."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
@@ -28,43 +32,81 @@ def seeded(*key: int | str) -> torch.Generator:
 class Encoded:
     """Pictures and their prompts as the denoiser reads them, encoded once.
 
+    The tensors stay in the CPU's memory, or mapped from a file where they are large:
+    ``Batch.draw`` moves to the model's device what a step needs.
+
     Attributes:
         latents: [P, C, H, W].
-        conditioning: P rows of each conditioning tensor.
+        prompts: T rows of each conditioning tensor, one per distinct prompt.
+        prompt: [P] the row that each picture's prompt has.
     """
 
     latents: torch.Tensor
-    conditioning: Conditioning
+    prompts: Conditioning
+    prompt: torch.Tensor
+
+    @classmethod
+    def of(cls, family: Family, latents: torch.Tensor, prompts: Sequence[str]) -> Encoded:
+        """Put latents [P, C, H, W] and their P prompts together; each distinct one is encoded."""
+        distinct = list(dict.fromkeys(prompts))
+        chunks = [distinct[start : start + CHUNK] for start in range(0, len(distinct), CHUNK)]
+        encoded = [family.encode_prompts(chunk) for chunk in chunks]
+        return cls(
+            latents.cpu(),
+            {name: torch.cat([part[name] for part in encoded]).cpu() for name in encoded[0]},
+            torch.tensor([distinct.index(prompt) for prompt in prompts]),
+        )
 
     def __len__(self) -> int:
         return len(self.latents)
 
+    @property
+    def conditioning(self) -> Conditioning:
+        """P rows of each conditioning tensor."""
+        return {name: value[self.prompt] for name, value in self.prompts.items()}
+
     def rows(self, index: torch.Tensor) -> Encoded:
         """The pictures at ``index`` [B], repetitions allowed."""
-        index = index.to(self.latents.device)
-        return Encoded(
-            self.latents[index], {name: value[index] for name, value in self.conditioning.items()}
-        )
+        return Encoded(self.latents[index], self.prompts, self.prompt[index])
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """As named tensors, for a file."""
+        named = {f"prompts.{name}": value for name, value in self.prompts.items()}
+        return {"latents": self.latents, "prompt": self.prompt, **named}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Encoded:
+        """The inverse of ``to_tensors``."""
+        prompts = {
+            name.removeprefix("prompts."): value
+            for name, value in tensors.items()
+            if name.startswith("prompts.")
+        }
+        return cls(tensors["latents"], prompts, tensors["prompt"])
 
 
-def encode(family: Family, pictures: Sequence[Picture], *, chunk: int = 16) -> Encoded:
-    """Encode pictures and prompts without a graph, ``chunk`` at a time."""
-    latents, conditioning = [], []
-    for start in range(0, len(pictures), chunk):
-        part = pictures[start : start + chunk]
-        latents.append(family.encode_images(pixels(part, family.resolution)))
-        conditioning.append(family.encode_prompts([picture.prompt for picture in part]))
-    return Encoded(
-        torch.cat(latents),
-        {name: torch.cat([c[name] for c in conditioning]) for name in conditioning[0]},
-    )
+def encode(family: Family, pictures: Sequence[Picture]) -> Encoded:
+    """Encode pictures and prompts without a graph, a few at a time."""
+    latents = [
+        family.encode_images(pixels(pictures[start : start + CHUNK], family.resolution))
+        for start in range(0, len(pictures), CHUNK)
+    ]
+    return Encoded.of(family, torch.cat(latents), [picture.prompt for picture in pictures])
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One draw of pictures, noise levels and noise: L(batch; θ) is then a function of θ alone."""
+    """One draw of pictures, noise levels and noise: L(batch; θ) is then a function of θ alone.
 
-    pictures: Encoded
+    Attributes:
+        latents: [B, C, H, W].
+        conditioning: B rows of each conditioning tensor.
+        timesteps: [B].
+        noise: [B, C, H, W].
+    """
+
+    latents: torch.Tensor
+    conditioning: Conditioning
     timesteps: torch.Tensor
     noise: torch.Tensor
 
@@ -80,15 +122,16 @@ class Batch:
         chosen = pictures.rows(torch.cat(order)[:size])
         timesteps = family.sample_timesteps(size, generator)
         noise = torch.randn(chosen.latents.shape, generator=generator, dtype=torch.float32)
-        return cls(chosen, timesteps, noise.to(chosen.latents))
+        device = family.device
+        return cls(
+            chosen.latents.to(device),
+            {name: value.to(device) for name, value in chosen.conditioning.items()},
+            timesteps.to(device),
+            noise.to(device, chosen.latents.dtype),
+        )
 
     def loss(self, family: Family, params: Params | None = None) -> torch.Tensor:
         """The diffusion training loss of this batch, a scalar."""
         return diffusion_loss(
-            family,
-            self.pictures.latents,
-            self.pictures.conditioning,
-            self.timesteps,
-            self.noise,
-            params,
+            family, self.latents, self.conditioning, self.timesteps, self.noise, params
         )

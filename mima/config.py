@@ -13,6 +13,7 @@ from mima.errors import MimaError, ProblemList, nearest
 Method = Literal["none", "imma", "joint", "compose", "mima"]
 MergeRule = Literal["projected", "average", "none"]
 Hypergradient = Literal["exact", "finite_difference", "first_order", "alternating"]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class _Settings(BaseModel):
@@ -73,7 +74,9 @@ class ImmunizeConfig(_Settings):
     merge: MergeRule = "projected"
     """Projected for keys and values and averaged elsewhere; averaged everywhere; or no merge."""
     hypergradient: Hypergradient = "exact"
-    """How the lower level is differentiated; see ``mima.bilevel.hypergradient``."""
+    """How the lower level is differentiated; see ``mima.bilevel.hypergradient``. ``alternating`` is
+    the published update (``mima.alternating``), in which every other step commits a merge: it takes
+    plain gradient steps whatever ``lower.optimizer``, and a hard constraint whatever ``lam``."""
     steps: int = Field(1000, ge=1)
     """Outer steps."""
     seed: int = Field(0, ge=0)
@@ -93,17 +96,52 @@ class ImmunizeConfig(_Settings):
     """Class pictures generated per concept where it brings none."""
     erase_first: bool = False
     """Erase the concepts before immunizing (the re-learning task)."""
+    precision: Precision = "float32"
+    """What the denoiser computes in, by autocast; weights and their updates stay in float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward passes instead of keeping them: slower, less memory."""
+    checkpoint_every: int | None = Field(50, ge=1)
+    """Outer steps between checkpoints, where the run has an output folder. None: only at the end,
+    and when it is interrupted."""
+    max_skipped: int = Field(10, ge=0)
+    """Steps in a row that may be left out because a loss or gradient was not finite."""
+    divergence: float | None = Field(10.0, gt=1)
+    """Stop when the mean loss on class pictures over the last ten steps exceeds this many times
+    that over the first ten: the model is being destroyed, not immunized. None: never."""
+    trackers: tuple[str, ...] = ()
+    """accelerate's experiment trackers, such as ``tensorboard`` and ``wandb``."""
 
     @model_validator(mode="after")
     def _cross_checks(self) -> ImmunizeConfig:
         if self.upper.parameters == "lora":
             raise ValueError("upper.parameters: 'lora' is an adapter; the defender changes weights")
-        if self.hypergradient == "alternating" and self.method not in ("mima", "none"):
+        if self.method == "compose" and self.merge == "none":
+            raise ValueError("merge: 'none' leaves method 'compose' without its last step")
+        if self.hypergradient == "alternating":
+            self._check_alternating()
+        if self.precision == "float16":
             raise ValueError(
-                "hypergradient: 'alternating' is the published MIMA update, "
-                f"not for method {self.method!r}"
+                "precision: float16 gradients underflow without loss scaling, and a Hessian "
+                "product has no scale of its own that could be checked; use bfloat16"
+            )
+        if self.precision == "bfloat16" and self.hypergradient == "finite_difference":
+            raise ValueError(
+                "precision: bfloat16 rounds gradients more coarsely than finite_difference moves "
+                "the weights; use exact, first_order, or float32"
             )
         return self
+
+    def _check_alternating(self) -> None:
+        what = "hypergradient: 'alternating' is the published MIMA update"
+        if self.method not in ("mima", "none"):
+            raise ValueError(f"{what}, not for method {self.method!r}")
+        if self.merge != "projected":
+            raise ValueError(f"{what}, which merges keys and values; not for merge {self.merge!r}")
+        if self.lower.parameters == "lora" or self.lower.steps != 1:
+            raise ValueError(
+                f"{what}: one lower step on the weights; got lower.parameters "
+                f"{self.lower.parameters!r}, lower.steps {self.lower.steps}"
+            )
 
 
 class ImmunizeRun(_Settings):

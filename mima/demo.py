@@ -48,9 +48,9 @@ PACKAGES = ("mima", "torch", "diffusers", "transformers", "peft", "numpy")
 class DemoSettings:
     """What the demonstration does; two concepts to immunize against, one to keep learnable."""
 
-    targets: tuple[str, ...] = ("tiger", "style-fluent")
+    targets: tuple[str, ...] = ("style-mono", "style-fluent")
     """Embedded concepts that are erased and immunized against."""
-    untouched: str = "benign-panda"
+    untouched: str = "benign-pizza"
     """An embedded concept that the model's users should be able to learn."""
     immunization: ImmunizeConfig
     """Settings of the immunization."""

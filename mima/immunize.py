@@ -11,7 +11,8 @@ s.t.  θ'[n] = argmin_{θ ∈ S_l} L(x_l[n], c[n]; θ)  for all n
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,37 +20,20 @@ from typing import Any
 import torch
 
 from mima.adaptation.copies import component_name, with_modules
-from mima.bilevel.outer import OuterGradient
+from mima.alternating import alternate
+from mima.ascent import Ascent, claim, default_folder, describe_run
+from mima.checkpoint import CheckpointFolder
 from mima.concepts import Concept, load_concepts
 from mima.config import ImmunizeConfig
+from mima.distributed import ALONE, join, local_device
 from mima.erasure import erase
 from mima.errors import MimaError
-from mima.families import Family, family_of, load_pipeline
-from mima.problem import ConceptData, Problem, encode_concepts, merge_layer, ordinary_captions
+from mima.families import family_of, load_pipeline
+from mima.output import check_folder, fresh_folder
+from mima.problem import Problem, encode_concepts, merge_layer, ordinary_captions
+from mima.progress import Callback, MetricsFile, StepReport
 
-
-@dataclass(frozen=True)
-class StepReport:
-    """One outer step.
-
-    Attributes:
-        step: steps done, from 1.
-        steps: steps in all.
-        losses: loss of each upper term at the merged weights: a concept's is wanted high, a prior's
-            low.
-        drift: ‖φ − θ‖ / ‖θ‖.
-        gradient_norm: length of the hypergradient before clipping.
-    """
-
-    step: int
-    steps: int
-    losses: dict[str, float]
-    drift: float
-    gradient_norm: float
-
-
-Callback = Callable[[StepReport], bool | None]
-"""Called after each outer step; returning True ends the run there."""
+__all__ = ["Callback", "ImmunizeResult", "StepReport", "ascend", "immunize"]
 
 
 @dataclass
@@ -69,19 +53,34 @@ class ImmunizeResult:
     history: list[StepReport] = field(default_factory=list)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a diffusers folder, which opens without mima."""
+        """Write a diffusers folder, which opens without mima.
+
+        Beside the model it holds ``mima.json`` (settings and concepts) and ``metrics.jsonl``.
+        """
+        folder = Path(folder)
         self.pipeline.save_pretrained(folder)
+        run = {"concepts": self.concepts, "config": self.config.model_dump(mode="json")}
+        text = json.dumps(run, indent=2, ensure_ascii=False)
+        (folder / "mima.json").write_text(text + "\n", encoding="utf-8")
+        MetricsFile(folder / "metrics.jsonl", self.history)
 
 
 def immunize(
     model: Any,
-    concepts: Sequence[Concept] | object,
+    concepts: Sequence[Concept] | Any,
     config: ImmunizeConfig | None = None,
     *,
     output: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | torch.device | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> ImmunizeResult:
     """Make a model a bad starting point for learning the concepts, and keep it good otherwise.
+
+    Under ``torchrun`` or ``accelerate launch`` the processes share the concepts out; the main one
+    calls the callbacks and writes the files.
 
     Args:
         model: a diffusers pipeline (left as it is: the result holds a copy of what changes), a
@@ -89,14 +88,21 @@ def immunize(
         concepts: N concepts, or whatever ``load_concepts`` reads.
         config: the settings; by default those of the published re-learning experiments.
         output: a new or empty folder for the immunized model; None writes nothing.
+        checkpoint: a folder for checkpoints and metrics while the run lasts, removed once
+            ``output`` is written; by default ``output`` with ``.checkpoint`` appended.
+        resume: go on from the last checkpoint, if there is one. On a CPU the result is
+            bit-identical to that of a run that was never interrupted.
+        overwrite: replace an earlier model in ``output``, and an earlier run's checkpoint.
+        device: where to compute. By default where a pipeline in memory is; otherwise a GPU where
+            there is one, and this process's own among several.
         callbacks: called with a ``StepReport`` after each outer step.
 
     Returns:
-        The immunized pipeline, in float32 on the model's device, with its history.
+        The immunized pipeline, in float32 on that device, with its history.
 
     Raises:
-        MimaError: the model, a concept, a setting or the output folder cannot be used. Everything
-            is checked before long work starts.
+        MimaError: the model, a concept, a setting or the output folder cannot be used, which is
+            checked before long work starts; or the run diverges or cannot be written.
 
     Example:
         >>> result = immunize("embedded", [embedded_concept("cat"), embedded_concept("noto-style")])
@@ -110,97 +116,101 @@ def immunize(
             "use joint, compose or mima"
         )
     if output is not None:
-        _check_output(Path(output))
-    pipeline = _own_copy(model)
+        check_folder(Path(output), overwrite=overwrite)
+        checkpoint = checkpoint or default_folder(Path(output))
+    pipeline = _own_copy(model, device)
     family = family_of(pipeline)
+    ranks = join(family.device)
+    folder = CheckpointFolder(checkpoint) if checkpoint else None
+    if folder:
+        weights = Problem(family, [], config, None).theta()
+        if overwrite and not resume:
+            ranks.together(folder.remove)
+        run = describe_run(config, concepts, weights)
+        ranks.together(lambda: claim(folder, run, resume=resume))
 
-    data = encode_concepts(family, concepts, config)
+    data = encode_concepts(family, concepts, config, cache=folder, ranks=ranks)
     if config.erase_first:
         pipeline = erase(pipeline, concepts, preserve=ordinary_captions(config.captions))
         family = family_of(pipeline)
+    merge = merge_layer(family, concepts, config)
+    problem = Problem(family, data, config, merge, ranks)
     if config.method == "none":
         history = []
     elif config.method == "compose":
-        history = _compose(family, concepts, data, config, callbacks)
+        history = _compose(problem, callbacks, folder)
+    elif config.hypergradient == "alternating":
+        history = alternate(problem, callbacks, folder)
     else:
-        merge = merge_layer(family, concepts, config)
-        history = ascend(Problem(family, data, config, merge), callbacks)
+        history = ascend(problem, callbacks, folder)
 
     result = ImmunizeResult(pipeline, [c.name for c in concepts], config, history)
     if output is not None:
-        result.save_pretrained(output)
+        ranks.together(lambda: _write(result, Path(output), folder, overwrite=overwrite))
     return result
 
 
-def ascend(problem: Problem, callbacks: Sequence[Callback] = ()) -> list[StepReport]:
+def ascend(
+    problem: Problem,
+    callbacks: Sequence[Callback] = (),
+    folder: CheckpointFolder | None = None,
+    *,
+    stage: str = "",
+) -> list[StepReport]:
     """Algorithm 1: gradient steps on the upper level, in place on the model's own weights."""
-    config = problem.config
-    theta = problem.theta()
-    optimizer = torch.optim.AdamW(
-        [theta[name] for name in problem.upper_names],
-        lr=config.upper.lr,
-        weight_decay=config.upper.weight_decay,
-    )
-    history = []
-    for step in range(config.steps):
-        # θ'[n] = argmin L(x_l[n], c[n]; θ), K steps on batches drawn now
-        lower = [problem.lower_level(n, step) for n in range(len(problem.data))]
-        # −L(x_u[n], c[n]; φ) + w · L(class; φ), on other pictures
-        upper = [problem.upper_level(n, step) for n in range(len(problem.data))]
-        # φ = Merge({θ'[n]}), and dJ/dθ through φ, through Merge, through the K steps
-        outer = problem.hypergradient(theta, lower, upper)
-        # θ ← θ − η dJ/dθ on S_u
-        gradient = _clipped(outer, config.upper.max_grad_norm)
-        for name in problem.upper_names:
-            theta[name].grad = gradient[name]
-        optimizer.step()
-        history.append(StepReport(step + 1, config.steps, outer.losses, outer.drift, outer.norm))
-        stops = [callback(history[-1]) for callback in callbacks]
-        if any(stops):
-            break
-    return history
-
-
-def _clipped(outer: OuterGradient, longest: float | None) -> dict[str, torch.Tensor]:
-    if longest is None or outer.norm <= longest:
-        return outer.gradient
-    return {name: g * (longest / outer.norm) for name, g in outer.gradient.items()}
+    with Ascent(problem, callbacks, folder, stage=stage) as run:
+        for step in run.steps():
+            # θ'[n] = argmin L(x_l[n], c[n]; θ), K steps on batches drawn now
+            lower = problem.lower_levels(step)
+            # −L(x_u[n], c[n]; φ) + w · L(class; φ), on other pictures
+            upper = problem.upper_levels(step)
+            # φ = Merge({θ'[n]}), and dJ/dθ through φ, through Merge, through the K steps
+            outer = problem.hypergradient(run.theta, lower, upper)
+            # θ ← θ − η dJ/dθ on S_u, clipped, by AdamW
+            run.update(outer)
+    return run.history
 
 
 def _compose(
-    family: Family,
-    concepts: Sequence[Concept],
-    data: Sequence[ConceptData],
-    config: ImmunizeConfig,
-    callbacks: Sequence[Callback],
+    problem: Problem, callbacks: Sequence[Callback], folder: CheckpointFolder | None
 ) -> list[StepReport]:
-    """Immunize each concept alone, each from the same start, then merge the immunized models."""
-    history, immunized = [], []
-    merge = merge_layer(family, concepts, config)
-    assert merge is not None
-    for one in data:
-        problem = Problem(family, [one], config, None)
-        theta = problem.theta()
-        base = {name: value.clone() for name, value in theta.items()}
-        history += ascend(problem, callbacks)
-        immunized.append({name: value.clone() for name, value in theta.items()})
+    """Immunize each concept alone, each from the same start, then merge the immunized models.
+
+    The processes share the concepts out here too, and each immunizes its own.
+    """
+    ranks, theta = problem.ranks, problem.theta()
+    base = {name: value.clone() for name, value in theta.items()}
+    mine = []
+    for n in ranks.share(len(problem.data)):
+        data = problem.data[n]
+        part = folder / f"concept-{n:03d}" if folder else None
+        alone = Problem(problem.family, [data], problem.config, None, ALONE)
+        history = ascend(alone, callbacks if ranks.main else (), part, stage=data.name)
+        mine.append((history, {name: value.cpu().clone() for name, value in theta.items()}))
         for name, value in theta.items():
             value.copy_(base[name])
-    for name, value in merge(base, immunized).items():
+    everyone = ranks.interleave(mine, len(problem.data))
+    assert problem.merge is not None
+    immunized = [{n: v.to(theta[n]) for n, v in one.items()} for _, one in everyone]
+    for name, value in problem.merge(base, immunized).items():
         theta[name].copy_(value)
-    return history
+    return [report for history, _ in everyone for report in history]
 
 
-def _own_copy(model: Any) -> Any:
+def _own_copy(model: Any, device: str | torch.device | None) -> Any:
     """Open a model; of a pipeline in memory, copy the denoiser, which is what changes."""
-    pipeline = load_pipeline(model)
-    if pipeline is not model:
-        return pipeline
-    denoiser = family_of(pipeline).denoiser
-    name = component_name(pipeline, denoiser)
-    return with_modules(pipeline, **{name: copy.deepcopy(denoiser)})
+    if isinstance(model, (str, Path)):
+        return load_pipeline(str(model), device=local_device() if device is None else device)
+    denoiser = family_of(model).denoiser
+    own = copy.deepcopy(denoiser).float().requires_grad_(False).eval()
+    pipeline = with_modules(model, **{component_name(model, denoiser): own})
+    return pipeline if device is None else pipeline.to(device)
 
 
-def _check_output(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise MimaError(f"output: {folder} exists and is not an empty folder")
+def _write(
+    result: ImmunizeResult, output: Path, folder: CheckpointFolder | None, *, overwrite: bool
+) -> None:
+    with fresh_folder(output, overwrite=overwrite) as staging:
+        result.save_pretrained(staging)
+    if folder:
+        folder.remove()

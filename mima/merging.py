@@ -109,7 +109,8 @@ def _spectral_norm(C_SD: torch.Tensor, M_SD: torch.Tensor) -> torch.Tensor:
     if C_SD.shape[0] == 0:
         return torch.zeros((), dtype=torch.float64, device=C_SD.device)
     _, R = torch.linalg.qr(C_SD.detach().double().mT)
-    return torch.linalg.matrix_norm(R @ M_SD.detach().double(), ord=2)
+    norm: torch.Tensor = torch.linalg.matrix_norm(R @ M_SD.detach().double(), ord=2)
+    return norm
 
 
 class MergeLayer:
@@ -172,6 +173,22 @@ class MergeLayer:
     def pullback(self, n: int, cotangent: Params) -> dict[str, torch.Tensor]:
         """Gradient at θ'[n] for a gradient ``cotangent`` at φ: the adjoint of ``delta``."""
         return self._linear(n, cotangent, adjoint=True)
+
+    def asked(self, n: int, change: Params) -> dict[str, torch.Tensor]:
+        """``A_n = (W_n − W0) C_nᵀ`` [O, S_n]: what concept n wants of each projected weight."""
+        if self.plan is None:
+            return {}
+        C_SD = self.plan.C[n]
+        return {name: x @ C_SD.mT for name, x in change.items() if name in self.projected}
+
+    def missed(self, n: int, asked: Params, moved: Params) -> tuple[float, float]:
+        """``‖(φ − W0) C_nᵀ − A_n‖²`` and ``‖A_n‖²``, summed over the projected weights."""
+        if self.plan is None or not asked:
+            return 0.0, 0.0
+        C_SD = self.plan.C[n]
+        gaps = [(moved[name] @ C_SD.mT - A_OS).square().sum() for name, A_OS in asked.items()]
+        wanted = [A_OS.square().sum() for A_OS in asked.values()]
+        return float(torch.stack(gaps).sum()), float(torch.stack(wanted).sum())
 
     def _linear(self, n: int, x: Params, *, adjoint: bool) -> dict[str, torch.Tensor]:
         projected = [name for name in x if name in self.projected]

@@ -4,24 +4,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from mima.batches import Batch, Encoded, encode, seeded
 from mima.bilevel.lower import LowerLevel
 from mima.bilevel.optimizers import SGD, Adam, Optimizer
 from mima.bilevel.outer import OuterGradient, UpperTerm, outer_gradient, unmerged_gradient
 from mima.bilevel.tasks import FullWeights, LoraFactors
+from mima.checkpoint import CheckpointFolder, spill
 from mima.concepts import Concept
 from mima.config import ImmunizeConfig
+from mima.distributed import ALONE, Ranks
 from mima.embedded import assets
 from mima.errors import MimaError
 from mima.families import Family, Params
 from mima.merging import MergeLayer, MergePlan
+from mima.progress import PRIOR
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+ALMOST_HARD = 1e-10
+"""Softness that stands in for a hard constraint where concepts share tokens."""
+LARGE = 256 * 2**20
+"""Bytes of one concept's encodings above which they are mapped from a file, not kept in memory."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,7 @@ class Problem:
         data: the concepts' pictures.
         config: the settings.
         merge: how the adapted weights are merged; None leaves them apart (one problem each).
+        ranks: the processes that share the concepts out.
 
     Attributes:
         upper_names: S_u, the parameters that the defender may change.
@@ -59,11 +75,13 @@ class Problem:
         data: Sequence[ConceptData],
         config: ImmunizeConfig,
         merge: MergeLayer | None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.family = family
         self.data = list(data)
         self.config = config
         self.merge = merge
+        self.ranks = ranks
         self.upper_names = tuple(family.parameter_names(config.upper.parameters))
         if config.lower.parameters == "lora":
             lower_names = family.lora_targets()
@@ -71,11 +89,20 @@ class Problem:
             lower_names = family.parameter_names(config.lower.parameters)
         self.lower_names = tuple(lower_names)
         self.names = tuple(dict.fromkeys((*self.upper_names, *self.lower_names)))
+        if config.gradient_checkpointing:
+            recompute_blocks(family.denoiser)
 
     def theta(self) -> dict[str, torch.Tensor]:
         """θ by name: the denoiser's own tensors, not copies."""
         parameters = dict(self.family.denoiser.named_parameters())
         return {name: parameters[name].detach() for name in self.names}
+
+    def loss(self, batch: Batch, params: Params) -> torch.Tensor:
+        """L(batch; params) in the run's precision."""
+        if self.config.precision == "float32":
+            return batch.loss(self.family, params)
+        with torch.autocast(self.family.device.type, getattr(torch, self.config.precision)):
+            return batch.loss(self.family, params)
 
     def lower_level(self, n: int, step: int) -> LowerLevel:
         """The lower level of concept n at one outer step, its K batches drawn."""
@@ -90,9 +117,9 @@ class Problem:
             prior = [draw(data.class_images) for _ in range(config.steps)]
 
         def loss(params: Params, k: int) -> torch.Tensor:
-            value = batches[k].loss(self.family, params)
+            value = self.loss(batches[k], params)
             if prior:
-                value = value + config.prior_weight * prior[k].loss(self.family, params)
+                value = value + config.prior_weight * self.loss(prior[k], params)
             return value
 
         if config.parameters != "lora":
@@ -117,14 +144,22 @@ class Problem:
         _, other = self._split(n, step)
         draws = seeded(self.config.seed, step, n, "upper")
         batch = Batch.draw(self.family, other, config.batch_size, draws)
-        terms = [UpperTerm(data.name, partial(batch.loss, self.family), -1.0, config.loss_cap)]
+        terms = [UpperTerm(data.name, partial(self.loss, batch), -1.0, config.loss_cap)]
         if config.prior_weight:
             assert data.class_images is not None
             size = config.prior_batch_size or config.batch_size
             prior = Batch.draw(self.family, data.class_images, size, draws)
-            loss = partial(prior.loss, self.family)
-            terms.append(UpperTerm(f"{data.name} (prior)", loss, config.prior_weight))
+            loss = partial(self.loss, prior)
+            terms.append(UpperTerm(data.name + PRIOR, loss, config.prior_weight))
         return terms
+
+    def lower_levels(self, step: int) -> Sequence[LowerLevel]:
+        """Every concept's lower level, each drawn when it is asked for and not kept."""
+        return _Drawn(partial(self.lower_level, step=step), len(self.data))
+
+    def upper_levels(self, step: int) -> Sequence[Sequence[UpperTerm]]:
+        """Every concept's part of the upper level, each drawn when it is asked for."""
+        return _Drawn(partial(self.upper_level, step=step), len(self.data))
 
     def hypergradient(
         self,
@@ -135,9 +170,8 @@ class Problem:
         """dJ/dθ on S_u, merged or, where the run has no merge, for each concept by itself."""
         mode, wrt = self.config.hypergradient, self.upper_names
         if self.merge is None:
-            return unmerged_gradient(theta, lower, upper, mode=mode, wrt=wrt)
-        terms = [term for of_concept in upper for term in of_concept]
-        return outer_gradient(theta, lower, self.merge, terms, mode=mode, wrt=wrt)
+            return unmerged_gradient(theta, lower, upper, mode=mode, wrt=wrt, ranks=self.ranks)
+        return outer_gradient(theta, lower, self.merge, upper, mode=mode, wrt=wrt, ranks=self.ranks)
 
     def _split(self, n: int, step: int) -> tuple[Encoded, Encoded]:
         """Disjoint halves of a concept's pictures, new each step; a single picture serves both."""
@@ -147,28 +181,108 @@ class Problem:
         return images.rows(order[:half]), images.rows(order[half:] if len(order) > 1 else order)
 
     def _optimizer(self) -> Optimizer:
-        kind = {"sgd": SGD, "adam": Adam}[self.config.lower.optimizer]
-        return kind(lr=self.config.lower.lr)
+        kinds: dict[str, Callable[..., Optimizer]] = {"sgd": SGD, "adam": Adam}
+        return kinds[self.config.lower.optimizer](lr=self.config.lower.lr)
+
+
+def recompute_blocks(denoiser: torch.nn.Module) -> None:
+    """Let a denoiser of diffusers recompute each block's activations in backward passes.
+
+    diffusers' own way would recompute with the module's parameters, not with those that the block
+    was called with under ``torch.func.functional_call``.
+    """
+
+    def run(block: torch.nn.Module, *args: Any) -> Any:
+        params: dict[str, torch.Tensor] = dict(block.named_parameters())
+        return checkpoint(
+            lambda *inputs: functional_call(block, params, inputs), *args, use_reentrant=False
+        )
+
+    denoiser.enable_gradient_checkpointing(run)  # type: ignore[operator]
+
+
+class _Drawn(Sequence[T]):
+    """A sequence whose items are made anew at each access."""
+
+    def __init__(self, draw: Callable[[int], T], count: int) -> None:
+        self._draw = draw
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, n: Any) -> Any:
+        if not 0 <= n < self._count:
+            raise IndexError(n)
+        return self._draw(n)
 
 
 def encode_concepts(
-    family: Family, concepts: Sequence[Concept], config: ImmunizeConfig
+    family: Family,
+    concepts: Sequence[Concept],
+    config: ImmunizeConfig,
+    *,
+    cache: CheckpointFolder | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[ConceptData]:
     """Encode every concept's pictures once, and draw class pictures where they are missing.
 
     Class pictures are generated by the model as it is now, from the concept's class prompt, or
     from ordinary captions where it has none or ``config.captions`` is set.
+
+    Args:
+        family: the model.
+        concepts: N concepts.
+        config: the settings.
+        cache: where encodings are kept, so that a resumed run reads the same ones.
+        ranks: the processes that share the concepts out; each gets all encodings.
     """
-    wanted = bool(config.upper.prior_weight or config.lower.prior_weight)
-    data = []
-    for concept in concepts:
-        class_images = None
-        if wanted and concept.class_images:
+    mine = []
+    for n in ranks.share(len(concepts)):
+        kept = cache.read_tensors(f"concept-{n:03d}.safetensors") if cache else None
+        if kept is not None:
+            mine.append(_unpack(concepts[n].name, kept))
+            continue
+        fresh = _pack(_encode_concept(family, concepts[n], config))
+        if cache:
+            cache.write_tensors(f"concept-{n:03d}.safetensors", fresh)
+        if sum(tensor.nbytes for tensor in fresh.values()) > LARGE:
+            fresh = (cache and cache.read_tensors(f"concept-{n:03d}.safetensors")) or spill(fresh)
+        mine.append(_unpack(concepts[n].name, fresh))
+    return ranks.interleave(mine, len(concepts))
+
+
+def _encode_concept(family: Family, concept: Concept, config: ImmunizeConfig) -> ConceptData:
+    class_images = None
+    if config.upper.prior_weight or config.lower.prior_weight:
+        if concept.class_images:
             class_images = encode(family, concept.class_images)
-        elif wanted:
+        else:
             class_images = _generate_class_images(family, concept, config)
-        data.append(ConceptData(concept.name, encode(family, concept.images), class_images))
-    return data
+    return ConceptData(concept.name, encode(family, concept.images), class_images)
+
+
+def _pack(data: ConceptData) -> dict[str, torch.Tensor]:
+    parts = {"images": data.images, "class_images": data.class_images}
+    return {
+        f"{part}.{name}": tensor
+        for part, encoded in parts.items()
+        if encoded is not None
+        for name, tensor in encoded.to_tensors().items()
+    }
+
+
+def _unpack(name: str, tensors: dict[str, torch.Tensor]) -> ConceptData:
+    parts: dict[str, dict[str, torch.Tensor]] = {"images": {}, "class_images": {}}
+    for key, tensor in tensors.items():
+        part, rest = key.split(".", 1)
+        parts[part][rest] = tensor
+    class_images = parts["class_images"]
+    return ConceptData(
+        name,
+        Encoded.from_tensors(parts["images"]),
+        Encoded.from_tensors(class_images) if class_images else None,
+    )
 
 
 def _generate_class_images(family: Family, concept: Concept, config: ImmunizeConfig) -> Encoded:
@@ -182,10 +296,7 @@ def _generate_class_images(family: Family, concept: Concept, config: ImmunizeCon
         prompts = [captions[order[i % len(order)]] for i in range(count)]
     chunks = [prompts[start : start + 16] for start in range(0, count, 16)]
     latents = torch.cat([family.sample_latents(chunk, generator) for chunk in chunks])
-    conditioning = [family.encode_prompts(chunk) for chunk in chunks]
-    return Encoded(
-        latents, {name: torch.cat([c[name] for c in conditioning]) for name in conditioning[0]}
-    )
+    return Encoded.of(family, latents, prompts)
 
 
 def ordinary_captions(path: Path | None) -> list[str]:
@@ -211,19 +322,32 @@ def merge_layer(
     """The merge of a run: None for the methods and the rule that do not merge."""
     if config.method in ("imma", "joint") or config.merge == "none":
         return None
-    weights = torch.full((len(concepts),), 1 / len(concepts))
+    weights = torch.full((len(concepts),), 1 / len(concepts), device=family.device)
     if config.merge == "average":
         return MergeLayer(weights)
     captions = ordinary_captions(config.captions)
     order = torch.randperm(len(captions), generator=seeded(config.seed, "captions"))
     regular = [captions[i] for i in order[: config.num_captions].tolist()]
-    plan = MergePlan.from_embeddings(
+    make_plan = partial(
+        MergePlan.from_embeddings,
         [concept_tokens(family, concept) for concept in concepts],
         torch.cat([family.token_embeddings(caption) for caption in regular]),
-        lam=config.lam,
         weights=weights,
     )
-    return MergeLayer(weights.to(family.device), plan, family.text_projections())
+    if config.hypergradient != "alternating":
+        plan = make_plan(lam=config.lam)
+    else:
+        plan = _hard_plan(make_plan)
+    return MergeLayer(weights, plan, family.text_projections())
+
+
+def _hard_plan(make_plan: Callable[..., MergePlan]) -> MergePlan:
+    """The published merge's hard constraint, or next to it where that contradicts itself."""
+    try:
+        return make_plan(lam=0.0)
+    except ValueError as error:
+        logger.warning("%s; using lam=%g", error, ALMOST_HARD)
+        return make_plan(lam=ALMOST_HARD)
 
 
 def concept_tokens(family: Family, concept: Concept) -> torch.Tensor:

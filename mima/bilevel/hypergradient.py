@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mima.bilevel import lower
 from mima.bilevel.lower import LowerLevel, Params, State, Tensors
+from mima.bilevel.optimizers import Vector
 
 Product = Callable[[Params], tuple[Tensors, Tensors]]
 """``u ↦ (∂²L/∂z∂z · u, ∂²L/∂θ∂z · u)``, the second for the θ names that were asked for."""
@@ -128,7 +129,7 @@ def pullback(
         ).z
 
     z_bar, total = task.change_pullback(final, theta, wrt, cotangent)
-    memory_bar: dict[str, lower.Vector] | None = None
+    memory_bar: dict[str, Vector] | None = None
     for k in reversed(range(task.steps)):
         g, product = LINEARISE[mode](task, states[k], theta, wrt, k)
         z_bar, g_bar, memory_bar = _rule_pullback(task, states[k], g, k, z_bar, memory_bar)
@@ -145,12 +146,12 @@ def _rule_pullback(
     g: Params,
     k: int,
     z_bar: Params,
-    memory_bar: dict[str, lower.Vector] | None,
-) -> tuple[Tensors, Tensors, dict[str, lower.Vector]]:
+    memory_bar: dict[str, Vector] | None,
+) -> tuple[Tensors, Tensors, dict[str, Vector]]:
     """Adjoint of the optimizer's rule at one step: gradients at z, at g and at its memory."""
     z_out: Tensors = {}
     g_out: Tensors = {}
-    memory_out: dict[str, lower.Vector] = {}
+    memory_out: dict[str, Vector] = {}
     for name, value in state.z.items():
         z = value.detach().requires_grad_()
         gradient = g[name] if name in g else torch.zeros_like(value)

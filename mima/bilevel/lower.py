@@ -87,10 +87,18 @@ def advance(task: LowerLevel, state: State, gradient: Params, k: int) -> State:
 
 def gradient(task: LowerLevel, state: State, theta: Params, k: int) -> Tensors:
     """∇_z of the k-th batch's loss, without a graph."""
+    return loss_and_gradient(task, state, theta, k)[1]
+
+
+def loss_and_gradient(
+    task: LowerLevel, state: State, theta: Params, k: int
+) -> tuple[float, Tensors]:
+    """The k-th batch's loss and its ∇_z, without a graph."""
     z = {name: value.detach().requires_grad_() for name, value in state.z.items()}
     with torch.enable_grad():
         loss = task.loss(z, theta, k)
-    return dict(zip(z, torch.autograd.grad(loss, list(z.values())), strict=True))
+    grads = torch.autograd.grad(loss, list(z.values()))
+    return float(loss.detach()), dict(zip(z, grads, strict=True))
 
 
 def descend(task: LowerLevel, theta: Params, steps: int | None = None) -> list[State]:

@@ -10,6 +10,7 @@ import torch
 from mima.bilevel import lower
 from mima.bilevel.hypergradient import accumulate, pullback
 from mima.bilevel.lower import LowerLevel, Params, Tensors
+from mima.distributed import ALONE, Ranks, union
 from mima.merging import MergeLayer
 
 
@@ -42,11 +43,14 @@ class OuterGradient:
         gradient: by name, for the names that were asked for.
         losses: the loss of each upper term, by its name.
         drift: ``‖φ − θ‖ / ‖θ‖``, how far the merge moved the weights.
+        residual: ``‖(φ − W_n) C_nᵀ‖ / ‖(W_n − W0) C_nᵀ‖`` over all projected weights and concepts:
+            how far they miss the merge's constraint; 0 where nothing is projected.
     """
 
     gradient: Tensors
     losses: dict[str, float]
     drift: float
+    residual: float = 0.0
 
     @property
     def norm(self) -> float:
@@ -58,10 +62,11 @@ def outer_gradient(
     theta: Params,
     tasks: Sequence[LowerLevel],
     merge: MergeLayer,
-    upper: Sequence[UpperTerm],
+    upper: Sequence[Sequence[UpperTerm]],
     *,
     mode: str,
     wrt: tuple[str, ...],
+    ranks: Ranks = ALONE,
 ) -> OuterGradient:
     """Gradient of ``J(θ) = Σ upper(Merge({θ'[n](θ)}))``.
 
@@ -71,41 +76,66 @@ def outer_gradient(
         φ = θ + Σ_n delta_n(θ'[n] − θ)
         dJ/dθ = φ̄ + Σ_n (∂(θ'[n] − θ)/∂θ)ᵀ pullback_n(φ̄)
 
+    A concept is asked for by its index when its turn comes, and again in the second pass, so that
+    ``tasks`` and ``upper`` may make it anew each time, as long as they make it the same.
+
     Args:
         theta: θ by name, every parameter that any concept or the defender changes.
         tasks: the lower level of each concept.
         merge: the merge layer, its concepts in the order of ``tasks``.
-        upper: terms of the objective, to be summed; each is differentiated by itself.
+        upper: each concept's terms of the objective, to be summed; each is differentiated by
+            itself.
         mode: ``exact``, ``finite_difference`` or ``first_order``.
         wrt: the names that the defender may change.
+        ranks: the processes that share the concepts out. Each sum over concepts is one all-reduce.
 
     Returns:
-        The gradient; equal to that of ``naive_outer_gradient`` up to rounding.
+        The gradient, the same in every process; equal to that of ``naive_outer_gradient`` up to
+        rounding.
     """
     theta = {name: value.detach() for name, value in theta.items()}
-    phi = dict(theta)
-    for n, task in enumerate(tasks):
+    mine = ranks.share(len(tasks))
+    moved: Tensors = {}
+    asked = {}
+    for n in mine:
+        task = tasks[n]
         change = task.change(lower.adapt(task, theta), theta)
-        accumulate(phi, merge.delta(n, change))
+        accumulate(moved, merge.delta(n, change))
+        asked[n] = merge.asked(n, change)
+    moved = ranks.sum(moved, theta)
+    missed = {n: merge.missed(n, asked[n], moved) for n in mine}
 
-    phi = {name: value.detach().requires_grad_() for name, value in phi.items()}
-    phi_bar: Tensors = {}
-    losses = {}
-    for term in upper:
-        with torch.enable_grad():
-            loss = term.loss(phi)
-            objective = term.objective(loss)
-        grads = torch.autograd.grad(
-            objective, list(phi.values()), allow_unused=True, materialize_grads=True
-        )
-        accumulate(phi_bar, dict(zip(phi, grads, strict=True)))
-        losses[term.name] = float(loss.detach())
+    phi = {n: v + moved[n] if n in moved else v for n, v in theta.items()}
+    phi_bar, losses = upper_gradient(phi, upper, ranks)
 
     total = {name: phi_bar[name] for name in wrt}
     if mode != "first_order":
-        for n, task in enumerate(tasks):
-            accumulate(total, pullback(mode, task, theta, wrt, merge.pullback(n, phi_bar)))
-    return OuterGradient(total, losses, _drift(theta, phi))
+        second: Tensors = {}
+        for n in mine:
+            accumulate(second, pullback(mode, tasks[n], theta, wrt, merge.pullback(n, phi_bar)))
+        accumulate(total, ranks.sum(second, total))
+    return OuterGradient(total, losses, drift(theta, moved), residual(missed, ranks))
+
+
+def upper_gradient(
+    phi: Params, upper: Sequence[Sequence[UpperTerm]], ranks: Ranks = ALONE
+) -> tuple[Tensors, dict[str, float]]:
+    """Gradient of ``Σ upper(φ)`` at φ, a term at a time, and the losses by name."""
+    leaves = {name: value.detach().requires_grad_() for name, value in phi.items()}
+    phi_bar: Tensors = {name: torch.zeros_like(value) for name, value in leaves.items()}
+    seen: list[dict[str, float]] = []
+    for n in ranks.share(len(upper)):
+        seen.append({})
+        for term in upper[n]:
+            with torch.enable_grad():
+                loss = term.loss(leaves)
+                objective = term.objective(loss)
+            grads = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True)
+            for total, grad in zip(phi_bar.values(), grads, strict=True):
+                if grad is not None:
+                    total += grad
+            seen[-1][term.name] = float(loss.detach())
+    return ranks.sum(phi_bar, leaves), union(ranks.interleave(seen, len(upper)))
 
 
 def unmerged_gradient(
@@ -115,6 +145,7 @@ def unmerged_gradient(
     *,
     mode: str,
     wrt: tuple[str, ...],
+    ranks: Ranks = ALONE,
 ) -> OuterGradient:
     """Gradient of ``Σ_n upper_n(θ'[n](θ))``: each concept faces its own adaptation, no merge.
 
@@ -122,21 +153,24 @@ def unmerged_gradient(
     """
     alone = MergeLayer(torch.ones(1))
     gradient: Tensors = {}
-    losses: dict[str, float] = {}
-    drifts = []
-    for task, terms in zip(tasks, upper, strict=True):
-        one = outer_gradient(theta, [task], alone, terms, mode=mode, wrt=wrt)
+    seen: list[tuple[dict[str, float], float]] = []
+    for n in ranks.share(len(tasks)):
+        one = outer_gradient(theta, [tasks[n]], alone, [upper[n]], mode=mode, wrt=wrt)
         accumulate(gradient, one.gradient)
-        losses.update(one.losses)
-        drifts.append(one.drift)
-    return OuterGradient(gradient, losses, max(drifts))
+        seen.append((one.losses, one.drift))
+    everyone = ranks.interleave(seen, len(tasks))
+    return OuterGradient(
+        ranks.sum(gradient, {name: theta[name] for name in wrt}),
+        union(losses for losses, _ in everyone),
+        max(drift for _, drift in everyone),
+    )
 
 
 def naive_outer_gradient(
     theta: Params,
     tasks: Sequence[LowerLevel],
     merge: MergeLayer,
-    upper: Sequence[UpperTerm],
+    upper: Sequence[Sequence[UpperTerm]],
     *,
     wrt: tuple[str, ...],
 ) -> OuterGradient:
@@ -150,17 +184,26 @@ def naive_outer_gradient(
         change = task.change(lower.unroll(task, leaves), leaves)
         adapted.append({n: v + change[n] if n in change else v for n, v in leaves.items()})
     phi = merge(leaves, adapted)
-    losses = {term.name: term.loss(phi) for term in upper}
-    objective = torch.stack([term.objective(losses[term.name]) for term in upper]).sum()
+    terms = [term for of_concept in upper for term in of_concept]
+    losses = {term.name: term.loss(phi) for term in terms}
+    objective = torch.stack([term.objective(losses[term.name]) for term in terms]).sum()
     grads = torch.autograd.grad(objective, [leaves[name] for name in wrt])
     return OuterGradient(
         dict(zip(wrt, grads, strict=True)),
         {name: float(loss.detach()) for name, loss in losses.items()},
-        _drift(theta, phi),
+        drift(theta, {name: phi[name].detach() - value for name, value in theta.items()}),
     )
 
 
-def _drift(theta: Params, phi: Params) -> float:
-    moved = sum(float((phi[n].detach() - v).square().sum()) for n, v in theta.items())
-    size = sum(float(v.square().sum()) for v in theta.values())
-    return (moved / size) ** 0.5 if size else 0.0
+def drift(theta: Params, moved: Params) -> float:
+    """``‖φ − θ‖ / ‖θ‖`` for ``moved`` = φ − θ."""
+    far = sum(float(value.square().sum()) for value in moved.values())
+    size = sum(float(value.square().sum()) for value in theta.values())
+    return (far / size) ** 0.5 if size else 0.0
+
+
+def residual(missed: dict[int, tuple[float, float]], ranks: Ranks) -> float:
+    """The constraint's residual from what ``MergeLayer.missed`` says of each concept."""
+    pairs = [pair for of_rank in ranks.gather(list(missed.values())) for pair in of_rank]
+    asked = sum(wanted for _, wanted in pairs)
+    return float((sum(gap for gap, _ in pairs) / asked) ** 0.5) if asked else 0.0

@@ -175,11 +175,12 @@ def _open_hub(model: str, dtype: torch.dtype, revision: str | None, variant: str
 
 
 def _explain(model: str, revision: str | None, error: Exception) -> str:
+    at = f" at revision {revision!r}" if revision else ""
     match error:
         case LocalEntryNotFoundError() | OfflineModeIsEnabled():
             return (
-                f"there is no folder {model!r}, it is not in the hub's cache on this machine, and "
-                "the hub cannot be reached (or offline mode is on)"
+                f"there is no folder {model!r}, the hub's cache on this machine does not hold it"
+                f"{at}, and the hub cannot be reached (or offline mode is on)"
             )
         case GatedRepoError():
             return f"{model} is gated: accept its conditions on the hub, then `hf auth login`"
@@ -202,7 +203,12 @@ def _open_folder(path: Path, dtype: torch.dtype, variant: str | None) -> Any:
     _family_class(index["_class_name"], str(path))
     for name, kind in index.items():
         if isinstance(kind, list) and all(isinstance(part, str) for part in kind):
-            _check_component(path / name, ".".join(kind), variant)
+            _check_component(path / name, ".".join(kind))
+    weights = [*path.glob("*/*.safetensors"), *path.glob("*/*.bin")]
+    # diffusers takes the plain weights of components that come in no variant
+    if variant is not None and not any(f".{variant}" in file.name for file in weights):
+        found = ", ".join(sorted(str(file.relative_to(path)) for file in weights))
+        raise MimaError(f"variant: {path} holds no {variant!r} weights, only {found}")
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             str(path), variant=variant, local_files_only=True, **_dtype(dtype), **_absent(index)
@@ -246,7 +252,7 @@ def _absent(index: dict[str, Any]) -> dict[str, None]:
     return {name: None for name, kind in index.items() if kind == [None, None]}
 
 
-def _check_component(folder: Path, kind: str, variant: str | None) -> None:
+def _check_component(folder: Path, kind: str) -> None:
     """Name the file that is missing or damaged; the loaders' own errors often do not."""
     if not folder.is_dir():
         raise MimaError(f"model: {folder} is missing; it should hold the {kind}")
@@ -270,9 +276,6 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
     weights += sorted(folder.glob("*.bin"))
     if not weights:
         raise MimaError(f"model: {folder} holds no weights (.safetensors or .bin) of the {kind}")
-    if variant is not None and not any(f".{variant}." in f"{file.name}." for file in weights):
-        found = ", ".join(file.name for file in weights)
-        raise MimaError(f"variant: {folder} holds no {variant!r} weights, only {found}")
 
 
 def _open_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Any:

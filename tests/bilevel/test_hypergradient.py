@@ -64,8 +64,12 @@ def problem(theta, *, kind="full", optimizer=None, steps=2, merge="projected", c
                 like=theta["key"],
             )
         tasks.append(task)
-        upper.append(UpperTerm(f"c{n}", Data(100 * n + 50, text).loss, -1.0, cap))
-        upper.append(UpperTerm(f"p{n}", Data(100 * n + 60, randn(2, D, seed=77)).loss, 0.7))
+        upper.append(
+            [
+                UpperTerm(f"c{n}", Data(100 * n + 50, text).loss, -1.0, cap),
+                UpperTerm(f"p{n}", Data(100 * n + 60, randn(2, D, seed=77)).loss, 0.7),
+            ]
+        )
     weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     layer = MergeLayer(weights)
     if merge == "projected":
@@ -80,7 +84,7 @@ def objective(theta, tasks, layer, upper):
         change = task.change(lower.adapt(task, theta), theta)
         adapted.append({n: v + change[n] if n in change else v for n, v in theta.items()})
     phi = layer(theta, adapted)
-    return sum(float(term.objective(term.loss(phi))) for term in upper)
+    return sum(float(term.objective(term.loss(phi))) for terms in upper for term in terms)
 
 
 def numeric_gradient(f, theta, name, h=1e-5):
@@ -147,7 +151,7 @@ def test_finite_difference_holds_in_float32(theta):
     task = FullWeights(
         lambda params, k: batches[k].loss(params), list(theta), steps=2, optimizer=SGD(lr=0.3)
     )
-    args = [task], MergeLayer(torch.ones(1)), [UpperTerm("c", batches[0].loss, -1.0)]
+    args = [task], MergeLayer(torch.ones(1)), [[UpperTerm("c", batches[0].loss, -1.0)]]
     modes = {
         mode: outer_gradient(theta, *args, mode=mode, wrt=tuple(theta)).gradient
         for mode in ("exact", "finite_difference", "first_order")
@@ -172,19 +176,18 @@ def test_first_order_is_the_limit_of_small_lower_steps(theta, kind):
 def test_a_capped_concept_does_not_pull(theta):
     tasks, layer, upper = problem(theta, cap=1e-9)
     outer = outer_gradient(theta, tasks, layer, upper, mode="exact", wrt=tuple(theta))
-    priors = [term for term in upper if term.weight > 0]
+    priors = [[term for term in terms if term.weight > 0] for terms in upper]
     kept = outer_gradient(theta, tasks, layer, priors, mode="exact", wrt=tuple(theta))
     assert_close(outer.gradient, kept.gradient, 1e-12)
 
 
 def test_unmerged_sums_the_single_concept_problems(theta):
     tasks, _, upper = problem(theta)
-    pairs = [upper[2 * n : 2 * n + 2] for n in range(CONCEPTS)]
-    joint = unmerged_gradient(theta, tasks, pairs, mode="exact", wrt=("key",))
+    joint = unmerged_gradient(theta, tasks, upper, mode="exact", wrt=("key",))
     alone = MergeLayer(torch.ones(1))
 
     def total(t):
-        return sum(objective(t, [tasks[n]], alone, pairs[n]) for n in range(CONCEPTS))
+        return sum(objective(t, [tasks[n]], alone, [upper[n]]) for n in range(CONCEPTS))
 
     assert_close(joint.gradient, {"key": numeric_gradient(total, theta, "key")}, 1e-6)
 
@@ -201,7 +204,7 @@ def test_closed_form_of_a_quadratic_lower_level():
 
     steps = 3
     task = FullWeights(loss, ["z"], steps=steps, optimizer=SGD(lr=lr))
-    upper = [UpperTerm("u", lambda p: 0.5 * p["z"].square().sum(), 1.0)]
+    upper = [[UpperTerm("u", lambda p: 0.5 * p["z"].square().sum(), 1.0)]]
     outer = outer_gradient(
         {"z": start}, [task], MergeLayer(torch.ones(1)), upper, mode="exact", wrt=("z",)
     )
@@ -223,7 +226,7 @@ def test_the_second_order_part_matters():
         steps=1,
         optimizer=SGD(lr=lr),
     )
-    upper = [UpperTerm("u", lambda p: 0.5 * (p["z"] - 3.0).square().sum(), 1.0)]
+    upper = [[UpperTerm("u", lambda p: 0.5 * (p["z"] - 3.0).square().sum(), 1.0)]]
     reached = {}
     for mode in ("exact", "first_order"):
         z = torch.tensor([0.0], dtype=torch.float64)

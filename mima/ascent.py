@@ -1,0 +1,350 @@
+"""The outer loop's bookkeeping: where to go on, what to keep, what to report, when to stop."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import platform
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from mima.bilevel.lower import Params, Tensors
+from mima.bilevel.outer import OuterGradient
+from mima.checkpoint import Checkpoint, CheckpointFolder
+from mima.config import ImmunizeConfig
+from mima.errors import MimaError
+from mima.problem import Problem
+from mima.progress import (
+    Callback,
+    MetricsFile,
+    StepReport,
+    Tracker,
+    flat,
+    open_trackers,
+    peak_memory,
+)
+
+logger = logging.getLogger(__name__)
+
+MAY_CHANGE = frozenset({"steps", "checkpoint_every", "max_skipped", "trackers"})
+"""Settings that a resumed run may change: no gradient depends on them."""
+PACKAGES = ("mima", "torch", "diffusers", "transformers")
+ETA_STEPS = 20
+DIVERGENCE_STEPS = 10
+
+
+class Ascent:
+    """The steps of a run, resumed where a checkpoint is found, and θ's updates.
+
+    θ, the optimizers' states and the history change together, in ``update`` alone, which a Ctrl-C
+    cannot cut in two. Draws depend on seed, step and concept only. A checkpoint of these three is
+    therefore all that a run needs to go on as if it had never stopped.
+
+    Args:
+        problem: what is solved; θ is the denoiser's own weights.
+        callbacks: called in the main process after each step.
+        folder: where checkpoints go; None keeps none.
+        lower_names: parameters that a second AdamW, with the lower level's step size, updates.
+        stage: the concept that is being immunized, where each is immunized alone.
+
+    Attributes:
+        theta: θ by name.
+        history: one report per step done.
+
+    Example:
+        >>> with Ascent(problem) as run:
+        ...     for step in run.steps():
+        ...         run.update(problem.hypergradient(run.theta, ...))
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        callbacks: Sequence[Callback] = (),
+        folder: CheckpointFolder | None = None,
+        *,
+        lower_names: Sequence[str] = (),
+        stage: str = "",
+    ) -> None:
+        config = problem.config
+        self.theta = problem.theta()
+        self.history: list[StepReport] = []
+        self._problem = problem
+        self._config = config
+        self._callbacks = list(callbacks)
+        self._folder = folder
+        self._stage = stage
+        self._names = {"upper": tuple(problem.upper_names), "lower": tuple(lower_names)}
+        self._optimizers = {
+            level: torch.optim.AdamW(
+                [self.theta[name] for name in names],
+                lr=lr,
+                weight_decay=config.upper.weight_decay,
+            )
+            for (level, names), lr in zip(
+                self._names.items(), (config.upper.lr, config.lower.lr), strict=True
+            )
+            if names
+        }
+        self._skipped_in_a_row = 0
+        self._stopped = False
+        self._trackers: list[Tracker] = []
+        self._clock = time.perf_counter()
+
+    def __enter__(self) -> Ascent:
+        self._restore()
+        if self._problem.ranks.main:
+            folder = self._folder.path if self._folder else None
+            if folder is not None:
+                self._callbacks.append(MetricsFile(folder / "metrics.jsonl", self.history))
+            config = self._config.model_dump(mode="json")
+            self._trackers = open_trackers(self._config.trackers, folder, config)
+            self._callbacks += self._trackers
+        self._clock = time.perf_counter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None or issubclass(kind, KeyboardInterrupt):
+            self._write()
+        for tracker in self._trackers:
+            tracker.finish()
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, counted from 0; ends early where a callback wants it."""
+        while len(self.history) < self._config.steps and not self._stopped:
+            yield len(self.history)
+
+    def update(
+        self, outer: OuterGradient, level: str = "upper", committed: Params | None = None
+    ) -> None:
+        """Clip the gradient and take one AdamW step, unless it is not finite; then report.
+
+        Args:
+            outer: the gradient and what was seen on the way.
+            level: ``upper``, or ``lower`` for the second optimizer.
+            committed: new values of other parameters, taken over as they are.
+
+        Raises:
+            MimaError: too many steps in a row were not finite, or the run diverges.
+        """
+        norm = outer.norm if outer.gradient else 0.0
+        seen = (norm, outer.drift, *outer.losses.values())
+        with uninterrupted():
+            if all(map(math.isfinite, seen)):
+                self._skipped_in_a_row = 0
+                self._step(outer.gradient, norm, level)
+                for name, value in (committed or {}).items():
+                    self.theta[name].copy_(value)
+            else:
+                self._skipped_in_a_row += 1
+            self.history.append(self._report(outer, norm))
+        report = self.history[-1]
+        if self._skipped_in_a_row:
+            self._skip(report)
+        self._check_divergence()
+        # every callback is called, also after one that wants to stop
+        answers = [callback(report) for callback in self._callbacks]
+        self._stopped = self._problem.ranks.from_main(True in answers)
+        every = self._config.checkpoint_every
+        if every is not None and report.step % every == 0:
+            self._write()
+
+    def _step(self, gradient: Tensors, norm: float, level: str) -> None:
+        if not gradient:
+            return
+        longest = self._config.upper.max_grad_norm
+        scale = 1.0 if longest is None or norm <= longest else longest / norm
+        for name in self._names[level]:
+            self.theta[name].grad = gradient[name] * scale
+        self._optimizers[level].step()
+        self._optimizers[level].zero_grad(set_to_none=True)
+
+    def _report(self, outer: OuterGradient, norm: float) -> StepReport:
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        recent = [report.seconds for report in self.history[1 - ETA_STEPS :]] + [seconds]
+        done, steps = len(self.history) + 1, self._config.steps
+        before = self.history[-1].skipped if self.history else 0
+        return StepReport(
+            done,
+            steps,
+            outer.losses,
+            outer.drift,
+            norm,
+            outer.residual,
+            seconds=seconds,
+            eta=sum(recent) / len(recent) * (steps - done),
+            memory=peak_memory(self._problem.family.device),
+            skipped=before + (self._skipped_in_a_row > 0),
+            stage=self._stage,
+        )
+
+    def _skip(self, report: StepReport) -> None:
+        losses = ", ".join(f"{name} {value:g}" for name, value in report.losses.items())
+        what = f"losses {losses}; gradient norm {report.gradient_norm:g}; drift {report.drift:g}"
+        if self._skipped_in_a_row <= self._config.max_skipped:
+            logger.warning("step %d left out, not finite: %s", report.step, what)
+            return
+        raise MimaError(
+            f"immunize: {self._skipped_in_a_row} steps in a row were not finite, the last being "
+            f"step {report.step} ({what}); a smaller upper.lr ({self._config.upper.lr:g}) or "
+            f"lower.lr ({self._config.lower.lr:g}) may help{self._kept()}"
+        )
+
+    def _check_divergence(self) -> None:
+        most, count = self._config.divergence, DIVERGENCE_STEPS
+        if most is None:
+            return
+        priors = [report.prior_loss for report in (*self.history[:count], *self.history[-count:])]
+        values = [value for value in priors if value is not None and math.isfinite(value)]
+        if len(self.history) < 2 * count or len(values) < 2 * count:
+            return
+        first, last = sum(values[:count]) / count, sum(values[count:]) / count
+        if last > most * first:
+            raise MimaError(
+                f"immunize: step {len(self.history)}: the mean loss on class pictures has grown "
+                f"from {first:.3g} to {last:.3g}, more than {most:g} times (divergence): the model "
+                f"is being destroyed; a smaller upper.lr ({self._config.upper.lr:g}) or a larger "
+                f"upper.prior_weight ({self._config.upper.prior_weight:g}) may help{self._kept()}"
+            )
+
+    def _kept(self) -> str:
+        return f"; the last checkpoint is in {self._folder.path}" if self._folder else ""
+
+    def _write(self) -> None:
+        if self._folder is None or not self._problem.ranks.main or not self.history:
+            return
+        tensors = {f"theta.{name}": value for name, value in self.theta.items()}
+        for level, optimizer in self._optimizers.items():
+            for name in self._names[level]:
+                for key, value in optimizer.state[self.theta[name]].items():
+                    tensors[f"{level}.{key}.{name}"] = value
+        state = {
+            "stopped": self._stopped,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "history": [report.to_dict() for report in self.history],
+        }
+        self._folder.write(Checkpoint(len(self.history), tensors, state))
+
+    def _restore(self) -> None:
+        ranks = self._problem.ranks
+        kept = self._folder.latest() if self._folder and ranks.main else None
+        kept = ranks.from_main(kept)
+        if kept is None:
+            return
+        for name, value in self.theta.items():
+            value.copy_(kept.tensors[f"theta.{name}"])
+        for level, optimizer in self._optimizers.items():
+            for name in self._names[level]:
+                parameter = self.theta[name]
+                for key in ("step", "exp_avg", "exp_avg_sq"):
+                    moment = kept.tensors.get(f"{level}.{key}.{name}")
+                    if moment is not None:
+                        device = moment.device if key == "step" else parameter.device
+                        optimizer.state[parameter][key] = moment.to(device)
+        self.history = [StepReport.from_dict(plain) for plain in kept.state["history"]]
+        self._skipped_in_a_row = kept.state["skipped_in_a_row"]
+        self._stopped = kept.state["stopped"]
+        logger.info("going on after step %d", kept.step)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put a Ctrl-C off until the block is done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *args: arrived.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    if arrived and callable(before):
+        before(*arrived[0])
+
+
+def describe_run(
+    config: ImmunizeConfig, concepts: Sequence[Any], weights: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """What a run is, as plain data: settings, concepts, the model's fingerprint, versions."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "concepts": [
+            {"name": c.name, "prompt": c.prompt, "class_prompt": c.class_prompt} for c in concepts
+        ],
+        "model": _fingerprint(weights),
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in PACKAGES},
+    }
+
+
+def claim(folder: CheckpointFolder, run: Mapping[str, Any], *, resume: bool) -> None:
+    """Make a checkpoint folder this run's own, or go on with it.
+
+    Raises:
+        MimaError: another run's checkpoint is there, or this run's and ``resume`` is off.
+    """
+    earlier = folder.read_json("run.json")
+    if earlier is None:
+        folder.write_json("run.json", run)
+        return
+    if not resume:
+        raise MimaError(
+            f"checkpoint: {folder.path} holds an unfinished run; go on with it (resume), "
+            "or remove it (overwrite)"
+        )
+    before, now = ({"model": r["model"], **_settings(r)} for r in (earlier, run))
+    problems = [
+        f"{name}: {_short(before.get(name))} then, {_short(now.get(name))} now"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name) and name not in MAY_CHANGE
+    ]
+    if problems:
+        raise MimaError(
+            f"checkpoint: {folder.path} belongs to another run, which differs in "
+            + "; ".join(problems)
+        )
+    if earlier["versions"] != run["versions"]:
+        logger.warning(
+            "resuming under other versions: %s, now %s", *(r["versions"] for r in (earlier, run))
+        )
+    folder.write_json("run.json", run)
+
+
+def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
+    concepts = {f"concepts.{n}": concept for n, concept in enumerate(run["concepts"])}
+    return flat(run["config"]) | flat(concepts)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in weights.items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def default_folder(output: Path) -> Path:
+    """Where the checkpoints of a run go that writes its model to ``output``."""
+    return output.with_name(f"{output.name}.checkpoint")

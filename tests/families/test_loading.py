@@ -1,0 +1,349 @@
+"""Models from folders, single files and the hub; damaged, incomplete and foreign ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from families import builders, ldm
+from huggingface_hub import constants
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from mima.errors import MimaError
+from mima.families import load_pipeline
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("saved") / "model")
+
+
+@pytest.fixture(scope="module")
+def saved_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return builders.save(builders.sdxl, tmp_path_factory.mktemp("saved") / "xl")
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+def floats(pipeline: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Every floating point parameter and buffer, by component."""
+    return {
+        name: {
+            key: value
+            for key, value in (*module.named_parameters(), *module.named_buffers())
+            if value.is_floating_point()
+        }
+        for name, module in pipeline.components.items()
+        if isinstance(module, torch.nn.Module)
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_everything_is_opened_in_one_dtype(saved, dtype):
+    pipeline = load_pipeline(saved, dtype=dtype)
+    reference = floats(load_pipeline(saved))
+    for name, values in floats(pipeline).items():
+        assert values
+        for key, value in values.items():
+            assert value.dtype == dtype
+            assert torch.equal(value, reference[name][key].to(dtype))
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        assert not module.training
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_t5_keeps_what_overflows_in_float32(tmp_path, dtype):
+    """transformers declares `wo` so, for float16 alone; nothing else differs."""
+    folder = builders.save(builders.pixart, tmp_path / "model")
+    for name, values in floats(load_pipeline(folder, dtype=dtype)).items():
+        for key, value in values.items():
+            kept = name == "text_encoder" and "wo" in key.split(".") and dtype == torch.float16
+            assert value.dtype == (torch.float32 if kept else dtype), (name, key)
+
+
+def test_weights_stored_in_half_precision_open_in_float32(folder):
+    stored = {name: value.half() for name, value in load_file(folder / UNET).items()}
+    save_file(stored, folder / UNET, metadata={"format": "pt"})
+    for name, value in load_pipeline(folder).unet.named_parameters():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, stored[name].float())
+
+
+def test_a_pipeline_in_memory_is_cast_in_place(saved):
+    pipeline = load_pipeline(saved, dtype=torch.bfloat16)
+    assert load_pipeline(pipeline) is pipeline
+    assert {v.dtype for values in floats(pipeline).values() for v in values.values()} == {
+        torch.float32
+    }
+
+
+def test_a_variant_is_opened(folder):
+    pipeline = load_pipeline(folder)
+    with torch.no_grad():
+        pipeline.unet.conv_in.weight.fill_(2.0)
+    pipeline.unet.save_pretrained(folder / "unet", variant="fp16")
+    assert load_pipeline(folder, variant="fp16").unet.conv_in.weight.eq(2).all()
+    assert not load_pipeline(folder).unet.conv_in.weight.eq(2).any()
+
+
+def test_an_absent_variant_is_named(folder):
+    with pytest.raises(MimaError, match=r"variant: .* holds no 'ema' weights, only text_encoder/"):
+        load_pipeline(folder, variant="ema")
+
+
+def test_only_the_hub_has_revisions(folder):
+    with pytest.raises(MimaError, match="revision: only models of the hub"):
+        load_pipeline(folder, revision="main")
+
+
+@pytest.mark.parametrize("kind", ["saved", "saved_xl"])
+def test_a_single_file_is_the_same_model(kind, request, tmp_path):
+    folder = request.getfixturevalue(kind)
+    pipeline = load_pipeline(folder)
+    file = ldm.save_single_file(pipeline, tmp_path / "model.safetensors")
+    opened = load_pipeline(file, config=folder)
+    assert type(opened) is type(pipeline)
+    expected = floats(pipeline)
+    for name, values in floats(opened).items():
+        assert values.keys() == expected[name].keys()
+        for key, value in values.items():
+            assert torch.equal(value, expected[name][key]), (name, key)
+    half = load_pipeline(file, config=folder, dtype=torch.float16)
+    assert {v.dtype for values in floats(half).values() for v in values.values()} == {torch.float16}
+
+
+def test_a_single_file_needs_a_configuration_where_the_hub_cannot_be_reached(saved, tmp_path):
+    file = ldm.save_single_file(load_pipeline(saved), tmp_path / "model.safetensors")
+    with pytest.raises(MimaError, match="offline, pass config"):
+        load_pipeline(file)
+
+
+def test_an_incomplete_single_file_is_refused(saved, tmp_path):
+    file = ldm.save_single_file(load_pipeline(saved), tmp_path / "model.safetensors")
+    tensors = load_file(file)
+    del tensors["model.diffusion_model.out.2.weight"]
+    save_file(tensors, file)
+    with pytest.raises(MimaError, match=r"model\.safetensors"):
+        load_pipeline(file, config=saved)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("unet.lora_A.weight", "LoRA files and single components are not models"),
+        ("conditioner.embedders.0.model.ln_final.weight", "refiner is not supported"),
+        ("model.diffusion_model.joint_blocks.0.weight", "single files of SD3 are not opened"),
+        ("double_blocks.0.img_attn.weight", "single files of Flux are not opened"),
+    ],
+)
+def test_single_files_of_other_kinds_are_refused(tmp_path, key, message):
+    save_file({key: torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(MimaError, match=message):
+        load_pipeline(tmp_path / "model.safetensors")
+
+
+def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path):
+    for name, message in (
+        ("model.ckpt", r"only \.safetensors"),
+        ("model.safetensors", "is damaged or no safetensors file"),
+    ):
+        (tmp_path / name).write_bytes(b"not a model")
+        with pytest.raises(MimaError, match=message):
+            load_pipeline(tmp_path / name)
+
+
+# --- damaged folders: what was done to one, and what the error must say
+
+
+def _edit(file: str, **changes: Any) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(content | changes))
+
+    return spoil
+
+
+def _drop_tensor(file: str, tensor: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / file)
+        (name,) = [key for key in tensors if key.endswith(tensor)]
+        del tensors[name]
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+
+    return spoil
+
+
+def _truncate(folder: Path) -> None:
+    (folder / UNET).write_bytes((folder / UNET).read_bytes()[:-64])
+
+
+def _shard(folder: Path) -> None:
+    (folder / UNET).rename(folder / "unet" / "part-1.safetensors")
+    index = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}
+    name = "diffusion_pytorch_model.safetensors.index.json"
+    (folder / "unet" / name).write_text(json.dumps(index))
+
+
+def _empty_tokenizer(folder: Path) -> None:
+    for file in (folder / "tokenizer").iterdir():
+        file.unlink()
+
+
+def _wrong_pickle(folder: Path) -> None:
+    (folder / UNET).unlink()
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"not a model")
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated": (_truncate, r"diffusion_pytorch_model\.safetensors is damaged"),
+    "not-safetensors": (lambda f: (f / UNET).write_bytes(b"no"), r"safetensors is damaged"),
+    "no-weights": (lambda f: (f / UNET).unlink(), r"unet holds no weights .*UNet2DConditionModel"),
+    "no-shard": (_shard, r"unet lacks part-2\.safetensors, named in"),
+    "bad-pickle": (_wrong_pickle, r"unet/diffusion_pytorch_model\.bin"),
+    "bad-config": (lambda f: (f / "unet/config.json").write_text("{"), r"unet/config\.json"),
+    "bad-index": (lambda f: (f / "model_index.json").write_text("{"), r"model_index\.json"),
+    "foreign-index": (lambda f: (f / "model_index.json").write_text("[]"), "names no diffusers"),
+    "no-index": (lambda f: (f / "model_index.json").unlink(), "not a diffusers folder"),
+    "no-tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), r"tokenizer is missing.*Tokenizer"),
+    "empty-tokenizer": (_empty_tokenizer, r"tokenizer holds no vocabulary"),
+    "no-scheduler": (
+        lambda f: (f / "scheduler/scheduler_config.json").unlink(),
+        r"scheduler_config\.json",
+    ),
+    "wrong-shape": (_edit("unet/config.json", cross_attention_dim=48), r"attn2\.to_k\.weight"),
+    "wrong-block": (_edit("unet/config.json", down_block_types=["A", "B"]), "A does not exist"),
+    "wrong-class": (_edit("model_index.json", unet=["diffusers", "Nothing"]), "Nothing"),
+    "denoiser-tensor": (
+        _drop_tensor(UNET, "conv_out.weight"),
+        r"unet are incomplete: 1 tensors are missing, such as conv_out\.weight",
+    ),
+    "vae-tensor": (
+        _drop_tensor("vae/diffusion_pytorch_model.safetensors", "encoder.conv_in.bias"),
+        r"vae are incomplete: .*encoder\.conv_in\.bias",
+    ),
+    "text-tensor": (
+        _drop_tensor("text_encoder/model.safetensors", "final_layer_norm.weight"),
+        r"text_encoder are incomplete: .*final_layer_norm\.weight",
+    ),
+    "inpainting": (
+        _edit("model_index.json", _class_name="StableDiffusionInpaintPipeline"),
+        r"is a StableDiffusionInpaintPipeline, which is not supported; supported pipelines are "
+        r"StableDiffusionPipeline, StableDiffusionXLPipeline, PixArtAlphaPipeline, ",
+    ),
+    "video": (_edit("model_index.json", _class_name="WanPipeline"), "WanPipeline.*FluxPipeline"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_wrong_with_a_folder_is_named(folder, damage):
+    spoil, message = DAMAGE[damage]
+    spoil(folder)
+    with pytest.raises(MimaError, match=message) as raised:
+        load_pipeline(folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_tensor_of_an_optional_encoder_is_named(tmp_path):
+    folder = builders.save(builders.sd3, tmp_path / "model")
+    _drop_tensor("text_encoder_3/model.safetensors", "layer.0.layer_norm.weight")
+    tensors = load_file(folder / "text_encoder_3/model.safetensors")
+    del tensors["encoder.block.0.layer.0.layer_norm.weight"]
+    save_file(tensors, folder / "text_encoder_3/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MimaError, match="text_encoder_3 are incomplete"):
+        load_pipeline(folder)
+
+
+def test_a_vae_with_attention_of_older_names_is_complete(folder):
+    """Stable Diffusion 1.5 as published: `query` for `to_q` and so on."""
+    file = folder / "vae/diffusion_pytorch_model.safetensors"
+    tensors = {}
+    for name, value in load_file(file).items():
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value")):
+            name = name.replace(f".{new}.", f".{old}.")
+        tensors[name.replace(".to_out.0.", ".proj_attn.")] = value
+    assert any(".proj_attn." in name for name in tensors)
+    expected = load_pipeline(folder).vae.state_dict()
+    save_file(tensors, file, metadata={"format": "pt"})
+    for name, value in load_pipeline(folder).vae.state_dict().items():
+        assert torch.equal(value, expected[name])
+
+
+# --- the hub
+
+
+@pytest.mark.parametrize("model", ["nothing", "/nowhere/at/all", "a/b/c", "./a", "~/a"])
+def test_what_is_neither_here_nor_on_the_hub_is_named(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MimaError, match=r"is neither a folder, a \.safetensors file"):
+        load_pipeline(model)
+
+
+def test_the_hub_that_cannot_be_reached_is_one_clear_error():
+    with pytest.raises(MimaError, match="the hub cannot be reached") as raised:
+        load_pipeline("owner/absent", revision="v9")
+    assert "'owner/absent'" in str(raised.value)
+    assert "'v9'" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (LocalEntryNotFoundError("offline"), "cannot be reached"),
+        (EntryNotFoundError("no such file"), "owner/name has no model_index.json"),
+        (
+            ConnectionError("line broken\nmore"),
+            "cannot get 'owner/name' from the hub: line broken$",
+        ),
+    ],
+)
+def test_hub_errors_are_explained(monkeypatch, error, message):
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("mima.families.loading.hf_hub_download", fail)
+    with pytest.raises(MimaError, match=message):
+        load_pipeline("owner/name")
+
+
+@pytest.fixture
+def cached(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub cache that holds owner/name in two revisions; returns the newer one's folder."""
+    repository = tmp_path / "models--owner--name"
+    (repository / "refs").mkdir(parents=True)
+    for name, commit in (("main", "a" * 40), ("v1", "b" * 40)):
+        (repository / "refs" / name).write_text(commit)
+        shutil.copytree(saved, repository / "snapshots" / commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    return repository / "snapshots" / ("a" * 40)
+
+
+def test_models_and_revisions_of_the_hub_are_opened(cached):
+    tensors = load_file(cached / UNET)
+    tensors["conv_in.bias"].fill_(3.0)
+    save_file(tensors, cached / UNET, metadata={"format": "pt"})
+    assert load_pipeline("owner/name").unet.conv_in.bias.eq(3).all()
+    assert not load_pipeline("owner/name", revision="v1").unet.conv_in.bias.eq(3).any()
+    with pytest.raises(MimaError, match="at revision 'v2'"):
+        load_pipeline("owner/name", revision="v2")
+
+
+def test_a_foreign_pipeline_of_the_hub_is_refused_before_it_is_fetched(cached, monkeypatch):
+    _edit("model_index.json", _class_name="WanPipeline")(cached)
+    monkeypatch.setattr("mima.families.loading.DiffusionPipeline.download", None)
+    with pytest.raises(MimaError, match="owner/name is a WanPipeline, which is not supported"):
+        load_pipeline("owner/name")

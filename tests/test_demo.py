@@ -1,0 +1,99 @@
+"""The demonstration from end to end, as a user starts it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """One quick run, in a process and a folder of its own."""
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    command = [sys.executable, "-m", "mima", "demo", "--quick", "--output", str(folder)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=folder.parent,
+        env={**os.environ, "COLUMNS": "120"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_results_hold_what_is_promised(demo):
+    folder, _ = demo
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    for key in ("msgr", "worst_sgr", "benign_rsgr", "prompt_alignment", "versions", "config"):
+        assert key in results
+    assert results["seed"] == 0
+    assert len(results["targets"]) == 2
+    means = [results["concepts"][name]["mean"] for name in results["targets"]]
+    assert results["msgr"] == pytest.approx(sum(means) / 2)
+    assert results["worst_sgr"] == pytest.approx(min(means))
+    for name in (*results["targets"], results["untouched"]):
+        assert set(results["sgr"][name]) == {"10", "25"}
+
+
+def test_even_a_quick_run_makes_the_concepts_harder_and_spares_the_rest(demo):
+    folder, _ = demo
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert results["msgr"] > 0.1
+    assert results["benign_sgr"] < results["msgr"] / 2
+    assert results["prompt_alignment"]["loss"] < 0.1
+
+
+def test_the_table_shows_every_concept(demo):
+    folder, output = demo
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    for name in (*results["targets"], results["untouched"]):
+        assert name in output
+    assert f"{results['msgr']:.2f}" in output
+
+
+def test_figures_are_pictures_of_a_useful_size(demo):
+    folder, _ = demo
+    for name in ("curves.png", "grid.png"):
+        with Image.open(folder / name) as image:
+            assert min(image.size) > 400
+            assert len(set(image.convert("L").resize((64, 64)).getdata())) > 20
+
+
+def test_the_log_tells_each_step(demo):
+    folder, _ = demo
+    log = (folder / "log").read_text(encoding="utf-8")
+    steps = json.loads((folder / "results.json").read_text(encoding="utf-8"))["config"]["immunize"]
+    assert log.count("StepReport") == steps["steps"]
+
+
+def test_the_immunized_model_opens_without_mima(demo):
+    folder, _ = demo
+    script = """
+import sys
+sys.modules["mima"] = None  # importing it would fail
+from diffusers import StableDiffusionPipeline
+pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+image = pipeline("a cat emoji in noto style", num_inference_steps=2).images[0]
+assert image.size == (64, 64)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder / "immunized")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_it_does_not_overwrite(demo):
+    folder, _ = demo
+    command = [sys.executable, "-m", "mima", "demo", "--quick", "--output", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--overwrite" in done.stderr
+    assert "Traceback" not in done.stderr
