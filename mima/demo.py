@@ -72,16 +72,18 @@ def settings(*, quick: bool, seed: int) -> DemoSettings:
     """The demonstration in full, or a quick one that shows every part with less effect."""
     immunization = ImmunizeConfig(
         hypergradient="first_order",
-        steps=40 if quick else 150,
+        steps=40 if quick else 140,
         seed=seed,
-        num_class_images=48,
+        num_class_images=32 if quick else 96,
         lower=LowerConfig(steps=4, optimizer="adam", lr=1e-3, batch_size=4, parameters="lora"),
         upper=UpperConfig(
-            lr=3e-4,
+            lr=1e-4,
+            weight_decay=0.0,
             batch_size=4,
             parameters="cross_attention",
-            prior_weight=2.0,
-            prior_batch_size=8,
+            prior_weight=4.0,
+            prior_batch_size=16,
+            loss_cap=1.0,
         ),
     )
     return DemoSettings(

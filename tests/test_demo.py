@@ -40,14 +40,6 @@ def test_results_hold_what_is_promised(demo):
         assert set(results["sgr"][name]) == {"10", "25"}
 
 
-def test_even_a_quick_run_makes_the_concepts_harder_and_spares_the_rest(demo):
-    folder, _ = demo
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    assert results["msgr"] > 0.1
-    assert results["benign_sgr"] < results["msgr"] / 2
-    assert results["prompt_alignment"]["loss"] < 0.1
-
-
 def test_the_table_shows_every_concept(demo):
     folder, output = demo
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
