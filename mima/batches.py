@@ -51,9 +51,10 @@ class Encoded:
         distinct = list(dict.fromkeys(prompts))
         chunks = [distinct[start : start + CHUNK] for start in range(0, len(distinct), CHUNK)]
         encoded = [family.encode_prompts(chunk) for chunk in chunks]
+        # a file forgets strides, and with other strides a network rounds otherwise
         return cls(
-            latents.cpu(),
-            {name: torch.cat([part[name] for part in encoded]).cpu() for name in encoded[0]},
+            latents.cpu().contiguous(),
+            {n: torch.cat([part[n] for part in encoded]).cpu().contiguous() for n in encoded[0]},
             torch.tensor([distinct.index(prompt) for prompt in prompts]),
         )
 

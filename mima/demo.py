@@ -17,14 +17,15 @@ from mima import console
 from mima.adaptation import LoRA
 from mima.concepts import Concept, embedded_concept
 from mima.config import ImmunizeConfig, LowerConfig, UpperConfig
+from mima.embedded import assets
 from mima.erasure import erase
 from mima.evaluation import (
     AttackCurve,
+    ClipEncoder,
     GapSummary,
     Sampler,
     attack,
     compare,
-    load_encoder,
     prompt_alignment,
 )
 from mima.evaluation.attack import score
@@ -159,7 +160,7 @@ class Demo:
         self.settings = settings
         self.folder = folder
         self.bars = bars
-        self.encoder = load_encoder("embedded")
+        self.encoder = ClipEncoder(assets() / "encoder")
 
     def run(self) -> dict[str, Any]:
         """Erase, immunize, attack, compare, write."""
