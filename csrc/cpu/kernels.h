@@ -34,14 +34,14 @@ struct StorageKernels {
   // dst += src, in the accumulator type, rounded once
   void (*add)(const void* src, int64_t ld_src, int64_t rows, int64_t cols, void* dst,
               int64_t ld_dst);
-  // out = base + sum_n w_n (theta_n - base)
+  // out = base + sum_n w_n (theta_n - base); `stream`: past the caches, for large results
   void (*merge)(void* out, const void* base, const void* const* thetas, const double* weights,
-                int64_t num_concepts, int64_t size);
+                int64_t num_concepts, int64_t size, bool stream);
   // d_theta_n = w_n d_out; d_base = (1 - sum_n w_n) d_out; d_weights[n] = <d_out, theta_n - base>.
   // Null where not needed.
   void (*merge_backward)(const void* d_out, const void* base, const void* const* thetas,
                          const double* weights, int64_t num_concepts, int64_t size, void* d_base,
-                         void* const* d_thetas, double* d_weights);
+                         void* const* d_thetas, double* d_weights, bool stream);
 };
 
 struct Kernels {

@@ -1,4 +1,8 @@
 // Any processor: 16-byte vectors, which the compiler maps to SSE2, NEON or scalar code.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "cpu/kernels.h"
 
 #define MIMA_VECTOR_BYTES 16

@@ -136,6 +136,62 @@ MIMA_INLINE void store(T* p, VecF v) {
   write(p, narrow(v, T{}));
 }
 
+// Stores that go to memory without reading the line first, and without displacing what the caches
+// hold: for results larger than the caches. p is a multiple of the stored size; fence() afterwards.
+#if defined(__x86_64__)
+MIMA_INLINE void stream_bits(void* p, __m128i v) {
+  _mm_stream_si128(static_cast<__m128i*>(p), v);
+}
+#if MIMA_VECTOR_BYTES >= 32
+MIMA_INLINE void stream_bits(void* p, __m256i v) {
+  _mm256_stream_si256(static_cast<__m256i*>(p), v);
+}
+#endif
+#if MIMA_VECTOR_BYTES == 64
+using Register = __m512i;
+using HalfRegister = __m256i;
+MIMA_INLINE void stream_bits(void* p, __m512i v) {
+  _mm512_stream_si512(static_cast<__m512i*>(p), v);
+}
+#elif MIMA_VECTOR_BYTES == 32
+using Register = __m256i;
+using HalfRegister = __m128i;
+#else
+using Register = __m128i;
+using HalfRegister = uint64_t;
+MIMA_INLINE void stream_bits(void* p, uint64_t v) {
+  _mm_stream_si64(static_cast<long long*>(p), static_cast<long long>(v));
+}
+#endif
+MIMA_INLINE void stream(float* p, VecF v) {
+  stream_bits(p, bits<Register>(v));
+}
+MIMA_INLINE void stream(double* p, VecD v) {
+  stream_bits(p, bits<Register>(v));
+}
+template <class T>
+MIMA_INLINE void stream(T* p, VecF v) {
+  stream_bits(p, bits<HalfRegister>(narrow(v, T{})));
+}
+MIMA_INLINE void fence() {
+  _mm_sfence();
+}
+#else
+template <class T>
+MIMA_INLINE void stream(T* p, typename Traits<T>::Vec v) {
+  store(p, v);
+}
+MIMA_INLINE void fence() {}
+#endif
+
+template <bool STREAM, class T>
+MIMA_INLINE void store_or_stream(T* p, typename Traits<T>::Vec v) {
+  if constexpr (STREAM)
+    stream(p, v);
+  else
+    store(p, v);
+}
+
 // The first `count` elements, zeros beyond.
 template <class T>
 MIMA_INLINE typename Traits<T>::Vec load_part(const T* p, int64_t count) {
@@ -151,17 +207,34 @@ MIMA_INLINE void store_part(T* p, typename Traits<T>::Vec v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = buffer[i];
 }
 
-// The sum of all lanes, in halves: fewer steps and less rounding than one lane after the other.
-template <class T>
-MIMA_INLINE T sum(typename Traits<T>::Vec v) {
-  T lanes[kLanes<T>];
-  write(lanes, v);
-#pragma GCC unroll 8
-  for (int64_t half = kLanes<T> / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+// The sum of all lanes.
+#if MIMA_VECTOR_BYTES == 64
+MIMA_INLINE float sum(VecF v) {
+  return _mm512_reduce_add_ps(bits<__m512>(v));
 }
+MIMA_INLINE double sum(VecD v) {
+  return _mm512_reduce_add_pd(bits<__m512d>(v));
+}
+#elif MIMA_VECTOR_BYTES == 32
+MIMA_INLINE float sum(VecF v) {
+  const __m256 x = bits<__m256>(v);
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+MIMA_INLINE double sum(VecD v) {
+  const __m256d x = bits<__m256d>(v);
+  const __m128d y = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(y, _mm_unpackhi_pd(y, y)));
+}
+#else
+MIMA_INLINE float sum(VecF v) {
+  return (v[0] + v[2]) + (v[1] + v[3]);
+}
+MIMA_INLINE double sum(VecD v) {
+  return v[0] + v[1];
+}
+#endif
 
 }  // namespace
 }  // namespace mima

@@ -6,8 +6,9 @@
 
 namespace mima {
 
-// Runs body(context, thread) once for each thread in [0, threads); thread 0 is the caller. The body
-// must not throw. Callers from several Python threads take turns.
+// Runs body(context, thread) on the caller, as thread 0, and on up to threads - 1 others, those
+// that wake up while the caller's own call lasts, each with another number below `threads`. Returns
+// when all of them have. The body must not throw. Callers from several Python threads take turns.
 void run_on_threads(int threads, void (*body)(void* context, int thread), void* context);
 
 // Calls f(item, thread) for each item in [0, items), on at most `threads` threads. Items are handed

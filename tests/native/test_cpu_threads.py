@@ -76,7 +76,8 @@ def test_concurrent_callers():
         assert all(pool.map(call, range(64)))
 
 
-def test_pool_works_in_a_forked_child():
+@pytest.mark.parametrize("pool", ["own", "openmp"])
+def test_pool_works_in_a_forked_child(pool):
     code = """
 import os, torch
 from mima.ops import native
@@ -99,7 +100,35 @@ assert value == [0.5] * 5
         capture_output=True,
         text=True,
         timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        env=os.environ | {"OMP_NUM_THREADS": "2", "MIMA_CPU_POOL": pool},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_own_pool_gives_the_same_bits():
+    # which pool is in use is settled once in a process
+    code = """
+import torch
+from concurrent.futures import ThreadPoolExecutor
+from mima.ops import native
+torch.manual_seed(0)
+base, theta, w = torch.randn(700_001), torch.randn(700_001), torch.tensor([0.3])
+def call(_):
+    return native.weighted_merge_backward([base], [base], [theta], w, False, False, True)[2].item()
+values = set()
+for threads in (1, 2, 3, 8):
+    torch.set_num_threads(threads)
+    values.add(call(0))
+    with ThreadPoolExecutor(4) as pool:
+        values.update(pool.map(call, range(16)))
+assert len(values) == 1, values
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"MIMA_CPU_POOL": "own"},
     )
     assert done.returncode == 0, done.stderr
 

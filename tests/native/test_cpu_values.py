@@ -7,7 +7,15 @@ import torch
 
 from mima import reference
 from mima.ops import native
-from native.cases import CASES, DTYPE_IDS, DTYPES, check_backward, check_forward
+from native.cases import (
+    CASES,
+    DTYPE_IDS,
+    DTYPES,
+    check_backward,
+    check_forward,
+    merge_lora,
+    vector_dtype,
+)
 
 LEVELS = ["generic", "avx2", "avx512"]
 
@@ -94,6 +102,31 @@ def test_gradients_that_are_not_needed_are_not_made(level):
     )
     assert (d_W0, d_W, d_M) == ([], [], [])
     torch.testing.assert_close(d_C[0], (W[0] @ C[0].mT).mT @ (W[1] - W[0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+def test_results_larger_than_the_caches(dtype, offset, level):
+    # written past the caches, where the addresses allow it
+    size = (17 << 20) // torch.empty(0, dtype=dtype).element_size() + 5
+    base, theta, d_out = (torch.randn(size + 1).to(dtype)[offset : size + offset] for _ in range(3))
+    w = torch.tensor([0.25], dtype=vector_dtype(dtype))
+    (out,) = native.weighted_merge_forward([base], [theta], w)
+    (expected,) = reference.weighted_merge([base], [[theta]], w)
+    torch.testing.assert_close(out, expected)
+    (d_base,), (d_theta,), d_w = native.weighted_merge_backward(
+        [d_out], [base], [theta], w, True, True, True
+    )
+    torch.testing.assert_close(d_base, (0.75 * d_out.double()).to(dtype))
+    torch.testing.assert_close(d_theta, (0.25 * d_out.double()).to(dtype))
+    products = d_out.double() * (theta.double() - base.double())
+    torch.testing.assert_close(d_w.double(), products.sum()[None], rtol=1e-4, atol=0.1)
+
+
+def test_adapters_narrower_than_a_vector_side_by_side(level):
+    # their padding overlaps the next adapter, and at R = 16 the next row
+    check_forward(merge_lora(9, 20, [13, 3], torch.float32))
+    check_backward(merge_lora(9, 20, [1, 13, 2], torch.float32))
 
 
 @pytest.mark.slow
