@@ -65,6 +65,15 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
+def launch_options() -> dict[str, int]:
+    """Return what every launch passes besides its settings.
+
+    NVIDIA's assembler spills a few bytes where that lets one more program fit on a multiprocessor,
+    unless it is told how many registers a thread may use: here, as many as there are.
+    """
+    return {} if torch.version.hip else {"maxnreg": 255}
+
+
 def pointer_table(tensors: Sequence[Tensor | None]) -> Tensor:
     """Return the tensors' addresses, int64 [len(tensors)], on their device; 0 for None."""
     device = next(x.device for x in tensors if x is not None)

@@ -27,6 +27,7 @@ from mima.kernels._common import (
     are_aligned,
     contiguous,
     dot_precision,
+    launch_options,
     load_pointer,
     on_device_of,
     pointer_table,
@@ -327,6 +328,7 @@ def _apply(
             BLOCK_R=chosen.block_r,
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
+            **launch_options(),
         )
     return y
 
@@ -359,6 +361,7 @@ def _project(x: Tensor, adapters: _Adapters, *, transposed: bool) -> Tensor:
             BLOCK_R=chosen.block_r,
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
+            **launch_options(),
         )
     return h
 
@@ -396,6 +399,7 @@ def _outer(h: Tensor, x: Tensor, adapters: _Adapters, *, transposed: bool) -> li
             BLOCK_R=chosen.block_r,
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
+            **launch_options(),
         )
     return out
 

@@ -23,6 +23,7 @@ from mima.kernels._common import (
     are_aligned,
     contiguous,
     dot_precision,
+    launch_options,
     load_pointer,
     on_device_of,
     pointer_table,
@@ -47,15 +48,16 @@ class Settings:
 def settings(dtype: torch.dtype, rank: int) -> Settings:
     """Return the settings for a dtype and the largest rank.
 
-    tl.dot needs a rank of 16 at least; programs loop over ranks above 32. float32, whose products
-    are three, spills registers with 4 warps (compiled for sm_80 with triton 3.8). Not measured on a
-    GPU.
+    tl.dot needs a rank of 16 at least; programs loop over ranks above block_r. float32, whose
+    products are three, spills registers with 4 warps or 32 ranks a product (compiled for sm_80 with
+    triton 3.5 to 3.8). Not measured on a GPU.
     """
+    wide = dtype == torch.float32
     return Settings(
         block_o=64,
         block_d=64,
-        block_r=min(max(triton.next_power_of_2(rank), 16), 32),
-        num_warps=8 if dtype == torch.float32 else 4,
+        block_r=min(max(triton.next_power_of_2(rank), 16), 16 if wide else 32),
+        num_warps=8 if wide else 4,
         num_stages=2,
     )
 
@@ -200,6 +202,7 @@ def merge_lora_forward(
             BLOCK_R=chosen.block_r,
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
+            **launch_options(),
         )
     return out
 
@@ -259,6 +262,7 @@ def merge_lora_backward(
                 BLOCK_R=chosen.block_r,
                 num_warps=chosen.num_warps,
                 num_stages=chosen.num_stages,
+                **launch_options(),
             )
         if need_inner:
             inner = shares.sum((1, 2))

@@ -28,6 +28,7 @@ from mima.kernels._common import (
     block_map,
     contiguous,
     dot_precision,
+    launch_options,
     load_pointer,
     on_device_of,
     pointer_table,
@@ -67,17 +68,33 @@ def settings(dtype: torch.dtype, longest: int) -> Settings:
 
 
 @triton.jit
-def _load_tile(pointer, offs_o, offs_d, o, d):
-    """Load rows of a [o, d] matrix as float32, zero outside."""
-    mask = (offs_o < o)[:, None] & (offs_d < d)[None, :]
+def _tile_pointer(table_ptr, i, first, d, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return a pointer to row `first` of the i-th matrix; offsets within a tile fit in 32 bits."""
+    return load_pointer(table_ptr, i, DTYPE, ALIGNED) + first * d
+
+
+@triton.jit
+def _load_tile(pointer, offs_d, rows, d, BLOCK_O: tl.constexpr):
+    """Load a tile of rows as float32, zero outside."""
+    offs_o = tl.arange(0, BLOCK_O)
+    mask = (offs_o < rows)[:, None] & (offs_d < d)[None, :]
     return tl.load(pointer + offs_o[:, None] * d + offs_d[None, :], mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_tile(pointer, tile, offs_d, rows, d, BLOCK_O: tl.constexpr):
+    """Round a tile of rows to the pointer's dtype and store what is inside."""
+    offs_o = tl.arange(0, BLOCK_O)
+    mask = (offs_o < rows)[:, None] & (offs_d < d)[None, :]
+    ptrs = pointer + offs_o[:, None] * d + offs_d[None, :]
+    tl.store(ptrs, tile.to(ptrs.dtype.element_ty), mask)
 
 
 @triton.jit
 def _load_text(text_ptr, n, j, offs_d, d, BLOCK_S: tl.constexpr, SLOTS: tl.constexpr):
     """Load tokens j BLOCK_S … of concept n from [N, S, d] as float32."""
-    row = (n * SLOTS + j) * BLOCK_S + tl.arange(0, BLOCK_S)
-    ptrs = text_ptr + row.to(tl.int64)[:, None] * d + offs_d[None, :]
+    first = tl.cast((n * SLOTS + j) * BLOCK_S, tl.int64)
+    ptrs = text_ptr + first * d + tl.arange(0, BLOCK_S)[:, None] * d + offs_d[None, :]
     return tl.load(ptrs, (offs_d < d)[None, :], other=0.0).to(tl.float32)
 
 
@@ -92,20 +109,20 @@ def _scratch(scratch_ptr, tile, n, j, num_concepts,
 
 @triton.jit
 def _project_difference(
-    table_ptr, C_ptr, A_ptr, layer, tile, offs_o, o, d, num_layers, num_concepts,
+    table_ptr, C_ptr, A_ptr, layer, tile, first, rows, d, num_layers, num_concepts,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Write A_n = (W_n − W0) C_nᵀ of a tile of rows to the scratch buffer."""
-    W0_ptr = load_pointer(table_ptr, layer, DTYPE, ALIGNED)
+    W0_ptr = _tile_pointer(table_ptr, layer, first, d, DTYPE, ALIGNED)
     for n in range(num_concepts):
-        W_ptr = load_pointer(table_ptr, (n + 1) * num_layers + layer, DTYPE, ALIGNED)
+        W_ptr = _tile_pointer(table_ptr, (n + 1) * num_layers + layer, first, d, DTYPE, ALIGNED)
         for j in range(SLOTS):
             A = tl.zeros((BLOCK_O, BLOCK_S), tl.float32)
             for start in range(0, d, BLOCK_D):
                 offs_d = start + tl.arange(0, BLOCK_D)
-                D = _load_tile(W_ptr, offs_o, offs_d, o, d)
-                D -= _load_tile(W0_ptr, offs_o, offs_d, o, d)
+                D = _load_tile(W_ptr, offs_d, rows, d, BLOCK_O)
+                D -= _load_tile(W0_ptr, offs_d, rows, d, BLOCK_O)
                 C = _load_text(C_ptr, n, j, offs_d, d, BLOCK_S, SLOTS)
                 A = tl.dot(D, tl.trans(C), A, input_precision=PRECISION)
             tl.store(_scratch(A_ptr, tile, n, j, num_concepts, BLOCK_O, BLOCK_S, SLOTS), A)
@@ -133,27 +150,27 @@ def _projected_merge_fwd_kernel(
     # int64: offsets into weights and scratch may pass 2**31
     tile = tl.program_id(0).to(tl.int64)
     layer = tl.load(block_map_ptr + 2 * tile)
-    block = tl.load(block_map_ptr + 2 * tile + 1).to(tl.int64)
-    o = tl.load(rows_ptr + layer)
-    offs_o = block * BLOCK_O + tl.arange(0, BLOCK_O)
+    first = tl.load(block_map_ptr + 2 * tile + 1).to(tl.int64) * BLOCK_O
+    rows = tl.minimum(tl.load(rows_ptr + layer) - first, BLOCK_O).to(tl.int32)
     _project_difference(
-        table_ptr, C_ptr, A_ptr, layer, tile, offs_o, o, d, num_layers, num_concepts,
+        table_ptr, C_ptr, A_ptr, layer, tile, first, rows, d, num_layers, num_concepts,
         DTYPE, ALIGNED, PRECISION, BLOCK_O, BLOCK_S, BLOCK_D, SLOTS,
     )  # fmt: skip
     # The projections were written by other threads of this program.
     tl.debug_barrier()
-    W0_ptr = load_pointer(table_ptr, layer, DTYPE, ALIGNED)
-    out_ptr = load_pointer(table_ptr, (num_concepts + 1) * num_layers + layer, DTYPE, ALIGNED)
+    W0_ptr = _tile_pointer(table_ptr, layer, first, d, DTYPE, ALIGNED)
+    out_ptr = _tile_pointer(
+        table_ptr, (num_concepts + 1) * num_layers + layer, first, d, DTYPE, ALIGNED
+    )
     for start in range(0, d, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
-        merged = _load_tile(W0_ptr, offs_o, offs_d, o, d)
+        merged = _load_tile(W0_ptr, offs_d, rows, d, BLOCK_O)
         for n in range(num_concepts):
             for j in range(SLOTS):
                 A = tl.load(_scratch(A_ptr, tile, n, j, num_concepts, BLOCK_O, BLOCK_S, SLOTS))
                 M = _load_text(M_ptr, n, j, offs_d, d, BLOCK_S, SLOTS)
                 merged = tl.dot(A, M, merged, input_precision=PRECISION)
-        mask = (offs_o < o)[:, None] & (offs_d < d)[None, :]
-        tl.store(out_ptr + offs_o[:, None] * d + offs_d[None, :], merged.to(DTYPE), mask)
+        _store_tile(out_ptr, merged, offs_d, rows, d, BLOCK_O)
 
 
 @triton.jit
@@ -182,22 +199,23 @@ def _projected_merge_bwd_kernel(
 ):
     tile = tl.program_id(0).to(tl.int64)
     layer = tl.load(block_map_ptr + 2 * tile)
-    block = tl.load(block_map_ptr + 2 * tile + 1).to(tl.int64)
-    o = tl.load(rows_ptr + layer)
-    offs_o = block * BLOCK_O + tl.arange(0, BLOCK_O)
+    first = tl.load(block_map_ptr + 2 * tile + 1).to(tl.int64) * BLOCK_O
+    rows = tl.minimum(tl.load(rows_ptr + layer) - first, BLOCK_O).to(tl.int32)
     if NEED_A:
         _project_difference(
-            table_ptr, C_ptr, A_ptr, layer, tile, offs_o, o, d, num_layers, num_concepts,
+            table_ptr, C_ptr, A_ptr, layer, tile, first, rows, d, num_layers, num_concepts,
             DTYPE, ALIGNED, PRECISION, BLOCK_O, BLOCK_S, BLOCK_D, SLOTS,
         )  # fmt: skip
-    d_out_ptr = load_pointer(table_ptr, (num_concepts + 1) * num_layers + layer, DTYPE, ALIGNED)
+    d_out_ptr = _tile_pointer(
+        table_ptr, (num_concepts + 1) * num_layers + layer, first, d, DTYPE, ALIGNED
+    )
     if NEED_B:
         for n in range(num_concepts):
             for j in range(SLOTS):
                 B = tl.zeros((BLOCK_O, BLOCK_S), tl.float32)
                 for start in range(0, d, BLOCK_D):
                     offs_d = start + tl.arange(0, BLOCK_D)
-                    d_out = _load_tile(d_out_ptr, offs_o, offs_d, o, d)
+                    d_out = _load_tile(d_out_ptr, offs_d, rows, d, BLOCK_O)
                     M = _load_text(M_ptr, n, j, offs_d, d, BLOCK_S, SLOTS)
                     B = tl.dot(d_out, tl.trans(M), B, input_precision=PRECISION)
                 tl.store(_scratch(B_ptr, tile, n, j, num_concepts, BLOCK_O, BLOCK_S, SLOTS), B)
@@ -206,9 +224,7 @@ def _projected_merge_bwd_kernel(
         tl.debug_barrier()
         for start in range(0, d, BLOCK_D):
             offs_d = start + tl.arange(0, BLOCK_D)
-            offs = offs_o[:, None] * d + offs_d[None, :]
-            mask = (offs_o < o)[:, None] & (offs_d < d)[None, :]
-            d_W0 = _load_tile(d_out_ptr, offs_o, offs_d, o, d)
+            d_W0 = _load_tile(d_out_ptr, offs_d, rows, d, BLOCK_O)
             for n in range(num_concepts):
                 d_W = tl.zeros((BLOCK_O, BLOCK_D), tl.float32)
                 for j in range(SLOTS):
@@ -218,12 +234,12 @@ def _projected_merge_bwd_kernel(
                 d_W0 -= d_W
                 if NEED_W:
                     i = (num_concepts + 3 + n) * num_layers + layer
-                    d_W_ptr = load_pointer(table_ptr, i, DTYPE, ALIGNED)
-                    tl.store(d_W_ptr + offs, d_W.to(DTYPE), mask)
+                    d_W_ptr = _tile_pointer(table_ptr, i, first, d, DTYPE, ALIGNED)
+                    _store_tile(d_W_ptr, d_W, offs_d, rows, d, BLOCK_O)
             if NEED_W0:
                 i = (num_concepts + 2) * num_layers + layer
-                d_W0_ptr = load_pointer(table_ptr, i, DTYPE, ALIGNED)
-                tl.store(d_W0_ptr + offs, d_W0.to(DTYPE), mask)
+                d_W0_ptr = _tile_pointer(table_ptr, i, first, d, DTYPE, ALIGNED)
+                _store_tile(d_W0_ptr, d_W0, offs_d, rows, d, BLOCK_O)
 
 
 @triton.jit
@@ -258,24 +274,24 @@ def _projected_merge_bwd_text_kernel(
     for tile_i32 in range(split, num_tiles, num_splits):
         tile = tl.cast(tile_i32, tl.int64)
         layer = tl.load(block_map_ptr + 2 * tile)
-        offs_o = tl.load(block_map_ptr + 2 * tile + 1).to(tl.int64) * BLOCK_O + tl.arange(
-            0, BLOCK_O
-        )
-        o = tl.load(rows_ptr + layer)
+        first = tl.load(block_map_ptr + 2 * tile + 1).to(tl.int64) * BLOCK_O
+        rows = tl.minimum(tl.load(rows_ptr + layer) - first, BLOCK_O).to(tl.int32)
         if NEED_C:
-            W0_ptr = load_pointer(table_ptr, layer, DTYPE, ALIGNED)
-            W_ptr = load_pointer(table_ptr, (n + 1) * num_layers + layer, DTYPE, ALIGNED)
-            D = _load_tile(W_ptr, offs_o, offs_d, o, d) - _load_tile(W0_ptr, offs_o, offs_d, o, d)
+            W0_ptr = _tile_pointer(table_ptr, layer, first, d, DTYPE, ALIGNED)
+            W_ptr = _tile_pointer(table_ptr, (n + 1) * num_layers + layer, first, d, DTYPE, ALIGNED)
+            D = _load_tile(W_ptr, offs_d, rows, d, BLOCK_O) - _load_tile(
+                W0_ptr, offs_d, rows, d, BLOCK_O
+            )
             B = tl.load(_scratch(B_ptr, tile, n, j, num_concepts, BLOCK_O, BLOCK_S, SLOTS))
             d_C = tl.dot(tl.trans(B), D, d_C, input_precision=PRECISION)
         if NEED_M:
             i = (num_concepts + 1) * num_layers + layer
-            d_out_ptr = load_pointer(table_ptr, i, DTYPE, ALIGNED)
-            d_out = _load_tile(d_out_ptr, offs_o, offs_d, o, d)
+            d_out_ptr = _tile_pointer(table_ptr, i, first, d, DTYPE, ALIGNED)
+            d_out = _load_tile(d_out_ptr, offs_d, rows, d, BLOCK_O)
             A = tl.load(_scratch(A_ptr, tile, n, j, num_concepts, BLOCK_O, BLOCK_S, SLOTS))
             d_M = tl.dot(tl.trans(A), d_out, d_M, input_precision=PRECISION)
-    row = ((split * num_concepts + n) * SLOTS + j) * BLOCK_S + tl.arange(0, BLOCK_S)
-    offs = row.to(tl.int64)[:, None] * d + offs_d[None, :]
+    first_row = tl.cast(((split * num_concepts + n) * SLOTS + j) * BLOCK_S, tl.int64)
+    offs = first_row * d + tl.arange(0, BLOCK_S)[:, None] * d + offs_d[None, :]
     mask = (offs_d < d)[None, :]
     if NEED_C:
         tl.store(d_C_ptr + offs, d_C, mask)
@@ -334,6 +350,7 @@ def projected_merge_forward(
             SLOTS=slots,
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
+            **launch_options(),
         )
     return out
 
@@ -407,6 +424,7 @@ def projected_merge_backward(
             SLOTS=slots,
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
+            **launch_options(),
         )
         if not (need_C or need_M):
             return d_W0, d_W, [], []
@@ -440,6 +458,7 @@ def projected_merge_backward(
             SLOTS=slots,
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
+            **launch_options(),
         )
     return (
         d_W0,

@@ -21,6 +21,7 @@ from mima.kernels._common import (
     are_aligned,
     block_map,
     contiguous,
+    launch_options,
     load_pointer,
     load_wide,
     on_device_of,
@@ -50,16 +51,18 @@ def settings(dtype: torch.dtype) -> Settings:
 
 @triton.jit
 def _merge_block(
-    table_ptr, weights_ptr, p, num_tensors, offs, size,
-    NUM_CONCEPTS: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
+    table_ptr, weights_ptr, p, num_tensors, start, size,
+    NUM_CONCEPTS: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    mask = offs < size
-    base_ptr = load_pointer(table_ptr, p, DTYPE, ALIGNED)
-    out_ptr = load_pointer(table_ptr, (NUM_CONCEPTS + 1) * num_tensors + p, DTYPE, ALIGNED)
+    offs = tl.arange(0, BLOCK)
+    mask = offs < size - start
+    base_ptr = load_pointer(table_ptr, p, DTYPE, ALIGNED) + start
+    out_ptr = load_pointer(table_ptr, (NUM_CONCEPTS + 1) * num_tensors + p, DTYPE, ALIGNED) + start
     base = load_wide(base_ptr + offs, mask, FULL)
     merged = base
     for n in tl.range(0, NUM_CONCEPTS, loop_unroll_factor=4):
-        theta_ptr = load_pointer(table_ptr, (n + 1) * num_tensors + p, DTYPE, ALIGNED)
+        theta_ptr = load_pointer(table_ptr, (n + 1) * num_tensors + p, DTYPE, ALIGNED) + start
         theta = load_wide(theta_ptr + offs, mask, FULL)
         merged += tl.load(weights_ptr + n) * (theta - base)
     store_narrow(out_ptr + offs, merged, mask, FULL)
@@ -82,28 +85,31 @@ def _weighted_merge_fwd_kernel(
     # int64: a tensor may pass 2**31 elements
     start = tl.load(block_map_ptr + 2 * pid + 1).to(tl.int64) * BLOCK
     size = tl.load(sizes_ptr + p)
-    offs = start + tl.arange(0, BLOCK)
     if start + BLOCK <= size:
         _merge_block(
-            table_ptr, weights_ptr, p, num_tensors, offs, size, NUM_CONCEPTS, DTYPE, ALIGNED, True
-        )
+            table_ptr, weights_ptr, p, num_tensors, start, size,
+            NUM_CONCEPTS, DTYPE, ALIGNED, BLOCK, True,
+        )  # fmt: skip
     else:
         _merge_block(
-            table_ptr, weights_ptr, p, num_tensors, offs, size, NUM_CONCEPTS, DTYPE, ALIGNED, False
-        )
+            table_ptr, weights_ptr, p, num_tensors, start, size,
+            NUM_CONCEPTS, DTYPE, ALIGNED, BLOCK, False,
+        )  # fmt: skip
 
 
 @triton.jit
 def _merge_bwd_block(
-    table_ptr, weights_ptr, d_weights_ptr, pid, p, num_tensors, offs, size,
+    table_ptr, weights_ptr, d_weights_ptr, pid, p, num_tensors, start, size,
     NEED_BASE: tl.constexpr, NEED_THETAS: tl.constexpr, NEED_WEIGHTS: tl.constexpr,
-    NUM_CONCEPTS: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
+    NUM_CONCEPTS: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    mask = offs < size
-    d_out_ptr = load_pointer(table_ptr, p, DTYPE, ALIGNED)
+    offs = tl.arange(0, BLOCK)
+    mask = offs < size - start
+    d_out_ptr = load_pointer(table_ptr, p, DTYPE, ALIGNED) + start
     d_out = load_wide(d_out_ptr + offs, mask, FULL)
     if NEED_WEIGHTS:
-        base_ptr = load_pointer(table_ptr, num_tensors + p, DTYPE, ALIGNED)
+        base_ptr = load_pointer(table_ptr, num_tensors + p, DTYPE, ALIGNED) + start
         base = load_wide(base_ptr + offs, mask, FULL)
     rest = 1.0
     for n in tl.range(0, NUM_CONCEPTS, loop_unroll_factor=4):
@@ -111,15 +117,15 @@ def _merge_bwd_block(
         rest -= weight
         if NEED_THETAS:
             i = (NUM_CONCEPTS + 3 + n) * num_tensors + p
-            d_theta_ptr = load_pointer(table_ptr, i, DTYPE, ALIGNED)
+            d_theta_ptr = load_pointer(table_ptr, i, DTYPE, ALIGNED) + start
             store_narrow(d_theta_ptr + offs, weight * d_out, mask, FULL)
         if NEED_WEIGHTS:
-            theta_ptr = load_pointer(table_ptr, (n + 2) * num_tensors + p, DTYPE, ALIGNED)
+            theta_ptr = load_pointer(table_ptr, (n + 2) * num_tensors + p, DTYPE, ALIGNED) + start
             theta = load_wide(theta_ptr + offs, mask, FULL)
             tl.store(d_weights_ptr + pid * NUM_CONCEPTS + n, tl.sum(d_out * (theta - base)))
     if NEED_BASE:
         i = (NUM_CONCEPTS + 2) * num_tensors + p
-        d_base_ptr = load_pointer(table_ptr, i, DTYPE, ALIGNED)
+        d_base_ptr = load_pointer(table_ptr, i, DTYPE, ALIGNED) + start
         store_narrow(d_base_ptr + offs, rest * d_out, mask, FULL)
 
 
@@ -144,16 +150,15 @@ def _weighted_merge_bwd_kernel(
     p = tl.load(block_map_ptr + 2 * pid)
     start = tl.load(block_map_ptr + 2 * pid + 1).to(tl.int64) * BLOCK
     size = tl.load(sizes_ptr + p)
-    offs = start + tl.arange(0, BLOCK)
     if start + BLOCK <= size:
         _merge_bwd_block(
-            table_ptr, weights_ptr, d_weights_ptr, pid, p, num_tensors, offs, size,
-            NEED_BASE, NEED_THETAS, NEED_WEIGHTS, NUM_CONCEPTS, DTYPE, ALIGNED, True,
+            table_ptr, weights_ptr, d_weights_ptr, pid, p, num_tensors, start, size,
+            NEED_BASE, NEED_THETAS, NEED_WEIGHTS, NUM_CONCEPTS, DTYPE, ALIGNED, BLOCK, True,
         )  # fmt: skip
     else:
         _merge_bwd_block(
-            table_ptr, weights_ptr, d_weights_ptr, pid, p, num_tensors, offs, size,
-            NEED_BASE, NEED_THETAS, NEED_WEIGHTS, NUM_CONCEPTS, DTYPE, ALIGNED, False,
+            table_ptr, weights_ptr, d_weights_ptr, pid, p, num_tensors, start, size,
+            NEED_BASE, NEED_THETAS, NEED_WEIGHTS, NUM_CONCEPTS, DTYPE, ALIGNED, BLOCK, False,
         )  # fmt: skip
 
 
@@ -187,6 +192,7 @@ def weighted_merge_forward(
                 ALIGNED=are_aligned(everything),
                 BLOCK=chosen.block,
                 num_warps=chosen.num_warps,
+                **launch_options(),
             )
     return out
 
@@ -233,5 +239,6 @@ def weighted_merge_backward(
                 ALIGNED=are_aligned(everything),
                 BLOCK=chosen.block,
                 num_warps=chosen.num_warps,
+                **launch_options(),
             )
     return d_base, d_thetas, shares.double().sum(0).float() if need_weights else None
