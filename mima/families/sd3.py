@@ -44,15 +44,17 @@ class StableDiffusion3(RectifiedFlow):
         return {"encoder_hidden_states": hidden_BSD, "pooled_projections": pooled}
 
     def token_mask(self, prompts: Sequence[str]) -> torch.Tensor:
-        pipeline, length = self.pipeline, self._max_tokens(T5_TOKENS)
+        pipeline = self.pipeline
         first, second = (
             self._mask(tokenizer, prompts, pipeline.tokenizer_max_length)
             for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)
         )
         if self._t5_tokenizer is None:
-            t5 = torch.zeros(len(prompts), length, dtype=torch.bool)
+            # how many zeros stand in T5's place depends on the version of diffusers
+            length = self.encode_prompts(prompts)["encoder_hidden_states"].shape[1]
+            t5 = torch.zeros(len(prompts), length - first.shape[1], dtype=torch.bool)
         else:
-            t5 = self._mask(self._t5_tokenizer, prompts, length)
+            t5 = self._mask(self._t5_tokenizer, prompts, self._max_tokens(T5_TOKENS))
         return torch.cat([first | second, t5], dim=1)
 
     def _sampling(self) -> dict[str, Any]:
