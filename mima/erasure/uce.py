@@ -142,7 +142,7 @@ def erase(
     gram_DD = weighted_ED.mT @ source_ED
     if preserved and preserve_scale > 0:
         hidden_BSD, read_BS = _embed(family, preserved)
-        kept_ND = hidden_BSD[read_BS.to(hidden_BSD.device)]
+        kept_ND = hidden_BSD[read_BS]
         gram_DD += kept_ND.mT @ kept_ND * (preserve_scale / len(kept_ND))
     gram_DD.diagonal().add_(ridge * gram_DD.diagonal().mean())
     # G⁻¹ x_e, weighted, for every edited row
@@ -215,12 +215,16 @@ def _embed(family: Family, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.
     CLIP-conditioned models read padding as well as tokens; models with a mask do not.
     """
     hidden, masks = [], []
+    masked = "encoder_attention_mask" in family.encode_prompts(prompts[:1])
     for start in range(0, len(prompts), ENCODING_BATCH):
         batch = prompts[start : start + ENCODING_BATCH]
         hidden.append(family.text_embeddings(batch).detach().double())
-        mask = family.encode_prompts(batch).get("encoder_attention_mask")
-        masks.append(torch.ones(hidden[-1].shape[:2]) if mask is None else mask.cpu())
-    return torch.cat(hidden), torch.cat(masks).bool()
+        if masked:
+            masks.append(family.encode_prompts(batch)["encoder_attention_mask"].bool())
+        else:
+            masks.append(torch.ones(hidden[-1].shape[:2], dtype=torch.bool))
+    hidden_BSD = torch.cat(hidden)
+    return hidden_BSD, torch.cat(masks).to(hidden_BSD.device)
 
 
 def _rows(family: Family, edits: Sequence[Edit]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -234,7 +238,6 @@ def _rows(family: Family, edits: Sequence[Edit]) -> tuple[torch.Tensor, torch.Te
             _token_ids(family, edit.source, length), _token_ids(family, edit.target, length), length
         )
         aligned.append(target_SD[places.to(target_SD.device)])
-    read_BS = read_BS.to(source_BSD.device)
     return source_BSD[read_BS], torch.stack(aligned)[read_BS]
 
 

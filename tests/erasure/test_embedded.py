@@ -1,0 +1,59 @@
+"""Erasure on the embedded model, with its numbers."""
+
+import pytest
+
+from mima.concepts import embedded_concept
+from mima.erasure import erase
+from mima.evaluation import Sampler, load_encoder
+from mima.evaluation.attack import score
+from mima.families import load_pipeline
+from mima.problem import ordinary_captions
+
+SEEDS = (0, 1)
+KEPT = ("rocket", "benign-pizza", "benign-style-twemoji")
+
+
+@pytest.fixture(scope="module")
+def original():
+    return load_pipeline("embedded")
+
+
+@pytest.fixture(scope="module")
+def erased(original):
+    concepts = [embedded_concept(name) for name in ("hamburger", "style-mono")]
+    return erase(original, concepts, preserve=ordinary_captions(None))
+
+
+@pytest.fixture(scope="module")
+def similarity():
+    encoder = load_encoder("embedded")
+    sampler = Sampler(steps=10, guidance=3.0, batch_size=16, scheduler="dpm++")
+
+    def measure(pipeline, name, rename=lambda prompt: prompt):
+        """Mean similarity of samples of a concept's prompts, perhaps reworded, to its pictures."""
+        held_out = embedded_concept(name).held_out[:4]
+        features = [encoder.embed([picture.load()]) for picture in held_out]
+        prompts = [rename(picture.prompt) for picture in held_out]
+        return score(sampler(pipeline, prompts, SEEDS), features, encoder).mean()
+
+    return measure
+
+
+# over 8 seeds: hamburger 0.66 → 0.38, a bus is at 0.29; mono style 0.97 → 0.32, noto style at 0.22
+@pytest.mark.parametrize(
+    ("name", "word", "other"), [("hamburger", "hamburger", "bus"), ("style-mono", "mono", "noto")]
+)
+def test_erased_concept_is_hardly_more_like_itself_than_another(
+    original, erased, similarity, name, word, other
+):
+    unrelated = similarity(original, name, lambda prompt: prompt.replace(word, other))
+    before, after = similarity(original, name), similarity(erased, name)
+    assert after < unrelated + 0.3 * (before - unrelated)
+
+
+# over 8 seeds: rocket 0.72 → 0.78, pizza 0.74 → 0.76, twemoji style 0.69 → 0.64; one seed's spread
+# is 0.06
+def test_other_concepts_change_little(original, erased, similarity):
+    changes = [similarity(erased, name) - similarity(original, name) for name in KEPT]
+    assert sum(changes) / len(changes) == pytest.approx(0, abs=0.05)
+    assert min(changes) > -0.12
