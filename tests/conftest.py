@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
+from multiprocessing import forkserver
+from pathlib import Path
 
 # before torch, transformers and huggingface_hub are imported: they read these once
 os.environ["MIMA_STRICT"] = "1"
@@ -61,3 +64,17 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
     return chosen
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory):
+    """A server that has imported everything once and forks each process in milliseconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["immunizing", "ranks"])
+    with pytest.MonkeyPatch.context() as patch:
+        # before Python 3.13 the server ignores the paths that it is given
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        # it has its working directory on its path, where the sources hide the installed package
+        patch.chdir(tmp_path_factory.mktemp("server"))
+        forkserver.ensure_running()
+    return context

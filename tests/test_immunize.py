@@ -1,0 +1,188 @@
+"""Runs of `immunize`: precision, memory savers, reports, listeners, what it leaves alone."""
+
+import io
+import json
+
+import pytest
+import tiny
+import torch
+from diffusers import StableDiffusionPipeline
+from immunizing import assert_same, concepts, settings, weights
+from rich.console import Console
+
+from mima.bilevel.hypergradient import twice_differentiable_attention
+from mima.bilevel.outer import naive_outer_gradient
+from mima.config import ImmunizeConfig
+from mima.errors import MimaError
+from mima.families import family_of, load_pipeline
+from mima.immunize import immunize
+from mima.problem import Problem, encode_concepts, merge_layer
+from mima.progress import ProgressBar, StepReport, Tracker, open_trackers
+
+MODES = ("exact", "finite_difference", "first_order")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("model"))
+
+
+def make(model, config):
+    family = family_of(load_pipeline(str(model)))
+    data = encode_concepts(family, concepts(), config)
+    return Problem(family, data, config, merge_layer(family, concepts(), config))
+
+
+def gradient(model, config):
+    problem = make(model, config)
+    levels = problem.lower_levels(0), problem.upper_levels(0)
+    return problem.hypergradient(problem.theta(), *levels).gradient
+
+
+def flat(gradient):
+    return torch.cat([value.flatten() for value in gradient.values()])
+
+
+def gap(a, b):
+    return float((flat(a) - flat(b)).norm() / flat(b).norm())
+
+
+def test_two_passes_equal_holding_every_graph_on_a_unet(model, tmp_path):
+    problem = make(model, settings(tmp_path, hypergradient="exact", lower={"lr": 1e-3}))
+    theta, lower, upper = problem.theta(), problem.lower_levels(0), problem.upper_levels(0)
+    ours = problem.hypergradient(theta, lower, upper)
+    with twice_differentiable_attention():
+        naive = naive_outer_gradient(
+            theta, list(lower), problem.merge, list(upper), wrt=problem.upper_names
+        )
+    assert gap(ours.gradient, naive.gradient) < 1e-5
+    assert ours.losses == pytest.approx(naive.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_recomputing_activations_changes_no_gradient(model, tmp_path, mode):
+    # SGD: Adam's first step is the gradient's sign, which magnifies rounding
+    common = {"hypergradient": mode, "lower": {"lr": 1e-2, "optimizer": "sgd"}}
+    plain = gradient(model, settings(tmp_path, **common))
+    saving = gradient(model, settings(tmp_path, gradient_checkpointing=True, **common))
+    assert gap(saving, plain) < 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("mode", ["exact", "first_order"])
+def test_bfloat16_is_near_float32(model, tmp_path, mode, checkpointing):
+    common = {"hypergradient": mode, "lower": {"lr": 1e-2, "optimizer": "sgd"}}
+    plain = gradient(model, settings(tmp_path, **common))
+    half = gradient(
+        model,
+        settings(tmp_path, precision="bfloat16", gradient_checkpointing=checkpointing, **common),
+    )
+    # 8 bits of mantissa, and a few dozen layers whose roundings add up
+    assert gap(half, plain) < 0.1
+    assert all(value.dtype == torch.float32 for value in half.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"precision": "float16"}, "float16 gradients underflow"),
+        ({"precision": "bfloat16", "hypergradient": "finite_difference"}, "more coarsely"),
+        ({"method": "compose", "merge": "none"}, "without its last step"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_reason(settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        ImmunizeConfig(**settings)
+
+
+def test_a_run_reports_what_it_does(model, tmp_path):
+    seen = []
+    config = settings(tmp_path, steps=2)
+    result = immunize(model, concepts(), config, output=tmp_path / "out", callbacks=[seen.append])
+    assert seen == result.history
+    last = seen[-1]
+    assert (last.step, last.steps, last.eta) == (2, 2, 0)
+    assert sorted(last.concept_losses) == ["cat", "dog"]
+    priors = [value for name, value in last.losses.items() if name.endswith("(prior)")]
+    assert last.prior_loss == pytest.approx(sum(priors) / 2)
+    assert last.seconds > 0
+    assert last.memory > 2**20
+    assert 0 < last.residual < 1
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [StepReport.from_dict(json.loads(line)) for line in lines] == seen
+    saved = json.loads((tmp_path / "out" / "mima.json").read_text())
+    assert ImmunizeConfig.model_validate(saved["config"]) == config
+    # an ordinary diffusers folder
+    opened = StableDiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert_same(opened.unet.state_dict(), result.pipeline.unet.state_dict())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.txt", "out"]
+
+
+def test_a_callback_stops_the_run(model, tmp_path):
+    called = []
+    callbacks = [lambda report: report.step == 2, called.append]
+    result = immunize(model, concepts(), settings(tmp_path, steps=9), callbacks=callbacks)
+    assert len(result.history) == len(called) == 2
+
+
+def test_a_pipeline_in_memory_stays_as_it_is(model, tmp_path):
+    pipeline = load_pipeline(str(model))
+    pipeline.unet.half()
+    before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
+    result = immunize(pipeline, concepts(), settings(tmp_path, steps=1), output=tmp_path / "out")
+    assert_same(pipeline.unet.state_dict(), before)
+    assert result.pipeline.unet.dtype == torch.float32
+    assert weights(tmp_path / "out").keys() == before.keys()
+
+
+def test_the_output_folder_is_checked_first(model, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "letter.txt").write_text("mine")
+    with pytest.raises(MimaError, match="not empty"):
+        immunize("no such model", concepts(), settings(tmp_path), output=tmp_path / "out")
+
+
+def test_trackers_get_the_same_numbers(model, tmp_path):
+    class Recorder:
+        def __init__(self):
+            self.logged, self.config, self.open = [], None, False
+
+        def start(self):
+            self.open = True
+
+        def store_init_configuration(self, values):
+            self.config = values
+
+        def log(self, values, step):
+            self.logged.append((step, values))
+
+        def finish(self):
+            self.open = False
+
+    recorder = Recorder()
+    config = settings(tmp_path)
+    tracker = Tracker(recorder, config.model_dump(mode="json"))
+    result = immunize(model, concepts(), config, callbacks=[tracker])
+    assert recorder.open
+    tracker.finish()
+    assert not recorder.open
+    assert recorder.config["lower.lr"] == 1e-3
+    assert [step for step, _ in recorder.logged] == [1, 2]
+    assert recorder.logged[-1][1]["loss/cat"] == result.history[-1].losses["cat"]
+    with pytest.raises(MimaError, match="trackers: nosuch is not installed"):
+        open_trackers(["nosuch"], tmp_path, {})
+
+
+def test_the_progress_bar_says_what_matters():
+    out = io.StringIO()
+    report = StepReport(
+        3, 10, {"cat": 1.25, "cat (prior)": 0.5}, 1e-3, 0.7, 0.02, 1.5, 3661.0, 2**30, 2
+    )
+    with ProgressBar(Console(file=out, force_terminal=True, width=200)) as bar:
+        bar(report)
+    shown = out.getvalue()
+    for part in (
+        *("3/10", "cat 1.250", "prior 0.500", "drift 1.0e-03", "residual 2.0e-02"),
+        *("2 skipped", "1.50 s/step", "1.0 GiB", "1:01:01 left"),
+    ):
+        assert part in shown
