@@ -1,0 +1,226 @@
+"""Several ways to compute one thing, checked against each other, then timed in turns.
+
+Taking turns, round after round, is what makes ratios hold on a machine that other work shares: all
+variants see the same interruptions. pytest-benchmark keeps the statistics; it reads them from a
+clock that only the timed calls advance.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mima.ops import backends
+
+Thunk = Callable[[], Any]
+
+SHORTEST_SAMPLE = 2e-3
+"""Seconds; a shorter call is repeated within one sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What this device reaches, measured: what floors are computed from."""
+
+    device: torch.device
+    bytes_per_second: float
+    """Bytes read and written by a large copy."""
+    flops_per_second: float
+    """Of a large float32 matrix product."""
+
+    def floor(self, num_bytes: float, flops: float) -> float:
+        """Return the seconds below which moving and computing this much cannot take."""
+        return max(num_bytes / self.bytes_per_second, flops / self.flops_per_second)
+
+
+class Clock:
+    """Seconds spent in timed calls: pytest-benchmark's timer."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """Variants of one computation on the same inputs."""
+
+    group: str
+    variants: dict[str, Thunk]
+    baseline: str
+    """The variant that the others' answers are compared with."""
+    num_bytes: float
+    """That must be read and written: the formula is a comment where it is computed."""
+    flops: float
+    rounds: int = 9
+    tolerance: float = 1e-4
+    """Largest difference of any answer, relative to the largest number in it."""
+    unchecked: tuple[str, ...] = ()
+    """Variants that compute something else on purpose: a part, or the same at another size."""
+    slow: tuple[str, ...] = ()
+    """Variants that take seconds: three rounds."""
+    samples: dict[str, list[float]] = field(default_factory=dict)
+
+    def measure(self, device: torch.device) -> None:
+        """Assert equal answers, then fill `samples`, all variants in turns."""
+        if self.samples:
+            return
+        expected = _tensors(self.variants[self.baseline]())
+        for name, run in self.variants.items():
+            answer = _tensors(run())  # also the warm-up, and the compilation
+            if name not in self.unchecked:
+                self._check(name, answer, expected)
+            del answer
+        del expected
+        repeats = {}
+        for name, run in self.variants.items():
+            once = _seconds(run, 1, device)
+            repeats[name] = max(1, math.ceil(SHORTEST_SAMPLE / max(once, 1e-7)))
+            self.samples[name] = []
+        for round_ in range(self.rounds):
+            for name, run in self.variants.items():
+                if name not in self.slow or round_ < 3:
+                    self.samples[name].append(_seconds(run, repeats[name], device))
+
+    def _check(self, name: str, answer: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+        assert len(answer) == len(expected), f"{self.group}: {name} returns {len(answer)} tensors"
+        for got, want in zip(answer, expected, strict=True):
+            if not want.numel():
+                continue
+            largest = want.abs().max().item()
+            error = (got.float() - want.float()).abs().max().item()
+            assert error <= self.tolerance * max(largest, 1e-6), (
+                f"{self.group}: {name} differs by {error:.2e} where the largest is {largest:.2e}"
+            )
+
+
+def _tensors(answer: Any) -> list[Tensor]:
+    if isinstance(answer, Tensor):
+        return [answer.detach()]
+    return [x.detach() for x in answer if x is not None]
+
+
+def _seconds(run: Thunk, repeat: int, device: torch.device) -> float:
+    """Seconds of one call."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(repeat):
+            result = run()
+        seconds = time.perf_counter() - start
+        del result  # freeing is not part of computing
+        return seconds / repeat
+    total = 0.0
+    for _ in range(repeat):
+        # inputs come from memory, not from the second-level cache, as in a step of training
+        _l2_filler(device).zero_()
+        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start_event.record()
+        result = run()
+        end_event.record()
+        torch.cuda.synchronize(device)
+        del result
+        total += start_event.elapsed_time(end_event) / 1e3
+    return total / repeat
+
+
+@functools.cache
+def _l2_filler(device: torch.device) -> Tensor:
+    return torch.empty(256 << 20, dtype=torch.int8, device=device)
+
+
+@functools.cache
+def measure_machine(device: torch.device) -> Machine:
+    """Measure the bandwidth of a copy and the rate of a product, medians of a few."""
+
+    def median(run: Thunk, rounds: int) -> float:
+        run()
+        return sorted(_seconds(run, 1, device) for _ in range(rounds))[rounds // 2]
+
+    size = 1 << (28 if device.type == "cuda" else 26)
+    source, target = (torch.zeros(size, device=device) for _ in range(2))
+    copy = median(lambda: target.copy_(source), 9)
+    n = 4096 if device.type == "cuda" else 1536
+    a, b = (torch.randn(n, n, device=device) for _ in range(2))
+    product = median(lambda: a @ b, 9)
+    return Machine(
+        device=device,
+        # a read and a write of float32
+        bytes_per_second=2 * 4 * size / copy,
+        flops_per_second=2 * n**3 / product,
+    )
+
+
+def serves(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a backend can serve: Triton's interpreter, on the CPU, is not worth a timing."""
+    if backend == "triton" and device.type != "cuda":
+        return False
+    rows = backends.report(device, dtype)
+    return any(r.operator == op and r.backend == backend and r.available for r in rows)
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any] | None:
+    """Return torch.compile of a function, or None on a CPU-only machine without a C++ compiler."""
+    if not torch.cuda.is_available() and shutil.which("g++") is None:
+        return None
+    return torch.compile(function, **options)
+
+
+def replay(benchmark: Any, comparison: Comparison, variant: str, machine: Machine) -> None:
+    """Hand a variant's samples to pytest-benchmark, with what they are to be judged by."""
+    if variant not in comparison.variants:
+        pytest.skip(f"{variant} cannot run here")
+    comparison.measure(machine.device)
+    samples = comparison.samples[variant]
+    clock = Clock()
+    remaining = iter(samples)
+
+    def advance() -> None:
+        clock.seconds += next(remaining)
+
+    benchmark._timer = clock
+    benchmark.group = comparison.group
+    floor = machine.floor(comparison.num_bytes, comparison.flops)
+    median = sorted(samples)[len(samples) // 2]
+    benchmark.extra_info.update(
+        variant=variant,
+        baseline=comparison.baseline,
+        bytes=comparison.num_bytes,
+        flops=comparison.flops,
+        floor_ms=floor * 1e3,
+        achieved_over_floor=floor / median,
+        device=_name(machine.device),
+        threads=torch.get_num_threads(),
+        copy_GBps=machine.bytes_per_second / 1e9,
+        matmul_GFLOPS=machine.flops_per_second / 1e9,
+    )
+    if machine.device.type == "cuda":
+        benchmark.extra_info["peak_MB"] = _peak_memory(comparison.variants[variant]) / 1e6
+    benchmark.pedantic(advance, rounds=len(samples), iterations=1, warmup_rounds=0)
+
+
+def _peak_memory(run: Thunk) -> int:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = run()
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        models = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    return models[0] if models else "CPU"

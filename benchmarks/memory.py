@@ -1,0 +1,69 @@
+"""Peak memory and time of one outer step for N concepts, each measured in a fresh process.
+
+    python benchmarks/memory.py [--concepts 1 2 4 8 16] [--batch 2] [--device cpu]
+
+On a CPU the peak is the process's resident set; what it held before the step is shown beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def measure(engine: str, concepts: int, batch: int, device: str) -> dict[str, float]:
+    """Run in this process; sizes in MiB."""
+    import torch
+    from outer_step import make_problem, naive, two_pass
+
+    from mima.progress import peak_memory
+
+    torch.set_num_threads(1)
+    problem = make_problem(concepts, batch=batch, device=device)
+    before = peak_memory(problem.family.device)
+    started = time.perf_counter()
+    outer = {"two-pass": two_pass, "naive": naive}[engine](problem)
+    norm = outer.norm
+    seconds = time.perf_counter() - started
+    peak = peak_memory(problem.family.device)
+    return {"before": before / 2**20, "peak": peak / 2**20, "seconds": seconds, "norm": norm}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--concepts", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--engines", nargs="+", default=["two-pass", "naive"])
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        engine, concepts = args.one
+        print(json.dumps(measure(engine, int(concepts), args.batch, args.device)))
+        return
+    print(f"{platform.processor() or platform.machine()}, {args.device}, batch {args.batch}")
+    print(f"{'engine':10} {'N':>3} {'before MiB':>11} {'peak MiB':>9} {'of N=1':>7} {'s':>7}  ‖g‖")
+    for engine in args.engines:
+        first = None
+        for concepts in args.concepts:
+            command = [sys.executable, __file__, "--one", engine, str(concepts)]
+            command += ["--batch", str(args.batch), "--device", args.device]
+            done = subprocess.run(
+                command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent
+            )
+            row = json.loads(done.stdout.splitlines()[-1])
+            first = first or row["peak"]
+            print(
+                f"{engine:10} {concepts:3} {row['before']:11.0f} {row['peak']:9.0f} "
+                f"{row['peak'] / first:7.2f} {row['seconds']:7.2f}  {row['norm']:.6g}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
