@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--names", type=int, default=200, help="how many names to sample")
     parser.add_argument("--seed", type=int, default=4)
     args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
     setup(args.seed)
     pictures, splits = load_pictures(args.data), load_names()
     index = {key: i for i, key in enumerate(zip(pictures.names, pictures.styles, strict=True))}
