@@ -14,6 +14,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
+# other processes too must import the installed package, not the sources in the working directory
+os.environ["PYTHONSAFEPATH"] = "1"
 # what deterministic algorithms need on CUDA
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # two torch processes that spin on the same cores slow each other several times over

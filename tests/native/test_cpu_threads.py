@@ -77,7 +77,7 @@ def test_concurrent_callers():
 
 
 @pytest.mark.parametrize("pool", ["own", "openmp"])
-def test_pool_works_in_a_forked_child(pool):
+def test_pool_works_in_a_forked_child(pool, tmp_path):
     code = """
 import os, torch
 from mima.ops import native
@@ -100,12 +100,13 @@ assert value == [0.5] * 5
         capture_output=True,
         text=True,
         timeout=120,
+        cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "2", "MIMA_CPU_POOL": pool},
     )
     assert done.returncode == 0, done.stderr
 
 
-def test_own_pool_gives_the_same_bits():
+def test_own_pool_gives_the_same_bits(tmp_path):
     # which pool is in use is settled once in a process
     code = """
 import torch
@@ -128,6 +129,7 @@ assert len(values) == 1, values
         capture_output=True,
         text=True,
         timeout=120,
+        cwd=tmp_path,
         env=os.environ | {"MIMA_CPU_POOL": "own"},
     )
     assert done.returncode == 0, done.stderr

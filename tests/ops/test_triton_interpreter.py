@@ -19,7 +19,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 def test_kernels_in_the_interpreter() -> None:
     # A process of its own: Triton reads the variable when a kernel is defined.
     values = Path(__file__).with_name("test_values.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton"]
+    # not python -m pytest, which would import the sources in the working directory
+    pytest_script = Path(sys.executable).with_name("pytest")
+    command = [pytest_script, "-q", "-p", "no:cacheprovider", "-k", "triton"]
     result = subprocess.run(
         [*command, values],
         cwd=values.parents[2],
