@@ -123,7 +123,7 @@ def test_without_a_compiler_the_reason_is_kept(target):
     info = json.loads((target / "mima" / "_build_info.json").read_text())
     assert info["native"]["built"] is False
     assert "/nonexistent" in info["native"]["reason"]
-    output = python("-m", "mima", "doctor", cwd=target)
+    output = python("-m", "mima", "doctor", cwd=target, PYTHONPATH=str(target))
     assert "/nonexistent" in output
 
 
