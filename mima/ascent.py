@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import platform
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from mima._version import installed_versions
 from mima.bilevel.lower import Params, Tensors
 from mima.bilevel.outer import OuterGradient
 from mima.checkpoint import Checkpoint, CheckpointFolder
@@ -38,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 MAY_CHANGE = frozenset({"steps", "checkpoint_every", "max_skipped", "trackers"})
 """Settings that a resumed run may change: no gradient depends on them."""
-PACKAGES = ("mima", "torch", "diffusers", "transformers")
 ETA_STEPS = 20
 DIVERGENCE_STEPS = 10
 
@@ -289,8 +287,7 @@ def describe_run(
             {"name": c.name, "prompt": c.prompt, "class_prompt": c.class_prompt} for c in concepts
         ],
         "model": _fingerprint(weights),
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in PACKAGES},
+        "versions": installed_versions(),
     }
 
 

@@ -86,13 +86,19 @@ class Encoded:
         return cls(tensors["latents"], prompts, tensors["prompt"])
 
 
-def encode(family: Family, pictures: Sequence[Picture]) -> Encoded:
-    """Encode pictures and prompts without a graph, a few at a time."""
+def encode_images(family: Family, pictures: Sequence[Picture]) -> torch.Tensor:
+    """Latents [P, C, H, W] of pictures, encoded without a graph, a few at a time."""
     latents = [
         family.encode_images(pixels(pictures[start : start + CHUNK], family.resolution))
         for start in range(0, len(pictures), CHUNK)
     ]
-    return Encoded.of(family, torch.cat(latents), [picture.prompt for picture in pictures])
+    return torch.cat(latents)
+
+
+def encode(family: Family, pictures: Sequence[Picture]) -> Encoded:
+    """Encode pictures and prompts without a graph, a few at a time."""
+    latents = encode_images(family, pictures)
+    return Encoded.of(family, latents, [picture.prompt for picture in pictures])
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mima import console
+from mima._version import installed_versions
 from mima.adaptation import LoRA
 from mima.concepts import Concept, embedded_concept
 from mima.config import ImmunizeConfig, LowerConfig, UpperConfig
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 logger = logging.getLogger(__name__)
-
-PACKAGES = ("mima", "torch", "diffusers", "transformers", "peft", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,8 +201,7 @@ class Demo:
             "prompt_alignment": alignment,
             "seconds": time.perf_counter() - started,
             "seed": s.immunization.seed,
-            "versions": {name: version(name) for name in PACKAGES}
-            | {"python": platform.python_version()},
+            "versions": installed_versions(),
             "config": {
                 "immunize": s.immunization.model_dump(mode="json"),
                 "attack": asdict(s.attack),

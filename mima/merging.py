@@ -88,21 +88,6 @@ class MergePlan:
             drift_bound=torch.stack([_spectral_norm(c, m) for c, m in zip(C, M, strict=True)]),
         )
 
-    def residual(self, W0: torch.Tensor, W: Sequence[torch.Tensor], phi: torch.Tensor) -> float:
-        """How far one merged weight misses the constraint, relative to what was asked of it.
-
-        Returns:
-            ``‖(φ − W_n) C_nᵀ‖ / ‖(W_n − W0) C_nᵀ‖`` over all concepts; 0 where nothing was asked.
-        """
-        missed, asked = (
-            torch.cat([(a - b) @ c.T for a, b, c in triples], dim=1).norm().item()
-            for triples in (
-                zip([phi] * len(W), W, self.C, strict=True),
-                zip(W, [W0] * len(W), self.C, strict=True),
-            )
-        )
-        return missed / asked if asked else 0.0
-
 
 def _spectral_norm(C_SD: torch.Tensor, M_SD: torch.Tensor) -> torch.Tensor:
     # ‖Cᵀ M‖₂ = ‖R M‖₂ for Cᵀ = QR: a small problem, since S is a handful of tokens

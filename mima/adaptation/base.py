@@ -13,13 +13,12 @@ from typing import Any, ClassVar
 
 import torch
 
+from mima.batches import encode_images
 from mima.concepts import Concept
-from mima.diffusion import diffusion_loss, pixels
+from mima.diffusion import diffusion_loss
 from mima.errors import MimaError
 from mima.families import Conditioning, Family, family_of
 from mima.pictures import Picture
-
-ENCODING_BATCH = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,14 +262,7 @@ class _Stream:
         generator: torch.Generator,
         encode_prompts: Callable[[Family, Sequence[str]], Conditioning] | None,
     ) -> None:
-        self._latents = torch.cat(
-            [
-                family.encode_images(
-                    pixels(pictures[start : start + ENCODING_BATCH], family.resolution)
-                )
-                for start in range(0, len(pictures), ENCODING_BATCH)
-            ]
-        )
+        self._latents = encode_images(family, pictures)
         self._family = family
         self._generator = generator
         self._prompts = [picture.prompt for picture in pictures]

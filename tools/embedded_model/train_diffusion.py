@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--save-every", type=int, default=1000)
+    parser.add_argument("--start-from", type=Path, help="a pipeline folder to train further")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -132,8 +133,13 @@ def main() -> None:
     token_ids = tokenised_captions(train, tokenizer)
     print(f"{len(mean)} pictures, latent std {mean.std():.3f}, {len(tokenizer)} tokens", flush=True)
 
-    text = CLIPTextModel(text_config(tokenizer, WIDTH, heads=5, layers=2))
-    unet = build_unet().to(memory_format=torch.channels_last)
+    if args.start_from:
+        text = CLIPTextModel.from_pretrained(args.start_from / "text_encoder").float()
+        unet = UNet2DConditionModel.from_pretrained(args.start_from / "unet").float()
+    else:
+        text = CLIPTextModel(text_config(tokenizer, WIDTH, heads=5, layers=2))
+        unet = build_unet()
+    unet.to(memory_format=torch.channels_last)
     models = nn.ModuleList([text, unet]).train()
     averaged = copy.deepcopy(models).eval().requires_grad_(False)
     parameters, averages = list(models.parameters()), list(averaged.parameters())
