@@ -1,0 +1,124 @@
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from mima.errors import MimaError
+from mima.evaluation.records import (
+    AttackRow,
+    Benign,
+    ConceptGap,
+    ConceptRecord,
+    CurvePoint,
+    Evaluation,
+    EvaluationFolder,
+    Interval,
+    SimilaritySummary,
+    WorstAttack,
+    WorstConcept,
+)
+
+ROW = AttackRow(
+    attack="red-cat-lora-0",
+    concept='red "cat", and more',
+    role="target",
+    method="lora",
+    lr=1e-4,
+    lr_factor=1,
+    steps=50,
+    prompt_variant="name",
+    images="same",
+    preparation="none",
+    seed=0,
+    similarity="clip",
+    sgr_mean=0.1,
+    sgr_final=None,
+    sgr_max=-0.25,
+    nearest_original=0.5,
+    nearest_immunized=None,
+    seconds=1.5,
+    learned=True,
+)
+POINT = CurvePoint(
+    attack="red-cat-lora-0", similarity="clip", step=50, original=0.8, immunized=0.6, sgr=0.25
+)
+EVALUATION = Evaluation(
+    name="mima",
+    method="mima",
+    models={"original": "a", "immunized": "b"},
+    preset="quick",
+    protocol="standard",
+    similarities=("clip",),
+    seeds=(0, 1),
+    concepts=(ConceptRecord(name="red cat", slug="cat", kind="style", prompt="x", role="target"),),
+    benign=Benign(cmmd=0.25, adaptability={"dog": None}),
+    summary={
+        "clip": SimilaritySummary(
+            msgr=Interval(mean=0.1, low=0.0, high=0.2),
+            worst_attack=WorstAttack(sgr=0.1, attack="red-cat-lora-0"),
+            worst_concept=WorstConcept(sgr=0.1, concept="red cat"),
+            mrsgr=None,
+            sgr={"red cat": ConceptGap(mean=0.1, low=0, high=0.2, final=None, max=0.3)},
+        )
+    },
+    config={"grid": [1, 2]},
+    versions={"torch": "2"},
+    complete=False,
+)
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    folder = EvaluationFolder(tmp_path / "new" / "folder")
+    assert not folder.exists()
+    assert folder.attacks() == folder.curves() == []
+    unfinished = POINT.model_copy(update={"attack": "unfinished"})
+    folder.write_rows([ROW, ROW.model_copy(update={"similarity": "dino"})], [POINT, unfinished])
+    folder.write_evaluation(EVALUATION)
+    assert folder.exists()
+    assert folder.evaluation() == EVALUATION
+    first, second = folder.attacks()
+    assert first == ROW
+    assert second.similarity == "dino"
+    # curves are written first: what has no row is of an attack that was cut short
+    assert folder.curves() == [POINT]
+    assert [path.name for path in folder.path.glob(".*")] == []
+
+
+def test_the_json_is_plain_and_has_no_nan(tmp_path):
+    folder = EvaluationFolder(tmp_path)
+    folder.write_evaluation(EVALUATION)
+    plain = json.loads((tmp_path / "evaluation.json").read_text())
+    assert plain["format"] == 1
+    assert plain["summary"]["clip"]["sgr"]["red cat"] == {
+        "mean": 0.1, "low": 0.0, "high": 0.2, "final": None, "max": 0.3
+    }  # fmt: skip
+    with pytest.raises(ValidationError, match="finite"):
+        Interval(mean=float("nan"), low=0, high=0)
+
+
+def test_pictures_come_in_the_order_of_their_index(tmp_path):
+    folder = EvaluationFolder(tmp_path)
+    for place in (folder.image_folder("a", "original", 50), folder.reference_folder("cat")):
+        place.mkdir(parents=True)
+        for index in (10, 9, 0):
+            (place / f"{index}.png").touch()
+    names = ["0.png", "9.png", "10.png"]
+    assert [path.name for path in folder.images("a", "original", 50)] == names
+    assert [path.name for path in folder.references("cat")] == names
+    assert folder.image_folder("a", "original", 50) == tmp_path / "images/a/original/00050"
+    assert folder.images("a", "immunized", 50) == []
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    folder = EvaluationFolder(tmp_path)
+    with pytest.raises(MimaError, match=r"holds no evaluation.json: mima evaluate"):
+        folder.evaluation()
+    (tmp_path / "evaluation.json").write_text('{"format": 9}')
+    with pytest.raises(MimaError, match="has format 9; this version reads 1"):
+        folder.evaluation()
+    (tmp_path / "evaluation.json").write_text('{"format": 1}')
+    with pytest.raises(MimaError, match="is damaged"):
+        folder.evaluation()
+    (tmp_path / "attacks.csv").write_text("attack,lr\na,b\n")
+    with pytest.raises(MimaError, match="cannot read"):
+        folder.attacks()
