@@ -205,12 +205,21 @@ def immunize(
 @app.command()
 def adapt(
     concept: Annotated[
-        str, typer.Argument(help="A folder of pictures, a description, or an embedded concept.")
+        list[str],
+        typer.Argument(
+            help="A folder of pictures, a description, or an embedded concept. LoRA learns several "
+            "at once, each in a file of its own."
+        ),
     ],
     model: Model = "embedded",
     method: Annotated[str, typer.Option(help="How to adapt.")] = "lora",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for the adapter; CONCEPT-METHOD.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for the adapter, or for one folder per concept; CONCEPT-METHOD.",
+        ),
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Prompt of the concept, where nothing else says it.")
@@ -227,6 +236,21 @@ def adapt(
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Pictures per step.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank, for LoRA.")] = None,
+    gradient_accumulation_steps: Annotated[
+        int | None, typer.Option(help="Batches per step, one after another.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory.")
+    ] = False,
+    use_8bit_adam: Annotated[
+        bool, typer.Option("--use-8bit-adam", help="AdamW of bitsandbytes: less memory.")
+    ] = False,
+    offload_encoders: Annotated[
+        bool, typer.Option("--offload-encoders", help="VAE and text encoders wait on the CPU.")
+    ] = False,
+    fp16_vae: Annotated[
+        bool, typer.Option("--fp16-vae", help="Encode the pictures in float16.")
+    ] = False,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of the method."),
@@ -238,11 +262,22 @@ def adapt(
     """Teach a model a concept, as its owner would, or an attacker."""
     from dataclasses import asdict
 
+    from mima.adaptation import LoRA, Together
     from mima.console import progress, stdout
     from mima.families import load_pipeline
     from mima.output import check_folder, fresh_folder
 
-    options = {"steps": steps, "learning_rate": lr, "batch_size": batch_size, "rank": rank}
+    options = {
+        "steps": steps,
+        "learning_rate": lr,
+        "batch_size": batch_size,
+        "rank": rank,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "gradient_checkpointing": gradient_checkpointing or None,
+        "use_8bit_adam": use_8bit_adam or None,
+        "offload_encoders": offload_encoders or None,
+        "fp16_vae": fp16_vae or None,
+    }
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     given |= {".".join(parts): value for parts, value in map(_setting, settings or [])}
     chosen = _adaptation(method, {"seed": seed, **given})
@@ -253,23 +288,44 @@ def adapt(
         "token": token,
         "initializer": initializer,
     }
-    learned = _one_concept(concept, {key: said for key, said in told.items() if said is not None})
-    folder = output or Path(f"{_slug(learned.name)}-{method}")
+    learned = _concepts_to_learn(
+        concept, {key: said for key, said in told.items() if said is not None}
+    )
+    if len(learned) > 1 and not isinstance(chosen, LoRA):
+        raise MimaError(
+            f"method {method} learns one concept at a time, got {len(learned)} "
+            f"({', '.join(one.name for one in learned)}); lora and dreambooth-lora learn several"
+        )
+    names = [_slug(one.name) for one in learned]
+    folder = output or Path(f"{'-'.join(names)[:80]}-{method}")
     check_folder(folder, overwrite=overwrite)
 
     pipeline = load_pipeline(model, device=_device(device))
     with fresh_folder(folder, overwrite=overwrite) as staging, progress() as bars:
-        task = bars.add_task(f"learning {learned.name}", total=chosen.steps, note="")
-        run = chosen.adapt(
-            pipeline,
-            learned,
-            on_step=lambda run: bars.update(task, completed=run.step, note=f"loss {run.loss:.3f}"),
-        )
-        run.save(staging)
-        _write_down(staging, "adapt", model, [learned], method=method, settings=asdict(chosen))
-    stdout().print(f"learned {learned.name} by {method} in {run.step} steps: {folder}")
+        runs = [chosen.start(pipeline, one) for one in learned]
+        task = bars.add_task(f"learning {', '.join(names)}", total=chosen.steps, note="")
+
+        def on_step(_: object) -> None:
+            losses = " ".join(f"{run.loss:.3f}" for run in runs)
+            bars.update(task, completed=runs[0].step, note=f"loss {losses}")
+
+        if len(runs) == 1:
+            runs[0].advance(chosen.steps, on_step=on_step)
+        else:
+            Together(runs).advance(chosen.steps, on_step=on_step)
+        for run, name in zip(runs, names, strict=True):
+            inside = run.save(staging / name if len(runs) > 1 else staging)
+            _write_down(
+                inside, "adapt", model, [run.concept], method=method, settings=asdict(chosen)
+            )
+        if len(runs) > 1:
+            _write_down(staging, "adapt", model, learned, method=method, settings=asdict(chosen))
+    said = ", ".join(one.name for one in learned)
+    stdout().print(f"learned {said} by {method} in {chosen.steps} steps: {folder}")
     if method == "lora":
-        stdout().print(f'look: mima sample "{learned.prompt}" --model {model} --lora {folder}')
+        for one, name in zip(learned, names, strict=True):
+            where = folder / name if len(learned) > 1 else folder
+            stdout().print(f'look: mima sample "{one.prompt}" --model {model} --lora {where}')
 
 
 @app.command()
@@ -429,19 +485,24 @@ def _adaptation(method: str, settings: dict[str, Any]) -> Adaptation:
         raise ProblemList(f"method {method} cannot be used:", problems) from error
 
 
-def _one_concept(source: str, told: dict[str, Any]) -> Concept:
-    """The one concept that a source describes, with what the command line says about it."""
+def _concepts_to_learn(sources: list[str], told: dict[str, Any]) -> list[Concept]:
+    """The concepts that sources describe, with what the command line says about a single one."""
     from dataclasses import replace
 
     from mima.concepts import Concept, load_concepts
 
-    if told and Path(source).is_dir():
-        return Concept.from_folder(source, **told)
-    found = load_concepts(source)
+    if not told:
+        return load_concepts(sources)
+    if len(sources) == 1 and Path(sources[0]).is_dir():
+        return [Concept.from_folder(sources[0], **told)]
+    found = load_concepts(sources)
     if len(found) > 1:
-        names = ", ".join(concept.name for concept in found)
-        raise MimaError(f"{source} describes {len(found)} concepts ({names}), expected one")
-    return replace(found[0], **told)
+        raise MimaError(
+            f"{', '.join(f'--{key}' for key in told)}".replace("_", "-")
+            + f" says something about one concept, {' '.join(sources)} describes {len(found)} "
+            f"({', '.join(concept.name for concept in found)})"
+        )
+    return [replace(found[0], **told)]
 
 
 def _write_down(

@@ -62,8 +62,22 @@ def diffusion_loss(
     Returns:
         Scalar, in float32 whatever the model's dtype.
     """
+    return F.mse_loss(
+        *prediction_and_target(family, latents, conditioning, timesteps, noise, params)
+    )
+
+
+def prediction_and_target(
+    family: Family,
+    latents: torch.Tensor,
+    conditioning: Conditioning,
+    timesteps: torch.Tensor,
+    noise: torch.Tensor,
+    params: Params | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``diffusion_loss`` compares, each [B, C, H, W] in float32 at least; same arguments."""
     noisy = family.add_noise(latents, noise, timesteps)
     prediction = family.predict(noisy, timesteps, conditioning, params)
     target = family.target(latents, noise, timesteps)
     accumulate = torch.promote_types(prediction.dtype, torch.float32)
-    return F.mse_loss(prediction.to(accumulate), target.to(accumulate))
+    return prediction.to(accumulate), target.to(accumulate)

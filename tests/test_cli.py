@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
@@ -179,6 +180,32 @@ def test_adapt_and_sample_with_what_was_learned(workdir, model):
     assert not list(workdir.glob(".cat-lora*"))
 
 
+def test_adapt_several_concepts_at_once(workdir, model):
+    options = ["--model", model, "--steps", 2, "--lr", 0.01, "--rank", 2]
+    output = run("adapt", "cat", "dog", *options)
+    assert "learned cat, dog by lora in 2 steps: cat-dog-lora" in output
+    assert "--lora cat-dog-lora/dog" in output
+    run("adapt", "dog", *options, "-o", "alone")
+    (alone, shared) = (
+        load_file(f"{folder}/pytorch_lora_weights.safetensors")
+        for folder in ("alone", "cat-dog-lora/dog")
+    )
+    assert alone.keys() == shared.keys()
+    assert all(torch.allclose(alone[name], shared[name], atol=1e-3) for name in alone)
+    run("adapt", "cat", "dog", *options, "--overwrite")
+    run("sample", "a dog", "--model", model, "--steps", 2, "--lora", "cat-dog-lora/dog")
+
+
+def test_adapt_with_little_memory(workdir, model):
+    options = ["--gradient-checkpointing", "--offload-encoders", "--fp16-vae"]
+    options += ["--gradient-accumulation-steps", 2]
+    run("adapt", "cat", *options, "--model", model, "--steps", 1, "-o", "out")
+    settings = json.loads(Path("out/mima.json").read_text())["settings"]
+    assert settings["gradient_accumulation_steps"] == 2
+    assert all(settings[name] for name in ("gradient_checkpointing", "offload_encoders"))
+    assert (settings["fp16_vae"], settings["use_8bit_adam"]) == (True, False)
+
+
 def test_adapt_a_plain_folder_with_a_prompt(workdir, model):
     (workdir / "cat" / "concept.yaml").unlink()
     assert "give one prompt for all" in run("adapt", "cat", "--model", model, code=2)
@@ -201,7 +228,12 @@ def test_every_method_can_replace_its_own_results(workdir, model, method):
     ("arguments", "message"),
     [
         (["absent"], "neither a folder, nor a file, nor an embedded concept"),
-        (["."], "describes 2 concepts (cat, dog), expected one"),
+        (
+            ["cat", "dog", "--prompt", "x"],
+            "--prompt says something about one concept, cat dog describes",
+        ),
+        (["cat", "dog", "--method", "dreambooth"], "learns one concept at a time, got 2"),
+        (["cat", "--gradient-accumulation-steps", "0"], "gradient_accumulation_steps must be at"),
         (["cat", "--steps", "-1"], "steps must be at least 1, got -1"),
         (["cat", "--lr", "0"], "learning_rate must be above 0"),
         (["cat", "--rank", "0"], "rank must be at least 1"),

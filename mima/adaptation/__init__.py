@@ -7,6 +7,7 @@ from mima.adaptation.custom_diffusion import CustomDiffusion
 from mima.adaptation.dreambooth import DreamBooth, DreamBoothLoRA
 from mima.adaptation.lora import LoRA
 from mima.adaptation.textual_inversion import TextualInversion
+from mima.adaptation.together import Together
 
 METHODS: dict[str, type[Adaptation]] = {
     method.method: method
@@ -24,4 +25,5 @@ __all__ = [
     "LoRA",
     "Run",
     "TextualInversion",
+    "Together",
 ]

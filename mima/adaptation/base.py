@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,12 +15,17 @@ from typing import Any, ClassVar
 
 import torch
 
+from mima.adaptation.copies import with_modules
 from mima.batches import encode_images
 from mima.concepts import Concept
 from mima.diffusion import diffusion_loss
 from mima.errors import MimaError
 from mima.families import Conditioning, Family, family_of
+from mima.families.base import cast
 from mima.pictures import Picture
+
+Batch = tuple[torch.Tensor, Conditioning, torch.Tensor, torch.Tensor]
+"""Latents [B, C, H, W], B rows of conditioning, timesteps [B] and noise [B, C, H, W]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +53,18 @@ class Adaptation(ABC):
     """Clip the gradient to this norm; None does not clip."""
     prior_weight: float = 0.0
     """Weight of the loss on class pictures; 0 leaves prior preservation out."""
+    gradient_accumulation_steps: int = 1
+    """Batches per step, one after another; the step follows the mean of their gradients."""
     gradient_checkpointing: bool = False
     """Trade time for memory by recomputing activations."""
+    use_8bit_adam: bool = False
+    """Keep AdamW's moments in 8 bits, by bitsandbytes, which must be installed."""
+    offload_encoders: bool = False
+    """While training goes on, VAE and frozen text encoders wait in the CPU's memory. They are the
+    given pipeline's own; between `Run.advance`s they are back where they were."""
+    fp16_vae: bool = False
+    """Encode the pictures with a VAE in float16. One that overflows there (`force_upcast` in its
+    configuration, as SDXL's) computes in float32 all the same. Sampling is not concerned."""
     seed: int = 0
     """Of initial values, batches, noise and timesteps."""
 
@@ -56,6 +73,7 @@ class Adaptation(ABC):
             "steps": (self.steps >= 1, "at least 1"),
             "learning_rate": (self.learning_rate > 0, "above 0"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
+            "gradient_accumulation_steps": (self.gradient_accumulation_steps >= 1, "at least 1"),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),
             "max_grad_norm": (self.max_grad_norm is None or self.max_grad_norm > 0, "above 0"),
             "prior_weight": (self.prior_weight >= 0, "at least 0"),
@@ -106,6 +124,32 @@ class Injection:
     """Called after each optimiser step."""
 
 
+def adamw(
+    parameters: Sequence[torch.nn.Parameter],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    use_8bit: bool = False,
+) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' with moments in 8 bits.
+
+    Raises:
+        MimaError: 8 bits were asked for and bitsandbytes cannot be imported.
+    """
+    kind: Any = torch.optim.AdamW
+    if use_8bit:
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise MimaError(
+                "use_8bit_adam: needs bitsandbytes, which cannot be imported "
+                f"({error}); pip install bitsandbytes, or leave the setting out"
+            ) from error
+        kind = AdamW8bit
+    optimizer: torch.optim.Optimizer = kind(parameters, lr=learning_rate, weight_decay=weight_decay)
+    return optimizer
+
+
 def require_full_precision(pipeline: Any, method: str) -> None:
     """Refuse half-precision weights to methods that train them: small updates would be lost.
 
@@ -148,24 +192,24 @@ class Run:
         self.losses: list[float] = []
         self._injection = injection
         self._family = family_of(injection.pipeline)
+        # before the pictures are encoded: it may be missing
+        self._optimizer = adamw(
+            injection.parameters,
+            learning_rate=adaptation.learning_rate,
+            weight_decay=adaptation.weight_decay,
+            use_8bit=adaptation.use_8bit_adam,
+        )
         if adaptation.gradient_checkpointing:
             self._family.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
         self._generator = torch.Generator().manual_seed(adaptation.seed)
-        stream = (self._family, self._generator, injection.encode_prompts)
-        self._images = _Stream(concept.images, *stream)
+        encoder = self._family
+        if adaptation.fp16_vae:
+            vae = copy.deepcopy(self.pipeline.vae)
+            cast(vae, torch.float16)
+            encoder = family_of(with_modules(self.pipeline, vae=vae))
+        self._images = self._stream(concept.images, encoder)
         self._class_images = (
-            _Stream(concept.class_images, *stream) if adaptation.prior_weight > 0 else None
-        )
-        self._optimizer = torch.optim.AdamW(
-            injection.parameters,
-            lr=adaptation.learning_rate,
-            weight_decay=adaptation.weight_decay,
-        )
-        half = self._family.dtype in (torch.float16, torch.bfloat16)
-        self._autocast = (
-            torch.autocast(self._family.device.type, self._family.dtype)
-            if half
-            else contextlib.nullcontext()
+            self._stream(concept.class_images, encoder) if adaptation.prior_weight > 0 else None
         )
         self._scaler = torch.amp.GradScaler(
             self._family.device.type, enabled=self._family.dtype == torch.float16
@@ -192,15 +236,11 @@ class Run:
         Raises:
             MimaError: the loss is no longer finite.
         """
-        denoiser = self._family.denoiser
-        denoiser.train()
-        try:
+        with self._offloaded(), training(self._family):
             for _ in range(steps):
                 self._one_step()
                 if on_step is not None:
                     on_step(self)
-        finally:
-            denoiser.eval()
 
     def until(self, *steps: int, on_step: Callable[[Run], None] | None = None) -> Iterator[int]:
         """Train up to each of `steps`, ascending, and yield it; leave the loop to end early.
@@ -221,51 +261,110 @@ class Run:
         self._injection.save(folder)
         return folder
 
+    def _stream(self, pictures: Sequence[Picture], encoder: Family) -> _Stream:
+        latents = encode_images(encoder, pictures)
+        prompts = [picture.prompt for picture in pictures]
+        encode_prompts = self._injection.encode_prompts
+        return _Stream(latents, prompts, self._family, self._generator, encode_prompts)
+
     def _one_step(self) -> None:
-        settings = self.adaptation
-        self._optimizer.zero_grad(set_to_none=True)
-        with self._autocast:
-            loss = self._loss(self._images)
-            if self._class_images is not None:
-                loss = loss + settings.prior_weight * self._loss(self._class_images)
+        count = self.adaptation.gradient_accumulation_steps
+        total = 0.0
+        for _ in range(count):
+            with autocast(self._family):
+                losses = [
+                    weight * diffusion_loss(self._family, *batch)
+                    for weight, batch in self._batches()
+                ]
+            total += self._backward(torch.stack(losses).sum() / count)
+        self._update(total)
+
+    def _batches(self) -> Iterator[tuple[float, Batch]]:
+        """What one backward reads: pictures of the concept, then of its class, with weights."""
+        yield 1.0, self._draw(self._images)
+        if self._class_images is not None:
+            yield self.adaptation.prior_weight, self._draw(self._class_images)
+
+    def _draw(self, stream: _Stream) -> Batch:
+        latents, conditioning = stream.draw(self.adaptation.batch_size)
+        # drawn on the CPU, so that a seed means the same on every device
+        noise = torch.randn(latents.shape, generator=self._generator).to(latents)
+        timesteps = self._family.sample_timesteps(len(latents), self._generator)
+        return latents, conditioning, timesteps, noise
+
+    def _backward(self, loss: torch.Tensor) -> float:
         self._scaler.scale(loss).backward()
+        return loss.item()
+
+    def _update(self, loss: float) -> None:
+        """One step of the optimiser along the gradients that have been accumulated."""
+        settings = self.adaptation
         self._scaler.unscale_(self._optimizer)
         if settings.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._injection.parameters, settings.max_grad_norm)
         self._scaler.step(self._optimizer)
         self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
         if self._injection.after_step is not None:
             self._injection.after_step()
         self.step += 1
-        self.losses.append(loss.item())
-        if not torch.isfinite(loss):
+        self.losses.append(loss)
+        if not math.isfinite(loss):
             raise MimaError(
-                f"{settings.method}: the loss is {loss.item()} at step {self.step}; "
+                f"{settings.method}: the loss is {loss} at step {self.step}; "
                 f"lower learning_rate ({settings.learning_rate})"
             )
 
-    def _loss(self, stream: _Stream) -> torch.Tensor:
-        latents, conditioning = stream.draw(self.adaptation.batch_size)
-        # drawn on the CPU, so that a seed means the same on every device
-        noise = torch.randn(latents.shape, generator=self._generator).to(latents)
-        timesteps = self._family.sample_timesteps(len(latents), self._generator)
-        return diffusion_loss(self._family, latents, conditioning, timesteps, noise)
+    @contextlib.contextmanager
+    def _offloaded(self) -> Iterator[None]:
+        """Without the encoders on the device, if the settings say so."""
+        waiting: list[tuple[torch.nn.Module, torch.device]] = []
+        if self.adaptation.offload_encoders:
+            for name, module in self.pipeline.components.items():
+                trained = name == "text_encoder" and self._injection.encode_prompts is not None
+                if name.startswith(("vae", "text_encoder")) and module is not None and not trained:
+                    waiting.append((module, next(module.parameters()).device))
+        try:
+            for module, _ in waiting:
+                module.to("cpu")
+            yield
+        finally:
+            for module, device in waiting:
+                module.to(device)
+
+
+@contextlib.contextmanager
+def training(family: Family) -> Iterator[None]:
+    """The denoiser in training mode."""
+    family.denoiser.train()
+    try:
+        yield
+    finally:
+        family.denoiser.eval()
+
+
+def autocast(family: Family) -> contextlib.AbstractContextManager[None]:
+    """In the model's own dtype where that is half precision; adapters stay in float32."""
+    if family.dtype in (torch.float16, torch.bfloat16):
+        return torch.autocast(family.device.type, family.dtype)
+    return contextlib.nullcontext()
 
 
 class _Stream:
-    """An endless shuffle of pictures, encoded once."""
+    """An endless shuffle of encoded pictures."""
 
     def __init__(
         self,
-        pictures: Sequence[Picture],
+        latents: torch.Tensor,
+        prompts: Sequence[str],
         family: Family,
         generator: torch.Generator,
         encode_prompts: Callable[[Family, Sequence[str]], Conditioning] | None,
     ) -> None:
-        self._latents = encode_images(family, pictures)
+        self._latents = latents
         self._family = family
         self._generator = generator
-        self._prompts = [picture.prompt for picture in pictures]
+        self._prompts = list(prompts)
         self._encode_prompts = encode_prompts
         unique = list(dict.fromkeys(self._prompts))
         self._rows = torch.tensor([unique.index(prompt) for prompt in self._prompts])

@@ -1,4 +1,6 @@
 import dataclasses
+import sys
+import types
 
 import pytest
 import tiny
@@ -7,6 +9,7 @@ from diffusers import StableDiffusionPipeline
 
 from mima.adaptation import LoRA
 from mima.adaptation.copies import component_name, shared_copy, with_modules
+from mima.diffusion import diffusion_loss
 from mima.errors import MimaError
 
 FAST = LoRA(learning_rate=1e-2, batch_size=4)
@@ -163,6 +166,89 @@ def test_gradient_checkpointing_changes_nothing_but_memory(pipeline):
     assert not pipeline.unet.is_gradient_checkpointing
 
 
+def test_gradients_accumulate_over_batches(pipeline):
+    """Two batches of one picture and no clipping: the step follows the mean of both gradients."""
+    one = tiny.concept(images=1)
+    settings = dataclasses.replace(FAST, batch_size=1, max_grad_norm=None)
+    run = dataclasses.replace(settings, gradient_accumulation_steps=2).start(pipeline, one)
+    parts = settings.start(pipeline, one)
+    # the same two draws, their losses differentiated together
+    first, second = (parts._draw(parts._images) for _ in range(2))
+    losses = [diffusion_loss(parts._family, *batch) for batch in (first, second)]
+    expected = torch.autograd.grad((losses[0] + losses[1]) / 2, parts._injection.parameters)
+    seen = []
+    step = run._optimizer.step
+
+    def record(*args, **keywords):
+        seen.extend(value.grad.clone() for value in run._injection.parameters)
+        return step(*args, **keywords)
+
+    run._optimizer.step = record
+    run.advance(1)
+    for got, wanted in zip(seen, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+    assert run.loss == pytest.approx((losses[0] + losses[1]).item() / 2, rel=1e-5)
+    assert (run.step, len(run.losses)) == (1, 1)
+
+
+def test_8_bit_adam_needs_bitsandbytes(pipeline, monkeypatch):
+    settings = dataclasses.replace(FAST, use_8bit_adam=True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(MimaError, match="use_8bit_adam: needs bitsandbytes"):
+        settings.start(pipeline, tiny.concept())
+
+    # where it is there, it is what trains, with the method's settings
+    made = []
+
+    class AdamW8bit(torch.optim.AdamW):
+        def __init__(self, parameters, **keywords):
+            super().__init__(parameters, **keywords)
+            made.append(self)
+
+    bitsandbytes = types.ModuleType("bitsandbytes.optim")
+    bitsandbytes.AdamW8bit = AdamW8bit
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", bitsandbytes)
+    run = settings.start(pipeline, tiny.concept())
+    run.advance(1)
+    (optimizer,) = made
+    assert optimizer.defaults["lr"] == 1e-2
+    assert len(optimizer.state) == len(run._injection.parameters)
+
+
+def test_fp16_vae_encodes_and_the_given_one_stays(pipeline):
+    runs = [
+        dataclasses.replace(FAST, fp16_vae=half).start(pipeline, tiny.concept())
+        for half in (False, True)
+    ]
+    full, half = (run._images._latents for run in runs)
+    assert half.dtype == torch.float32
+    assert 0 < (half - full).norm() < 1e-2 * full.norm()
+    assert {value.dtype for value in pipeline.vae.parameters()} == {torch.float32}
+    assert draw(runs[1].pipeline).isfinite().all()
+
+
+def test_offloaded_encoders_wait_on_the_cpu_while_training_goes_on(pipeline, device):
+    settings = dataclasses.replace(FAST, offload_encoders=True)
+    concept = tiny.concept()
+    pipeline = pipeline.to(device)
+    moved = []
+    for name in ("vae", "text_encoder"):
+        module = getattr(pipeline, name)
+        move = module.to
+        module.to = lambda place, name=name, move=move: moved.append((name, place)) or move(place)
+    run = settings.start(pipeline, concept)
+    assert not moved
+    run.advance(2, on_step=lambda _: moved.append("step"))
+    away = [("vae", "cpu"), ("text_encoder", "cpu")]
+    assert sorted(moved[:2]) == sorted(away)
+    assert moved[2:4] == ["step", "step"]
+    assert {place.type for _, place in moved[4:]} == {device.type}
+    plain = FAST.start(pipeline, concept)
+    plain.advance(2)
+    assert run.losses == plain.losses
+
+
 def test_diverging_training_says_so(pipeline):
     run = dataclasses.replace(FAST, learning_rate=1e12, max_grad_norm=None).start(
         pipeline, tiny.concept()
@@ -183,6 +269,7 @@ def test_model_with_adapters_is_refused(pipeline):
         ("steps", 0),
         ("learning_rate", 0.0),
         ("batch_size", 0),
+        ("gradient_accumulation_steps", 0),
         ("weight_decay", -1.0),
         ("max_grad_norm", 0.0),
         ("prior_weight", -0.5),
