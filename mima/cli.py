@@ -6,7 +6,7 @@ import os
 import re
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mima.concepts import Concept
     from mima.config import ImmunizeRun
 
+T = TypeVar("T")
 USAGE_ERROR, UNEXPECTED_ERROR, INTERRUPTED = 2, 1, 130
 
 
@@ -333,34 +334,77 @@ def erase(
     concepts: Annotated[list[str], typer.Argument(help="Folders, descriptions or embedded names.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the erased model.")],
     model: Model = "embedded",
+    method: Annotated[
+        Literal["uce", "esd-x", "esd-u", "esd-full"],
+        typer.Option(
+            help="A closed-form edit of what reads text, or fine-tuning against the model's own "
+            "knowledge: of cross-attention, of all but it, or of everything."
+        ),
+    ] = "uce",
     preserve: Annotated[
-        list[str] | None, typer.Option(help="A concept or a caption to keep; may be repeated.")
+        list[str] | None,
+        typer.Option(help="For uce: a concept or a caption to keep; may be repeated."),
     ] = None,
     target: Annotated[str, typer.Option(help="Words that take the place of a name.")] = "",
     technique: Annotated[
         Literal["replace", "tensor"],
-        typer.Option(help="Move values to the target's, or also remove the old direction."),
+        typer.Option(help="For uce: move values to the target's, or also remove the old ones."),
     ] = "replace",
+    steps: Annotated[int | None, typer.Option(help="For esd: training steps.")] = None,
+    lr: Annotated[float | None, typer.Option(help="For esd: learning rate.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="For esd: any other setting."),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Erase concepts from a model by a closed-form edit of its cross-attention."""
+    """Erase concepts from a model."""
+    from dataclasses import asdict
+
     from mima.concepts import load_concepts
-    from mima.console import stdout
+    from mima.console import progress, stdout
+    from mima.erasure import VARIANTS
     from mima.erasure import erase as run_erase
     from mima.families import load_pipeline
     from mima.output import check_folder, fresh_folder
     from mima.problem import ordinary_captions
 
     check_folder(output, overwrite=overwrite)
+    options = {"steps": steps, "learning_rate": lr}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    given |= {".".join(parts): value for parts, value in map(_setting, settings or [])}
+    if method == "uce" and given:
+        raise MimaError(f"method uce has no setting {min(given)}; it is a closed form")
+    if method != "uce" and (preserve or technique != "replace"):
+        raise MimaError(f"--preserve and --technique are for method uce, not for {method}")
     erased = load_concepts(concepts)
-    kept: list[str | Concept] = [*ordinary_captions(None)]
-    for item in preserve or []:
-        kept += load_concepts(item) if _names_concepts(item) else [item]
-    pipeline = load_pipeline(model)
-    result = run_erase(pipeline, erased, preserve=kept, target=target, technique=technique)
+    if method != "uce":
+        variant = asdict(VARIANTS[method]) | {"seed": seed, **given}
+        esd = _validated(type(VARIANTS[method]), f"method {method}", variant)
+        pipeline = load_pipeline(model, device=_device(device))
+        with progress() as bars:
+            task = bars.add_task(f"erasing by {method}", total=esd.steps, note="")
+            result = esd.erase(
+                pipeline,
+                erased,
+                target=target,
+                on_step=lambda step, loss: bars.update(
+                    task, completed=step, note=f"loss {loss:.3f}"
+                ),
+            )
+        said: dict[str, Any] = {"settings": asdict(esd)}
+    else:
+        kept: list[str | Concept] = [*ordinary_captions(None)]
+        for item in preserve or []:
+            kept += load_concepts(item) if _names_concepts(item) else [item]
+        pipeline = load_pipeline(model, device=_device(device))
+        result = run_erase(pipeline, erased, preserve=kept, target=target, technique=technique)
+        said = {"technique": technique}
     with fresh_folder(output, overwrite=overwrite) as staging:
         result.save_pretrained(staging)
-        _write_down(staging, "erase", model, erased, target=target, technique=technique)
+        _write_down(staging, "erase", model, erased, method=method, target=target, **said)
     stdout().print(f"erased {', '.join(concept.name for concept in erased)}: {output}")
 
 
@@ -460,19 +504,23 @@ def _setting(text: str) -> tuple[list[str], Any]:
 
 def _adaptation(method: str, settings: dict[str, Any]) -> Adaptation:
     """A method with its settings, of the types that it declares."""
-    from dataclasses import fields
-
-    from pydantic import TypeAdapter, ValidationError
-
     from mima.adaptation import METHODS
 
     if method not in METHODS:
         raise MimaError(f"method {method!r} is unknown; {nearest(method, METHODS)}")
-    kind = METHODS[method]
-    known = {field.name for field in fields(kind)}
+    return _validated(METHODS[method], f"method {method}", settings)
+
+
+def _validated(kind: type[T], what: str, settings: dict[str, Any]) -> T:
+    """A dataclass of settings from plain values, all problems in one error."""
+    from dataclasses import fields
+
+    from pydantic import TypeAdapter, ValidationError
+
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     for name in settings:
         if name not in known:
-            raise MimaError(f"method {method} has no setting {name}; {nearest(name, known)}")
+            raise MimaError(f"{what} has no setting {name}; {nearest(name, known)}")
     try:
         return TypeAdapter(kind).validate_python(settings)
     except ValidationError as error:
@@ -482,7 +530,7 @@ def _adaptation(method: str, settings: dict[str, Any]) -> Adaptation:
             else item["msg"].removeprefix("Value error, ")
             for item in error.errors()
         ]
-        raise ProblemList(f"method {method} cannot be used:", problems) from error
+        raise ProblemList(f"{what} cannot be used:", problems) from error
 
 
 def _concepts_to_learn(sources: list[str], told: dict[str, Any]) -> list[Concept]:

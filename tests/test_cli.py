@@ -276,6 +276,33 @@ def test_erase(workdir, model):
     assert all("attn2.to_k" in name or "attn2.to_v" in name for name in changed)
 
 
+def test_erase_by_fine_tuning(workdir, model):
+    options = ["--method", "esd-u", "--steps", 2, "--lr", 0.01, "--set", "sampling_steps=3"]
+    run("erase", "cat", *options, "--model", model, "-o", "erased")
+    before = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    after = load_file("erased/unet/diffusion_pytorch_model.safetensors")
+    assert {name for name in before if before[name].equal(after[name])} == {
+        name for name in before if ".attn2." in name
+    }
+    written = json.loads(Path("erased/mima.json").read_text())
+    assert (written["method"], written["settings"]["sampling_steps"]) == ("esd-u", 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "uce", "--steps", "3"], "method uce has no setting steps"),
+        (["--method", "esd-x", "--steps", "0"], "steps must be at least 1"),
+        (["--method", "esd-x", "--set", "lr=1"], "method esd-x has no setting lr"),
+        (["--method", "esd-x", "--preserve", "a dog"], "are for method uce"),
+        (["--method", "esd-x", "--technique", "tensor"], "are for method uce"),
+    ],
+)
+def test_bad_erasure_settings(workdir, model, options, message):
+    assert message in run("erase", "cat", *options, "--model", model, "-o", "x", code=2)
+    assert not Path("x").exists()
+
+
 def test_bad_erasures(workdir, model):
     assert "Missing option" in run("erase", "cat", "--model", model, code=2)
     output = run("erase", "cat", "-o", "dog", "--model", model, code=2)

@@ -238,8 +238,8 @@ class Family(ABC):
 
         Args:
             which: ``cross_attention``, ``cross_attention_kv`` (the text projections),
-                ``attention``, ``denoiser``, or an expression that ``re.search`` is to find in a
-                name.
+                ``attention``, ``denoiser``, ``not_cross_attention`` (what ``cross_attention``
+                leaves), or an expression that ``re.search`` is to find in a name.
 
         Raises:
             MimaError: not a valid expression, or it matches nothing.
@@ -249,11 +249,13 @@ class Family(ABC):
             return names
         if which == "cross_attention_kv":
             return self.text_projections()
+        if which == "not_cross_attention":
+            return [n for n in names if not re.search(self.presets["cross_attention"], n)]
         pattern = self.presets.get(which, which)
         try:
             chosen = [name for name in names if re.search(pattern, name)]
         except re.error as error:
-            presets = ["cross_attention_kv", "denoiser", *self.presets]
+            presets = ["cross_attention_kv", "denoiser", "not_cross_attention", *self.presets]
             raise MimaError(
                 f"parameters: {which!r} is no valid regular expression ({error}) and "
                 f"not one of {', '.join(sorted(presets))}"
@@ -306,6 +308,30 @@ class Family(ABC):
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
         """What the denoiser is trained to predict (noise, velocity, sample or flow)."""
+
+    @abstractmethod
+    def sampling_timesteps(self, steps: int) -> torch.Tensor:
+        """Noise levels [steps] of a deterministic sampler, from pure noise downwards."""
+
+    @abstractmethod
+    def denoise(
+        self,
+        noisy: torch.Tensor,
+        prediction: torch.Tensor,
+        timesteps: torch.Tensor,
+        following: torch.Tensor,
+    ) -> torch.Tensor:
+        """One step of that sampler, computed in float32 at least.
+
+        Args:
+            noisy: [B, C, H, W] at ``timesteps``.
+            prediction: [B, C, H, W] of the denoiser there.
+            timesteps: [B].
+            following: [B] lower noise levels.
+
+        Returns:
+            [B, C, H, W] at ``following``.
+        """
 
     @abstractmethod
     def _inputs(

@@ -78,6 +78,32 @@ class DDPM(Family):
         velocity: torch.Tensor = self.schedule.get_velocity(x, eps, timesteps)
         return velocity.to(latents.dtype)
 
+    def sampling_timesteps(self, steps: int) -> torch.Tensor:
+        """DDIM's: evenly spaced, rounded, int64."""
+        levels = torch.linspace(self.num_train_timesteps - 1, 0, steps + 1)[:-1]
+        return levels.round().long().to(self.device)
+
+    def denoise(
+        self,
+        noisy: torch.Tensor,
+        prediction: torch.Tensor,
+        timesteps: torch.Tensor,
+        following: torch.Tensor,
+    ) -> torch.Tensor:
+        """DDIM (Song et al. 2021, η = 0): the same x and ε, mixed for another noise level."""
+        x_t, predicted = (at_least_float32(tensor) for tensor in (noisy, prediction))
+        variance = self.schedule.alphas_cumprod.to(x_t)[timesteps].view(-1, 1, 1, 1)
+        signal, sigma = variance.sqrt(), (1 - variance).sqrt()
+        kind = self.schedule.config["prediction_type"]
+        if kind == "epsilon":
+            x, eps = (x_t - sigma * predicted) / signal, predicted
+        elif kind == "sample":
+            x, eps = predicted, (x_t - signal * predicted) / sigma
+        else:
+            x = signal * x_t - sigma * predicted
+            eps = sigma * x_t + signal * predicted
+        return self.add_noise(x, eps, following).to(noisy.dtype)
+
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """Half precision as float32, the rest as it is."""

@@ -96,6 +96,23 @@ class RectifiedFlow(Family):
         x, eps = (at_least_float32(tensor) for tensor in (latents, noise))
         return (eps - x).to(latents.dtype)
 
+    def sampling_timesteps(self, steps: int) -> torch.Tensor:
+        """Euler's: evenly spaced before the shift, as the pipeline's scheduler has them."""
+        sigmas = self._shift(torch.linspace(1, 0, steps + 1)[:-1])
+        return (sigmas * self.num_train_timesteps).to(self.device)
+
+    def denoise(
+        self,
+        noisy: torch.Tensor,
+        prediction: torch.Tensor,
+        timesteps: torch.Tensor,
+        following: torch.Tensor,
+    ) -> torch.Tensor:
+        """Euler's step along the predicted flow."""
+        x, flow = (at_least_float32(tensor) for tensor in (noisy, prediction))
+        step = self._sigmas(following, x) - self._sigmas(timesteps, x)
+        return (x + step * flow).to(noisy.dtype)
+
     @torch.no_grad()
     def text_embeddings(self, prompts: Sequence[str]) -> torch.Tensor:
         """[B, S, D] that the first block's text projections read at σ = ½, padding included."""

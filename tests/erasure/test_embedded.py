@@ -3,7 +3,7 @@
 import pytest
 
 from mima.concepts import embedded_concept
-from mima.erasure import erase
+from mima.erasure import ESD, erase
 from mima.evaluation import Sampler, load_encoder
 from mima.evaluation.attack import score
 from mima.families import load_pipeline
@@ -57,3 +57,16 @@ def test_other_concepts_change_little(original, erased, similarity):
     changes = [similarity(erased, name) - similarity(original, name) for name in KEPT]
     assert sum(changes) / len(changes) == pytest.approx(0, abs=0.05)
     assert min(changes) > -0.12
+
+
+# over 2 seeds: hamburger 0.66 → 0.30, a bus is at 0.28; rocket 0.75 → 0.70, pizza 0.79 → 0.70,
+# twemoji style 0.72 → 0.70, and mono style, which was not erased, 0.97 → 0.86
+def test_fine_tuned_erasure(original, similarity):
+    settings = ESD(steps=40, learning_rate=3e-4, batch_size=2, sampling_steps=8)
+    erased = settings.erase(original, [embedded_concept("hamburger")])
+    unrelated = similarity(original, "hamburger", lambda prompt: prompt.replace("hamburger", "bus"))
+    before, after = similarity(original, "hamburger"), similarity(erased, "hamburger")
+    assert after < unrelated + 0.3 * (before - unrelated)
+    changes = [similarity(erased, name) - similarity(original, name) for name in KEPT]
+    assert sum(changes) / len(changes) == pytest.approx(0, abs=0.08)
+    assert min(changes) > -0.15
