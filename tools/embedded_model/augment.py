@@ -4,6 +4,9 @@ import math
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
+
+from common import autocast
 
 # B = pictures in a batch
 
@@ -49,3 +52,15 @@ def degrade(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 def augment(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """All of it, [B, 3, H, W] in [-1, 1]."""
     return degrade(recolour(move(images, rng), rng), rng).clamp(-1, 1)
+
+
+@torch.no_grad()
+def blurry_copies(vae: AutoencoderKL, images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Pictures [N, 3, 64, 64] as an imperfect sample shows them: encoded, disturbed, decoded."""
+    copies = []
+    for batch in images.contiguous(memory_format=torch.channels_last).split(64):
+        with autocast():
+            latents = vae.encode(batch).latent_dist.mean
+            latents = latents + 0.25 * torch.randn(latents.shape, generator=rng)
+            copies.append(vae.decode(latents).sample.float().clamp(-1, 1))
+    return torch.cat(copies)

@@ -129,7 +129,10 @@ def main() -> None:
     )
     vae = AutoencoderKL.from_pretrained(args.data / "vae").eval()
     mean, std = encode_latents(vae, train)
-    tokenizer = build_tokenizer(splits["train"] + splits["held_out"])
+    if args.start_from:
+        tokenizer = CLIPTokenizer.from_pretrained(args.start_from / "tokenizer")
+    else:
+        tokenizer = build_tokenizer(splits["train"] + splits["held_out"])
     token_ids = tokenised_captions(train, tokenizer)
     print(f"{len(mean)} pictures, latent std {mean.std():.3f}, {len(tokenizer)} tokens", flush=True)
 

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, CLIPVisionConfig
 
-from augment import augment
+from augment import augment, blurry_copies
 from common import SIZE, autocast, caption, load_pictures, setup, to_pixels, to_tensor
 from text import build_tokenizer, encode_text, save_tokenizer, text_config
 
@@ -76,18 +76,6 @@ def balanced_mse(cosine: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error in which each distinct target value counts the same, however rare."""
     error = (cosine - target).square()
     return torch.stack([error[target == value].mean() for value in target.unique()]).mean()
-
-
-@torch.no_grad()
-def blurry_copies(vae: AutoencoderKL, images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Pictures [N, 3, 64, 64] as an imperfect sample shows them: encoded, disturbed, decoded."""
-    copies = []
-    for batch in images.contiguous(memory_format=torch.channels_last).split(64):
-        with autocast():
-            latents = vae.encode(batch).latent_dist.mean
-            latents = latents + 0.25 * torch.randn(latents.shape, generator=rng)
-            copies.append(vae.decode(latents).sample.float().clamp(-1, 1))
-    return torch.cat(copies)
 
 
 def save_encoder(folder: Path, model: CLIPModel, tokenizer: CLIPTokenizer) -> None:
