@@ -54,6 +54,14 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Keep what tests draw out of the user's cache, and the user's out of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIMA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def _devices() -> list[str]:
     """The devices to test on: MIMA_TEST_DEVICES=cpu,cuda, default the CPU."""
     return os.environ.get("MIMA_TEST_DEVICES", "cpu").split(",")

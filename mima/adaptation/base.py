@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import torch
 
 from mima.adaptation.copies import with_modules
-from mima.batches import encode_images
+from mima.batches import encode_images, seeded
+from mima.class_images import class_latents
 from mima.concepts import Concept
 from mima.diffusion import diffusion_loss
 from mima.errors import MimaError
@@ -53,6 +54,9 @@ class Adaptation(ABC):
     """Clip the gradient to this norm; None does not clip."""
     prior_weight: float = 0.0
     """Weight of the loss on class pictures; 0 leaves prior preservation out."""
+    num_class_images: int = 100
+    """Class pictures that the model draws of `concept.class_prompt` where the concept brings none;
+    they are kept for the next run (see `mima.class_images`)."""
     gradient_accumulation_steps: int = 1
     """Batches per step, one after another; the step follows the mean of their gradients."""
     gradient_checkpointing: bool = False
@@ -73,6 +77,7 @@ class Adaptation(ABC):
             "steps": (self.steps >= 1, "at least 1"),
             "learning_rate": (self.learning_rate > 0, "above 0"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
+            "num_class_images": (self.num_class_images >= 1, "at least 1"),
             "gradient_accumulation_steps": (self.gradient_accumulation_steps >= 1, "at least 1"),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),
             "max_grad_norm": (self.max_grad_norm is None or self.max_grad_norm > 0, "above 0"),
@@ -92,7 +97,8 @@ class Adaptation(ABC):
 
         Args:
             pipeline: a diffusers pipeline, which stays as it is.
-            concept: `images` are learned, `class_images` preserved if `prior_weight` > 0.
+            concept: `images` are learned; `class_images`, or pictures that the model draws of
+                `class_prompt`, are preserved if `prior_weight` > 0.
 
         Raises:
             MimaError: the concept or the pipeline does not fit the method.
@@ -180,9 +186,10 @@ class Run:
     """
 
     def __init__(self, adaptation: Adaptation, pipeline: Any, concept: Concept) -> None:
-        if adaptation.prior_weight > 0 and not concept.class_images:
+        if adaptation.prior_weight > 0 and not (concept.class_images or concept.class_prompt):
             raise MimaError(
-                f"concept {concept.name!r}: prior preservation needs class_images, it has none"
+                f"concept {concept.name!r}: prior preservation needs class_images, or a "
+                "class_prompt to draw them by; it has neither"
             )
         injection = adaptation.inject(pipeline, concept)
         self.adaptation = adaptation
@@ -208,9 +215,15 @@ class Run:
             cast(vae, torch.float16)
             encoder = family_of(with_modules(self.pipeline, vae=vae))
         self._images = self._stream(concept.images, encoder)
-        self._class_images = (
-            self._stream(concept.class_images, encoder) if adaptation.prior_weight > 0 else None
-        )
+        self._class_images: _Stream | None = None
+        if adaptation.prior_weight > 0 and concept.class_images:
+            self._class_images = self._stream(concept.class_images, encoder)
+        elif adaptation.prior_weight > 0:
+            prompts = [concept.class_prompt] * adaptation.num_class_images
+            # of the model as it was given, so that every method finds the same ones
+            draws = seeded(adaptation.seed, "class images")
+            latents = class_latents(family_of(pipeline), prompts, draws).to(self._family.device)
+            self._class_images = self._stream_of(latents, prompts)
         self._scaler = torch.amp.GradScaler(
             self._family.device.type, enabled=self._family.dtype == torch.float16
         )
@@ -262,8 +275,10 @@ class Run:
         return folder
 
     def _stream(self, pictures: Sequence[Picture], encoder: Family) -> _Stream:
-        latents = encode_images(encoder, pictures)
         prompts = [picture.prompt for picture in pictures]
+        return self._stream_of(encode_images(encoder, pictures), prompts)
+
+    def _stream_of(self, latents: torch.Tensor, prompts: Sequence[str]) -> _Stream:
         encode_prompts = self._injection.encode_prompts
         return _Stream(latents, prompts, self._family, self._generator, encode_prompts)
 

@@ -46,7 +46,7 @@ class DreamBooth(Adaptation):
 
 @dataclass(frozen=True, kw_only=True)
 class DreamBoothLoRA(LoRA):
-    """LoRA trained as DreamBooth is, with prior preservation: it needs `concept.class_images`."""
+    """LoRA trained as DreamBooth is, with prior preservation."""
 
     method: ClassVar[str] = "dreambooth-lora"
 

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import sys
 import types
@@ -11,6 +12,7 @@ from mima.adaptation import LoRA
 from mima.adaptation.copies import component_name, shared_copy, with_modules
 from mima.diffusion import diffusion_loss
 from mima.errors import MimaError
+from mima.families.stable_diffusion import StableDiffusion
 
 FAST = LoRA(learning_rate=1e-2, batch_size=4)
 
@@ -112,9 +114,50 @@ def test_prior_loss_is_added_with_its_weight(pipeline):
     assert first[0] - (first[1] - first[0]) == pytest.approx(alone.loss, rel=1e-4)
 
 
-def test_prior_preservation_needs_class_images(pipeline):
+def test_missing_class_images_are_drawn_once_and_kept(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setenv("MIMA_CACHE", str(tmp_path))
     concept = dataclasses.replace(tiny.concept(), class_images=())
-    with pytest.raises(MimaError, match="'red round': prior preservation needs class_images"):
+    settings = dataclasses.replace(FAST, prior_weight=1.0, num_class_images=2)
+    drawn = []
+    sample = StableDiffusion.sample_latents
+
+    def count(self, prompts, generator):
+        drawn.append(list(prompts))
+        return sample(self, prompts, generator)
+
+    monkeypatch.setattr(StableDiffusion, "sample_latents", count)
+    first = settings.start(pipeline, concept)
+    assert drawn == [[concept.class_prompt] * 2]
+    second = settings.start(pipeline, concept)
+    assert len(drawn) == 1
+    assert torch.equal(first._class_images._latents, second._class_images._latents)
+    for run in (first, second):
+        run.advance(2)
+    assert first.losses == second.losses
+    (file,) = (tmp_path / "class-images").iterdir()
+    # another prompt, seed, number or model: other pictures
+    others = [
+        (settings, dataclasses.replace(concept, class_prompt="a cat"), pipeline),
+        (dataclasses.replace(settings, seed=1), concept, pipeline),
+        (dataclasses.replace(settings, num_class_images=1), concept, pipeline),
+        (settings, concept, with_modules(pipeline, unet=other_unet(pipeline))),
+    ]
+    for number, (changed, what, model) in enumerate(others, start=2):
+        changed.start(model, what)
+        assert len(drawn) == number
+    assert len(list((tmp_path / "class-images").iterdir())) == 5
+    assert file.exists()
+
+
+def other_unet(pipeline):
+    unet = copy.deepcopy(pipeline.unet)
+    unet.conv_in.bias.data += 0.1
+    return unet
+
+
+def test_prior_preservation_needs_class_images_or_a_prompt(pipeline):
+    concept = dataclasses.replace(tiny.concept(), class_images=(), class_prompt="")
+    with pytest.raises(MimaError, match="'red round': prior preservation needs class_images, or"):
         dataclasses.replace(FAST, prior_weight=1.0).start(pipeline, concept)
 
 

@@ -1,0 +1,73 @@
+"""Class pictures for prior preservation: drawn by the model itself, once, and kept on disk."""
+
+# P = pictures, C H W = latent channels and size
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import __version__ as diffusers_version
+
+from mima.batches import CHUNK
+from mima.checkpoint import CheckpointFolder
+from mima.families import Family
+
+logger = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Where mima keeps what it can compute again: `MIMA_CACHE`, default `~/.cache/mima`."""
+    return Path(os.environ.get("MIMA_CACHE") or "~/.cache/mima").expanduser()
+
+
+def class_latents(
+    family: Family, prompts: Sequence[str], generator: torch.Generator
+) -> torch.Tensor:
+    """Pictures of some prompts by the model as it is now, or those that an earlier run drew.
+
+    They are kept in `class-images/` of `cache_folder`, one file for each model (weights of denoiser
+    and text encoders, scheduler), list of prompts and state of the generator.
+
+    Args:
+        family: the model.
+        prompts: P texts, one per picture.
+        generator: draws the noise; unchanged where the pictures are read.
+
+    Returns:
+        [P, C, H, W] scaled latents on the CPU.
+
+    Raises:
+        MimaError: the cache cannot be written, or holds a damaged file.
+    """
+    cache = CheckpointFolder(cache_folder() / "class-images")
+    name = f"{_key(family, prompts, generator)}.safetensors"
+    kept = cache.read_tensors(name)
+    if kept is not None:
+        logger.info("class pictures from %s", cache.path / name)
+        return kept["latents"]
+    chunks = [prompts[start : start + CHUNK] for start in range(0, len(prompts), CHUNK)]
+    latents = torch.cat([family.sample_latents(chunk, generator) for chunk in chunks])
+    latents = latents.cpu().contiguous()
+    cache.write_tensors(name, {"latents": latents})
+    return latents
+
+
+def _key(family: Family, prompts: Sequence[str], generator: torch.Generator) -> str:
+    digest = hashlib.sha256()
+    for name, module in sorted(family.pipeline.components.items()):
+        if module is not family.denoiser and not name.startswith("text_encoder"):
+            continue
+        for key, value in module.state_dict().items() if module is not None else ():
+            digest.update(f"{name}.{key} {value.dtype}".encode())
+            plain = value.detach().cpu().contiguous().view(-1)
+            digest.update(plain.view(torch.uint8).numpy().data)
+    scheduler = family.pipeline.scheduler
+    said = (type(scheduler).__name__, sorted(scheduler.config.items(), key=str), list(prompts))
+    digest.update(repr((said, family.resolution, diffusers_version)).encode())
+    digest.update(generator.get_state().numpy().data)
+    return digest.hexdigest()[:32]
