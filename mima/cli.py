@@ -149,6 +149,13 @@ def immunize(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the immunized model.")
     ] = None,
+    task: Annotated[
+        Literal["relearn", "personalize"] | None,
+        typer.Option(
+            help="A recipe beneath the file's settings: erase the concepts first, or add their new "
+            "words."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")
@@ -165,7 +172,7 @@ def immunize(
     from mima.console import stderr, stdout
     from mima.output import check_folder
 
-    run = _with_settings(load_config(config), settings or [])
+    run = _with_settings(load_config(config), settings or [], task)
     folder = output or (run.output and config.parent / run.output)
     if folder is None:
         raise MimaError(f"nowhere to write: give --output, or output in {config}")
@@ -467,9 +474,12 @@ def doctor() -> None:
     show()
 
 
-def _with_settings(run: ImmunizeRun, settings: Sequence[str]) -> ImmunizeRun:
-    """Apply `--set key=value`; a key that only ImmunizeConfig has needs no "immunize." before."""
-    from mima.config import ImmunizeConfig, ImmunizeRun, parse_config
+def _with_settings(run: ImmunizeRun, settings: Sequence[str], task: str | None) -> ImmunizeRun:
+    """Apply `--set key=value`; a key that only ImmunizeConfig has needs no "immunize." before.
+
+    A task's recipe lies beneath what the file and `--set` say.
+    """
+    from mima.config import ImmunizeConfig, ImmunizeRun, parse_config, with_recipe
 
     raw = run.model_dump(exclude_unset=True)
     known = {*ImmunizeRun.model_fields, *ImmunizeConfig.model_fields}
@@ -485,7 +495,9 @@ def _with_settings(run: ImmunizeRun, settings: Sequence[str]) -> ImmunizeRun:
             if not isinstance(inner, dict):
                 raise MimaError(f"--set {name}: {part} has no settings of its own")
         inner[parts[-1]] = value
-    return parse_config(ImmunizeRun, raw, source="--set") if settings else run
+    if task is not None:
+        raw["immunize"] = with_recipe(task, raw.get("immunize", {}))
+    return parse_config(ImmunizeRun, raw, source="--set") if settings or task else run
 
 
 def _setting(text: str) -> tuple[list[str], Any]:

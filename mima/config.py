@@ -14,6 +14,13 @@ Method = Literal["none", "imma", "joint", "compose", "mima"]
 MergeRule = Literal["projected", "average", "none"]
 Hypergradient = Literal["exact", "finite_difference", "first_order", "alternating"]
 Precision = Literal["float32", "bfloat16", "float16"]
+Task = Literal["relearn", "personalize"]
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "relearn": {"erase_first": True, "upper": {"lr": 3e-5}},
+    "personalize": {"new_words": True, "token_steps": 100, "upper": {"lr": 2e-5}},
+}
+"""What a task sets where nothing else does: the published learning rates of the upper level."""
 
 
 class _Settings(BaseModel):
@@ -96,6 +103,13 @@ class ImmunizeConfig(_Settings):
     """Class pictures generated per concept where it brings none."""
     erase_first: bool = False
     """Erase the concepts before immunizing (the re-learning task)."""
+    new_words: bool = False
+    """Add each concept's ``token`` to tokenizer and text encoder, as one word that starts from its
+    ``initializer``, while the model is immunized (the personalization task). The result has the
+    vocabulary that the model came with, so that anyone may add the word again."""
+    token_steps: int = Field(0, ge=0)
+    """Steps of Textual Inversion that train each new word's embedding, and nothing else, before
+    the model is immunized; 0 leaves the initializer's."""
     precision: Precision = "float32"
     """What the denoiser computes in, by autocast; weights and their updates stay in float32."""
     gradient_checkpointing: bool = False
@@ -111,12 +125,19 @@ class ImmunizeConfig(_Settings):
     trackers: tuple[str, ...] = ()
     """accelerate's experiment trackers, such as ``tensorboard`` and ``wandb``."""
 
+    @classmethod
+    def for_task(cls, task: Task, **settings: Any) -> ImmunizeConfig:
+        """The recipe of a task, ``relearn`` or ``personalize``, with settings that win over it."""
+        return cls.model_validate(with_recipe(task, settings))
+
     @model_validator(mode="after")
     def _cross_checks(self) -> ImmunizeConfig:
         if self.upper.parameters == "lora":
             raise ValueError("upper.parameters: 'lora' is an adapter; the defender changes weights")
         if self.method == "compose" and self.merge == "none":
             raise ValueError("merge: 'none' leaves method 'compose' without its last step")
+        if self.token_steps and not self.new_words:
+            raise ValueError("token_steps: there are no new words to train without new_words")
         if self.hypergradient == "alternating":
             self._check_alternating()
         if self.precision == "float16":
@@ -155,6 +176,24 @@ class ImmunizeRun(_Settings):
     """Where the immunized model goes."""
     immunize: ImmunizeConfig = ImmunizeConfig()
     """The settings."""
+
+
+def with_recipe(task: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Plain settings of a run with those of a task beneath them.
+
+    Raises:
+        MimaError: no such task.
+    """
+    if task not in RECIPES:
+        raise MimaError(f"task {task!r} is unknown; {nearest(task, RECIPES)}")
+    combined = {**RECIPES[task], **settings}
+    for name, value in RECIPES[task].items():
+        own = settings.get(name)
+        if isinstance(value, dict) and isinstance(own, BaseModel):
+            own = own.model_dump(exclude_unset=True)
+        if isinstance(value, dict) and isinstance(own, dict):
+            combined[name] = {**value, **own}
+    return combined
 
 
 def load_config(path: str | Path) -> ImmunizeRun:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from mima.adaptation import TextualInversion
 from mima.adaptation.copies import component_name, with_modules
 from mima.alternating import alternate
 from mima.ascent import Ascent, claim, default_folder, describe_run
@@ -129,6 +130,10 @@ def immunize(
         run = describe_run(config, concepts, weights)
         ranks.together(lambda: claim(folder, run, resume=resume))
 
+    vocabulary = {name: getattr(pipeline, name, None) for name in ("tokenizer", "text_encoder")}
+    if config.new_words:
+        pipeline = _with_new_words(pipeline, concepts, config)
+        family = family_of(pipeline)
     data = encode_concepts(family, concepts, config, cache=folder, ranks=ranks)
     if config.erase_first:
         pipeline = erase(pipeline, concepts, preserve=ordinary_captions(config.captions))
@@ -144,6 +149,8 @@ def immunize(
     else:
         history = ascend(problem, callbacks, folder)
 
+    if config.new_words:
+        pipeline = with_modules(pipeline, **vocabulary)
     result = ImmunizeResult(pipeline, [c.name for c in concepts], config, history)
     if output is not None:
         ranks.together(lambda: _write(result, Path(output), folder, overwrite=overwrite))
@@ -195,6 +202,20 @@ def _compose(
     for name, value in problem.merge(base, immunized).items():
         theta[name].copy_(value)
     return [report for history, _ in everyone for report in history]
+
+
+def _with_new_words(pipeline: Any, concepts: Sequence[Concept], config: ImmunizeConfig) -> Any:
+    """The pipeline with every concept's new word, its embedding trained for ``token_steps``."""
+    for concept in concepts:
+        if concept.token is None:
+            continue
+        run = TextualInversion(seed=config.seed).start(pipeline, concept)
+        run.advance(config.token_steps)
+        learned = run.pipeline
+        pipeline = with_modules(
+            pipeline, tokenizer=learned.tokenizer, text_encoder=learned.text_encoder
+        )
+    return pipeline
 
 
 def _own_copy(model: Any, device: str | torch.device | None) -> Any:

@@ -332,6 +332,40 @@ def test_immunize(config, model):
     run("immunize", config, "--output", "out", "--overwrite", "--set", "lower.lr=1e-4")
 
 
+def test_immunize_tasks(config, model):
+    run("immunize", config, "-o", "relearned", "--task", "relearn", "--set", "steps=1")
+    written = json.loads(Path("relearned/mima.json").read_text())["config"]
+    assert (written["erase_first"], written["upper"]["lr"]) == (True, 3e-5)
+    words = [
+        {
+            "name": n,
+            "prompt": f"a {t}",
+            "token": t,
+            "initializer": n,
+            "images": n,
+            "class_prompt": "a",
+        }
+        for n, t in (("cat", "<new1>"), ("dog", "<new2>"))
+    ]
+    for word in words:
+        (Path(word["name"]) / "concept.yaml").unlink()
+    write_config(config, concepts=words)
+    options = ["--task", "personalize", "--set", "steps=1", "--set", "token_steps=2"]
+    run("immunize", config, "-o", "personal", *options)
+    written = json.loads(Path("personal/mima.json").read_text())["config"]
+    assert (written["new_words"], written["upper"]["lr"]) == (True, 2e-5)
+    assert (written["token_steps"], written["erase_first"]) == (2, False)
+    # the vocabulary is as it was: anyone may add the word again
+    for file in ("text_encoder/model.safetensors",):
+        assert {k: v.shape for k, v in load_file(model / file).items()} == {
+            k: v.shape for k, v in load_file(f"personal/{file}").items()
+        }
+    adapted = ["--method", "textual-inversion", "--token", "<new1>", "--initializer", "cat"]
+    run("adapt", "cat", *adapted, "--prompt", "a <new1>", "--model", "personal", "--steps", 1)
+    assert "relearn" in run("immunize", config, "-o", "x", "--task", "relarn", code=2)
+    assert "no new words" in run("immunize", config, "-o", "x", "--set", "token_steps=1", code=2)
+
+
 def test_immunize_reads_paths_from_the_configs_folder(config, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

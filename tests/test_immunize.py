@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 
 import pytest
 import tiny
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from mima.bilevel.hypergradient import twice_differentiable_attention
 from mima.bilevel.outer import naive_outer_gradient
+from mima.concepts import Concept
 from mima.config import ImmunizeConfig
 from mima.errors import MimaError
 from mima.families import family_of, load_pipeline
@@ -186,3 +188,39 @@ def test_the_progress_bar_says_what_matters():
         *("2 skipped", "1.50 s/step", "1.0 GiB", "1:01:01 left"),
     ):
         assert part in shown
+
+
+def test_new_words_are_words_while_the_model_is_immunized(tmp_path, monkeypatch):
+    """Each is one token, its row alone was trained, and the result's vocabulary is the old one."""
+    pipeline = tiny.tiny_stable_diffusion(tmp_path / "tokenizer")
+    learned = [
+        Concept(
+            word, f"a {token} emoji", [tiny.picture("red", "round", seed=n)], "an emoji",
+            token=token, initializer=word, class_images=[tiny.picture("blue", "round", seed=n)],
+        )
+        for n, (word, token) in enumerate((("cat", "<new1>"), ("castle", "<new2>")))
+    ]  # fmt: skip
+    seen = []
+    # the package's attribute of that name is the function
+    module = sys.modules["mima.immunize"]
+    encode = module.encode_concepts
+
+    def spy(family, *args, **keywords):
+        seen.append(family.pipeline)
+        return encode(family, *args, **keywords)
+
+    monkeypatch.setattr(module, "encode_concepts", spy)
+    config = settings(tmp_path, steps=1, new_words=True, token_steps=2)
+    result = immunize(pipeline, learned, config)
+    (inner,) = seen
+    old = pipeline.text_encoder.get_input_embeddings().weight
+    new = inner.text_encoder.get_input_embeddings().weight
+    assert torch.equal(new[: len(old)], old)
+    assert len(new) == len(old) + 2
+    for row, word, token in ((-2, "cat", "<new1>"), (-1, "castle", "<new2>")):
+        assert inner.tokenizer.convert_tokens_to_ids(token) == len(new) + row
+        start = old[pipeline.tokenizer.encode(word, add_special_tokens=False)[0]]
+        # two steps of AdamW at 5e-4
+        assert 1e-4 < (new[row] - start).abs().max() < 2e-3
+    assert result.pipeline.tokenizer is pipeline.tokenizer
+    assert result.pipeline.text_encoder is pipeline.text_encoder
