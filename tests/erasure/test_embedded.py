@@ -59,10 +59,10 @@ def test_other_concepts_change_little(original, erased, similarity):
     assert min(changes) > -0.12
 
 
-# over 2 seeds: hamburger 0.66 → 0.30, a bus is at 0.28; rocket 0.75 → 0.70, pizza 0.79 → 0.70,
-# twemoji style 0.72 → 0.70, and mono style, which was not erased, 0.97 → 0.86
+# over 2 seeds: hamburger 0.77 → 0.40, a bus is at 0.29; rocket 0.84 → 0.83, pizza 0.92 → 0.83,
+# twemoji style 0.81 → 0.75
 def test_fine_tuned_erasure(original, similarity):
-    settings = ESD(steps=40, learning_rate=3e-4, batch_size=2, sampling_steps=8)
+    settings = ESD(steps=40, learning_rate=2e-4, batch_size=2, sampling_steps=8)
     erased = settings.erase(original, [embedded_concept("hamburger")])
     unrelated = similarity(original, "hamburger", lambda prompt: prompt.replace("hamburger", "bus"))
     before, after = similarity(original, "hamburger"), similarity(erased, "hamburger")
