@@ -47,7 +47,7 @@ def alternate(
                 run.update(outer, "lower", committed=merged)
             else:
                 upper = problem.upper_levels(step)
-                gradient, losses = upper_gradient(run.theta, upper, ranks)
+                gradient, _, losses = upper_gradient(run.theta, upper, ranks)
                 wanted = {name: gradient[name] for name in problem.upper_names}
                 run.update(OuterGradient(wanted, losses, 0.0))
     return run.history
@@ -77,6 +77,7 @@ def merge_step(
         constraint's residual of the merge; and the merged weights.
     """
     mine = ranks.share(len(tasks))
+    assert merge.plan is not None
     moved: Tensors = {}
     total: Tensors = {}
     asked, losses = {}, []
@@ -85,13 +86,13 @@ def merge_step(
         losses.append({names[n]: loss})
         change = {name: -lr * g for name, g in gradient.items() if name in merge.projected}
         accumulate(moved, merge.delta(n, change))
-        asked[n] = merge.asked(n, change)
+        asked[n] = merge.asked(change, merge.plan.C[n])
         rest = {name: g for name, g in gradient.items() if name not in merge.projected}
         accumulate(total, {name: g / len(tasks) for name, g in rest.items()})
     summed = ranks.sum({**moved, **total}, {n: theta[n] for n in tasks[0].start(theta)})
     moved = {name: value for name, value in summed.items() if name in merge.projected}
     mean = {name: value for name, value in summed.items() if name not in merge.projected}
-    missed = {n: merge.missed(n, asked[n], moved) for n in mine}
+    missed = [merge.missed(n, asked[n], moved) for n in mine]
     report = OuterGradient(
         mean,
         union(ranks.interleave(losses, len(tasks))),

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,8 +28,8 @@ class MergePlan:
         lam: softness of the constraint; 0 is the hard one.
         condition: condition number of C_reg, ridge included.
         ridge: ρ; ρ² was added to the diagonal of G. 0 where C_reg has full rank.
-        drift_bound: [N]; concept n moves a weight at most this many times as far as its own
-            adaptation did: ``‖(W_n − W0) C_nᵀ M_n‖_F ≤ drift_bound[n] · ‖W_n − W0‖_F``.
+        captions: [D, D] or smaller, float64: the triangular factor of C_reg, which stands for it in
+            ``for_tokens``; no graph leads through it.
     """
 
     C: list[torch.Tensor]
@@ -38,7 +38,7 @@ class MergePlan:
     lam: float
     condition: float
     ridge: float
-    drift_bound: torch.Tensor
+    captions: torch.Tensor
 
     @classmethod
     def from_embeddings(
@@ -73,7 +73,8 @@ class MergePlan:
             weights = torch.full((len(C),), 1 / max(len(C), 1), dtype=torch.float64)
         weights = torch.as_tensor(weights, dtype=torch.float64, device=C_reg.device)
         M = reference.merge_plan(C, C_reg, lam, weights)
-        singular = torch.linalg.svdvals(torch.linalg.qr(C_reg.detach().double(), mode="r")[1])
+        captions = torch.linalg.qr(C_reg.detach().double(), mode="r")[1]
+        singular = torch.linalg.svdvals(captions)
         ridge = reference.plan_ridge(singular, C_reg.shape[1])
         largest = float(singular[0])
         smallest = float(singular[-1]) if len(singular) == C_reg.shape[1] else 0.0
@@ -85,8 +86,32 @@ class MergePlan:
             lam=lam,
             condition=condition,
             ridge=ridge,
-            drift_bound=torch.stack([_spectral_norm(c, m) for c, m in zip(C, M, strict=True)]),
+            captions=captions,
         )
+
+    def for_tokens(self, C: Sequence[torch.Tensor]) -> MergePlan:
+        """The plan for other embeddings of the concepts, with the same captions and shares.
+
+        Where tokens are trained, C and with it M move. The captions enter through their factor
+        alone, so that this costs a solve of size D, however many there are.
+
+        Args:
+            C: N tensors [S_n, D].
+
+        Returns:
+            The plan; differentiable any number of times in ``C``.
+        """
+        C = list(C)
+        M = reference.merge_plan(C, self.captions, self.lam, self.weights, ridge=self.ridge)
+        return replace(self, C=C, M=M)
+
+    @property
+    def drift_bound(self) -> torch.Tensor:
+        """[N]: concept n moves a weight at most this many times as far as its own adaptation did.
+
+        ``‖(W_n − W0) C_nᵀ M_n‖_F ≤ drift_bound[n] · ‖W_n − W0‖_F``
+        """
+        return torch.stack([_spectral_norm(c, m) for c, m in zip(self.C, self.M, strict=True)])
 
 
 def _spectral_norm(C_SD: torch.Tensor, M_SD: torch.Tensor) -> torch.Tensor:
@@ -102,12 +127,15 @@ class MergeLayer:
     """Merge({θ'[n]}) on named parameters: projected where text is read, averaged elsewhere.
 
     The layer is linear in the adaptations, ``φ = θ + Σ_n delta(n, θ'[n] − θ)``, and ``pullback`` is
-    the adjoint of ``delta``. One concept can therefore be merged, and differentiated, at a time.
+    the adjoint of ``delta``. One concept can therefore be merged, and differentiated, at a time. Of
+    its projected weights only ``A_n = (W_n − W0) C_nᵀ`` has to be kept, [O, S_n] for each.
 
     Args:
         weights: [N] shares; they sum to 1 in the paper.
         plan: the merge plan, or None to average everything.
         projected: names of the [O, D] weights that the plan serves.
+        trained_tokens: whether the lower levels train tokens: ``plan`` then holds for their start,
+            and ``for_tokens`` gives the layer for what became of them.
     """
 
     def __init__(
@@ -115,6 +143,8 @@ class MergeLayer:
         weights: torch.Tensor,
         plan: MergePlan | None = None,
         projected: Collection[str] = (),
+        *,
+        trained_tokens: bool = False,
     ) -> None:
         if plan is None and projected:
             raise ValueError("MergeLayer: projected names need a plan, got plan=None")
@@ -125,6 +155,13 @@ class MergeLayer:
         self.weights = weights
         self.plan = plan
         self.projected = frozenset(projected)
+        self.trained_tokens = trained_tokens and plan is not None
+
+    def for_tokens(self, C: Sequence[torch.Tensor]) -> MergeLayer:
+        """The layer for other embeddings of the concepts' tokens, a function of them."""
+        assert self.plan is not None
+        plan = self.plan.for_tokens(C)
+        return MergeLayer(self.weights, plan, self.projected, trained_tokens=True)
 
     def __call__(self, base: Params, adapted: Sequence[Params]) -> dict[str, torch.Tensor]:
         """Merge all concepts at once; differentiable twice in everything.
@@ -153,37 +190,71 @@ class MergeLayer:
 
     def delta(self, n: int, change: Params) -> dict[str, torch.Tensor]:
         """What concept n's change θ'[n] − θ adds to the merged weights."""
-        return self._linear(n, change, adjoint=False)
+        moved = self.averaged(n, change)
+        if self.plan is not None:
+            moved |= self.spread({n: self.asked(change, self.plan.C[n])}, change)
+        return moved
+
+    def averaged(self, n: int, change: Params) -> dict[str, torch.Tensor]:
+        """The part of ``delta`` that is averaged."""
+        share = self.weights[n]
+        return {name: value * share for name, value in change.items() if name not in self.projected}
+
+    def asked(self, change: Params, C_SD: torch.Tensor) -> torch.Tensor:
+        """``A_n = (W_n − W0) C_nᵀ``: what a concept wants of the projected weights, all in one.
+
+        Args:
+            change: θ'[n] − θ.
+            C_SD: [S_n, D] embeddings of the concept's tokens.
+
+        Returns:
+            [ΣO, S_n], the weights one above the other in the order of ``change``.
+        """
+        return self._stacked(change) @ C_SD.mT
+
+    def spread(self, asked: Mapping[int, torch.Tensor], like: Params) -> dict[str, torch.Tensor]:
+        """``Σ_n A_n M_n`` over some concepts: the projected part of their ``delta``, by name.
+
+        Args:
+            asked: A_n by concept, all from changes with the names of ``like``.
+            like: names and shapes.
+        """
+        if self.plan is None or not asked:
+            return {}
+        M_SD = torch.cat([self.plan.M[n] for n in asked])
+        return self._cut(torch.cat(list(asked.values()), dim=1) @ M_SD, like)
 
     def pullback(self, n: int, cotangent: Params) -> dict[str, torch.Tensor]:
         """Gradient at θ'[n] for a gradient ``cotangent`` at φ: the adjoint of ``delta``."""
-        return self._linear(n, cotangent, adjoint=True)
+        bar = self.averaged(n, cotangent)
+        if self.plan is not None:
+            C_SD, M_SD = self.plan.C[n], self.plan.M[n]
+            bar |= self._cut(self._stacked(cotangent) @ M_SD.mT @ C_SD, cotangent)
+        return bar
 
-    def asked(self, n: int, change: Params) -> dict[str, torch.Tensor]:
-        """``A_n = (W_n − W0) C_nᵀ`` [O, S_n]: what concept n wants of each projected weight."""
-        if self.plan is None:
-            return {}
-        C_SD = self.plan.C[n]
-        return {name: x @ C_SD.mT for name, x in change.items() if name in self.projected}
+    def plan_pullback(self, asked: torch.Tensor, cotangent: Params) -> torch.Tensor:
+        """``M̄_n = A_nᵀ φ̄`` [S_n, D]: gradient at concept n's rows of the plan."""
+        return asked.mT @ self._stacked(cotangent)
 
-    def missed(self, n: int, asked: Params, moved: Params) -> tuple[float, float]:
+    def token_pullback(self, n: int, change: Params, cotangent: Params) -> torch.Tensor:
+        """``C̄_n = (φ̄ M_nᵀ)ᵀ (W_n − W0)`` [S_n, D]: gradient at C_n through A_n, M held fixed."""
+        assert self.plan is not None
+        return (self._stacked(cotangent) @ self.plan.M[n].mT).mT @ self._stacked(change)
+
+    def missed(self, n: int, asked: torch.Tensor, moved: Params) -> tuple[float, float]:
         """``‖(φ − W0) C_nᵀ − A_n‖²`` and ``‖A_n‖²``, summed over the projected weights."""
-        if self.plan is None or not asked:
+        if self.plan is None:
             return 0.0, 0.0
-        C_SD = self.plan.C[n]
-        gaps = [(moved[name] @ C_SD.mT - A_OS).square().sum() for name, A_OS in asked.items()]
-        wanted = [A_OS.square().sum() for A_OS in asked.values()]
-        return float(torch.stack(gaps).sum()), float(torch.stack(wanted).sum())
+        gap = self.asked(moved, self.plan.C[n]) - asked
+        return float(gap.square().sum()), float(asked.square().sum())
 
-    def _linear(self, n: int, x: Params, *, adjoint: bool) -> dict[str, torch.Tensor]:
-        projected = [name for name in x if name in self.projected]
-        out = {name: value * self.weights[n] for name, value in x.items() if name not in projected}
-        if projected:
-            assert self.plan is not None
-            C, M = self.plan.C[n], self.plan.M[n]
-            if adjoint:  # x Cᵀ M and x Mᵀ C are each other's adjoint
-                C, M = M, C
-            W = [x[name] for name in projected]
-            zero = [torch.zeros_like(w) for w in W]
-            out.update(zip(projected, ops.projected_merge(zero, [W], [C], [M]), strict=True))
-        return out
+    def _stacked(self, x: Params) -> torch.Tensor:
+        # one product for all layers costs their copy and saves the host a call for each
+        assert self.plan is not None
+        rows = [value for name, value in x.items() if name in self.projected]
+        return torch.cat(rows) if rows else self.plan.M[0].new_empty(0, self.plan.M[0].shape[1])
+
+    def _cut(self, rows: torch.Tensor, like: Params) -> dict[str, torch.Tensor]:
+        """The inverse of ``_stacked``, for names and shapes like those of ``like``."""
+        names = [name for name in like if name in self.projected]
+        return dict(zip(names, rows.split([like[n].shape[0] for n in names]), strict=True))

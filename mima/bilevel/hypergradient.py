@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -104,7 +105,11 @@ LINEARISE: dict[str, Linearise] = {"exact": exact, "finite_difference": finite_d
 
 
 def pullback(
-    mode: str, task: LowerLevel, theta: Params, wrt: tuple[str, ...], cotangent: Params
+    mode: str,
+    task: LowerLevel,
+    theta: Params,
+    wrt: tuple[str, ...],
+    cotangent: Callable[[Callable[[], Params]], Params],
 ) -> Tensors:
     """Vector-Jacobian product of ``θ ↦ θ'[n](θ) − θ``.
 
@@ -113,25 +118,28 @@ def pullback(
         task: the lower-level problem.
         theta: θ, by name.
         wrt: the names of θ to differentiate by.
-        cotangent: gradient at the change θ'[n] − θ.
+        cotangent: gives the gradient at the change θ'[n] − θ, and at new words. Its argument
+            returns z_K, for one that depends on it.
 
     Returns:
         Gradient at θ, by name (names without any are absent). Memory: K states, one graph.
     """
     if mode == "first_order":
         return {}
-    states = lower.descend(task, theta, task.steps - 1)
+    linearise, last = LINEARISE[mode], task.steps - 1
+    states = lower.descend(task, theta, last)
+    g, product = linearise(task, states[last], theta, wrt, last)
 
+    @cache
     def final() -> Params:
-        last = task.steps - 1
-        return lower.advance(
-            task, states[last], lower.gradient(task, states[last], theta, last), last
-        ).z
+        known = g or lower.gradient(task, states[last], theta, last)
+        return lower.advance(task, states[last], known, last).z
 
-    z_bar, total = task.change_pullback(final, theta, wrt, cotangent)
+    z_bar, total = task.change_pullback(final, theta, wrt, cotangent(final))
     memory_bar: dict[str, Vector] | None = None
     for k in reversed(range(task.steps)):
-        g, product = LINEARISE[mode](task, states[k], theta, wrt, k)
+        if k != last:
+            g, product = linearise(task, states[k], theta, wrt, k)
         z_bar, g_bar, memory_bar = _rule_pullback(task, states[k], g, k, z_bar, memory_bar)
         hz, htheta = product(g_bar)
         z_bar = {name: value + hz[name] for name, value in z_bar.items()}

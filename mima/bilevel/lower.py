@@ -39,7 +39,18 @@ class LowerLevel(ABC):
 
     @abstractmethod
     def change(self, z: Params, theta: Params) -> Tensors:
-        """θ'[n] − θ for the names that this adaptation changes; differentiable in z and θ."""
+        """θ'[n] − θ for the names that this adaptation changes; differentiable in z and θ.
+
+        Names that θ lacks are new words of this concept: their embeddings as they are.
+        """
+
+    def tokens(self, words: Params) -> torch.Tensor:
+        """C_n [S_n, D] as a function of the concept's new words, where it trains any.
+
+        Args:
+            words: the entries of ``change`` that θ lacks.
+        """
+        raise NotImplementedError(f"{type(self).__name__} trains no new word")
 
     @abstractmethod
     def change_pullback(

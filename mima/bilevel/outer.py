@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch.nn.utils import get_total_norm
 
 from mima.bilevel import lower
 from mima.bilevel.hypergradient import accumulate, pullback
@@ -35,6 +37,24 @@ class UpperTerm:
         return self.weight * (loss if self.cap is None else loss.clamp(max=self.cap))
 
 
+class JointTerms(tuple[UpperTerm, ...]):
+    """Terms of one concept whose losses are computed together, in one forward and one backward.
+
+    Args:
+        terms: the terms.
+        losses: a function of φ: the loss of each.
+    """
+
+    losses: Callable[[Params], Sequence[torch.Tensor]]
+
+    def __new__(
+        cls, terms: Sequence[UpperTerm], losses: Callable[[Params], Sequence[torch.Tensor]]
+    ) -> JointTerms:
+        joint = super().__new__(cls, terms)
+        joint.losses = losses
+        return joint
+
+
 @dataclass(frozen=True)
 class OuterGradient:
     """dJ/dθ and what was seen on the way.
@@ -55,9 +75,10 @@ class OuterGradient:
     @property
     def norm(self) -> float:
         """Length of the gradient."""
-        return float(torch.stack([g.norm() for g in self.gradient.values()]).norm())
+        return float(get_total_norm(list(self.gradient.values())))
 
 
+@torch.no_grad()
 def outer_gradient(
     theta: Params,
     tasks: Sequence[LowerLevel],
@@ -75,6 +96,11 @@ def outer_gradient(
 
         φ = θ + Σ_n delta_n(θ'[n] − θ)
         dJ/dθ = φ̄ + Σ_n (∂(θ'[n] − θ)/∂θ)ᵀ pullback_n(φ̄)
+
+    Where lower levels train new words, each keeps its own embeddings beside φ, and the merge plan
+    is made anew from them: delta depends on all, and dJ/dθ goes through the plan's solve to each
+    concept's embeddings and through its K steps to θ. ``first_order`` uses the trained embeddings
+    and, as everywhere, takes their derivative, of the order of the lower step size, for zero.
 
     A concept is asked for by its index when its turn comes, and again in the second pass, so that
     ``tasks`` and ``upper`` may make it anew each time, as long as they make it the same.
@@ -96,46 +122,140 @@ def outer_gradient(
     theta = {name: value.detach() for name, value in theta.items()}
     mine = ranks.share(len(tasks))
     moved: Tensors = {}
-    asked = {}
+    names: tuple[str, ...] = ()
+    asked: dict[int, torch.Tensor] = {}
+    tokens: dict[int, torch.Tensor] = {}
+    words: dict[int, Tensors] = {}
     for n in mine:
         task = tasks[n]
-        change = task.change(lower.adapt(task, theta), theta)
-        accumulate(moved, merge.delta(n, change))
-        asked[n] = merge.asked(n, change)
+        change, words[n] = apart(task.change(lower.adapt(task, theta), theta), theta)
+        names = tuple(change)
+        accumulate(moved, merge.averaged(n, change))
+        if merge.plan is not None:
+            tokens[n] = task.tokens(words[n]) if merge.trained_tokens else merge.plan.C[n]
+            asked[n] = merge.asked(change, tokens[n])
+    if merge.trained_tokens:
+        merge = _plan_anew(merge, tokens, len(tasks), ranks)
+    moved |= merge.spread(asked, {name: theta[name] for name in names})
     moved = ranks.sum(moved, theta)
-    missed = {n: merge.missed(n, asked[n], moved) for n in mine}
+    missed = [merge.missed(n, asked[n], {name: moved[name] for name in names}) for n in asked]
 
     phi = {n: v + moved[n] if n in moved else v for n, v in theta.items()}
-    phi_bar, losses = upper_gradient(phi, upper, ranks)
+    phi_bar, words_bar, losses = upper_gradient(phi, upper, ranks, words)
 
     total = {name: phi_bar[name] for name in wrt}
     if mode != "first_order":
+        changed_bar = {name: phi_bar[name] for name in names}
+        tokens_bar: list[torch.Tensor] = []
+        if merge.trained_tokens:
+            tokens_bar = _plan_pullback(merge, asked, changed_bar, len(tasks), ranks)
+
+        def cotangent(n: int, task: LowerLevel, final: Callable[[], Params]) -> Tensors:
+            bar = merge.pullback(n, phi_bar)
+            if merge.trained_tokens:
+                change, _ = apart(task.change(final(), theta), theta)
+                C_bar = tokens_bar[n] + merge.token_pullback(n, change, changed_bar)
+                accumulate(bar, _tokens_pullback(task, words[n], C_bar))
+            accumulate(bar, words_bar[n])
+            return bar
+
         second: Tensors = {}
         for n in mine:
-            accumulate(second, pullback(mode, tasks[n], theta, wrt, merge.pullback(n, phi_bar)))
+            task = tasks[n]
+            accumulate(second, pullback(mode, task, theta, wrt, partial(cotangent, n, task)))
         accumulate(total, ranks.sum(second, total))
     return OuterGradient(total, losses, drift(theta, moved), residual(missed, ranks))
 
 
 def upper_gradient(
-    phi: Params, upper: Sequence[Sequence[UpperTerm]], ranks: Ranks = ALONE
-) -> tuple[Tensors, dict[str, float]]:
-    """Gradient of ``Σ upper(φ)`` at φ, a term at a time, and the losses by name."""
+    phi: Params,
+    upper: Sequence[Sequence[UpperTerm]],
+    ranks: Ranks = ALONE,
+    words: Mapping[int, Params] | None = None,
+) -> tuple[Tensors, dict[int, Tensors], dict[str, float]]:
+    """Gradient of ``Σ upper(φ)`` at φ, a concept at a time.
+
+    Args:
+        phi: the merged weights.
+        upper: each concept's terms.
+        ranks: the processes that share the concepts out.
+        words: for each concept of this process, embeddings of new words that only its terms read.
+
+    Returns:
+        The gradient at φ, those at the words, and the losses by name.
+    """
     leaves = {name: value.detach().requires_grad_() for name, value in phi.items()}
     phi_bar: Tensors = {name: torch.zeros_like(value) for name, value in leaves.items()}
+    words_bar: dict[int, Tensors] = {}
     seen: list[dict[str, float]] = []
     for n in ranks.share(len(upper)):
+        own = {name: v.detach().requires_grad_() for name, v in (words or {}).get(n, {}).items()}
+        words_bar[n] = {name: torch.zeros_like(value) for name, value in own.items()}
+        bars = (*phi_bar.values(), *words_bar[n].values())
+        inputs = (*leaves.values(), *own.values())
         seen.append({})
-        for term in upper[n]:
+        terms = upper[n]
+        for group in [terms] if isinstance(terms, JointTerms) else [[term] for term in terms]:
             with torch.enable_grad():
-                loss = term.loss(leaves)
-                objective = term.objective(loss)
-            grads = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True)
-            for total, grad in zip(phi_bar.values(), grads, strict=True):
+                found = _losses(group, {**leaves, **own})
+                objective = _objective(group, found)
+            grads = torch.autograd.grad(objective, inputs, allow_unused=True)
+            for total, grad in zip(bars, grads, strict=True):
                 if grad is not None:
                     total += grad
-            seen[-1][term.name] = float(loss.detach())
-    return ranks.sum(phi_bar, leaves), union(ranks.interleave(seen, len(upper)))
+            seen[-1] |= {t.name: float(x.detach()) for t, x in zip(group, found, strict=True)}
+    losses = union(ranks.interleave(seen, len(upper)))
+    return ranks.sum(phi_bar, leaves), words_bar, losses
+
+
+def _losses(terms: Sequence[UpperTerm], params: Params) -> Sequence[torch.Tensor]:
+    if isinstance(terms, JointTerms):
+        return terms.losses(params)
+    return [term.loss(params) for term in terms]
+
+
+def _objective(terms: Sequence[UpperTerm], losses: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([t.objective(x) for t, x in zip(terms, losses, strict=True)]).sum()
+
+
+def apart(change: Params, theta: Params) -> tuple[Tensors, Tensors]:
+    """The change of parameters in θ, which are merged, and of new words, which are not."""
+    merged = {name: value for name, value in change.items() if name in theta}
+    return merged, {name: value for name, value in change.items() if name not in theta}
+
+
+def _plan_anew(
+    merge: MergeLayer, tokens: Mapping[int, torch.Tensor], count: int, ranks: Ranks
+) -> MergeLayer:
+    """The merge for the trained tokens, its plan with a graph back to them."""
+    C = _everyones(list(tokens.values()), count, ranks, merge.weights.device)
+    with torch.enable_grad():
+        return merge.for_tokens([C_SD.requires_grad_() for C_SD in C])
+
+
+def _plan_pullback(
+    merge: MergeLayer, asked: Mapping[int, torch.Tensor], phi_bar: Params, count: int, ranks: Ranks
+) -> list[torch.Tensor]:
+    """Gradient at every concept's tokens through the plan's solve."""
+    assert merge.plan is not None
+    M_bar = [merge.plan_pullback(A, phi_bar) for A in asked.values()]
+    everyones = _everyones(M_bar, count, ranks, merge.weights.device)
+    return list(torch.autograd.grad(merge.plan.M, merge.plan.C, everyones))
+
+
+def _tokens_pullback(task: LowerLevel, words: Params, C_bar: torch.Tensor) -> Tensors:
+    """Gradient at a concept's new words for one at its tokens."""
+    leaves = {name: value.detach().requires_grad_() for name, value in words.items()}
+    with torch.enable_grad():
+        C_SD = task.tokens(leaves)
+    return dict(zip(leaves, torch.autograd.grad(C_SD, list(leaves.values()), C_bar), strict=True))
+
+
+def _everyones(
+    mine: Sequence[torch.Tensor], count: int, ranks: Ranks, device: torch.device
+) -> list[torch.Tensor]:
+    """A small tensor for each concept, from the processes that have them, in every process."""
+    return [x.to(device) for x in ranks.interleave([x.detach().cpu() for x in mine], count)]
 
 
 def unmerged_gradient(
@@ -179,14 +299,22 @@ def naive_outer_gradient(
     Run it inside ``twice_differentiable_attention`` if the loss has attention.
     """
     leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
-    adapted = []
+    adapted, words, C = [], [], []
     for task in tasks:
-        change = task.change(lower.unroll(task, leaves), leaves)
+        change, own = apart(task.change(lower.unroll(task, leaves), leaves), leaves)
         adapted.append({n: v + change[n] if n in change else v for n, v in leaves.items()})
+        words.append(own)
+        if merge.trained_tokens:
+            C.append(task.tokens(own))
+    if merge.trained_tokens:
+        merge = merge.for_tokens(C)
     phi = merge(leaves, adapted)
-    terms = [term for of_concept in upper for term in of_concept]
-    losses = {term.name: term.loss(phi) for term in terms}
-    objective = torch.stack([term.objective(losses[term.name]) for term in terms]).sum()
+    losses: Tensors = {}
+    objective = torch.zeros((), device=merge.weights.device)
+    for own, terms in zip(words, upper, strict=True):
+        found = _losses(terms, {**phi, **own})
+        objective = objective + _objective(terms, found)
+        losses |= dict(zip([term.name for term in terms], found, strict=True))
     grads = torch.autograd.grad(objective, [leaves[name] for name in wrt])
     return OuterGradient(
         dict(zip(wrt, grads, strict=True)),
@@ -197,13 +325,12 @@ def naive_outer_gradient(
 
 def drift(theta: Params, moved: Params) -> float:
     """``‖φ − θ‖ / ‖θ‖`` for ``moved`` = φ − θ."""
-    far = sum(float(value.square().sum()) for value in moved.values())
-    size = sum(float(value.square().sum()) for value in theta.values())
-    return (far / size) ** 0.5 if size else 0.0
+    size = float(get_total_norm(list(theta.values())))
+    return float(get_total_norm(list(moved.values()))) / size if moved and size else 0.0
 
 
-def residual(missed: dict[int, tuple[float, float]], ranks: Ranks) -> float:
+def residual(missed: Sequence[tuple[float, float]], ranks: Ranks) -> float:
     """The constraint's residual from what ``MergeLayer.missed`` says of each concept."""
-    pairs = [pair for of_rank in ranks.gather(list(missed.values())) for pair in of_rank]
+    pairs = [pair for of_rank in ranks.gather(list(missed)) for pair in of_rank]
     asked = sum(wanted for _, wanted in pairs)
     return float((sum(gap for gap, _ in pairs) / asked) ** 0.5) if asked else 0.0

@@ -114,3 +114,56 @@ class LoraFactors(LowerLevel):
 
     def start_pullback(self, cotangent: Params) -> Tensors:
         return {}
+
+
+class NewWord(LowerLevel):
+    """A new word's embedding trained beside weights, or alone (Textual Inversion).
+
+    The embedding is the concept's own: it starts from a constant, does not enter θ, and is not
+    merged. It moves the tokens that the merge plan is made from.
+
+    Args:
+        weights: the lower level on weights; its loss reads the embedding under ``name``, among the
+            parameters. ``FullWeights`` with no names trains the word alone.
+        name: of the embedding, not one of θ's.
+        embedding: its start.
+        tokens: the embedding ↦ C_n [S_n, D], differentiable.
+    """
+
+    def __init__(
+        self,
+        weights: LowerLevel,
+        name: str,
+        embedding: torch.Tensor,
+        tokens: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        self._weights = weights
+        self._name = name
+        self._embedding = embedding.detach()
+        self._tokens = tokens
+        self.steps = weights.steps
+        self.optimizer = weights.optimizer
+
+    def start(self, theta: Params) -> Tensors:
+        return {**self._weights.start(theta), self._name: self._embedding}
+
+    def loss(self, z: Params, theta: Params, k: int) -> torch.Tensor:
+        return self._weights.loss(self._rest(z), {**theta, self._name: z[self._name]}, k)
+
+    def change(self, z: Params, theta: Params) -> Tensors:
+        return {**self._weights.change(self._rest(z), theta), self._name: z[self._name]}
+
+    def tokens(self, words: Params) -> torch.Tensor:
+        return self._tokens(words[self._name])
+
+    def change_pullback(
+        self, final: Callable[[], Params], theta: Params, wrt: tuple[str, ...], cotangent: Params
+    ) -> tuple[Tensors, Tensors]:
+        z_bar, total = self._weights.change_pullback(final, theta, wrt, cotangent)
+        return {**z_bar, self._name: cotangent[self._name]}, total
+
+    def start_pullback(self, cotangent: Params) -> Tensors:
+        return self._weights.start_pullback(self._rest(cotangent))
+
+    def _rest(self, z: Params) -> Tensors:
+        return {name: value for name, value in z.items() if name != self._name}
