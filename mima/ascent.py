@@ -286,7 +286,7 @@ def describe_run(
         "concepts": [
             {"name": c.name, "prompt": c.prompt, "class_prompt": c.class_prompt} for c in concepts
         ],
-        "model": _fingerprint(weights),
+        "model": fingerprint(weights),
         "versions": installed_versions(),
     }
 
@@ -334,7 +334,8 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
+def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
+    """A hash of names and values."""
     digest = hashlib.sha256()
     for name, value in weights.items():
         digest.update(name.encode())

@@ -6,22 +6,20 @@ import os
 import re
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
 from mima._version import __version__
-from mima.errors import MimaError, ProblemList, nearest
+from mima.errors import MimaError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mima.adaptation import Adaptation
     from mima.concepts import Concept
     from mima.config import ImmunizeRun
 
-T = TypeVar("T")
 USAGE_ERROR, UNEXPECTED_ERROR, INTERRUPTED = 2, 1, 130
 
 
@@ -270,7 +268,7 @@ def adapt(
     """Teach a model a concept, as its owner would, or an attacker."""
     from dataclasses import asdict
 
-    from mima.adaptation import LoRA, Together
+    from mima.adaptation import LoRA, Together, configure
     from mima.console import progress, stdout
     from mima.families import load_pipeline
     from mima.output import check_folder, fresh_folder
@@ -288,7 +286,7 @@ def adapt(
     }
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     given |= {".".join(parts): value for parts, value in map(_setting, settings or [])}
-    chosen = _adaptation(method, {"seed": seed, **given})
+    chosen = configure(method, {"seed": seed, **given})
     told = {
         "prompt": prompt,
         "class_prompt": class_prompt,
@@ -371,6 +369,7 @@ def erase(
     from dataclasses import asdict
 
     from mima.concepts import load_concepts
+    from mima.config import checked
     from mima.console import progress, stdout
     from mima.erasure import VARIANTS
     from mima.erasure import erase as run_erase
@@ -389,7 +388,7 @@ def erase(
     erased = load_concepts(concepts)
     if method != "uce":
         variant = asdict(VARIANTS[method]) | {"seed": seed, **given}
-        esd = _validated(type(VARIANTS[method]), f"method {method}", variant)
+        esd = checked(type(VARIANTS[method]), f"method {method}", variant)
         pipeline = load_pipeline(model, device=_device(device))
         with progress() as bars:
             task = bars.add_task(f"erasing by {method}", total=esd.steps, note="")
@@ -467,6 +466,100 @@ def sample(
 
 
 @app.command()
+def evaluate(
+    original: Annotated[str, typer.Argument(help="The model before immunization.")],
+    immunized: Annotated[str, typer.Argument(help="The model after it.")],
+    concepts: Annotated[
+        list[str], typer.Option("--concepts", help="Immunized against; may be repeated.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")],
+    others: Annotated[
+        list[str] | None, typer.Option("--others", help="Must stay learnable; may be repeated.")
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(help="quick (minutes), standard (as published), adversarial (all).")
+    ] = "quick",
+    similarity: Annotated[
+        list[str] | None,
+        typer.Option(help="clip, dino, lpips, embedded, a hub id or a folder; may be repeated."),
+    ] = None,
+    protocol: Annotated[
+        Literal["standard", "published"],
+        typer.Option(help="How pictures are prepared; 'published' repeats IMMA's script."),
+    ] = "standard",
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Attacks at a time; by default one per core.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Label of the run.")] = None,
+    method: Annotated[
+        Literal["none", "imma", "joint", "compose", "mima"] | None,
+        typer.Option(help="How it was immunized; by default what its mima.json says."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one: --set seeds=[0,1]"),
+    ] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="A file of ordinary prompts, one per line.")
+    ] = None,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Attack a model before and after immunization; run again, it goes on where it stopped."""
+    from mima.concepts import load_concepts
+    from mima.console import progress, stderr, stdout
+
+    found = load_concepts(concepts)
+    kept = load_concepts(others) if others else []
+
+    # only now what takes seconds to import
+    from mima.evaluation import evaluate as run_evaluate
+
+    given = {".".join(parts): value for parts, value in map(_setting, settings or [])}
+    default = "embedded" if original == "embedded" else "clip"
+    with progress() as bars:
+        task = bars.add_task("attacking", total=None, note="")
+
+        def show(done: int, total: int, finished: str) -> None:
+            bars.update(task, completed=done, total=total)
+            if finished:
+                bars.update(task, note=finished)
+
+        try:
+            result = run_evaluate(
+                original,
+                immunized,
+                found,
+                output=output,
+                others=kept,
+                preset=preset,
+                settings=given,
+                similarities=similarity or [default],
+                protocol=protocol,
+                processes=processes,
+                device=None if device is None else _device(device),
+                name=name,
+                method=method or _method_of(immunized),
+                captions=captions,
+                overwrite=overwrite,
+                progress=show,
+            )
+        except KeyboardInterrupt:
+            stderr().print("finished attacks are kept; the same command goes on from them")
+            raise
+    for label, summary in result.summary.items():
+        worst, mean = summary.worst_attack, summary.msgr
+        if worst.sgr is None or mean.mean is None:
+            stdout().print(f"{label}: no attack could be compared")
+            continue
+        stdout().print(
+            f"{label}: worst attack SGR {worst.sgr:+.3f} ({worst.attack}); mean over concepts "
+            f"{mean.mean:+.3f} (95% over seeds: {mean.low:+.3f} to {mean.high:+.3f})"
+        )
+    stdout().print(f"pictures and all numbers: {output}")
+
+
+@app.command()
 def doctor() -> None:
     """Show versions, devices, and which backend serves each operator, or why not."""
     from mima.doctor import show
@@ -514,37 +607,6 @@ def _setting(text: str) -> tuple[list[str], Any]:
         raise MimaError(f"--set {text}: {value!r} is not a value: {error}") from error
 
 
-def _adaptation(method: str, settings: dict[str, Any]) -> Adaptation:
-    """A method with its settings, of the types that it declares."""
-    from mima.adaptation import METHODS
-
-    if method not in METHODS:
-        raise MimaError(f"method {method!r} is unknown; {nearest(method, METHODS)}")
-    return _validated(METHODS[method], f"method {method}", settings)
-
-
-def _validated(kind: type[T], what: str, settings: dict[str, Any]) -> T:
-    """A dataclass of settings from plain values, all problems in one error."""
-    from dataclasses import fields
-
-    from pydantic import TypeAdapter, ValidationError
-
-    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    for name in settings:
-        if name not in known:
-            raise MimaError(f"{what} has no setting {name}; {nearest(name, known)}")
-    try:
-        return TypeAdapter(kind).validate_python(settings)
-    except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, item['loc']))} {item['msg']}, got {item['input']!r}"
-            if item["loc"]
-            else item["msg"].removeprefix("Value error, ")
-            for item in error.errors()
-        ]
-        raise ProblemList(f"{what} cannot be used:", problems) from error
-
-
 def _concepts_to_learn(sources: list[str], told: dict[str, Any]) -> list[Concept]:
     """The concepts that sources describe, with what the command line says about a single one."""
     from dataclasses import replace
@@ -580,6 +642,19 @@ def _write_down(
     }
     text = json.dumps(origin, indent=2, ensure_ascii=False)
     (folder / "mima.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _method_of(model: str) -> Any:
+    """How a folder that `mima immunize` wrote was immunized, or None."""
+    import json
+
+    path = Path(model) / "mima.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("config", {}).get("method")
+    except (OSError, ValueError, AttributeError) as error:
+        raise MimaError(f"cannot read {path}: {error}") from error
 
 
 def _names_concepts(item: str) -> bool:

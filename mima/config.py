@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from mima.errors import MimaError, ProblemList, nearest
 
@@ -23,14 +32,16 @@ RECIPES: dict[str, dict[str, Any]] = {
 """What a task sets where nothing else does: the published learning rates of the upper level."""
 
 
-class _Settings(BaseModel):
+class Settings(BaseModel):
+    """Frozen, and refuses what it does not know."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-_SettingsT = TypeVar("_SettingsT", bound=_Settings)
+SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
-class LowerConfig(_Settings):
+class LowerConfig(Settings):
     """The lower level: the attacker whose adaptation is simulated."""
 
     steps: int = Field(1, ge=1)
@@ -52,7 +63,7 @@ class LowerConfig(_Settings):
     """Weight of the loss on class pictures."""
 
 
-class UpperConfig(_Settings):
+class UpperConfig(Settings):
     """The upper level: what the defender changes, and for what."""
 
     lr: float = Field(3e-5, gt=0)
@@ -73,7 +84,7 @@ class UpperConfig(_Settings):
     """A concept whose loss exceeds this no longer pulls: it counts as immunized. None: no cap."""
 
 
-class ImmunizeConfig(_Settings):
+class ImmunizeConfig(Settings):
     """One immunization. Defaults follow the published re-learning experiments."""
 
     method: Method = "mima"
@@ -165,7 +176,7 @@ class ImmunizeConfig(_Settings):
             )
 
 
-class ImmunizeRun(_Settings):
+class ImmunizeRun(Settings):
     """What ``mima immunize CONFIG.yaml`` reads."""
 
     model: str
@@ -215,7 +226,7 @@ def load_config(path: str | Path) -> ImmunizeRun:
     return parse_config(ImmunizeRun, raw, source=str(path))
 
 
-def parse_config(kind: type[_SettingsT], raw: dict[str, Any], *, source: str) -> _SettingsT:
+def parse_config(kind: type[SettingsT], raw: dict[str, Any], *, source: str) -> SettingsT:
     """Check plain data against a settings class; errors say where, what was expected and got."""
     try:
         return kind.model_validate(raw)
@@ -224,7 +235,7 @@ def parse_config(kind: type[_SettingsT], raw: dict[str, Any], *, source: str) ->
         raise ProblemList(f"config: {source} has {len(problems)} problem(s)", problems) from error
 
 
-def _explain(kind: type[_Settings], error: dict[str, Any]) -> str:
+def _explain(kind: type[Settings], error: dict[str, Any]) -> str:
     where = [str(part) for part in error["loc"]]
     name = ".".join(where)
     if error["type"] != "extra_forbidden":
@@ -235,3 +246,28 @@ def _explain(kind: type[_Settings], error: dict[str, Any]) -> str:
         inner = fields[part].annotation
         fields = inner.model_fields if isinstance(inner, type) else {}
     return f"{name}: unknown setting; {nearest(where[-1], fields)}"
+
+
+T = TypeVar("T")
+
+
+def checked(kind: type[T], what: str, settings: Mapping[str, Any]) -> T:
+    """A dataclass of settings from plain values, of the types that it declares.
+
+    Raises:
+        MimaError: a setting that it does not have, or values that it cannot have, all in one error.
+    """
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    for name in settings:
+        if name not in known:
+            raise MimaError(f"{what} has no setting {name}; {nearest(name, known)}")
+    try:
+        return TypeAdapter(kind).validate_python(dict(settings))
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, item['loc']))} {item['msg']}, got {item['input']!r}"
+            if item["loc"]
+            else item["msg"].removeprefix("Value error, ")
+            for item in error.errors()
+        ]
+        raise ProblemList(f"{what} cannot be used:", problems) from error

@@ -14,6 +14,7 @@ from mima.errors import MimaError
 OUR_FILES = (
     "model_index.json",
     "results.json",
+    "evaluation.json",
     "pytorch_lora_weights.safetensors",
     "learned_embeds.safetensors",
     "mima.json",

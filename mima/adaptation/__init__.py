@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from mima.adaptation.base import Adaptation, Injection, Run
+from collections.abc import Mapping
+from typing import Any
+
+from mima.adaptation.base import Adaptation, Diverged, Injection, Run
 from mima.adaptation.custom_diffusion import CustomDiffusion
 from mima.adaptation.dreambooth import DreamBooth, DreamBoothLoRA
 from mima.adaptation.lora import LoRA
 from mima.adaptation.textual_inversion import TextualInversion
 from mima.adaptation.together import Together
+from mima.config import checked
+from mima.errors import MimaError, nearest
 
 METHODS: dict[str, type[Adaptation]] = {
     method.method: method
@@ -19,6 +24,7 @@ __all__ = [
     "METHODS",
     "Adaptation",
     "CustomDiffusion",
+    "Diverged",
     "DreamBooth",
     "DreamBoothLoRA",
     "Injection",
@@ -26,4 +32,16 @@ __all__ = [
     "Run",
     "TextualInversion",
     "Together",
+    "configure",
 ]
+
+
+def configure(method: str, settings: Mapping[str, Any]) -> Adaptation:
+    """A method with its settings, of the types that it declares.
+
+    Raises:
+        MimaError: no such method or setting, or a value that it cannot have.
+    """
+    if method not in METHODS:
+        raise MimaError(f"method {method!r} is unknown; {nearest(method, METHODS)}")
+    return checked(METHODS[method], f"method {method}", settings)

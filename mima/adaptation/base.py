@@ -29,6 +29,10 @@ Batch = tuple[torch.Tensor, Conditioning, torch.Tensor, torch.Tensor]
 """Latents [B, C, H, W], B rows of conditioning, timesteps [B] and noise [B, C, H, W]."""
 
 
+class Diverged(MimaError):  # noqa: N818 - reads as what happened; MimaError says it is an error
+    """The training loss is no longer finite."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Adaptation(ABC):
     """Settings that every method shares; a subclass is one method with its own defaults.
@@ -247,7 +251,7 @@ class Run:
             on_step: called after each step; an exception that it raises ends the training.
 
         Raises:
-            MimaError: the loss is no longer finite.
+            Diverged: the loss is no longer finite.
         """
         with self._offloaded(), training(self._family):
             for _ in range(steps):
@@ -325,7 +329,7 @@ class Run:
         self.step += 1
         self.losses.append(loss)
         if not math.isfinite(loss):
-            raise MimaError(
+            raise Diverged(
                 f"{settings.method}: the loss is {loss} at step {self.step}; "
                 f"lower learning_rate ({settings.learning_rate})"
             )

@@ -1,7 +1,8 @@
 """Measure immunity: attack a model, sample from it, compare what it learned with the references."""
 
-from mima.evaluation.alignment import prompt_alignment
+from mima.evaluation.alignment import cmmd, prompt_alignment
 from mima.evaluation.attack import AttackCurve, attack, compare
+from mima.evaluation.attacks import PRESETS, GridConfig
 from mima.evaluation.metrics import (
     GapCurve,
     GapSummary,
@@ -11,29 +12,41 @@ from mima.evaluation.metrics import (
     rsgr,
     sgr,
 )
+from mima.evaluation.records import Evaluation, EvaluationFolder
+from mima.evaluation.run import evaluate
 from mima.evaluation.sampling import Sampler
 from mima.evaluation.similarity import (
     ClipEncoder,
     DinoEncoder,
     ImageEncoder,
+    Lpips,
     TextImageEncoder,
     load_encoder,
+    load_similarity,
     similarity,
 )
 
 __all__ = [
+    "PRESETS",
     "AttackCurve",
     "ClipEncoder",
     "DinoEncoder",
+    "Evaluation",
+    "EvaluationFolder",
     "GapCurve",
     "GapSummary",
+    "GridConfig",
     "ImageEncoder",
+    "Lpips",
     "Sampler",
     "TextImageEncoder",
     "attack",
     "bootstrap_interval",
+    "cmmd",
     "compare",
+    "evaluate",
     "load_encoder",
+    "load_similarity",
     "mrsgr",
     "msgr",
     "prompt_alignment",

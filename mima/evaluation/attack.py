@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mima.adaptation.base import Adaptation
+from mima.adaptation.base import Adaptation, Diverged
 from mima.concepts import Concept
 from mima.errors import MimaError
+from mima.evaluation.adapters import Adapter, can_share_batches
 from mima.evaluation.metrics import GapCurve
-from mima.evaluation.sampling import Sampler
+from mima.evaluation.sampling import Job, Sampler
 from mima.evaluation.similarity import ImageEncoder, similarity
 from mima.pictures import Picture
 
@@ -58,6 +59,81 @@ class AttackCurve:
     def by_seed(self) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Similarity [S, R]: mean over prompts, for confidence intervals over seeds."""
         return np.asarray(self.scores.mean(axis=1))
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One adaptation, and what it drew on the way.
+
+    Attributes:
+        steps: steps at which it was sampled; those after a divergence are missing.
+        images: the pictures of each, in the order of the jobs.
+        losses: training loss of every step done.
+        diverged: why the last steps are missing.
+    """
+
+    steps: tuple[int, ...]
+    images: tuple[tuple[Image.Image, ...], ...]
+    losses: tuple[float, ...]
+    diverged: Diverged | None
+
+
+def trajectory(
+    pipeline: Any,
+    concept: Concept,
+    adaptation: Adaptation,
+    steps: Sequence[int],
+    jobs: Sequence[Job],
+    sampler: Sampler,
+    *,
+    advance: Callable[[int], None] = lambda _: None,
+    on_picture: Callable[[int, int, Image.Image], None] = lambda *_: None,
+) -> Trajectory:
+    """Adapt a pipeline and draw the same pictures at some steps.
+
+    LoRA adapters are small: those of all steps are kept, and their pictures drawn in common batches
+    when training is over. Other methods' models are sampled when they are reached.
+
+    Args:
+        pipeline: the model; it stays as it is.
+        concept: what is learned.
+        adaptation: how; its `steps` are not used.
+        steps: when to sample, ascending.
+        jobs: what to draw.
+        sampler: how to draw.
+        advance: called with the amount of work just done, in steps and pictures.
+        on_picture: called with step, index of the job and picture as soon as it is drawn.
+    """
+    run = adaptation.start(pipeline, concept)
+    adapters: list[Adapter] = []
+    reached: list[int] = []
+    images: list[list[Image.Image]] = []
+
+    def keep(step: int, index: int, image: Image.Image) -> None:
+        images[-1].append(image)
+        on_picture(step, index, image)
+        advance(1)
+
+    diverged = None
+    try:
+        for step in run.until(*steps, on_step=lambda _: advance(1)):
+            reached.append(step)
+            if can_share_batches(run.pipeline):
+                adapters.append(Adapter.of(run.pipeline))
+                continue
+            images.append([])
+            for index, image in enumerate(sampler.draw(run.pipeline, jobs)):
+                keep(step, index, image)
+    except Diverged as error:
+        diverged = error
+    if adapters:
+        mixed = [Job(job.prompt, job.seed, n) for n in range(len(reached)) for job in jobs]
+        for number, image in enumerate(sampler.draw(pipeline, mixed, adapters)):
+            n, index = divmod(number, len(jobs))
+            if index == 0:
+                images.append([])
+            keep(reached[n], index, image)
+    return Trajectory(tuple(reached), tuple(map(tuple, images)), tuple(run.losses), diverged)
 
 
 def attack(
@@ -104,7 +180,7 @@ def attack(
         )
     if max_prompts is not None and max_prompts < 1:
         raise ValueError(f"attack: max_prompts must be at least 1, got {max_prompts}")
-    pictures = _by_prompt(concept.held_out if references is None else references, max_prompts)
+    pictures = by_prompt(concept.held_out if references is None else references, max_prompts)
     if not pictures:
         raise MimaError(
             f"concept {concept.name!r} has no held_out pictures to compare with; "
@@ -117,8 +193,8 @@ def attack(
     references_KD = [encoder.embed(group) for group in reference_images]
     sampler = sampler or Sampler()
 
-    run = adaptation.start(pipeline, concept)
-    total = steps[-1] + len(steps) * len(prompts) * len(seeds)
+    jobs = [Job(prompt, seed) for prompt in prompts for seed in seeds]
+    total = steps[-1] + len(steps) * len(jobs)
     done = 0
 
     def advance(amount: int) -> None:
@@ -127,18 +203,14 @@ def attack(
         if progress is not None:
             progress(done, total)
 
-    scores, images = [], []
-    for _ in run.until(*steps, on_step=lambda _: advance(1)):
-        drawn = 0
-
-        def on_pictures(count: int, _: int) -> None:
-            nonlocal drawn
-            advance(count - drawn)
-            drawn = count
-
-        rows = sampler(run.pipeline, prompts, seeds, progress=on_pictures)
-        images.append(tuple(map(tuple, rows)))
-        scores.append(score(rows, references_KD, encoder))
+    drawn = trajectory(pipeline, concept, adaptation, steps, jobs, sampler, advance=advance)
+    if drawn.diverged is not None:
+        raise drawn.diverged
+    images = [
+        tuple(row[start : start + len(seeds)] for start in range(0, len(jobs), len(seeds)))
+        for row in drawn.images
+    ]
+    scores = [score(rows, references_KD, encoder) for rows in images]
     return AttackCurve(
         concept=concept.name,
         method=adaptation.method,
@@ -149,7 +221,7 @@ def attack(
         scores=np.stack(scores),
         images=tuple(images),
         references=reference_images,
-        losses=tuple(run.losses),
+        losses=drawn.losses,
     )
 
 
@@ -196,7 +268,7 @@ def compare(original: AttackCurve, immunized: AttackCurve) -> GapCurve:
     )
 
 
-def _by_prompt(pictures: Sequence[Picture], limit: int | None) -> dict[str, list[Picture]]:
+def by_prompt(pictures: Sequence[Picture], limit: int | None) -> dict[str, list[Picture]]:
     """Pictures by prompt in order of appearance, thinned evenly to `limit` prompts."""
     groups: dict[str, list[Picture]] = {}
     for picture in pictures:

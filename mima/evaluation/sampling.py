@@ -1,4 +1,4 @@
-"""Sampling for measurement: batched over prompts and seeds, the noise fixed by the seed alone."""
+"""Sampling for measurement: batched over prompts, seeds and adapters, noise fixed by the seed."""
 
 # P = prompts, R = seeds per prompt
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,23 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from mima.errors import MimaError
+from mima.evaluation.adapters import Adapter, with_adapters
 from mima.families import family_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to draw.
+
+    Attributes:
+        prompt: what is asked for.
+        seed: of its noise.
+        adapter: place among the adapters given, −1 for none.
+    """
+
+    prompt: str
+    seed: int
+    adapter: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,15 +92,44 @@ class Sampler:
             raise ValueError(
                 f"Sampler: needs prompts and seeds, got {len(prompts)} and {len(seeds)}"
             )
-        drawer = self._drawer(pipeline)
-        jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+        jobs = [Job(prompt, seed) for prompt in prompts for seed in seeds]
         pictures: list[Image.Image] = []
-        for start in range(0, len(jobs), self.batch_size):
-            pictures += self._draw(drawer, jobs[start : start + self.batch_size])
+        for image in self.draw(pipeline, jobs):
+            pictures.append(image)
             if progress is not None:
                 progress(len(pictures), len(jobs))
         width = len(seeds)
         return [pictures[row * width : (row + 1) * width] for row in range(len(prompts))]
+
+    def draw(
+        self, pipeline: Any, jobs: Sequence[Job], adapters: Sequence[Adapter] = ()
+    ) -> Iterator[Image.Image]:
+        """Draw pictures in the order of their jobs, each as soon as its batch is done.
+
+        One batch may hold several prompts, seeds and adapters; a picture does not depend on what
+        else is in it, up to rounding.
+
+        Args:
+            pipeline: a diffusers text-to-image pipeline; it is left as it was.
+            jobs: what to draw.
+            adapters: LoRAs of this pipeline's denoiser, by the jobs' `adapter`.
+
+        Raises:
+            ValueError: a job whose adapter is not there.
+        """
+        wrong = [job for job in jobs if not -1 <= job.adapter < len(adapters)]
+        if wrong:
+            raise ValueError(f"Sampler: {wrong[0]} names none of {len(adapters)} adapters")
+        rows = None
+        if adapters:
+            pipeline, rows = with_adapters(pipeline, adapters)
+        drawer = self._drawer(pipeline)
+        device = family_of(pipeline).device
+        for start in range(0, len(jobs), self.batch_size):
+            batch = jobs[start : start + self.batch_size]
+            if rows is not None:
+                rows.index = torch.tensor([job.adapter for job in batch], device=device)
+            yield from self._draw(drawer, batch)
 
     def _drawer(self, pipeline: Any) -> Any:
         """The same modules in a pipeline of its own, without progress bar and safety checker."""
@@ -106,7 +151,7 @@ class Sampler:
             drawer.safety_checker = None
         return drawer
 
-    def _draw(self, drawer: Any, jobs: Sequence[tuple[str, int]]) -> list[Image.Image]:
+    def _draw(self, drawer: Any, jobs: Sequence[Job]) -> list[Image.Image]:
         family = family_of(drawer)
         size = self.size or family.resolution
         keywords = {"height": size, "width": size, **family._sampling()}
@@ -115,8 +160,8 @@ class Sampler:
         if self.negative_prompt and keywords.get("guidance_scale", math.inf) > 1:
             keywords["negative_prompt"] = [self.negative_prompt] * len(jobs)
         result = drawer(
-            prompt=[prompt for prompt, _ in jobs],
-            generator=[torch.Generator().manual_seed(seed) for _, seed in jobs],
+            prompt=[job.prompt for job in jobs],
+            generator=[torch.Generator().manual_seed(job.seed) for job in jobs],
             num_inference_steps=self.steps,
             **keywords,
         )
