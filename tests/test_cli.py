@@ -71,7 +71,8 @@ def test_version():
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["demo"], ["immunize"], ["adapt"], ["erase"], ["sample"], ["doctor"]]
+    "command",
+    [[], ["demo"], ["immunize"], ["adapt"], ["erase"], ["evaluate"], ["sample"], ["doctor"]],
 )
 def test_help_for_everything(command):
     assert "Usage" in run(*command, "--help")

@@ -615,7 +615,8 @@ def _in_parallel(
     bench: Bench, tasks: Sequence[Attack | Side], processes: int, advance: Advance
 ) -> Iterator[tuple[Attack | Side, Outcome | None]]:
     """Run tasks in processes, and give back each with its outcome as it ends."""
-    context = multiprocessing.get_context("spawn")
+    # not fork: torch and CUDA have threads by now
+    context = multiprocessing.get_context("forkserver")
     queue, stop = context.SimpleQueue(), context.Event()
     pool = ProcessPoolExecutor(
         processes, mp_context=context, initializer=_start_process, initargs=(bench, queue, stop)
@@ -638,14 +639,14 @@ def _in_parallel(
     finally:
         # running attacks end within a step; what waits is not begun
         stop.set()
-        drain = threading.Thread(target=_drain, args=(queue, pool), daemon=True)
+        drain = threading.Thread(target=_drain, args=(queue,), daemon=True)
         drain.start()
         pool.shutdown(cancel_futures=True)
         queue.put(None)
         drain.join()
 
 
-def _drain(queue: Any, _: Any) -> None:
+def _drain(queue: Any) -> None:
     """Empty a queue until None comes, so that nobody blocks on a full pipe."""
     while queue.get() is not None:
         pass

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import AutoModel, CLIPModel, CLIPTokenizer
 
 from mima.errors import MimaError
@@ -15,9 +17,11 @@ from mima.evaluation import (
     ImageEncoder,
     TextImageEncoder,
     load_encoder,
+    load_similarity,
     prompt_alignment,
     similarity,
 )
+from mima.evaluation.cache import CachedSimilarity
 from mima.evaluation.similarity import Preprocessor
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
@@ -156,3 +160,133 @@ def test_nothing_to_embed_is_refused(clip):
         clip.embed([])
     with pytest.raises(ValueError, match="texts is empty"):
         clip.embed_text([])
+
+
+def published(pictures, side):
+    """What IMMA's script does before CLIP and DINO, step by step."""
+    rows = []
+    for picture in pictures:
+        small = picture.convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.asarray(small, np.float32) / 255).permute(2, 0, 1)
+        shifted = (pixels - torch.tensor(-1.0)) / 2
+        large = F.interpolate(shifted[None], size=(side, side), mode="bicubic")[0]
+        mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+        std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+        rows.append((large - mean) / std)
+    return torch.stack(rows)
+
+
+def test_the_published_protocol_is_the_published_scripts(clip_folder, pictures, tmp_path):
+    model = CLIPModel.from_pretrained(clip_folder).eval()
+    pixels = published(pictures, tiny.RESOLUTION)
+    with torch.no_grad():
+        expected = F.normalize(features(model.get_image_features(pixel_values=pixels)), dim=-1)
+    encoder = load_similarity(clip_folder, protocol="published")
+    torch.testing.assert_close(encoder.embed(pictures), expected)
+    folder = tiny.save_tiny_dino(tmp_path)
+    dino = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    with torch.no_grad():
+        expected = F.normalize(dino(pixel_values=pixels).last_hidden_state[:, 0], dim=-1)
+    encoder = load_similarity(folder, protocol="published")
+    torch.testing.assert_close(encoder.embed(pictures), expected)
+    with pytest.raises(ValueError, match="standard or published, got 'loose'"):
+        load_similarity(clip_folder, protocol="loose")
+
+
+@pytest.fixture(scope="module")
+def lpips_net(tmp_path_factory):
+    """lpips.LPIPS with a small random trunk and its own calibrated weights, and its folder."""
+    lpips = pytest.importorskip("lpips", reason="the extra lpips is not installed")
+    torch.manual_seed(0)
+    net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    folder = tmp_path_factory.mktemp("lpips")
+    state = {name: value.contiguous() for name, value in net.state_dict().items()}
+    # lins.N and linN are the same tensors
+    save_file({name: value.clone() for name, value in state.items()}, folder / "model.safetensors")
+    return net, folder
+
+
+@pytest.mark.parametrize("protocol", ["standard", "published"])
+def test_lpips_is_that_of_the_package(lpips_net, pictures, protocol):
+    net, folder = lpips_net
+    side = {"standard": 224, "published": 64}[protocol]
+
+    def prepared(image):
+        small = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.asarray(small, np.float32) / 255).permute(2, 0, 1)[None]
+        # the published script forgets the range that the network expects
+        return pixels * 2 - 1 if protocol == "standard" else pixels
+
+    ours = load_similarity(f"lpips:{folder}", protocol=protocol, batch_size=2)
+    table = ours.pairs(pictures[:3], pictures)
+    with torch.no_grad():
+        expected = [
+            [1 - net(prepared(a), prepared(b)).item() for b in pictures] for a in pictures[:3]
+        ]
+    torch.testing.assert_close(table, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(table[[0, 1], [0, 1]], torch.ones(2))
+
+
+def test_lpips_says_what_is_missing(monkeypatch, tmp_path):
+    pytest.importorskip("lpips", reason="the extra lpips is not installed")
+    with pytest.raises(MimaError, match=r"lpips: cannot open"):
+        load_similarity(f"lpips:{tmp_path}")
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(MimaError, match=r"pip install 'mima\[lpips\]'"):
+        load_similarity("lpips")
+
+
+class Counting:
+    """Counts the pictures that it looks at."""
+
+    def __init__(self, encoder):
+        self.encoder, self.seen = encoder, 0
+        self.name = "counting"
+
+    def embed(self, images):
+        self.seen += len(images)
+        return self.encoder.embed(images)
+
+
+class Pairs:
+    """A similarity of pairs: one minus the difference of mean grey, and a count."""
+
+    name = "pairs"
+
+    def __init__(self):
+        self.seen = 0
+
+    def pairs(self, a, b):
+        self.seen += len(a) * len(b)
+        grey = [[np.asarray(i.convert("L"), float).mean() / 255 for i in s] for s in (a, b)]
+        return 1 - (torch.tensor(grey[0])[:, None] - torch.tensor(grey[1])).abs().float()
+
+
+def test_each_file_is_looked_at_once(clip, pictures, tmp_path):
+    files = [tmp_path / f"{index}.png" for index in range(4)]
+    for file, picture in zip(files, pictures, strict=True):
+        picture.save(file)
+    expected = similarity(clip.embed(pictures[:3]), clip.embed(pictures))
+    for model, table in (
+        (Counting(clip), expected),
+        (Pairs(), Pairs().pairs(pictures[:3], pictures)),
+    ):
+        cached = CachedSimilarity(model, name="x", path=tmp_path / "seen.sqlite")
+        torch.testing.assert_close(cached.table(files[:3], files), table)
+        looked = model.seen
+        torch.testing.assert_close(cached.table(files[:3], files), table)
+        # another process, another time
+        again = CachedSimilarity(model, name="x", path=tmp_path / "seen.sqlite")
+        torch.testing.assert_close(again.table(files[:3], files), table)
+        assert model.seen == looked
+        # another protocol is another model, and other contents another picture
+        CachedSimilarity(
+            model, name="x", protocol="published", path=tmp_path / "seen.sqlite"
+        ).table(files[:1], files[:1])
+        assert model.seen == looked + 1
+        tiny.picture("red", "square", seed=7).save(files[0])
+        again.table(files[:1], files[:1])
+        assert model.seen == looked + 2
+        pictures[0].save(files[0])
+    with pytest.raises(ValueError, match="got 0, 4"):
+        cached.table([], files)
