@@ -1,5 +1,6 @@
 """Every model family, from one code: adapt, sample on the way, save and read back."""
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -35,7 +36,11 @@ def folder(request, tmp_path_factory):
 
 
 def draw(pipeline):
-    return Sampler(steps=2)(pipeline, ["a red round emoji"], (0,))[0][0].tobytes()
+    return Sampler(steps=2)(pipeline, ["a red round emoji"], (0,))[0][0]
+
+
+def difference(a, b):
+    return np.abs(np.asarray(a, int) - np.asarray(b, int)).max()
 
 
 def test_lora_attack_and_round_trip(folder, tmp_path):
@@ -52,12 +57,13 @@ def test_lora_attack_and_round_trip(folder, tmp_path):
         sampler=Sampler(steps=2),
     )
     drawn = draw(pipeline)
-    assert curve.images[0][0][0].tobytes() == drawn
+    # in a batch of several adapters, rounding to 8 bits may fall either way
+    assert difference(curve.images[0][0][0], drawn) <= 1
     run = settings.start(pipeline, concept)
     run.advance(2)
     adapted = draw(run.pipeline)
     assert tuple(run.losses) == curve.losses
-    assert curve.images[1][0][0].tobytes() == adapted != drawn
+    assert difference(curve.images[1][0][0], adapted) <= 1 < difference(adapted, drawn)
 
     run.save(tmp_path)
     fresh = load_pipeline(folder)
