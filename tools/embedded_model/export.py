@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from common import ASSETS, HERE
 from text import save_tokenizer
@@ -25,6 +26,14 @@ def replace_folder(building: Path, folder: Path) -> None:
     building.rename(folder)
 
 
+def prefix_text_encoder(path: Path) -> None:
+    """Write the names that transformers 4 expects; version 5 omits the prefix and reads both."""
+    prefix = "text_model."
+    tensors = load_file(path)
+    named = {prefix + name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    save_file(named, path, metadata={"format": "pt"})
+
+
 def export_model(source: Path, assets: Path) -> None:
     """The pipeline in fp16."""
     building = assets / "model.part"
@@ -38,6 +47,7 @@ def export_model(source: Path, assets: Path) -> None:
         getattr(pipeline, name).to(torch.float16, memory_format=torch.contiguous_format)
     pipeline.save_pretrained(building)
     save_tokenizer(pipeline.tokenizer, building / "tokenizer")
+    prefix_text_encoder(building / "text_encoder" / "model.safetensors")
     shutil.copy(HERE / "legal" / "model_card.md", building / "README.md")
     replace_folder(building, assets / "model")
 
