@@ -1,24 +1,20 @@
 """LoRA for several concepts at once: one forward of the model serves them all."""
 
-# N = runs, B = pictures of all runs, T = tokens, d -> o = features, r = rank
-
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
 
 from mima.adaptation.base import Run, autocast, training
-from mima.adaptation.copies import component_name, shared_copy, with_modules
-from mima.adaptation.lora import ADAPTER, LoRA
+from mima.adaptation.copies import component_name, with_modules
+from mima.adaptation.lora import LoRA
+from mima.adaptation.mixed import Rows, factors_of, lora_layers, not_linear, with_mixed_layers
 from mima.diffusion import prediction_and_target
 from mima.errors import MimaError
 from mima.families import family_of
-from mima.ops.batched_lora import batched_lora
 
 
 class Together:
@@ -56,12 +52,9 @@ class Together:
             _check(run, runs[0])
         self.runs = tuple(runs)
         first = runs[0]._family
-        self._owner = _Owner()
-        denoiser = shared_copy(first.denoiser)
-        for name in dict.fromkeys(name for run in runs for name in _layers(run)):
-            parent, _, child = name.rpartition(".")
-            layer = _Layer(runs, name, self._owner)
-            setattr(denoiser.get_submodule(parent), child, layer)
+        self._rows = Rows()
+        adapters = [factors_of(lora_layers(run._family.denoiser)) for run in runs]
+        denoiser = with_mixed_layers(first.denoiser, adapters, self._rows)
         if any(run.adaptation.gradient_checkpointing for run in runs):
             denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
         name = component_name(first.pipeline, first.denoiser)
@@ -95,7 +88,7 @@ class Together:
             latents, conditionings, timesteps, noise = zip(*batches, strict=True)
             sizes = [len(part) for part in latents]
             device = self._family.device
-            self._owner.rows = torch.tensor(owners, device=device).repeat_interleave(
+            self._rows.index = torch.tensor(owners, device=device).repeat_interleave(
                 torch.tensor(sizes, device=device)
             )
             conditioning = {
@@ -122,53 +115,6 @@ class Together:
             run._update(total)
 
 
-class _Owner:
-    """Whose picture each row of the present batch is, [B]."""
-
-    rows: torch.Tensor
-
-
-class _Layer(torch.nn.Module):
-    """A linear layer with the adapters of those runs that adapt it."""
-
-    def __init__(self, runs: Sequence[Run], name: str, owner: _Owner) -> None:
-        super().__init__()
-        layers = [_layers(run).get(name) for run in runs]
-        adapted = [layer for layer in layers if layer is not None]
-        # frozen, and the same storage in all runs
-        base = adapted[0].get_base_layer()
-        self.weight, self.bias = base.weight, base.bias
-        # the runs' own parameters, in lists that hide them: they are saved and stepped there
-        self._A = [layer.lora_A[ADAPTER].weight for layer in adapted]
-        self._B = [layer.lora_B[ADAPTER].weight for layer in adapted]
-        self._scale = [float(layer.scaling[ADAPTER]) for layer in adapted]
-        places = torch.full((len(runs),), -1)
-        places[[layer is not None for layer in layers]] = torch.arange(len(adapted))
-        self._place_of_N = places.to(base.weight.device)
-        self._owner = owner
-
-    def forward(self, x_BTd: torch.Tensor) -> torch.Tensor:
-        """Return x Wᵀ + b + s x Aᵀ Bᵀ with each row's own A, B and s: [B, T, o]."""
-        kind = x_BTd.device.type
-        # as peft does under autocast, and as it does not without: the adapters follow the input
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTd.dtype
-        return batched_lora(
-            x_BTd.to(dtype),
-            self.weight.to(dtype),
-            [A_rd.to(dtype) for A_rd in self._A],
-            [B_or.to(dtype) for B_or in self._B],
-            self._scale,
-            self._place_of_N[self._owner.rows],
-            bias=None if self.bias is None else self.bias.to(dtype),
-        )
-
-
-def _layers(run: Run) -> dict[str, Any]:
-    """A run's adapted layers by name."""
-    modules = run._family.denoiser.named_modules()
-    return {name: module for name, module in modules if isinstance(module, LoraLayer)}
-
-
 def _check(run: Run, first: Run) -> None:
     settings = run.adaptation
     if not isinstance(settings, LoRA):
@@ -187,10 +133,7 @@ def _check(run: Run, first: Run) -> None:
     bases = [next(one._family.denoiser.parameters()).data_ptr() for one in (run, first)]
     if bases[0] != bases[1]:
         raise MimaError("concepts that are trained at once must be learned by the same model")
-    for name, layer in _layers(run).items():
-        base = layer.get_base_layer()
-        if not isinstance(base, torch.nn.Linear):
-            raise MimaError(
-                f"target_modules: {name} is a {type(base).__name__}; several concepts at once "
-                "adapt linear layers only"
-            )
+    for name, kind in not_linear(lora_layers(run._family.denoiser)).items():
+        raise MimaError(
+            f"target_modules: {name} is a {kind}; several concepts at once adapt linear layers only"
+        )
