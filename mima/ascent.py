@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import signal
@@ -19,7 +18,7 @@ import torch
 from mima._version import installed_versions
 from mima.bilevel.lower import Params, Tensors
 from mima.bilevel.outer import OuterGradient
-from mima.checkpoint import Checkpoint, CheckpointFolder
+from mima.checkpoint import Checkpoint, CheckpointFolder, fingerprint
 from mima.config import ImmunizeConfig
 from mima.errors import MimaError
 from mima.problem import Problem
@@ -332,15 +331,6 @@ def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
-    """A hash of names and values."""
-    digest = hashlib.sha256()
-    for name, value in weights.items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def default_folder(output: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -147,6 +148,15 @@ class CheckpointFolder:
             kept = self._steps()
             hint = f"; {kept[-1].name} is intact" if kept else ""
             raise MimaError(f"checkpoint: cannot write {final}: {_reason(error)}{hint}") from error
+
+
+def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
+    """A hash of names and values."""
+    digest = hashlib.sha256()
+    for name, value in weights.items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def mapped(path: Path) -> dict[str, torch.Tensor]:

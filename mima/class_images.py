@@ -14,7 +14,7 @@ import torch
 from diffusers import __version__ as diffusers_version
 
 from mima.batches import CHUNK
-from mima.checkpoint import CheckpointFolder
+from mima.checkpoint import CheckpointFolder, fingerprint
 from mima.families import Family
 
 logger = logging.getLogger(__name__)
@@ -62,10 +62,10 @@ def _key(family: Family, prompts: Sequence[str], generator: torch.Generator) -> 
     for name, module in sorted(family.pipeline.components.items()):
         if module is not family.denoiser and not name.startswith("text_encoder"):
             continue
-        for key, value in module.state_dict().items() if module is not None else ():
-            digest.update(f"{name}.{key} {value.dtype}".encode())
-            plain = value.detach().cpu().contiguous().view(-1)
-            digest.update(plain.view(torch.uint8).numpy().data)
+        if module is not None:
+            state = module.state_dict()
+            dtypes = sorted({str(value.dtype) for value in state.values()})
+            digest.update(f"{name} {dtypes} {fingerprint(state)}".encode())
     scheduler = family.pipeline.scheduler
     said = (type(scheduler).__name__, sorted(scheduler.config.items(), key=str), list(prompts))
     digest.update(repr((said, family.resolution, diffusers_version)).encode())

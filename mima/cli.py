@@ -284,8 +284,7 @@ def adapt(
         "offload_encoders": offload_encoders or None,
         "fp16_vae": fp16_vae or None,
     }
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    given |= {".".join(parts): value for parts, value in map(_setting, settings or [])}
+    given = _given(options, settings)
     chosen = configure(method, {"seed": seed, **given})
     told = {
         "prompt": prompt,
@@ -379,8 +378,7 @@ def erase(
 
     check_folder(output, overwrite=overwrite)
     options = {"steps": steps, "learning_rate": lr}
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    given |= {".".join(parts): value for parts, value in map(_setting, settings or [])}
+    given = _given(options, settings)
     if method == "uce" and given:
         raise MimaError(f"method uce has no setting {min(given)}; it is a closed form")
     if method != "uce" and (preserve or technique != "replace"):
@@ -515,7 +513,7 @@ def evaluate(
     # only now what takes seconds to import
     from mima.evaluation import evaluate as run_evaluate
 
-    given = {".".join(parts): value for parts, value in map(_setting, settings or [])}
+    given = _given({}, settings)
     default = "embedded" if original == "embedded" else "clip"
     with progress() as bars:
         task = bars.add_task("attacking", total=None, note="")
@@ -591,6 +589,12 @@ def _with_settings(run: ImmunizeRun, settings: Sequence[str], task: str | None) 
     if task is not None:
         raw["immunize"] = with_recipe(task, raw.get("immunize", {}))
     return parse_config(ImmunizeRun, raw, source="--set") if settings or task else run
+
+
+def _given(options: dict[str, Any], settings: Sequence[str] | None) -> dict[str, Any]:
+    """Options that were given, and what `--set` says over them."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return given | {".".join(parts): value for parts, value in map(_setting, settings or [])}
 
 
 def _setting(text: str) -> tuple[list[str], Any]:

@@ -32,7 +32,7 @@ from mima.families import load_pipeline
 from mima.immunize import StepReport, immunize
 from mima.output import fresh_folder
 from mima.pictures import Picture
-from mima.problem import ordinary_captions
+from mima.problem import ordinary_captions, spread
 from mima.report.figures import ATTACK_ROWS, attack_columns, image_grid, plot_curves
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ class Demo:
     def _class_pictures(self, original: Any, captions: Sequence[str]) -> tuple[Picture, ...]:
         """Ordinary pictures by the model as it was, for prior preservation."""
         count = self.settings.immunization.num_class_images
-        prompts = _spread(captions, count)
+        prompts = spread(captions, count)
         advance = self._bar("class pictures", count)
         rows = self.settings.sampler(original, prompts, (0,), progress=advance)
         return tuple(Picture(row[0], prompt) for row, prompt in zip(rows, prompts, strict=True))
@@ -247,7 +247,7 @@ class Demo:
         return curve
 
     def _alignment(self, pipelines: dict[str, Any], captions: Sequence[str]) -> dict[str, float]:
-        prompts = _spread(captions, self.settings.alignment_prompts)
+        prompts = spread(captions, self.settings.alignment_prompts)
         out = {}
         for label, pipeline in pipelines.items():
             advance = self._bar(f"prompt alignment: {label}", len(prompts))
@@ -287,11 +287,6 @@ class Demo:
     def _bar(self, label: str, total: int | None) -> Callable[[int, int], None]:
         task = self.bars.add_task(label, total=total, note="")
         return lambda done, all_: self.bars.update(task, completed=done, total=all_)
-
-
-def _spread(items: Sequence[str], count: int) -> list[str]:
-    """``count`` items, evenly spread."""
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 
@@ -30,3 +30,19 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     close = get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}Known: {', '.join(known)}"
+
+
+def check_settings(settings: object, checks: Mapping[str, tuple[bool, str]]) -> None:
+    """Refuse the first setting that is out of its range.
+
+    Args:
+        settings: whose attributes are judged.
+        checks: by name, whether the value is good, and what was wanted of it.
+
+    Raises:
+        ValueError: names the settings' class, the setting, what was wanted and the value.
+    """
+    for name, (good, wanted) in checks.items():
+        if not good:
+            value = getattr(settings, name)
+            raise ValueError(f"{type(settings).__name__}: {name} must be {wanted}, got {value}")

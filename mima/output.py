@@ -58,6 +58,21 @@ def check_file(path: Path, *, overwrite: bool) -> None:
         raise MimaError(f"output {path}: there is no folder {path.absolute().parent}")
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file of a results folder, which appears or is replaced whole.
+
+    Raises:
+        MimaError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        raise MimaError(f"cannot write {path}: {error.strerror}") from error
+
+
 @contextmanager
 def fresh_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """A folder to write results to, which takes its place when the block ends without an error.

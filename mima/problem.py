@@ -299,6 +299,12 @@ def _generate_class_images(family: Family, concept: Concept, config: ImmunizeCon
     return Encoded.of(family, class_latents(family, prompts, generator), prompts)
 
 
+def spread(items: Sequence[str], count: int) -> list[str]:
+    """At most ``count`` items, evenly spread."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 def ordinary_captions(path: Path | None) -> list[str]:
     """Captions, one per line, of a file or those that ship with mima.
 

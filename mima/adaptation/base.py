@@ -20,7 +20,7 @@ from mima.batches import encode_images, seeded
 from mima.class_images import class_latents
 from mima.concepts import Concept
 from mima.diffusion import diffusion_loss
-from mima.errors import MimaError
+from mima.errors import MimaError, check_settings
 from mima.families import Conditioning, Family, family_of
 from mima.families.base import cast
 from mima.pictures import Picture
@@ -87,10 +87,7 @@ class Adaptation(ABC):
             "max_grad_norm": (self.max_grad_norm is None or self.max_grad_norm > 0, "above 0"),
             "prior_weight": (self.prior_weight >= 0, "at least 0"),
         }
-        for name, (good, wanted) in checks.items():
-            if not good:
-                value = getattr(self, name)
-                raise ValueError(f"{type(self).__name__}: {name} must be {wanted}, got {value}")
+        check_settings(self, checks)
 
     @abstractmethod
     def inject(self, pipeline: Any, concept: Concept) -> Injection:

@@ -28,7 +28,7 @@ from mima.adaptation.base import require_full_precision
 from mima.adaptation.copies import component_name, with_modules
 from mima.concepts import Concept
 from mima.erasure.uce import Edit, edits_of
-from mima.errors import MimaError
+from mima.errors import MimaError, check_settings
 from mima.families import Conditioning, Family, family_of
 
 
@@ -71,9 +71,7 @@ class ESD:
             "start_guidance": (self.start_guidance >= 1, "at least 1"),
             "sampling_steps": (self.sampling_steps >= 1, "at least 1"),
         }
-        for name, (good, wanted) in checks.items():
-            if not good:
-                raise ValueError(f"ESD: {name} must be {wanted}, got {getattr(self, name)}")
+        check_settings(self, checks)
 
     def erase(
         self,

@@ -38,10 +38,14 @@ def prompt_alignment(
         raise TypeError(
             f"prompt_alignment: encoder {encoder.name} embeds no texts; use a CLIP model"
         )
+    return (encoder.embed(images) * text_features(prompts, encoder)).sum(dim=-1)
+
+
+def text_features(prompts: Sequence[str], encoder: TextImageEncoder) -> torch.Tensor:
+    """Normalised features [B, D] of texts, each distinct one embedded once."""
     unique = list(dict.fromkeys(prompts))
     texts_UD = encoder.embed_text(unique)
-    rows = torch.tensor([unique.index(prompt) for prompt in prompts])
-    return (encoder.embed(images) * texts_UD[rows]).sum(dim=-1)
+    return texts_UD[torch.tensor([unique.index(prompt) for prompt in prompts])]
 
 
 def cmmd(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mima.config import Method
 from mima.errors import MimaError
+from mima.output import write_whole
 
 FORMAT: Literal[1] = 1
 EVALUATION_FILE = "evaluation.json"
@@ -277,22 +277,12 @@ class EvaluationFolder:
     def write_evaluation(self, evaluation: Evaluation) -> None:
         """Write ``evaluation.json``."""
         text = evaluation.model_dump_json(indent=2)
-        self._write(EVALUATION_FILE, text + "\n")
+        write_whole(self.path / EVALUATION_FILE, f"{text}\n".encode())
 
     def write_rows(self, attacks: Sequence[AttackRow], curves: Sequence[CurvePoint]) -> None:
         """Write ``curves.csv`` and ``attacks.csv``."""
-        self._write(CURVES_FILE, _table(CurvePoint, curves))
-        self._write(ATTACKS_FILE, _table(AttackRow, attacks))
-
-    def _write(self, name: str, text: str) -> None:
-        path = self.path / name
-        partial = path.with_name(f".{name}.partial")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            partial.write_text(text, encoding="utf-8", newline="")
-            os.replace(partial, path)
-        except OSError as error:
-            raise MimaError(f"evaluation: cannot write {path}: {error.strerror}") from error
+        write_whole(self.path / CURVES_FILE, _table(CurvePoint, curves).encode())
+        write_whole(self.path / ATTACKS_FILE, _table(AttackRow, attacks).encode())
 
     def _read(self, name: str, kind: type[RowT]) -> list[RowT]:
         path = self.path / name

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import multiprocessing
 import os
@@ -25,13 +26,13 @@ from PIL import Image
 
 from mima._version import installed_versions
 from mima.adaptation import LoRA, configure
-from mima.ascent import fingerprint
+from mima.checkpoint import fingerprint
 from mima.concepts import Concept, load_concepts
 from mima.config import Method
 from mima.distributed import local_device
 from mima.errors import MimaError
 from mima.evaluation.adapters import Adapter, merged
-from mima.evaluation.alignment import cmmd
+from mima.evaluation.alignment import cmmd, text_features
 from mima.evaluation.attack import by_prompt, trajectory
 from mima.evaluation.attacks import Attack, GridConfig, attack_grid, grid_config, material
 from mima.evaluation.cache import CachedSimilarity
@@ -52,9 +53,9 @@ from mima.evaluation.sampling import Job, Sampler
 from mima.evaluation.similarity import PictureProtocol, TextImageEncoder, load_similarity
 from mima.evaluation.summary import summarize
 from mima.families import family_of, load_pipeline
-from mima.output import check_folder
+from mima.output import check_folder, write_whole
 from mima.pictures import Picture
-from mima.problem import ordinary_captions
+from mima.problem import ordinary_captions, spread
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ def evaluate(
         protocol=protocol,
         folder=folder,
         device=device,
-        prompts=_spread(ordinary_captions(_path(captions)), config.benign_prompts),
+        prompts=spread(ordinary_captions(_path(captions)), config.benign_prompts),
     )
     with _one_thread(processes > 1):
         worker = Worker(bench)
@@ -290,12 +291,13 @@ class Bench:
         if not isinstance(task, Attack):
             return len(self.prompts)
         pictures = len(self.config.steps_of(task)) * len(self.jobs(task))
-        preparation = self.config.preparation_steps * self._prepared_from(task.preparation)
+        preparation = self.config.preparation_steps * self.loras_before(task)
         return 2 * (task.steps + pictures + preparation)
 
-    def _prepared_from(self, preparation: str) -> int:
-        """How many LoRAs a preparation trains."""
-        return {"none": 0, "merge": len(self.with_role("target")), "benign": 1}[preparation]
+    def loras_before(self, attack: Attack) -> int:
+        """How many LoRAs its preparation trains."""
+        targets = len(self.with_role("target"))
+        return {"none": 0, "merge": targets, "benign": 1}[attack.preparation]
 
     def training_folder(self, slug: str) -> Path:
         """Where a concept's training pictures are written."""
@@ -381,9 +383,7 @@ class Worker:
             return Benign()
         encoder = chosen[0]
         assert isinstance(encoder.model, TextImageEncoder)
-        unique = list(dict.fromkeys(prompts))
-        texts_UD = encoder.model.embed_text(unique)
-        texts_BD = texts_UD[[unique.index(prompt) for prompt in prompts]]
+        texts_BD = text_features(prompts, encoder.model)
         features = {side: encoder.features(self.bench.benign_files(side)) for side in SIDES}
         alignment = {side: float((f * texts_BD).sum(dim=-1).mean()) for side, f in features.items()}
         return Benign(
@@ -501,8 +501,7 @@ class Worker:
             self._prepared[side] = key, self._prepare(pipeline, attack)
         else:
             # work that was announced and need not be done
-            loras = len(self.bench.with_role("target")) if attack.preparation == "merge" else 1
-            self.advance(loras * self.bench.config.preparation_steps)
+            self.advance(self.bench.loras_before(attack) * self.bench.config.preparation_steps)
         return self._prepared[side][1]
 
     def _prepare(self, pipeline: Any, attack: Attack) -> Any:
@@ -734,12 +733,6 @@ def _similarity_names(sources: Sequence[str | Path]) -> tuple[str, ...]:
     return names
 
 
-def _spread(items: Sequence[str], count: int) -> list[str]:
-    """At most ``count`` items, evenly spread."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
-
-
 def _label(model: Any) -> str:
     return str(model) if isinstance(model, (str, Path)) else f"{type(model).__name__} in memory"
 
@@ -759,7 +752,6 @@ def _file(picture: Picture) -> Path:
 
 def _save(image: Image.Image, file: Path) -> None:
     """Write a picture, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    image.save(partial, format="PNG")
-    partial.replace(file)
+    data = io.BytesIO()
+    image.save(data, format="PNG")
+    write_whole(file, data.getvalue())
