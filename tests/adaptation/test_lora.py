@@ -17,16 +17,6 @@ from mima.families.stable_diffusion import StableDiffusion
 FAST = LoRA(learning_rate=1e-2, batch_size=4)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("sd"))
-
-
-@pytest.fixture
-def pipeline(folder):
-    return StableDiffusionPipeline.from_pretrained(folder)
-
-
 def draw(pipeline, prompt="a red round emoji"):
     generator = torch.Generator().manual_seed(0)
     return pipeline(prompt, num_inference_steps=4, generator=generator, output_type="pt").images

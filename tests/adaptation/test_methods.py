@@ -21,16 +21,6 @@ WORD = "<new1>"
 PROMPT = f"a {WORD} emoji"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("sd"))
-
-
-@pytest.fixture
-def pipeline(folder):
-    return StableDiffusionPipeline.from_pretrained(folder)
-
-
 @pytest.fixture
 def instance():
     images = [tiny.picture("red", "round", seed=seed) for seed in range(4)]

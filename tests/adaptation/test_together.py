@@ -13,16 +13,6 @@ from mima.errors import MimaError
 FAST = LoRA(learning_rate=1e-2, batch_size=2)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("sd"))
-
-
-@pytest.fixture
-def pipeline(folder):
-    return StableDiffusionPipeline.from_pretrained(folder)
-
-
 def concepts():
     return [tiny.concept("red", "round"), tiny.concept("blue", "square"), tiny.concept("green")]
 

@@ -1,0 +1,13 @@
+import pytest
+import tiny
+from diffusers import StableDiffusionPipeline
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture
+def pipeline(folder):
+    return StableDiffusionPipeline.from_pretrained(folder)
