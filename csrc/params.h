@@ -57,7 +57,8 @@ struct ProjectedMergeParams {
   std::vector<Matrix> d_C, d_M;  // [N] or empty
 };
 
-// y_b += s_i (x_b A_i^T) B_i^T with i = index[b]; the base product is the caller's
+// y_b = [y_b] + [x_b W^T] + s_i (x_b A_i^T) B_i^T with i = index[b]. Without W the base product,
+// and its part of d_x, is the caller's, in y and d_x.
 struct BatchedLoraParams {
   DType dtype;
   int threads;
@@ -68,9 +69,11 @@ struct BatchedLoraParams {
   Matrix x;                    // [b * t, d]
   std::vector<Matrix> A;       // [N] of [r_n, d]
   std::vector<Matrix> B;       // [N] of [o, r_n]
-  Matrix y;                    // [b * t, o], updated in place, forward
+  Matrix W;                    // [o, d], or null
+  Matrix y;                    // [b * t, o], forward
+  bool add;                    // y holds what is added to: the bias, or without W the base product
   Matrix d_y;                  // [b * t, o], backward
-  Matrix d_x;                  // [b * t, d], updated in place, or null: not needed
+  Matrix d_x;                  // [b * t, d], added to without W, or null: not needed
   std::vector<Matrix> d_A;     // [N] or empty
   std::vector<Matrix> d_B;     // [N] or empty
   bool need_scale;

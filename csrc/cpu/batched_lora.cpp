@@ -1,19 +1,20 @@
-// batched_lora: the low-rank part, added in place to the caller's base product. Blocks of tokens of
-// one sample pass through its adapter: x is read once, the [tokens, r] intermediate stays in the
-// first-level cache in the accumulator type, y is read and written once.
-#include <tuple>
-
+// batched_lora: blocks of tokens of one sample pass through the layer and the sample's adapter. The
+// product with (s B)^T continues the sums of the base product, in registers: y is written once, and
+// the adapter costs its own arithmetic only. The [tokens, r] intermediate stays in the first-level
+// cache in the accumulator type. Where the base product is the caller's, y is updated in place.
 #include "cpu/blocks.h"
 #include "cpu/ops.h"
 
 namespace mima::cpu {
 namespace {
 
-// An adapter in the accumulator type, ready for the block kernels.
+// An adapter in panels; what a direction does not need is null.
 template <class T>
 struct Adapter {
-  const T* A = nullptr;  // [r, ld_A]
-  const T* B = nullptr;  // [r, ld_B], B transposed
+  const T* A_transposed = nullptr;  // of [d, r]
+  const T* A = nullptr;             // of [r, d]
+  const T* B_transposed = nullptr;  // of [r, o], times the scale
+  const T* B = nullptr;             // of [o, r]
 };
 
 template <class T>
@@ -22,74 +23,121 @@ struct Layout {
   const Kernels& kernels;
   const StorageKernels& storage;
   const BlockKernels<T>& block;
-  int64_t num_adapters, max_rank, ldr, ld_d, ld_o, cols_d, cols_o, tokens_per_block;
-  std::vector<int64_t> samples;  // samples that have an adapter, grouped by adapter
-  std::vector<int64_t> first;    // [N + 1] into samples
-  std::vector<int64_t> first_packed;
-  Buffer<T> packed;
+  bool forward, direct, fused;
+  int64_t num_adapters, max_rank, ldr, ld_d, ld_o, tokens_per_block, blocks_per_sample;
+  std::vector<int64_t> samples;       // grouped by adapter, those without one last
+  std::vector<int64_t> first;         // [N + 2] into samples
+  std::vector<int64_t> packed_start;  // [N + 1]
+  Buffer<T> W, packed;
   std::vector<Adapter<T>> adapters;
-  bool direct_x, direct_y;  // rows of x (y) can be used where they lie
 
-  // `scaled`: B is packed times its adapter's scale
-  Layout(const BatchedLoraParams& p, bool scaled)
+  Layout(const BatchedLoraParams& p, bool forward)
       : params(p),
         kernels(active_kernels()),
         storage(kernels.storage[static_cast<int>(p.dtype)]),
         block(block_kernels<T>(kernels)),
+        forward(forward),
+        direct(sizeof(T) == item_size(p.dtype)),
+        fused(p.W.data != nullptr),
         num_adapters(static_cast<int64_t>(p.ranks.size())),
         max_rank(num_adapters ? *std::max_element(p.ranks.begin(), p.ranks.end()) : 0),
         ldr(leading_dimension<T>(max_rank)),
         ld_d(leading_dimension<T>(p.d)),
         ld_o(leading_dimension<T>(p.o)),
-        cols_d(padded<T>(kernels, p.d)),
-        cols_o(padded<T>(kernels, p.o)),
-        tokens_per_block(block_rows<T>(std::max(p.d, p.o))),
-        first(num_adapters + 1, 0),
-        first_packed(offsets_of(p.ranks)),
-        packed(packed_start(num_adapters)),
-        adapters(num_adapters),
-        direct_x(sizeof(T) == item_size(p.dtype) && cols_d == p.d),
-        direct_y(sizeof(T) == item_size(p.dtype) && cols_o == p.o) {
-    for (int64_t n : p.index)
-      if (n >= 0) ++first[n + 1];
-    for (int64_t n = 0; n < num_adapters; ++n) first[n + 1] += first[n];
-    samples.resize(first.back());
+        // whole tiles of 6 rows; 96 KiB of tokens, read again for each panel, leave the
+        // second-level cache to the panels
+        tokens_per_block(std::min(
+            p.t, std::clamp<int64_t>(
+                     (96 << 10) / (std::max<int64_t>({p.d, p.o, 1}) * int64_t(sizeof(T))) / 6 * 6,
+                     6, 96))),
+        blocks_per_sample(p.t == 0 ? 0 : ceil_div(p.t, tokens_per_block)),
+        first(num_adapters + 2, 0),
+        packed_start(offsets_of_packed()),
+        W(fused ? panels_size<T>(kernels, forward ? p.d : p.o, forward ? p.o : p.d) : 0),
+        packed(packed_start.back()),
+        adapters(num_adapters) {
+    for (int64_t n : p.index) ++first[group(n) + 1];
+    for (int64_t n = 0; n <= num_adapters; ++n) first[n + 1] += first[n];
+    samples.resize(p.b);
     std::vector<int64_t> next(first.begin(), first.end() - 1);
     for (int64_t sample = 0; sample < p.b; ++sample)
-      if (p.index[sample] >= 0) samples[next[p.index[sample]]++] = sample;
-    parallel_for(num_adapters, useful_threads(p.threads, double(first_packed.back()) * (p.d + p.o)),
-                 [&](int64_t n, int) {
-                   if (first[n + 1] > first[n]) pack(n, scaled);
-                 });
+      samples[next[group(p.index[sample])]++] = sample;
+    // y = x W^T, d_x = d_y W
+    const int64_t k = forward ? p.d : p.o, n = forward ? p.o : p.d;
+    const int64_t W_panels = fused ? ceil_div(n, panel_width<T>(kernels, n)) : 0;
+    const double moved = double(W_panels) * panel_width<T>(kernels, n) * k +
+                         double(num_adapters) * max_rank * (p.d + p.o);
+    parallel_for(W_panels + num_adapters, useful_threads(p.threads, moved), [&](int64_t item, int) {
+      if (item < W_panels)
+        pack_panel(static_cast<const T*>(p.W.data), forward ? 1 : p.W.ld, forward ? p.W.ld : 1, k,
+                   n, T(1), panel_width<T>(kernels, n), item, W.get());
+      else if (first[item - W_panels + 1] > first[item - W_panels])
+        pack(item - W_panels);
+    });
   }
 
-  void pack(int64_t n, bool scaled) {
-    const int64_t r = params.ranks[n];
-    T* A = packed.get() + packed_start(n);
-    T* B = A + r * ld_d;
-    T* B_as_given = B + r * ld_o;  // [o, r], contiguous
-    storage.load(params.A[n].data, params.A[n].ld, r, params.d, A, ld_d);
-    storage.load(params.B[n].data, 0, 1, params.o * r, B_as_given, 0);
-    const T factor = scaled ? static_cast<T>(params.scale[n]) : T(1);
-    for (int64_t i = 0; i < r; ++i) {
-      for (int64_t j = 0; j < params.o; ++j) B[i * ld_o + j] = factor * B_as_given[j * r + i];
-      std::fill(B + i * ld_o + params.o, B + (i + 1) * ld_o, T(0));
+  int64_t group(int64_t n) const { return n < 0 ? num_adapters : n; }
+
+  // Samples that there is something to do for.
+  int64_t num_samples() const { return fused ? params.b : first[num_adapters]; }
+
+  void pack(int64_t n) {
+    const int64_t r = params.ranks[n], d = params.d, o = params.o;
+    if (r == 0) return;
+    T* to = packed.get() + packed_start[n];
+    const auto panels = [&](const T* b, int64_t stride_k, int64_t stride_n, int64_t k, int64_t cols,
+                            double factor) {
+      const T* const start = to;
+      const int64_t width = panel_width<T>(kernels, cols);
+      for (int64_t j = 0; j * width < cols; ++j)
+        pack_panel(b, stride_k, stride_n, k, cols, static_cast<T>(factor), width, j, to);
+      to += panels_size<T>(kernels, k, cols);
+      return start;
+    };
+    // as given, in the accumulator type: where they lie, or behind the panels
+    const T* A = static_cast<const T*>(params.A[n].data);
+    const T* B = static_cast<const T*>(params.B[n].data);
+    int64_t ld_A = params.A[n].ld;
+    if (!direct) {
+      T* A_converted = packed.get() + packed_start[n + 1] - converted_size(n);
+      T* B_converted = A_converted + r * ld_d;
+      storage.load(A, ld_A, r, d, A_converted, ld_d);
+      storage.load(B, 0, 1, o * r, B_converted, 0);
+      A = A_converted, B = B_converted, ld_A = ld_d;
     }
-    adapters[n] = {A, B};
+    Adapter<T>& adapter = adapters[n];
+    adapter.A_transposed = panels(A, 1, ld_A, d, r, 1);
+    if (forward) {
+      adapter.B_transposed = panels(B, 1, r, r, o, params.scale[n]);
+    } else {
+      adapter.A = panels(A, ld_A, 1, r, d, 1);
+      adapter.B = panels(B, r, 1, o, r, 1);
+    }
   }
-  // the last term leaves room for a whole vector past the end of B as given
-  int64_t packed_start(int64_t n) const { return first_packed[n] * (ld_d + 2 * ld_o) + n * 64; }
+  // the last term leaves room for a whole vector past the end
+  int64_t converted_size(int64_t n) const {
+    return direct ? 0 : params.ranks[n] * (ld_d + ld_o) + 64;
+  }
+  std::vector<int64_t> offsets_of_packed() const {
+    std::vector<int64_t> offsets(num_adapters + 1, 0);
+    for (int64_t n = 0; n < num_adapters; ++n) {
+      const int64_t r = params.ranks[n], d = params.d, o = params.o;
+      offsets[n + 1] = offsets[n] + converted_size(n) + panels_size<T>(kernels, d, r) +
+                       (forward ? panels_size<T>(kernels, r, o)
+                                : panels_size<T>(kernels, r, d) + panels_size<T>(kernels, o, r));
+    }
+    return offsets;
+  }
 
-  int64_t blocks_per_sample() const { return ceil_div(params.t, tokens_per_block); }
   int threads() const {
-    return useful_threads(params.threads, double(samples.size()) * params.t *
+    return useful_threads(params.threads, double(num_samples()) * params.t *
                                               double(params.d + params.o) * (1 + max_rank / 4));
   }
 
   // Rows of src in the accumulator type: src itself where that is what it holds.
-  const T* rows(const Matrix& src, int64_t start, int64_t count, int64_t cols, bool direct,
+  const T* rows(const Matrix& src, int64_t start, int64_t count, int64_t cols, bool where_they_lie,
                 T* scratch, int64_t ld_scratch, int64_t* ld) const {
-    if (direct) {
+    if (where_they_lie) {
       *ld = src.ld;
       return static_cast<const T*>(src.row(start, params.dtype));
     }
@@ -98,17 +146,17 @@ struct Layout {
     return scratch;
   }
 
-  // dst[count, cols] += h[count, r] factor[r, cols]
-  void add_product(const T* h, int64_t count, int64_t r, const T* factor, int64_t ld_factor,
-                   const Matrix& dst, int64_t start, int64_t cols, bool direct, T* scratch) const {
-    const int64_t whole = padded<T>(kernels, cols);
+  // dst[count, cols] = [dst] + the sum of the terms
+  void write(const PanelTerm<T>* terms, int num_terms, const Matrix& dst, int64_t start,
+             int64_t count, int64_t cols, bool add, T* scratch, int64_t ld_scratch) const {
     if (direct) {
-      block.gemm_nn(h, ldr, 1, factor, ld_factor, static_cast<T*>(dst.row(start, params.dtype)),
-                    dst.ld, count, whole, r, true);
+      block.gemm_panels(terms, num_terms, static_cast<T*>(dst.row(start, params.dtype)), dst.ld,
+                        count, cols, add);
       return;
     }
-    block.gemm_nn(h, ldr, 1, factor, ld_factor, scratch, ld_factor, count, whole, r, false);
-    storage.add(scratch, ld_factor, count, cols, dst.row(start, params.dtype), dst.ld);
+    block.gemm_panels(terms, num_terms, scratch, ld_scratch, count, padded<T>(kernels, cols),
+                      false);
+    storage.add(scratch, ld_scratch, count, cols, dst.row(start, params.dtype), dst.ld);
   }
 };
 
@@ -116,30 +164,35 @@ template <class T>
 void forward(const BatchedLoraParams& params) {
   const Layout<T> layout(params, true);
   const int threads = layout.threads();
-  const int64_t tokens = layout.tokens_per_block;
+  const int64_t tokens = layout.tokens_per_block, blocks = layout.blocks_per_sample;
   const int64_t per_thread = tokens * (layout.ld_d + layout.ld_o + layout.ldr);
   const Buffer<T> scratch(threads * per_thread);
-  const int64_t blocks = layout.blocks_per_sample();
-  parallel_for(static_cast<int64_t>(layout.samples.size()) * blocks, threads,
-               [&](int64_t item, int thread) {
-                 const int64_t sample = layout.samples[item / blocks];
-                 const int64_t n = params.index[sample];
-                 const int64_t token = item % blocks * tokens;
-                 const int64_t count = std::min(tokens, params.t - token);
-                 const int64_t start = sample * params.t + token;
-                 T* x_scratch = scratch.get() + thread * per_thread;
-                 T* y_scratch = x_scratch + tokens * layout.ld_d;
-                 T* h = y_scratch + tokens * layout.ld_o;
-                 int64_t ldx;
-                 const T* x = layout.rows(params.x, start, count, params.d, layout.direct_x,
-                                          x_scratch, layout.ld_d, &ldx);
-                 const Adapter<T>& adapter = layout.adapters[n];
-                 const int64_t r = params.ranks[n];
-                 layout.block.gemm_nt(x, ldx, adapter.A, layout.ld_d, h, layout.ldr, count, r,
-                                      layout.cols_d);
-                 layout.add_product(h, count, r, adapter.B, layout.ld_o, params.y, start, params.o,
-                                    layout.direct_y, y_scratch);
-               });
+  parallel_for(layout.num_samples() * blocks, threads, [&](int64_t item, int thread) {
+    const int64_t sample = layout.samples[item / blocks];
+    const int64_t n = params.index[sample];
+    const int64_t token = item % blocks * tokens;
+    const int64_t count = std::min(tokens, params.t - token);
+    const int64_t start = sample * params.t + token;
+    T* x_scratch = scratch.get() + thread * per_thread;
+    T* y_scratch = x_scratch + tokens * layout.ld_d;
+    T* h = y_scratch + tokens * layout.ld_o;
+    int64_t ldx;
+    const T* x =
+        layout.rows(params.x, start, count, params.d, layout.direct, x_scratch, layout.ld_d, &ldx);
+    PanelTerm<T> terms[2];
+    int num_terms = 0;
+    if (layout.fused) terms[num_terms++] = {x, ldx, layout.W.get(), params.d};
+    if (n >= 0 && params.ranks[n] > 0) {
+      const Adapter<T>& adapter = layout.adapters[n];
+      const int64_t r = params.ranks[n];
+      const PanelTerm<T> down{x, ldx, adapter.A_transposed, params.d};
+      layout.block.gemm_panels(&down, 1, h, layout.ldr, count, padded<T>(layout.kernels, r), false);
+      terms[num_terms++] = {h, layout.ldr, adapter.B_transposed, r};
+    }
+    if (num_terms > 0)
+      layout.write(terms, num_terms, params.y, start, count, params.o, params.add, y_scratch,
+                   layout.ld_o);
+  });
 }
 
 template <class T>
@@ -148,21 +201,27 @@ void backward(BatchedLoraParams& params) {
   const bool need_x = params.d_x.data != nullptr;
   const bool need_A = !params.d_A.empty(), need_B = !params.d_B.empty();
   const int threads = layout.threads();
-  const int64_t tokens = layout.tokens_per_block;
-  const int64_t blocks = layout.blocks_per_sample();
+  const int64_t tokens = layout.tokens_per_block, blocks = layout.blocks_per_sample;
   const int64_t ld_d = layout.ld_d, ld_o = layout.ld_o, ldr = layout.ldr;
+  // the sums over tokens read whole vectors of x and d_y
+  const int64_t cols_d = padded<T>(layout.kernels, params.d);
+  const int64_t cols_o = padded<T>(layout.kernels, params.o);
+  const bool direct_x = layout.direct && cols_d == params.d;
+  const bool direct_y = layout.direct && cols_o == params.o;
 
   // d_A, d_B and d_scale are sums over the tokens of all samples of an adapter: slabs of that
-  // adapter's blocks, as many for each adapter as its share of them
+  // adapter's blocks, as many for each adapter as its share of them. The last group, without an
+  // adapter, has no sums.
   struct Slab {
-    int64_t adapter, begin, end;  // blocks of this adapter
+    int64_t group, begin, end;  // blocks of this group
   };
   std::vector<Slab> slabs;
-  std::vector<int64_t> first_slab(layout.num_adapters + 1, 0);
-  const int64_t all_blocks = static_cast<int64_t>(layout.samples.size()) * blocks;
-  for (int64_t n = 0; n < layout.num_adapters; ++n) {
-    const int64_t own = (layout.first[n + 1] - layout.first[n]) * blocks;
-    const int64_t share = own == 0 ? 0 : std::clamp<int64_t>(own * kMaxSlabs / all_blocks, 1, own);
+  std::vector<int64_t> first_slab(layout.num_adapters + 2, 0);
+  const int64_t all_blocks = layout.num_samples() * blocks;
+  for (int64_t n = 0; n <= layout.num_adapters; ++n) {
+    const int64_t last = std::min(layout.first[n + 1], layout.num_samples());
+    const int64_t own = (last - layout.first[n]) * blocks;
+    const int64_t share = own <= 0 ? 0 : std::clamp<int64_t>(own * kMaxSlabs / all_blocks, 1, own);
     for (int64_t i = 0; i < share; ++i)
       slabs.push_back({n, own * i / share, own * (i + 1) / share});
     first_slab[n + 1] = static_cast<int64_t>(slabs.size());
@@ -177,30 +236,35 @@ void backward(BatchedLoraParams& params) {
 
   parallel_for(num_slabs, threads, [&](int64_t index, int thread) {
     const Slab& slab = slabs[index];
-    const Adapter<T>& adapter = layout.adapters[slab.adapter];
-    const int64_t r = params.ranks[slab.adapter];
-    const T scale = static_cast<T>(params.scale[slab.adapter]);
+    const bool adapted = slab.group < layout.num_adapters;
+    const Adapter<T> adapter = adapted ? layout.adapters[slab.group] : Adapter<T>{};
+    const int64_t r = adapted ? params.ranks[slab.group] : 0;
+    const T scale = adapted ? static_cast<T>(params.scale[slab.group]) : T(0);
     T* x_scratch = scratch.get() + thread * per_thread;
     T* y_scratch = x_scratch + tokens * ld_d;
     T* d_x_scratch = y_scratch + tokens * ld_o;
     T* h = d_x_scratch + tokens * ld_d;  // x A^T
     T* d_h = h + tokens * ldr;           // d_y B, then times the scale
     for (int64_t item = slab.begin; item < slab.end; ++item) {
-      const int64_t sample = layout.samples[layout.first[slab.adapter] + item / blocks];
+      const int64_t sample = layout.samples[layout.first[slab.group] + item / blocks];
       const int64_t token = item % blocks * tokens;
       const int64_t count = std::min(tokens, params.t - token);
-      const int64_t start = sample * params.t + token;
       const bool accumulate = item > slab.begin;
+      const int64_t start = sample * params.t + token;
       int64_t ldx = 0, ldy;
       const T* x = nullptr;
-      if (need_A || need_B || params.need_scale)
-        x = layout.rows(params.x, start, count, params.d, layout.direct_x, x_scratch, ld_d, &ldx);
+      if (r > 0 && (need_A || need_B || params.need_scale))
+        x = layout.rows(params.x, start, count, params.d, direct_x, x_scratch, ld_d, &ldx);
       const T* d_y =
-          layout.rows(params.d_y, start, count, params.o, layout.direct_y, y_scratch, ld_o, &ldy);
-      if (need_B || params.need_scale)
-        layout.block.gemm_nt(x, ldx, adapter.A, ld_d, h, ldr, count, r, layout.cols_d);
-      if (need_x || need_A || params.need_scale)
-        layout.block.gemm_nt(d_y, ldy, adapter.B, ld_o, d_h, ldr, count, r, layout.cols_o);
+          layout.rows(params.d_y, start, count, params.o, direct_y, y_scratch, ld_o, &ldy);
+      if (r > 0 && (need_B || params.need_scale)) {
+        const PanelTerm<T> down{x, ldx, adapter.A_transposed, params.d};
+        layout.block.gemm_panels(&down, 1, h, ldr, count, padded<T>(layout.kernels, r), false);
+      }
+      if (r > 0 && (need_x || need_A || params.need_scale)) {
+        const PanelTerm<T> up{d_y, ldy, adapter.B, params.o};
+        layout.block.gemm_panels(&up, 1, d_h, ldr, count, padded<T>(layout.kernels, r), false);
+      }
       if (params.need_scale) {
         double total = 0;
         for (int64_t i = 0; i < count; ++i)
@@ -213,15 +277,20 @@ void backward(BatchedLoraParams& params) {
         if (need_x || need_A)
           for (int64_t j = 0; j < r; ++j) d_h[i * ldr + j] *= scale;
       }
-      if (need_B)
-        layout.block.gemm_nn(h, 1, ldr, d_y, ldy, d_B.get() + index * stride_B, ld_o, r,
-                             layout.cols_o, count, accumulate);
-      if (need_A)
-        layout.block.gemm_nn(d_h, 1, ldr, x, ldx, d_A.get() + index * stride_A, ld_d, r,
-                             layout.cols_d, count, accumulate);
-      if (need_x)
-        layout.add_product(d_h, count, r, adapter.A, ld_d, params.d_x, start, params.d,
-                           layout.direct_x, d_x_scratch);
+      if (r > 0 && need_B)
+        layout.block.gemm_nn(h, 1, ldr, d_y, ldy, d_B.get() + index * stride_B, ld_o, r, cols_o,
+                             count, accumulate);
+      if (r > 0 && need_A)
+        layout.block.gemm_nn(d_h, 1, ldr, x, ldx, d_A.get() + index * stride_A, ld_d, r, cols_d,
+                             count, accumulate);
+      if (!need_x) continue;
+      PanelTerm<T> terms[2];
+      int num_terms = 0;
+      if (layout.fused) terms[num_terms++] = {d_y, ldy, layout.W.get(), params.o};
+      if (r > 0) terms[num_terms++] = {d_h, ldr, adapter.A, r};
+      if (num_terms > 0)
+        layout.write(terms, num_terms, params.d_x, start, count, params.d, !layout.fused,
+                     d_x_scratch, ld_d);
     }
   });
 

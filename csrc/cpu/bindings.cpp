@@ -148,7 +148,8 @@ void projected_merge_backward(int dtype, int threads, int64_t d, Sizes rows, Siz
 BatchedLoraParams batched_lora_params(int dtype, int threads,
                                       std::tuple<int64_t, int64_t, int64_t, int64_t> btdo,
                                       Sizes ranks, Sizes index, Reals scale, const MatrixArg& x,
-                                      const MatrixArgs& A, const MatrixArgs& B) {
+                                      const MatrixArg& W, const MatrixArgs& A,
+                                      const MatrixArgs& B) {
   BatchedLoraParams params{};
   params.dtype = dtype_of(dtype);
   params.threads = threads;
@@ -166,6 +167,9 @@ BatchedLoraParams batched_lora_params(int dtype, int threads,
   params.index = std::move(index);
   params.scale = std::move(scale);
   params.x = matrix(x);
+  params.W = matrix(W);
+  if (params.W.data != nullptr && params.dtype != DType::kFloat32)
+    throw py::value_error("batched_lora: the base product is computed in float32 only");
   params.A = matrices(A);
   params.B = matrices(B);
   return params;
@@ -173,11 +177,12 @@ BatchedLoraParams batched_lora_params(int dtype, int threads,
 
 void batched_lora_forward(int dtype, int threads,
                           std::tuple<int64_t, int64_t, int64_t, int64_t> btdo, Sizes ranks,
-                          Sizes index, Reals scale, const MatrixArg& x, const MatrixArgs& A,
-                          const MatrixArgs& B, const MatrixArg& y) {
+                          Sizes index, Reals scale, const MatrixArg& x, const MatrixArg& W,
+                          const MatrixArgs& A, const MatrixArgs& B, const MatrixArg& y, bool add) {
   auto params = batched_lora_params(dtype, threads, btdo, std::move(ranks), std::move(index),
-                                    std::move(scale), x, A, B);
+                                    std::move(scale), x, W, A, B);
   params.y = matrix(y);
+  params.add = add;
   py::gil_scoped_release unlocked;
   cpu::batched_lora_forward(params);
 }
@@ -185,10 +190,11 @@ void batched_lora_forward(int dtype, int threads,
 Reals batched_lora_backward(int dtype, int threads,
                             std::tuple<int64_t, int64_t, int64_t, int64_t> btdo, Sizes ranks,
                             Sizes index, Reals scale, const MatrixArg& d_y, const MatrixArg& x,
-                            const MatrixArgs& A, const MatrixArgs& B, const MatrixArg& d_x,
-                            const MatrixArgs& d_A, const MatrixArgs& d_B, bool need_scale) {
+                            const MatrixArg& W, const MatrixArgs& A, const MatrixArgs& B,
+                            const MatrixArg& d_x, const MatrixArgs& d_A, const MatrixArgs& d_B,
+                            bool need_scale) {
   auto params = batched_lora_params(dtype, threads, btdo, std::move(ranks), std::move(index),
-                                    std::move(scale), x, A, B);
+                                    std::move(scale), x, W, A, B);
   check_count("batched_lora: d_A", d_A.size(), params.ranks.size(), true);
   check_count("batched_lora: d_B", d_B.size(), params.ranks.size(), true);
   params.d_y = matrix(d_y);

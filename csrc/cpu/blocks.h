@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -12,23 +13,67 @@
 
 namespace mima {
 
+// Memory that a thread has used and not given back: pages that the system would otherwise hand out,
+// zeroed, once more at each call, which for a small layer takes longer than computing it.
+class KeptMemory {
+ public:
+  ~KeptMemory() {
+    for (Block& block : blocks_) std::free(block.data);
+  }
+
+  // At least `bytes`; `bytes` becomes what there is.
+  void* take(size_t& bytes) {
+    for (Block& block : blocks_) {
+      if (block.bytes < bytes || block.bytes / 2 > bytes) continue;
+      bytes = block.bytes;
+      return std::exchange(block, Block{}).data;
+    }
+    return std::aligned_alloc(64, bytes);
+  }
+
+  void give(void* data, size_t bytes) {
+    if (bytes > kLargest) return std::free(data);
+    Block& oldest = blocks_[next_++ % kBlocks];
+    std::free(oldest.data);
+    oldest = {data, bytes};
+  }
+
+ private:
+  static constexpr size_t kBlocks = 6;  // the most that one operator holds at a time
+  static constexpr size_t kLargest = 16 << 20;
+  struct Block {
+    void* data = nullptr;
+    size_t bytes = 0;
+  };
+  Block blocks_[kBlocks];
+  size_t next_ = 0;
+};
+
+inline KeptMemory& kept_memory() {
+  static thread_local KeptMemory memory;
+  return memory;
+}
+
 // Uninitialised memory, aligned to a cache line.
 template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t size) {
     if (size <= 0) return;
-    const size_t bytes = (static_cast<size_t>(size) * sizeof(T) + 63) / 64 * 64;
-    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+    bytes_ = (static_cast<size_t>(size) * sizeof(T) + 63) / 64 * 64;
+    data_ = static_cast<T*>(kept_memory().take(bytes_));
     if (data_ == nullptr) throw std::bad_alloc();
   }
-  ~Buffer() { std::free(data_); }
+  ~Buffer() {
+    if (data_ != nullptr) kept_memory().give(data_, bytes_);
+  }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   T* get() const { return data_; }
 
  private:
   T* data_ = nullptr;
+  size_t bytes_ = 0;
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) {
@@ -58,6 +103,42 @@ int64_t block_rows(int64_t cols) {
   const int64_t fitting =
       (64 << 10) / (std::max<int64_t>(cols, 1) * static_cast<int64_t>(sizeof(T)));
   return std::clamp<int64_t>(fitting / 4 * 4, 4, 16);
+}
+
+// Columns of a panel of b[k, n]: the widest there are, or n in whole vectors where that is less.
+template <class T>
+int64_t panel_width(const Kernels& kernels, int64_t n) {
+  return std::min(block_kernels<T>(kernels).widest_panel, padded<T>(kernels, n));
+}
+
+// Elements of b[k, n] in panels.
+template <class T>
+int64_t panels_size(const Kernels& kernels, int64_t k, int64_t n) {
+  return n == 0 ? 0 : ceil_div(n, panel_width<T>(kernels, n)) * panel_width<T>(kernels, n) * k;
+}
+
+// panels[j, p, c] = factor * b[p, j * width + c], for one panel j of b[k, n], zeros beyond n; where
+// b[p, c] = b[p * stride_k + c * stride_n], one of the strides being 1.
+template <class T>
+void pack_panel(const T* b, int64_t stride_k, int64_t stride_n, int64_t k, int64_t n, T factor,
+                int64_t width, int64_t j, T* panels) {
+  T* to = panels + j * k * width;
+  const int64_t first = j * width, cols = std::min(width, n - first);
+  if (cols < width) std::fill(to, to + k * width, T(0));
+  if (stride_n == 1) {
+    for (int64_t p = 0; p < k; ++p)
+      for (int64_t c = 0; c < cols; ++c) to[p * width + c] = factor * b[p * stride_k + first + c];
+    return;
+  }
+  // a transposition, in squares that stay in the first-level cache
+  constexpr int64_t kSide = 16;
+  for (int64_t p = 0; p < k; p += kSide)
+    for (int64_t c = 0; c < cols; ++c) {
+      const T* from = b + (first + c) * stride_n + p;
+      T* into = to + p * width + c;
+      const int64_t side = std::min(kSide, k - p);
+      for (int64_t q = 0; q < side; ++q) into[q * width] = factor * from[q];
+    }
 }
 
 // Prefix sums: offsets[i] = sizes[0] + ... + sizes[i - 1].

@@ -8,8 +8,17 @@
 
 namespace mima {
 
+// One summand of gemm_panels: a[m, k] b[k, n], b packed by pack_panels (blocks.h).
+template <class T>
+struct PanelTerm {
+  const T* a;
+  int64_t lda;
+  const T* panels;
+  int64_t k;
+};
+
 // Blocks of accumulator type T (float, or double for float64). Leading dimensions are in elements;
-// `n` and, in gemm_nt, `k` are multiples of lanes<T>(): operands are padded with zeros.
+// in gemm_nn `n` and in gemm_nt `k` are multiples of lanes<T>(): operands are padded with zeros.
 template <class T>
 struct BlockKernels {
   // c[m, n] = a[m, k] b[n, k]^T, n here arbitrary
@@ -18,6 +27,10 @@ struct BlockKernels {
   // c[m, n] = (accumulate ? c : 0) + a b[k, n], where a[i, j] = a[i * stride_am + j * stride_ak]
   void (*gemm_nn)(const T* a, int64_t stride_am, int64_t stride_ak, const T* b, int64_t ldb, T* c,
                   int64_t ldc, int64_t m, int64_t n, int64_t k, bool accumulate);
+  // c[m, n] = (accumulate ? c : 0) + the sum of the terms, m and n arbitrary
+  void (*gemm_panels)(const PanelTerm<T>* terms, int num_terms, T* c, int64_t ldc, int64_t m,
+                      int64_t n, bool accumulate);
+  int64_t widest_panel;  // columns
 };
 
 // What depends on the stored type. `Acc` of the comments is its accumulator type.

@@ -111,6 +111,98 @@ void gemm_nn(const T* a, int64_t stride_am, int64_t stride_ak, const T* b, int64
     nn_columns<T, 1>(a, stride_am, stride_ak, b + j, ldb, c + j, ldc, m, k, accumulate);
 }
 
+// A whole product from packed panels, at the rate of the multiply-add units: 6 x 4 accumulators, 4
+// vectors of a panel and one broadcast element fill 32 registers, 6 x 2 fill 16. Panels are read in
+// order, which the prefetchers follow, so k needs no blocking: a panel need not fit the first-level
+// cache.
+constexpr int kPanelRows = 6;
+constexpr int kPanelVecs = MIMA_VECTOR_REGISTERS >= 32 ? 4 : 2;
+
+// c[ROWS, cols], VECS - 1 < cols / lanes <= VECS, from one panel of each term.
+template <class T, int ROWS, int VECS>
+void panel_tile(const PanelTerm<T>* terms, int num_terms, int64_t row, int64_t panel, T* c,
+                int64_t ldc, int64_t width, int64_t cols, bool accumulate) {
+  using Vec = typename Traits<T>::Vec;
+  const int64_t last = cols - (VECS - 1) * kLanes<T>;  // columns of the last vector
+  Vec total[ROWS][VECS] = {};
+  if (accumulate) {
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; ++i) {
+      T* c_i = c + i * ldc;
+#pragma GCC unroll 4
+      for (int v = 0; v + 1 < VECS; ++v) total[i][v] = load(c_i + v * kLanes<T>);
+      T* c_last = c_i + (VECS - 1) * kLanes<T>;
+      total[i][VECS - 1] = last == kLanes<T> ? load(c_last) : load_part(c_last, last);
+    }
+  }
+  for (int term = 0; term < num_terms; ++term) {
+    const int64_t lda = terms[term].lda, k = terms[term].k;
+    const T* a = terms[term].a + row * lda;
+    const T* b = terms[term].panels + panel * k * width;
+    for (int64_t p = 0; p < k; ++p) {
+      Vec b_p[VECS];
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; ++v) b_p[v] = load(b + p * width + v * kLanes<T>);
+#pragma GCC unroll 6
+      for (int i = 0; i < ROWS; ++i) {
+        const Vec a_ip = Vec{} + a[i * lda + p];
+#pragma GCC unroll 4
+        for (int v = 0; v < VECS; ++v) total[i][v] += a_ip * b_p[v];
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < ROWS; ++i) {
+    T* c_i = c + i * ldc;
+#pragma GCC unroll 4
+    for (int v = 0; v + 1 < VECS; ++v) store(c_i + v * kLanes<T>, total[i][v]);
+    T* c_last = c_i + (VECS - 1) * kLanes<T>;
+    if (last == kLanes<T>)
+      store(c_last, total[i][VECS - 1]);
+    else
+      store_part(c_last, total[i][VECS - 1], last);
+  }
+}
+
+template <class T>
+using PanelTile = void (*)(const PanelTerm<T>* terms, int num_terms, int64_t row, int64_t panel,
+                           T* c, int64_t ldc, int64_t width, int64_t cols, bool accumulate);
+
+// By number of vectors and rows, both counted from one.
+template <class T>
+constexpr PanelTile<T> kPanelTiles[kPanelVecs][kPanelRows] = {
+#define MIMA_TILES(VECS)                                                   \
+  {panel_tile<T, 1, VECS>, panel_tile<T, 2, VECS>, panel_tile<T, 3, VECS>, \
+   panel_tile<T, 4, VECS>, panel_tile<T, 5, VECS>, panel_tile<T, 6, VECS>}
+    MIMA_TILES(1),
+    MIMA_TILES(2),
+#if MIMA_VECTOR_REGISTERS >= 32
+    MIMA_TILES(3),
+    MIMA_TILES(4),
+#endif
+#undef MIMA_TILES
+};
+
+template <class T>
+void gemm_panels(const PanelTerm<T>* terms, int num_terms, T* c, int64_t ldc, int64_t m, int64_t n,
+                 bool accumulate) {
+  constexpr int64_t kWidest = kPanelVecs * kLanes<T>;
+  const int64_t vectors = (n + kLanes<T> - 1) / kLanes<T>;
+  const int64_t width = n < kWidest ? vectors * kLanes<T> : kWidest;
+  for (int64_t j = 0; j < n; j += width) {
+    const int64_t cols = n - j < width ? n - j : width;
+    const PanelTile<T>* tiles = kPanelTiles<T>[(cols - 1) / kLanes<T>];
+    // strips as even as can be: a last one of a single row would take as long as four rows
+    int64_t strips = (m + kPanelRows - 1) / kPanelRows;
+    for (int64_t i = 0; i < m; --strips) {
+      const int64_t rows = (m - i + strips - 1) / strips;
+      tiles[rows - 1](terms, num_terms, i, j / width, c + i * ldc + j, ldc, width, cols,
+                      accumulate);
+      i += rows;
+    }
+  }
+}
+
 template <class T>
 void load_rows(const void* src, int64_t ld_src, int64_t rows, int64_t cols, void* dst,
                int64_t ld_dst) {
@@ -288,7 +380,7 @@ void merge_backward(const void* d_out, const void* base, const void* const* thet
 }
 
 template <class T>
-constexpr BlockKernels<T> kBlock = {gemm_nt<T>, gemm_nn<T>};
+constexpr BlockKernels<T> kBlock = {gemm_nt<T>, gemm_nn<T>, gemm_panels<T>, kPanelVecs * kLanes<T>};
 
 template <class T>
 constexpr StorageKernels kStorage = {

@@ -373,13 +373,16 @@ def batched_lora_forward(
     index: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    """Return x_b Wᵀ + bias + s_i (x_b A_iᵀ) B_iᵀ with i = index[b], [b, t, o].
-
-    The base product is PyTorch's; the kernel adds the low-rank part to it in place.
-    """
+    """Return x_b Wᵀ + bias + s_i (x_b A_iᵀ) B_iᵀ with i = index[b], [b, t, o]."""
     (b, t, d), o = x.shape, weight.shape[0]
     x = x.contiguous()
-    y = F.linear(x, weight, bias).contiguous()
+    W, y = (0, 0), None
+    if A and _computes_base(x):
+        (weight,) = _with_rows([weight])
+        W = _matrix(weight)
+        y = x.new_empty(b, t, o) if bias is None else bias.expand(b, t, o).contiguous()
+    else:
+        y = F.linear(x, weight, bias).contiguous()
     if y.numel() == 0 or not A:
         return y
     A, B = _with_rows(A), _contiguous(B)
@@ -391,11 +394,23 @@ def batched_lora_forward(
         index.tolist(),
         scale.tolist(),
         (x.data_ptr(), d),
+        W,
         _matrices(A),
         _matrices(B),
         (y.data_ptr(), o),
+        W == (0, 0) or bias is not None,
     )
     return y
+
+
+def _computes_base(x: Tensor) -> bool:
+    """Whether the kernel computes the base product, and its part of d_x, or PyTorch does.
+
+    In float32 the sums of the base product continue into the low-rank part without leaving the
+    registers. 16-bit types have instructions of their own, which PyTorch's library uses; without
+    AVX2 that library is the faster one, too.
+    """
+    return x.dtype == torch.float32 and cpu_level() != "generic"
 
 
 def batched_lora_backward(
@@ -416,7 +431,12 @@ def batched_lora_backward(
     """Return the gradients of x, weight, A, B, scale and bias; None or empty where not needed."""
     (b, t, d), o = x.shape, weight.shape[0]
     x, d_y = x.contiguous(), d_y.contiguous()
-    d_x = torch.matmul(d_y, weight).contiguous() if need_x else None
+    d_x, W = None, (0, 0)
+    if need_x and A and x.numel() and _computes_base(x):
+        (weight,) = _with_rows([weight])
+        d_x, W = torch.empty_like(x), _matrix(weight)
+    elif need_x:
+        d_x = torch.matmul(d_y, weight).contiguous()
     d_weight = d_y.view(b * t, o).mT @ x.view(b * t, d) if need_weight else None
     d_bias = d_y.sum((0, 1)) if need_bias else None
     d_A = _empty_like(A) if need_A else []
@@ -433,6 +453,7 @@ def batched_lora_backward(
             scale.tolist(),
             (d_y.data_ptr(), o),
             (x.data_ptr(), d),
+            W,
             _matrices(A),
             _matrices(B),
             (0, 0) if d_x is None else (d_x.data_ptr(), d),
