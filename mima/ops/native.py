@@ -377,10 +377,12 @@ def batched_lora_forward(
     (b, t, d), o = x.shape, weight.shape[0]
     x = x.contiguous()
     W, y = (0, 0), None
-    if A and _computes_base(x):
+    if A and _computes_base(x, weight):
         (weight,) = _with_rows([weight])
         W = _matrix(weight)
-        y = x.new_empty(b, t, o) if bias is None else bias.expand(b, t, o).contiguous()
+        y = x.new_empty(b, t, o)
+        if bias is not None:
+            y.copy_(bias.expand_as(y))
     else:
         y = F.linear(x, weight, bias).contiguous()
     if y.numel() == 0 or not A:
@@ -403,14 +405,14 @@ def batched_lora_forward(
     return y
 
 
-def _computes_base(x: Tensor) -> bool:
+def _computes_base(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel computes the base product, and its part of d_x, or PyTorch does.
 
     In float32 the sums of the base product continue into the low-rank part without leaving the
     registers. 16-bit types have instructions of their own, which PyTorch's library uses; without
-    AVX2 that library is the faster one, too.
+    AVX2 that library is the faster one, too. An empty weight has no address to pass.
     """
-    return x.dtype == torch.float32 and cpu_level() != "generic"
+    return x.dtype == torch.float32 and weight.numel() > 0 and cpu_level() != "generic"
 
 
 def batched_lora_backward(
@@ -432,7 +434,7 @@ def batched_lora_backward(
     (b, t, d), o = x.shape, weight.shape[0]
     x, d_y = x.contiguous(), d_y.contiguous()
     d_x, W = None, (0, 0)
-    if need_x and A and x.numel() and _computes_base(x):
+    if need_x and A and _computes_base(x, weight):
         (weight,) = _with_rows([weight])
         d_x, W = torch.empty_like(x), _matrix(weight)
     elif need_x:

@@ -66,5 +66,5 @@ def test_bindings_refuse_what_would_be_a_wild_read():
         module.weighted_merge_forward(9, 1, [], [], [], [], [])
     with pytest.raises(ValueError, match=r"index must be in \[-1, 1\), got 1"):
         module.batched_lora_forward(
-            0, 1, (1, 1, 1, 1), [1], [1], [1.0], (0, 1), [(0, 1)], [(0, 1)], (0, 1)
+            0, 1, (1, 1, 1, 1), [1], [1], [1.0], (0, 1), (0, 1), [(0, 1)], [(0, 1)], (0, 1), True
         )
