@@ -24,7 +24,11 @@ from mima.ops import backends
 Thunk = Callable[[], Any]
 
 SHORTEST_SAMPLE = 2e-3
-"""Seconds; a shorter call is repeated within one sample."""
+"""Seconds; a shorter call is repeated within one sample, on a CPU."""
+HOST_LEAD = 4_000_000
+"""Clock cycles, about two milliseconds, that a GPU waits before a timed call: the host prepares the
+launches meanwhile, so that events enclose the kernels alone. A call that takes the host longer, or
+waits for the GPU itself, is timed with that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +64,10 @@ class Comparison:
     variants: dict[str, Thunk]
     baseline: str
     """The variant that the others' answers are compared with."""
-    num_bytes: float
+    num_bytes: float = 0.0
     """That must be read and written: the formula is a comment where it is computed."""
-    flops: float
+    flops: float = 0.0
+    """0 like `num_bytes`: no floor is known."""
     rounds: int = 9
     tolerance: float = 1e-4
     """Largest difference of any answer, relative to the largest number in it."""
@@ -83,10 +88,11 @@ class Comparison:
                 self._check(name, answer, expected)
             del answer
         del expected
-        repeats = {}
+        repeats = dict.fromkeys(self.variants, 1)
         for name, run in self.variants.items():
             once = _seconds(run, 1, device)
-            repeats[name] = max(1, math.ceil(SHORTEST_SAMPLE / max(once, 1e-7)))
+            if device.type != "cuda":
+                repeats[name] = max(1, math.ceil(SHORTEST_SAMPLE / max(once, 1e-7)))
             self.samples[name] = []
         for round_ in range(self.rounds):
             for name, run in self.variants.items():
@@ -122,8 +128,10 @@ def _seconds(run: Thunk, repeat: int, device: torch.device) -> float:
         return seconds / repeat
     total = 0.0
     for _ in range(repeat):
-        # inputs come from memory, not from the second-level cache, as in a step of training
-        _l2_filler(device).zero_()
+        # inputs come from memory, not from the second-level cache, as in a step of training;
+        # reading, unlike writing, leaves no lines that the timed call would have to write back
+        _l2_filler(device).sum()
+        torch.cuda._sleep(HOST_LEAD)
         start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start_event.record()
         result = run()
@@ -136,7 +144,7 @@ def _seconds(run: Thunk, repeat: int, device: torch.device) -> float:
 
 @functools.cache
 def _l2_filler(device: torch.device) -> Tensor:
-    return torch.empty(256 << 20, dtype=torch.int8, device=device)
+    return torch.zeros(64 << 20, device=device)
 
 
 @functools.cache
@@ -199,6 +207,7 @@ def replay(benchmark: Any, comparison: Comparison, variant: str, machine: Machin
         flops=comparison.flops,
         floor_ms=floor * 1e3,
         achieved_over_floor=floor / median,
+        torch=torch.__version__,
         device=_name(machine.device),
         threads=torch.get_num_threads(),
         copy_GBps=machine.bytes_per_second / 1e9,

@@ -81,8 +81,12 @@ def comparison(shape: tuple[int, int], r: int, backward: bool, device: torch.dev
 @pytest.mark.parametrize(
     ("shape", "r", "backward", "variant"),
     [
-        pytest.param(shape, r, backward, variant)
+        pytest.param(
+            *(shape, r, backward, variant),
+            id=f"{'forward_backward' if backward else 'forward'}-{o}x{d}-r{r}-{variant}",
+        )
         for shape, r in CASES
+        for o, d in [shape]
         for backward in (False, True)
         for variant in ("eager", "one product", "compile", "native", "triton")
     ],

@@ -1,4 +1,4 @@
-"""One outer step of the embedded model, three concepts, K = 1: each mode beside the naive engine.
+"""One outer step, three concepts, K = 1: each mode of the hypergradient beside the naive engine.
 
 A forward is 1 unit, a backward 2, a backward through a backward about 6. Per concept and step:
 
@@ -7,15 +7,22 @@ A forward is 1 unit, a backward 2, a backward through a backward about 6. Per co
     finite_difference      3 + 3 + 2 · 3                12
     first_order            3 + 3                         6
     published pair         3 + 3                         6
+
+On the embedded model; on a GPU also at Stable Diffusion 1.x's size, with random weights, where the
+naive engine, which keeps every concept's graph, is left out. MIMA_BENCH_SD1=sd1-tiny runs that part
+anywhere, at a small size.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import time
 
 import pytest
 import torch
 
+from benchmarks.harness import Comparison, Machine, replay
 from benchmarks.outer_step import make_problem, naive, two_pass
 from mima.alternating import merge_step
 from mima.bilevel.outer import OuterGradient, upper_gradient
@@ -36,56 +43,75 @@ def published_pair(problem: Problem) -> OuterGradient:
     return outer
 
 
-def step_of(mode: str):
+def step_of(mode: str, model: str, device: torch.device):
     problem = make_problem(
         CONCEPTS,
         batch=1,
+        device=device,
+        model=model,
         hypergradient={"naive": "exact", "published": "alternating"}.get(mode, mode),
     )
     solve = {"naive": naive, "published": published_pair}.get(mode, two_pass)
-    return problem, lambda: solve(problem)
+
+    def step() -> torch.Tensor:
+        gradient = solve(problem).gradient
+        return torch.cat([gradient[name].flatten() for name in sorted(gradient)])
+
+    return step
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+@functools.lru_cache(maxsize=1)
+def comparison(model: str, device: torch.device) -> Comparison:
+    modes = [mode for mode in UNITS if mode != "naive" or model == "embedded"]
+    return Comparison(
+        group=f"outer step of {model}, N={CONCEPTS}, K=1, batch 1",
+        variants={mode: step_of(mode, model, device) for mode in modes},
+        baseline=modes[0],
+        # approximations, whose errors the tests of the engine judge
+        unchecked=("finite_difference", "first_order", "published"),
+        tolerance=1e-3,
+        rounds=5,
+    )
 
 
 @pytest.mark.parametrize("mode", UNITS)
-def test_step(benchmark, mode):
-    benchmark.group = f"outer step, N={CONCEPTS}, K=1, batch 1"
+@pytest.mark.parametrize("size", ["embedded", "sd1"])
+def test_step(benchmark, size, mode, machine: Machine):
+    model = size
+    if size == "sd1" and machine.device.type != "cuda":
+        model = os.environ.get("MIMA_BENCH_SD1", "")
+        if not model:
+            pytest.skip("minutes and tens of gigabytes without a GPU; MIMA_BENCH_SD1=sd1-tiny")
+    replay(benchmark, comparison(model, machine.device), mode, machine)
     benchmark.extra_info["units"] = UNITS[mode] * CONCEPTS
-    problem, step = step_of(mode)
-    if mode == "exact":
-        truth = naive(problem).gradient
-        ours = step().gradient
-        error = sum(float((ours[n] - truth[n]).square().sum()) for n in truth) ** 0.5
-        assert error <= 1e-4 * naive(problem).norm
-    benchmark.pedantic(step, rounds=5, warmup_rounds=1)
 
 
-def test_merge_share(monkeypatch):
+def test_merge_share(monkeypatch, machine: Machine):
     """Merging, forwards and backwards, takes less than 2% of a `first_order` step."""
     spent = []
+
+    def now() -> float:
+        if machine.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     for name in ("averaged", "asked", "spread", "missed"):
         method = getattr(MergeLayer, name)
 
         def timed(self, *args, method=method):
-            started = time.perf_counter()
+            started = now()
             out = method(self, *args)
-            spent.append(time.perf_counter() - started)
+            spent.append(now() - started)
             return out
 
         monkeypatch.setattr(MergeLayer, name, timed)
-    _, step = step_of("first_order")
+    model = "embedded" if machine.device.type != "cuda" else "sd1"
+    step = step_of("first_order", model, machine.device)
     step()
     spent.clear()
-    started = time.perf_counter()
+    started = now()
     for _ in range(5):
         step()
-    share = sum(spent) / (time.perf_counter() - started)
-    print(f"merge share of a first_order step: {share:.2%}")
+    share = sum(spent) / (now() - started)
+    print(f"merge share of a first_order step of {model}: {share:.2%}")
     assert share < 0.02
