@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -178,7 +179,12 @@ def serves(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> b
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any] | None:
-    """Return torch.compile of a function, or None on a CPU-only machine without a C++ compiler."""
+    """Return torch.compile of a function.
+
+    None on a CPU-only machine without a C++ compiler, and where MIMA_BENCH_COMPILE=0 leaves it out.
+    """
+    if os.environ.get("MIMA_BENCH_COMPILE") == "0":
+        return None
     if not torch.cuda.is_available() and shutil.which("g++") is None:
         return None
     return torch.compile(function, **options)

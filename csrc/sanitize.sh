@@ -26,7 +26,9 @@ cp -r kernels/triton "$work/site/mima/kernels"
 
 # The interpreter is not instrumented: the runtime must be there first, torch's and Python's own
 # leaks are not ours, and the pool's threads outlive the process on purpose.
-export LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libubsan.so)"
+asan=$("$compiler" -print-file-name=libasan.so)
+ubsan=$("$compiler" -print-file-name=libubsan.so)
+export LD_PRELOAD="$asan $ubsan"
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1
 export PYTHONPATH="$work/site" PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1
 if [ $# -eq 0 ]; then

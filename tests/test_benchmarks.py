@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -160,33 +162,38 @@ def test_refuses_empty_results(tmp_path):
         report.read([results_file(tmp_path / "empty.json", [])])
 
 
-def test_a_benchmark_runs_and_is_reported(tmp_path):
+def test_the_gpu_run_goes_through_its_stages_without_a_gpu(tmp_path):
     pytest.importorskip("pytest_benchmark")
-    results = tmp_path / "results.json"
-    script = Path(sys.executable).with_name("pytest")
-    case = "benchmarks/test_merge_lora.py"
-    options = ["-q", "-p", "no:cacheprovider", "-k", "forward-320x768-r4 and (native or eager)"]
-    environment = {**os.environ, "MIMA_BENCH_DEVICE": "cpu", "MIMA_BENCH_THREADS": "1"}
+    environment = {**os.environ, "PYTHON": sys.executable, "MIMA_BENCH_THREADS": "1"}
     done = subprocess.run(
-        [script, *options, case, f"--benchmark-json={results}"],
-        cwd=ROOT,
+        ["bash", ROOT / "benchmarks/gpu/run.sh", tmp_path / "out", "--dry-run"],
+        cwd=tmp_path,
         env=environment,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    # the folder to be found is the working directory
-    environment.pop("PYTHONSAFEPATH")
+    log = tmp_path / "out" / "log.txt"
+    assert done.returncode == 0, done.stdout + done.stderr + log.read_text()[-3000:]
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    for stage in ("install", "machine", "tests", "benchmark_merge_lora"):
+        assert f"| {stage} | ok |" in summary
+    assert re.search(r"2 passed, .*\n", summary)
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| merge_lora forward o,d=(320, 768) r=4 | eager |" in report
+    with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:
+        names = {Path(name).name for name in archive.getnames()}
+    assert "merge_lora.json" in names
+
+
+def test_the_gpu_run_says_what_failed(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.report", results, "--output", tmp_path],
-        cwd=ROOT,
-        env=environment,
+        ["bash", ROOT / "benchmarks/gpu/run.sh", tmp_path, "--dry-run", "--seconds", "0"],
+        env={**os.environ, "PYTHON": sys.executable},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert "merge_lora forward o,d=(320, 768) r=4 | eager |" in done.stdout
-    assert (tmp_path / "report.md").is_file()
+    assert done.returncode == 1
+    assert "| tests | not started, no time was left |" in done.stdout
 
 
 def test_a_step_of_stable_diffusion_1s_structure():
