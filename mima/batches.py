@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
-from mima.diffusion import diffusion_loss, pixels
+from mima.diffusion import pixels, prediction_and_target
 from mima.families.base import Conditioning, Family, Params
 
 if TYPE_CHECKING:
@@ -137,8 +138,22 @@ class Batch:
             noise.to(device, chosen.latents.dtype),
         )
 
-    def loss(self, family: Family, params: Params | None = None) -> torch.Tensor:
-        """The diffusion training loss of this batch, a scalar."""
-        return diffusion_loss(
-            family, self.latents, self.conditioning, self.timesteps, self.noise, params
-        )
+
+def losses(
+    family: Family, batches: Sequence[Batch], params: Params | None = None
+) -> list[torch.Tensor]:
+    """The diffusion training loss of each batch, a scalar, all from one forward."""
+    prediction, target = prediction_and_target(
+        family,
+        torch.cat([batch.latents for batch in batches]),
+        {
+            name: torch.cat([batch.conditioning[name] for batch in batches])
+            for name in batches[0].conditioning
+        },
+        torch.cat([batch.timesteps for batch in batches]),
+        torch.cat([batch.noise for batch in batches]),
+        params,
+    )
+    sizes = [len(batch.latents) for batch in batches]
+    pairs = zip(prediction.split(sizes), target.split(sizes), strict=True)
+    return [F.mse_loss(*pair) for pair in pairs]

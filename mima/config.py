@@ -78,6 +78,9 @@ class UpperConfig(Settings):
     """Weight of the loss on class pictures, which keeps the model useful."""
     prior_batch_size: int | None = Field(None, ge=1)
     """Class pictures per concept and step. Default: ``batch_size``."""
+    concepts_per_forward: int = Field(1, ge=1)
+    """Concepts, class pictures included, whose losses one forward and one backward compute: faster
+    where the device is not filled, and memory for the activations of as many."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients longer than this are scaled down to it."""
     loss_cap: float | None = Field(None, gt=0)
@@ -149,6 +152,13 @@ class ImmunizeConfig(Settings):
             raise ValueError("merge: 'none' leaves method 'compose' without its last step")
         if self.token_steps and not self.new_words:
             raise ValueError("token_steps: there are no new words to train without new_words")
+        if self.upper.concepts_per_forward > 1 and (
+            self.method in ("imma", "joint", "compose") or self.merge == "none"
+        ):
+            raise ValueError(
+                "upper.concepts_per_forward: only merged weights are the same for all concepts; "
+                f"with method {self.method!r}, merge {self.merge!r} it is 1"
+            )
         if self.hypergradient == "alternating":
             self._check_alternating()
         if self.precision == "float16":

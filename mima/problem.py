@@ -15,10 +15,16 @@ import torch
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from mima.batches import Batch, Encoded, encode, seeded
+from mima.batches import Batch, Encoded, encode, losses, seeded
 from mima.bilevel.lower import LowerLevel
 from mima.bilevel.optimizers import SGD, Adam, Optimizer
-from mima.bilevel.outer import OuterGradient, UpperTerm, outer_gradient, unmerged_gradient
+from mima.bilevel.outer import (
+    OuterGradient,
+    UpperLevel,
+    UpperTerm,
+    outer_gradient,
+    unmerged_gradient,
+)
 from mima.bilevel.tasks import FullWeights, LoraFactors
 from mima.checkpoint import CheckpointFolder, spill
 from mima.class_images import class_latents
@@ -98,12 +104,12 @@ class Problem:
         parameters = dict(self.family.denoiser.named_parameters())
         return {name: parameters[name].detach() for name in self.names}
 
-    def loss(self, batch: Batch, params: Params) -> torch.Tensor:
-        """L(batch; params) in the run's precision."""
+    def losses(self, batches: Sequence[Batch], params: Params) -> list[torch.Tensor]:
+        """L(batch; params) of each batch in the run's precision, all from one forward."""
         if self.config.precision == "float32":
-            return batch.loss(self.family, params)
+            return losses(self.family, batches, params)
         with torch.autocast(self.family.device.type, getattr(torch, self.config.precision)):
-            return batch.loss(self.family, params)
+            return losses(self.family, batches, params)
 
     def lower_level(self, n: int, step: int) -> LowerLevel:
         """The lower level of concept n at one outer step, its K batches drawn."""
@@ -111,17 +117,15 @@ class Problem:
         own, _ = self._split(n, step)
         draws = seeded(self.config.seed, step, n, "lower")
         draw = partial(Batch.draw, self.family, size=config.batch_size, generator=draws)
-        batches = [draw(own) for _ in range(config.steps)]
-        prior: list[Batch] = []
+        batches = [[draw(own)] for _ in range(config.steps)]
         if config.prior_weight:
             assert data.class_images is not None
-            prior = [draw(data.class_images) for _ in range(config.steps)]
+            for step_batches in batches:
+                step_batches.append(draw(data.class_images))
 
         def loss(params: Params, k: int) -> torch.Tensor:
-            value = self.loss(batches[k], params)
-            if prior:
-                value = value + config.prior_weight * self.loss(prior[k], params)
-            return value
+            value, *prior = self.losses(batches[k], params)
+            return value + config.prior_weight * prior[0] if prior else value
 
         if config.parameters != "lora":
             return FullWeights(
@@ -139,34 +143,43 @@ class Problem:
             like=theta[self.lower_names[0]],
         )
 
-    def upper_level(self, n: int, step: int) -> list[UpperTerm]:
-        """Concept n's part of the upper level, to be minimised: −L(x_u, c; φ) + w · L(class; φ)."""
-        config, data = self.config.upper, self.data[n]
-        _, other = self._split(n, step)
-        draws = seeded(self.config.seed, step, n, "upper")
-        batch = Batch.draw(self.family, other, config.batch_size, draws)
-        terms = [UpperTerm(data.name, partial(self.loss, batch), -1.0, config.loss_cap)]
-        if config.prior_weight:
-            assert data.class_images is not None
-            size = config.prior_batch_size or config.batch_size
-            prior = Batch.draw(self.family, data.class_images, size, draws)
-            loss = partial(self.loss, prior)
-            terms.append(UpperTerm(data.name + PRIOR, loss, config.prior_weight))
-        return terms
+    def upper_level(self, concepts: Sequence[int], step: int) -> UpperLevel:
+        """Some concepts' part of the upper level, −L(x_u, c; φ) + w · L(class; φ) for each."""
+        config = self.config.upper
+        terms: list[UpperTerm] = []
+        batches: list[Batch] = []
+        for n in concepts:
+            data, (_, other) = self.data[n], self._split(n, step)
+            draws = seeded(self.config.seed, step, n, "upper")
+            batches.append(Batch.draw(self.family, other, config.batch_size, draws))
+            terms.append(UpperTerm(data.name, -1.0, config.loss_cap))
+            if config.prior_weight:
+                assert data.class_images is not None
+                size = config.prior_batch_size or config.batch_size
+                batches.append(Batch.draw(self.family, data.class_images, size, draws))
+                terms.append(UpperTerm(data.name + PRIOR, config.prior_weight))
+        return UpperLevel(terms, partial(self.losses, batches))
 
     def lower_levels(self, step: int) -> Sequence[LowerLevel]:
         """Every concept's lower level, each drawn when it is asked for and not kept."""
         return _Drawn(partial(self.lower_level, step=step), len(self.data))
 
-    def upper_levels(self, step: int) -> Sequence[Sequence[UpperTerm]]:
-        """Every concept's part of the upper level, each drawn when it is asked for."""
-        return _Drawn(partial(self.upper_level, step=step), len(self.data))
+    def upper_levels(self, step: int) -> Sequence[UpperLevel]:
+        """The upper level in parts of ``concepts_per_forward``, each drawn when it is asked for."""
+        count, size = len(self.data), self.config.upper.concepts_per_forward
+        # no process is to wait for another that does its part as well
+        size = min(size, -(-count // self.ranks.size))
+
+        def draw(part: int) -> UpperLevel:
+            return self.upper_level(range(count)[part * size : (part + 1) * size], step)
+
+        return _Drawn(draw, -(-count // size))
 
     def hypergradient(
         self,
         theta: Params,
         lower: Sequence[LowerLevel],
-        upper: Sequence[Sequence[UpperTerm]],
+        upper: Sequence[UpperLevel],
     ) -> OuterGradient:
         """dJ/dθ on S_u, merged or, where the run has no merge, for each concept by itself."""
         mode, wrt = self.config.hypergradient, self.upper_names

@@ -65,8 +65,9 @@ def transcription(problem, steps):
                         parameters[k] += (W[k] - W0) @ C.mT @ M
         else:
             for n in range(len(problem.data)):
-                for term in problem.upper_level(n, step):
-                    (term.weight * term.loss({})).backward()
+                part = problem.upper_level([n], step)
+                for term, loss in zip(part.terms, part.losses({}), strict=True):
+                    (term.weight * loss).backward(retain_graph=True)
             torch.nn.utils.clip_grad_norm_([parameters[n] for n in problem.upper_names], 1.0)
             up.step()
     return {name: parameter.detach() for name, parameter in parameters.items()}

@@ -12,7 +12,7 @@ from immunizing import assert_same, concepts, settings, weights
 from rich.console import Console
 
 from mima.bilevel.hypergradient import twice_differentiable_attention
-from mima.bilevel.outer import naive_outer_gradient
+from mima.bilevel.outer import naive_outer_gradient, upper_gradient
 from mima.concepts import Concept
 from mima.config import ImmunizeConfig
 from mima.errors import MimaError
@@ -29,10 +29,10 @@ def model(tmp_path_factory):
     return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("model"))
 
 
-def make(model, config):
+def make(model, config, count=2):
     family = family_of(load_pipeline(str(model)))
-    data = encode_concepts(family, concepts(), config)
-    return Problem(family, data, config, merge_layer(family, concepts(), config))
+    data = encode_concepts(family, concepts(count), config)
+    return Problem(family, data, config, merge_layer(family, concepts(count), config))
 
 
 def gradient(model, config):
@@ -59,6 +59,31 @@ def test_two_passes_equal_holding_every_graph_on_a_unet(model, tmp_path):
         )
     assert gap(ours.gradient, naive.gradient) < 1e-5
     assert ours.losses == pytest.approx(naive.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("per_forward", [1, 2, 3])
+def test_losses_computed_in_one_forward_are_those_of_one_each(model, tmp_path, per_forward):
+    upper = {"batch_size": 2, "prior_batch_size": 3, "loss_cap": 1.0}
+    config = settings(tmp_path, upper=upper | {"concepts_per_forward": per_forward})
+    problem = make(model, config, 3)
+    theta = problem.theta()
+    ours, _, losses = upper_gradient(theta, problem.upper_levels(0))
+    total = {name: torch.zeros_like(value) for name, value in theta.items()}
+    for n in range(3):
+        part = problem.upper_level([n], 0)
+        for k, term in enumerate(part.terms):
+            # the batches one by one
+            (batches,) = part.losses.args
+            leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
+            (loss,) = problem.losses([batches[k]], leaves)
+            assert losses[term.name] == pytest.approx(loss.item(), rel=1e-5)
+            grads = torch.autograd.grad(term.objective(loss), list(leaves.values()))
+            for name, grad in zip(leaves, grads, strict=True):
+                total[name] += grad
+    capped = [x > 1.0 for name, x in losses.items() if not name.endswith("(prior)")]
+    assert any(capped)
+    assert not all(capped)
+    assert gap(ours, total) < 1e-5
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -90,6 +115,8 @@ def test_bfloat16_is_near_float32(model, tmp_path, mode, checkpointing):
         ({"precision": "float16"}, "float16 gradients underflow"),
         ({"precision": "bfloat16", "hypergradient": "finite_difference"}, "more coarsely"),
         ({"method": "compose", "merge": "none"}, "without its last step"),
+        ({"method": "joint", "upper": {"concepts_per_forward": 2}}, "only merged weights"),
+        ({"merge": "none", "upper": {"concepts_per_forward": 2}}, "only merged weights"),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_reason(settings, reason):

@@ -17,7 +17,7 @@ import torch
 from immunizing import assert_same, concepts, settings, weights
 
 from mima.ascent import default_folder, uninterrupted
-from mima.bilevel.outer import UpperTerm
+from mima.bilevel.outer import UpperLevel
 from mima.checkpoint import Checkpoint, CheckpointFolder
 from mima.errors import MimaError
 from mima.immunize import immunize
@@ -179,11 +179,9 @@ def break_losses(monkeypatch, factor):
     """Let `factor(step)` multiply every upper loss."""
     upper_level = Problem.upper_level
 
-    def broken(self, n, step):
-        return [
-            UpperTerm(t.name, lambda p, t=t: t.loss(p) * factor(step), t.weight, t.cap)
-            for t in upper_level(self, n, step)
-        ]
+    def broken(self, concepts, step):
+        part = upper_level(self, concepts, step)
+        return UpperLevel(part.terms, lambda p: [x * factor(step) for x in part.losses(p)])
 
     monkeypatch.setattr(Problem, "upper_level", broken)
 

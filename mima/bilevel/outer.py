@@ -18,17 +18,15 @@ from mima.merging import MergeLayer
 
 @dataclass(frozen=True)
 class UpperTerm:
-    """One summand of the upper objective, which is minimised: ``weight · min(loss(φ), cap)``.
+    """One summand of the upper objective, which is minimised: ``weight · min(loss, cap)``.
 
     Attributes:
         name: what reports call it.
-        loss: a function of the merged parameters φ.
         weight: −1 for a concept that is to become hard to learn, > 0 for what is to be kept.
         cap: losses above it no longer pull; None for no cap.
     """
 
     name: str
-    loss: Callable[[Params], torch.Tensor]
     weight: float
     cap: float | None = None
 
@@ -37,22 +35,24 @@ class UpperTerm:
         return self.weight * (loss if self.cap is None else loss.clamp(max=self.cap))
 
 
-class JointTerms(tuple[UpperTerm, ...]):
-    """Terms of one concept whose losses are computed together, in one forward and one backward.
+@dataclass(frozen=True)
+class UpperLevel:
+    """The terms of the upper objective that one forward and one backward compute together.
 
-    Args:
-        terms: the terms.
-        losses: a function of φ: the loss of each.
+    Attributes:
+        terms: the summands, those of one concept or of several.
+        losses: a function of the merged parameters φ: the loss of each term.
     """
 
+    terms: Sequence[UpperTerm]
     losses: Callable[[Params], Sequence[torch.Tensor]]
 
-    def __new__(
-        cls, terms: Sequence[UpperTerm], losses: Callable[[Params], Sequence[torch.Tensor]]
-    ) -> JointTerms:
-        joint = super().__new__(cls, terms)
-        joint.losses = losses
-        return joint
+    def __call__(self, phi: Params) -> tuple[torch.Tensor, Tensors]:
+        """The objective at φ, and each term's loss by name."""
+        losses = self.losses(phi)
+        summands = [term.objective(x) for term, x in zip(self.terms, losses, strict=True)]
+        names = [term.name for term in self.terms]
+        return torch.stack(summands).sum(), dict(zip(names, losses, strict=True))
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def outer_gradient(
     theta: Params,
     tasks: Sequence[LowerLevel],
     merge: MergeLayer,
-    upper: Sequence[Sequence[UpperTerm]],
+    upper: Sequence[UpperLevel],
     *,
     mode: str,
     wrt: tuple[str, ...],
@@ -109,8 +109,8 @@ def outer_gradient(
         theta: θ by name, every parameter that any concept or the defender changes.
         tasks: the lower level of each concept.
         merge: the merge layer, its concepts in the order of ``tasks``.
-        upper: each concept's terms of the objective, to be summed; each is differentiated by
-            itself.
+        upper: the upper level in parts that are summed, each differentiated by itself: one for
+            each concept or, where no lower level trains new words, for several.
         mode: ``exact``, ``finite_difference`` or ``first_order``.
         wrt: the names that the defender may change.
         ranks: the processes that share the concepts out. Each sum over concepts is one all-reduce.
@@ -156,7 +156,7 @@ def outer_gradient(
                 change, _ = apart(task.change(final(), theta), theta)
                 C_bar = tokens_bar[n] + merge.token_pullback(n, change, changed_bar)
                 accumulate(bar, _tokens_pullback(task, words[n], C_bar))
-            accumulate(bar, words_bar[n])
+            accumulate(bar, words_bar.get(n, {}))
             return bar
 
         second: Tensors = {}
@@ -169,16 +169,16 @@ def outer_gradient(
 
 def upper_gradient(
     phi: Params,
-    upper: Sequence[Sequence[UpperTerm]],
+    upper: Sequence[UpperLevel],
     ranks: Ranks = ALONE,
     words: Mapping[int, Params] | None = None,
 ) -> tuple[Tensors, dict[int, Tensors], dict[str, float]]:
-    """Gradient of ``Σ upper(φ)`` at φ, a concept at a time.
+    """Gradient of ``Σ upper(φ)`` at φ, a part at a time.
 
     Args:
         phi: the merged weights.
-        upper: each concept's terms.
-        ranks: the processes that share the concepts out.
+        upper: the upper level in parts.
+        ranks: the processes that share the parts out.
         words: for each concept of this process, embeddings of new words that only its terms read.
 
     Returns:
@@ -193,29 +193,18 @@ def upper_gradient(
         words_bar[n] = {name: torch.zeros_like(value) for name, value in own.items()}
         bars = (*phi_bar.values(), *words_bar[n].values())
         inputs = (*leaves.values(), *own.values())
-        seen.append({})
-        terms = upper[n]
-        for group in [terms] if isinstance(terms, JointTerms) else [[term] for term in terms]:
-            with torch.enable_grad():
-                found = _losses(group, {**leaves, **own})
-                objective = _objective(group, found)
-            grads = torch.autograd.grad(objective, inputs, allow_unused=True)
-            for total, grad in zip(bars, grads, strict=True):
-                if grad is not None:
-                    total += grad
-            seen[-1] |= {t.name: float(x.detach()) for t, x in zip(group, found, strict=True)}
-    losses = union(ranks.interleave(seen, len(upper)))
-    return ranks.sum(phi_bar, leaves), words_bar, losses
+        with torch.enable_grad():
+            objective, losses = upper[n]({**leaves, **own})
+        grads = torch.autograd.grad(objective, inputs, allow_unused=True)
+        for total, grad in zip(bars, grads, strict=True):
+            if grad is not None:
+                total += grad
+        seen.append(_values(losses))
+    return ranks.sum(phi_bar, leaves), words_bar, union(ranks.interleave(seen, len(upper)))
 
 
-def _losses(terms: Sequence[UpperTerm], params: Params) -> Sequence[torch.Tensor]:
-    if isinstance(terms, JointTerms):
-        return terms.losses(params)
-    return [term.loss(params) for term in terms]
-
-
-def _objective(terms: Sequence[UpperTerm], losses: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.stack([t.objective(x) for t, x in zip(terms, losses, strict=True)]).sum()
+def _values(losses: Params) -> dict[str, float]:
+    return {name: float(loss.detach()) for name, loss in losses.items()}
 
 
 def apart(change: Params, theta: Params) -> tuple[Tensors, Tensors]:
@@ -261,7 +250,7 @@ def _everyones(
 def unmerged_gradient(
     theta: Params,
     tasks: Sequence[LowerLevel],
-    upper: Sequence[Sequence[UpperTerm]],
+    upper: Sequence[UpperLevel],
     *,
     mode: str,
     wrt: tuple[str, ...],
@@ -290,7 +279,7 @@ def naive_outer_gradient(
     theta: Params,
     tasks: Sequence[LowerLevel],
     merge: MergeLayer,
-    upper: Sequence[Sequence[UpperTerm]],
+    upper: Sequence[UpperLevel],
     *,
     wrt: tuple[str, ...],
 ) -> OuterGradient:
@@ -311,14 +300,14 @@ def naive_outer_gradient(
     phi = merge(leaves, adapted)
     losses: Tensors = {}
     objective = torch.zeros((), device=merge.weights.device)
-    for own, terms in zip(words, upper, strict=True):
-        found = _losses(terms, {**phi, **own})
-        objective = objective + _objective(terms, found)
-        losses |= dict(zip([term.name for term in terms], found, strict=True))
+    for own, level in zip(words, upper, strict=True):
+        part, found = level({**phi, **own})
+        objective = objective + part
+        losses |= found
     grads = torch.autograd.grad(objective, [leaves[name] for name in wrt])
     return OuterGradient(
         dict(zip(wrt, grads, strict=True)),
-        {name: float(loss.detach()) for name, loss in losses.items()},
+        _values(losses),
         drift(theta, {name: phi[name].detach() - value for name, value in theta.items()}),
     )
 

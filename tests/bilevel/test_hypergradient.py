@@ -6,7 +6,13 @@ import torch
 from mima.bilevel import lower
 from mima.bilevel.lower import LowerLevel
 from mima.bilevel.optimizers import SGD, Adam
-from mima.bilevel.outer import UpperTerm, naive_outer_gradient, outer_gradient, unmerged_gradient
+from mima.bilevel.outer import (
+    UpperLevel,
+    UpperTerm,
+    naive_outer_gradient,
+    outer_gradient,
+    unmerged_gradient,
+)
 from mima.bilevel.tasks import FullWeights, LoraFactors
 from mima.merging import MergeLayer, MergePlan
 
@@ -30,6 +36,12 @@ class Data:
     def loss(self, params):
         hidden = torch.tanh((params["key"] @ self.text.mean(0)) * self.x)
         return (hidden @ params["value"].mT + params["bias"] - self.y).square().mean()
+
+
+def level(*parts):
+    """An upper level of (name, loss, weight) or (name, loss, weight, cap)."""
+    terms = [UpperTerm(name, *settings) for name, _, *settings in parts]
+    return UpperLevel(terms, lambda phi: [loss(phi) for _, loss, *_ in parts])
 
 
 @pytest.fixture
@@ -65,10 +77,10 @@ def problem(theta, *, kind="full", optimizer=None, steps=2, merge="projected", c
             )
         tasks.append(task)
         upper.append(
-            [
-                UpperTerm(f"c{n}", Data(100 * n + 50, text).loss, -1.0, cap),
-                UpperTerm(f"p{n}", Data(100 * n + 60, randn(2, D, seed=77)).loss, 0.7),
-            ]
+            level(
+                (f"c{n}", Data(100 * n + 50, text).loss, -1.0, cap),
+                (f"p{n}", Data(100 * n + 60, randn(2, D, seed=77)).loss, 0.7),
+            )
         )
     weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     layer = MergeLayer(weights)
@@ -84,7 +96,7 @@ def objective(theta, tasks, layer, upper):
         change = task.change(lower.adapt(task, theta), theta)
         adapted.append({n: v + change[n] if n in change else v for n, v in theta.items()})
     phi = layer(theta, adapted)
-    return sum(float(term.objective(term.loss(phi))) for terms in upper for term in terms)
+    return sum(float(part(phi)[0]) for part in upper)
 
 
 def numeric_gradient(f, theta, name, h=1e-5):
@@ -151,7 +163,7 @@ def test_finite_difference_holds_in_float32(theta):
     task = FullWeights(
         lambda params, k: batches[k].loss(params), list(theta), steps=2, optimizer=SGD(lr=0.3)
     )
-    args = [task], MergeLayer(torch.ones(1)), [[UpperTerm("c", batches[0].loss, -1.0)]]
+    args = [task], MergeLayer(torch.ones(1)), [level(("c", batches[0].loss, -1.0))]
     modes = {
         mode: outer_gradient(theta, *args, mode=mode, wrt=tuple(theta)).gradient
         for mode in ("exact", "finite_difference", "first_order")
@@ -176,9 +188,27 @@ def test_first_order_is_the_limit_of_small_lower_steps(theta, kind):
 def test_a_capped_concept_does_not_pull(theta):
     tasks, layer, upper = problem(theta, cap=1e-9)
     outer = outer_gradient(theta, tasks, layer, upper, mode="exact", wrt=tuple(theta))
-    priors = [[term for term in terms if term.weight > 0] for terms in upper]
+    priors = [
+        UpperLevel(part.terms[1:], lambda phi, part=part: part.losses(phi)[1:]) for part in upper
+    ]
     kept = outer_gradient(theta, tasks, layer, priors, mode="exact", wrt=tuple(theta))
     assert_close(outer.gradient, kept.gradient, 1e-12)
+
+
+def test_parts_of_several_concepts_give_the_same(theta):
+    # as low a cap as some losses, so that it holds for some terms of a part only
+    tasks, layer, upper = problem(theta, cap=1.0)
+    first, second, third = upper
+    both = UpperLevel(
+        [*first.terms, *second.terms], lambda phi: [*first.losses(phi), *second.losses(phi)]
+    )
+    one, other = (
+        outer_gradient(theta, tasks, layer, parts, mode="exact", wrt=tuple(theta))
+        for parts in (upper, [both, third])
+    )
+    assert min(one.losses.values()) < 1.0 < max(one.losses[name] for name in ("c0", "c1", "c2"))
+    assert_close(other.gradient, one.gradient, 1e-12)
+    assert other.losses == pytest.approx(one.losses, rel=1e-12)
 
 
 def test_unmerged_sums_the_single_concept_problems(theta):
@@ -204,7 +234,7 @@ def test_closed_form_of_a_quadratic_lower_level():
 
     steps = 3
     task = FullWeights(loss, ["z"], steps=steps, optimizer=SGD(lr=lr))
-    upper = [[UpperTerm("u", lambda p: 0.5 * p["z"].square().sum(), 1.0)]]
+    upper = [level(("u", lambda p: 0.5 * p["z"].square().sum(), 1.0))]
     outer = outer_gradient(
         {"z": start}, [task], MergeLayer(torch.ones(1)), upper, mode="exact", wrt=("z",)
     )
@@ -226,7 +256,7 @@ def test_the_second_order_part_matters():
         steps=1,
         optimizer=SGD(lr=lr),
     )
-    upper = [[UpperTerm("u", lambda p: 0.5 * (p["z"] - 3.0).square().sum(), 1.0)]]
+    upper = [level(("u", lambda p: 0.5 * (p["z"] - 3.0).square().sum(), 1.0))]
     reached = {}
     for mode in ("exact", "first_order"):
         z = torch.tensor([0.0], dtype=torch.float64)
