@@ -82,19 +82,23 @@ class Comparison:
         """Assert equal answers, then fill `samples`, all variants in turns."""
         if self.samples:
             return
-        expected = _tensors(self.variants[self.baseline]())
-        for name, run in self.variants.items():
+        expected: list[Tensor] = []
+        repeats = {}
+        # the baseline first, for the others to be compared with
+        for name in sorted(self.variants, key=lambda name: name != self.baseline):
+            run = self.variants[name]
             answer = _tensors(run())  # also the warm-up, and the compilation
-            if name not in self.unchecked:
+            if name == self.baseline:
+                expected = answer
+            elif name not in self.unchecked:
                 self._check(name, answer, expected)
             del answer
-        del expected
-        repeats = dict.fromkeys(self.variants, 1)
-        for name, run in self.variants.items():
-            once = _seconds(run, 1, device)
-            if device.type != "cuda":
+            repeats[name] = 1
+            if device.type != "cuda" and name not in self.slow:
+                once = _seconds(run, 1, device)
                 repeats[name] = max(1, math.ceil(SHORTEST_SAMPLE / max(once, 1e-7)))
             self.samples[name] = []
+        del expected
         for round_ in range(self.rounds):
             for name, run in self.variants.items():
                 if name not in self.slow or round_ < 3:

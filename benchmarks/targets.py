@@ -131,6 +131,13 @@ CPU = [
         value=_over("peft mixed batch", *BATCHED_PRODUCTS),
         bar=1,
     ),
+    Target(
+        group="sampling",
+        text="over a plain loop",
+        value=_over("plain loop"),
+        bar=0.5,
+        ours="batch 24",
+    ),
 ]
 
 GPU = [

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import time
+import functools
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from benchmarks.harness import Comparison, Machine, replay
+from benchmarks.targets import ratio
 from mima.adaptation import LoRA
 from mima.concepts import embedded_concept
 from mima.embedded import load_embedded
@@ -15,10 +18,15 @@ from mima.evaluation import Sampler
 from mima.evaluation.adapters import Adapter
 from mima.evaluation.sampling import Job
 
-ADAPTERS, PROMPTS, SEEDS, STEPS, GUIDANCE = 3, 4, 2, 12, 3.0
+ADAPTERS, PROMPTS, SEEDS, STEPS, GUIDANCE = 3, 4, 2, 6, 3.0
+BATCHES = (8, 24)
 
 
-def plain_loop(pipeline, folders, jobs):
+def stacked(images) -> Tensor:
+    return torch.tensor(np.stack([np.asarray(image) for image in images]), dtype=torch.float32)
+
+
+def plain_loop(pipeline, folders, jobs) -> Tensor:
     """One call of the pipeline per picture, adapters loaded in turn."""
     images = []
     for number, folder in enumerate(folders):
@@ -36,44 +44,44 @@ def plain_loop(pipeline, folders, jobs):
             if job.adapter == number
         ]
         pipeline.unload_lora_weights()
-    return images
+    return stacked(images)
 
 
-@pytest.mark.parametrize("batch_size", [8, 24])
-def test_images_per_second_against_a_plain_loop(benchmark, batch_size, tmp_path):
-    pipeline = load_embedded()
+@pytest.fixture(scope="module")
+def comparison(machine: Machine, tmp_path_factory) -> Comparison:
+    pipeline = load_embedded(device=machine.device)
     pipeline.set_progress_bar_config(disable=True)
     concept = embedded_concept("hamburger")
     run = LoRA(rank=8, learning_rate=5e-4, batch_size=4).start(pipeline, concept)
     adapters, folders = [], []
     for step in run.until(*range(2, 2 * ADAPTERS + 1, 2)):
         adapters.append(Adapter.of(run.pipeline))
-        folders.append(run.save(tmp_path / str(step)))
+        folders.append(run.save(tmp_path_factory.mktemp("adapters") / str(step)))
     jobs = [
         Job(picture.prompt, seed, adapter)
         for adapter in range(ADAPTERS)
         for picture in concept.images[:PROMPTS]
         for seed in range(SEEDS)
     ]
-    sampler = Sampler(steps=STEPS, guidance=GUIDANCE, batch_size=batch_size)
-    loop_seconds, ours_seconds = [], []
-    for _ in range(3):
-        start = time.perf_counter()
-        expected = plain_loop(pipeline, folders, jobs)
-        middle = time.perf_counter()
-        drawn = list(sampler.draw(pipeline, jobs, adapters))
-        ours_seconds.append(time.perf_counter() - middle)
-        loop_seconds.append(middle - start)
-    for a, b in zip(drawn, expected, strict=True):
-        assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 2
-    loop, ours = (sorted(seconds)[1] for seconds in (loop_seconds, ours_seconds))
-    benchmark.group = "sampling"
-    benchmark.extra_info.update(
-        images=len(jobs),
-        loop_images_per_second=len(jobs) / loop,
-        images_per_second=len(jobs) / ours,
-        speedup=loop / ours,
-        threads=torch.get_num_threads(),
+
+    def sample(batch_size: int) -> Tensor:
+        sampler = Sampler(steps=STEPS, guidance=GUIDANCE, batch_size=batch_size)
+        return stacked(sampler.draw(pipeline, jobs, adapters))
+
+    variants = {"plain loop": lambda: plain_loop(pipeline, folders, jobs)}
+    variants |= {f"batch {size}": functools.partial(sample, size) for size in BATCHES}
+    return Comparison(
+        group=f"sampling {len(jobs)} pictures of {ADAPTERS} adapters, {STEPS} steps",
+        variants=variants,
+        slow=tuple(variants),
+        baseline="plain loop",
+        tolerance=2 / 255,
+        rounds=3,
     )
-    benchmark.pedantic(lambda: list(sampler.draw(pipeline, jobs, adapters)), rounds=1)
-    assert loop >= 2 * ours, f"{loop / ours:.2f} times as fast as a plain loop"
+
+
+@pytest.mark.parametrize("variant", ["plain loop", *(f"batch {size}" for size in BATCHES)])
+def test_sampling(benchmark, comparison, variant, machine: Machine):
+    replay(benchmark, comparison, variant, machine)
+    if variant != "plain loop":
+        assert ratio(comparison.samples, variant, "plain loop") <= 0.5
