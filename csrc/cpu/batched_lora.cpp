@@ -69,8 +69,9 @@ struct Layout {
                          double(num_adapters) * max_rank * (p.d + p.o);
     parallel_for(W_panels + num_adapters, useful_threads(p.threads, moved), [&](int64_t item, int) {
       if (item < W_panels)
-        pack_panel(static_cast<const T*>(p.W.data), forward ? 1 : p.W.ld, forward ? p.W.ld : 1, k,
-                   n, T(1), panel_width<T>(kernels, n), item, W.get());
+        block.pack_panel(static_cast<const T*>(p.W.data), forward ? 1 : p.W.ld,
+                         forward ? p.W.ld : 1, k, n, T(1), panel_width<T>(kernels, n), item,
+                         W.get());
       else if (first[item - W_panels + 1] > first[item - W_panels])
         pack(item - W_panels);
     });
@@ -90,7 +91,7 @@ struct Layout {
       const T* const start = to;
       const int64_t width = panel_width<T>(kernels, cols);
       for (int64_t j = 0; j * width < cols; ++j)
-        pack_panel(b, stride_k, stride_n, k, cols, static_cast<T>(factor), width, j, to);
+        block.pack_panel(b, stride_k, stride_n, k, cols, static_cast<T>(factor), width, j, to);
       to += panels_size<T>(kernels, k, cols);
       return start;
     };

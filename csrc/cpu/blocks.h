@@ -117,30 +117,6 @@ int64_t panels_size(const Kernels& kernels, int64_t k, int64_t n) {
   return n == 0 ? 0 : ceil_div(n, panel_width<T>(kernels, n)) * panel_width<T>(kernels, n) * k;
 }
 
-// panels[j, p, c] = factor * b[p, j * width + c], for one panel j of b[k, n], zeros beyond n; where
-// b[p, c] = b[p * stride_k + c * stride_n], one of the strides being 1.
-template <class T>
-void pack_panel(const T* b, int64_t stride_k, int64_t stride_n, int64_t k, int64_t n, T factor,
-                int64_t width, int64_t j, T* panels) {
-  T* to = panels + j * k * width;
-  const int64_t first = j * width, cols = std::min(width, n - first);
-  if (cols < width) std::fill(to, to + k * width, T(0));
-  if (stride_n == 1) {
-    for (int64_t p = 0; p < k; ++p)
-      for (int64_t c = 0; c < cols; ++c) to[p * width + c] = factor * b[p * stride_k + first + c];
-    return;
-  }
-  // a transposition, in squares that stay in the first-level cache
-  constexpr int64_t kSide = 16;
-  for (int64_t p = 0; p < k; p += kSide)
-    for (int64_t c = 0; c < cols; ++c) {
-      const T* from = b + (first + c) * stride_n + p;
-      T* into = to + p * width + c;
-      const int64_t side = std::min(kSide, k - p);
-      for (int64_t q = 0; q < side; ++q) into[q * width] = factor * from[q];
-    }
-}
-
 // Prefix sums: offsets[i] = sizes[0] + ... + sizes[i - 1].
 inline std::vector<int64_t> offsets_of(const std::vector<int64_t>& sizes) {
   std::vector<int64_t> offsets(sizes.size() + 1, 0);

@@ -8,7 +8,7 @@
 
 namespace mima {
 
-// One summand of gemm_panels: a[m, k] b[k, n], b packed by pack_panels (blocks.h).
+// One summand of gemm_panels: a[m, k] b[k, n], b packed by pack_panel.
 template <class T>
 struct PanelTerm {
   const T* a;
@@ -30,6 +30,10 @@ struct BlockKernels {
   // c[m, n] = (accumulate ? c : 0) + the sum of the terms, m and n arbitrary
   void (*gemm_panels)(const PanelTerm<T>* terms, int num_terms, T* c, int64_t ldc, int64_t m,
                       int64_t n, bool accumulate);
+  // panels[j, p, c] = factor * b[p, j * width + c], for one panel j of b[k, n], zeros beyond n;
+  // where b[p, c] = b[p * stride_k + c * stride_n], one of the strides being 1
+  void (*pack_panel)(const T* b, int64_t stride_k, int64_t stride_n, int64_t k, int64_t n, T factor,
+                     int64_t width, int64_t j, T* panels);
   int64_t widest_panel;  // columns
 };
 

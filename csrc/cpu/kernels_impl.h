@@ -204,6 +204,39 @@ void gemm_panels(const PanelTerm<T>* terms, int num_terms, T* c, int64_t ldc, in
 }
 
 template <class T>
+void pack_panel(const T* b, int64_t stride_k, int64_t stride_n, int64_t k, int64_t n, T factor,
+                int64_t width, int64_t j, T* panels) {
+  T* to = panels + j * k * width;
+  const int64_t first = j * width, cols = n - first < width ? n - first : width;
+  if (cols < width)
+    for (int64_t i = 0; i < k * width; ++i) to[i] = 0;
+  if (stride_n == 1) {
+    for (int64_t p = 0; p < k; ++p)
+      for (int64_t c = 0; c < cols; ++c) to[p * width + c] = factor * b[p * stride_k + first + c];
+    return;
+  }
+  // a transposition, in squares of vectors
+  constexpr int64_t kSide = kLanes<T>;
+  const int64_t whole = k / kSide * kSide;
+  for (int64_t c = 0; c < cols; c += kSide) {
+    const T* from = b + (first + c) * stride_n;
+    T* const into = to + c;
+    const int64_t rows = cols - c < kSide ? cols - c : kSide;
+    for (int64_t p = 0; p < whole; p += kSide) {
+      typename Traits<T>::Vec square[kSide];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kSide; ++i)
+        square[i] = i < rows ? load(from + i * stride_n + p) : typename Traits<T>::Vec{};
+      transpose<T>(square);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kSide; ++i) store(into + (p + i) * width, factor * square[i]);
+    }
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t p = whole; p < k; ++p) into[p * width + i] = factor * from[i * stride_n + p];
+  }
+}
+
+template <class T>
 void load_rows(const void* src, int64_t ld_src, int64_t rows, int64_t cols, void* dst,
                int64_t ld_dst) {
   using Acc = typename Traits<T>::Acc;
@@ -380,7 +413,8 @@ void merge_backward(const void* d_out, const void* base, const void* const* thet
 }
 
 template <class T>
-constexpr BlockKernels<T> kBlock = {gemm_nt<T>, gemm_nn<T>, gemm_panels<T>, kPanelVecs * kLanes<T>};
+constexpr BlockKernels<T> kBlock = {gemm_nt<T>, gemm_nn<T>, gemm_panels<T>, pack_panel<T>,
+                                    kPanelVecs * kLanes<T>};
 
 template <class T>
 constexpr StorageKernels kStorage = {

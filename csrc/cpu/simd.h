@@ -13,6 +13,7 @@ typedef float VecF __attribute__((vector_size(MIMA_VECTOR_BYTES)));
 typedef double VecD __attribute__((vector_size(MIMA_VECTOR_BYTES)));
 typedef uint32_t VecU __attribute__((vector_size(MIMA_VECTOR_BYTES)));
 typedef int32_t VecI __attribute__((vector_size(MIMA_VECTOR_BYTES)));
+typedef int64_t VecL __attribute__((vector_size(MIMA_VECTOR_BYTES)));
 typedef uint16_t VecH __attribute__((vector_size(MIMA_VECTOR_BYTES / 2)));
 
 struct BFloat16 {
@@ -235,6 +236,73 @@ MIMA_INLINE double sum(VecD v) {
   return v[0] + v[1];
 }
 #endif
+
+// The first halves of a and b, or the second ones, element by element in turn.
+#if defined(__clang__)
+#define MIMA_SHUFFLE(MASK, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MIMA_SHUFFLE(MASK, a, b, ...) __builtin_shuffle(a, b, (MASK){__VA_ARGS__})
+#endif
+#if MIMA_VECTOR_BYTES == 64
+MIMA_INLINE VecF interleave_first(VecF a, VecF b) {
+  return MIMA_SHUFFLE(VecI, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+MIMA_INLINE VecF interleave_second(VecF a, VecF b) {
+  return MIMA_SHUFFLE(VecI, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+MIMA_INLINE VecD interleave_first(VecD a, VecD b) {
+  return MIMA_SHUFFLE(VecL, a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+}
+MIMA_INLINE VecD interleave_second(VecD a, VecD b) {
+  return MIMA_SHUFFLE(VecL, a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+#elif MIMA_VECTOR_BYTES == 32
+MIMA_INLINE VecF interleave_first(VecF a, VecF b) {
+  return MIMA_SHUFFLE(VecI, a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+}
+MIMA_INLINE VecF interleave_second(VecF a, VecF b) {
+  return MIMA_SHUFFLE(VecI, a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+MIMA_INLINE VecD interleave_first(VecD a, VecD b) {
+  return MIMA_SHUFFLE(VecL, a, b, 0, 4, 1, 5);
+}
+MIMA_INLINE VecD interleave_second(VecD a, VecD b) {
+  return MIMA_SHUFFLE(VecL, a, b, 2, 6, 3, 7);
+}
+#else
+MIMA_INLINE VecF interleave_first(VecF a, VecF b) {
+  return MIMA_SHUFFLE(VecI, a, b, 0, 4, 1, 5);
+}
+MIMA_INLINE VecF interleave_second(VecF a, VecF b) {
+  return MIMA_SHUFFLE(VecI, a, b, 2, 6, 3, 7);
+}
+MIMA_INLINE VecD interleave_first(VecD a, VecD b) {
+  return MIMA_SHUFFLE(VecL, a, b, 0, 2);
+}
+MIMA_INLINE VecD interleave_second(VecD a, VecD b) {
+  return MIMA_SHUFFLE(VecL, a, b, 1, 3);
+}
+#endif
+#undef MIMA_SHUFFLE
+
+// Transposes kLanes<T> vectors. Interleaving rows i and i + half moves the highest bit of the
+// column number to the lowest of the row number, and the other way round; after as many rounds as
+// there are bits the numbers have changed places.
+template <class T>
+MIMA_INLINE void transpose(typename Traits<T>::Vec* v) {
+  constexpr int kHalf = kLanes<T> / 2;
+  typename Traits<T>::Vec turned[2 * kHalf];
+#pragma GCC unroll 4
+  for (int round = 1; round < 2 * kHalf; round *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kHalf; ++i) {
+      turned[2 * i] = interleave_first(v[i], v[i + kHalf]);
+      turned[2 * i + 1] = interleave_second(v[i], v[i + kHalf]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 2 * kHalf; ++i) v[i] = turned[i];
+  }
+}
 
 }  // namespace
 }  // namespace mima

@@ -13,7 +13,15 @@ from torch.nn import functional as F
 
 from mima import reference
 from mima.ops import _checks, backends, reference_backend
-from mima.ops._autograd import apply, apply_backward, filled, total, vmap_formula
+from mima.ops._autograd import (
+    apply,
+    apply_backward,
+    call,
+    filled,
+    raw_operator,
+    total,
+    vmap_formula,
+)
 
 _OP = "batched_lora"
 
@@ -95,9 +103,8 @@ def _require_agreement(
         )
 
 
-@torch.library.custom_op(
+@raw_operator(
     f"mima::{_OP}",
-    mutates_args=(),
     schema=(
         "(Tensor x, Tensor weight, Tensor[] A, Tensor[] B, Tensor scale, Tensor index, "
         "Tensor? bias, str backend) -> Tensor"
@@ -132,9 +139,8 @@ def _(
     return x.new_empty(*x.shape[:2], weight.shape[0])
 
 
-@torch.library.custom_op(
+@raw_operator(
     f"mima::{_OP}_backward",
-    mutates_args=(),
     schema=(
         "(Tensor d_y, Tensor x, Tensor weight, Tensor[] A, Tensor[] B, Tensor scale, Tensor index, "
         "bool need_x, bool need_weight, bool need_A, bool need_B, bool need_scale, bool need_bias, "
@@ -232,7 +238,7 @@ class BatchedLora(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         N, backend, x, weight, bias, scale, index, *AB = args
-        return (_forward(x, weight, AB[:N], AB[N:], scale, index, bias, backend),)
+        return (call(_forward, x, weight, AB[:N], AB[N:], scale, index, bias, backend),)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -272,7 +278,7 @@ class BatchedLoraBackward(torch.autograd.Function):
     def forward(*args: Any) -> tuple[Tensor, ...]:
         N, backend, *needs = args[:8]
         d_y, x, weight, scale, index, *AB = args[8:]
-        return tuple(_backward(d_y, x, weight, AB[:N], AB[N:], scale, index, *needs, backend))
+        return tuple(call(_backward, d_y, x, weight, AB[:N], AB[N:], scale, index, *needs, backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

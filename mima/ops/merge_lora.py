@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from mima.ops import _checks, backends, reference_backend
-from mima.ops._autograd import apply, apply_backward, filled, total, vmap_formula
+from mima.ops._autograd import (
+    apply,
+    apply_backward,
+    call,
+    filled,
+    raw_operator,
+    total,
+    vmap_formula,
+)
 
 _OP = "merge_lora"
 
@@ -64,9 +72,8 @@ def merge_lora(
     return cast(Tensor, phi)
 
 
-@torch.library.custom_op(
+@raw_operator(
     f"mima::{_OP}",
-    mutates_args=(),
     schema=(
         "(Tensor weight, Tensor[] A, Tensor[] B, Tensor scale, Tensor weights, str backend) "
         "-> Tensor"
@@ -97,9 +104,8 @@ def _(
     return weight.new_empty(weight.shape)
 
 
-@torch.library.custom_op(
+@raw_operator(
     f"mima::{_OP}_backward",
-    mutates_args=(),
     schema=(
         "(Tensor d_out, Tensor weight, Tensor[] A, Tensor[] B, Tensor scale, Tensor weights, "
         "bool need_weight, bool need_A, bool need_B, bool need_scale, bool need_weights, "
@@ -184,7 +190,7 @@ class MergeLora(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         N, backend, weight, scale, weights, *AB = args
-        return (_forward(weight, AB[:N], AB[N:], scale, weights, backend),)
+        return (call(_forward, weight, AB[:N], AB[N:], scale, weights, backend),)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -222,7 +228,9 @@ class MergeLoraBackward(torch.autograd.Function):
     def forward(*args: Any) -> tuple[Tensor, ...]:
         N, backend, *needs = args[:7]
         d_out, weight, scale, weights, *AB = args[7:]
-        return tuple(_backward(d_out, weight, AB[:N], AB[N:], scale, weights, *needs, backend))
+        return tuple(
+            call(_backward, d_out, weight, AB[:N], AB[N:], scale, weights, *needs, backend)
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

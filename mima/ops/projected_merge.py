@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from mima.ops import _checks, backends, reference_backend
-from mima.ops._autograd import apply, apply_backward, filled, total, vmap_formula
+from mima.ops._autograd import (
+    apply,
+    apply_backward,
+    call,
+    filled,
+    raw_operator,
+    total,
+    vmap_formula,
+)
 
 _OP = "projected_merge"
 
@@ -96,9 +104,8 @@ def _require_agreement(
         _checks.require_like(_OP, f"M[{n}]", M_n, C_n, f"C[{n}]", C_n.shape)
 
 
-@torch.library.custom_op(
+@raw_operator(
     f"mima::{_OP}",
-    mutates_args=(),
     schema="(Tensor[] W0, Tensor[] W, Tensor[] C, Tensor[] M, str backend) -> Tensor[]",
 )
 def _forward(
@@ -115,9 +122,8 @@ def _(
     return [x.new_empty(x.shape) for x in W0]
 
 
-@torch.library.custom_op(
+@raw_operator(
     f"mima::{_OP}_backward",
-    mutates_args=(),
     schema=(
         "(Tensor[] d_out, Tensor[] W0, Tensor[] W, Tensor[] C, Tensor[] M, "
         "bool need_W0, bool need_W, bool need_C, bool need_M, str backend) -> Tensor[]"
@@ -182,7 +188,7 @@ class ProjectedMerge(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         L, N, backend, *flat = args
-        return tuple(_forward(*_groups(flat, L, N), backend))
+        return tuple(call(_forward, *_groups(flat, L, N), backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -218,7 +224,7 @@ class ProjectedMergeBackward(torch.autograd.Function):
     def forward(*args: Any) -> tuple[Tensor, ...]:
         L, N, backend, *needs = args[:7]
         d_out, flat = list(args[7 : 7 + L]), args[7 + L :]
-        return tuple(_backward(d_out, *_groups(flat, L, N), *needs, backend))
+        return tuple(call(_backward, d_out, *_groups(flat, L, N), *needs, backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

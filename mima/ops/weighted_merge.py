@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from mima.ops import _checks, backends, reference_backend
-from mima.ops._autograd import apply, apply_backward, filled, total, vmap_formula
+from mima.ops._autograd import (
+    apply,
+    apply_backward,
+    call,
+    filled,
+    raw_operator,
+    total,
+    vmap_formula,
+)
 
 _OP = "weighted_merge"
 
@@ -108,9 +116,8 @@ def _require_agreement(base: Sequence[Tensor], thetas: Sequence[Sequence[Tensor]
                 _checks.require_like(_OP, f"thetas[{n}][{p}]", t, b, f"base[{p}]", shape)
 
 
-@torch.library.custom_op(
+@raw_operator(
     f"mima::{_OP}",
-    mutates_args=(),
     schema="(Tensor[] base, Tensor[] thetas, Tensor weights, str backend) -> Tensor[]",
 )
 def _forward(
@@ -126,9 +133,8 @@ def _(base: list[Tensor], thetas: list[Tensor], weights: Tensor, backend: str) -
     return [b.new_empty(b.shape) for b in base]
 
 
-@torch.library.custom_op(
+@raw_operator(
     f"mima::{_OP}_backward",
-    mutates_args=(),
     schema=(
         "(Tensor[] d_out, Tensor[] base, Tensor[] thetas, Tensor weights, "
         "bool need_base, bool need_thetas, bool need_weights, str backend) -> Tensor[]"
@@ -193,7 +199,7 @@ class WeightedMerge(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         P, backend, weights, *flat = args
-        return tuple(_forward(flat[:P], flat[P:], weights, backend))
+        return tuple(call(_forward, flat[:P], flat[P:], weights, backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -230,7 +236,7 @@ class WeightedMergeBackward(torch.autograd.Function):
         P, backend, *needs = args[:5]
         weights, *flat = args[5:]
         d_out, base, thetas = flat[:P], flat[P : 2 * P], flat[2 * P :]
-        return tuple(_backward(d_out, base, thetas, weights, *needs, backend))
+        return tuple(call(_backward, d_out, base, thetas, weights, *needs, backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from ops._cases import BY_ID, SMALL, Case, values_and_gradients
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TINY = [case for case in SMALL if case.name == "small"]
 r = torch.randn
@@ -111,3 +113,38 @@ def test_a_bad_index_is_found_in_a_compiled_graph_too() -> None:
 
     with pytest.raises(ValueError, match="index must be in"):
         f(torch.tensor([0, 2, 0]))
+
+
+class _Log(TorchDispatchMode):
+    """The operators that pass through the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.id)
+def test_who_watches_sees_the_operator(case: Case) -> None:
+    """Without a watcher it is called past the dispatcher."""
+    tensors = case.tensors(torch.float32)
+    expected = case.call(tensors, None)
+    with _Log() as log:
+        watched = case.call(tensors, None)
+    assert f"mima.{case.op}.default" in log.names
+    for x, y in zip(watched, expected, strict=True):
+        assert torch.equal(x, y)
+    with torch.profiler.profile() as profile:
+        case.call(tensors, None)
+    assert f"mima::{case.op}" in {event.name for event in profile.events()}
+    with FakeTensorMode() as fake:
+        faked = case.call([fake.from_tensor(x) for x in tensors], None)
+    assert all(isinstance(x, FakeTensor) for x in faked)
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(RuntimeError, match=r"jvp|forward"),
+    ):
+        case.call([torch.autograd.forward_ad.make_dual(x, x) for x in tensors], None)
