@@ -10,11 +10,9 @@ Example:
 
 from __future__ import annotations
 
-import sys
-from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
+from mima._lazy import load_on_use
 from mima._version import __version__
 
 if TYPE_CHECKING:
@@ -52,28 +50,4 @@ __all__ = [
     "load_embedded",
 ]
 
-
-class _Package(ModuleType):
-    """Resolves the public names when they are first used.
-
-    A module-level `__getattr__` would do, but for one name: importing the module `mima.immunize`
-    binds it over the function `mima.immunize`, and whoever imports later gets the module.
-    """
-
-    def __getattr__(self, name: str) -> object:
-        if name not in _MODULE_OF:
-            raise AttributeError(f"module 'mima' has no attribute {name!r}")
-        value = getattr(import_module(_MODULE_OF[name]), name)
-        super().__setattr__(name, value)
-        return value
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name in _MODULE_OF and isinstance(value, ModuleType):
-            return
-        super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
-
-
-sys.modules[__name__].__class__ = _Package
+load_on_use(__name__, _MODULE_OF)

@@ -554,7 +554,28 @@ def evaluate(
             f"{label}: worst attack SGR {worst.sgr:+.3f} ({worst.attack}); mean over concepts "
             f"{mean.mean:+.3f} (95% over seeds: {mean.low:+.3f} to {mean.high:+.3f})"
         )
-    stdout().print(f"pictures and all numbers: {output}")
+    stdout().print(f"pictures and all numbers: {output}\nas a page: mima report {output}")
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(help="What mima evaluate wrote; several are compared.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The page; report.html in the folder, or for several, here.",
+        ),
+    ] = None,
+) -> None:
+    """Put evaluations on one self-contained page, with every figure beside it."""
+    from mima.console import stdout
+    from mima.report import write_report
+
+    stdout().print(str(write_report(folders, output)))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Figures that show what immunization did."""
+"""Figures and pages that show what immunization did."""
 
 from mima.report.figures import (
     ATTACK_ROWS,
@@ -8,6 +8,7 @@ from mima.report.figures import (
     image_grid,
     plot_curves,
 )
+from mima.report.page import write_report
 
 __all__ = [
     "ATTACK_ROWS",
@@ -16,4 +17,5 @@ __all__ = [
     "house_style",
     "image_grid",
     "plot_curves",
+    "write_report",
 ]

@@ -7,10 +7,12 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -18,11 +20,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
-from mima.evaluation.attack import AttackCurve, compare
+if TYPE_CHECKING:
+    from mima.evaluation.attack import AttackCurve
 
 # Okabe and Ito's palette: told apart with any kind of colour vision, and in grey
 ORIGINAL = "#D55E00"
 IMMUNIZED = "#0072B2"
+# further immunized models of a comparison, after IMMUNIZED
+RUN_COLOURS = (IMMUNIZED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 CEILING = "#6B6B6B"
 INK = "#1F2328"
 MUTED = "#656D76"
@@ -47,6 +52,8 @@ _STYLE: dict[Any, Any] = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "svg.fonttype": "none",
+    # names and prompts are text, whatever dollar signs they hold
+    "text.parse_math": False,
 }
 
 
@@ -130,6 +137,9 @@ def _panel(
     ceiling_label: str,
     notes: Mapping[str, str],
 ) -> None:
+    # here, since it brings torch, which the pages of a report do without
+    from mima.evaluation.attack import compare
+
     gap = compare(*pair)
     markers = ("o", "s")
     for curve, label, colour, marker in zip(
@@ -176,6 +186,214 @@ def _panel(
     panel.set_xticks(gap.steps)
     panel.yaxis.set_major_locator(MaxNLocator(5))
     panel.margins(x=0.05, y=0.08)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of a panel, with its band.
+
+    Attributes:
+        label: what stands at its end.
+        steps: S adaptation steps, ascending.
+        values: S similarities.
+        low: S lower ends of the band.
+        high: S upper ends of the band.
+        colour: as matplotlib names it.
+        marker: likewise.
+    """
+
+    label: str
+    steps: Sequence[int]
+    values: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+    colour: str
+    marker: str = "o"
+
+
+def line_panel(
+    lines: Sequence[Line], *, title: str, subtitle: str, quantity: str, limits: tuple[float, float]
+) -> Figure:
+    """A small panel of lines against adaptation steps, each named at its end.
+
+    Args:
+        lines: at least one.
+        title: bold, above the panel.
+        subtitle: below the title.
+        quantity: what the y axis shows.
+        limits: of the y axis, so that panels beside each other can be compared.
+
+    Returns:
+        A figure to save.
+
+    Raises:
+        ValueError: no lines.
+    """
+    if not lines:
+        raise ValueError("line_panel: lines is empty")
+    with house_style():
+        figure = Figure(figsize=(4.0, 2.9))
+        FigureCanvasAgg(figure)
+        panel = figure.add_axes((0.125, 0.155, 0.635, 0.61))
+        for line in lines:
+            panel.fill_between(
+                line.steps, line.low, line.high, color=line.colour, alpha=0.18, linewidth=0
+            )
+            panel.plot(
+                line.steps,
+                line.values,
+                color=line.colour,
+                marker=line.marker,
+                markersize=5,
+                markeredgecolor="white",
+                markeredgewidth=0.8,
+                linewidth=2,
+                clip_on=False,
+            )
+        panel.set_ylim(*limits)
+        steps = sorted({step for line in lines for step in line.steps})
+        panel.set_xlim(steps[0], steps[-1] if len(steps) > 1 else steps[0] + 1)
+        panel.set_xticks(
+            steps if len(steps) <= 6 else [steps[0], steps[len(steps) // 2], steps[-1]]
+        )
+        panel.yaxis.set_major_locator(MaxNLocator(4))
+        panel.tick_params(labelsize=9)
+        panel.set_xlabel("adaptation step", fontsize=9, loc="left")
+        spread = limits[1] - limits[0]
+        ends = _apart([line.values[-1] for line in lines], 0.11 * spread)
+        for line, end in zip(lines, ends, strict=True):
+            panel.annotate(
+                _cut(line.label, 13),
+                (line.steps[-1], line.values[-1]),
+                (1.045, (end - limits[0]) / spread),
+                textcoords="axes fraction",
+                va="center",
+                fontsize=9.5,
+                annotation_clip=False,
+            )
+        figure.text(0.02, 0.975, _cut(title, 44), fontsize=11, fontweight="bold", va="top")
+        figure.text(
+            *(0.02, 0.885), _cut(f"{quantity} · {subtitle}", 62), fontsize=9, color=MUTED, va="top"
+        )
+    return figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strip:
+    """One row of a strip chart: every attack a dot, their mean beside the worst.
+
+    Attributes:
+        label: left of the row.
+        values: SGR of each attack, at least one.
+        worst: which of them is ringed.
+        mean: where the mean is marked; None leaves it out.
+        interval: ends of the mean's confidence interval; None leaves it out.
+        colour: as matplotlib names it.
+    """
+
+    label: str
+    values: Sequence[float]
+    worst: int
+    mean: float | None
+    interval: tuple[float, float] | None
+    colour: str
+
+
+def strip_chart(strips: Sequence[Strip], *, quantity: str) -> Figure:
+    """SGR of every attack in rows, the worst of each row ringed, with its mean and interval.
+
+    Args:
+        strips: from top to bottom, at least one.
+        quantity: what the x axis shows.
+
+    Returns:
+        A figure to save.
+
+    Raises:
+        ValueError: no rows, or a row without attacks.
+    """
+    if not strips or not all(len(strip.values) for strip in strips):
+        raise ValueError("strip_chart: needs rows with at least one attack each")
+    with house_style():
+        height = 0.95 + 0.5 * len(strips)
+        figure = Figure(figsize=(7.2, height))
+        FigureCanvasAgg(figure)
+        panel = figure.add_axes((0.16, 0.56 / height, 0.81, 1 - 0.68 / height))
+        panel.grid(visible=False)
+        panel.grid(visible=True, axis="x")
+        panel.axvline(0, color=CEILING, linewidth=1.2)
+        rng = np.random.default_rng(0)
+        for row, strip in enumerate(strips):
+            values = np.asarray(strip.values)
+            heights = row + (rng.uniform(-0.2, 0.2, len(values)) if len(values) > 1 else 0)
+            heights = np.broadcast_to(heights, values.shape)
+            panel.scatter(values, heights, s=22, color=strip.colour, alpha=0.45, linewidths=0)
+            panel.scatter(
+                *(values[strip.worst], heights[strip.worst]),
+                s=75,
+                facecolors="none",
+                edgecolors=INK,
+                linewidths=1.5,
+                clip_on=False,
+            )
+            if strip.interval is not None:
+                panel.plot(strip.interval, (row, row), color=INK, linewidth=2.2)
+            if strip.mean is not None:
+                panel.plot(strip.mean, row, marker="D", markersize=6.5, color=INK)
+        everything = [value for strip in strips for value in strip.values]
+        panel.set_xlim(min(0.0, *everything) - 0.04, max(0.1, *everything) + 0.04)
+        panel.set_ylim(len(strips) - 0.5, -0.5)
+        panel.set_yticks(range(len(strips)), [_cut(strip.label, 16) for strip in strips])
+        panel.tick_params(axis="y", labelsize=10, labelcolor=INK)
+        panel.spines["left"].set_visible(False)
+        panel.set_xlabel(quantity, fontsize=9.5, loc="left")
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> str:
+    """Write a figure as PNG and as SVG, and give back the SVG.
+
+    Args:
+        figure: what to write.
+        path: without an ending; its folder must exist.
+
+    Returns:
+        The SVG's text, the same for the same figure and name.
+    """
+    # a salt of its own keeps ids of two figures on one page apart
+    with house_style(), mpl.rc_context({"svg.hashsalt": path.name}):
+        svg = StringIO()
+        figure.savefig(svg, format="svg", facecolor="white", metadata={"Date": None})
+        figure.savefig(path.with_name(f"{path.name}.png"), dpi=160, facecolor="white")
+    path.with_name(f"{path.name}.svg").write_text(svg.getvalue(), encoding="utf-8")
+    return svg.getvalue()
+
+
+def _apart(values: Sequence[float], gap: float) -> list[float]:
+    """The values, moved so that neighbours are at least a gap apart, and no further than needed."""
+    order = sorted(range(len(values)), key=lambda index: values[index])
+    # blocks of labels that touch, each centred on the mean of what it holds
+    blocks: list[list[int]] = []
+    for index in order:
+        blocks.append([index])
+        while len(blocks) > 1:
+            lower, upper = blocks[-2:]
+            if _start(lower, values, gap) + gap * len(lower) <= _start(upper, values, gap):
+                break
+            blocks[-2:] = [lower + upper]
+    out = list(values)
+    for block in blocks:
+        for place, index in enumerate(block):
+            out[index] = _start(block, values, gap) + gap * place
+    return out
+
+
+def _start(block: Sequence[int], values: Sequence[float], gap: float) -> float:
+    return sum(values[index] for index in block) / len(block) - gap * (len(block) - 1) / 2
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 @dataclass(frozen=True, kw_only=True)

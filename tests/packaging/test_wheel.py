@@ -100,6 +100,8 @@ def test_every_asset_is_in_the_wheel(names):
     assert expected
     assert {name for name in names if name.startswith("mima/assets/")} == expected
     assert "mima/py.typed" in names
+    page = {f"mima/report/page/report.{kind}" for kind in ("html", "css", "js")}
+    assert {name for name in names if name.startswith("mima/report/page/")} == page
 
 
 def test_licence_and_command_are_in_the_wheel(wheel, names):

@@ -1,0 +1,757 @@
+"""`report.html`: what evaluations found, as one page that needs nothing else."""
+
+# S = evaluated steps
+
+from __future__ import annotations
+
+import os
+from base64 import b64encode
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from mima._version import __version__
+from mima.errors import MimaError
+from mima.evaluation.metrics import bootstrap_interval
+from mima.evaluation.records import AttackRow, ConceptRecord, Evaluation, EvaluationFolder, Side
+from mima.pictures import Picture
+from mima.report.figures import (
+    CEILING,
+    INK,
+    MUTED,
+    ORIGINAL,
+    RULE,
+    RUN_COLOURS,
+    Line,
+    Strip,
+    line_panel,
+    save_figure,
+    strip_chart,
+)
+from mima.report.svg import inline
+
+MARK = '<meta name="generator" content="mima '
+
+PICTURE_BUDGET = 3_000_000
+"""Bytes of encoded pictures in a page."""
+PICTURE_SIDE = 192
+"""Longest side of a picture in a page, in pixels."""
+MAX_PICTURES, MAX_FRAMES, MAX_REFERENCES, MAX_ROWS = 4, 12, 4, 600
+"""Pictures per model and step, steps, references, and rows of the table of attacks in a page."""
+
+# the page's colours by name: as figures draw them, and what takes their place in dark mode
+_COLOURS = {
+    "card": ("#ffffff", "#191e25"),
+    "ink": (INK, "#e9ecef"),
+    "muted": (MUTED, "#a5afba"),
+    "rule": (RULE, "#343d48"),
+    "ceiling": (CEILING, "#8d97a3"),
+    "original": (ORIGINAL, "#ff8a3d"),
+    **{
+        f"run-{index}": pair
+        for index, pair in enumerate(
+            zip(RUN_COLOURS, ("#58aef0", "#2fc796", "#e7a3c9", "#f2b632", "#8fd0f7"), strict=True)
+        )
+    },
+}
+_MARKERS = "osD^v"
+_METHODS = {
+    "lora": "LoRA",
+    "dreambooth": "DreamBooth",
+    "dreambooth-lora": "DreamBooth-LoRA",
+    "textual-inversion": "Textual Inversion",
+    "custom-diffusion": "Custom Diffusion",
+}
+_VARIANTS = {
+    "name": "its name",
+    "description": "a description without the name",
+    "token": "a rare token",
+}
+_PREPARATIONS = {
+    "none": "none",
+    "merge": "merged with another model first",
+    "benign": "adapted to ordinary data first",
+}
+
+
+def write_report(
+    folders: Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    picture_budget: int = PICTURE_BUDGET,
+) -> Path:
+    """Write a page about one evaluation, or about several beside each other.
+
+    The page is one file that loads nothing, with every figure beside it as PNG and SVG, in a folder
+    named after it. An earlier page of mima's is replaced.
+
+    Args:
+        folders: what `mima evaluate` left; the same concept and attack settings are compared.
+        output: the page; default `report.html` in the folder, or for several folders in the
+            working directory.
+        picture_budget: bytes of encoded pictures in the page; what does not fit is left out, the
+            best attacks last, and the page says so.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        MimaError: no folders, more than there are colours, one that cannot be read, or a file in
+            the page's place that is not mima's.
+    """
+    if not folders:
+        raise MimaError("report: give at least one folder that mima evaluate wrote")
+    if len(folders) > len(RUN_COLOURS):
+        raise MimaError(
+            f"report: {len(folders)} folders; at most {len(RUN_COLOURS)} can be told apart"
+        )
+    if output is None:
+        output = Path(folders[0]) / "report.html" if len(folders) == 1 else "report.html"
+    path = Path(output)
+    runs = _load(folders)
+    _check_output(path)
+    figures = path.with_name(f"{path.stem}-figures")
+    figures.mkdir(parents=True, exist_ok=True)
+    page = _render(Report(runs, figures, picture_budget))
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(page, encoding="utf-8", newline="\n")
+    os.replace(partial, path)
+    return path
+
+
+def _check_output(path: Path) -> None:
+    if path.is_dir():
+        raise MimaError(f"report: output {path} is a folder, expected a file")
+    if not path.absolute().parent.is_dir():
+        raise MimaError(f"report: there is no folder {path.absolute().parent}")
+    if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:4000]:
+        raise MimaError(f"report: {path} is not a report of mima's; choose another output")
+
+
+class Setting(NamedTuple):
+    """An attack but for its seed."""
+
+    concept: str
+    method: str
+    lr_factor: float
+    steps: int
+    prompt_variant: str
+    images: str
+    preparation: str
+
+    @property
+    def plainness(self) -> tuple[Any, ...]:
+        """Sorts the usual attack before its variations."""
+        return (
+            self.lr_factor != 1,
+            self.prompt_variant != "name",
+            self.images != "same",
+            self.preparation != "none",
+            self.steps,
+            self.lr_factor,
+        )
+
+    @property
+    def words(self) -> str:
+        """What differs from the usual attack."""
+        parts = [f"{self.steps} steps"]
+        if self.lr_factor != 1:
+            parts.append(f"learning rate ×{self.lr_factor:g}")
+        if self.prompt_variant != "name":
+            parts.append(_VARIANTS[self.prompt_variant])
+        if self.images != "same":
+            parts.append("other images")
+        if self.preparation != "none":
+            parts.append(_PREPARATIONS[self.preparation])
+        return ", ".join(parts)
+
+
+def setting(row: AttackRow) -> Setting:
+    """What an attack did, without its seed."""
+    return Setting(*(getattr(row, name) for name in Setting._fields))
+
+
+class Run:
+    """One evaluation, read and indexed.
+
+    Args:
+        folder: where it is.
+        label: its name, unlike any other run's.
+        index: its place among the runs, which gives its colour.
+    """
+
+    def __init__(self, folder: EvaluationFolder, label: str, index: int) -> None:
+        self.folder = folder
+        self.label = label
+        self.index = index
+        self.colour = RUN_COLOURS[index]
+        self.marker = _MARKERS[index]
+        self.evaluation: Evaluation = folder.evaluation()
+        self.attacks = folder.attacks()
+        for row in self.attacks:
+            # a damaged or hostile table must not lead out of the folder
+            if row.attack != Path(row.attack).name or row.attack in ("", ".", ".."):
+                raise MimaError(f"report: {folder.path} names an attack {row.attack!r}")
+        for concept in self.evaluation.concepts:
+            if concept.slug != Path(concept.slug).name or concept.slug in ("", ".", ".."):
+                raise MimaError(f"report: {folder.path} names a concept's folder {concept.slug!r}")
+        self.curves: dict[tuple[str, str], dict[int, tuple[float, float]]] = {}
+        for point in folder.curves():
+            steps = self.curves.setdefault((point.attack, point.similarity), {})
+            steps[point.step] = (point.original, point.immunized)
+        self.by_setting: dict[tuple[Setting, str], list[AttackRow]] = {}
+        for row in self.attacks:
+            self.by_setting.setdefault((setting(row), row.similarity), []).append(row)
+
+    def mean(self, chosen: Setting, similarity: str) -> float | None:
+        """Mean SGR of a setting over its seeds; None where nothing was measured."""
+        rows = self.by_setting.get((chosen, similarity), [])
+        values = [row.sgr_mean for row in rows if row.sgr_mean is not None]
+        return sum(values) / len(values) if values else None
+
+    def learned(self, chosen: Setting, similarity: str) -> bool:
+        """Whether the attack taught the original model anything, with any seed."""
+        return any(row.learned for row in self.by_setting.get((chosen, similarity), []))
+
+    def row(self, attack: str | None, similarity: str) -> AttackRow | None:
+        """The row of one attack."""
+        found = (r for r in self.attacks if r.attack == attack and r.similarity == similarity)
+        return next(found, None)
+
+
+def _load(folders: Sequence[str | Path]) -> list[Run]:
+    sources = [EvaluationFolder(folder) for folder in folders]
+    labels: list[str] = []
+    for source in sources:
+        name = source.evaluation().name or source.path.name
+        same = sum(label == name or label.startswith(f"{name} (") for label in labels)
+        labels.append(f"{name} ({same + 1})" if same else name)
+    return [
+        Run(source, label, index)
+        for index, (source, label) in enumerate(zip(sources, labels, strict=True))
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """A figure in the page."""
+
+    svg: Markup
+    similarity: int
+    caption: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One model's pictures after one step."""
+
+    label: str
+    kind: str
+    score: float | None
+    images: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One attack's pictures: a frame for each step, in each a column for each model."""
+
+    concept: ConceptRecord
+    title: str
+    words: str
+    gaps: Sequence[tuple[str, float | None]]
+    references: Sequence[str]
+    frames: Sequence[tuple[int, Sequence[Column]]]
+
+
+class Report:
+    """Everything that the page shows."""
+
+    def __init__(self, runs: Sequence[Run], figures: Path, picture_budget: int) -> None:
+        self.runs = runs
+        self.figures = figures
+        self.budget = picture_budget
+        first = runs[0].evaluation
+        self.similarities = list(
+            dict.fromkeys(name for run in runs for name in run.evaluation.similarities)
+        )
+        self.primary = first.similarities[0]
+        by_name = {c.name: c for run in reversed(runs) for c in run.evaluation.concepts}
+        order = dict.fromkeys(c.name for run in runs for c in run.evaluation.concepts)
+        self.concepts = sorted((by_name[name] for name in order), key=lambda c: c.role != "target")
+        self.settings = sorted(
+            {chosen for run in runs for chosen, _ in run.by_setting}, key=lambda s: s.plainness
+        )
+        self.left_out: list[str] = []
+
+    # -- figures
+
+    def curves(self) -> list[tuple[ConceptRecord, list[Panel]]]:
+        """Panels by concept: the usual attack of each method, and the worst variation of it."""
+        limits = {name: self._limits(name) for name in self.similarities}
+        found = []
+        for concept in self.concepts:
+            panels = []
+            for number, similarity in enumerate(self.similarities):
+                for kind, chosen in self._shown(concept.name, similarity):
+                    lines = self._lines(chosen, similarity)
+                    if not lines:
+                        continue
+                    method = method_name(chosen.method)
+                    subtitle = chosen.words if kind == "usual" else f"worst: {chosen.words}"
+                    figure = line_panel(
+                        lines,
+                        title=f"{concept.name} · {method}",
+                        subtitle=subtitle,
+                        quantity=f"{similarity} similarity",
+                        limits=limits[similarity],
+                    )
+                    name = _file_name(concept.slug, chosen.method, similarity, kind)
+                    told = "; ".join(
+                        f"{line.label} from {line.values[0]:.2f} at step {line.steps[0]} "
+                        f"to {line.values[-1]:.2f} at step {line.steps[-1]}"
+                        for line in lines
+                    )
+                    label = f"{similarity} similarity, {concept.name}, {method}, {subtitle}: {told}"
+                    svg = inline(save_figure(figure, self.figures / name), label=label)
+                    panels.append(Panel(svg=svg, similarity=number))
+            if panels:
+                found.append((concept, panels))
+        return found
+
+    def strips(self) -> list[Panel]:
+        """For each similarity, every attack on a target as a dot."""
+        found = []
+        for number, similarity in enumerate(self.similarities):
+            strips = []
+            for run in self.runs:
+                rows = [
+                    row
+                    for row in run.attacks
+                    if row.similarity == similarity
+                    and row.role == "target"
+                    and row.sgr_mean is not None
+                ]
+                groups = {run.label if len(self.runs) > 1 else "all attacks": rows}
+                if len(self.runs) == 1:
+                    for row in rows:
+                        groups.setdefault(method_name(row.method), []).append(row)
+                    if len(groups) == 2:
+                        groups.popitem()
+                summary = run.evaluation.summary.get(similarity)
+                for place, (label, group) in enumerate(groups.items()):
+                    values = [row.sgr_mean for row in group if row.sgr_mean is not None]
+                    if not values:
+                        continue
+                    # an attack that teaches the original model nothing is no measure
+                    learned = [index for index, row in enumerate(group) if row.learned]
+                    mean: float | None = sum(values) / len(values)
+                    interval: tuple[float, float] | None = bootstrap_interval(values)
+                    if place == 0 and summary is not None:
+                        mean, interval = summary.msgr.mean, None
+                        if summary.msgr.low is not None and summary.msgr.high is not None:
+                            interval = (summary.msgr.low, summary.msgr.high)
+                    strips.append(
+                        Strip(
+                            label=label,
+                            values=values,
+                            worst=min(learned or range(len(values)), key=values.__getitem__),
+                            mean=mean,
+                            interval=interval,
+                            colour=run.colour,
+                        )
+                    )
+            if strips:
+                figure = strip_chart(
+                    strips, quantity=f"similarity gap ratio of each attack ({similarity})"
+                )
+                told = "; ".join(
+                    f"{s.label}: {len(s.values)} attacks, worst {s.values[s.worst]:.2f}, "
+                    f"highest {max(s.values):.2f}"
+                    for s in strips
+                )
+                name = _file_name("attacks", similarity)
+                svg = inline(
+                    save_figure(figure, self.figures / name), label=f"SGR by {similarity}. {told}"
+                )
+                found.append(Panel(svg=svg, similarity=number))
+        return found
+
+    def _limits(self, similarity: str) -> tuple[float, float]:
+        values = [
+            value
+            for run in self.runs
+            for (_, name), steps in run.curves.items()
+            if name == similarity
+            for pair in steps.values()
+            for value in pair
+        ]
+        if not values:
+            return 0.0, 1.0
+        margin = 0.06 * (max(values) - min(values)) or 0.05
+        return min(values) - margin, max(values) + margin
+
+    def _shown(self, concept: str, similarity: str) -> list[tuple[str, Setting]]:
+        """For each method the usual setting, and the one that got furthest if it is another."""
+        shown = []
+        for method in dict.fromkeys(s.method for s in self.settings):
+            settings = [s for s in self.settings if (s.concept, s.method) == (concept, method)]
+            if not settings:
+                continue
+            shown.append(("usual", settings[0]))
+            worst = self._worst(settings, similarity)
+            if worst is not None and worst != settings[0]:
+                shown.append(("worst", worst))
+        return shown
+
+    def _worst(self, settings: Iterable[Setting], similarity: str) -> Setting | None:
+        """The setting with the lowest mean SGR in any run, of those that learn at all."""
+        gaps = [
+            (not run.learned(chosen, similarity), gap, chosen)
+            for chosen in settings
+            for run in self.runs
+            if (gap := run.mean(chosen, similarity)) is not None
+        ]
+        return min(gaps, key=lambda item: item[:2])[2] if gaps else None
+
+    def _lines(self, chosen: Setting, similarity: str) -> list[Line]:
+        lines = []
+        originals: set[str] = set()
+        for run in self.runs:
+            rows = run.by_setting.get((chosen, similarity), [])
+            curves = [
+                run.curves[key] for row in rows if (key := (row.attack, similarity)) in run.curves
+            ]
+            if not curves:
+                continue
+            model = run.evaluation.models.original
+            if model not in originals:
+                label = "original" if not originals else f"original {len(originals) + 1}"
+                lines.append(_line(curves, 0, label, ORIGINAL, "X"))
+                originals.add(model)
+            label = run.label if len(self.runs) > 1 else "immunized"
+            lines.append(_line(curves, 1, label, run.colour, run.marker))
+        return lines
+
+    # -- pictures
+
+    def cards(self) -> list[Card]:
+        """Pictures of the attack that got furthest on each concept and of the usual ones."""
+        wanted: list[Setting] = []
+        for concept in self.concepts:
+            worst = self._worst(
+                (s for s in self.settings if s.concept == concept.name), self.primary
+            )
+            if worst is not None:
+                wanted.append(worst)
+        for concept in self.concepts:
+            wanted += [s for kind, s in self._shown(concept.name, self.primary) if kind == "usual"]
+        wanted = list(dict.fromkeys(wanted))
+        by_name = {concept.name: concept for concept in self.concepts}
+        cards: list[Card] = []
+        spent = 0
+        for chosen in wanted:
+            card = self._card(by_name[chosen.concept], chosen)
+            if card is None:
+                continue
+            size = sum(map(len, card.references)) + sum(
+                len(image) for _, columns in card.frames for c in columns for image in c.images
+            )
+            if cards and spent + size > self.budget:
+                break
+            cards.append(card)
+            spent += size
+        total = len({(setting(row), row.seed) for run in self.runs for row in run.attacks})
+        self.left_out.append(
+            f"Pictures of {len(cards)} of {total} attacks are in this page, reduced to at most "
+            f"{PICTURE_SIDE} pixels, at most {MAX_PICTURES} for each model and step; all are in "
+            "the evaluation's folder under images."
+        )
+        order = [concept.name for concept in self.concepts]
+        return sorted(cards, key=lambda card: order.index(card.concept.name))
+
+    def _card(self, concept: ConceptRecord, chosen: Setting) -> Card | None:
+        rows = {
+            run.index: found[0]
+            for run in self.runs
+            if (found := run.by_setting.get((chosen, self.primary)))
+        }
+        frames: dict[int, list[Column]] = {}
+        originals: set[str] = set()
+        gaps = []
+        references: list[str] = []
+        for run in self.runs:
+            row = rows.get(run.index)
+            if row is None:
+                continue
+            curve = run.curves.get((row.attack, self.primary), {})
+            gaps.append((run.label, row.sgr_mean))
+            sides: list[tuple[Side, str, str]] = [
+                ("immunized", run.label if len(self.runs) > 1 else "Immunized", f"run-{run.index}")
+            ]
+            if run.evaluation.models.original not in originals:
+                originals.add(run.evaluation.models.original)
+                sides.insert(0, ("original", "Original", "original"))
+            for step in _thinned(sorted(curve), MAX_FRAMES):
+                for side, label, kind in sides:
+                    files = run.folder.images(row.attack, side, step)[:MAX_PICTURES]
+                    if files:
+                        score = curve[step][side == "immunized"]
+                        frames.setdefault(step, []).append(
+                            Column(
+                                label=label,
+                                kind=kind,
+                                score=score,
+                                images=[encode(file) for file in files],
+                            )
+                        )
+            if not references:
+                files = run.folder.references(concept.slug)[:MAX_REFERENCES]
+                references = [encode(file) for file in files]
+        if not frames:
+            return None
+        seed = next(iter(rows.values())).seed
+        return Card(
+            concept=concept,
+            title=method_name(chosen.method),
+            words=f"{chosen.words}, seed {seed}",
+            gaps=gaps,
+            references=references,
+            frames=sorted(frames.items()),
+        )
+
+    # -- tables
+
+    def rows(self) -> list[tuple[Run, int, AttackRow]]:
+        """Rows of the table of attacks, the worst first."""
+        rows = [
+            (run, self.similarities.index(row.similarity), row)
+            for run in self.runs
+            for row in run.attacks
+        ]
+        rows.sort(key=lambda item: (item[2].sgr_mean is None, item[2].sgr_mean or 0.0))
+        if len(rows) > MAX_ROWS:
+            self.left_out.append(
+                f"The table shows the {MAX_ROWS} rows with the lowest SGR of {len(rows)}; "
+                "all are in attacks.csv."
+            )
+        return rows[:MAX_ROWS]
+
+    def settings_table(self) -> list[tuple[str, list[tuple[str, list[str], bool]]]]:
+        """Groups of (name, one value for each run, whether runs differ)."""
+        groups = {
+            "What was compared": [
+                {
+                    "run": run.label,
+                    "immunized by": run.evaluation.method or "unknown",
+                    "original model": run.evaluation.models.original,
+                    "immunized model": run.evaluation.models.immunized,
+                    "preset": run.evaluation.preset,
+                    "protocol": run.evaluation.protocol,
+                    "similarities": ", ".join(run.evaluation.similarities),
+                    "seeds": ", ".join(map(str, run.evaluation.seeds)),
+                    "complete": "yes" if run.evaluation.complete else "no",
+                }
+                for run in self.runs
+            ],
+            "Settings": [dict(flatten(run.evaluation.config)) for run in self.runs],
+            "Versions": [run.evaluation.versions for run in self.runs],
+        }
+        table = []
+        for title, found in groups.items():
+            names = dict.fromkeys(name for values in found for name in values)
+            lines = []
+            for name in names:
+                cells = [values.get(name, "–") for values in found]
+                lines.append((name, cells, len(set(cells)) > 1))
+            table.append((title, lines))
+        return table
+
+    def verdict(self) -> tuple[str, list[str]]:
+        """A headline and its sentences, in plain words."""
+        if len(self.runs) == 1:
+            return self._verdict_of(self.runs[0])
+        worst = [
+            (summary.worst_attack.sgr, run)
+            for run in self.runs
+            if (summary := run.evaluation.summary.get(self.primary)) is not None
+            and summary.worst_attack.sgr is not None
+        ]
+        if not worst:
+            return "No attack has been measured yet", []
+        gap, best = max(worst, key=lambda pair: pair[0])
+        sentences = [
+            f"Against its worst attack, {best.label} holds most: pictures are {_less(gap)} similar "
+            "to the concept than after the same attack on the original model."
+        ]
+        for run in self.runs:
+            summary = run.evaluation.summary.get(self.primary)
+            if summary is not None and summary.msgr.mean is not None:
+                sentences.append(
+                    f"{run.label}: worst attack {number(summary.worst_attack.sgr)}, "
+                    f"mean {number(summary.msgr.mean)}."
+                )
+        return f"{best.label} withstands its worst attack best", sentences
+
+    def _verdict_of(self, run: Run) -> tuple[str, list[str]]:
+        summary = run.evaluation.summary.get(self.primary)
+        worst = summary.worst_attack.sgr if summary else None
+        if summary is None or worst is None:
+            return "No attack has been measured yet", []
+        row = run.row(summary.worst_attack.attack, self.primary)
+        if worst <= 0:
+            title = "At least one attack got through"
+        elif summary.msgr.low is not None and summary.msgr.low <= 0:
+            title = "Attacks were held back, but not reliably"
+        else:
+            title = "Every attack was held back; how far is below"
+        sentences = []
+        if summary.msgr.mean is not None:
+            sentences.append(
+                "After the same attack, pictures from the immunized model are on average "
+                f"{_less(summary.msgr.mean)} similar to what the attacker wanted than those from "
+                "the original model."
+            )
+        if row is not None:
+            sentences.append(
+                f"The attack that got furthest ({method_name(row.method)} on {row.concept}, "
+                f"{setting(row).words}) leaves them {_less(worst)} similar."
+            )
+        return title, sentences
+
+
+def _line(
+    curves: Sequence[Mapping[int, tuple[float, float]]],
+    side: int,
+    label: str,
+    colour: str,
+    marker: str,
+) -> Line:
+    """Mean over seeds and its 95 % bootstrap interval, at every step that a seed reached."""
+    steps = sorted({step for curve in curves for step in curve})
+    values = [[curve[step][side] for curve in curves if step in curve] for step in steps]
+    bands = [bootstrap_interval(v, resamples=2000) if len(v) > 1 else (v[0], v[0]) for v in values]
+    return Line(
+        label=label,
+        steps=steps,
+        values=[sum(v) / len(v) for v in values],
+        low=[low for low, _ in bands],
+        high=[high for _, high in bands],
+        colour=colour,
+        marker=marker,
+    )
+
+
+def encode(path: Path) -> str:
+    """A picture file as a small WebP data URI.
+
+    Raises:
+        PictureError: the file is not a picture.
+    """
+    image = Picture(path, "").load()
+    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
+    buffer = BytesIO()
+    image.save(buffer, "WEBP", quality=82, method=4)
+    return f"data:image/webp;base64,{b64encode(buffer.getvalue()).decode()}"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as dotted names and text."""
+    found: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found += flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, (list, tuple)):
+            found.append((prefix + name, ", ".join(map(_text, value)) or "none"))
+        else:
+            found.append((prefix + name, _text(value)))
+    return found
+
+
+def _text(value: object) -> str:
+    return "none" if value is None else str(value)
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number with a true minus sign, or a dash where nothing was measured."""
+    if value is None:
+        return "–"
+    text = f"{value:.{digits}f}"
+    if float(text) == 0:
+        text = text.removeprefix("-")
+    return text.replace("-", "−")
+
+
+def percent(value: float) -> str:
+    """A change in percent, with its sign."""
+    return f"{100 * value:+.1f} %".replace("-", "−")
+
+
+def method_name(method: str) -> str:
+    """How people write an adaptation method."""
+    return _METHODS.get(method, method)
+
+
+def _less(gap: float) -> str:
+    return f"{100 * gap:.0f} % less" if gap >= 0 else f"{-100 * gap:.0f} % more"
+
+
+def _thinned(items: Sequence[int], limit: int) -> list[int]:
+    """At most `limit` of the items, evenly spread, with the first and the last."""
+    if len(items) <= limit:
+        return list(items)
+    last = len(items) - 1
+    return [items[round(place * last / (limit - 1))] for place in range(limit)]
+
+
+def _file_name(*parts: str) -> str:
+    words = "-".join(parts)
+    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in words)[:120]
+
+
+def _render(report: Report) -> str:
+    environment = Environment(
+        loader=PackageLoader("mima.report", "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"number": number, "percent": percent, "method": method_name}
+    colours = {name: (pair[0].lower(), pair[1]) for name, pair in _COLOURS.items()}
+    style = environment.get_template("report.css").render(
+        colours=colours, similarities=report.similarities
+    )
+    script = environment.get_template("report.js").render()
+    title, sentences = report.verdict()
+    return environment.get_template("report.html").render(
+        report=report,
+        title=title,
+        sentences=sentences,
+        strips=report.strips(),
+        curves=report.curves(),
+        cards=report.cards(),
+        rows=report.rows(),
+        settings=report.settings_table(),
+        left_out=report.left_out,
+        variants=_VARIANTS,
+        preparations=_PREPARATIONS,
+        mark=Markup(MARK),
+        version=__version__,
+        # package files, not anybody's input
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+    )
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{b64encode(sha256(text.encode()).digest()).decode()}"

@@ -1,0 +1,347 @@
+"""The page about evaluations, as text: what it says, what it leaves out, and what it refuses."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from base64 import b64decode, b64encode
+from hashlib import sha256
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from evaluations import write_evaluation
+from PIL import Image
+from typer.testing import CliRunner
+
+from mima.cli import app
+from mima.errors import MimaError
+from mima.evaluation.records import EvaluationFolder
+from mima.evaluation.summary import summarize
+from mima.report import write_report
+from mima.report.page import number
+
+HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">\'"&{{ 7*7 }}'
+
+
+SMALL = {"adaptations": ("lora",), "seeds": (0,), "similarities": ("clip",)}
+
+
+class Page(HTMLParser):
+    """Elements, texts by element, and table rows of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.rows: list[list[str]] = []
+        self._in_cell = False
+        self.feed(self.source)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._in_cell = True
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self._in_cell = False
+
+    def handle_data(self, data):
+        self.texts.append(data)
+        if self._in_cell:
+            self.rows[-1][-1] += data
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def row(self, *cells: str) -> list[str]:
+        """The one row that starts with these cells."""
+        (found,) = (row for row in self.rows if row[: len(cells)] == list(cells))
+        return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_evaluation(
+        tmp_path_factory.mktemp("one") / "run",
+        adaptations=("lora",),
+        lr_factors=(1, 10),
+        seeds=(0, 1),
+    )
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """One attack on each of two concepts: three figures."""
+    return write_evaluation(tmp_path_factory.mktemp("small") / "run", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def page(folder) -> Page:
+    path = write_report([folder])
+    assert path == folder / "report.html"
+    return Page(path)
+
+
+def test_headline_numbers_are_those_of_the_evaluation(folder, page):
+    summary = EvaluationFolder(folder).evaluation().summary
+    big = re.findall(r'<p class="big">(.*?)</p>', page.source)
+    clip = summary["clip"]
+    assert big == [
+        number(clip.worst_attack.sgr),
+        number(clip.msgr.mean),
+        number(clip.worst_concept.sgr),
+        number(clip.mrsgr),
+        "−2.0 %",
+    ]
+    dino = summary["dino"]
+    assert page.row("dino") == [
+        "dino",
+        number(dino.worst_attack.sgr),
+        number(dino.msgr.mean),
+        f"{number(dino.msgr.low)} to {number(dino.msgr.high)}",
+        number(dino.worst_concept.sgr),
+        "tiger",
+        number(dino.mrsgr),
+    ]
+    assert f"{100 * clip.worst_attack.sgr:.0f} % less similar" in page.text
+    assert page.row("Distance of distributions (CMMD)")[1] == "0.042"
+    assert page.row("SGR of learning owl")[1].endswith("0.03")
+
+
+def test_the_table_has_every_attack_the_worst_first(folder, page):
+    attacks = EvaluationFolder(folder).attacks()
+    table = [row for row in page.rows if len(row) == 14][1:]
+    assert len(table) == len(attacks) == 2 * 2 * 2 * 2
+    gaps = [float(row[2].replace("−", "-")) for row in table]
+    assert gaps == sorted(gaps)
+    assert gaps == [round(gap, 2) for gap in sorted(row.sgr_mean for row in attacks)]
+    assert {row[1] for row in table} == {"LoRA"}
+
+
+def test_the_page_needs_nothing_but_itself(page):
+    for name, attributes in page.elements:
+        for key in ("src", "href", "srcset", "data", "action", "poster"):
+            value = attributes.get(key) or ""
+            assert not value or value.startswith(("#", "data:")), (name, key, value)
+        assert "style" not in attributes
+        assert not [key for key in attributes if key.startswith("on")]
+    assert not re.search(r"@import|url\((?!#)", page.source)
+    (policy,) = (m["content"] for m in page.all("meta") if "content" in m and "http-equiv" in m)
+    for tag in ("style", "script"):
+        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", page.source, re.DOTALL)
+        digest = b64encode(sha256(content.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+
+
+def test_figures_are_beside_the_page_as_png_and_svg(folder, page):
+    beside = folder / "report-figures"
+    stems = {path.stem for path in beside.iterdir()}
+    # strips and, for each concept and method, the usual attack and the worst variation of it
+    curves = {f"{c}-lora-{s}-usual" for c in ("tiger", "owl") for s in ("clip", "dino")}
+    assert curves | {"attacks-clip", "attacks-dino"} <= stems
+    assert "tiger-lora-clip-worst" in stems
+    for stem in stems:
+        with Image.open(beside / f"{stem}.png") as image:
+            assert image.width > 500
+        assert ET.parse(beside / f"{stem}.svg").getroot().tag.endswith("svg")
+    figures = [svg for svg in page.all("svg") if svg.get("role") == "img"]
+    assert len(figures) == len(stems)
+    told = [svg["aria-label"] for svg in figures if "tiger, LoRA, 100 steps" in svg["aria-label"]]
+    curve = [p for p in EvaluationFolder(folder).curves() if p.attack.startswith("tiger_lora_x1_")]
+    last = [p for p in curve if p.step == 100 and p.similarity == "clip"]
+    original, immunized = (
+        sum(getattr(p, side) for p in last) / len(last) for side in ("original", "immunized")
+    )
+    assert f"original from 0.30 at step 0 to {original:.2f} at step 100" in told[0]
+    assert f"immunized from 0.30 at step 0 to {immunized:.2f} at step 100" in told[0]
+
+
+def test_pictures_are_those_of_each_step_and_side(page):
+    shown = {
+        image["alt"]: Image.open(BytesIO(b64decode(image["src"].split(",")[1]))).convert("RGB")
+        for image in page.all("img")
+        if "picture 2" in image["alt"]
+    }
+    for side, green in (("Original", 200), ("Immunized", 60)):
+        for step in (0, 25, 50, 100):
+            colour = shown[f"{side}, step {step}, picture 2"].getpixel((16, 16))
+            assert colour == pytest.approx((2 * step, green, 60), abs=4)
+
+
+def test_pictures_beyond_the_budget_are_left_out_and_said(small, tmp_path):
+    path = write_report([small], tmp_path / "small.html", picture_budget=1)
+    page = Page(path)
+    # the worst attack on the first concept always has its pictures
+    assert len({image["alt"] for image in page.all("img")}) == 2 + 2 * 4 * 2
+    assert "Pictures of 1 of 2 attacks are in this page" in page.text
+    assert (tmp_path / "small-figures" / "attacks-clip.png").is_file()
+
+
+def test_whatever_people_wrote_is_text(tmp_path):
+    concepts = [
+        (f"a{HOSTILE}", "target", f"b{HOSTILE}"),
+        ("owl", "other", "$x$ %s {0} \\frac"),
+    ]
+    folder = write_evaluation(
+        tmp_path / "run",
+        name=f"c{HOSTILE}",
+        concepts=concepts,
+        config={f"d{HOSTILE}": [f"e{HOSTILE}"]},
+        versions={f"f{HOSTILE}": f"g{HOSTILE}"},
+        models={"original": f"h{HOSTILE}", "immunized": f"i{HOSTILE}"},
+        preset=f"j{HOSTILE}",
+        similarities=("clip", f"k{HOSTILE}"),
+        adaptations=("lora",),
+        seeds=(0,),
+    )
+    page = Page(write_report([folder]))
+    assert len(page.all("script")) == 1
+    assert {image["src"].split(";")[0] for image in page.all("img")} == {"data:image/webp"}
+    assert not [key for _, attributes in page.elements for key in attributes if key[:2] == "on"]
+    for letter in "abcdefghijk":
+        assert f"{letter}{HOSTILE}" in "".join(page.texts)
+    assert "$x$ %s {0} \\frac" in page.text
+    for path in (folder / "report-figures").glob("*.svg"):
+        tags = {element.tag.rpartition("}")[2] for element in ET.parse(path).iter()}
+        assert not tags & {"script", "img", "image", "foreignObject"}
+
+
+@pytest.mark.parametrize("name", ["../../etc", "/etc", "..", ".", "a/b"])
+def test_a_table_cannot_lead_out_of_the_folder(name, tmp_path):
+    folder = write_evaluation(tmp_path / "run", **SMALL)
+    table = folder / "attacks.csv"
+    table.write_text(table.read_text().replace("tiger_lora_x1_name_seed0", name))
+    with pytest.raises(MimaError, match="names an attack"):
+        write_report([folder])
+
+
+def test_what_was_not_measured_is_a_dash(tmp_path):
+    folder = write_evaluation(
+        tmp_path / "run",
+        concepts=[("tiger", "target", "a tiger")],
+        **SMALL,
+        complete=False,
+        benign={},
+        method=None,
+    )
+    source = EvaluationFolder(folder)
+    (row,) = source.attacks()
+    nothing = {"sgr_mean": None, "sgr_final": None, "sgr_max": None}
+    diverged = row.model_copy(update=nothing | {"attack": "diverged", "learned": False})
+    source.write_rows([row, diverged], source.curves())
+    page = Page(write_report([folder]))
+    (cells,) = (cells for cells in page.rows if cells[0] == "tiger learned nothing")
+    assert cells[2:5] == ["–", "–", "–"]
+    assert "Unfinished." in page.text
+    assert "Prompt alignment was not measured." in page.text
+    assert "No other concept was attacked." in page.text
+    assert not re.search(r"\b(nan|None|inf)\b", page.text)
+
+
+def test_an_evaluation_without_any_attack_yet_has_a_page(tmp_path):
+    folder = write_evaluation(tmp_path / "run", **SMALL)
+    source = EvaluationFolder(folder)
+    source.write_rows([], [])
+    evaluation = source.evaluation()
+    empty = {"clip": summarize([], evaluation.concepts, "clip")}
+    source.write_evaluation(evaluation.model_copy(update={"summary": empty, "complete": False}))
+    page = Page(write_report([folder]))
+    assert "No attack has been measured yet" in page.text
+    assert not re.search(r"\b(nan|None|inf)\b", page.text)
+    source.write_evaluation(evaluation.model_copy(update={"summary": {}, "complete": False}))
+    assert "No attack has been measured yet" in Page(write_report([folder])).text
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> Page:
+    root = tmp_path_factory.mktemp("several")
+    folders = [
+        write_evaluation(
+            root / name, name=name, method=name, strength=strength, **(SMALL | changes)
+        )
+        for name, strength, changes in (
+            ("none", 0.0, {"adaptations": ("lora", "textual-inversion")}),
+            ("joint", 0.3, {"adaptations": ("lora",)}),
+            ("mima", 0.6, {"adaptations": ("lora",)}),
+        )
+    ]
+    return Page(write_report(folders, root / "all.html"))
+
+
+def test_several_runs_are_beside_each_other(compared):
+    assert "mima withstands its worst attack best" in compared.text
+    rows = [row for row in compared.rows if row[1:2] == ["clip"] and len(row) == 8]
+    assert [row[0] for row in rows] == ["none", "joint", "mima"]
+    worst = [float(row[2].replace("−", "-")) for row in rows]
+    assert worst == sorted(worst)
+    assert compared.row("immunized by")[1:] == ["none", "joint", "mima"]
+    # the same original model is drawn once, and its pictures too
+    told = [
+        s["aria-label"] for s in compared.all("svg") if "tiger, LoRA" in s.get("aria-label", "")
+    ]
+    assert all(label.count("original from") == 1 for label in told)
+    assert all(f"{name} from" in told[0] for name in ("none", "joint", "mima"))
+    alts = {image["alt"] for image in compared.all("img")}
+    assert {f"{who}, step 50, picture 1" for who in ("Original", "none", "joint", "mima")} <= alts
+
+
+def test_settings_that_differ_are_marked(compared):
+    marked = re.findall(r'<tr class="differs"><th scope="row">(.*?)</th>', compared.source)
+    assert marked == ["run", "immunized by", "immunized model"]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    folders = [write_evaluation(tmp_path / x, name="mima", **SMALL) for x in "ab"]
+    page = Page(write_report(folders, tmp_path / "page.html"))
+    assert page.row("run")[1:] == ["mima", "mima (2)"]
+
+
+def test_what_cannot_be_written_or_read_is_refused_before_any_work(small, tmp_path):
+    diary = tmp_path / "diary.html"
+    diary.write_text("<p>mine</p>")
+    for folders, output, message in (
+        ([], None, "at least one folder"),
+        ([small] * 6, tmp_path / "x.html", "at most 5"),
+        ([tmp_path], None, "holds no evaluation.json"),
+        ([small], diary, "not a report of mima's"),
+        ([small], tmp_path, "is a folder"),
+        ([small], tmp_path / "no" / "x.html", "there is no folder"),
+    ):
+        with pytest.raises(MimaError, match=message):
+            write_report(folders, output)
+    assert diary.read_text() == "<p>mine</p>"
+    assert [path.name for path in tmp_path.iterdir()] == ["diary.html"]
+
+
+def test_the_command_writes_the_page_and_replaces_it(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        result = CliRunner().invoke(app, ["report", str(small), str(small)])
+        assert result.exit_code == 0, result.output
+        assert result.output.strip() == "report.html"
+    first = (tmp_path / "report.html").read_text()
+    assert "run (2)" in first
+    result = CliRunner().invoke(app, ["report", "nowhere"])
+    assert result.exit_code == 2
+    assert "nowhere holds no evaluation.json" in " ".join(result.output.split())
+
+
+def test_the_same_evaluation_gives_the_same_page(small, tmp_path):
+    pages = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        pages.append(write_report([small], tmp_path / name / "page.html").read_bytes())
+    assert pages[0] == pages[1]
