@@ -2,14 +2,26 @@
 
 MIMA_BENCH_DEVICE: cpu or cuda (default: cuda where there is one). MIMA_BENCH_THREADS: default: the
 cores that this process may use. MIMA_BENCH_COMPILE=0 leaves torch.compile out.
+
+Memory that is freed stays with the process: otherwise glibc, depending on what was freed before,
+gives pages back and takes them anew, zeroed, in every other call, and comparisons are by chance.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 
 # a benchmark of a silent fallback would be worse than none
 os.environ["MIMA_STRICT"] = "1"
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+if sys.platform == "linux":
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
 
 import pytest
 import torch

@@ -65,15 +65,17 @@ struct Layout {
     // y = x W^T, d_x = d_y W
     const int64_t k = forward ? p.d : p.o, n = forward ? p.o : p.d;
     const int64_t W_panels = fused ? ceil_div(n, panel_width<T>(kernels, n)) : 0;
-    const double moved = double(W_panels) * panel_width<T>(kernels, n) * k +
-                         double(num_adapters) * max_rank * (p.d + p.o);
-    parallel_for(W_panels + num_adapters, useful_threads(p.threads, moved), [&](int64_t item, int) {
-      if (item < W_panels)
+    // read and written; the adapters' factors in the order of their samples, so that most threads
+    // will read what they have packed
+    const double moved = 2 * (double(W_panels) * panel_width<T>(kernels, n) * k +
+                              double(num_adapters) * max_rank * (p.d + p.o));
+    const int64_t items = std::max(W_panels, num_adapters);
+    parallel_for(items, useful_threads(p.threads, moved), [&](int64_t item, int) {
+      for (int64_t j = W_panels * item / items; j < W_panels * (item + 1) / items; ++j)
         block.pack_panel(static_cast<const T*>(p.W.data), forward ? 1 : p.W.ld,
-                         forward ? p.W.ld : 1, k, n, T(1), panel_width<T>(kernels, n), item,
-                         W.get());
-      else if (first[item - W_panels + 1] > first[item - W_panels])
-        pack(item - W_panels);
+                         forward ? p.W.ld : 1, k, n, T(1), panel_width<T>(kernels, n), j, W.get());
+      for (int64_t i = num_adapters * item / items; i < num_adapters * (item + 1) / items; ++i)
+        if (first[i + 1] > first[i]) pack(i);
     });
   }
 
