@@ -16,17 +16,19 @@ import sys
 # a benchmark of a silent fallback would be worse than none
 os.environ["MIMA_STRICT"] = "1"
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-if sys.platform == "linux":
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
-
 import pytest
 import torch
 
 from benchmarks.harness import Machine, measure_machine
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
+def pytest_configure() -> None:
+    """Let glibc keep what is freed."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
 @pytest.fixture(scope="session")
