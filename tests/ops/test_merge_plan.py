@@ -175,3 +175,21 @@ def test_mistakes_are_named() -> None:
         merge_plan([C[0], C[0]], C_reg, 0.0)
     with pytest.raises(ValueError, match=r"lam must be positive for 9 tokens of dimension 8"):
         merge_plan([_randn(9, 8)], C_reg, 0.0)
+
+
+def test_the_documented_adjoint_is_the_gradient() -> None:
+    """The closed form in docs/math.md, hard constraint, so that Λ contributes nothing."""
+    draws = torch.Generator().manual_seed(3)
+    C = torch.randn(4, 7, generator=draws, dtype=torch.float64, requires_grad=True)
+    C_reg = torch.randn(20, 7, generator=draws, dtype=torch.float64, requires_grad=True)
+    (M,) = merge_plan([C], C_reg, lam=0.0)
+    upstream = torch.randn(4, 7, generator=draws, dtype=torch.float64)
+    expected = torch.autograd.grad(M, [C, C_reg], upstream)
+    with torch.no_grad():
+        H = torch.linalg.inv(C_reg.T @ C_reg)
+        Y = torch.linalg.solve(C @ H @ C.T, upstream)
+        S = Y @ M.T
+        d_C = (Y - (S + S.T) @ C) @ H
+        d_G = -H @ C.T @ (Y - S @ C) @ H
+        d_C_reg = C_reg @ (d_G + d_G.T)
+    torch.testing.assert_close(expected, (d_C, d_C_reg))
