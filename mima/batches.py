@@ -111,12 +111,14 @@ class Batch:
         conditioning: B rows of each conditioning tensor.
         timesteps: [B].
         noise: [B, C, H, W].
+        prompt: [B] the row of ``Encoded.prompts`` that each picture's prompt has.
     """
 
     latents: torch.Tensor
     conditioning: Conditioning
     timesteps: torch.Tensor
     noise: torch.Tensor
+    prompt: torch.Tensor
 
     @classmethod
     def draw(
@@ -136,6 +138,7 @@ class Batch:
             {name: value.to(device) for name, value in chosen.conditioning.items()},
             timesteps.to(device),
             noise.to(device, chosen.latents.dtype),
+            chosen.prompt,
         )
 
 

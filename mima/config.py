@@ -32,6 +32,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 """What a task sets where nothing else does: the published learning rates of the upper level."""
 
 
+TOKEN = "token"
+"""The part of ``lower.parameters`` that stands for new words."""
+
+
 class Settings(BaseModel):
     """Frozen, and refuses what it does not know."""
 
@@ -54,13 +58,28 @@ class LowerConfig(Settings):
     """Pictures per step."""
     parameters: str = "cross_attention"
     """S_l: ``cross_attention``, ``cross_attention_kv``, ``attention``, ``denoiser``, ``lora``
-    (factors on every attention projection), or a regular expression on parameter names."""
+    (factors on every attention projection), or a regular expression on parameter names. ``token``
+    trains the embedding of the concept's new word, as Textual Inversion does; behind another of
+    these and a plus (``cross_attention_kv+token``, as Custom Diffusion does), it trains both."""
+    token_lr: float | None = Field(None, gt=0)
+    """Step size of the new words' embeddings. Default: ``lr``."""
     rank: int = Field(8, ge=1)
     """Rank of the LoRA factors."""
     alpha: float | None = Field(None, gt=0)
     """LoRA's alpha; the factors' product is scaled by alpha / rank. Default: the rank."""
     prior_weight: float = Field(0.0, ge=0)
     """Weight of the loss on class pictures."""
+
+    @property
+    def trains_words(self) -> bool:
+        """Whether new words are trained."""
+        return self.parameters == TOKEN or self.parameters.endswith(f"+{TOKEN}")
+
+    @property
+    def weights(self) -> str | None:
+        """S_l without new words; None where there is nothing else."""
+        weights = self.parameters.removesuffix(TOKEN).removesuffix("+")
+        return (weights or None) if self.trains_words else self.parameters
 
 
 class UpperConfig(Settings):
@@ -120,7 +139,8 @@ class ImmunizeConfig(Settings):
     new_words: bool = False
     """Add each concept's ``token`` to tokenizer and text encoder, as one word that starts from its
     ``initializer``, while the model is immunized (the personalization task). The result has the
-    vocabulary that the model came with, so that anyone may add the word again."""
+    vocabulary that the model came with, so that anyone may add the word again. To train the words
+    in each lower level, and differentiate through it, add ``token`` to ``lower.parameters``."""
     token_steps: int = Field(0, ge=0)
     """Steps of Textual Inversion that train each new word's embedding, and nothing else, before
     the model is immunized; 0 leaves the initializer's."""
@@ -148,6 +168,20 @@ class ImmunizeConfig(Settings):
     def _cross_checks(self) -> ImmunizeConfig:
         if self.upper.parameters == "lora":
             raise ValueError("upper.parameters: 'lora' is an adapter; the defender changes weights")
+        if self.lower.trains_words and not self.new_words:
+            raise ValueError(
+                f"lower.parameters: {self.lower.parameters!r} trains new words, and there are none "
+                "without new_words"
+            )
+        if self.lower.token_lr is not None and not self.lower.trains_words:
+            raise ValueError(
+                f"lower.token_lr: lower.parameters {self.lower.parameters!r} trains no new word"
+            )
+        if self.lower.trains_words and self.upper.concepts_per_forward > 1:
+            raise ValueError(
+                "upper.concepts_per_forward: where lower.parameters trains new words, each "
+                "concept's text is encoded with its own; it is 1"
+            )
         if self.method == "compose" and self.merge == "none":
             raise ValueError("merge: 'none' leaves method 'compose' without its last step")
         if self.token_steps and not self.new_words:
@@ -179,7 +213,7 @@ class ImmunizeConfig(Settings):
             raise ValueError(f"{what}, not for method {self.method!r}")
         if self.merge != "projected":
             raise ValueError(f"{what}, which merges keys and values; not for merge {self.merge!r}")
-        if self.lower.parameters == "lora" or self.lower.steps != 1:
+        if self.lower.weights in ("lora", None) or self.lower.trains_words or self.lower.steps != 1:
             raise ValueError(
                 f"{what}: one lower step on the weights; got lower.parameters "
                 f"{self.lower.parameters!r}, lower.steps {self.lower.steps}"

@@ -33,6 +33,7 @@ from mima.families import family_of, load_pipeline
 from mima.output import check_folder, fresh_folder
 from mima.problem import Problem, encode_concepts, merge_layer, ordinary_captions
 from mima.progress import Callback, MetricsFile, StepReport
+from mima.words import Word
 
 __all__ = ["Callback", "ImmunizeResult", "StepReport", "ascend", "immunize"]
 
@@ -111,6 +112,12 @@ def immunize(
     """
     config = config or ImmunizeConfig()
     concepts = load_concepts(concepts)
+    wordless = [c.name for c in concepts if c.token is None]
+    if config.lower.trains_words and wordless:
+        raise MimaError(
+            f"lower.parameters: {config.lower.parameters!r} trains each concept's new word; no "
+            f"token: {', '.join(wordless)}"
+        )
     if config.method == "imma" and len(concepts) != 1:
         raise MimaError(
             f"method: imma immunizes against one concept, got {len(concepts)}; "
@@ -139,7 +146,8 @@ def immunize(
         pipeline = erase(pipeline, concepts, preserve=ordinary_captions(config.captions))
         family = family_of(pipeline)
     merge = merge_layer(family, concepts, config)
-    problem = Problem(family, data, config, merge, ranks)
+    words = [Word.of(family, c) for c in concepts] if config.lower.trains_words else []
+    problem = Problem(family, data, config, merge, ranks, words)
     if config.method == "none":
         history = []
     elif config.method == "compose":
@@ -191,7 +199,8 @@ def _compose(
     for n in ranks.share(len(problem.data)):
         data = problem.data[n]
         part = folder / f"concept-{n:03d}" if folder else None
-        alone = Problem(problem.family, [data], problem.config, None, ALONE)
+        words = problem.words[n : n + 1]
+        alone = Problem(problem.family, [data], problem.config, None, ALONE, words)
         history = ascend(alone, callbacks if ranks.main else (), part, stage=data.name)
         mine.append((history, {name: value.cpu().clone() for name, value in theta.items()}))
         for name, value in theta.items():

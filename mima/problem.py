@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from mima.bilevel.outer import (
     outer_gradient,
     unmerged_gradient,
 )
-from mima.bilevel.tasks import FullWeights, LoraFactors
+from mima.bilevel.tasks import FullWeights, LoraFactors, NewWord, StepLoss
 from mima.checkpoint import CheckpointFolder, spill
 from mima.class_images import class_latents
 from mima.concepts import Concept
@@ -36,6 +36,7 @@ from mima.errors import MimaError
 from mima.families import Family, Params
 from mima.merging import MergeLayer, MergePlan
 from mima.progress import PRIOR
+from mima.words import Word
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class Problem:
         config: the settings.
         merge: how the adapted weights are merged; None leaves them apart (one problem each).
         ranks: the processes that share the concepts out.
+        words: each concept's new word, where the lower level trains them.
 
     Attributes:
         upper_names: S_u, the parameters that the defender may change.
@@ -83,17 +85,20 @@ class Problem:
         config: ImmunizeConfig,
         merge: MergeLayer | None,
         ranks: Ranks = ALONE,
+        words: Sequence[Word] = (),
     ) -> None:
         self.family = family
         self.data = list(data)
+        self.words = list(words)
         self.config = config
         self.merge = merge
         self.ranks = ranks
         self.upper_names = tuple(family.parameter_names(config.upper.parameters))
-        if config.lower.parameters == "lora":
+        weights = config.lower.weights
+        if weights == "lora":
             lower_names = family.lora_targets()
         else:
-            lower_names = family.parameter_names(config.lower.parameters)
+            lower_names = [] if weights is None else family.parameter_names(weights)
         self.lower_names = tuple(lower_names)
         self.names = tuple(dict.fromkeys((*self.upper_names, *self.lower_names)))
         if config.gradient_checkpointing:
@@ -124,13 +129,22 @@ class Problem:
                 step_batches.append(draw(data.class_images))
 
         def loss(params: Params, k: int) -> torch.Tensor:
-            value, *prior = self.losses(batches[k], params)
+            value, *prior = self.losses(*self._read(n, batches[k], params))
             return value + config.prior_weight * prior[0] if prior else value
 
-        if config.parameters != "lora":
-            return FullWeights(
-                loss, self.lower_names, steps=config.steps, optimizer=self._optimizer()
-            )
+        weights = self._lower_weights(loss, draws)
+        if not self.words:
+            return weights
+        word = self.words[n]
+        rule = self._optimizer(config.token_lr or config.lr)
+        tokens = partial(word.tokens, self.family)
+        return NewWord(weights, word.name, word.embedding, tokens, rule)
+
+    def _lower_weights(self, loss: StepLoss, draws: torch.Generator) -> LowerLevel:
+        config = self.config.lower
+        rule = self._optimizer(config.lr)
+        if config.weights != "lora":
+            return FullWeights(loss, self.lower_names, steps=config.steps, optimizer=rule)
         theta = self.theta()
         return LoraFactors(
             loss,
@@ -139,9 +153,20 @@ class Problem:
             scale=(config.alpha or config.rank) / config.rank,
             generator=draws,
             steps=config.steps,
-            optimizer=self._optimizer(),
+            optimizer=rule,
             like=theta[self.lower_names[0]],
         )
+
+    def _read(
+        self, n: int, batches: Sequence[Batch], params: Params
+    ) -> tuple[Sequence[Batch], Params]:
+        """Let concept n's own pictures, the first batch, be read with its word among the params."""
+        if not self.words:
+            return batches, params
+        word, (own, *others) = self.words[n], batches
+        conditioning = word.encode(self.family, own.prompt.tolist(), params[word.name])
+        rest = {name: value for name, value in params.items() if name != word.name}
+        return [replace(own, conditioning=conditioning), *others], rest
 
     def upper_level(self, concepts: Sequence[int], step: int) -> UpperLevel:
         """Some concepts' part of the upper level, −L(x_u, c; φ) + w · L(class; φ) for each."""
@@ -158,7 +183,8 @@ class Problem:
                 size = config.prior_batch_size or config.batch_size
                 batches.append(Batch.draw(self.family, data.class_images, size, draws))
                 terms.append(UpperTerm(data.name + PRIOR, config.prior_weight))
-        return UpperLevel(terms, partial(self.losses, batches))
+        # a word is read by its own concept's pictures alone, in a part of their own
+        return UpperLevel(terms, lambda phi: self.losses(*self._read(concepts[0], batches, phi)))
 
     def lower_levels(self, step: int) -> Sequence[LowerLevel]:
         """Every concept's lower level, each drawn when it is asked for and not kept."""
@@ -194,9 +220,9 @@ class Problem:
         half = (len(order) + 1) // 2
         return images.rows(order[:half]), images.rows(order[half:] if len(order) > 1 else order)
 
-    def _optimizer(self) -> Optimizer:
+    def _optimizer(self, lr: float) -> Optimizer:
         kinds: dict[str, Callable[..., Optimizer]] = {"sgd": SGD, "adam": Adam}
-        return kinds[self.config.lower.optimizer](lr=self.config.lower.lr)
+        return kinds[self.config.lower.optimizer](lr=lr)
 
 
 def recompute_blocks(denoiser: torch.nn.Module) -> None:
@@ -357,7 +383,9 @@ def merge_layer(
         plan = make_plan(lam=config.lam)
     else:
         plan = _hard_plan(make_plan)
-    return MergeLayer(weights, plan, family.text_projections())
+    return MergeLayer(
+        weights, plan, family.text_projections(), trained_tokens=config.lower.trains_words
+    )
 
 
 def _hard_plan(make_plan: Callable[..., MergePlan]) -> MergePlan:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import sys
 
 import pytest
@@ -62,24 +63,30 @@ def test_two_passes_equal_holding_every_graph_on_a_unet(model, tmp_path):
 
 
 @pytest.mark.parametrize("per_forward", [1, 2, 3])
-def test_losses_computed_in_one_forward_are_those_of_one_each(model, tmp_path, per_forward):
+def test_losses_computed_in_one_forward_are_those_of_one_each(
+    model, tmp_path, per_forward, monkeypatch
+):
     upper = {"batch_size": 2, "prior_batch_size": 3, "loss_cap": 1.0}
     config = settings(tmp_path, upper=upper | {"concepts_per_forward": per_forward})
     problem = make(model, config, 3)
     theta = problem.theta()
+    losses_of, drawn = problem.losses, []
+    monkeypatch.setattr(
+        problem,
+        "losses",
+        lambda batches, params: drawn.append(batches) or losses_of(batches, params),
+    )
     ours, _, losses = upper_gradient(theta, problem.upper_levels(0))
+    one_each = [[batch] for batches in drawn for batch in batches]
     total = {name: torch.zeros_like(value) for name, value in theta.items()}
-    for n in range(3):
-        part = problem.upper_level([n], 0)
-        for k, term in enumerate(part.terms):
-            # the batches one by one
-            (batches,) = part.losses.args
-            leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
-            (loss,) = problem.losses([batches[k]], leaves)
-            assert losses[term.name] == pytest.approx(loss.item(), rel=1e-5)
-            grads = torch.autograd.grad(term.objective(loss), list(leaves.values()))
-            for name, grad in zip(leaves, grads, strict=True):
-                total[name] += grad
+    terms = [term for part in problem.upper_levels(0) for term in part.terms]
+    for term, batches in zip(terms, one_each, strict=True):
+        leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
+        (loss,) = losses_of(batches, leaves)
+        assert losses[term.name] == pytest.approx(loss.item(), rel=1e-5)
+        grads = torch.autograd.grad(term.objective(loss), list(leaves.values()))
+        for name, grad in zip(leaves, grads, strict=True):
+            total[name] += grad
     capped = [x > 1.0 for name, x in losses.items() if not name.endswith("(prior)")]
     assert any(capped)
     assert not all(capped)
@@ -117,6 +124,16 @@ def test_bfloat16_is_near_float32(model, tmp_path, mode, checkpointing):
         ({"method": "compose", "merge": "none"}, "without its last step"),
         ({"method": "joint", "upper": {"concepts_per_forward": 2}}, "only merged weights"),
         ({"merge": "none", "upper": {"concepts_per_forward": 2}}, "only merged weights"),
+        ({"lower": {"parameters": "lora+token"}}, "there are none without new_words"),
+        ({"lower": {"token_lr": 1e-3}}, "trains no new word"),
+        (
+            {
+                "new_words": True,
+                "lower": {"parameters": "token"},
+                "upper": {"concepts_per_forward": 2},
+            },
+            "encoded with its own",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_reason(settings, reason):
@@ -202,6 +219,87 @@ def test_trackers_get_the_same_numbers(model, tmp_path):
         open_trackers(["nosuch"], tmp_path, {})
 
 
+def with_new_words():
+    return [
+        Concept(
+            word, f"a {token} emoji", [tiny.picture("red", "round", seed=n)], "an emoji",
+            token=token, initializer=word, class_images=[tiny.picture("blue", "round", seed=n)],
+        )
+        for n, (word, token) in enumerate((("cat", "<new1>"), ("castle", "<new2>")))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("parameters", "merge"),
+    [
+        ("token", "projected"),
+        ("cross_attention_kv+token", "projected"),
+        ("lora+token", "projected"),
+        ("lora+token", "none"),
+    ],
+)
+def test_trained_words_agree_with_central_differences(tmp_path, monkeypatch, parameters, merge):
+    """The gradient that a run takes, through text encoder, plan and steps, in float64."""
+    module = sys.modules["mima.immunize"]
+    problems = []
+
+    def keep(problem, *_):
+        problems.append(problem)
+        return []
+
+    monkeypatch.setattr(module, "ascend", keep)
+    config = settings(
+        tmp_path,
+        hypergradient="exact",
+        merge=merge,
+        new_words=True,
+        lower={
+            "lr": 0.05, "token_lr": 0.3, "steps": 2, "optimizer": "sgd", "parameters": parameters,
+        },
+        upper={"parameters": "cross_attention_kv"},
+    )  # fmt: skip
+    monkeypatch.setattr(module, "_own_copy", lambda pipeline, _: pipeline.to(torch.float64))
+    immunize(tiny.tiny_stable_diffusion(tmp_path / "tokenizer"), with_new_words(), config)
+    (problem,) = problems
+    theta = problem.theta()
+    levels = problem.lower_levels(0), problem.upper_levels(0)
+
+    def objective(theta):
+        losses = problem.hypergradient(theta, *levels).losses
+        return sum((1 if name.endswith("(prior)") else -1) * x for name, x in losses.items())
+
+    outer = problem.hypergradient(theta, *levels)
+    draws = torch.Generator().manual_seed(0)
+    along = {n: torch.randn(v.shape, generator=draws).to(v) for n, v in outer.gradient.items()}
+    h = 1e-4
+    monkeypatch.setattr(
+        problem, "config", config.model_copy(update={"hypergradient": "first_order"})
+    )
+    ahead, behind = (
+        objective(theta | {n: theta[n] + sign * h * v for n, v in along.items()})
+        for sign in (1, -1)
+    )
+    slope = sum(float((outer.gradient[n] * v).sum()) for n, v in along.items())
+    first = problem.hypergradient(theta, *levels)
+    without = sum(float((first.gradient[n] * v).sum()) for n, v in along.items())
+    assert abs(slope - (ahead - behind) / (2 * h)) <= 1e-5 * abs(slope)
+    # and the steps matter
+    assert abs(slope - without) > 1e-3 * abs(slope)
+
+
+@pytest.mark.parametrize("mode", ["exact", "finite_difference"])
+def test_a_run_trains_new_words_in_its_lower_level(tmp_path, mode):
+    pipeline = tiny.tiny_stable_diffusion(tmp_path / "tokenizer")
+    lower = {"parameters": "lora+token", "lr": 1e-3, "token_lr": 1e-2, "prior_weight": 0.5}
+    config = settings(tmp_path, hypergradient=mode, new_words=True, lower=lower)
+    result = immunize(pipeline, with_new_words(), config)
+    assert all(math.isfinite(report.gradient_norm) for report in result.history)
+    assert 0 < result.history[-1].residual < 1
+    assert result.pipeline.text_encoder is pipeline.text_encoder
+    with pytest.raises(MimaError, match="no token: cat, dog"):
+        immunize(pipeline, concepts(), config)
+
+
 def test_the_progress_bar_says_what_matters():
     out = io.StringIO()
     report = StepReport(
@@ -220,13 +318,6 @@ def test_the_progress_bar_says_what_matters():
 def test_new_words_are_words_while_the_model_is_immunized(tmp_path, monkeypatch):
     """Each is one token, its row alone was trained, and the result's vocabulary is the old one."""
     pipeline = tiny.tiny_stable_diffusion(tmp_path / "tokenizer")
-    learned = [
-        Concept(
-            word, f"a {token} emoji", [tiny.picture("red", "round", seed=n)], "an emoji",
-            token=token, initializer=word, class_images=[tiny.picture("blue", "round", seed=n)],
-        )
-        for n, (word, token) in enumerate((("cat", "<new1>"), ("castle", "<new2>")))
-    ]  # fmt: skip
     seen = []
     # the package's attribute of that name is the function
     module = sys.modules["mima.immunize"]
@@ -238,7 +329,7 @@ def test_new_words_are_words_while_the_model_is_immunized(tmp_path, monkeypatch)
 
     monkeypatch.setattr(module, "encode_concepts", spy)
     config = settings(tmp_path, steps=1, new_words=True, token_steps=2)
-    result = immunize(pipeline, learned, config)
+    result = immunize(pipeline, with_new_words(), config)
     (inner,) = seen
     old = pipeline.text_encoder.get_input_embeddings().weight
     new = inner.text_encoder.get_input_embeddings().weight

@@ -45,16 +45,7 @@ class NewToken:
             family: a pipeline with this tokenizer and text encoder.
             prompts: B texts.
         """
-
-        def use_row(_: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> Any:
-            here = (inputs[0] == self.index).unsqueeze(-1)
-            return torch.where(here, self.row.to(output.dtype), output)
-
-        hook = self.text_encoder.get_input_embeddings().register_forward_hook(use_row)
-        try:
-            return family.encode_prompts(prompts, differentiable=True)
-        finally:
-            hook.remove()
+        return encode_with(family, self.index, self.row, prompts)
 
     @torch.no_grad()
     def commit(self) -> None:
@@ -64,6 +55,30 @@ class NewToken:
     def save(self, folder: Path) -> None:
         """Write the embedding for diffusers' `load_textual_inversion`."""
         save_file({self.token: self.row.detach().cpu().contiguous()}, folder / EMBEDDING_FILE)
+
+
+def encode_with(
+    family: Family, index: int, row: torch.Tensor, prompts: Sequence[str]
+) -> Conditioning:
+    """Encode prompts with an embedding in place of the text encoder's own, with a graph to it.
+
+    Args:
+        family: a pipeline with one text encoder.
+        index: the token id that the embedding stands for.
+        row: [D].
+        prompts: B texts.
+    """
+
+    def use_row(_: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> Any:
+        here = (inputs[0] == index).unsqueeze(-1)
+        return torch.where(here, row.to(output.dtype), output)
+
+    embeddings = family.pipeline.text_encoder.get_input_embeddings()
+    hook = embeddings.register_forward_hook(use_row)
+    try:
+        return family.encode_prompts(prompts, differentiable=True)
+    finally:
+        hook.remove()
 
 
 def add_token(pipeline: Any, concept: Concept) -> NewToken:

@@ -166,7 +166,7 @@ def _rule_pullback(
         gradient = gradient.detach().requires_grad_()
         memory = tuple(m.detach().requires_grad_() for m in state.memory[name])
         with torch.enable_grad():
-            z_next, memory_next = task.optimizer.step(z, gradient, memory, k)
+            z_next, memory_next = task.rule(name).step(z, gradient, memory, k)
         bars = memory_bar[name] if memory_bar else tuple(torch.zeros_like(m) for m in memory)
         out = torch.autograd.grad(
             [z_next, *memory_next], [z, gradient, *memory], [z_bar[name], *bars]

@@ -29,6 +29,10 @@ class LowerLevel(ABC):
     steps: int
     optimizer: Optimizer
 
+    def rule(self, name: str) -> Optimizer:
+        """The update rule of one of z's tensors: ``optimizer``, or one like it but for its step."""
+        return self.optimizer
+
     @abstractmethod
     def start(self, theta: Params) -> Tensors:
         """z_0(θ), differentiable in θ."""
@@ -81,13 +85,13 @@ class State:
 def start(task: LowerLevel, theta: Params) -> State:
     """State before the first step."""
     z = task.start(theta)
-    return State(z, {name: task.optimizer.init(value) for name, value in z.items()})
+    return State(z, {name: task.rule(name).init(value) for name, value in z.items()})
 
 
 def advance(task: LowerLevel, state: State, gradient: Params, k: int) -> State:
     """State after step k."""
     stepped = {
-        name: task.optimizer.step(value, gradient[name], state.memory[name], k)
+        name: task.rule(name).step(value, gradient[name], state.memory[name], k)
         for name, value in state.z.items()
     }
     return State(

@@ -128,6 +128,7 @@ class NewWord(LowerLevel):
         name: of the embedding, not one of θ's.
         embedding: its start.
         tokens: the embedding ↦ C_n [S_n, D], differentiable.
+        optimizer: the embedding's update rule, one of the weights' kind; by default theirs.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class NewWord(LowerLevel):
         name: str,
         embedding: torch.Tensor,
         tokens: Callable[[torch.Tensor], torch.Tensor],
+        optimizer: Optimizer | None = None,
     ) -> None:
         self._weights = weights
         self._name = name
@@ -143,6 +145,10 @@ class NewWord(LowerLevel):
         self._tokens = tokens
         self.steps = weights.steps
         self.optimizer = weights.optimizer
+        self._own_rule = optimizer or weights.optimizer
+
+    def rule(self, name: str) -> Optimizer:
+        return self._own_rule if name == self._name else self._weights.rule(name)
 
     def start(self, theta: Params) -> Tensors:
         return {**self._weights.start(theta), self._name: self._embedding}

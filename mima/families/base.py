@@ -178,9 +178,21 @@ class Family(ABC):
     @abstractmethod
     def _encode(self, prompts: list[str]) -> Conditioning: ...
 
-    @abstractmethod
+    @torch.no_grad()
     def text_embeddings(self, prompts: Sequence[str]) -> torch.Tensor:
         """Return what the text projections read for ``prompts``: [B, S, D], padding included."""
+        return self.read_text(self.encode_prompts(prompts))
+
+    def read_text(self, conditioning: Conditioning) -> torch.Tensor:
+        """What the text projections read of encoded prompts, where they read nothing else.
+
+        Args:
+            conditioning: what ``encode_prompts`` returned, B rows; with its graph, if it has one.
+
+        Returns:
+            [B, S, D], padding included.
+        """
+        return conditioning["encoder_hidden_states"]
 
     @abstractmethod
     def token_mask(self, prompts: Sequence[str]) -> torch.Tensor:

@@ -18,7 +18,7 @@ class PixArt(DDPM):
     """``PixArtAlphaPipeline`` and ``PixArtSigmaPipeline``.
 
     Keys and values read the transformer's ``caption_projection`` of T5's output, which
-    ``text_embeddings`` therefore returns. It is part of the denoiser: where a run trains it
+    ``read_text`` therefore returns. It is part of the denoiser: where a run trains it
     (``denoiser``), the merge plan holds for the projection as it was at the start. Keys and values
     have biases, which are averaged like any other parameter.
 
@@ -47,9 +47,8 @@ class PixArt(DDPM):
         )
         return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
 
-    @torch.no_grad()
-    def text_embeddings(self, prompts: Sequence[str]) -> torch.Tensor:
-        hidden = self.encode_prompts(prompts)["encoder_hidden_states"]
+    def read_text(self, conditioning: Conditioning) -> torch.Tensor:
+        hidden = conditioning["encoder_hidden_states"]
         projection = self.pipeline.transformer.caption_projection
         return hidden if projection is None else projection(hidden)
 

@@ -42,9 +42,6 @@ class StableDiffusion(DDPM):
         )
         return {"encoder_hidden_states": hidden_BSD}
 
-    def text_embeddings(self, prompts: Sequence[str]) -> torch.Tensor:
-        return self.encode_prompts(prompts)["encoder_hidden_states"]
-
     def token_mask(self, prompts: Sequence[str]) -> torch.Tensor:
         tokenizer = self.pipeline.tokenizer
         return self._mask(tokenizer, prompts, tokenizer.model_max_length)
