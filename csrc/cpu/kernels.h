@@ -42,12 +42,16 @@ struct StorageKernels {
   // dst[rows, padded cols] = src[rows, cols], zeros beyond
   void (*load)(const void* src, int64_t ld_src, int64_t rows, int64_t cols, void* dst,
                int64_t ld_dst);
-  // dst = src - base
+  // dst = src - base; meanwhile the same rows of `ahead` (or null) start on their way from memory
   void (*load_difference)(const void* src, int64_t ld_src, const void* base, int64_t ld_base,
-                          int64_t rows, int64_t cols, void* dst, int64_t ld_dst);
+                          const void* ahead, int64_t ld_ahead, int64_t rows, int64_t cols,
+                          void* dst, int64_t ld_dst);
   // dst[rows, cols] = src, rounded to the stored type
   void (*store)(const void* src, int64_t ld_src, int64_t rows, int64_t cols, void* dst,
                 int64_t ld_dst);
+  // the same past the caches, for results larger than they are
+  void (*stream)(const void* src, int64_t ld_src, int64_t rows, int64_t cols, void* dst,
+                 int64_t ld_dst);
   // dst += src, in the accumulator type, rounded once
   void (*add)(const void* src, int64_t ld_src, int64_t rows, int64_t cols, void* dst,
               int64_t ld_dst);

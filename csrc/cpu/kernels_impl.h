@@ -28,6 +28,15 @@ MIMA_INLINE void nt_tile(const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
       for (int i = 0; i < ROWS; ++i) total[i][j] += a_p[i] * b_p;
     }
   }
+  if constexpr (ROWS * COLS % kLanes<T> == 0) {
+    T sums[ROWS * COLS];
+#pragma GCC unroll 4
+    for (int first = 0; first < ROWS * COLS; first += kLanes<T>)
+      store(sums + first, sum_each<T>(&total[0][0] + first));
+    for (int i = 0; i < ROWS; ++i)
+      for (int j = 0; j < COLS; ++j) c[i * ldc + j] = sums[i * COLS + j];
+    return;
+  }
 #pragma GCC unroll 4
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
@@ -251,28 +260,20 @@ void load_rows(const void* src, int64_t ld_src, int64_t rows, int64_t cols, void
 
 template <class T>
 void load_difference_rows(const void* src, int64_t ld_src, const void* base, int64_t ld_base,
-                          int64_t rows, int64_t cols, void* dst, int64_t ld_dst) {
+                          const void* ahead, int64_t ld_ahead, int64_t rows, int64_t cols,
+                          void* dst, int64_t ld_dst) {
   using Acc = typename Traits<T>::Acc;
   for (int64_t i = 0; i < rows; ++i) {
     const T* from = static_cast<const T*>(src) + i * ld_src;
     const T* less = static_cast<const T*>(base) + i * ld_base;
+    const T* next = ahead == nullptr ? from : static_cast<const T*>(ahead) + i * ld_ahead;
     Acc* to = static_cast<Acc*>(dst) + i * ld_dst;
     int64_t j = 0;
-    for (; j + kLanes<T> <= cols; j += kLanes<T>) store(to + j, load(from + j) - load(less + j));
+    for (; j + kLanes<T> <= cols; j += kLanes<T>) {
+      __builtin_prefetch(next + j, 0, 2);
+      store(to + j, load(from + j) - load(less + j));
+    }
     if (j < cols) store(to + j, load_part(from + j, cols - j) - load_part(less + j, cols - j));
-  }
-}
-
-template <class T>
-void store_rows(const void* src, int64_t ld_src, int64_t rows, int64_t cols, void* dst,
-                int64_t ld_dst) {
-  using Acc = typename Traits<T>::Acc;
-  for (int64_t i = 0; i < rows; ++i) {
-    const Acc* from = static_cast<const Acc*>(src) + i * ld_src;
-    T* to = static_cast<T*>(dst) + i * ld_dst;
-    int64_t j = 0;
-    for (; j + kLanes<T> <= cols; j += kLanes<T>) store(to + j, load(from + j));
-    if (j < cols) store_part(to + j, load(from + j), cols - j);
   }
 }
 
@@ -295,6 +296,28 @@ constexpr int kUnroll = 4;
 template <class T>
 bool may_stream(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % (kLanes<T> * sizeof(T)) == 0;
+}
+
+template <class T, bool STREAM>
+MIMA_INLINE void store_row(const typename Traits<T>::Acc* from, int64_t cols, T* to) {
+  int64_t j = 0;
+  for (; j + kLanes<T> <= cols; j += kLanes<T>) store_or_stream<STREAM>(to + j, load(from + j));
+  if (j < cols) store_part(to + j, load(from + j), cols - j);
+}
+
+template <class T, bool STREAM>
+void store_rows(const void* src, int64_t ld_src, int64_t rows, int64_t cols, void* dst,
+                int64_t ld_dst) {
+  using Acc = typename Traits<T>::Acc;
+  for (int64_t i = 0; i < rows; ++i) {
+    const Acc* from = static_cast<const Acc*>(src) + i * ld_src;
+    T* to = static_cast<T*>(dst) + i * ld_dst;
+    if (STREAM && may_stream<T>(to))
+      store_row<T, true>(from, cols, to);
+    else
+      store_row<T, false>(from, cols, to);
+  }
+  if (STREAM) fence();
 }
 
 template <class T, bool STREAM>
@@ -418,7 +441,8 @@ constexpr BlockKernels<T> kBlock = {gemm_nt<T>, gemm_nn<T>, gemm_panels<T>, pack
 
 template <class T>
 constexpr StorageKernels kStorage = {
-    load_rows<T>, load_difference_rows<T>, store_rows<T>, add_rows<T>, merge<T>, merge_backward<T>};
+    load_rows<T>, load_difference_rows<T>, store_rows<T, false>, store_rows<T, true>, add_rows<T>,
+    merge<T>,     merge_backward<T>};
 
 }  // namespace
 

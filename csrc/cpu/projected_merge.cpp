@@ -16,6 +16,7 @@ struct Layout {
   std::vector<int64_t> first_token;  // [N + 1]
   std::vector<int64_t> first_block;  // [L + 1]
   int64_t S, lds, ld, cols, rows_per_block;
+  bool stream;     // results of the size of the weights go past the caches
   Buffer<T> C, M;  // [S, ld], zero-padded
 
   explicit Layout(const ProjectedMergeParams& p)
@@ -31,6 +32,7 @@ struct Layout {
         ld(leading_dimension<T>(p.d)),
         cols(padded<T>(kernels, p.d)),
         rows_per_block(block_rows<T>(p.d)),
+        stream(double(offsets_of(p.rows).back()) * p.d * item_size(p.dtype) >= kStreamBytes),
         C(S * ld),
         M(S * ld) {
     std::vector<int64_t> blocks(p.rows.size());
@@ -57,18 +59,25 @@ struct Layout {
                                               static_cast<double>(S + num_concepts + 1));
   }
 
-  // dst = rows of W_n - W0
+  // dst = rows of W_n - W0; what is read next, the rows of W_n+1 or after the last the next ones of
+  // W0, is fetched meanwhile: one stream alone does not fill the memory's bandwidth
   void load_difference(const Rows& rows, int64_t n, T* dst) const {
     const Matrix& W0 = params.W0[rows.layer];
     const Matrix& W = params.W[n * num_layers + rows.layer];
+    const bool last = n + 1 == num_concepts;
+    const Matrix& next = last ? W0 : params.W[(n + 1) * num_layers + rows.layer];
+    const int64_t start = last ? rows.start + rows.count : rows.start;
+    const bool inside = start + rows.count <= params.rows[rows.layer];
     storage.load_difference(W.row(rows.start, params.dtype), W.ld, W0.row(rows.start, params.dtype),
-                            W0.ld, rows.count, params.d, dst, ld);
+                            W0.ld, inside ? next.row(start, params.dtype) : nullptr, next.ld,
+                            rows.count, params.d, dst, ld);
   }
   void load(const Matrix& src, const Rows& rows, T* dst) const {
     storage.load(src.row(rows.start, params.dtype), src.ld, rows.count, params.d, dst, ld);
   }
   void store(const T* src, const Rows& rows, const Matrix& dst) const {
-    storage.store(src, ld, rows.count, params.d, dst.row(rows.start, params.dtype), dst.ld);
+    (stream ? storage.stream : storage.store)(src, ld, rows.count, params.d,
+                                              dst.row(rows.start, params.dtype), dst.ld);
   }
 };
 

@@ -304,5 +304,21 @@ MIMA_INLINE void transpose(typename Traits<T>::Vec* v) {
   }
 }
 
+// The sums of kLanes<T> vectors, one in each lane: a transposition that adds what it interleaves.
+template <class T>
+MIMA_INLINE typename Traits<T>::Vec sum_each(const typename Traits<T>::Vec* v) {
+  constexpr int kCount = kLanes<T>;
+  typename Traits<T>::Vec part[kCount];
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount; ++i) part[i] = v[i];
+#pragma GCC unroll 4
+  for (int half = kCount / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i)
+      part[i] =
+          interleave_first(part[i], part[i + half]) + interleave_second(part[i], part[i + half]);
+  return part[0];
+}
+
 }  // namespace
 }  // namespace mima

@@ -8,11 +8,6 @@ namespace {
 
 constexpr int64_t kPieceElements = 64 << 10;
 
-// Results of at least this many bytes are written past the caches. An ordinary store reads the line
-// that it overwrites: for N = 3, a sixth of all traffic. Smaller results are left in the caches for
-// whoever reads them next.
-constexpr double kStreamBytes = 16 << 20;
-
 struct Run {
   int64_t tensor, start, size;
 };
