@@ -16,30 +16,36 @@ from mima._lazy import load_on_use
 from mima._version import __version__
 
 if TYPE_CHECKING:
+    from mima.adapter_merge import MergedAdapters, merge_adapters
     from mima.concepts import Concept, embedded_concept, embedded_concepts, load_concepts
     from mima.config import ImmunizeConfig
     from mima.embedded import load_embedded
     from mima.errors import MimaError
     from mima.immunize import ImmunizeResult, immunize
     from mima.pictures import Picture
+    from mima.saving import load_delta
 
 _MODULE_OF = {
     "Concept": "mima.concepts",
     "ImmunizeConfig": "mima.config",
     "ImmunizeResult": "mima.immunize",
+    "MergedAdapters": "mima.adapter_merge",
     "MimaError": "mima.errors",
     "Picture": "mima.pictures",
     "embedded_concept": "mima.concepts",
     "embedded_concepts": "mima.concepts",
     "immunize": "mima.immunize",
     "load_concepts": "mima.concepts",
+    "load_delta": "mima.saving",
     "load_embedded": "mima.embedded",
+    "merge_adapters": "mima.adapter_merge",
 }
 
 __all__ = [
     "Concept",
     "ImmunizeConfig",
     "ImmunizeResult",
+    "MergedAdapters",
     "MimaError",
     "Picture",
     "__version__",
@@ -47,7 +53,9 @@ __all__ = [
     "embedded_concepts",
     "immunize",
     "load_concepts",
+    "load_delta",
     "load_embedded",
+    "merge_adapters",
 ]
 
 load_on_use(__name__, _MODULE_OF)

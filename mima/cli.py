@@ -91,6 +91,10 @@ Device = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")
 ]
 
+OnlyDelta = Annotated[
+    bool, typer.Option("--delta", help="Write only the changed weights; see mima apply.")
+]
+
 
 def main() -> None:
     """Run the command line."""
@@ -158,6 +162,7 @@ def immunize(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")
     ] = False,
+    delta: OnlyDelta = False,
     device: Device = None,
     settings: Annotated[
         list[str] | None,
@@ -196,6 +201,7 @@ def immunize(
                 output=folder,
                 overwrite=overwrite,
                 resume=resume,
+                delta=delta,
                 device=None if device is None else _device(device),
                 callbacks=[bar],
             )
@@ -375,6 +381,7 @@ def erase(
     from mima.families import load_pipeline
     from mima.output import check_folder, fresh_folder
     from mima.problem import ordinary_captions
+    from mima.saving import save_pipeline
 
     check_folder(output, overwrite=overwrite)
     options = {"steps": steps, "learning_rate": lr}
@@ -407,9 +414,100 @@ def erase(
         result = run_erase(pipeline, erased, preserve=kept, target=target, technique=technique)
         said = {"technique": technique}
     with fresh_folder(output, overwrite=overwrite) as staging:
-        result.save_pretrained(staging)
+        save_pipeline(result, staging)
         _write_down(staging, "erase", model, erased, method=method, target=target, **said)
     stdout().print(f"erased {', '.join(concept.name for concept in erased)}: {output}")
+
+
+@app.command()
+def merge(
+    adapters: Annotated[
+        list[Path], typer.Argument(help="What mima adapt wrote, LoRA files, fine-tuned models.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the merged model.")],
+    model: Model = "embedded",
+    method: Annotated[
+        Literal["projected", "weighted"],
+        typer.Option(help="Keys and values by the text they answer to, or a plain average."),
+    ] = "projected",
+    weights: Annotated[
+        str | None, typer.Option(help="One for each adapter: 0.5,0.25,0.25; default equal.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="What asks for an adapter's concept; once for each adapter, in order."),
+    ] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="A file of ordinary captions that the merge leaves alone.")
+    ] = None,
+    lam: Annotated[
+        float, typer.Option(min=0, help="Softness of the constraint; 0 is hard.")
+    ] = 1e-4,
+    delta: OnlyDelta = False,
+    seed: Seed = 0,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Merge several adapters of one model into it."""
+    from mima.output import check_folder
+
+    check_folder(output, overwrite=overwrite)
+    shares = None if weights is None else _numbers("weights", weights)
+
+    # only now what takes seconds to import
+    from rich.table import Table
+
+    from mima.adapter_merge import merge_adapters
+    from mima.console import stdout
+    from mima.output import fresh_folder
+
+    merged = merge_adapters(
+        model,
+        adapters,
+        weights=shares,
+        method=method,
+        prompts=prompt or None,
+        captions=captions,
+        lam=lam,
+        seed=seed,
+        device=_device(device),
+    )
+    with fresh_folder(output, overwrite=overwrite) as staging:
+        merged.save_pretrained(staging, delta=delta)
+    table = Table("adapter", "weight", "residual", "drift bound")
+    rows = zip(merged.adapters, merged.weights, merged.residual, merged.drift_bound, strict=True)
+    for name, *values in rows:
+        table.add_row(name, *("-" if value is None else f"{value:.3g}" for value in values))
+    stdout().print(table)
+    if merged.condition is not None:
+        stdout().print(f"condition number of the captions: {merged.condition:.3g}")
+    stdout().print(f"merged {', '.join(merged.adapters)}: {output}")
+
+
+@app.command(name="apply")
+def apply_delta(
+    delta: Annotated[Path, typer.Argument(help="A folder or file that --delta wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the whole model.")],
+    model: Model = "embedded",
+    overwrite: Overwrite = False,
+) -> None:
+    """Apply a delta to its base model, and write the whole model."""
+    from mima.output import check_folder
+
+    check_folder(output, overwrite=overwrite)
+
+    # only now what takes seconds to import
+    from mima.console import stdout
+    from mima.families import load_pipeline
+    from mima.output import fresh_folder
+    from mima.saving import load_delta, read_delta, save_pipeline
+
+    origin = read_delta(delta).origin
+    whole = load_delta(load_pipeline(model), delta)
+    with fresh_folder(output, overwrite=overwrite) as staging:
+        save_pipeline(whole, staging)
+        _write_down(staging, "apply", model, [], delta=str(delta), origin=origin)
+    stdout().print(f"applied {delta} to {model}: {output}")
 
 
 @app.command()
@@ -632,6 +730,13 @@ def _setting(text: str) -> tuple[list[str], Any]:
         raise MimaError(f"--set {text}: {value!r} is not a value: {error}") from error
 
 
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise MimaError(f"--{option} {text!r}: expected numbers, as in 0.5,0.25,0.25") from None
+
+
 def _concepts_to_learn(sources: list[str], told: dict[str, Any]) -> list[Concept]:
     """The concepts that sources describe, with what the command line says about a single one."""
     from dataclasses import replace
@@ -663,6 +768,7 @@ def _write_down(
         "version": __version__,
         "model": model,
         "concepts": [concept.name for concept in concepts],
+        "prompts": [concept.prompt for concept in concepts],
         **settings,
     }
     text = json.dumps(origin, indent=2, ensure_ascii=False)

@@ -29,42 +29,77 @@ from mima.config import ImmunizeConfig
 from mima.distributed import ALONE, join, local_device
 from mima.erasure import erase
 from mima.errors import MimaError
-from mima.families import family_of, load_pipeline
+from mima.families import family_of, load_pipeline, origin_of
 from mima.output import check_folder, fresh_folder
 from mima.problem import Problem, encode_concepts, merge_layer, ordinary_captions
 from mima.progress import Callback, MetricsFile, StepReport
+from mima.saving import CardFacts, Delta, Released
 from mima.words import Word
 
 __all__ = ["Callback", "ImmunizeResult", "StepReport", "ascend", "immunize"]
 
 
 @dataclass
-class ImmunizeResult:
+class ImmunizeResult(Released):
     """An immunized model and how it came about.
+
+    Beside the model, ``save_pretrained`` writes ``mima.json`` (settings and concepts) and
+    ``metrics.jsonl``.
 
     Attributes:
         pipeline: an ordinary diffusers pipeline.
         concepts: names of the concepts it was immunized against.
         config: the settings.
         history: one report per outer step.
+        prompts: the concepts' prompts.
+        model: what was immunized, as it was named.
+        changed: names of the parameters that the run may have changed, as ``unet.conv_in.weight``.
     """
 
     pipeline: Any
     concepts: list[str]
     config: ImmunizeConfig
     history: list[StepReport] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    model: str | None = None
+    changed: list[str] = field(default_factory=list)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a diffusers folder, which opens without mima.
-
-        Beside the model it holds ``mima.json`` (settings and concepts) and ``metrics.jsonl``.
-        """
-        folder = Path(folder)
-        self.pipeline.save_pretrained(folder)
+    def _write_records(self, folder: Path) -> None:
         run = {"concepts": self.concepts, "config": self.config.model_dump(mode="json")}
         text = json.dumps(run, indent=2, ensure_ascii=False)
         (folder / "mima.json").write_text(text + "\n", encoding="utf-8")
         MetricsFile(folder / "metrics.jsonl", self.history)
+
+    def _facts(self) -> CardFacts:
+        how = {
+            "none": "The concepts were erased; nothing was immunized.",
+            "imma": "Immunized against one concept by bi-level optimisation (IMMA).",
+            "joint": "Immunized against several concepts at once by their summed objectives.",
+            "compose": "Immunized against each concept alone; the results were merged.",
+            "mima": "Immunized against several concepts at once through differentiable merging "
+            "([MIMA](https://arxiv.org/abs/2412.15320)).",
+        }[self.config.method]
+        metrics = {}
+        if self.history:
+            last = self.history[-1]
+            metrics["outer steps"] = float(last.step)
+            metrics |= {f"loss at the last step: {k}": v for k, v in last.losses.items()}
+        return CardFacts(
+            title="Immunized model",
+            method=f"{how} Fine-tuning these weights on the concepts below is meant to fail for "
+            "longer than it does from the base model. Immunity is a matter of degree: it costs an "
+            "attacker steps, and does not stop one with time, data and another model.",
+            base_model=self.model,
+            concepts=list(zip(self.concepts, self.prompts, strict=True)) if self.prompts else [],
+            settings=self.config.model_dump(mode="json"),
+            seed=self.config.seed,
+            metrics=metrics,
+            tags=["model-immunization"],
+        )
+
+    def _delta(self) -> Delta:
+        run = {"concepts": self.concepts, "config": self.config.model_dump(mode="json")}
+        return Delta.of(self.pipeline, self.changed, origin={"model": self.model, **run})
 
 
 def immunize(
@@ -76,6 +111,7 @@ def immunize(
     checkpoint: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    delta: bool = False,
     device: str | torch.device | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> ImmunizeResult:
@@ -95,6 +131,7 @@ def immunize(
         resume: go on from the last checkpoint, if there is one. On a CPU the result is
             bit-identical to that of a run that was never interrupted.
         overwrite: replace an earlier model in ``output``, and an earlier run's checkpoint.
+        delta: write only the changed weights to ``output`` (see ``load_delta``).
         device: where to compute. By default where a pipeline in memory is; otherwise a GPU where
             there is one, and this process's own among several.
         callbacks: called with a ``StepReport`` after each outer step.
@@ -159,9 +196,26 @@ def immunize(
 
     if config.new_words:
         pipeline = with_modules(pipeline, **vocabulary)
-    result = ImmunizeResult(pipeline, [c.name for c in concepts], config, history)
+    names: tuple[str, ...] = ()
+    if config.method != "none":
+        # the published update trains the lower level's parameters, too
+        published = config.hypergradient == "alternating"
+        names = problem.names if published else problem.upper_names
+    if config.erase_first:
+        names = tuple(dict.fromkeys((*names, *family.text_projections())))
+    result = ImmunizeResult(
+        pipeline,
+        [concept.name for concept in concepts],
+        config,
+        history,
+        prompts=[concept.prompt for concept in concepts],
+        model=origin_of(model),
+        changed=[f"{component_name(pipeline, family.denoiser)}.{name}" for name in names],
+    )
     if output is not None:
-        ranks.together(lambda: _write(result, Path(output), folder, overwrite=overwrite))
+        ranks.together(
+            lambda: _write(result, Path(output), folder, overwrite=overwrite, delta=delta)
+        )
     return result
 
 
@@ -238,9 +292,14 @@ def _own_copy(model: Any, device: str | torch.device | None) -> Any:
 
 
 def _write(
-    result: ImmunizeResult, output: Path, folder: CheckpointFolder | None, *, overwrite: bool
+    result: ImmunizeResult,
+    output: Path,
+    folder: CheckpointFolder | None,
+    *,
+    overwrite: bool,
+    delta: bool,
 ) -> None:
     with fresh_folder(output, overwrite=overwrite) as staging:
-        result.save_pretrained(staging)
+        result.save_pretrained(staging, delta=delta)
     if folder:
         folder.remove()

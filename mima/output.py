@@ -17,6 +17,7 @@ OUR_FILES = (
     "evaluation.json",
     "pytorch_lora_weights.safetensors",
     "learned_embeds.safetensors",
+    "model_delta.safetensors",
     "mima.json",
 )
 

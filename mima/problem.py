@@ -370,13 +370,10 @@ def merge_layer(
     weights = torch.full((len(concepts),), 1 / len(concepts), device=family.device)
     if config.merge == "average":
         return MergeLayer(weights)
-    captions = ordinary_captions(config.captions)
-    order = torch.randperm(len(captions), generator=seeded(config.seed, "captions"))
-    regular = [captions[i] for i in order[: config.num_captions].tolist()]
     make_plan = partial(
         MergePlan.from_embeddings,
         [concept_tokens(family, concept) for concept in concepts],
-        torch.cat([family.token_embeddings(caption) for caption in regular]),
+        regular_tokens(family, config.captions, config.num_captions, config.seed),
         weights=weights,
     )
     if config.hypergradient != "alternating":
@@ -386,6 +383,14 @@ def merge_layer(
     return MergeLayer(
         weights, plan, family.text_projections(), trained_tokens=config.lower.trains_words
     )
+
+
+def regular_tokens(family: Family, path: Path | None, count: int, seed: int) -> torch.Tensor:
+    """C_reg [R, D]: embeddings of ``count`` ordinary captions' tokens, drawn by the seed."""
+    captions = ordinary_captions(path)
+    order = torch.randperm(len(captions), generator=seeded(seed, "captions"))
+    chosen = [captions[i] for i in order[:count].tolist()]
+    return torch.cat([family.token_embeddings(caption) for caption in chosen])
 
 
 def _hard_plan(make_plan: Callable[..., MergePlan]) -> MergePlan:

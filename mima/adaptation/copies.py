@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -46,3 +47,25 @@ def component_name(pipeline: Any, module: torch.nn.Module) -> str:
         if component is module:
             return str(name)
     raise ValueError(f"{type(pipeline).__name__} does not hold this {type(module).__name__}")
+
+
+def with_values(pipeline: Any, values: Mapping[str, torch.Tensor]) -> Any:
+    """The pipeline with new values of some parameters; everything else is shared.
+
+    Args:
+        pipeline: a diffusers pipeline, left as it was.
+        values: by component and name, as in `unet.conv_in.weight`; cast to the old ones' dtype.
+
+    Returns:
+        A pipeline of the same class.
+    """
+    modules: dict[str, torch.nn.Module] = {}
+    for name, value in values.items():
+        component, _, parameter = name.partition(".")
+        if component not in modules:
+            modules[component] = shared_copy(getattr(pipeline, component))
+        owner_name, _, leaf = parameter.rpartition(".")
+        owner = modules[component].get_submodule(owner_name)
+        new = value.detach().to(getattr(owner, leaf))
+        setattr(owner, leaf, torch.nn.Parameter(new, requires_grad=False))
+    return with_modules(pipeline, **modules)

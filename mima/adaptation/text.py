@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from mima.adaptation.copies import with_modules
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import Conditioning, Family
@@ -79,6 +80,32 @@ def encode_with(
         return family.encode_prompts(prompts, differentiable=True)
     finally:
         hook.remove()
+
+
+def with_words(pipeline: Any, words: Mapping[str, torch.Tensor]) -> Any:
+    """The pipeline with new words in copies of its tokenizer and its text encoder.
+
+    Args:
+        pipeline: a diffusers pipeline with one text encoder, left as it was.
+        words: embeddings [K, D]; with K > 1 a word counts as K tokens, as diffusers has it.
+
+    Raises:
+        MimaError: the vocabulary holds a word already.
+    """
+    if not words:
+        return pipeline
+    for word in words:
+        if word in pipeline.tokenizer.get_vocab():
+            raise MimaError(f"the word {word!r} is in the model's vocabulary already")
+    adapted = with_modules(
+        pipeline,
+        tokenizer=copy.deepcopy(pipeline.tokenizer),
+        text_encoder=copy.deepcopy(pipeline.text_encoder),
+    )
+    # the new rows are drawn before they are set
+    with torch.random.fork_rng(devices=[]):
+        adapted.load_textual_inversion([{word: rows} for word, rows in words.items()])
+    return adapted
 
 
 def add_token(pipeline: Any, concept: Concept) -> NewToken:

@@ -1,6 +1,14 @@
 """Model families: how to open a model, and what differs between kinds of model."""
 
 from mima.families.base import Conditioning, Family, Params
-from mima.families.loading import FAMILIES, family_of, load_pipeline
+from mima.families.loading import FAMILIES, family_of, load_pipeline, origin_of
 
-__all__ = ["FAMILIES", "Conditioning", "Family", "Params", "family_of", "load_pipeline"]
+__all__ = [
+    "FAMILIES",
+    "Conditioning",
+    "Family",
+    "Params",
+    "family_of",
+    "load_pipeline",
+    "origin_of",
+]

@@ -72,6 +72,14 @@ def family_of(pipeline: Any) -> Family:
     return _family_class(type(pipeline).__name__)(pipeline)
 
 
+def origin_of(model: Any) -> str | None:
+    """How a model is called: its hub id, folder or file; None for one that was built in memory."""
+    if isinstance(model, (str, Path)):
+        return str(model)
+    name = model.config.get("_name_or_path")
+    return str(name) if name else None
+
+
 def _family_class(name: str, where: str = "this") -> type[Family]:
     for family in FAMILIES:
         if name in family.pipeline_names:
