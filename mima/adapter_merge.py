@@ -26,7 +26,7 @@ from mima.adaptation.text import with_words
 from mima.adapters import Adapter, AdapterReader
 from mima.errors import MimaError, nearest
 from mima.families import Family, family_of, load_pipeline, origin_of
-from mima.merging import MergeLayer, MergePlan
+from mima.merging import MergePlan
 from mima.problem import regular_tokens
 from mima.saving import CardFacts, Delta, Released
 
@@ -295,11 +295,11 @@ class _Merge:
         merged = ops.projected_merge([self.base[name] for name in full], thetas, plan.C, plan.M)
         values |= dict(zip(full, merged, strict=True))
 
-        layer = MergeLayer(plan.weights, plan, here)
-        moved = {name: values[name] - self.base[name] for name in here}
         residual = []
-        for n, wanted in enumerate(asked):
-            missed, whole = layer.missed(n, wanted, moved)
+        for wanted, C_SD in zip(asked, plan.C, strict=True):
+            gaps = [(values[m] - self.base[m]) @ C_SD.mT - A_oS for m, A_oS in wanted.items()]
+            missed = sum(float(gap.square().sum()) for gap in gaps)
+            whole = sum(float(A_oS.square().sum()) for A_oS in wanted.values())
             residual.append(math.sqrt(missed / whole) if whole else None)
         return values, {
             "residual": residual,
