@@ -27,7 +27,7 @@ from mima.adapters import Adapter, AdapterReader
 from mima.errors import MimaError, nearest
 from mima.families import Family, family_of, load_pipeline, origin_of
 from mima.merging import MergePlan
-from mima.problem import regular_tokens
+from mima.problem import ordinary_captions, regular_tokens
 from mima.saving import CardFacts, Delta, Released
 
 MergeMethod = Literal["projected", "weighted"]
@@ -167,6 +167,12 @@ def merge_adapters(
         raise MimaError("merge: all weights are 0")
     if prompts is not None and len(prompts) != len(adapters):
         raise MimaError(f"merge: {len(adapters)} adapters need as many prompts, got {len(prompts)}")
+    absent = [str(adapter) for adapter in adapters if not Path(adapter).expanduser().exists()]
+    if absent:
+        raise MimaError(f"merge: no such adapter: {', '.join(absent)}")
+    source = None if captions is None else Path(captions)
+    if method == "projected":
+        ordinary_captions(source)
 
     pipeline = load_pipeline(str(model)) if isinstance(model, (str, Path)) else model
     if device is not None:
@@ -186,9 +192,7 @@ def merge_adapters(
     elif method == "weighted":
         values, report = merge.weighted(merge.names), {}
     else:
-        values, report = merge.projected(
-            texts, None if captions is None else Path(captions), num_captions, lam, seed
-        )
+        values, report = merge.projected(texts, source, num_captions, lam, seed)
     blank: list[float | None] = [None] * len(kept)
     return MergedAdapters(
         pipeline=with_words(with_values(pipeline, values), words),

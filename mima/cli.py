@@ -484,8 +484,8 @@ def merge(
     stdout().print(f"merged {', '.join(merged.adapters)}: {output}")
 
 
-@app.command(name="apply")
-def apply_delta(
+@app.command()
+def apply(
     delta: Annotated[Path, typer.Argument(help="A folder or file that --delta wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the whole model.")],
     model: Model = "embedded",

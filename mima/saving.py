@@ -296,7 +296,8 @@ def _card(
     facts: CardFacts, metrics: Mapping[str, float], license: str | None, delta: bool
 ) -> ModelCard:
     base = facts.base_model or "a model in memory"
-    hub = facts.base_model is not None and HUB_ID.match(base) is not None
+    # a folder may be called owner/name, too
+    hub = facts.base_model is not None and bool(HUB_ID.match(base)) and not Path(base).exists()
     data = ModelCardData(
         base_model=base if hub else None,
         library_name="diffusers",

@@ -72,7 +72,10 @@ def test_version():
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["demo"], ["immunize"], ["adapt"], ["erase"], ["evaluate"], ["sample"], ["doctor"]],
+    [
+        *([], ["demo"], ["immunize"], ["adapt"], ["erase"], ["merge"], ["apply"], ["evaluate"]),
+        *(["sample"], ["doctor"]),
+    ],
 )
 def test_help_for_everything(command):
     assert "Usage" in run(*command, "--help")
@@ -313,6 +316,77 @@ def test_bad_erasures(workdir, model):
     assert not Path("x").exists()
 
 
+# merge and apply
+
+
+@pytest.fixture(scope="module")
+def adapters(model, tmp_path_factory) -> Path:
+    """A folder with LoRA of two concepts, as `mima adapt` writes them."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for index, name in enumerate(("cat", "dog")):
+        (folder / name).mkdir()
+        Image.new("RGB", (32, 32), (200 * index, 40, 90)).save(folder / name / "0.png")
+    options = ["--model", model, "--steps", 1, "--lr", 0.01, "--rank", 2, "--prompt"]
+    for name in ("cat", "dog"):
+        run("adapt", folder / name, *options, f"a {name}", "-o", folder / f"{name}-lora")
+    return folder
+
+
+def test_merge_and_apply(workdir, model, adapters):
+    loras = [adapters / "cat-lora", adapters / "dog-lora"]
+    # the prompts are those that adapt wrote down
+    output = run("merge", *loras, "--model", model, "-o", "both", "--weights", "0.75,0.25")
+    assert "merged cat-lora, dog-lora: both" in output
+    assert "residual" in output
+    merged = mima.merge_adapters(model, loras, weights=[0.75, 0.25], prompts=["a cat", "a dog"])
+    after = load_file("both/unet/diffusion_pytorch_model.safetensors")
+    assert after.keys() == merged.pipeline.unet.state_dict().keys()
+    assert all(after[k].equal(v) for k, v in merged.pipeline.unet.state_dict().items())
+    run("sample", "a cat", "--model", "both", "--steps", 2)
+
+    options = ["--delta", "--weights", "0.75 0.25"]
+    run("merge", *loras, "--model", model, "-o", "delta", *options)
+    assert set(load_file("delta/model_delta.safetensors")) == set(merged.changed)
+    assert not Path("delta/unet").exists()
+    assert "applied delta" in run("apply", "delta", "--model", model, "-o", "whole")
+    again = load_file("whole/unet/diffusion_pytorch_model.safetensors")
+    assert all(again[name].equal(after[name]) for name in after)
+    # mima's own, so that they may be replaced
+    run("merge", loras[0], "--model", model, "-o", "both", "--method", "weighted", "--overwrite")
+    run("apply", "delta", "--model", model, "-o", "whole", "--overwrite")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ADAPTER", "absent", "gone"], "no such adapter: absent, gone"),
+        (["ADAPTER", "--weights", "a,b"], "expected numbers, as in 0.5,0.25,0.25"),
+        (["ADAPTER", "--weights", "1,2"], "one finite number per adapter (1)"),
+        (["ADAPTER", "--prompt", "a", "--prompt", "b"], "1 adapters need as many prompts, got 2"),
+        (["cat"], "cat holds no adapter"),
+        (["ADAPTER", "--captions", "absent.txt"], "cannot read absent.txt"),
+        (["ADAPTER", "--lam", "-1"], "'--lam'"),
+        (["ADAPTER", "--method", "sum"], "'sum'"),
+        (["ADAPTER", "--model", "absent"], "absent"),
+        (["ADAPTER", "--output", "dog"], "not empty"),
+    ],
+)
+def test_bad_merges(workdir, model, adapters, arguments, message):
+    before = sorted(workdir.rglob("*"))
+    options = [] if "--model" in arguments else ["--model", model]
+    options += [] if "--output" in arguments else ["--output", "out"]
+    arguments = [adapters / "cat-lora" if item == "ADAPTER" else item for item in arguments]
+    assert message in run("merge", *arguments, *options, code=2)
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_bad_deltas(workdir, model):
+    assert "delta absent does not exist" in run("apply", "absent", "-o", "out", code=2)
+    assert "delta cat/" in run("apply", "cat", "-o", "out", code=2)
+    assert "not empty" in run("apply", "cat", "-o", "dog", code=2)
+    assert not Path("out").exists()
+
+
 # immunize
 
 
@@ -331,6 +405,19 @@ def test_immunize(config, model):
     run("sample", "a cat", "--model", "out", "--steps", 2)
     assert "not empty" in run("immunize", config, "--output", "out", code=2)
     run("immunize", config, "--output", "out", "--overwrite", "--set", "lower.lr=1e-4")
+
+
+def test_immunize_writes_a_delta(config, model):
+    run("immunize", config, "-o", "whole", "--set", "steps=1", "--set", "erase_first=true")
+    options = ["--set", "steps=1", "--set", "erase_first=true", "--delta"]
+    run("immunize", config, "-o", "delta", *options)
+    assert {path.name for path in Path("delta").iterdir()} == {
+        *("README.md", "metrics.jsonl", "mima.json", "model_delta.safetensors")
+    }
+    run("apply", "delta", "--model", model, "-o", "applied")
+    file = "unet/diffusion_pytorch_model.safetensors"
+    whole, applied = load_file(f"whole/{file}"), load_file(f"applied/{file}")
+    assert all(whole[name].equal(applied[name]) for name in whole)
 
 
 def test_immunize_tasks(config, model):

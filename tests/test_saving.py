@@ -1,0 +1,223 @@
+"""Results as ordinary models: folders, deltas, cards, the hub."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+
+import pytest
+import tiny
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from huggingface_hub import CommitInfo, ModelCard, RepoUrl
+from huggingface_hub.errors import OfflineModeIsEnabled
+from immunizing import assert_same, concepts, settings
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import mima
+from mima.errors import MimaError
+from mima.immunize import immunize
+from mima.saving import DELTA_FILE, Delta, load_delta, read_delta
+
+WORD = "<new1>"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def result(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("captions")
+    return immunize(base, concepts(), settings(folder, steps=1, seed=5))
+
+
+@pytest.fixture(scope="module")
+def whole(result, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    result.save_pretrained(folder, metrics={"MSGR": 0.25}, license="openrail")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def delta(result, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("delta")
+    result.save_pretrained(folder, delta=True)
+    return folder
+
+
+def test_a_result_opens_without_mima(result, whole, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mima"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError):
+        __import__("mima.saving")
+    opened = DiffusionPipeline.from_pretrained(whole, local_files_only=True)
+    for part in ("unet", "text_encoder", "vae"):
+        written = getattr(opened, part).state_dict()
+        assert_same(written, getattr(result.pipeline, part).state_dict())
+
+
+def test_text_encoders_are_written_under_names_that_every_transformers_reads(whole):
+    """transformers 4 wants the prefix, and draws random weights where it is missing."""
+    names = load_file(whole / "text_encoder" / "model.safetensors")
+    assert names
+    assert all(name.startswith("text_model.") for name in names)
+
+
+def test_a_delta_holds_what_changed_and_nothing_else(base, result, delta):
+    stored = load_file(delta / DELTA_FILE)
+    before = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")
+    after = result.pipeline.unet.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert set(stored) == {f"unet.{name}" for name in changed}
+    assert_same(stored, {f"unet.{name}": after[name] for name in changed})
+    assert not list(delta.glob("*/"))
+    origin = read_delta(delta).origin
+    assert (origin["model"], origin["concepts"]) == (str(base), ["cat", "dog"])
+
+
+def test_a_delta_makes_the_model_again(base, result, delta):
+    pipeline = DiffusionPipeline.from_pretrained(base)
+    before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
+    again = load_delta(pipeline, delta)
+    assert_same(again.unet.state_dict(), result.pipeline.unet.state_dict())
+    assert_same(pipeline.unet.state_dict(), before)
+
+
+def snippet(folder):
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    return code
+
+
+def test_the_lines_on_a_deltas_card_work(result, delta, monkeypatch):
+    monkeypatch.chdir(delta)
+    namespace = {}
+    exec(snippet(delta), namespace)
+    assert_same(namespace["pipeline"].unet.state_dict(), result.pipeline.unet.state_dict())
+
+
+def test_the_lines_on_a_card_with_new_words_work(base, tmp_path, monkeypatch):
+    rows = torch.arange(64.0).view(2, 32)
+    save_file({WORD: rows}, tmp_path / "word.safetensors")
+    merged = mima.merge_adapters(base, [tmp_path / "word.safetensors"], method="weighted")
+    merged.save_pretrained(tmp_path / "delta", delta=True)
+    monkeypatch.chdir(tmp_path / "delta")
+    namespace = {}
+    exec(snippet(tmp_path / "delta"), namespace)
+    for pipeline in (
+        namespace["pipeline"],
+        load_delta(DiffusionPipeline.from_pretrained(base), tmp_path / "delta"),
+    ):
+        tokens = pipeline.tokenizer.convert_tokens_to_ids([WORD, f"{WORD}_1"])
+        assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight[tokens], rows)
+
+
+def test_the_card_says_how_it_was_made(base, result, whole, delta):
+    card = ModelCard.load(whole / "README.md")
+    assert card.data.library_name == "diffusers"
+    assert card.data.license == "openrail"
+    assert set(card.data.tags) == {"mima", "model-immunization"}
+    (config,) = re.findall(r"```yaml\n(.*?)```", card.text, flags=re.DOTALL)
+    assert yaml.safe_load(config) == result.config.model_dump(mode="json")
+    for said in (
+        *("| cat | a cat in red |", "| dog | a dog in red |", "| MSGR | 0.25 |", "Seed 5;"),
+        *(f"torch {torch.__version__}", f"mima {mima.__version__}", "| outer steps | 1 |"),
+    ):
+        assert said in card.text
+    # a folder is not a repository of the hub
+    assert card.data.base_model is None
+    assert "huggingface.co" not in card.text
+    assert "delta" in ModelCard.load(delta / "README.md").data.tags
+
+
+def test_a_base_model_of_the_hub_is_linked_and_odd_names_stay_text(result):
+    result = type(result)(**{**vars(result), "model": "owner/a_model", "concepts": ["*|x", "<b>"]})
+    card = result.card()
+    assert card.data.base_model == "owner/a_model"
+    assert "](https://huggingface.co/owner/a_model)" in card.text
+    assert r"| \*\|x | a cat in red |" in card.text
+    assert "| &lt;b&gt; | a dog in red |" in card.text
+
+
+class Hub:
+    """What `HfApi` would be asked."""
+
+    def __init__(self, **options):
+        Hub.options = options
+
+    def create_repo(self, repo_id, **options):
+        Hub.created = (repo_id, options)
+        return RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def upload_folder(self, *, repo_id, folder_path, **options):
+        shutil.copytree(folder_path, Hub.target)
+        Hub.uploaded = (repo_id, options)
+        address = f"https://huggingface.co/{repo_id}/commit/abc"
+        return CommitInfo(commit_url=address, commit_message="", commit_description="", oid="abc")
+
+
+def test_push_to_hub_uploads_what_is_saved(result, delta, tmp_path, monkeypatch):
+    monkeypatch.setattr("mima.saving.HfApi", Hub)
+    Hub.target = tmp_path / "uploaded"
+    where = result.push_to_hub("me/model", private=True, token="t", revision="r", delta=True)
+    assert where == "https://huggingface.co/me/model/commit/abc"
+    assert Hub.options == {"endpoint": None, "token": "t"}
+    assert Hub.created == ("me/model", {"private": True, "exist_ok": True})
+    repo_id, options = Hub.uploaded
+    assert (repo_id, options["revision"], options["create_pr"]) == ("me/model", "r", False)
+    assert {path.name for path in Hub.target.iterdir()} == {path.name for path in delta.iterdir()}
+    assert_same(load_file(Hub.target / DELTA_FILE), load_file(delta / DELTA_FILE))
+
+
+@pytest.mark.parametrize("repo", ["me/model", "not a name", "a/b/c"])
+def test_what_cannot_be_published_is_said(result, repo, monkeypatch):
+    def offline(*_, **__):
+        raise OfflineModeIsEnabled("no network")
+
+    if repo == "me/model":
+        monkeypatch.setattr("mima.saving.HfApi.create_repo", offline)
+    with pytest.raises(MimaError, match=f"cannot publish '{repo}'"):
+        result.push_to_hub(repo)
+
+
+def test_a_delta_of_nothing_is_refused(tmp_path):
+    with pytest.raises(MimaError, match="nothing was changed"):
+        Delta({}).save(tmp_path)
+
+
+def foreign(path):
+    save_file({"unet.conv_in.weight": torch.zeros(1)}, path / DELTA_FILE)
+
+
+BAD = {
+    "absent": (lambda path: None, "does not exist"),
+    "damaged": (lambda path: (path / DELTA_FILE).write_bytes(b"x" * 40), "is damaged"),
+    "foreign": (foreign, "is no delta that mima wrote"),
+    "other-shape": (
+        lambda path: Delta({"unet.conv_in.weight": torch.zeros(2)}).save(path),
+        r"it holds unet.conv_in.weight \[2\], the model has a \[16, 4, 3, 3\]",
+    ),
+    "other-part": (
+        lambda path: Delta({"transformer.x.weight": torch.zeros(2)}).save(path),
+        "the model has nothing there",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_delta_that_does_not_fit(base, tmp_path, case):
+    make, message = BAD[case]
+    make(tmp_path)
+    with pytest.raises(MimaError, match=message):
+        load_delta(DiffusionPipeline.from_pretrained(base), tmp_path)
+
+
+def test_a_deltas_origin_is_in_the_files_metadata(delta):
+    with safe_open(delta / DELTA_FILE, framework="pt") as file:
+        assert file.metadata()["format"] == "pt"
