@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from mima import ops
-from mima.adaptation.copies import with_values
+from mima.adaptation.copies import component_name, with_values
 from mima.adaptation.text import with_words
 from mima.adapters import Adapter, AdapterReader
 from mima.errors import MimaError, nearest
@@ -192,7 +192,7 @@ def merge_adapters(
     elif method == "weighted":
         values, report = merge.weighted(merge.names), {}
     else:
-        values, report = merge.projected(texts, source, num_captions, lam, seed)
+        values, report = merge.projected(merge.plan(texts, source, num_captions, lam, seed))
     blank: list[float | None] = [None] * len(kept)
     return MergedAdapters(
         pipeline=with_words(with_values(pipeline, values), words),
@@ -250,36 +250,36 @@ class _Merge:
         values = ops.weighted_merge([self.base[name] for name in full], thetas, self.weights)
         return {**merged, **dict(zip(full, values, strict=True))}
 
-    def projected(
+    def plan(
         self,
         prompts: Sequence[str],
         captions: Path | None,
         num_captions: int,
         lam: float,
         seed: int,
-    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """``φ = W0 + Σ_n (W_n − W0) C_nᵀ M_n`` where text is read, the average elsewhere."""
-        family = family_of(self.pipeline)
-        denoiser = next(
-            name for name, module in self.pipeline.components.items() if module is family.denoiser
-        )
-        reads_text = {f"{denoiser}.{name}" for name in family.text_projections()}
-        here = [name for name in self.names if name in reads_text]
-        values = self.weighted([name for name in self.names if name not in reads_text])
-        if not here:
-            raise MimaError(
-                "merge: no adapter changes a weight that reads text, so there is nothing to "
-                "project; use the weighted merge"
-            )
-        # the text as the merged model will read it
-        spoken = {name: value for name, value in values.items() if name.startswith("text_encoder")}
+    ) -> MergePlan:
+        """Where the text leads, as the merged model will read it."""
+        spoken = self.weighted([name for name in self.names if name.startswith("text_encoder")])
         reader: Family = family_of(with_words(with_values(self.pipeline, spoken), self.words))
-        plan = MergePlan.from_embeddings(
+        return MergePlan.from_embeddings(
             [reader.token_embeddings(prompt) for prompt in prompts],
             regular_tokens(reader, captions, num_captions, seed),
             lam=lam,
             weights=self.weights,
         )
+
+    def projected(self, plan: MergePlan) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """``φ = W0 + Σ_n (W_n − W0) C_nᵀ M_n`` where text is read, the average elsewhere."""
+        family = family_of(self.pipeline)
+        denoiser = component_name(self.pipeline, family.denoiser)
+        reads_text = {f"{denoiser}.{name}" for name in family.text_projections()}
+        here = [name for name in self.names if name in reads_text]
+        if not here:
+            raise MimaError(
+                "merge: no adapter changes a weight that reads text, so there is nothing to "
+                "project; use the weighted merge"
+            )
+        values = self.weighted([name for name in self.names if name not in reads_text])
         asked = [
             {name: self._asked(one, name, C_SD) for name in here if one.changes(name)}
             for one, C_SD in zip(self.adapters, plan.C, strict=True)

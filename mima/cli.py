@@ -158,6 +158,13 @@ def immunize(
             "words."
         ),
     ] = None,
+    erased: Annotated[
+        Path | None,
+        typer.Option(
+            help="A checkpoint of the model in which the concepts are erased: weights of a UNet, a "
+            "folder or a delta. Takes the place of erasing first."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")
@@ -175,7 +182,7 @@ def immunize(
     from mima.console import stderr, stdout
     from mima.output import check_folder
 
-    run = _with_settings(load_config(config), settings or [], task)
+    run = _with_settings(load_config(config), settings or [], task, erased)
     folder = output or (run.output and config.parent / run.output)
     if folder is None:
         raise MimaError(f"nowhere to write: give --output, or output in {config}")
@@ -188,6 +195,8 @@ def immunize(
     from mima.progress import ProgressBar
 
     model = str(config.parent / run.model) if (config.parent / run.model).exists() else run.model
+    # an option's path starts from the working directory, a file's from its folder
+    checkpoint = erased or (run.erased and config.parent / run.erased.expanduser())
     settings_used = run.immunize
     if settings_used.captions is not None:
         captions = config.parent / settings_used.captions
@@ -198,6 +207,7 @@ def immunize(
                 model,
                 concepts,
                 settings_used,
+                erased=checkpoint,
                 output=folder,
                 overwrite=overwrite,
                 resume=resume,
@@ -246,6 +256,9 @@ def adapt(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Side of the pictures in pixels; by default the model's.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Pictures per step.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank, for LoRA.")] = None,
     gradient_accumulation_steps: Annotated[
@@ -282,6 +295,7 @@ def adapt(
     options = {
         "steps": steps,
         "learning_rate": lr,
+        "resolution": resolution,
         "batch_size": batch_size,
         "rank": rank,
         "gradient_accumulation_steps": gradient_accumulation_steps,
@@ -684,10 +698,13 @@ def doctor() -> None:
     show()
 
 
-def _with_settings(run: ImmunizeRun, settings: Sequence[str], task: str | None) -> ImmunizeRun:
+def _with_settings(
+    run: ImmunizeRun, settings: Sequence[str], task: str | None, erased: Path | None
+) -> ImmunizeRun:
     """Apply `--set key=value`; a key that only ImmunizeConfig has needs no "immunize." before.
 
-    A task's recipe lies beneath what the file and `--set` say.
+    A task's recipe lies beneath what the file and `--set` say; where the concepts are erased
+    already, it erases nothing.
     """
     from mima.config import ImmunizeConfig, ImmunizeRun, parse_config, with_recipe
 
@@ -706,7 +723,10 @@ def _with_settings(run: ImmunizeRun, settings: Sequence[str], task: str | None) 
                 raise MimaError(f"--set {name}: {part} has no settings of its own")
         inner[parts[-1]] = value
     if task is not None:
-        raw["immunize"] = with_recipe(task, raw.get("immunize", {}))
+        own = raw.get("immunize", {})
+        if erased is not None or raw.get("erased") is not None:
+            own = {"erase_first": False, **own}
+        raw["immunize"] = with_recipe(task, own)
     return parse_config(ImmunizeRun, raw, source="--set") if settings or task else run
 
 

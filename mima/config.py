@@ -117,6 +117,9 @@ class ImmunizeConfig(Settings):
     """How the lower level is differentiated; see ``mima.bilevel.hypergradient``. ``alternating`` is
     the published update (``mima.alternating``), in which every other step commits a merge: it takes
     plain gradient steps whatever ``lower.optimizer``, and a hard constraint whatever ``lam``."""
+    resolution: int | None = Field(None, ge=1)
+    """Side in pixels that the pictures are scaled and cropped to. Default: what the model was
+    trained on."""
     steps: int = Field(1000, ge=1)
     """Outer steps."""
     seed: int = Field(0, ge=0)
@@ -227,6 +230,9 @@ class ImmunizeRun(Settings):
     """A diffusers folder, a .safetensors file, a hub id, or ``embedded``."""
     concepts: list[Any] = Field(min_length=1)
     """Concept descriptions: folders, files, names of embedded concepts, or inline mappings."""
+    erased: Path | None = None
+    """A checkpoint in which the concepts are erased, made from ``model`` by whatever means: see
+    ``mima.erasure.load_erased``. Takes the place of ``immunize.erase_first``."""
     output: Path | None = None
     """Where the immunized model goes."""
     immunize: ImmunizeConfig = ImmunizeConfig()

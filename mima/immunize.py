@@ -21,13 +21,14 @@ import torch
 
 from mima.adaptation import TextualInversion
 from mima.adaptation.copies import component_name, with_modules
+from mima.adaptation.text import check_token
 from mima.alternating import alternate
 from mima.ascent import Ascent, claim, default_folder, describe_run
 from mima.checkpoint import CheckpointFolder
 from mima.concepts import Concept, load_concepts
 from mima.config import ImmunizeConfig
 from mima.distributed import ALONE, join, local_device
-from mima.erasure import erase
+from mima.erasure import edits_of, erase, load_erased
 from mima.errors import MimaError
 from mima.families import family_of, load_pipeline, origin_of
 from mima.output import check_folder, fresh_folder
@@ -54,6 +55,7 @@ class ImmunizeResult(Released):
         prompts: the concepts' prompts.
         model: what was immunized, as it was named.
         changed: names of the parameters that the run may have changed, as ``unet.conv_in.weight``.
+        erased: the checkpoint that the run began with.
     """
 
     pipeline: Any
@@ -63,10 +65,14 @@ class ImmunizeResult(Released):
     prompts: list[str] = field(default_factory=list)
     model: str | None = None
     changed: list[str] = field(default_factory=list)
+    erased: str | None = None
+
+    def _run(self) -> dict[str, Any]:
+        run = {"concepts": self.concepts, "config": self.config.model_dump(mode="json")}
+        return run if self.erased is None else {**run, "erased": self.erased}
 
     def _write_records(self, folder: Path) -> None:
-        run = {"concepts": self.concepts, "config": self.config.model_dump(mode="json")}
-        text = json.dumps(run, indent=2, ensure_ascii=False)
+        text = json.dumps(self._run(), indent=2, ensure_ascii=False)
         (folder / "mima.json").write_text(text + "\n", encoding="utf-8")
         MetricsFile(folder / "metrics.jsonl", self.history)
 
@@ -79,6 +85,8 @@ class ImmunizeResult(Released):
             "mima": "Immunized against several concepts at once through differentiable merging "
             "([MIMA](https://arxiv.org/abs/2412.15320)).",
         }[self.config.method]
+        if self.erased is not None:
+            how += f" It began with the erased checkpoint `{self.erased}`."
         metrics = {}
         if self.history:
             last = self.history[-1]
@@ -98,8 +106,7 @@ class ImmunizeResult(Released):
         )
 
     def _delta(self) -> Delta:
-        run = {"concepts": self.concepts, "config": self.config.model_dump(mode="json")}
-        return Delta.of(self.pipeline, self.changed, origin={"model": self.model, **run})
+        return Delta.of(self.pipeline, self.changed, origin={"model": self.model, **self._run()})
 
 
 def immunize(
@@ -107,6 +114,7 @@ def immunize(
     concepts: Sequence[Concept] | Any,
     config: ImmunizeConfig | None = None,
     *,
+    erased: str | Path | None = None,
     output: str | Path | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
@@ -125,6 +133,8 @@ def immunize(
             diffusers folder, a .safetensors file, a hub id, or ``"embedded"``.
         concepts: N concepts, or whatever ``load_concepts`` reads.
         config: the settings; by default those of the published re-learning experiments.
+        erased: a checkpoint in which the concepts are erased, made from ``model`` by whatever
+            means, to begin with (see ``load_erased``).
         output: a new or empty folder for the immunized model; None writes nothing.
         checkpoint: a folder for checkpoints and metrics while the run lasts, removed once
             ``output`` is written; by default ``output`` with ``.checkpoint`` appended.
@@ -163,12 +173,23 @@ def immunize(
     if output is not None:
         check_folder(Path(output), overwrite=overwrite)
         checkpoint = checkpoint or default_folder(Path(output))
+    if erased is not None and config.erase_first:
+        raise MimaError(f"erase_first: the concepts are erased in {erased} already; leave it out")
+    if erased is not None and not Path(erased).expanduser().exists():
+        raise MimaError(f"erased: {erased} does not exist")
+    captions = ordinary_captions(config.captions)
     pipeline = _own_copy(model, device)
-    family = family_of(pipeline)
+    changed: list[str] = []
+    if erased is not None:
+        loaded = load_erased(pipeline, erased)
+        pipeline, changed = loaded.pipeline, [*loaded.changed]
+    family = family_of(pipeline, resolution=config.resolution)
+    # also refuses names that match no parameter
+    weights = Problem(family, [], config, None).theta()
+    _check(pipeline, concepts, config)
     ranks = join(family.device)
     folder = CheckpointFolder(checkpoint) if checkpoint else None
     if folder:
-        weights = Problem(family, [], config, None).theta()
         if overwrite and not resume:
             ranks.together(folder.remove)
         run = describe_run(config, concepts, weights)
@@ -177,11 +198,11 @@ def immunize(
     vocabulary = {name: getattr(pipeline, name, None) for name in ("tokenizer", "text_encoder")}
     if config.new_words:
         pipeline = _with_new_words(pipeline, concepts, config)
-        family = family_of(pipeline)
+        family = family_of(pipeline, resolution=config.resolution)
     data = encode_concepts(family, concepts, config, cache=folder, ranks=ranks)
     if config.erase_first:
-        pipeline = erase(pipeline, concepts, preserve=ordinary_captions(config.captions))
-        family = family_of(pipeline)
+        pipeline = erase(pipeline, concepts, preserve=captions)
+        family = family_of(pipeline, resolution=config.resolution)
     merge = merge_layer(family, concepts, config)
     words = [Word.of(family, c) for c in concepts] if config.lower.trains_words else []
     problem = Problem(family, data, config, merge, ranks, words)
@@ -202,7 +223,9 @@ def immunize(
         published = config.hypergradient == "alternating"
         names = problem.names if published else problem.upper_names
     if config.erase_first:
-        names = tuple(dict.fromkeys((*names, *family.text_projections())))
+        edited = [name for reader in family.text_readers() for name in reader.names]
+        names = tuple(dict.fromkeys((*names, *edited)))
+    part = component_name(pipeline, family.denoiser)
     result = ImmunizeResult(
         pipeline,
         [concept.name for concept in concepts],
@@ -210,7 +233,8 @@ def immunize(
         history,
         prompts=[concept.prompt for concept in concepts],
         model=origin_of(model),
-        changed=[f"{component_name(pipeline, family.denoiser)}.{name}" for name in names],
+        changed=list(dict.fromkeys((*changed, *(f"{part}.{name}" for name in names)))),
+        erased=None if erased is None else str(erased),
     )
     if output is not None:
         ranks.together(
@@ -265,6 +289,21 @@ def _compose(
     for name, value in problem.merge(base, immunized).items():
         theta[name].copy_(value)
     return [report for history, _ in everyone for report in history]
+
+
+def _check(pipeline: Any, concepts: Sequence[Concept], config: ImmunizeConfig) -> None:
+    """Refuse what a later part of the run would refuse, before pictures are drawn or encoded."""
+    if config.erase_first:
+        for concept in concepts:
+            edits_of(concept)
+    if config.new_words:
+        new = [concept for concept in concepts if concept.token is not None]
+        for n, concept in enumerate(new):
+            check_token(pipeline, concept)
+            if concept.token in [other.token for other in new[:n]]:
+                raise MimaError(
+                    f"concept {concept.name!r}: another concept has the token {concept.token!r} too"
+                )
 
 
 def _with_new_words(pipeline: Any, concepts: Sequence[Concept], config: ImmunizeConfig) -> Any:

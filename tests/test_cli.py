@@ -250,6 +250,10 @@ def test_every_method_can_replace_its_own_results(workdir, model, method):
         (["cat", "--output", "dog"], "not empty"),
         (["cat", "--output", "dog", "--overwrite"], "files that mima did not write"),
         (["cat", "--output", "dog/0.png"], "is a file, expected a folder"),
+        (["cat", "--output", "dog/0.png/x"], "cannot be made: "),
+        (["cat", "--resolution", "30"], "30 pixels do not fit the vae"),
+        (["cat", "--resolution", "0"], "resolution must be at least 1"),
+        (["cat", "--method", "textual-inversion", "--token", "<new1>"], "does not contain the tok"),
     ],
 )
 def test_bad_adaptations(workdir, model, arguments, message):
@@ -444,14 +448,33 @@ def test_immunize_tasks(config, model):
     assert (written["new_words"], written["upper"]["lr"]) == (True, 2e-5)
     assert (written["token_steps"], written["erase_first"]) == (2, False)
     # the vocabulary is as it was: anyone may add the word again
-    for file in ("text_encoder/model.safetensors",):
-        assert {k: v.shape for k, v in load_file(model / file).items()} == {
-            k: v.shape for k, v in load_file(f"personal/{file}").items()
-        }
+    before, after = (
+        {name.removeprefix("text_model."): value.shape for name, value in load_file(file).items()}
+        for file in (f"{folder}/text_encoder/model.safetensors" for folder in (model, "personal"))
+    )
+    assert before == after
     adapted = ["--method", "textual-inversion", "--token", "<new1>", "--initializer", "cat"]
     run("adapt", "cat", *adapted, "--prompt", "a <new1>", "--model", "personal", "--steps", 1)
     assert "relearn" in run("immunize", config, "-o", "x", "--task", "relarn", code=2)
     assert "no new words" in run("immunize", config, "-o", "x", "--set", "token_steps=1", code=2)
+
+
+def test_immunize_what_others_erased(config, model, workdir):
+    """From the option and from the file; the recipe then erases nothing."""
+    weights = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    names = [name for name in weights if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))]
+    torch.save({name: weights[name] / 2 for name in names}, "esd.pt")
+    options = ["--task", "relearn", "--set", "steps=1"]
+    run("immunize", config, "-o", "option", *options, "--erased", "esd.pt")
+    write_config(config, erased="esd.pt")
+    run("immunize", config, "-o", "file", *options)
+    file = "unet/diffusion_pytorch_model.safetensors"
+    option, written = load_file(f"option/{file}"), load_file(f"file/{file}")
+    assert all(option[name].equal(written[name]) for name in option)
+    # one step moves a weight by its learning rate
+    assert all((option[name] - weights[name] / 2).abs().max() < 1e-4 for name in names)
+    told = json.loads(Path("option/mima.json").read_text())
+    assert (told["erased"], told["config"]["erase_first"]) == ("esd.pt", False)
 
 
 def test_immunize_reads_paths_from_the_configs_folder(config, tmp_path, monkeypatch):
@@ -480,6 +503,9 @@ def test_immunize_reads_paths_from_the_configs_folder(config, tmp_path, monkeypa
         ({"concepts": [{"prompt": "x", "imagse": "cat"}]}, "did you mean 'images'"),
         ({"immunize": {"steps": 1, "captions": "absent.txt"}}, "absent.txt"),
         ({"immunize": {"method": "imma", "steps": 1}}, "imma"),
+        ({"immunize": {"resolution": 30}}, "30 pixels do not fit the vae"),
+        ({"erased": "absent.pt"}, "absent.pt does not exist"),
+        ({"erased": "model", "immunize": {"erase_first": True}}, "erased in"),
     ],
 )
 def test_bad_configs(config, changes, message):

@@ -89,6 +89,12 @@ def fused(folder, *loras, weights=(1.0,)):
     return pipeline.unet.state_dict()
 
 
+@pytest.fixture(scope="module")
+def singles(folder, loras):
+    """The UNet of each file by itself."""
+    return [fused(folder, lora) for lora in loras]
+
+
 def assert_same_weights(actual, expected, **tolerance):
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
@@ -100,10 +106,10 @@ def assert_same_weights(actual, expected, **tolerance):
 
 @pytest.mark.parametrize("method", ["weighted", "projected"])
 @pytest.mark.parametrize("n", [0, 1, 2])
-def test_one_weight_of_1_gives_that_adapter_back_exactly(base, folder, loras, method, n):
+def test_one_weight_of_1_gives_that_adapter_back_exactly(base, loras, singles, method, n):
     weights = [float(i == n) for i in range(3)]
     merged = mima.merge_adapters(base, loras, weights=weights, method=method, prompts=PROMPTS)
-    assert_same_weights(merged.pipeline.unet.state_dict(), fused(folder, loras[n]))
+    assert_same_weights(merged.pipeline.unet.state_dict(), singles[n])
     assert merged.adapters == [f"lora-{n}"]
 
 
@@ -149,7 +155,7 @@ def test_the_weighted_merge_is_pefts_where_that_has_no_cross_terms(base, loras, 
     assert_same_weights(merged.pipeline.unet.state_dict(), expected, atol=2e-5, rtol=1e-4)
 
 
-def test_the_projected_merge_is_its_definition(base, folder, loras):
+def test_the_projected_merge_is_its_definition(base, folder, loras, singles):
     """From low-rank factors and from whole models: the layer of the paper, and its residual."""
     weights = [0.2, 0.3, 0.5]
     merged = mima.merge_adapters(
@@ -165,7 +171,7 @@ def test_the_projected_merge_is_its_definition(base, folder, loras):
     names = family.text_projections()
     own = dict(base.unet.named_parameters())
     theta = {name: own[name].detach() for name in own}
-    adapted = [{name: fused(folder, one)[name] for name in theta} for one in loras]
+    adapted = [{name: state[name] for name in theta} for state in singles]
     expected = MergeLayer(torch.tensor(weights), plan, names)(theta, adapted)
     actual = dict(merged.pipeline.unet.named_parameters())
     assert_same_weights(actual, expected, atol=1e-5, rtol=1e-4)

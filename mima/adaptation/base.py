@@ -17,7 +17,7 @@ import torch
 
 from mima.adaptation.copies import with_modules
 from mima.batches import encode_images, seeded
-from mima.class_images import class_latents
+from mima.class_images import ClassPictures
 from mima.concepts import Concept
 from mima.diffusion import diffusion_loss
 from mima.errors import MimaError, check_settings
@@ -50,6 +50,9 @@ class Adaptation(ABC):
     """Optimiser steps of a whole adaptation."""
     learning_rate: float = 1e-4
     """Constant learning rate of AdamW."""
+    resolution: int | None = None
+    """Side in pixels that the pictures are scaled and cropped to; by default what the model was
+    trained on."""
     batch_size: int = 1
     """Pictures of the concept per step; prior preservation adds as many of its class."""
     weight_decay: float = 1e-2
@@ -80,6 +83,7 @@ class Adaptation(ABC):
         checks = {
             "steps": (self.steps >= 1, "at least 1"),
             "learning_rate": (self.learning_rate > 0, "above 0"),
+            "resolution": (self.resolution is None or self.resolution >= 1, "at least 1"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
             "num_class_images": (self.num_class_images >= 1, "at least 1"),
             "gradient_accumulation_steps": (self.gradient_accumulation_steps >= 1, "at least 1"),
@@ -192,6 +196,7 @@ class Run:
                 f"concept {concept.name!r}: prior preservation needs class_images, or a "
                 "class_prompt to draw them by; it has neither"
             )
+        given = family_of(pipeline, resolution=adaptation.resolution)
         injection = adaptation.inject(pipeline, concept)
         self.adaptation = adaptation
         self.concept = concept
@@ -199,7 +204,7 @@ class Run:
         self.step = 0
         self.losses: list[float] = []
         self._injection = injection
-        self._family = family_of(injection.pipeline)
+        self._family = family_of(injection.pipeline, resolution=adaptation.resolution)
         # before the pictures are encoded: it may be missing
         self._optimizer = adamw(
             injection.parameters,
@@ -214,7 +219,8 @@ class Run:
         if adaptation.fp16_vae:
             vae = copy.deepcopy(self.pipeline.vae)
             cast(vae, torch.float16)
-            encoder = family_of(with_modules(self.pipeline, vae=vae))
+            lighter = with_modules(self.pipeline, vae=vae)
+            encoder = family_of(lighter, resolution=adaptation.resolution)
         self._images = self._stream(concept.images, encoder)
         self._class_images: _Stream | None = None
         if adaptation.prior_weight > 0 and concept.class_images:
@@ -223,7 +229,7 @@ class Run:
             prompts = [concept.class_prompt] * adaptation.num_class_images
             # of the model as it was given, so that every method finds the same ones
             draws = seeded(adaptation.seed, "class images")
-            latents = class_latents(family_of(pipeline), prompts, draws).to(self._family.device)
+            latents = ClassPictures(given).latents(prompts, draws).to(self._family.device)
             self._class_images = self._stream_of(latents, prompts)
         self._scaler = torch.amp.GradScaler(
             self._family.device.type, enabled=self._family.dtype == torch.float16

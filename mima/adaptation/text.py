@@ -115,6 +115,34 @@ def add_token(pipeline: Any, concept: Concept) -> NewToken:
     embeddings.
 
     Raises:
+        MimaError: as for `check_token`.
+    """
+    token, initial = check_token(pipeline, concept)
+    tokenizer = copy.deepcopy(pipeline.tokenizer)
+    text_encoder = copy.deepcopy(pipeline.text_encoder)
+    tokenizer.add_tokens([token])
+    index = tokenizer.convert_tokens_to_ids(token)
+    old_VD = text_encoder.get_input_embeddings().weight.detach()
+    start_D = (old_VD.float().mean(dim=0) if initial is None else old_VD[initial].float()).clone()
+    row = torch.nn.Parameter(start_D)
+    if index >= len(old_VD):
+        # without mean_resizing, which draws from the global random state, as the row is set below
+        text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    text_encoder.requires_grad_(False)
+    new = NewToken(
+        token=token, index=index, tokenizer=tokenizer, text_encoder=text_encoder, row=row
+    )
+    new.commit()
+    return new
+
+
+def check_token(pipeline: Any, concept: Concept) -> tuple[str, int | None]:
+    """Whether a concept's new word can be added to a pipeline.
+
+    Returns:
+        The word, and the token that its embedding starts from; None for the mean of all.
+
+    Raises:
         MimaError: no token, one that the vocabulary holds already, an initializer that is not
             one word of the vocabulary, or a pipeline with several text encoders.
     """
@@ -129,32 +157,19 @@ def add_token(pipeline: Any, concept: Concept) -> NewToken:
             f"model: new tokens need a pipeline with one text encoder, {type(pipeline).__name__} "
             "has several"
         )
-    if token in pipeline.tokenizer.get_vocab():
+    tokenizer = pipeline.tokenizer
+    ids: list[int] = tokenizer.encode(token, add_special_tokens=False)
+    # a word's own entry may be spelt otherwise, such as "cat</w>"
+    if token in tokenizer.get_vocab() or (len(ids) == 1 and ids[0] != tokenizer.unk_token_id):
         raise MimaError(
             f"concept {concept.name!r}: token {token!r} is in the model's vocabulary already"
         )
-    tokenizer = copy.deepcopy(pipeline.tokenizer)
-    text_encoder = copy.deepcopy(pipeline.text_encoder)
-    tokenizer.add_tokens([token])
-    index = tokenizer.convert_tokens_to_ids(token)
-    old_VD = text_encoder.get_input_embeddings().weight.detach()
     if concept.initializer is None:
-        start_D = old_VD.float().mean(dim=0)
-    else:
-        ids = tokenizer.encode(concept.initializer, add_special_tokens=False)
-        if len(ids) != 1:
-            raise MimaError(
-                f"concept {concept.name!r}: initializer {concept.initializer!r} must be one token "
-                f"of the vocabulary, it is {len(ids)}"
-            )
-        start_D = old_VD[ids[0]].float()
-    row = torch.nn.Parameter(start_D.clone())
-    if index >= len(old_VD):
-        # without mean_resizing, which draws from the global random state, as the row is set below
-        text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    text_encoder.requires_grad_(False)
-    new = NewToken(
-        token=token, index=index, tokenizer=tokenizer, text_encoder=text_encoder, row=row
-    )
-    new.commit()
-    return new
+        return token, None
+    ids = tokenizer.encode(concept.initializer, add_special_tokens=False)
+    if len(ids) != 1:
+        raise MimaError(
+            f"concept {concept.name!r}: initializer {concept.initializer!r} must be one token "
+            f"of the vocabulary, it is {len(ids)}"
+        )
+    return token, ids[0]

@@ -130,6 +130,12 @@ def _check(run: Run, first: Run) -> None:
             f"got {first.adaptation.gradient_accumulation_steps} and "
             f"{settings.gradient_accumulation_steps}"
         )
+    sides = [run._family.resolution for run in (run, first)]
+    if sides[0] != sides[1]:
+        raise MimaError(
+            "resolution must be the same for concepts that are trained at once, got "
+            f"{sides[1]} and {sides[0]}"
+        )
     bases = [next(one._family.denoiser.parameters()).data_ptr() for one in (run, first)]
     if bases[0] != bases[1]:
         raise MimaError("concepts that are trained at once must be learned by the same model")

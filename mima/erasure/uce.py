@@ -10,10 +10,13 @@ With G = s_e · mean_e x_e x_eᵀ + s_p · mean_p x_p x_pᵀ + r I, which no wei
 
     W = W0 + s_e · mean_e (v_e − W0 x_e) (G⁻¹ x_e)ᵀ
 
-so G is factored once, in float64, for all keys and values of the model.
+so G is factored once, in float64, for all keys and values of the model. In SD3 and Flux, whose
+attention is joint, what keys and values read depends on the picture; there the edit is of the two
+weights that read text alone, those that embed the tokens and the pooled text.
 """
 
-# E = rows to edit, N = rows to preserve, S = tokens, D = text embedding, o = outputs of one weight
+# B = prompts, S = tokens, E = rows to edit, N = rows to preserve, D = text embedding
+# o = outputs of one weight
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from mima.adaptation.copies import component_name, with_modules
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import Family, family_of
-from mima.families.rectified_flow import RectifiedFlow
+from mima.families.base import TextReader
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +92,7 @@ def erase(
         the input. Text encoder and VAE are not changed and are shared.
 
     Raises:
-        MimaError: a concept whose name is in none of its prompts, or an unsupported model.
+        MimaError: a concept whose name is in none of its prompts.
         ValueError: no concepts, or a setting out of its range.
 
     Example:
@@ -104,11 +107,6 @@ def erase(
         raise ValueError(f"erase: technique must be replace or tensor, got {technique!r}")
     if not concepts:
         raise ValueError("erase: concepts is empty")
-    if isinstance(family_of(pipeline), RectifiedFlow):
-        raise MimaError(
-            f"erase: {type(pipeline).__name__} is not supported: what its text projections read "
-            "depends on the picture, so no edit is exact; Stable Diffusion, SDXL and PixArt are"
-        )
     captions = _captions(preserve)
     groups, kept = [], set(captions)
     for concept in concepts:
@@ -133,35 +131,39 @@ def erase(
     erased = with_modules(pipeline, **{name: denoiser})
     family = family_of(erased)
 
-    pairs = [_rows(family, group) for group in groups]
-    # every concept weighs the same, however many prompts name it
-    weights = torch.cat([torch.full((len(x),), 1 / len(x)) for x, _ in pairs])
-    source_ED = torch.cat([x for x, _ in pairs])
-    target_ED = torch.cat([t for _, t in pairs])
-    weighted_ED = source_ED * (erase_scale * weights.to(source_ED)).unsqueeze(1)
-    gram_DD = weighted_ED.mT @ source_ED
-    if preserved and preserve_scale > 0:
-        hidden_BSD, read_BS = _embed(family, preserved)
-        kept_ND = hidden_BSD[read_BS]
-        gram_DD += kept_ND.mT @ kept_ND * (preserve_scale / len(kept_ND))
-    gram_DD.diagonal().add_(ridge * gram_DD.diagonal().mean())
-    # G⁻¹ x_e, weighted, for every edited row
-    solved_DE = torch.cholesky_solve(weighted_ED.mT, torch.linalg.cholesky(gram_DD))
+    # all rows are read before any weight changes
+    rows = []
+    for reader in family.text_readers():
+        pairs = [_rows(family, reader, group) for group in groups]
+        # every concept weighs the same, however many prompts name it
+        weights = torch.cat([torch.full((len(x),), 1 / len(x)) for x, _ in pairs])
+        source_ED = torch.cat([x for x, _ in pairs])
+        target_ED = torch.cat([t for _, t in pairs])
+        weighted_ED = source_ED * (erase_scale * weights.to(source_ED)).unsqueeze(1)
+        gram_DD = weighted_ED.mT @ source_ED
+        if preserved and preserve_scale > 0:
+            hidden_BSD, read_BS = _embed(family, reader, preserved)
+            kept_ND = hidden_BSD[read_BS]
+            gram_DD += kept_ND.mT @ kept_ND * (preserve_scale / len(kept_ND))
+        gram_DD.diagonal().add_(ridge * gram_DD.diagonal().mean())
+        # G⁻¹ x_e, weighted, for every edited row
+        solved_DE = torch.cholesky_solve(weighted_ED.mT, torch.linalg.cholesky(gram_DD))
+        rows.append((reader.names, source_ED, target_ED, solved_DE))
 
     with torch.no_grad():
-        for projection in family.text_projections():
-            weight = denoiser.get_parameter(projection)
-            old_oD = weight.to(source_ED)
-            old_Eo = source_ED @ old_oD.mT
-            new_Eo = target_ED @ old_oD.mT
-            if technique == "tensor":
-                direction_Eo = torch.nn.functional.normalize(old_Eo, dim=-1)
-                # where the prompt already means its target there is nothing to remove
-                changed_E1 = (source_ED != target_ED).any(dim=-1, keepdim=True)
-                along_E1 = (new_Eo * direction_Eo).sum(dim=-1, keepdim=True)
-                new_Eo = new_Eo - along_E1 * direction_Eo * changed_E1
-            delta_oD = (new_Eo - old_Eo).mT @ solved_DE.mT
-            weight.copy_(old_oD + delta_oD)
+        for names, source_ED, target_ED, solved_DE in rows:
+            for weight in map(denoiser.get_parameter, names):
+                old_oD = weight.to(source_ED)
+                old_Eo = source_ED @ old_oD.mT
+                new_Eo = target_ED @ old_oD.mT
+                if technique == "tensor":
+                    direction_Eo = torch.nn.functional.normalize(old_Eo, dim=-1)
+                    # where the prompt already means its target there is nothing to remove
+                    changed_E1 = (source_ED != target_ED).any(dim=-1, keepdim=True)
+                    along_E1 = (new_Eo * direction_Eo).sum(dim=-1, keepdim=True)
+                    new_Eo = new_Eo - along_E1 * direction_Eo * changed_E1
+                delta_oD = (new_Eo - old_Eo).mT @ solved_DE.mT
+                weight.copy_(old_oD + delta_oD)
     return erased
 
 
@@ -209,8 +211,10 @@ def _captions(preserve: Sequence[str | Concept]) -> list[str]:
     return list(dict.fromkeys(prompts))
 
 
-def _embed(family: Family, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the text projections read, [B, S, D] in float64, and which of it they read, [B, S].
+def _embed(
+    family: Family, reader: TextReader, prompts: Sequence[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is there to read, [B, S, D] in float64, and which of it is read, [B, S].
 
     CLIP-conditioned models read padding as well as tokens; models with a mask do not.
     """
@@ -218,7 +222,7 @@ def _embed(family: Family, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.
     masked = "encoder_attention_mask" in family.encode_prompts(prompts[:1])
     for start in range(0, len(prompts), ENCODING_BATCH):
         batch = prompts[start : start + ENCODING_BATCH]
-        hidden.append(family.text_embeddings(batch).detach().double())
+        hidden.append(reader.embed(batch).detach().double())
         if masked:
             masks.append(family.encode_prompts(batch)["encoder_attention_mask"].bool())
         else:
@@ -227,26 +231,33 @@ def _embed(family: Family, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.
     return hidden_BSD, torch.cat(masks).to(hidden_BSD.device)
 
 
-def _rows(family: Family, edits: Sequence[Edit]) -> tuple[torch.Tensor, torch.Tensor]:
+def _rows(
+    family: Family, reader: TextReader, edits: Sequence[Edit]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings of all tokens of the sources [E, D], and of the tokens they should become."""
-    source_BSD, read_BS = _embed(family, [edit.source for edit in edits])
-    target_BSD, _ = _embed(family, [edit.target for edit in edits])
-    length = source_BSD.shape[1]
+    source_BSD, read_BS = _embed(family, reader, [edit.source for edit in edits])
+    target_BSD, _ = _embed(family, reader, [edit.target for edit in edits])
     aligned = []
     for edit, target_SD in zip(edits, target_BSD, strict=True):
-        places = align(
-            _token_ids(family, edit.source, length), _token_ids(family, edit.target, length), length
-        )
+        places = torch.arange(len(target_SD))
+        start = 0
+        for tokenizer, count in reader.tokenizers:
+            length = len(places) - start if count is None else count
+            source, target = (
+                _token_ids(family, tokenizer, prompt, length)
+                for prompt in (edit.source, edit.target)
+            )
+            places[start : start + length] = start + align(source, target, length)
+            start += length
         aligned.append(target_SD[places.to(target_SD.device)])
     return source_BSD[read_BS], torch.stack(aligned)[read_BS]
 
 
-def _token_ids(family: Family, prompt: str, length: int) -> list[int]:
-    pipeline = family.pipeline
-    if hasattr(pipeline, "_text_preprocessing"):
+def _token_ids(family: Family, tokenizer: Any, prompt: str, length: int) -> list[int]:
+    if hasattr(family.pipeline, "_text_preprocessing"):
         # PixArt changes the text (lower case) before it counts tokens
-        (prompt,) = pipeline._text_preprocessing([prompt], clean_caption=False)
-    ids: list[int] = pipeline.tokenizer(prompt, truncation=True, max_length=length).input_ids
+        (prompt,) = family.pipeline._text_preprocessing([prompt], clean_caption=False)
+    ids: list[int] = tokenizer(prompt, truncation=True, max_length=length).input_ids
     return ids
 
 

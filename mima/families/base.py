@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -20,6 +21,22 @@ Conditioning = dict[str, torch.Tensor]
 
 # pictures are encoded this many pixels at a time: activations of four 512 px pictures
 PIXELS_AT_ONCE = 4 * 512**2
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """Weights that read text and nothing else, so that an edit of them can be exact.
+
+    Attributes:
+        names: of [o, D] weights, relative to the denoiser.
+        embed: what they all read for B prompts, [B, S, D].
+        tokenizers: which tokens stand at the S places: tokenizers with the places that each has,
+            in order. The last may have None, the rest. Places after them hold no tokens.
+    """
+
+    names: Sequence[str]
+    embed: Callable[[Sequence[str]], torch.Tensor]
+    tokenizers: Sequence[tuple[Any, int | None]]
 
 
 class Family(ABC):
@@ -49,6 +66,7 @@ class Family(ABC):
         "cross_attention": r"\.attn2\.",
     }
     """What the names of parameter sets stand for, as expressions on parameter names."""
+    _resolution: int | None = None
 
     def __init__(self, pipeline: Any) -> None:
         kind = type(pipeline).__name__
@@ -84,7 +102,13 @@ class Family(ABC):
 
     @property
     def resolution(self) -> int:
-        """Side of the square pictures that the model was trained on, in pixels."""
+        """Side of the square pictures in pixels, by default that which the model was trained on.
+
+        Raises:
+            MimaError: when it is set to what the VAE and the denoiser cannot take.
+        """
+        if self._resolution is not None:
+            return self._resolution
         size = self._sample_size
         sides = {size} if isinstance(size, int) else set(size or ())
         if len(sides) != 1:
@@ -93,6 +117,21 @@ class Family(ABC):
                 f"got {size}; only square pictures are supported"
             )
         return int(sides.pop() * self.pipeline.vae_scale_factor)
+
+    @resolution.setter
+    def resolution(self, pixels: int) -> None:
+        if pixels < 1 or pixels % self._multiple:
+            raise MimaError(
+                f"resolution: {pixels} pixels do not fit the vae of this "
+                f"{type(self.pipeline).__name__}, which needs a multiple of {self._multiple}, "
+                f"such as {max(1, round(pixels / self._multiple)) * self._multiple}"
+            )
+        self._resolution = pixels
+
+    @property
+    def _multiple(self) -> int:
+        """What a side in pixels must be a multiple of."""
+        return int(self.pipeline.vae_scale_factor * self._patch)
 
     @property
     @abstractmethod
@@ -133,7 +172,7 @@ class Family(ABC):
         Raises:
             ValueError: a side is no multiple of what the VAE and the denoiser need.
         """
-        vae, multiple = self.pipeline.vae, self.pipeline.vae_scale_factor * self._patch
+        vae, multiple = self.pipeline.vae, self._multiple
         height, width = pixels.shape[-2:]
         if height % multiple or width % multiple:
             raise ValueError(
@@ -199,14 +238,16 @@ class Family(ABC):
         """[B, S]: True where ``text_embeddings`` holds a token of the prompt or its end token."""
 
     @torch.no_grad()
-    def token_embeddings(self, prompt: str) -> torch.Tensor:
-        """Return what the text projections read for the real tokens of ``prompt``.
+    def token_embeddings(self, prompts: str | Sequence[str]) -> torch.Tensor:
+        """Return what the text projections read for the real tokens of a prompt, or of several.
 
         Returns:
-            [S, D]; the end token is kept, the start token and padding are not.
+            [S, D], one prompt's after the other's; end tokens are kept, start tokens and padding
+            are not.
         """
-        mask = self.token_mask([prompt])[0]
-        return self.text_embeddings([prompt])[0][mask.to(self.device)]
+        several = [prompts] if isinstance(prompts, str) else list(prompts)
+        mask = self.token_mask(several)
+        return self.text_embeddings(several)[mask.to(self.device)]
 
     def _mask(self, tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tensor:
         """[B, length]: the tokens of each prompt and its end token."""
@@ -244,6 +285,11 @@ class Family(ABC):
                 "are loaded, fuse_lora() and unload_lora_weights() first"
             )
         return names
+
+    def text_readers(self) -> list[TextReader]:
+        """Everything through which text reaches the denoiser."""
+        tokenizers = [(self.pipeline.tokenizer, None)]
+        return [TextReader(self.text_projections(), self.text_embeddings, tokenizers)]
 
     def parameter_names(self, which: str) -> list[str]:
         """Names of the denoiser's parameters in a preset, or matching a regular expression.

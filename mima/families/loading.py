@@ -63,13 +63,21 @@ SINGLE_FILES: tuple[tuple[str, Any], ...] = (
 )
 
 
-def family_of(pipeline: Any) -> Family:
+def family_of(pipeline: Any, *, resolution: int | None = None) -> Family:
     """Wrap a diffusers pipeline in the family that knows it.
 
+    Args:
+        pipeline: the pipeline.
+        resolution: side of the pictures in pixels; by default what the model was trained on.
+
     Raises:
-        MimaError: the pipeline's class belongs to no supported family.
+        MimaError: the pipeline's class belongs to no supported family, or pictures of that size do
+            not fit it.
     """
-    return _family_class(type(pipeline).__name__)(pipeline)
+    family = _family_class(type(pipeline).__name__)(pipeline)
+    if resolution is not None:
+        family.resolution = resolution
+    return family
 
 
 def origin_of(model: Any) -> str | None:

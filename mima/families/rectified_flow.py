@@ -5,13 +5,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from mima.errors import MimaError
-from mima.families.base import Conditioning, Family
+from mima.families.base import Conditioning, Family, TextReader
 from mima.families.ddpm import at_least_float32
 
 
@@ -119,6 +119,33 @@ class RectifiedFlow(Family):
         # the picture reaches the text stream in the first block's attention, after its projections
         smallest = self._latents(len(prompts), self._patch)
         return self._read(prompts, smallest)[self.text_projections()[0]]
+
+    def text_readers(self) -> list[TextReader]:
+        """The embedding of the text encoders' tokens, and that of the pooled text.
+
+        What the text projections read depends on the picture; what these two read does not, and
+        text reaches the denoiser through them alone.
+        """
+
+        def read(name: str) -> Callable[[Sequence[str]], torch.Tensor]:
+            return lambda prompts: self.encode_prompts(prompts)[name]
+
+        pooled = read("pooled_projections")
+        return [
+            TextReader(
+                ["context_embedder.weight"], read("encoder_hidden_states"), self._text_stream
+            ),
+            TextReader(
+                ["time_text_embed.text_embedder.linear_1.weight"],
+                lambda prompts: pooled(prompts).unsqueeze(1),
+                [],
+            ),
+        ]
+
+    @property
+    def _text_stream(self) -> list[tuple[Any, int | None]]:
+        """Tokenizers of the text stream, as ``TextReader.tokenizers``."""
+        return [(self._t5_tokenizer, None)]
 
     @torch.no_grad()
     def projection_embeddings(self, prompt: str, generator: torch.Generator) -> Conditioning:

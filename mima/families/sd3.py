@@ -31,6 +31,12 @@ class StableDiffusion3(RectifiedFlow):
     def _t5_tokenizer(self) -> Any:
         return None if self.pipeline.text_encoder_3 is None else self.pipeline.tokenizer_3
 
+    @property
+    def _text_stream(self) -> list[tuple[Any, int | None]]:
+        # both CLIP encoders' tokens stand side by side
+        clip = (self.pipeline.tokenizer, self.pipeline.tokenizer_max_length)
+        return [clip] if self._t5_tokenizer is None else [clip, *super()._text_stream]
+
     def _encode(self, prompts: list[str]) -> Conditioning:
         pipeline = self.pipeline
         hidden_BSD, _, pooled, _ = pipeline.encode_prompt(
