@@ -39,3 +39,30 @@ def test_projected_merge() -> None:
     assert merged[-1, 0] == 3
     assert merged[3, 0] == 5
     assert torch.count_nonzero(merged) == 2
+
+
+def test_batched_lora() -> None:
+    skip_unless_available("native", "batched_lora", torch.bfloat16)
+    # One sample of 2**28 + 1 tokens; only the last one and the fourth are not zero.
+    t, d = 2**28 + 1, 8
+    x = torch.zeros(1, t, d, dtype=torch.bfloat16)
+    x[0, -1, 0], x[0, 3, 0] = 3.0, 5.0
+    weight = torch.zeros(d, d, dtype=torch.bfloat16)
+    A, B = torch.eye(1, d, dtype=torch.bfloat16), torch.eye(d, 1, dtype=torch.bfloat16)
+    index = torch.zeros(1, dtype=torch.int64)
+    y = ops.batched_lora(x, weight, [A], [B], [2.0], index, backend="native")
+    assert y[0, -1, 0] == 6
+    assert y[0, 3, 0] == 10
+    assert torch.count_nonzero(y) == 2
+
+
+def test_merge_lora() -> None:
+    skip_unless_available("native", "merge_lora", torch.bfloat16)
+    o, d = 2**28 + 1, 8
+    weight = torch.zeros(o, d, dtype=torch.bfloat16)
+    A, B = torch.eye(1, d, dtype=torch.bfloat16), torch.zeros(o, 1, dtype=torch.bfloat16)
+    B[-1], B[3] = 3.0, 5.0
+    merged = ops.merge_lora(weight, [A], [B], [2.0], [0.5], backend="native")
+    assert merged[-1, 0] == 3
+    assert merged[3, 0] == 5
+    assert torch.count_nonzero(merged) == 2
