@@ -38,4 +38,5 @@ fi
 import mima, mima._native, os
 assert mima._native.__file__.startswith(os.environ["PYTHONPATH"]), mima._native.__file__
 CHECK
-"$python" -m pytest -q -p no:cacheprovider "$@"
+# in one process, whose end is seen
+"$python" -m pytest -q -o addopts=--import-mode=importlib -p no:cacheprovider "$@"
