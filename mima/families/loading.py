@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import hf_hub_download
@@ -256,13 +257,22 @@ def _check_complete(folder: Path, module: torch.nn.Module) -> None:
     names_of: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names_of.setdefault(id(parameter), []).append(name)
-        if name.partition(".")[2] in stored:
-            names_of[id(parameter)].append(name.partition(".")[2])
+        prefix, _, tail = name.partition(".")
+        # the only prefix that transformers adds to what a file holds
+        if prefix == getattr(module, "base_model_prefix", None):
+            names_of[id(parameter)].append(tail)
     missing = [names[0] for names in names_of.values() if not (stored | tails) & set(names)]
     if missing:
+        hint = ""
+        prefix, _, tail = missing[0].partition(".")
+        if tail in stored:
+            hint = (
+                f"; it holds {tail}, as transformers 5 writes it, which transformers "
+                f"{transformers.__version__} does not find"
+            )
         raise MimaError(
             f"model: the weights in {folder} are incomplete: {len(missing)} tensors are missing, "
-            f"such as {missing[0]}"
+            f"such as {missing[0]}{hint}"
         )
 
 
