@@ -815,14 +815,23 @@ def _names_concepts(item: str) -> bool:
 
 
 def _load_lora(pipeline: Any, path: Path) -> None:
+    from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
     from safetensors import SafetensorError
 
     if not path.exists():
         raise MimaError(f"lora {path} does not exist")
-    if path.is_dir() and not any(path.glob("*.safetensors")):
-        raise MimaError(f"lora {path} holds no .safetensors file")
+    if path.is_file():
+        folder, name = path.parent, path.name
+    else:
+        names = sorted(file.name for file in path.glob("*.safetensors"))
+        if not names:
+            raise MimaError(f"lora {path} holds no .safetensors file")
+        if len(names) > 1 and LORA_WEIGHT_NAME_SAFE not in names:
+            raise MimaError(f"lora {path} holds several files, name one: {', '.join(names)}")
+        folder, name = path, LORA_WEIGHT_NAME_SAFE if len(names) > 1 else names[0]
     try:
-        pipeline.load_lora_weights(str(path), local_files_only=True)
+        # older diffusers looks for no name itself when it must not ask the hub
+        pipeline.load_lora_weights(str(folder), weight_name=name, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise MimaError(f"lora {path} does not fit the model: {error}") from error
 
