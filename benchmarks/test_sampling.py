@@ -7,6 +7,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from torch import Tensor
 
 from benchmarks.harness import Comparison, Machine, replay
@@ -30,7 +31,7 @@ def plain_loop(pipeline, folders, jobs) -> Tensor:
     """One call of the pipeline per picture, adapters loaded in turn."""
     images = []
     for number, folder in enumerate(folders):
-        pipeline.load_lora_weights(folder)
+        pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHT_NAME_SAFE)
         images += [
             pipeline(
                 job.prompt,

@@ -17,7 +17,7 @@ run.save(output)
 
 pipeline = load_embedded()
 pipeline.set_progress_bar_config(disable=True)
-pipeline.load_lora_weights(output)
+pipeline.load_lora_weights(output, weight_name="pytorch_lora_weights.safetensors")
 image = pipeline("a panda emoji", num_inference_steps=8, guidance_scale=3.0).images[0]
 image.save(output / "panda.png")
 print(output / "panda.png")

@@ -58,6 +58,15 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+@pytest.fixture
+def float64():
+    """float64 as the default dtype, in which transformers 4 makes the mask of a text encoder."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """Keep what tests draw out of the user's cache, and the user's out of tests."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from families import builders
 from peft import PeftModel
 
@@ -68,7 +69,7 @@ def test_lora_attack_and_round_trip(folder, tmp_path):
     run.save(tmp_path)
     fresh = load_pipeline(folder)
     if hasattr(fresh, "load_lora_weights"):
-        fresh.load_lora_weights(tmp_path)
+        fresh.load_lora_weights(tmp_path, weight_name=LORA_WEIGHT_NAME_SAFE)
     else:
         fresh.transformer = PeftModel.from_pretrained(fresh.transformer, tmp_path).base_model.model
     assert draw(fresh) == adapted
@@ -123,7 +124,7 @@ def test_new_words_need_one_text_encoder(folder):
     if getattr(pipeline, "text_encoder_2", None) is None:
         run = TextualInversion(learning_rate=1e-2).start(pipeline, concept)
         run.advance(1)
-        assert run.pipeline.tokenizer.tokenize(concept.prompt)[1] == "<new1>"
+        assert run.pipeline.tokenizer.tokenize(concept.prompt).count("<new1>") == 1
     else:
         with pytest.raises(MimaError, match="one text encoder"):
             TextualInversion().start(pipeline, concept)

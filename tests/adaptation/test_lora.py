@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
 from mima.adaptation import LoRA
 from mima.adaptation.copies import component_name, shared_copy, with_modules
@@ -86,7 +87,7 @@ def test_diffusers_reads_the_saved_adapter_and_draws_the_same(pipeline, folder, 
 
     fresh = StableDiffusionPipeline.from_pretrained(folder)
     untrained = draw(fresh)
-    fresh.load_lora_weights(tmp_path / "lora")
+    fresh.load_lora_weights(tmp_path / "lora", weight_name=LORA_WEIGHT_NAME_SAFE)
     assert torch.equal(draw(fresh), draw(run.pipeline))
     assert (draw(fresh) - untrained).abs().max() > 1e-3
 

@@ -114,14 +114,15 @@ def test_textual_inversion_trains_the_new_row_only(pipeline, instance):
     assert not changed(run.pipeline.unet, weights(pipeline.unet))
 
 
+@pytest.mark.usefixtures("float64")
 def test_gradient_of_the_new_row_is_that_of_the_loss(pipeline, instance):
     # float64 for the sake of the differences; the row itself stays in float32
     new = TextualInversion().inject(pipeline.to(dtype=torch.float64), instance)
     (row,) = new.parameters
     family = family_of(new.pipeline)
     generator = torch.Generator().manual_seed(1)
-    direction = torch.randn(row.shape, generator=generator)
-    probe = torch.randn(tiny.MAX_TOKENS, row.shape[0], generator=generator).double()
+    direction = torch.randn(row.shape, generator=generator, dtype=row.dtype)
+    probe = torch.randn(tiny.MAX_TOKENS, row.shape[0], generator=generator)
 
     def value():
         return (new.encode_prompts(family, [PROMPT])["encoder_hidden_states"][0] * probe).sum()

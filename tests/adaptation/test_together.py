@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
 from mima.adaptation import DreamBooth, DreamBoothLoRA, LoRA, Together
 from mima.errors import MimaError
@@ -54,7 +55,9 @@ def test_same_result_as_one_by_one(pipeline, folder, tmp_path):
     pictures = []
     for run in shared:
         fresh = StableDiffusionPipeline.from_pretrained(folder)
-        fresh.load_lora_weights(run.save(tmp_path / run.concept.name))
+        fresh.load_lora_weights(
+            run.save(tmp_path / run.concept.name), weight_name=LORA_WEIGHT_NAME_SAFE
+        )
         drawn = [
             model("a red emoji", generator=generator().manual_seed(0), **options).images
             for model in (fresh, run.pipeline)

@@ -8,20 +8,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from packaging.version import Version
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 
 @pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="test_values.py runs the kernels already"
+)
+@pytest.mark.skipif(
+    Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"),
+    reason="before Triton 3.7 its interpreter needs NumPy < 2.4",
 )
 def test_kernels_in_the_interpreter() -> None:
     # A process of its own: Triton reads the variable when a kernel is defined.
     values = Path(__file__).with_name("test_values.py")
     # not python -m pytest, which would import the sources in the working directory
     pytest_script = Path(sys.executable).with_name("pytest")
-    command = [pytest_script, "-q", "-p", "no:cacheprovider", "-k", "triton"]
+    # nor in several processes, as pyproject.toml has it: this may be one of several already
+    options = ["-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider"]
+    command = [pytest_script, "-q", *options, "-k", "triton"]
     result = subprocess.run(
         [*command, values],
         cwd=values.parents[2],

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +15,11 @@ from pathlib import Path
 import pytest
 
 import mima
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pytest brings it there
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
 NO_COMPILER = {"CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}
@@ -44,7 +48,7 @@ def sdist(tmp_path_factory) -> Path:
         ROOT,
         copy,
         ignore=shutil.ignore_patterns(
-            ".git", "build", "dist", "*.egg-info", "__pycache__", "*.so", ".*_cache", "mima-demo"
+            ".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "mima-demo"
         ),
     )
     folder = tmp_path_factory.mktemp("sdist")
