@@ -66,10 +66,14 @@ def test_two_passes_equal_holding_every_graph_on_a_unet(model, tmp_path):
 def test_losses_computed_in_one_forward_are_those_of_one_each(
     model, tmp_path, per_forward, monkeypatch
 ):
-    upper = {"batch_size": 2, "prior_batch_size": 3, "loss_cap": 1.0}
-    config = settings(tmp_path, upper=upper | {"concepts_per_forward": per_forward})
-    problem = make(model, config, 3)
-    theta = problem.theta()
+    upper = {"batch_size": 2, "prior_batch_size": 3, "concepts_per_forward": per_forward}
+    free = make(model, settings(tmp_path, upper=upper), 3)
+    theta = free.theta()
+    _, _, losses = upper_gradient(theta, free.upper_levels(0))
+    own = [x for name, x in losses.items() if not name.endswith("(prior)")]
+    # a cap for some of them, whatever weights this version of diffusers draws
+    cap = (min(own) + max(own)) / 2
+    problem = make(model, settings(tmp_path, upper=upper | {"loss_cap": cap}), 3)
     losses_of, drawn = problem.losses, []
     monkeypatch.setattr(
         problem,
@@ -87,7 +91,7 @@ def test_losses_computed_in_one_forward_are_those_of_one_each(
         grads = torch.autograd.grad(term.objective(loss), list(leaves.values()))
         for name, grad in zip(leaves, grads, strict=True):
             total[name] += grad
-    capped = [x > 1.0 for name, x in losses.items() if not name.endswith("(prior)")]
+    capped = [x > cap for name, x in losses.items() if not name.endswith("(prior)")]
     assert any(capped)
     assert not all(capped)
     assert gap(ours, total) < 1e-5
