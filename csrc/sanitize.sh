@@ -39,4 +39,4 @@ import mima, mima._native, os
 assert mima._native.__file__.startswith(os.environ["PYTHONPATH"]), mima._native.__file__
 CHECK
 # in one process, whose end is seen
-"$python" -m pytest -q -o addopts=--import-mode=importlib -p no:cacheprovider "$@"
+"$python" -m pytest -q -p no:xdist -p no:cacheprovider "$@"

@@ -38,6 +38,19 @@ settings.load_profile("mima")
 SEED = 20_251
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Two processes share the tests unless -n says otherwise or pytest-xdist is not installed."""
+    if (
+        config.pluginmanager.hasplugin("xdist")
+        and "PYTEST_XDIST_WORKER" not in os.environ
+        and config.option.numprocesses is None
+        and not config.option.usepdb
+    ):
+        config.option.numprocesses = 2
+        config.option.dist = "worksteal"
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Start every test from the same random state, whatever ran before it."""

@@ -94,9 +94,8 @@ install() {
 # workers compile Triton kernels side by side
 # shellcheck disable=SC2329
 gpu_tests() {
-  # pyproject.toml's options need pytest-xdist
-  local workers=(-o addopts=--import-mode=importlib)
-  if "$python" -c 'import xdist' 2>/dev/null; then workers+=(-n 8); fi
+  local workers=()
+  if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
   local selected=(-m "cuda and not slow")
   if [[ -n $dry ]]; then selected=(-m cuda --collect-only); fi
   "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" "${selected[@]}" \

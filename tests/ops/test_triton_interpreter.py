@@ -27,8 +27,8 @@ def test_kernels_in_the_interpreter() -> None:
     values = Path(__file__).with_name("test_values.py")
     # not python -m pytest, which would import the sources in the working directory
     pytest_script = Path(sys.executable).with_name("pytest")
-    # nor in several processes, as pyproject.toml has it: this may be one of several already
-    options = ["-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider"]
+    # nor in several processes: this may be one of several already
+    options = ["-p", "no:xdist", "-p", "no:cacheprovider"]
     command = [pytest_script, "-q", *options, "-k", "triton"]
     result = subprocess.run(
         [*command, values],
