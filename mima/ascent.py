@@ -19,7 +19,6 @@ from mima._version import installed_versions
 from mima.bilevel.lower import Params, Tensors
 from mima.bilevel.outer import OuterGradient
 from mima.checkpoint import Checkpoint, CheckpointFolder, fingerprint
-from mima.config import ImmunizeConfig
 from mima.errors import MimaError
 from mima.problem import Problem
 from mima.progress import (
@@ -261,15 +260,15 @@ class Ascent:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Put a Ctrl-C off until the block is done."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def uninterrupted() -> Iterator[Sequence[object]]:
+    """Put a Ctrl-C off until the block is done, and yield the signals that wait."""
     arrived: list[Any] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield arrived
+        return
     before = signal.signal(signal.SIGINT, lambda *args: arrived.append(args))
     try:
-        yield
+        yield arrived
     finally:
         signal.signal(signal.SIGINT, before or signal.SIG_DFL)
     if arrived and callable(before):
@@ -277,11 +276,11 @@ def uninterrupted() -> Iterator[None]:
 
 
 def describe_run(
-    config: ImmunizeConfig, concepts: Sequence[Any], weights: Mapping[str, torch.Tensor]
+    config: Mapping[str, Any], concepts: Sequence[Any], weights: Mapping[str, torch.Tensor]
 ) -> dict[str, Any]:
     """What a run is, as plain data: settings, concepts, the model's fingerprint, versions."""
     return {
-        "config": config.model_dump(mode="json"),
+        "config": config,
         "concepts": [
             {"name": c.name, "prompt": c.prompt, "class_prompt": c.class_prompt} for c in concepts
         ],

@@ -17,6 +17,7 @@ from mima.errors import MimaError, nearest
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mima.adaptation import Adaptation
     from mima.concepts import Concept
     from mima.config import ImmunizeRun
 
@@ -280,16 +281,29 @@ def adapt(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of the method."),
     ] = None,
+    sample_every: Annotated[
+        int | None,
+        typer.Option(min=0, help="Steps between pictures; by default a fifth of all, 0 for none."),
+    ] = None,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")
+    ] = False,
     seed: Seed = 0,
     device: Device = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Teach a model a concept, as its owner would, or an attacker."""
+    import shutil
     from dataclasses import asdict
 
     from mima.adaptation import LoRA, Together, configure
-    from mima.console import progress, stdout
-    from mima.families import load_pipeline
+    from mima.ascent import claim, default_folder, describe_run
+    from mima.checkpoint import CheckpointFolder
+    from mima.console import progress, stderr, stdout
+    from mima.evaluation.sampling import Sampler
+    from mima.families import family_of, load_pipeline
+    from mima.learning import SAMPLES, learn
     from mima.output import check_folder, fresh_folder
 
     options = {
@@ -326,18 +340,36 @@ def adapt(
     check_folder(folder, overwrite=overwrite)
 
     pipeline = load_pipeline(model, device=_device(device))
-    with fresh_folder(folder, overwrite=overwrite) as staging, progress() as bars:
-        runs = [chosen.start(pipeline, one) for one in learned]
+    runs = [chosen.start(pipeline, one) for one in learned]
+    learner = runs[0] if len(runs) == 1 else Together(runs)
+    kept = CheckpointFolder(default_folder(folder))
+    if overwrite and not resume:
+        kept.remove()
+    weights = dict(family_of(pipeline).denoiser.state_dict())
+    claim(kept, describe_run(_plain(chosen), learned, weights), resume=resume)
+    if sample_every is None:
+        sample_every = -(-chosen.steps // 5)
+    with progress() as bars:
         task = bars.add_task(f"learning {', '.join(names)}", total=chosen.steps, note="")
 
-        def on_step(_: object) -> None:
+        def on_step() -> None:
             losses = " ".join(f"{run.loss:.3f}" for run in runs)
             bars.update(task, completed=runs[0].step, note=f"loss {losses}")
 
-        if len(runs) == 1:
-            runs[0].advance(chosen.steps, on_step=on_step)
-        else:
-            Together(runs).advance(chosen.steps, on_step=on_step)
+        try:
+            learn(
+                learner,
+                kept,
+                checkpoint_every=checkpoint_every,
+                sample_every=sample_every,
+                sampler=Sampler(),
+                on_step=on_step,
+                on_pictures=lambda step, place: stderr().print(f"step {step}: pictures in {place}"),
+            )
+        except KeyboardInterrupt:
+            stderr().print("what was done is kept; the same command with --resume goes on from it")
+            raise
+    with fresh_folder(folder, overwrite=overwrite) as staging:
         for run, name in zip(runs, names, strict=True):
             inside = run.save(staging / name if len(runs) > 1 else staging)
             _write_down(
@@ -345,6 +377,9 @@ def adapt(
             )
         if len(runs) > 1:
             _write_down(staging, "adapt", model, learned, method=method, settings=asdict(chosen))
+        if (kept.path / SAMPLES).is_dir():
+            shutil.copytree(kept.path / SAMPLES, staging / SAMPLES)
+    kept.remove()
     said = ", ".join(one.name for one in learned)
     stdout().print(f"learned {said} by {method} in {chosen.steps} steps: {folder}")
     if method == "lora":
@@ -728,6 +763,15 @@ def _with_settings(
             own = {"erase_first": False, **own}
         raw["immunize"] = with_recipe(task, own)
     return parse_config(ImmunizeRun, raw, source="--set") if settings or task else run
+
+
+def _plain(adaptation: Adaptation) -> dict[str, Any]:
+    """A method and its settings, as a JSON file gives them back."""
+    import json
+    from dataclasses import asdict
+
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(adaptation)))
+    return {"method": adaptation.method, **plain}
 
 
 def _given(options: dict[str, Any], settings: Sequence[str] | None) -> dict[str, Any]:

@@ -192,7 +192,7 @@ def immunize(
     if folder:
         if overwrite and not resume:
             ranks.together(folder.remove)
-        run = describe_run(config, concepts, weights)
+        run = describe_run(config.model_dump(mode="json"), concepts, weights)
         ranks.together(lambda: claim(folder, run, resume=resume))
 
     vocabulary = {name: getattr(pipeline, name, None) for name in ("tokenizer", "text_encoder")}

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mima.errors import MimaError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # a folder with none of these is not ours to replace
 OUR_FILES = (
@@ -72,6 +77,13 @@ def write_whole(path: Path, data: bytes) -> None:
         partial.replace(path)
     except OSError as error:
         raise MimaError(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_picture(path: Path, image: Image.Image) -> None:
+    """Write a PNG of a results folder, as `write_whole`."""
+    data = io.BytesIO()
+    image.save(data, format="PNG")
+    write_whole(path, data.getvalue())
 
 
 @contextmanager

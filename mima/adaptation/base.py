@@ -17,6 +17,7 @@ import torch
 
 from mima.adaptation.copies import with_modules
 from mima.batches import encode_images, seeded
+from mima.checkpoint import Checkpoint
 from mima.class_images import ClassPictures
 from mima.concepts import Concept
 from mima.diffusion import diffusion_loss
@@ -281,6 +282,54 @@ class Run:
         self._injection.save(folder)
         return folder
 
+    def checkpoint(self) -> Checkpoint:
+        """Where the run stands after its last step: parameters, optimiser and draws to come."""
+        tensors: dict[str, torch.Tensor] = {
+            f"parameter.{n}": p for n, p in enumerate(self._injection.parameters)
+        }
+        tensors["generator"] = self._generator.get_state()
+        # bitsandbytes keeps numbers beside its tensors
+        numbers: dict[str, Any] = {}
+        for n, values in self._optimizer.state_dict()["state"].items():
+            for key, value in values.items():
+                name = f"optimizer.{n}.{key}"
+                if isinstance(value, torch.Tensor):
+                    tensors[name] = value
+                else:
+                    numbers[name] = value
+        state = {
+            "losses": self.losses,
+            "queues": [stream.queue for stream in self._streams()],
+            "scaler": self._scaler.state_dict(),
+            "numbers": numbers,
+        }
+        return Checkpoint(self.step, tensors, state)
+
+    @torch.no_grad()
+    def restore(self, kept: Checkpoint) -> None:
+        """Go on from a checkpoint of a run with the same settings, concept and model."""
+        for n, parameter in enumerate(self._injection.parameters):
+            parameter.copy_(kept.tensors[f"parameter.{n}"])
+        if self._injection.after_step is not None:
+            self._injection.after_step()
+        self._generator.set_state(kept.tensors["generator"])
+        moments: dict[int, dict[str, Any]] = {}
+        for name, value in (kept.tensors | kept.state["numbers"]).items():
+            kind, _, rest = name.partition(".")
+            if kind == "optimizer":
+                n, _, key = rest.partition(".")
+                moments.setdefault(int(n), {})[key] = value
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        if kept.state["scaler"]:
+            self._scaler.load_state_dict(kept.state["scaler"])
+        for stream, queue in zip(self._streams(), kept.state["queues"], strict=True):
+            stream.queue = list(queue)
+        self.step, self.losses = kept.step, list(kept.state["losses"])
+
+    def _streams(self) -> list[_Stream]:
+        return [s for s in (self._images, self._class_images) if s is not None]
+
     def _stream(self, pictures: Sequence[Picture], encoder: Family) -> _Stream:
         prompts = [picture.prompt for picture in pictures]
         return self._stream_of(encode_images(encoder, pictures), prompts)
@@ -373,7 +422,11 @@ def autocast(family: Family) -> contextlib.AbstractContextManager[None]:
 
 
 class _Stream:
-    """An endless shuffle of encoded pictures."""
+    """An endless shuffle of encoded pictures.
+
+    Attributes:
+        queue: what comes next, until it is empty.
+    """
 
     def __init__(
         self,
@@ -391,13 +444,13 @@ class _Stream:
         unique = list(dict.fromkeys(self._prompts))
         self._rows = torch.tensor([unique.index(prompt) for prompt in self._prompts])
         self._text = {} if encode_prompts is not None else family.encode_prompts(unique)
-        self._queue: list[int] = []
+        self.queue: list[int] = []
 
     def draw(self, batch_size: int) -> tuple[torch.Tensor, Conditioning]:
         """Latents [B, C, H, W] and their conditioning; every picture comes once per round."""
-        while len(self._queue) < batch_size:
-            self._queue += torch.randperm(len(self._prompts), generator=self._generator).tolist()
-        chosen, self._queue = self._queue[:batch_size], self._queue[batch_size:]
+        while len(self.queue) < batch_size:
+            self.queue += torch.randperm(len(self._prompts), generator=self._generator).tolist()
+        chosen, self.queue = self.queue[:batch_size], self.queue[batch_size:]
         if self._encode_prompts is not None:
             prompts = [self._prompts[index] for index in chosen]
             conditioning = self._encode_prompts(self._family, prompts)

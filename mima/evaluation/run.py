@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import multiprocessing
 import os
@@ -53,7 +52,7 @@ from mima.evaluation.sampling import Job, Sampler
 from mima.evaluation.similarity import PictureProtocol, TextImageEncoder, load_similarity
 from mima.evaluation.summary import summarize
 from mima.families import family_of, load_pipeline
-from mima.output import check_folder, write_whole
+from mima.output import check_folder, write_picture
 from mima.pictures import Picture
 from mima.problem import ordinary_captions, spread
 
@@ -371,7 +370,7 @@ class Worker:
         files = self.bench.benign_files(task)
         pictures = self.bench.sampler.draw(self.pipelines[task], jobs)
         for file, image in zip(files, pictures, strict=True):
-            _save(image, file)
+            write_picture(file, image)
             self.advance(1)
         return None
 
@@ -399,7 +398,8 @@ class Worker:
         for side in SIDES:
 
             def keep(step: int, index: int, image: Image.Image, side: Side = side) -> None:
-                _save(image, bench.folder.image_folder(attack.id, side, step) / f"{index}.png")
+                place = bench.folder.image_folder(attack.id, side, step)
+                write_picture(place / f"{index}.png", image)
 
             drawn = trajectory(
                 self._start(side, attack),
@@ -748,10 +748,3 @@ def _numbered(folder: Path, count: int) -> list[Path]:
 def _file(picture: Picture) -> Path:
     assert isinstance(picture.image, Path)
     return picture.image
-
-
-def _save(image: Image.Image, file: Path) -> None:
-    """Write a picture, whole or not at all."""
-    data = io.BytesIO()
-    image.save(data, format="PNG")
-    write_whole(file, data.getvalue())
