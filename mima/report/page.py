@@ -605,8 +605,11 @@ class Report:
         if summary is None or worst is None:
             return "No attack has been measured yet", []
         row = run.row(summary.worst_attack.attack, self.primary)
+        concept = summary.worst_concept
         if worst <= 0:
             title = "At least one attack got through"
+        elif concept.sgr is not None and concept.sgr <= 0:
+            title = f"{concept.concept} became no harder to learn"
         elif summary.msgr.low is not None and summary.msgr.low <= 0:
             title = "Attacks were held back, but not reliably"
         else:
@@ -622,6 +625,17 @@ class Report:
             sentences.append(
                 f"The attack that got furthest ({method_name(row.method)} on {row.concept}, "
                 f"{setting(row).words}) leaves them {_less(worst)} similar."
+            )
+        mine = [r for r in run.attacks if r.similarity == self.primary and r.role == "target"]
+        failed = sum(not r.learned for r in mine)
+        if failed:
+            sentences.append(
+                f"{failed} of {len(mine)} attacks on immunized concepts taught the original model "
+                "nothing either: they say little, and none of them counts as the one that got "
+                "furthest."
+                if failed < len(mine)
+                else "No attack taught the original model anything, so that these numbers say "
+                "little: train longer, or with a higher learning rate."
             )
         return title, sentences
 
@@ -690,7 +704,7 @@ def number(value: float | None, digits: int = 2) -> str:
 
 def percent(value: float) -> str:
     """A change in percent, with its sign."""
-    return f"{100 * value:+.1f} %".replace("-", "−")
+    return f"{100 * value:+.1f}\u00a0%".replace("-", "−")
 
 
 def method_name(method: str) -> str:
@@ -699,7 +713,8 @@ def method_name(method: str) -> str:
 
 
 def _less(gap: float) -> str:
-    return f"{100 * gap:.0f} % less" if gap >= 0 else f"{-100 * gap:.0f} % more"
+    # with a no-break space
+    return f"{abs(100 * gap):.0f}\u00a0% {'less' if gap >= 0 else 'more'}"
 
 
 def _thinned(items: Sequence[int], limit: int) -> list[int]:

@@ -103,7 +103,7 @@ def test_headline_numbers_are_those_of_the_evaluation(folder, page):
         number(clip.msgr.mean),
         number(clip.worst_concept.sgr),
         number(clip.mrsgr),
-        "−2.0 %",
+        "−2.0\u00a0%",
     ]
     dino = summary["dino"]
     assert page.row("dino") == [
@@ -249,6 +249,31 @@ def test_what_was_not_measured_is_a_dash(tmp_path):
     assert "Prompt alignment was not measured." in page.text
     assert "No other concept was attacked." in page.text
     assert not re.search(r"\b(nan|None|inf)\b", page.text)
+
+
+def test_the_headline_hides_no_concept_that_came_back(small, tmp_path):
+    source = EvaluationFolder(small)
+    evaluation, summary = source.evaluation(), source.evaluation().summary["clip"]
+    told = []
+    for worst, concept in ((-0.1, -0.2), (0.1, -0.2), (0.1, 0.1)):
+        changed = summary.model_copy(
+            update={
+                "worst_attack": summary.worst_attack.model_copy(update={"sgr": worst}),
+                "worst_concept": summary.worst_concept.model_copy(update={"sgr": concept}),
+            }
+        )
+        other = EvaluationFolder(tmp_path / f"{worst}{concept}")
+        other.write_evaluation(evaluation.model_copy(update={"summary": {"clip": changed}}))
+        rows = [row.model_copy(update={"learned": worst < 0}) for row in source.attacks()]
+        other.write_rows(rows, source.curves())
+        page = Page(write_report([other.path]))
+        told.append(re.findall("<h1>(.*?)</h1>", page.source)[0])
+        assert ("No attack taught the original model anything" in page.text) == (worst > 0)
+    assert told == [
+        "At least one attack got through",
+        "tiger became no harder to learn",
+        "Every attack was held back; how far is below",
+    ]
 
 
 def test_an_evaluation_without_any_attack_yet_has_a_page(tmp_path):
