@@ -8,6 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -89,6 +90,12 @@ class Family(ABC):
                 f"{latent}; models with further picture inputs (inpainting, editing) are not "
                 "supported, text-to-image models are"
             )
+
+    @cached_property
+    def _shares_weights(self) -> bool:
+        """Whether a weight of the denoiser goes by several names."""
+        every = self.denoiser.named_parameters(remove_duplicate=False)
+        return len(list(every)) > len(list(self.denoiser.parameters()))
 
     @property
     def device(self) -> torch.device:
@@ -423,7 +430,10 @@ class Family(ABC):
         if params is None:
             output = self.denoiser(**inputs)[0]
         else:
-            output = functional_call(self.denoiser, dict(params), (), inputs)[0]
+            # looking for shared weights at each call would cost as much as a small model's forward
+            output = functional_call(
+                self.denoiser, dict(params), (), inputs, tie_weights=self._shares_weights
+            )[0]
         return self._prediction(output, noisy)
 
     @torch.no_grad()
