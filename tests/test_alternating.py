@@ -7,15 +7,16 @@ import tiny
 import torch
 from immunizing import concepts, settings
 
-from mima.alternating import alternate
+from mima.alternating import alternate, merge_step
+from mima.bilevel.outer import upper_gradient
 from mima.families import family_of, load_pipeline
 from mima.problem import ALMOST_HARD, Problem, encode_concepts, merge_layer
 
 
-def make(folder, config):
+def make(folder, config, count=2):
     family = family_of(load_pipeline(str(folder)))
-    data = encode_concepts(family, concepts(), config)
-    return Problem(family, data, config, merge_layer(family, concepts(), config))
+    data = encode_concepts(family, concepts(count), config)
+    return Problem(family, data, config, merge_layer(family, concepts(count), config))
 
 
 def transcription(problem, steps):
@@ -97,6 +98,35 @@ def test_it_is_the_published_update(tmp_path, parameters):
         ["cat", "cat (prior)", "dog", "dog (prior)"],
     ]
     assert history[0].drift > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        ({"gradient_checkpointing": True}, 1e-5),
+        # 8 bits of mantissa, and a few dozen layers whose roundings add up
+        ({"precision": "bfloat16"}, 0.1),
+        ({"precision": "bfloat16", "gradient_checkpointing": True}, 0.1),
+    ],
+    ids=["checkpointing", "bfloat16", "both"],
+)
+def test_memory_savers_change_neither_step(tmp_path, changes, tolerance):
+    folder = tiny.save_tiny_stable_diffusion(tmp_path / "model")
+
+    def steps(**changes):
+        problem = make(folder, settings(tmp_path, hypergradient="alternating", **changes), 1)
+        theta = problem.theta()
+        lower, merged = merge_step(theta, problem.lower_levels(0), problem.merge, ["cat"], lr=1e-3)
+        upper, _, _ = upper_gradient(theta, problem.upper_levels(1))
+        moved = {name: value - theta[name] for name, value in merged.items()}
+        return [
+            torch.cat([v.flatten() for v in part.values()])
+            for part in (moved, lower.gradient, upper)
+        ]
+
+    for ours, plain in zip(steps(**changes), steps(), strict=True):
+        assert (ours - plain).norm() <= tolerance * plain.norm()
+        assert ours.dtype == torch.float32
 
 
 def test_a_hard_constraint_that_contradicts_itself_is_softened_a_little(tmp_path, caplog):

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -221,6 +222,29 @@ def test_trackers_get_the_same_numbers(model, tmp_path):
     assert recorder.logged[-1][1]["loss/cat"] == result.history[-1].losses["cat"]
     with pytest.raises(MimaError, match="trackers: nosuch is not installed"):
         open_trackers(["nosuch"], tmp_path, {})
+
+
+def test_tensorboard_gets_the_same_numbers(model, tmp_path):
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
+    from tensorboardX.proto.event_pb2 import Event
+
+    config = settings(tmp_path, trackers=("tensorboard",))
+    result = immunize(model, concepts(), config, checkpoint=tmp_path / "c")
+    # a record: length, its checksum, the event, its checksum
+    shown = {}
+    for file in (tmp_path / "c").rglob("events.*"):
+        content = file.read_bytes()
+        while content:
+            length = int.from_bytes(content[:8], "little")
+            event = Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            for value in event.summary.value:
+                shown[value.tag, event.step] = value.simple_value
+    for report in result.history:
+        for name, loss in report.losses.items():
+            # TensorBoard's names have neither blanks nor brackets
+            tag = re.sub(r"[^-/.\w]", "_", f"loss/{name}")
+            assert shown[tag, report.step] == pytest.approx(loss, rel=1e-6)
 
 
 def with_new_words():
