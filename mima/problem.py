@@ -101,13 +101,15 @@ class Problem:
             lower_names = [] if weights is None else family.parameter_names(weights)
         self.lower_names = tuple(lower_names)
         self.names = tuple(dict.fromkeys((*self.upper_names, *self.lower_names)))
+        # found once: each step asks for them, and a network's modules are many
+        parameters = dict(family.denoiser.named_parameters())
+        self._theta = {name: parameters[name] for name in self.names}
         if config.gradient_checkpointing:
             recompute_blocks(family.denoiser)
 
     def theta(self) -> dict[str, torch.Tensor]:
         """θ by name: the denoiser's own tensors, not copies."""
-        parameters = dict(self.family.denoiser.named_parameters())
-        return {name: parameters[name].detach() for name in self.names}
+        return {name: value.detach() for name, value in self._theta.items()}
 
     def losses(self, batches: Sequence[Batch], params: Params) -> list[torch.Tensor]:
         """L(batch; params) of each batch in the run's precision, all from one forward."""
