@@ -132,6 +132,20 @@ CPU = [
         bar=1,
     ),
     Target(
+        group="merge adapters",
+        text="weighted, over the better of peft and diffusers",
+        value=_over("peft cat", "fuse_lora"),
+        bar=1,
+        ours="mima weighted",
+    ),
+    Target(
+        group="a training step of",
+        text="one forward for all, over a pass for each",
+        value=_over("one by one"),
+        bar=1,
+        ours="together",
+    ),
+    Target(
         group="sampling",
         text="over a plain loop",
         value=_over("plain loop"),

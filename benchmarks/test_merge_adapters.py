@@ -1,0 +1,166 @@
+"""Merging three LoRA into Stable Diffusion 1.x: every attention projection, rank 16.
+
+From adapters in memory to new weights; the model stays as it is. peft's combinations and what
+diffusers' ``fuse_lora`` adds up are the weighted merge. The projected merge computes something
+else; its residual (how far the merged model misses what each adapter made of its prompt) stands
+beside that of the weighted one in ``extra_info``. Its plan is made anew in each call, from ready
+embeddings.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import peft
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from benchmarks.harness import Comparison, Machine, replay
+from mima.adaptation.copies import shared_copy, with_modules
+from mima.adapter_merge import _Merge
+from mima.adapters import Adapter, LowRank
+from mima.embedded import load_embedded
+from mima.merging import MergePlan
+
+N, RANK, ALPHA = 3, 16, 8.0
+WEIGHTS = [0.5, 0.3, 0.2]
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+TOKENS, CAPTIONS, D = 9, 2000, 768
+
+
+def stable_diffusion(device: torch.device) -> UNet2DConditionModel:
+    """The UNet of Stable Diffusion 1.x; only what is adapted has values."""
+    with torch.device("meta"):
+        # eight latent channels, as the embedded autoencoder has; no adapted layer differs
+        unet = UNet2DConditionModel(cross_attention_dim=D, in_channels=8, out_channels=8)
+    unet = unet.to_empty(device=device).requires_grad_(False)
+    for name, weight in unet.named_parameters():
+        if any(f".{target}.weight" in name for target in TARGETS):
+            weight.normal_(std=weight.shape[1] ** -0.5)
+    return unet
+
+
+def with_peft(unet: UNet2DConditionModel) -> tuple[Any, list[Adapter], list[LoraLayer]]:
+    """Random adapters, as peft holds them and as mima does."""
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS)
+    model = peft.get_peft_model(unet, config, adapter_name="0")
+    for n in range(1, N):
+        model.add_adapter(str(n), config)
+    named = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    adapters = []
+    for n in range(N):
+        factors = {}
+        for name, layer in named.items():
+            A, B = layer.lora_A[str(n)].weight, layer.lora_B[str(n)].weight
+            A.data.normal_(std=A.shape[1] ** -0.5)
+            B.data.normal_(std=0.1 * RANK**-0.5)
+            shape = layer.get_base_layer().weight.shape
+            factors[f"unet.{name}.weight"] = LowRank(A.detach(), B.detach(), ALPHA / RANK, shape)
+        adapters.append(Adapter(str(n), factors=factors))
+    return model, adapters, list(named.values())
+
+
+def embeddings(device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """Of prompts and captions, with decaying singular values, like a text encoder's."""
+    spectrum = torch.logspace(0, -2, D, device=device)
+    C_reg = torch.randn(CAPTIONS, D, device=device) * spectrum
+    C = [torch.randn(TOKENS, D, device=device) * spectrum for _ in range(N)]
+    return C, C_reg
+
+
+@functools.lru_cache(maxsize=1)
+def comparison(device: torch.device) -> tuple[Comparison, dict[str, Sequence[float]]]:
+    torch.manual_seed(0)
+    unet = stable_diffusion(device)
+    pipeline = with_modules(load_embedded(device=device), unet=shared_copy(unet))
+    model, adapters, layers = with_peft(unet)
+    plan = functools.partial(MergePlan.from_embeddings, *embeddings(device), weights=WEIGHTS)
+    names = list(adapters[0].factors)
+
+    @torch.no_grad()
+    def combined(kind: str, **options: Any) -> list[Tensor]:
+        model.add_weighted_adapter(
+            [*map(str, range(N))], WEIGHTS, "all", combination_type=kind, **options
+        )
+        merged = [x.get_base_layer().weight + x.get_delta_weight("all") for x in layers]
+        model.delete_adapter("all")
+        return merged
+
+    @torch.no_grad()
+    def fused() -> list[Tensor]:
+        merged = []
+        for layer in layers:
+            weight = layer.get_base_layer().weight.clone()
+            for n, share in enumerate(WEIGHTS):
+                weight += share * layer.get_delta_weight(str(n))
+            merged.append(weight)
+        return merged
+
+    def ours() -> _Merge:
+        return _Merge(pipeline, adapters, WEIGHTS, {})
+
+    def weighted() -> list[Tensor]:
+        values = ours().weighted(names)
+        return [values[name] for name in names]
+
+    def projected() -> list[Tensor]:
+        values, _ = ours().projected(plan())
+        return [values[name] for name in names]
+
+    made = plan()
+    values, report = ours().projected(made)
+    here = [name for name in names if ".attn2.to_k." in name or ".attn2.to_v." in name]
+    averaged = ours().weighted(here)
+    missed = []
+    for adapter, C_SD in zip(adapters, made.C, strict=True):
+        gap = whole = 0.0
+        for name in here:
+            asked = adapter.factors[name].delta() @ C_SD.mT
+            moved = averaged[name] - pipeline.unet.get_parameter(name.removeprefix("unet."))
+            gap += float((moved @ C_SD.mT - asked).square().sum())
+            whole += float(asked.square().sum())
+        missed.append((gap / whole) ** 0.5)
+    residual = {"mima projected": report["residual"], "mima weighted": missed}
+    assert max(report["residual"]) < 0.01 < min(missed)
+    del values
+    weights = sum(x.get_base_layer().weight.numel() for x in layers)
+    factors = sum(sum(x.lora_A["0"].weight.shape) + x.lora_B["0"].weight.shape[0] for x in layers)
+    variants = {
+        "peft cat": lambda: combined("cat"),
+        "peft svd": lambda: combined("svd", svd_rank=N * RANK),
+        "fuse_lora": fused,
+        "mima weighted": weighted,
+        "mima projected": projected,
+    }
+    return (
+        Comparison(
+            group=f"merge adapters, {len(layers)} layers, N={N} r={RANK}",
+            variants=variants,
+            baseline="peft cat",
+            # weights read and written, factors read
+            num_bytes=4 * (2 * weights + N * RANK * factors),
+            flops=2 * weights * N * RANK,
+            unchecked=("mima projected",),
+            slow=("peft svd",),
+        ),
+        residual,
+    )
+
+
+@pytest.mark.parametrize(
+    "variant", ["peft cat", "peft svd", "fuse_lora", "mima weighted", "mima projected"]
+)
+def test_merge_adapters(benchmark, variant, machine: Machine):
+    compared, residual = comparison(machine.device)
+    replay(benchmark, compared, variant, machine)
+    if variant in residual:
+        benchmark.extra_info["residual"] = [*residual[variant]]
