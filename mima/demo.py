@@ -48,8 +48,9 @@ class DemoSettings:
 
     targets: tuple[str, ...] = ("style-mono", "style-fluent")
     """Embedded concepts that are erased and immunized against."""
-    untouched: str = "benign-pizza"
-    """An embedded concept that the model's users should be able to learn."""
+    untouched: str = "benign-style-twemoji"
+    """An embedded concept that the model's users should be able to learn. Objects would not do:
+    their pictures are in the target styles, too."""
     immunization: ImmunizeConfig
     """Settings of the immunization."""
     attack: LoRA
@@ -70,18 +71,18 @@ def settings(*, quick: bool, seed: int) -> DemoSettings:
     """The demonstration in full, or a quick one that shows every part with less effect."""
     immunization = ImmunizeConfig(
         hypergradient="first_order",
-        steps=40 if quick else 140,
+        steps=40 if quick else 120,
         seed=seed,
-        num_class_images=32 if quick else 96,
+        num_class_images=32 if quick else 192,
         lower=LowerConfig(steps=4, optimizer="adam", lr=1e-3, batch_size=4, parameters="lora"),
         upper=UpperConfig(
-            lr=1e-4,
+            lr=2e-4,
             weight_decay=0.0,
             batch_size=4,
             parameters="cross_attention",
-            prior_weight=4.0,
-            prior_batch_size=16,
-            loss_cap=1.0,
+            prior_weight=6.0,
+            prior_batch_size=24,
+            loss_cap=1.4,
         ),
     )
     return DemoSettings(
