@@ -81,7 +81,7 @@ def settings(*, quick: bool, seed: int) -> DemoSettings:
             batch_size=4,
             parameters="cross_attention",
             prior_weight=6.0,
-            prior_batch_size=24,
+            prior_batch_size=12 if quick else 24,
             loss_cap=1.4,
         ),
     )

@@ -40,6 +40,15 @@ def test_results_hold_what_is_promised(demo):
         assert set(results["sgr"][name]) == {"10", "25"}
 
 
+def test_even_the_short_run_has_an_effect_where_it_should(demo):
+    """About half of the full run's; the bounds leave room for another machine's rounding."""
+    folder, _ = demo
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert results["msgr"] > 0.05
+    assert results["benign_sgr"] < 0.1
+    assert results["prompt_alignment"]["loss"] < 0.05
+
+
 def test_the_table_shows_every_concept(demo):
     folder, output = demo
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
