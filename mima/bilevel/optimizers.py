@@ -41,7 +41,7 @@ class SGD:
     def step(
         self, z: torch.Tensor, g: torch.Tensor, state: Vector, k: int
     ) -> tuple[torch.Tensor, Vector]:
-        return z - self.lr * g, state
+        return torch.sub(z, g, alpha=self.lr), state
 
 
 @dataclass(frozen=True, kw_only=True)

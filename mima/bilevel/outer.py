@@ -195,10 +195,7 @@ def upper_gradient(
         inputs = (*leaves.values(), *own.values())
         with torch.enable_grad():
             objective, losses = upper[n]({**leaves, **own})
-        grads = torch.autograd.grad(objective, inputs, allow_unused=True)
-        for total, grad in zip(bars, grads, strict=True):
-            if grad is not None:
-                total += grad
+        torch._foreach_add_(bars, torch.autograd.grad(objective, inputs, materialize_grads=True))
         seen.append(_values(losses))
     return ranks.sum(phi_bar, leaves), words_bar, union(ranks.interleave(seen, len(upper)))
 
