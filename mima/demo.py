@@ -76,7 +76,7 @@ def settings(*, quick: bool, seed: int) -> DemoSettings:
         num_class_images=32 if quick else 192,
         lower=LowerConfig(steps=4, optimizer="adam", lr=1e-3, batch_size=4, parameters="lora"),
         upper=UpperConfig(
-            lr=2e-4,
+            lr=3e-4 if quick else 2e-4,
             weight_decay=0.0,
             batch_size=4,
             parameters="cross_attention",

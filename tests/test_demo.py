@@ -41,7 +41,7 @@ def test_results_hold_what_is_promised(demo):
 
 
 def test_even_the_short_run_has_an_effect_where_it_should(demo):
-    """About half of the full run's; the bounds leave room for another machine's rounding."""
+    """Weaker than the full run's; the bounds leave room for another machine's rounding."""
     folder, _ = demo
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert results["msgr"] > 0.05
