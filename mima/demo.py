@@ -34,6 +34,7 @@ from mima.output import fresh_folder
 from mima.pictures import Picture
 from mima.problem import ordinary_captions, spread
 from mima.report.figures import ATTACK_ROWS, attack_columns, image_grid, plot_curves
+from mima.saving import save_pipeline
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -174,7 +175,7 @@ class Demo:
         immunized = self._immunize(
             erased, [replace(target, class_images=class_images) for target in targets]
         )
-        immunized.save_pretrained(self.folder / "immunized")
+        save_pipeline(immunized, self.folder / "immunized")
 
         attacks = {
             concept.name: (
