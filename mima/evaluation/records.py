@@ -27,6 +27,7 @@ CURVES_FILE = "curves.csv"
 
 Role = Literal["target", "other"]
 Side = Literal["original", "immunized"]
+SIDES: tuple[Side, Side] = ("original", "immunized")
 PromptVariant = Literal["name", "description", "token"]
 Pictures = Literal["same", "other"]
 Preparation = Literal["none", "merge", "benign"]

@@ -1,0 +1,101 @@
+"""The folder of an evaluation that goes on: what is done, what is left, and the summary so far."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mima.errors import MimaError
+from mima.evaluation.attacks import Attack
+from mima.evaluation.records import AttackRow, Benign, CurvePoint, Evaluation, EvaluationFolder
+from mima.evaluation.summary import summarize
+from mima.evaluation.worker import Outcome
+from mima.output import check_folder
+
+logger = logging.getLogger(__name__)
+
+
+def claim(folder: EvaluationFolder, *, overwrite: bool) -> None:
+    """Make sure that the folder is new, or an earlier evaluation's."""
+    if folder.exists() and not overwrite:
+        return
+    check_folder(folder.path, overwrite=overwrite)
+    if folder.path.exists():
+        shutil.rmtree(folder.path)
+    folder.path.mkdir(parents=True)
+
+
+def refuse_other_settings(folder: EvaluationFolder, now: Evaluation) -> None:
+    """Refuse to mix two evaluations in one folder.
+
+    Raises:
+        MimaError: what is there was made with other settings, each of which is named.
+    """
+    if not folder.exists():
+        return
+    then = folder.evaluation()
+    same = ("models", "protocol", "similarities", "seeds", "concepts")
+    differing = [name for name in same if getattr(then, name) != getattr(now, name)]
+    differing += [key for key in now.config if then.config.get(key) != now.config[key]]
+    if differing:
+        raise MimaError(
+            f"output {folder.path} holds an evaluation with other {', '.join(differing)}; "
+            "choose another folder, or use --overwrite"
+        )
+    if then.versions != now.versions:
+        logger.warning("going on under other versions: %s, now %s", then.versions, now.versions)
+
+
+@dataclass
+class Ledger:
+    """The rows so far, on disk after every attack."""
+
+    folder: EvaluationFolder
+    evaluation: Evaluation
+    grid: Sequence[Attack]
+    rows: list[AttackRow] = field(default_factory=list)
+    points: list[CurvePoint] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Take over what an earlier call has finished of this grid."""
+        ids = {attack.id for attack in self.grid}
+        self.rows = [row for row in self.folder.attacks() if row.attack in ids]
+        self.points = [point for point in self.folder.curves() if point.attack in ids]
+
+    def pending(self) -> list[Attack]:
+        """Attacks without rows."""
+        done = {row.attack for row in self.rows}
+        return [attack for attack in self.grid if attack.id not in done]
+
+    def add(self, outcome: Outcome) -> None:
+        """Write down a finished attack."""
+        self.rows += outcome.rows
+        self.points += outcome.points
+        self.write()
+
+    def write(self, *, complete: bool = False, benign: Benign | None = None) -> Evaluation:
+        """Write rows, in the order of the grid, and the summary of them."""
+        order = {attack.id: place for place, attack in enumerate(self.grid)}
+        self.rows.sort(key=lambda row: order[row.attack])
+        self.points.sort(key=lambda point: order[point.attack])
+        self.folder.write_rows(self.rows, self.points)
+        old = self.evaluation
+        summary = {s: summarize(self.rows, old.concepts, s) for s in old.similarities}
+        others = [concept.name for concept in old.concepts if concept.role == "other"]
+        primary = summary[old.similarities[0]].sgr
+        adaptability = {name: primary[name].mean for name in others}
+        self.evaluation = old.model_copy(
+            update={
+                "summary": summary,
+                "complete": complete,
+                "benign": (benign or old.benign).model_copy(update={"adaptability": adaptability}),
+            }
+        )
+        self.folder.write_evaluation(self.evaluation)
+        return self.evaluation
+
+    def finish(self, benign: Benign) -> Evaluation:
+        """Write that all is done."""
+        return self.write(complete=True, benign=benign)

@@ -1,0 +1,110 @@
+"""Run the tasks of an evaluation in processes of one thread each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from multiprocessing.connection import wait as wait_for
+from typing import Any
+
+import torch
+
+from mima.evaluation.worker import Advance, Bench, Outcome, Task, Worker
+
+
+class _Stopped(Exception):  # noqa: N818 - no error: the main process asked for it
+    pass
+
+
+_worker: Worker
+
+
+def _start_process(bench: Bench, queue: Any, stop: Any) -> None:
+    """Set up a worker process: one thread, no Ctrl-C of its own, gone when its parent is."""
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        wait_for([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+    def advance(amount: int) -> None:
+        if stop.is_set():
+            raise _Stopped
+        queue.put(amount)
+
+    _worker = Worker(bench, advance)
+
+
+def _run_task(task: Task) -> Outcome | None:
+    return _worker.run(task)
+
+
+def in_parallel(
+    bench: Bench, tasks: Sequence[Task], processes: int, advance: Advance
+) -> Iterator[tuple[Task, Outcome | None]]:
+    """Run tasks in processes, and give back each with its outcome as it ends."""
+    # not fork: torch and CUDA have threads by now
+    context = multiprocessing.get_context("forkserver")
+    queue, stop = context.SimpleQueue(), context.Event()
+    pool = ProcessPoolExecutor(
+        processes, mp_context=context, initializer=_start_process, initargs=(bench, queue, stop)
+    )
+
+    def report() -> None:
+        while not queue.empty():
+            advance(queue.get())
+
+    try:
+        with one_thread(True):
+            pending: dict[Future[Outcome | None], Task] = {
+                pool.submit(_run_task, task): task for task in tasks
+            }
+        while pending:
+            ended, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+            report()
+            for future in ended:
+                yield pending.pop(future), future.result()
+    finally:
+        # running attacks end within a step; what waits is not begun
+        stop.set()
+        drain = threading.Thread(target=_drain, args=(queue,), daemon=True)
+        drain.start()
+        pool.shutdown(cancel_futures=True)
+        queue.put(None)
+        drain.join()
+
+
+def _drain(queue: Any) -> None:
+    """Empty a queue until None comes, so that nobody blocks on a full pipe."""
+    while queue.get() is not None:
+        pass
+
+
+@contextmanager
+def one_thread(wanted: bool) -> Iterator[None]:
+    """Let processes started here compute with one thread each, from their first import on."""
+    if not wanted:
+        yield
+        return
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
