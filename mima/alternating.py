@@ -83,7 +83,7 @@ def merge_step(
     asked, losses = {}, []
     for n in mine:
         loss, gradient = lower.loss_and_gradient(tasks[n], lower.start(tasks[n], theta), theta, 0)
-        losses.append({names[n]: loss})
+        losses.append({names[n]: float(loss)})
         change = {name: -lr * g for name, g in gradient.items() if name in merge.projected}
         accumulate(moved, merge.delta(n, change))
         asked[n] = merge.asked(change, merge.plan.C[n])
@@ -92,7 +92,7 @@ def merge_step(
     summed = ranks.sum({**moved, **total}, {n: theta[n] for n in tasks[0].start(theta)})
     moved = {name: value for name, value in summed.items() if name in merge.projected}
     mean = {name: value for name, value in summed.items() if name not in merge.projected}
-    missed = [merge.missed(n, asked[n], moved) for n in mine]
+    missed = merge.missed(asked, moved)
     report = OuterGradient(
         mean,
         union(ranks.interleave(losses, len(tasks))),

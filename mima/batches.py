@@ -122,14 +122,27 @@ class Batch:
 
     @classmethod
     def draw(
-        cls, family: Family, pictures: Encoded, size: int, generator: torch.Generator
+        cls,
+        family: Family,
+        pictures: Encoded,
+        size: int,
+        generator: torch.Generator,
+        among: torch.Tensor | None = None,
     ) -> Batch:
-        """Draw ``size`` pictures (without repetition while they last), noise levels and noise."""
-        order = [
-            torch.randperm(len(pictures), generator=generator)
-            for _ in range(-(-size // len(pictures)))
-        ]
-        chosen = pictures.rows(torch.cat(order)[:size])
+        """Draw ``size`` pictures (without repetition while they last), noise levels and noise.
+
+        Args:
+            family: the model.
+            pictures: what to draw from.
+            size: B.
+            generator: of all draws.
+            among: the indices of those that may be drawn; None for all.
+        """
+        count = len(pictures) if among is None else len(among)
+        order = torch.cat(
+            [torch.randperm(count, generator=generator) for _ in range(-(-size // count))]
+        )[:size]
+        chosen = pictures.rows(order if among is None else among[order])
         timesteps = family.sample_timesteps(size, generator)
         noise = torch.randn(chosen.latents.shape, generator=generator, dtype=torch.float32)
         device = family.device

@@ -241,12 +241,18 @@ class MergeLayer:
         assert self.plan is not None
         return (self._stacked(cotangent) @ self.plan.M[n].mT).mT @ self._stacked(change)
 
-    def missed(self, n: int, asked: torch.Tensor, moved: Params) -> tuple[float, float]:
-        """``‖(φ − W0) C_nᵀ − A_n‖²`` and ``‖A_n‖²``, summed over the projected weights."""
-        if self.plan is None:
+    def missed(self, asked: Mapping[int, torch.Tensor], moved: Params) -> tuple[float, float]:
+        """``Σ_n ‖(φ − W0) C_nᵀ − A_n‖²`` and ``Σ_n ‖A_n‖²`` over some concepts.
+
+        Args:
+            asked: A_n by concept.
+            moved: φ − W0, in the order of the changes that A_n was made from.
+        """
+        if self.plan is None or not asked:
             return 0.0, 0.0
-        gap = self.asked(moved, self.plan.C[n]) - asked
-        return float(gap.square().sum()), float(asked.square().sum())
+        A = torch.cat(list(asked.values()), dim=1)
+        gap = self.asked(moved, torch.cat([self.plan.C[n] for n in asked])) - A
+        return float(gap.square().sum()), float(A.square().sum())
 
     def _stacked(self, x: Params) -> torch.Tensor:
         # one product for all layers costs their copy and saves the host a call for each

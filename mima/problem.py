@@ -124,7 +124,7 @@ class Problem:
         own, _ = self._split(n, step)
         draws = seeded(self.config.seed, step, n, "lower")
         draw = partial(Batch.draw, self.family, size=config.batch_size, generator=draws)
-        batches = [[draw(own)] for _ in range(config.steps)]
+        batches = [[draw(data.images, among=own)] for _ in range(config.steps)]
         if config.prior_weight:
             assert data.class_images is not None
             for step_batches in batches:
@@ -178,7 +178,7 @@ class Problem:
         for n in concepts:
             data, (_, other) = self.data[n], self._split(n, step)
             draws = seeded(self.config.seed, step, n, "upper")
-            batches.append(Batch.draw(self.family, other, config.batch_size, draws))
+            batches.append(Batch.draw(self.family, data.images, config.batch_size, draws, other))
             terms.append(UpperTerm(data.name, -1.0, config.loss_cap))
             if config.prior_weight:
                 assert data.class_images is not None
@@ -215,12 +215,12 @@ class Problem:
             return unmerged_gradient(theta, lower, upper, mode=mode, wrt=wrt, ranks=self.ranks)
         return outer_gradient(theta, lower, self.merge, upper, mode=mode, wrt=wrt, ranks=self.ranks)
 
-    def _split(self, n: int, step: int) -> tuple[Encoded, Encoded]:
+    def _split(self, n: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Disjoint halves of a concept's pictures, new each step; a single picture serves both."""
-        images = self.data[n].images
-        order = torch.randperm(len(images), generator=seeded(self.config.seed, step, n, "split"))
-        half = (len(order) + 1) // 2
-        return images.rows(order[:half]), images.rows(order[half:] if len(order) > 1 else order)
+        count = len(self.data[n].images)
+        order = torch.randperm(count, generator=seeded(self.config.seed, step, n, "split"))
+        half = (count + 1) // 2
+        return order[:half], order[half:] if count > 1 else order
 
     def _optimizer(self, lr: float) -> Optimizer:
         kinds: dict[str, Callable[..., Optimizer]] = {"sgd": SGD, "adam": Adam}

@@ -107,13 +107,13 @@ def gradient(task: LowerLevel, state: State, theta: Params, k: int) -> Tensors:
 
 def loss_and_gradient(
     task: LowerLevel, state: State, theta: Params, k: int
-) -> tuple[float, Tensors]:
+) -> tuple[torch.Tensor, Tensors]:
     """The k-th batch's loss and its ∇_z, without a graph."""
     z = {name: value.detach().requires_grad_() for name, value in state.z.items()}
     with torch.enable_grad():
         loss = task.loss(z, theta, k)
     grads = torch.autograd.grad(loss, list(z.values()))
-    return float(loss.detach()), dict(zip(z, grads, strict=True))
+    return loss.detach(), dict(zip(z, grads, strict=True))
 
 
 def descend(task: LowerLevel, theta: Params, steps: int | None = None) -> list[State]:

@@ -138,7 +138,7 @@ def outer_gradient(
         merge = _plan_anew(merge, tokens, len(tasks), ranks)
     moved |= merge.spread(asked, {name: theta[name] for name in names})
     moved = ranks.sum(moved, theta)
-    missed = [merge.missed(n, asked[n], {name: moved[name] for name in names}) for n in asked]
+    missed = merge.missed(asked, {name: moved[name] for name in names})
 
     phi = {n: v + moved[n] if n in moved else v for n, v in theta.items()}
     phi_bar, words_bar, losses = upper_gradient(phi, upper, ranks, words)
@@ -187,17 +187,24 @@ def upper_gradient(
     leaves = {name: value.detach().requires_grad_() for name, value in phi.items()}
     phi_bar: Tensors = {name: torch.zeros_like(value) for name, value in leaves.items()}
     words_bar: dict[int, Tensors] = {}
-    seen: list[dict[str, float]] = []
+    seen: list[Tensors] = []
     for n in ranks.share(len(upper)):
         own = {name: v.detach().requires_grad_() for name, v in (words or {}).get(n, {}).items()}
         words_bar[n] = {name: torch.zeros_like(value) for name, value in own.items()}
-        bars = (*phi_bar.values(), *words_bar[n].values())
-        inputs = (*leaves.values(), *own.values())
-        with torch.enable_grad():
-            objective, losses = upper[n]({**leaves, **own})
-        torch._foreach_add_(bars, torch.autograd.grad(objective, inputs, materialize_grads=True))
-        seen.append(_values(losses))
-    return ranks.sum(phi_bar, leaves), words_bar, union(ranks.interleave(seen, len(upper)))
+        losses, grads = part_gradient(upper[n], {**leaves, **own})
+        torch._foreach_add_((*phi_bar.values(), *words_bar[n].values()), grads)
+        seen.append(losses)
+    # read at the end: each reading waits for the device
+    values = ranks.interleave([_values(losses) for losses in seen], len(upper))
+    return ranks.sum(phi_bar, leaves), words_bar, union(values)
+
+
+def part_gradient(part: UpperLevel, leaves: Params) -> tuple[Tensors, tuple[torch.Tensor, ...]]:
+    """Losses of one part of the upper level, and its gradient at each leaf; no graph is left."""
+    with torch.enable_grad():
+        objective, losses = part(leaves)
+    grads = torch.autograd.grad(objective, list(leaves.values()), materialize_grads=True)
+    return {name: loss.detach() for name, loss in losses.items()}, grads
 
 
 def _values(losses: Params) -> dict[str, float]:
@@ -315,8 +322,7 @@ def drift(theta: Params, moved: Params) -> float:
     return float(get_total_norm(list(moved.values()))) / size if moved and size else 0.0
 
 
-def residual(missed: Sequence[tuple[float, float]], ranks: Ranks) -> float:
-    """The constraint's residual from what ``MergeLayer.missed`` says of each concept."""
-    pairs = [pair for of_rank in ranks.gather(list(missed)) for pair in of_rank]
-    asked = sum(wanted for _, wanted in pairs)
-    return float((sum(gap for gap, _ in pairs) / asked) ** 0.5) if asked else 0.0
+def residual(missed: tuple[float, float], ranks: Ranks) -> float:
+    """The constraint's residual from what ``MergeLayer.missed`` says of this process' concepts."""
+    gaps, asked = map(sum, zip(*ranks.gather(missed), strict=True))
+    return float((gaps / asked) ** 0.5) if asked else 0.0

@@ -62,8 +62,17 @@ class DDPM(Family):
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
         x, eps = (at_least_float32(tensor) for tensor in (latents, noise))
-        noisy: torch.Tensor = self.schedule.add_noise(x, eps, timesteps)
-        return noisy.to(latents.dtype)
+        signal, sigma = self._levels(timesteps, x)
+        return (signal * x + sigma * eps).to(latents.dtype)
+
+    def _levels(
+        self, timesteps: torch.Tensor, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """√ᾱ_t and √(1 − ᾱ_t), each [B, 1, 1, 1]."""
+        # moved to the device once, as the scheduler's own methods do
+        self.schedule.alphas_cumprod = self.schedule.alphas_cumprod.to(like.device)
+        variance = self.schedule.alphas_cumprod.to(like.dtype)[timesteps].view(-1, 1, 1, 1)
+        return variance.sqrt(), (1 - variance).sqrt()
 
     def target(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
@@ -75,8 +84,8 @@ class DDPM(Family):
         if kind == "sample":
             return latents
         x, eps = (at_least_float32(tensor) for tensor in (latents, noise))
-        velocity: torch.Tensor = self.schedule.get_velocity(x, eps, timesteps)
-        return velocity.to(latents.dtype)
+        signal, sigma = self._levels(timesteps, x)
+        return (signal * eps - sigma * x).to(latents.dtype)
 
     def sampling_timesteps(self, steps: int) -> torch.Tensor:
         """DDIM's: evenly spaced, rounded, int64."""
@@ -92,8 +101,7 @@ class DDPM(Family):
     ) -> torch.Tensor:
         """DDIM (Song et al. 2021, η = 0): the same x and ε, mixed for another noise level."""
         x_t, predicted = (at_least_float32(tensor) for tensor in (noisy, prediction))
-        variance = self.schedule.alphas_cumprod.to(x_t)[timesteps].view(-1, 1, 1, 1)
-        signal, sigma = variance.sqrt(), (1 - variance).sqrt()
+        signal, sigma = self._levels(timesteps, x_t)
         kind = self.schedule.config["prediction_type"]
         if kind == "epsilon":
             x, eps = (x_t - sigma * predicted) / signal, predicted
