@@ -11,19 +11,21 @@ Hessian-vector product. The gradient modes differ in that product alone:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import get_total_norm
 
 from mima.bilevel import lower
 from mima.bilevel.lower import LowerLevel, Params, State, Tensors
 from mima.bilevel.optimizers import Vector
 
 Product = Callable[[Params], tuple[Tensors, Tensors]]
-"""``u ↦ (∂²L/∂z∂z · u, ∂²L/∂θ∂z · u)``, the second for the θ names that were asked for."""
+"""``u ↦ (∂²L/∂z∂z · u, ∂²L/∂θ∂z · u)``, the second for those of the θ names that were asked for
+on which L depends beside z."""
 Linearise = Callable[[LowerLevel, State, Params, tuple[str, ...], int], tuple[Tensors, Product]]
 """Gradient of step k's loss at a state, and its Hessian product there."""
 
@@ -56,7 +58,6 @@ def exact(
                 [*z.values(), *leaves.values()],
                 [u[name] for name, g in zip(z, graph, strict=True) if g.requires_grad],
                 allow_unused=True,
-                materialize_grads=True,
             )
         return _split(out, z, leaves)
 
@@ -72,33 +73,29 @@ def finite_difference(
     dtype: the step that balances the O(h²) truncation against the O(ε / h) rounding error.
     """
 
-    def gradients(z: Params) -> tuple[torch.Tensor, ...]:
-        leaves = {name: value.detach().requires_grad_() for name, value in z.items()}
+    def gradients(u: Params, step: float) -> tuple[torch.Tensor | None, ...]:
+        moved = {name: torch.add(z.detach(), u[name], alpha=step) for name, z in state.z.items()}
+        leaves = {name: value.detach().requires_grad_() for name, value in moved.items()}
         shared = {name: theta[name].detach().requires_grad_() for name in wrt}
         with torch.enable_grad():
             loss = task.loss(leaves, {**theta, **shared}, k)
-        return torch.autograd.grad(
-            loss,
-            [*leaves.values(), *shared.values()],
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        inputs = [*leaves.values(), *shared.values()]
+        return torch.autograd.grad(loss, inputs, allow_unused=True)
 
     def product(u: Params) -> tuple[Tensors, Tensors]:
-        length = _norm(u)
+        length = float(get_total_norm(list(u.values())))
         if length == 0:
-            zeros = [torch.zeros_like(value) for value in state.z.values()]
-            return _split([*zeros, *(torch.zeros_like(theta[n]) for n in wrt)], state.z, wrt)
-        rounding = torch.finfo(next(iter(state.z.values())).dtype).eps
-        h = rounding ** (1 / 3) * max(_norm(state.z), rounding) / length
-        ahead, behind = (
-            gradients({name: z + sign * h * u[name] for name, z in state.z.items()})
-            for sign in (1, -1)
-        )
-        slopes = [(a - b) / (2 * h) for a, b in zip(ahead, behind, strict=True)]
+            return _split([None] * (len(state.z) + len(wrt)), state.z, wrt)
+        values = list(state.z.values())
+        rounding = torch.finfo(values[0].dtype).eps
+        h = rounding ** (1 / 3) * max(float(get_total_norm(values)), rounding) / length
+        pairs = zip(gradients(u, h), gradients(u, -h), strict=True)
+        slopes = [None if a is None or b is None else (a - b).div_(2 * h) for a, b in pairs]
         return _split(slopes, state.z, wrt)
 
-    return lower.gradient(task, state, theta, k) if task.optimizer.reads_gradient else {}, product
+    if not task.optimizer.reads_gradient:
+        return {}, product
+    return state.gradient or lower.gradient(task, state, theta, k), product
 
 
 LINEARISE: dict[str, Linearise] = {"exact": exact, "finite_difference": finite_difference}
@@ -127,7 +124,9 @@ def pullback(
     if mode == "first_order":
         return {}
     linearise, last = LINEARISE[mode], task.steps - 1
-    states = lower.descend(task, theta, last)
+    # exact computes them anew, with their graph
+    keep = mode != "exact" and task.optimizer.reads_gradient
+    states = lower.descend(task, theta, last, keep_gradients=keep)
     g, product = linearise(task, states[last], theta, wrt, last)
 
     @cache
@@ -181,14 +180,14 @@ def accumulate(total: Tensors, more: Params) -> None:
         total[name] = total[name] + value if name in total else value
 
 
-def _norm(x: Params) -> float:
-    return float(torch.linalg.vector_norm(torch.stack([v.detach().norm() for v in x.values()])))
-
-
 def _split(
-    values: list[torch.Tensor] | tuple[torch.Tensor, ...],
-    z: Params,
-    wrt: tuple[str, ...] | Params,
+    values: Sequence[torch.Tensor | None], z: Params, wrt: Iterable[str]
 ) -> tuple[Tensors, Tensors]:
+    """The two parts of a product, whose zeros are None: those at θ are left out."""
     count = len(z)
-    return dict(zip(z, values[:count], strict=True)), dict(zip(wrt, values[count:], strict=True))
+    at_z = zip(z.items(), values[:count], strict=True)
+    at_theta = zip(wrt, values[count:], strict=True)
+    return (
+        {name: torch.zeros_like(like) if x is None else x for (name, like), x in at_z},
+        {name: x for name, x in at_theta if x is not None},
+    )

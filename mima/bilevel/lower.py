@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -76,10 +76,17 @@ class LowerLevel(ABC):
 
 @dataclass(frozen=True)
 class State:
-    """Where the lower level stands before step k."""
+    """Where the lower level stands before step k.
+
+    Attributes:
+        z: what is trained.
+        memory: the optimizer's state for each tensor.
+        gradient: ∇_z of the k-th batch's loss, where it was kept.
+    """
 
     z: Tensors
     memory: dict[str, Vector]
+    gradient: Tensors | None = None
 
 
 def start(task: LowerLevel, theta: Params) -> State:
@@ -116,11 +123,17 @@ def loss_and_gradient(
     return loss.detach(), dict(zip(z, grads, strict=True))
 
 
-def descend(task: LowerLevel, theta: Params, steps: int | None = None) -> list[State]:
-    """The first ``steps`` steps (default K) without a graph; states 0 to ``steps``."""
+def descend(
+    task: LowerLevel, theta: Params, steps: int, *, keep_gradients: bool = False
+) -> list[State]:
+    """The first ``steps`` steps without a graph; states 0 to ``steps``."""
     states = [start(task, theta)]
-    for k in range(task.steps if steps is None else steps):
-        states.append(advance(task, states[-1], gradient(task, states[-1], theta, k), k))
+    for k in range(steps):
+        g = gradient(task, states[-1], theta, k)
+        after = advance(task, states[-1], g, k)
+        if keep_gradients:
+            states[-1] = replace(states[-1], gradient=g)
+        states.append(after)
     return states
 
 

@@ -173,6 +173,30 @@ def test_finite_difference_holds_in_float32(theta):
     assert_close(estimate, second, 1e-3)
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(
+    ("mode", "optimizer", "again"),
+    [
+        ("first_order", SGD(lr=0.3), lambda steps: 0),
+        # the way to the last step, then one with a graph for each
+        ("exact", SGD(lr=0.3), lambda steps: steps - 1 + steps),
+        # the way to the last step, whose gradient Adam's rule reads, then two for each
+        ("finite_difference", SGD(lr=0.3), lambda steps: steps - 1 + 2 * steps),
+        ("finite_difference", Adam(lr=0.1), lambda steps: steps + 2 * steps),
+    ],
+)
+def test_no_mode_evaluates_the_lower_loss_more_often_than_it_must(
+    theta, mode, optimizer, again, steps
+):
+    tasks, layer, upper = problem(theta, optimizer=optimizer, steps=steps)
+    calls = []
+    for task in tasks:
+        loss_of = task._loss
+        task._loss = lambda params, k, loss_of=loss_of: calls.append(k) or loss_of(params, k)
+    outer_gradient(theta, tasks, layer, upper, mode=mode, wrt=tuple(theta))
+    assert len(calls) == CONCEPTS * (steps + again(steps))
+
+
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_first_order_is_the_limit_of_small_lower_steps(theta, kind):
     gaps = []
