@@ -282,10 +282,10 @@ void backward(BatchedLoraParams& params) {
       }
       if (r > 0 && need_B)
         layout.block.gemm_nn(h, 1, ldr, d_y, ldy, d_B.get() + index * stride_B, ld_o, r, cols_o,
-                             count, accumulate);
+                             count, accumulate, nullptr);
       if (r > 0 && need_A)
         layout.block.gemm_nn(d_h, 1, ldr, x, ldx, d_A.get() + index * stride_A, ld_d, r, cols_d,
-                             count, accumulate);
+                             count, accumulate, nullptr);
       if (!need_x) continue;
       PanelTerm<T> terms[2];
       int num_terms = 0;

@@ -17,16 +17,26 @@ struct PanelTerm {
   int64_t k;
 };
 
+// Rows that will be read soon. A product has them fetched meanwhile, some cache lines at each of
+// its steps, and leaves here where it stopped: memory and multiply-add units work at the same time.
+struct Ahead {
+  const char* const* row;
+  const char* const* end;
+  int64_t bytes;    // of each row
+  int64_t fetched;  // of those, of the first row
+  int lines_per_step;
+};
+
 // Blocks of accumulator type T (float, or double for float64). Leading dimensions are in elements;
 // in gemm_nn `n` and in gemm_nt `k` are multiples of lanes<T>(): operands are padded with zeros.
 template <class T>
 struct BlockKernels {
   // c[m, n] = a[m, k] b[n, k]^T, n here arbitrary
   void (*gemm_nt)(const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t m,
-                  int64_t n, int64_t k);
+                  int64_t n, int64_t k, Ahead* ahead);
   // c[m, n] = (accumulate ? c : 0) + a b[k, n], where a[i, j] = a[i * stride_am + j * stride_ak]
   void (*gemm_nn)(const T* a, int64_t stride_am, int64_t stride_ak, const T* b, int64_t ldb, T* c,
-                  int64_t ldc, int64_t m, int64_t n, int64_t k, bool accumulate);
+                  int64_t ldc, int64_t m, int64_t n, int64_t k, bool accumulate, Ahead* ahead);
   // c[m, n] = (accumulate ? c : 0) + the sum of the terms, m and n arbitrary
   void (*gemm_panels)(const PanelTerm<T>* terms, int num_terms, T* c, int64_t ldc, int64_t m,
                       int64_t n, bool accumulate);
@@ -42,10 +52,9 @@ struct StorageKernels {
   // dst[rows, padded cols] = src[rows, cols], zeros beyond
   void (*load)(const void* src, int64_t ld_src, int64_t rows, int64_t cols, void* dst,
                int64_t ld_dst);
-  // dst = src - base; meanwhile the same rows of `ahead` (or null) start on their way from memory
+  // dst = src - base
   void (*load_difference)(const void* src, int64_t ld_src, const void* base, int64_t ld_base,
-                          const void* ahead, int64_t ld_ahead, int64_t rows, int64_t cols,
-                          void* dst, int64_t ld_dst);
+                          int64_t rows, int64_t cols, void* dst, int64_t ld_dst);
   // dst[rows, cols] = src, rounded to the stored type
   void (*store)(const void* src, int64_t ld_src, int64_t rows, int64_t cols, void* dst,
                 int64_t ld_dst);

@@ -11,13 +11,26 @@ namespace {
 constexpr int kTileRows = MIMA_VECTOR_REGISTERS >= 32 ? 4 : 2;
 constexpr int kTileCols = 4;
 
+// One step's share.
+MIMA_INLINE void fetch(Ahead* ahead) {
+  if (ahead == nullptr) return;
+  for (int i = 0; i < ahead->lines_per_step && ahead->row != ahead->end; ++i) {
+    __builtin_prefetch(*ahead->row + ahead->fetched, 0, 2);
+    ahead->fetched += 64;
+    if (ahead->fetched < ahead->bytes) continue;
+    ahead->fetched = 0;
+    ++ahead->row;
+  }
+}
+
 // c[ROWS, COLS] = a[ROWS, k] b[COLS, k]^T: one accumulator vector per element, along k.
 template <class T, int ROWS, int COLS>
 MIMA_INLINE void nt_tile(const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
-                         int64_t k) {
+                         int64_t k, Ahead* ahead) {
   using Vec = typename Traits<T>::Vec;
   Vec total[ROWS][COLS] = {};
   for (int64_t p = 0; p < k; p += kLanes<T>) {
+    fetch(ahead);
     Vec a_p[ROWS];
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS; ++i) a_p[i] = load(a + i * lda + p);
@@ -45,34 +58,34 @@ MIMA_INLINE void nt_tile(const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
 
 template <class T, int COLS>
 void nt_columns(const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t m,
-                int64_t k) {
+                int64_t k, Ahead* ahead) {
   int64_t i = 0;
   for (; i + kTileRows <= m; i += kTileRows)
-    nt_tile<T, kTileRows, COLS>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, k);
-  for (; i < m; ++i) nt_tile<T, 1, COLS>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, k);
+    nt_tile<T, kTileRows, COLS>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, k, ahead);
+  for (; i < m; ++i) nt_tile<T, 1, COLS>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, k, ahead);
 }
 
 template <class T>
 void gemm_nt(const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t m,
-             int64_t n, int64_t k) {
+             int64_t n, int64_t k, Ahead* ahead) {
   // columns outside: kTileCols rows of b stay in the first-level cache while a passes
   int64_t j = 0;
   for (; j + kTileCols <= n; j += kTileCols)
-    nt_columns<T, kTileCols>(a, lda, b + j * ldb, ldb, c + j, ldc, m, k);
+    nt_columns<T, kTileCols>(a, lda, b + j * ldb, ldb, c + j, ldc, m, k, ahead);
   switch (n - j) {
     case 3:
-      return nt_columns<T, 3>(a, lda, b + j * ldb, ldb, c + j, ldc, m, k);
+      return nt_columns<T, 3>(a, lda, b + j * ldb, ldb, c + j, ldc, m, k, ahead);
     case 2:
-      return nt_columns<T, 2>(a, lda, b + j * ldb, ldb, c + j, ldc, m, k);
+      return nt_columns<T, 2>(a, lda, b + j * ldb, ldb, c + j, ldc, m, k, ahead);
     case 1:
-      return nt_columns<T, 1>(a, lda, b + j * ldb, ldb, c + j, ldc, m, k);
+      return nt_columns<T, 1>(a, lda, b + j * ldb, ldb, c + j, ldc, m, k, ahead);
   }
 }
 
 // c[ROWS, VECS lanes] (+)= a b: elements of a broadcast against rows of b.
 template <class T, int ROWS, int VECS>
 MIMA_INLINE void nn_tile(const T* a, int64_t stride_am, int64_t stride_ak, const T* b, int64_t ldb,
-                         T* c, int64_t ldc, int64_t k, bool accumulate) {
+                         T* c, int64_t ldc, int64_t k, bool accumulate, Ahead* ahead) {
   using Vec = typename Traits<T>::Vec;
   Vec total[ROWS][VECS] = {};
   if (accumulate) {
@@ -82,6 +95,7 @@ MIMA_INLINE void nn_tile(const T* a, int64_t stride_am, int64_t stride_ak, const
       for (int v = 0; v < VECS; ++v) total[i][v] = load(c + i * ldc + v * kLanes<T>);
   }
   for (int64_t p = 0; p < k; ++p) {
+    fetch(ahead);
     Vec b_p[VECS];
 #pragma GCC unroll 4
     for (int v = 0; v < VECS; ++v) b_p[v] = load(b + p * ldb + v * kLanes<T>);
@@ -100,24 +114,25 @@ MIMA_INLINE void nn_tile(const T* a, int64_t stride_am, int64_t stride_ak, const
 
 template <class T, int VECS>
 void nn_columns(const T* a, int64_t stride_am, int64_t stride_ak, const T* b, int64_t ldb, T* c,
-                int64_t ldc, int64_t m, int64_t k, bool accumulate) {
+                int64_t ldc, int64_t m, int64_t k, bool accumulate, Ahead* ahead) {
   int64_t i = 0;
   for (; i + kTileRows <= m; i += kTileRows)
     nn_tile<T, kTileRows, VECS>(a + i * stride_am, stride_am, stride_ak, b, ldb, c + i * ldc, ldc,
-                                k, accumulate);
+                                k, accumulate, ahead);
   for (; i < m; ++i)
     nn_tile<T, 1, VECS>(a + i * stride_am, stride_am, stride_ak, b, ldb, c + i * ldc, ldc, k,
-                        accumulate);
+                        accumulate, ahead);
 }
 
 template <class T>
 void gemm_nn(const T* a, int64_t stride_am, int64_t stride_ak, const T* b, int64_t ldb, T* c,
-             int64_t ldc, int64_t m, int64_t n, int64_t k, bool accumulate) {
+             int64_t ldc, int64_t m, int64_t n, int64_t k, bool accumulate, Ahead* ahead) {
   int64_t j = 0;
   for (; j + kTileCols * kLanes<T> <= n; j += kTileCols * kLanes<T>)
-    nn_columns<T, kTileCols>(a, stride_am, stride_ak, b + j, ldb, c + j, ldc, m, k, accumulate);
+    nn_columns<T, kTileCols>(a, stride_am, stride_ak, b + j, ldb, c + j, ldc, m, k, accumulate,
+                             ahead);
   for (; j < n; j += kLanes<T>)
-    nn_columns<T, 1>(a, stride_am, stride_ak, b + j, ldb, c + j, ldc, m, k, accumulate);
+    nn_columns<T, 1>(a, stride_am, stride_ak, b + j, ldb, c + j, ldc, m, k, accumulate, ahead);
 }
 
 // A whole product from packed panels, at the rate of the multiply-add units: 6 x 4 accumulators, 4
@@ -260,19 +275,14 @@ void load_rows(const void* src, int64_t ld_src, int64_t rows, int64_t cols, void
 
 template <class T>
 void load_difference_rows(const void* src, int64_t ld_src, const void* base, int64_t ld_base,
-                          const void* ahead, int64_t ld_ahead, int64_t rows, int64_t cols,
-                          void* dst, int64_t ld_dst) {
+                          int64_t rows, int64_t cols, void* dst, int64_t ld_dst) {
   using Acc = typename Traits<T>::Acc;
   for (int64_t i = 0; i < rows; ++i) {
     const T* from = static_cast<const T*>(src) + i * ld_src;
     const T* less = static_cast<const T*>(base) + i * ld_base;
-    const T* next = ahead == nullptr ? from : static_cast<const T*>(ahead) + i * ld_ahead;
     Acc* to = static_cast<Acc*>(dst) + i * ld_dst;
     int64_t j = 0;
-    for (; j + kLanes<T> <= cols; j += kLanes<T>) {
-      __builtin_prefetch(next + j, 0, 2);
-      store(to + j, load(from + j) - load(less + j));
-    }
+    for (; j + kLanes<T> <= cols; j += kLanes<T>) store(to + j, load(from + j) - load(less + j));
     if (j < cols) store(to + j, load_part(from + j, cols - j) - load_part(less + j, cols - j));
   }
 }

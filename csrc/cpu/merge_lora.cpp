@@ -72,7 +72,7 @@ void forward(const MergeLoraParams& params) {
         for (int64_t j = layout.first[n]; j < layout.first[n + 1]; ++j)
           B[i * layout.ldr + j] *= layout.factor[n];
     layout.block.gemm_nn(B, layout.ldr, 1, layout.A.get(), layout.ld, result, layout.ld, rows,
-                         layout.cols, layout.R, true);
+                         layout.cols, layout.R, true, nullptr);
     layout.storage.store(result, layout.ld, rows, params.d, params.out.row(start, params.dtype),
                          params.out.ld);
   });
@@ -105,7 +105,8 @@ void backward(MergeLoraParams& params) {
                           upstream, ld);
       if (need_A || params.need_products) layout.load_B(start, rows, B);
       if (need_B || params.need_products)
-        layout.block.gemm_nt(upstream, ld, layout.A.get(), ld, d_B, ldr, rows, R, layout.cols);
+        layout.block.gemm_nt(upstream, ld, layout.A.get(), ld, d_B, ldr, rows, R, layout.cols,
+                             nullptr);
       if (params.need_products) {
         for (int64_t n = 0; n < layout.num_adapters; ++n) {
           double total = 0;
@@ -117,7 +118,7 @@ void backward(MergeLoraParams& params) {
       }
       if (need_A)
         layout.block.gemm_nn(B, 1, ldr, upstream, ld, d_A.get() + slab * stride, ld, R, layout.cols,
-                             rows, item > begin);
+                             rows, item > begin, nullptr);
       if (need_B) {
         for (int64_t n = 0; n < layout.num_adapters; ++n) {
           for (int64_t i = 0; i < rows; ++i)

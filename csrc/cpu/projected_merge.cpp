@@ -6,6 +6,9 @@
 namespace mima::cpu {
 namespace {
 
+// A multiple of what the product takes at a time.
+constexpr int64_t kFewRows = 4;
+
 template <class T>
 struct Layout {
   const ProjectedMergeParams& params;
@@ -54,23 +57,40 @@ struct Layout {
     return {layer, start, std::min(rows_per_block, params.rows[layer] - start)};
   }
   int64_t blocks() const { return first_block.back(); }
+
   int threads() const {
     return useful_threads(params.threads, double(blocks()) * rows_per_block * params.d *
                                               static_cast<double>(S + num_concepts + 1));
   }
 
-  // dst = rows of W_n - W0; what is read next, the rows of W_n+1 or after the last the next ones of
-  // W0, is fetched meanwhile: one stream alone does not fill the memory's bandwidth
+  // dst = rows of W_n - W0
   void load_difference(const Rows& rows, int64_t n, T* dst) const {
     const Matrix& W0 = params.W0[rows.layer];
     const Matrix& W = params.W[n * num_layers + rows.layer];
-    const bool last = n + 1 == num_concepts;
-    const Matrix& next = last ? W0 : params.W[(n + 1) * num_layers + rows.layer];
-    const int64_t start = last ? rows.start + rows.count : rows.start;
-    const bool inside = start + rows.count <= params.rows[rows.layer];
     storage.load_difference(W.row(rows.start, params.dtype), W.ld, W0.row(rows.start, params.dtype),
-                            W0.ld, inside ? next.row(start, params.dtype) : nullptr, next.ld,
-                            rows.count, params.d, dst, ld);
+                            W0.ld, rows.count, params.d, dst, ld);
+  }
+  // The rows that the next item reads, for the products of this one to fetch; `slots` holds them.
+  Ahead next_rows(int64_t item, const char** slots) const {
+    // no more than the second-level cache has room for beside the blocks in use
+    constexpr int64_t kMostBytes = 256 << 10;
+    const int64_t bytes = params.d * static_cast<int64_t>(item_size(params.dtype));
+    const char** end = slots;
+    if (item + 1 < blocks()) {
+      const Rows rows = rows_of(item + 1);
+      const int64_t most = kMostBytes / ((num_concepts + 1) * std::max<int64_t>(bytes, 1));
+      for (int64_t i = rows.start; i < rows.start + std::min(rows.count, most); ++i) {
+        *end++ = static_cast<const char*>(params.W0[rows.layer].row(i, params.dtype));
+        for (int64_t n = 0; n < num_concepts; ++n)
+          *end++ =
+              static_cast<const char*>(params.W[n * num_layers + rows.layer].row(i, params.dtype));
+      }
+    }
+    const int64_t lines = (end - slots) * ceil_div(bytes, 64);
+    // a step is some 16 multiply-adds of vectors
+    const int64_t vectors = cols * static_cast<int64_t>(sizeof(T)) / kernels.vector_bytes;
+    const int64_t steps = std::max<int64_t>(2 * rows_per_block * S * vectors / 16, 1);
+    return {slots, end, bytes, 0, static_cast<int>(std::clamp<int64_t>(lines / steps, 1, 4))};
   }
   void load(const Matrix& src, const Rows& rows, T* dst) const {
     storage.load(src.row(rows.start, params.dtype), src.ld, rows.count, params.d, dst, ld);
@@ -88,21 +108,29 @@ void forward(const ProjectedMergeParams& params) {
   const int64_t rows_ld = layout.rows_per_block * layout.ld;
   const int64_t per_thread = 2 * rows_ld + layout.rows_per_block * layout.lds;
   const Buffer<T> scratch(threads * per_thread);
+  const int64_t slots_per_thread = layout.rows_per_block * (layout.num_concepts + 1);
+  std::vector<const char*> slots(threads * slots_per_thread);
   parallel_for(layout.blocks(), threads, [&](int64_t item, int thread) {
     T* difference = scratch.get() + thread * per_thread;
     T* result = difference + rows_ld;
     T* coefficients = result + rows_ld;  // [rows, S]
     const auto rows = layout.rows_of(item);
+    Ahead ahead = layout.next_rows(item, slots.data() + thread * slots_per_thread);
     layout.load(params.W0[rows.layer], rows, result);
-    for (int64_t n = 0; n < layout.num_concepts; ++n) {
-      layout.load_difference(rows, n, difference);
-      layout.block.gemm_nt(difference, layout.ld,
-                           layout.C.get() + layout.first_token[n] * layout.ld, layout.ld,
-                           coefficients + layout.first_token[n], layout.lds, rows.count,
-                           params.tokens[n], layout.cols);
+    // few rows at a time: their differences stay in the first-level cache for all tokens
+    for (int64_t i = 0; i < rows.count; i += kFewRows) {
+      const typename Layout<T>::Rows few{rows.layer, rows.start + i,
+                                         std::min(kFewRows, rows.count - i)};
+      for (int64_t n = 0; n < layout.num_concepts; ++n) {
+        const int64_t first = layout.first_token[n];
+        layout.load_difference(few, n, difference);
+        layout.block.gemm_nt(difference, layout.ld, layout.C.get() + first * layout.ld, layout.ld,
+                             coefficients + i * layout.lds + first, layout.lds, few.count,
+                             params.tokens[n], layout.cols, &ahead);
+      }
     }
     layout.block.gemm_nn(coefficients, layout.lds, 1, layout.M.get(), layout.ld, result, layout.ld,
-                         rows.count, layout.cols, layout.S, true);
+                         rows.count, layout.cols, layout.S, true, &ahead);
     layout.store(result, rows, params.out[rows.layer]);
   });
 }
@@ -137,12 +165,13 @@ void backward(const ProjectedMergeParams& params) {
       const bool accumulate = item > begin;
       layout.load(params.d_out[rows.layer], rows, upstream);
       layout.block.gemm_nt(upstream, ld, layout.M.get(), ld, d_coefficients, lds, rows.count, S,
-                           layout.cols);
+                           layout.cols, nullptr);
       for (int64_t n = 0; n < layout.num_concepts; ++n) {
         const int64_t first = layout.first_token[n];
         if (need_W) {
           layout.block.gemm_nn(d_coefficients + first, lds, 1, layout.C.get() + first * ld, ld,
-                               gradient, ld, rows.count, layout.cols, params.tokens[n], false);
+                               gradient, ld, rows.count, layout.cols, params.tokens[n], false,
+                               nullptr);
           layout.store(gradient, rows, params.d_W[n * layout.num_layers + rows.layer]);
         }
         if (!need_sums) continue;
@@ -150,20 +179,20 @@ void backward(const ProjectedMergeParams& params) {
         if (need_C)
           layout.block.gemm_nn(d_coefficients + first, 1, lds, difference, ld,
                                d_C.get() + slab * slab_size + first * ld, ld, params.tokens[n],
-                               layout.cols, rows.count, accumulate);
+                               layout.cols, rows.count, accumulate, nullptr);
         if (need_M)
           layout.block.gemm_nt(difference, ld, layout.C.get() + first * ld, ld,
-                               coefficients + first, lds, rows.count, params.tokens[n],
-                               layout.cols);
+                               coefficients + first, lds, rows.count, params.tokens[n], layout.cols,
+                               nullptr);
       }
       if (need_M)
         layout.block.gemm_nn(coefficients, 1, lds, upstream, ld, d_M.get() + slab * slab_size, ld,
-                             S, layout.cols, rows.count, accumulate);
+                             S, layout.cols, rows.count, accumulate, nullptr);
       if (need_W0) {
         for (int64_t i = 0; i < rows.count; ++i)
           for (int64_t j = 0; j < S; ++j) coefficients[i * lds + j] = -d_coefficients[i * lds + j];
         layout.block.gemm_nn(coefficients, lds, 1, layout.C.get(), ld, upstream, ld, rows.count,
-                             layout.cols, S, true);
+                             layout.cols, S, true, nullptr);
         layout.store(upstream, rows, params.d_W0[rows.layer]);
       }
     }
