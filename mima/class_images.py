@@ -29,8 +29,8 @@ def cache_folder() -> Path:
 class ClassPictures:
     """Pictures of some prompts by one model, or those that an earlier run drew.
 
-    They are kept in `class-images/` of `cache_folder`, one file for each model (weights of denoiser
-    and text encoders, scheduler), list of prompts and state of the generator.
+    They are kept in `class-images/` of `cache_folder`, one file for each batch: its model (weights
+    of denoiser and text encoders, scheduler), prompts and state of the generator name it.
 
     Args:
         family: the model. Its weights are read once and must not change between calls.
@@ -38,13 +38,15 @@ class ClassPictures:
 
     def __init__(self, family: Family) -> None:
         self._family = family
+        self._cache = CheckpointFolder(cache_folder() / "class-images")
 
     def latents(self, prompts: Sequence[str], generator: torch.Generator) -> torch.Tensor:
-        """Draw or read pictures.
+        """Draw or read pictures; stopped, it goes on after the last batch that is kept.
 
         Args:
             prompts: P texts, one per picture.
-            generator: draws the noise; unchanged where the pictures are read.
+            generator: draws the noise; in the end as if all had been drawn, also where they are
+                read.
 
         Returns:
             [P, C, H, W] scaled latents on the CPU.
@@ -52,17 +54,23 @@ class ClassPictures:
         Raises:
             MimaError: the cache cannot be written, or holds a damaged file.
         """
-        cache = CheckpointFolder(cache_folder() / "class-images")
+        batches = [prompts[start : start + CHUNK] for start in range(0, len(prompts), CHUNK)]
+        done, latents = 0, []
+        for batch in batches:
+            latents.append(self._batch(batch, generator))
+            done += len(batch)
+            logger.info("class pictures: %d of %d", done, len(prompts))
+        return torch.cat(latents)
+
+    def _batch(self, prompts: Sequence[str], generator: torch.Generator) -> torch.Tensor:
         name = f"{self._key(prompts, generator)}.safetensors"
-        kept = cache.read_tensors(name)
-        if kept is not None:
-            logger.info("class pictures from %s", cache.path / name)
-            return kept["latents"]
-        chunks = [prompts[start : start + CHUNK] for start in range(0, len(prompts), CHUNK)]
-        drawn = torch.cat([self._family.sample_latents(chunk, generator) for chunk in chunks])
-        drawn = drawn.cpu().contiguous()
-        cache.write_tensors(name, {"latents": drawn})
-        return drawn
+        kept = self._cache.read_tensors(name)
+        if kept is None:
+            latents = self._family.sample_latents(prompts, generator).cpu().contiguous()
+            kept = {"latents": latents, "generator": generator.get_state()}
+            self._cache.write_tensors(name, kept)
+        generator.set_state(kept["generator"].clone())
+        return kept["latents"]
 
     def _key(self, prompts: Sequence[str], generator: torch.Generator) -> str:
         scheduler = self._family.pipeline.scheduler

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+LONG_WAITS = ("mima.class_images",)
+"""Loggers whose notices show that a long wait is no hang; others only warn on a terminal."""
+
 
 def stdout() -> Console:
     """For results."""
@@ -50,10 +53,17 @@ def _show_warning(
 
 
 class _OneLine(logging.Handler):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING or record.name in LONG_WAITS
+
     def emit(self, record: logging.LogRecord) -> None:
         from rich.text import Text
 
-        stderr().print(Text(f"{record.levelname.lower()}: {record.getMessage()}", style="yellow"))
+        if record.levelno < logging.WARNING:
+            stderr().print(Text(record.getMessage(), style="dim"))
+        else:
+            level = record.levelname.lower()
+            stderr().print(Text(f"{level}: {record.getMessage()}", style="yellow"))
 
 
 def quiet_third_parties() -> None:
@@ -74,9 +84,10 @@ def quiet_third_parties() -> None:
     warnings.showwarning = _show_warning
     logger = logging.getLogger("mima")
     if not logger.handlers:
-        # a log file may want more than the terminal
-        logger.addHandler(_OneLine(logging.WARNING))
+        logger.addHandler(_OneLine())
         logger.propagate = False
+        for name in LONG_WAITS:
+            logging.getLogger(name).setLevel(logging.INFO)
 
 
 @contextmanager
