@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mima.config import ImmunizeConfig
     from mima.embedded import load_embedded
     from mima.errors import MimaError
+    from mima.families import ModelSource
     from mima.immunize import ImmunizeResult, immunize
     from mima.pictures import Picture
     from mima.saving import load_delta
@@ -31,6 +32,7 @@ _MODULE_OF = {
     "ImmunizeResult": "mima.immunize",
     "MergedAdapters": "mima.adapter_merge",
     "MimaError": "mima.errors",
+    "ModelSource": "mima.families",
     "Picture": "mima.pictures",
     "embedded_concept": "mima.concepts",
     "embedded_concepts": "mima.concepts",
@@ -47,6 +49,7 @@ __all__ = [
     "ImmunizeResult",
     "MergedAdapters",
     "MimaError",
+    "ModelSource",
     "Picture",
     "__version__",
     "embedded_concept",

@@ -25,7 +25,7 @@ from mima.adaptation.copies import component_name, with_values
 from mima.adaptation.text import with_words
 from mima.adapters import Adapter, AdapterReader
 from mima.errors import MimaError, nearest
-from mima.families import Family, family_of, load_pipeline, origin_of
+from mima.families import Family, family_of, load_pipeline, origin_of, source_of
 from mima.merging import MergePlan
 from mima.problem import ordinary_captions, regular_tokens
 from mima.saving import CardFacts, Delta, Released
@@ -44,6 +44,7 @@ class MergedAdapters(Released):
         prompts: the text that each answers to; empty for the weighted merge.
         method: ``"projected"`` or ``"weighted"``.
         model: what they were merged into.
+        opened_with: what else was said of it, see ``ModelSource.options``.
         changed: names of the changed parameters, as in ``unet.conv_in.weight``.
         words: embeddings [K, D] of the new words that the adapters brought.
         residual: per adapter, ``‖(φ − W0) C_nᵀ − A_n‖ / ‖A_n‖`` over all projected weights, with
@@ -61,6 +62,7 @@ class MergedAdapters(Released):
     prompts: Sequence[str]
     method: MergeMethod
     model: str | None
+    opened_with: Mapping[str, str]
     changed: Sequence[str]
     words: Mapping[str, torch.Tensor]
     residual: Sequence[float | None]
@@ -82,6 +84,7 @@ class MergedAdapters(Released):
             method=f"{len(self.adapters)} adapters in one model, by the {self.method} merge. "
             "A residual of 0 means that the model answers an adapter's prompt as the adapter did.",
             base_model=self.model,
+            opened_with=self.opened_with,
             concepts=list(zip(self.adapters, prompts, strict=True)),
             settings={"method": self.method, "weights": [*self.weights]},
             seed=None,
@@ -110,6 +113,7 @@ def merge_adapters(
     lam: float = 1e-4,
     seed: int = 0,
     device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> MergedAdapters:
     """Merge adapters of one base model into it.
 
@@ -140,6 +144,7 @@ def merge_adapters(
         lam: softness of the constraint; 0 is hard, see ``MergePlan``.
         seed: draws the captions.
         device: where to merge; by default where a pipeline in memory is, otherwise the CPU.
+        dtype: of a model that is opened; one in memory keeps its own.
 
     Returns:
         The merged pipeline, in the model's dtype, with what was missed.
@@ -174,7 +179,8 @@ def merge_adapters(
     if method == "projected":
         ordinary_captions(source)
 
-    pipeline = load_pipeline(str(model)) if isinstance(model, (str, Path)) else model
+    opened = source_of(model)
+    pipeline = model if opened is None else load_pipeline(opened, dtype=dtype)
     if device is not None:
         pipeline.to(device)
     reader = AdapterReader(pipeline)
@@ -201,6 +207,7 @@ def merge_adapters(
         prompts=texts,
         method=method,
         model=origin_of(model),
+        opened_with=opened.options if opened else {},
         changed=list(values),
         words=words,
         residual=report.get("residual", blank),

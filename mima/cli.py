@@ -17,9 +17,12 @@ from mima.errors import MimaError, nearest
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
+
     from mima.adaptation import Adaptation
     from mima.concepts import Concept
     from mima.config import ImmunizeRun
+    from mima.families import ModelSource
 
 USAGE_ERROR, UNEXPECTED_ERROR, INTERRUPTED = 2, 1, 130
 
@@ -42,7 +45,8 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             show_error("interrupted")
             raise typer.Exit(INTERRUPTED) from None
-        except (typer.Exit, typer.Abort):
+        # typer ends quietly where `| head` has read enough
+        except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         # this is the outermost frame: whatever went wrong is reported here and nowhere else
         except Exception as error:
@@ -85,6 +89,23 @@ Model = Annotated[
     typer.Option(
         help="A diffusers folder, a .safetensors file, a hub id, or 'embedded'.", show_default=True
     ),
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Of a model of the hub: a branch, tag or commit.")
+]
+Variant = Annotated[
+    str | None, typer.Option(help="Of the model's files, where there are several: fp16.")
+]
+SingleFileConfig = Annotated[
+    str | None,
+    typer.Option(
+        help="For a .safetensors model where the hub cannot be reached: a folder of a model of the "
+        "same architecture."
+    ),
+]
+Dtype = Annotated[
+    Literal["float32", "float16", "bfloat16"],
+    typer.Option(help="Of the model's weights; what is written has it, too."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace earlier results.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seeds every random draw.")]
@@ -171,6 +192,9 @@ def immunize(
         bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")
     ] = False,
     delta: OnlyDelta = False,
+    revision: Revision = None,
+    variant: Variant = None,
+    single_file_config: SingleFileConfig = None,
     device: Device = None,
     settings: Annotated[
         list[str] | None,
@@ -195,7 +219,13 @@ def immunize(
     from mima.immunize import immunize as run_immunize
     from mima.progress import ProgressBar
 
-    model = str(config.parent / run.model) if (config.parent / run.model).exists() else run.model
+    def beside(model: str) -> str:
+        return str(config.parent / model) if (config.parent / model).exists() else model
+
+    structure = single_file_config
+    if structure is None and run.single_file_config is not None:
+        structure = beside(run.single_file_config)
+    source = _source(beside(run.model), revision or run.revision, variant or run.variant, structure)
     # an option's path starts from the working directory, a file's from its folder
     checkpoint = erased or (run.erased and config.parent / run.erased.expanduser())
     settings_used = run.immunize
@@ -205,7 +235,7 @@ def immunize(
     try:
         with ProgressBar() as bar:
             result = run_immunize(
-                model,
+                source,
                 concepts,
                 settings_used,
                 erased=checkpoint,
@@ -235,6 +265,10 @@ def adapt(
         ),
     ],
     model: Model = "embedded",
+    revision: Revision = None,
+    variant: Variant = None,
+    single_file_config: SingleFileConfig = None,
+    dtype: Dtype = "float32",
     method: Annotated[str, typer.Option(help="How to adapt.")] = "lora",
     output: Annotated[
         Path | None,
@@ -339,7 +373,8 @@ def adapt(
     folder = output or Path(f"{'-'.join(names)[:80]}-{method}")
     check_folder(folder, overwrite=overwrite)
 
-    pipeline = load_pipeline(model, device=_device(device))
+    source = _source(model, revision, variant, single_file_config)
+    pipeline = load_pipeline(source, dtype=_dtype(dtype), device=_device(device))
     runs = [chosen.start(pipeline, one) for one in learned]
     learner = runs[0] if len(runs) == 1 else Together(runs)
     kept = CheckpointFolder(default_folder(folder))
@@ -373,10 +408,10 @@ def adapt(
         for run, name in zip(runs, names, strict=True):
             inside = run.save(staging / name if len(runs) > 1 else staging)
             _write_down(
-                inside, "adapt", model, [run.concept], method=method, settings=asdict(chosen)
+                inside, "adapt", source, [run.concept], method=method, settings=asdict(chosen)
             )
         if len(runs) > 1:
-            _write_down(staging, "adapt", model, learned, method=method, settings=asdict(chosen))
+            _write_down(staging, "adapt", source, learned, method=method, settings=asdict(chosen))
         if (kept.path / SAMPLES).is_dir():
             shutil.copytree(kept.path / SAMPLES, staging / SAMPLES)
     kept.remove()
@@ -385,7 +420,10 @@ def adapt(
     if method == "lora":
         for one, name in zip(learned, names, strict=True):
             where = folder / name if len(learned) > 1 else folder
-            stdout().print(f'look: mima sample "{one.prompt}" --model {model} --lora {where}')
+            opened = "".join(f" --{key} {value}" for key, value in source.options.items())
+            stdout().print(
+                f'look: mima sample "{one.prompt}" --model {model}{opened} --lora {where}'
+            )
 
 
 @app.command()
@@ -393,6 +431,10 @@ def erase(
     concepts: Annotated[list[str], typer.Argument(help="Folders, descriptions or embedded names.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the erased model.")],
     model: Model = "embedded",
+    revision: Revision = None,
+    variant: Variant = None,
+    single_file_config: SingleFileConfig = None,
+    dtype: Dtype = "float32",
     method: Annotated[
         Literal["uce", "esd-x", "esd-u", "esd-full"],
         typer.Option(
@@ -440,10 +482,11 @@ def erase(
     if method != "uce" and (preserve or technique != "replace"):
         raise MimaError(f"--preserve and --technique are for method uce, not for {method}")
     erased = load_concepts(concepts)
+    source = _source(model, revision, variant, single_file_config)
     if method != "uce":
-        variant = asdict(VARIANTS[method]) | {"seed": seed, **given}
-        esd = checked(type(VARIANTS[method]), f"method {method}", variant)
-        pipeline = load_pipeline(model, device=_device(device))
+        preset = VARIANTS[method]
+        esd = checked(type(preset), f"method {method}", asdict(preset) | {"seed": seed, **given})
+        pipeline = load_pipeline(source, dtype=_dtype(dtype), device=_device(device))
         with progress() as bars:
             task = bars.add_task(f"erasing by {method}", total=esd.steps, note="")
             result = esd.erase(
@@ -459,12 +502,12 @@ def erase(
         kept: list[str | Concept] = [*ordinary_captions(None)]
         for item in preserve or []:
             kept += load_concepts(item) if _names_concepts(item) else [item]
-        pipeline = load_pipeline(model, device=_device(device))
+        pipeline = load_pipeline(source, dtype=_dtype(dtype), device=_device(device))
         result = run_erase(pipeline, erased, preserve=kept, target=target, technique=technique)
         said = {"technique": technique}
     with fresh_folder(output, overwrite=overwrite) as staging:
         save_pipeline(result, staging)
-        _write_down(staging, "erase", model, erased, method=method, target=target, **said)
+        _write_down(staging, "erase", source, erased, method=method, target=target, **said)
     stdout().print(f"erased {', '.join(concept.name for concept in erased)}: {output}")
 
 
@@ -475,6 +518,10 @@ def merge(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the merged model.")],
     model: Model = "embedded",
+    revision: Revision = None,
+    variant: Variant = None,
+    single_file_config: SingleFileConfig = None,
+    dtype: Dtype = "float32",
     method: Annotated[
         Literal["projected", "weighted"],
         typer.Option(help="Keys and values by the text they answer to, or a plain average."),
@@ -511,7 +558,7 @@ def merge(
     from mima.output import fresh_folder
 
     merged = merge_adapters(
-        model,
+        _source(model, revision, variant, single_file_config),
         adapters,
         weights=shares,
         method=method,
@@ -520,6 +567,7 @@ def merge(
         lam=lam,
         seed=seed,
         device=_device(device),
+        dtype=_dtype(dtype),
     )
     with fresh_folder(output, overwrite=overwrite) as staging:
         merged.save_pretrained(staging, delta=delta)
@@ -538,6 +586,10 @@ def apply(
     delta: Annotated[Path, typer.Argument(help="A folder or file that --delta wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the whole model.")],
     model: Model = "embedded",
+    revision: Revision = None,
+    variant: Variant = None,
+    single_file_config: SingleFileConfig = None,
+    dtype: Dtype = "float32",
     overwrite: Overwrite = False,
 ) -> None:
     """Apply a delta to its base model, and write the whole model."""
@@ -552,17 +604,54 @@ def apply(
     from mima.saving import load_delta, read_delta, save_pipeline
 
     origin = read_delta(delta).origin
-    whole = load_delta(load_pipeline(model), delta)
+    source = _source(model, revision, variant, single_file_config)
+    whole = load_delta(load_pipeline(source, dtype=_dtype(dtype)), delta)
     with fresh_folder(output, overwrite=overwrite) as staging:
         save_pipeline(whole, staging)
-        _write_down(staging, "apply", model, [], delta=str(delta), origin=origin)
-    stdout().print(f"applied {delta} to {model}: {output}")
+        _write_down(staging, "apply", source, [], delta=str(delta), origin=origin)
+    stdout().print(f"applied {delta} to {source.label}: {output}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="What another command wrote.")],
+    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Made if it is new.")],
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Of a new repository; by default as you have set."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch; by default the main one.")] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")
+    ] = False,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload with mima",
+) -> None:
+    """Publish a result on the hub, as whoever `hf auth login` (or HF_TOKEN) says."""
+    from mima.console import stdout
+    from mima.output import OUR_FILES
+
+    if not folder.is_dir():
+        raise MimaError(f"{folder} is not a folder")
+    if not any((folder / name).is_file() for name in OUR_FILES):
+        raise MimaError(f"{folder} holds nothing that mima wrote: none of {', '.join(OUR_FILES)}")
+
+    # only now what takes a second to import
+    from mima.hub import Repository
+
+    address = Repository(repo_id, private=private).upload(
+        folder, revision=revision, create_pr=create_pr, commit_message=message
+    )
+    stdout().print(f"published {folder}: {address}")
 
 
 @app.command()
 def sample(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     model: Model = "embedded",
+    revision: Revision = None,
+    variant: Variant = None,
+    single_file_config: SingleFileConfig = None,
+    dtype: Dtype = "float32",
     lora: Annotated[
         Path | None, typer.Option(help="A folder that mima adapt wrote, or a LoRA file.")
     ] = None,
@@ -592,7 +681,8 @@ def sample(
         paths = [path.with_stem(f"{path.stem}-{number}") for number in range(1, num + 1)]
     for one in paths:
         check_file(one, overwrite=overwrite)
-    pipeline = load_pipeline(model, device=_device(device))
+    source = _source(model, revision, variant, single_file_config)
+    pipeline = load_pipeline(source, dtype=_dtype(dtype), device=_device(device))
     if lora is not None:
         _load_lora(pipeline, lora)
     seeds = range(seed, seed + num)
@@ -647,6 +737,15 @@ def evaluate(
     captions: Annotated[
         Path | None, typer.Option(help="A file of ordinary prompts, one per line.")
     ] = None,
+    revision: Revision = None,
+    variant: Variant = None,
+    single_file_config: SingleFileConfig = None,
+    immunized_revision: Annotated[
+        str | None, typer.Option(help="--revision, of the immunized model.")
+    ] = None,
+    immunized_variant: Annotated[
+        str | None, typer.Option(help="--variant, of the immunized model.")
+    ] = None,
     device: Device = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -672,8 +771,8 @@ def evaluate(
 
         try:
             result = run_evaluate(
-                original,
-                immunized,
+                _source(original, revision, variant, single_file_config),
+                _source(immunized, immunized_revision, immunized_variant, None),
                 found,
                 output=output,
                 others=kept,
@@ -765,6 +864,21 @@ def _with_settings(
     return parse_config(ImmunizeRun, raw, source="--set") if settings or task else run
 
 
+def _source(
+    model: str, revision: str | None, variant: str | None, config: str | None
+) -> ModelSource:
+    from mima.families import ModelSource
+
+    return ModelSource(model, revision, variant, config)
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
 def _plain(adaptation: Adaptation) -> dict[str, Any]:
     """A method and its settings, as a JSON file gives them back."""
     import json
@@ -822,7 +936,11 @@ def _concepts_to_learn(sources: list[str], told: dict[str, Any]) -> list[Concept
 
 
 def _write_down(
-    folder: Path, command: str, model: str, concepts: Sequence[Concept], **settings: Any
+    folder: Path,
+    command: str,
+    source: ModelSource,
+    concepts: Sequence[Concept],
+    **settings: Any,
 ) -> None:
     """Say in `mima.json` where a folder came from; it also marks the folder as mima's own."""
     import json
@@ -830,7 +948,8 @@ def _write_down(
     origin = {
         "command": command,
         "version": __version__,
-        "model": model,
+        "model": str(source.model),
+        **source.options,
         "concepts": [concept.name for concept in concepts],
         "prompts": [concept.prompt for concept in concepts],
         **settings,

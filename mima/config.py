@@ -228,6 +228,13 @@ class ImmunizeRun(Settings):
 
     model: str
     """A diffusers folder, a .safetensors file, a hub id, or ``embedded``."""
+    revision: str | None = None
+    """The hub's branch, tag or commit of the model."""
+    variant: str | None = None
+    """File variant such as ``fp16``."""
+    single_file_config: str | None = None
+    """For a single file, a folder (or hub id) of a model of the same architecture. Default: the
+    published one, which diffusers fetches from the hub."""
     concepts: list[Any] = Field(min_length=1)
     """Concept descriptions: folders, files, names of embedded concepts, or inline mappings."""
     erased: Path | None = None

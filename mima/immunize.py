@@ -30,7 +30,7 @@ from mima.config import ImmunizeConfig
 from mima.distributed import ALONE, join, local_device
 from mima.erasure import edits_of, erase, load_erased
 from mima.errors import MimaError
-from mima.families import family_of, load_pipeline, origin_of
+from mima.families import ModelSource, family_of, load_pipeline, origin_of, source_of
 from mima.output import check_folder, fresh_folder
 from mima.problem import Problem, encode_concepts, merge_layer, ordinary_captions
 from mima.progress import Callback, MetricsFile, StepReport
@@ -54,6 +54,7 @@ class ImmunizeResult(Released):
         history: one report per outer step.
         prompts: the concepts' prompts.
         model: what was immunized, as it was named.
+        opened_with: what else was said of it, see ``ModelSource.options``.
         changed: names of the parameters that the run may have changed, as ``unet.conv_in.weight``.
         erased: the checkpoint that the run began with.
     """
@@ -66,6 +67,7 @@ class ImmunizeResult(Released):
     model: str | None = None
     changed: list[str] = field(default_factory=list)
     erased: str | None = None
+    opened_with: dict[str, str] = field(default_factory=dict)
 
     def _run(self) -> dict[str, Any]:
         run = {"concepts": self.concepts, "config": self.config.model_dump(mode="json")}
@@ -98,6 +100,7 @@ class ImmunizeResult(Released):
             "longer than it does from the base model. Immunity is a matter of degree: it costs an "
             "attacker steps, and does not stop one with time, data and another model.",
             base_model=self.model,
+            opened_with=self.opened_with,
             concepts=list(zip(self.concepts, self.prompts, strict=True)) if self.prompts else [],
             settings=self.config.model_dump(mode="json"),
             seed=self.config.seed,
@@ -130,7 +133,7 @@ def immunize(
 
     Args:
         model: a diffusers pipeline (left as it is: the result holds a copy of what changes), a
-            diffusers folder, a .safetensors file, a hub id, or ``"embedded"``.
+            diffusers folder, a .safetensors file, a hub id, ``"embedded"``, or a ``ModelSource``.
         concepts: N concepts, or whatever ``load_concepts`` reads.
         config: the settings; by default those of the published re-learning experiments.
         erased: a checkpoint in which the concepts are erased, made from ``model`` by whatever
@@ -178,7 +181,8 @@ def immunize(
     if erased is not None and not Path(erased).expanduser().exists():
         raise MimaError(f"erased: {erased} does not exist")
     captions = ordinary_captions(config.captions)
-    pipeline = _own_copy(model, device)
+    source = source_of(model)
+    pipeline = _own_copy(source or model, device)
     changed: list[str] = []
     if erased is not None:
         loaded = load_erased(pipeline, erased)
@@ -233,6 +237,7 @@ def immunize(
         history,
         prompts=[concept.prompt for concept in concepts],
         model=origin_of(model),
+        opened_with=source.options if source else {},
         changed=list(dict.fromkeys((*changed, *(f"{part}.{name}" for name in names)))),
         erased=None if erased is None else str(erased),
     )
@@ -322,8 +327,8 @@ def _with_new_words(pipeline: Any, concepts: Sequence[Concept], config: Immunize
 
 def _own_copy(model: Any, device: str | torch.device | None) -> Any:
     """Open a model; of a pipeline in memory, copy the denoiser, which is what changes."""
-    if isinstance(model, (str, Path)):
-        return load_pipeline(str(model), device=local_device() if device is None else device)
+    if isinstance(model, ModelSource):
+        return load_pipeline(model, device=local_device() if device is None else device)
     denoiser = family_of(model).denoiser
     own = copy.deepcopy(denoiser).float().requires_grad_(False).eval()
     pipeline = with_modules(model, **{component_name(model, denoiser): own})

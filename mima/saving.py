@@ -16,11 +16,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 import yaml
-from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -28,12 +28,12 @@ from mima._version import __version__, installed_versions
 from mima.adaptation.copies import with_values
 from mima.adaptation.text import with_words
 from mima.errors import MimaError
+from mima.hub import HUB_ID, Repository
 
 DELTA_FILE = "model_delta.safetensors"
 CARD_FILE = "README.md"
 _HEADER = "mima_delta"
 _WORD = "new_words."
-HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 def save_pipeline(pipeline: Any, folder: str | Path) -> None:
@@ -172,6 +172,8 @@ class CardFacts:
     """Sentences on what was done, by mima's own hand: Markdown."""
     base_model: str | None
     """What it was made from; a hub id is linked."""
+    opened_with: Mapping[str, str]
+    """The base model's ``ModelSource.options``."""
     concepts: Sequence[tuple[str, str]]
     """Names and prompts."""
     settings: Mapping[str, Any]
@@ -274,22 +276,12 @@ class Released(ABC):
         Raises:
             MimaError: the hub cannot be reached, or refuses; asked before anything is written.
         """
-        api = HfApi(endpoint=endpoint, token=token)
-        try:
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            with tempfile.TemporaryDirectory() as folder:
-                self.save_pretrained(folder, delta=delta, metrics=metrics, license=license)
-                commit = api.upload_folder(
-                    repo_id=repo_id,
-                    folder_path=folder,
-                    revision=revision,
-                    create_pr=create_pr,
-                    commit_message=commit_message,
-                )
-        except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, ConnectionError) as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise MimaError(f"hub: cannot publish {repo_id!r}: {first}") from error
-        return str(commit.commit_url)
+        repository = Repository(repo_id, private=private, token=token, endpoint=endpoint)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, delta=delta, metrics=metrics, license=license)
+            return repository.upload(
+                folder, revision=revision, create_pr=create_pr, commit_message=commit_message
+            )
 
 
 def _card(
@@ -305,12 +297,14 @@ def _card(
         pipeline_tag="text-to-image",
         tags=["mima", *facts.tags, *(["delta"] if delta else [])],
     )
-    origin = f"[{_text(base)}](https://huggingface.co/{base})" if hub else _text(base)
+    at = facts.opened_with.get("revision")
+    tree = "" if at is None else f"/tree/{quote(at, safe='')}"
+    origin = f"[{_text(base)}](https://huggingface.co/{base}{tree})" if hub else _text(base)
     parts = [
         f"# {facts.title}",
         facts.method,
-        f"Made from {origin}.",
-        _usage(facts.base_model, delta),
+        f"Made from {origin}" + (f" at revision {_text(at)}." if at else "."),
+        _usage(facts.base_model, facts.opened_with, delta),
     ]
     if facts.concepts:
         rows = [f"| {_text(name)} | {_text(prompt)} |" for name, prompt in facts.concepts]
@@ -330,14 +324,16 @@ def _card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
-def _usage(base: str | None, delta: bool) -> str:
+def _usage(base: str | None, opened_with: Mapping[str, str], delta: bool) -> str:
     lines = ["from diffusers import DiffusionPipeline", ""]
     if not delta:
         lines.append('pipeline = DiffusionPipeline.from_pretrained("this folder or repository")')
         return _fenced("\n".join(lines), "python")
     lines[1:1] = ["from safetensors.torch import load_file"]
+    options = [f"{name}={json.dumps(value)}" for name, value in opened_with.items()]
+    where = ", ".join([json.dumps(base or "the base model"), *options])
     lines += [
-        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(base or 'the base model')})",
+        f"pipeline = DiffusionPipeline.from_pretrained({where})",
         f'for name, value in load_file("{DELTA_FILE}").items():',
         '    component, parameter = name.split(".", 1)',
         f'    if component == "{_WORD[:-1]}":',

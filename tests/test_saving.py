@@ -1,9 +1,8 @@
-"""Results as ordinary models: folders, deltas, cards, the hub."""
+"""Results as ordinary models: folders, deltas, cards."""
 
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 
 import pytest
@@ -11,8 +10,7 @@ import tiny
 import torch
 import yaml
 from diffusers import DiffusionPipeline
-from huggingface_hub import CommitInfo, ModelCard, RepoUrl
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub import ModelCard
 from immunizing import assert_same, concepts, settings
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -147,45 +145,12 @@ def test_a_base_model_of_the_hub_is_linked_and_odd_names_stay_text(result):
     assert "| &lt;b&gt; | a dog in red |" in card.text
 
 
-class Hub:
-    """What `HfApi` would be asked."""
-
-    def __init__(self, **options):
-        Hub.options = options
-
-    def create_repo(self, repo_id, **options):
-        Hub.created = (repo_id, options)
-        return RepoUrl(f"https://huggingface.co/{repo_id}")
-
-    def upload_folder(self, *, repo_id, folder_path, **options):
-        shutil.copytree(folder_path, Hub.target)
-        Hub.uploaded = (repo_id, options)
-        address = f"https://huggingface.co/{repo_id}/commit/abc"
-        return CommitInfo(commit_url=address, commit_message="", commit_description="", oid="abc")
-
-
-def test_push_to_hub_uploads_what_is_saved(result, delta, tmp_path, monkeypatch):
-    monkeypatch.setattr("mima.saving.HfApi", Hub)
-    Hub.target = tmp_path / "uploaded"
-    where = result.push_to_hub("me/model", private=True, token="t", revision="r", delta=True)
-    assert where == "https://huggingface.co/me/model/commit/abc"
-    assert Hub.options == {"endpoint": None, "token": "t"}
-    assert Hub.created == ("me/model", {"private": True, "exist_ok": True})
-    repo_id, options = Hub.uploaded
-    assert (repo_id, options["revision"], options["create_pr"]) == ("me/model", "r", False)
-    assert {path.name for path in Hub.target.iterdir()} == {path.name for path in delta.iterdir()}
-    assert_same(load_file(Hub.target / DELTA_FILE), load_file(delta / DELTA_FILE))
-
-
-@pytest.mark.parametrize("repo", ["me/model", "not a name", "a/b/c"])
-def test_what_cannot_be_published_is_said(result, repo, monkeypatch):
-    def offline(*_, **__):
-        raise OfflineModeIsEnabled("no network")
-
-    if repo == "me/model":
-        monkeypatch.setattr("mima.saving.HfApi.create_repo", offline)
-    with pytest.raises(MimaError, match=f"cannot publish '{repo}'"):
-        result.push_to_hub(repo)
+def test_the_card_says_how_the_base_model_was_opened(result):
+    opened = {"revision": "v/1", "variant": "fp16"}
+    result = type(result)(**{**vars(result), "model": "owner/name", "opened_with": opened})
+    text = str(result.card(delta=True))
+    assert "Made from [owner/name](https://huggingface.co/owner/name/tree/v%2F1) at " in text
+    assert 'from_pretrained("owner/name", revision="v/1", variant="fp16")' in text
 
 
 def test_a_delta_of_nothing_is_refused(tmp_path):

@@ -30,6 +30,7 @@ from mima.evaluation.records import (
 from mima.evaluation.sampling import Sampler
 from mima.evaluation.similarity import PictureProtocol
 from mima.evaluation.worker import Bench, Outcome, Task, Worker
+from mima.families import source_of
 from mima.problem import ordinary_captions, spread
 
 Progress = Callable[[int, int, str], None]
@@ -69,7 +70,7 @@ def evaluate(
 
     Args:
         original: the model before immunization: a diffusers folder, a .safetensors file, a hub id,
-            ``"embedded"``, or a pipeline in memory (with one process).
+            ``"embedded"``, a ``ModelSource``, or a pipeline in memory (with one process).
         immunized: the model after it, likewise.
         concepts: concepts immunized against, or whatever `load_concepts` reads. Those of kind
             ``"benign"`` count as others.
@@ -112,7 +113,7 @@ def evaluate(
     if "target" not in roles.values():
         raise MimaError("evaluate: needs a concept that the model was immunized against")
     names = _similarity_names(similarities)
-    in_memory = [not isinstance(model, (str, Path)) for model in (original, immunized)]
+    in_memory = [source_of(model) is None for model in (original, immunized)]
     device = str(local_device()) if device is None else device
     if processes is None:
         single = any(in_memory) or torch.device(device).type != "cpu"
@@ -234,7 +235,8 @@ def _similarity_names(sources: Sequence[str | Path]) -> tuple[str, ...]:
 
 
 def _label(model: Any) -> str:
-    return str(model) if isinstance(model, (str, Path)) else f"{type(model).__name__} in memory"
+    source = source_of(model)
+    return f"{type(model).__name__} in memory" if source is None else source.label
 
 
 def _path(path: str | Path | None) -> Path | None:

@@ -156,10 +156,7 @@ class Worker:
         self.bench = bench
         self.advance = advance
         self.pipelines = {
-            side: load_pipeline(
-                str(model) if isinstance(model, Path) else model, device=bench.device
-            )
-            for side, model in bench.models.items()
+            side: load_pipeline(model, device=bench.device) for side, model in bench.models.items()
         }
         self.similarities = [
             CachedSimilarity(

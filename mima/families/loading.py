@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -31,6 +32,7 @@ from mima.families.pixart import PixArt
 from mima.families.sd3 import StableDiffusion3
 from mima.families.sdxl import StableDiffusionXL
 from mima.families.stable_diffusion import StableDiffusion
+from mima.hub import unreachable
 
 FAMILIES: tuple[type[Family], ...] = (
     *(StableDiffusion, StableDiffusionXL, PixArt, StableDiffusion3, Flux),
@@ -54,6 +56,8 @@ OLD_NAMES = {
     ".to_out.0.": ".proj_attn.",
 }
 
+INDEX = "model_index.json"
+
 # single checkpoint files by a prefix of their keys: how to open them, or why not
 SINGLE_FILES: tuple[tuple[str, Any], ...] = (
     ("conditioner.embedders.1.", StableDiffusionXLPipeline),
@@ -62,6 +66,45 @@ SINGLE_FILES: tuple[tuple[str, Any], ...] = (
     ("double_blocks.", "single files of Flux are not opened, its diffusers folders are"),
     ("model.diffusion_model.input_blocks.0.", StableDiffusionPipeline),
 )
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is, for whatever opens one: ``load_pipeline``, ``immunize``, ``evaluate``, ...
+
+    Example:
+        >>> immunize(ModelSource("owner/name", revision="v1", variant="fp16"), concepts)
+    """
+
+    model: str | Path
+    """A diffusers folder, a single ``.safetensors`` checkpoint of Stable Diffusion or SDXL, a hub
+    id, or ``"embedded"`` for the model that mima ships."""
+    revision: str | None = None
+    """The hub's branch, tag or commit."""
+    variant: str | None = None
+    """File variant such as ``"fp16"``."""
+    config: str | Path | None = None
+    """For a single file, a diffusers folder (or hub id) of a model of the same architecture; by
+    default diffusers fetches the published one from the hub."""
+
+    @property
+    def label(self) -> str:
+        """The model, with what was said of it."""
+        said = [f"{name} {value}" for name, value in self.options.items()]
+        return f"{self.model} ({', '.join(said)})" if said else str(self.model)
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What diffusers' ``from_pretrained`` must be told beside the model."""
+        said = {"revision": self.revision, "variant": self.variant}
+        return {name: value for name, value in said.items() if value is not None}
+
+
+def source_of(model: Any) -> ModelSource | None:
+    """Where a model is that must be opened first; None for a pipeline in memory."""
+    if isinstance(model, ModelSource):
+        return model
+    return ModelSource(model) if isinstance(model, (str, Path)) else None
 
 
 def family_of(pipeline: Any, *, resolution: int | None = None) -> Family:
@@ -83,8 +126,9 @@ def family_of(pipeline: Any, *, resolution: int | None = None) -> Family:
 
 def origin_of(model: Any) -> str | None:
     """How a model is called: its hub id, folder or file; None for one that was built in memory."""
-    if isinstance(model, (str, Path)):
-        return str(model)
+    source = source_of(model)
+    if source is not None:
+        return str(source.model)
     name = model.config.get("_name_or_path")
     return str(name) if name else None
 
@@ -115,29 +159,27 @@ def load_pipeline(
     """Open a model in one dtype on one device, in evaluation mode and without gradients.
 
     Args:
-        model: a diffusers pipeline (cast and moved in place, not copied), a diffusers folder, a
-            single ``.safetensors`` checkpoint of Stable Diffusion or SDXL, a hub id, or
-            ``"embedded"`` for the model that mima ships.
+        model: a diffusers pipeline (cast and moved in place, not copied), a ``ModelSource``, or
+            what its ``model`` is.
         dtype: dtype of every module. In float16 the layers of T5 that overflow there stay in
             float32, as transformers declares.
         device: where to put it; by default a pipeline stays where it is and a file goes to the CPU.
-        revision: the hub's branch, tag or commit.
-        variant: file variant such as ``"fp16"``.
-        config: for a single file, a diffusers folder (or hub id) of a model of the same
-            architecture; by default diffusers fetches the published one from the hub.
+        revision: as in ``ModelSource``, where ``model`` is none.
+        variant: likewise.
+        config: likewise.
 
     Raises:
         MimaError: nothing there, damaged, or not of a supported family; the message says which.
+        ValueError: ``revision``, ``variant`` or ``config`` of what is open, or says its own.
     """
-    pipeline: Any = model
-    if isinstance(model, DiffusionPipeline):
-        pass
-    elif model == "embedded":
-        from mima.embedded import load_embedded
-
-        pipeline = load_embedded()
-    else:
-        pipeline = _open(str(model), dtype, revision, variant, config)
+    if isinstance(model, (str, Path)):
+        model = ModelSource(model, revision, variant, config)
+    elif (revision, variant, config) != (None, None, None):
+        raise ValueError(
+            "load_pipeline: revision, variant and config say more of a folder, file or hub id; "
+            f"got a {type(model).__name__}"
+        )
+    pipeline = _open(model, dtype) if isinstance(model, ModelSource) else model
     family_of(pipeline)
     if device is not None:
         pipeline.to(device)
@@ -149,22 +191,24 @@ def load_pipeline(
     return pipeline
 
 
-def _open(
-    model: str,
-    dtype: torch.dtype,
-    revision: str | None,
-    variant: str | None,
-    config: str | Path | None,
-) -> Any:
+def _open(source: ModelSource, dtype: torch.dtype) -> Any:
+    model, variant = str(source.model), source.variant
+    if model == "embedded":
+        from mima.embedded import load_embedded
+
+        for name in ("revision", "variant", "config"):
+            if getattr(source, name) is not None:
+                raise MimaError(f"{name}: the embedded model has none")
+        return load_embedded(dtype=dtype)
     path = Path(model).expanduser()
-    if revision is not None and path.exists():
+    if source.revision is not None and path.exists():
         raise MimaError(f"revision: only models of the hub have revisions, {path} is local")
-    if config is not None and not path.is_file():
+    if source.config is not None and not path.is_file():
         raise MimaError(f"config: only a single file needs one, {model} brings its own")
     if path.is_file():
         if variant is not None:
             raise MimaError(f"variant: {path} is a single file and has no variants")
-        return _open_file(path, dtype, config)
+        return _open_file(path, dtype, source.config)
     if path.is_dir():
         return _open_folder(path, dtype, variant)
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
@@ -172,12 +216,17 @@ def _open(
             f"model: {model!r} is neither a folder, a .safetensors file, 'embedded', "
             "nor a hub id of the form owner/name"
         )
-    return _open_hub(model, dtype, revision, variant)
+    return _open_hub(model, dtype, source.revision, variant)
 
 
 def _open_hub(model: str, dtype: torch.dtype, revision: str | None, variant: str | None) -> Any:
+    if not isinstance(try_to_load_from_cache(model, INDEX, revision=revision), str):
+        # before huggingface_hub tries six times
+        problem = unreachable()
+        if problem:
+            raise MimaError(f"model: {_absent_offline(model, revision)}: {problem}")
     try:
-        file = hf_hub_download(model, "model_index.json", revision=revision)
+        file = hf_hub_download(model, INDEX, revision=revision)
     except HUB_ERRORS as error:
         raise MimaError(f"model: {_explain(model, revision, error)}") from error
     index = _read_json(Path(file))
@@ -189,21 +238,28 @@ def _open_hub(model: str, dtype: torch.dtype, revision: str | None, variant: str
         )
     except HUB_ERRORS as error:
         raise MimaError(f"model: {_explain(model, revision, error)}") from error
-    return _open_folder(Path(folder), dtype, variant)
+    pipeline = _open_folder(Path(folder), dtype, variant)
+    # what diffusers writes down of a model of the hub, not the cache's folder
+    pipeline.register_to_config(_name_or_path=model)
+    return pipeline
+
+
+def _absent_offline(model: str, revision: str | None) -> str:
+    at = f" at revision {revision!r}" if revision else ""
+    return (
+        f"there is no folder {model!r}, the hub's cache on this machine does not hold it{at}, "
+        "and the hub cannot be reached"
+    )
 
 
 def _explain(model: str, revision: str | None, error: Exception) -> str:
-    at = f" at revision {revision!r}" if revision else ""
     match error:
         case LocalEntryNotFoundError() | OfflineModeIsEnabled():
-            return (
-                f"there is no folder {model!r}, the hub's cache on this machine does not hold it"
-                f"{at}, and the hub cannot be reached (or offline mode is on)"
-            )
+            return f"{_absent_offline(model, revision)}: {_first_line(error)}"
         case GatedRepoError():
             return f"{model} is gated: accept its conditions on the hub, then `hf auth login`"
         case RevisionNotFoundError():
-            return f"{model} has no revision {revision!r}"
+            return f"{model} has no revision {revision or 'main'!r}"
         case EntryNotFoundError():
             return f"{model} has no model_index.json: not a diffusers pipeline"
         case RepositoryNotFoundError():
@@ -213,9 +269,9 @@ def _explain(model: str, revision: str | None, error: Exception) -> str:
 
 
 def _open_folder(path: Path, dtype: torch.dtype, variant: str | None) -> Any:
-    if not (path / "model_index.json").is_file():
+    if not (path / INDEX).is_file():
         raise MimaError(f"model: {path} has no model_index.json: not a diffusers folder")
-    index = _read_json(path / "model_index.json")
+    index = _read_json(path / INDEX)
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise MimaError(f"model: {path / 'model_index.json'} names no diffusers pipeline")
     _family_class(index["_class_name"], str(path))
@@ -323,6 +379,9 @@ def _open_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Any
     keywords: dict[str, Any] = {**_dtype(dtype)}
     if config is not None:
         keywords["config"] = str(config)
+    elif unreachable():
+        # diffusers then looks for the configuration in the hub's cache
+        keywords["local_files_only"] = True
     try:
         pipeline = opener.from_single_file(str(path), **keywords)
     except LOADING_ERRORS as error:

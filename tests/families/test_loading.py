@@ -17,7 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from mima.errors import MimaError
-from mima.families import load_pipeline
+from mima.families import ModelSource, load_pipeline, origin_of
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -103,6 +103,14 @@ def test_a_variant_is_opened(folder):
 def test_an_absent_variant_is_named(folder):
     with pytest.raises(MimaError, match=r"variant: .* holds no 'ema' weights, only text_encoder/"):
         load_pipeline(folder, variant="ema")
+
+
+def test_what_is_open_has_no_revision(folder):
+    for model in (load_pipeline(folder), ModelSource(folder)):
+        with pytest.raises(ValueError, match="revision, variant and config say more of a folder"):
+            load_pipeline(model, variant="fp16")
+    with pytest.raises(MimaError, match="variant: the embedded model has none"):
+        load_pipeline("embedded", variant="fp16")
 
 
 def test_only_the_hub_has_revisions(folder):
@@ -325,6 +333,8 @@ def test_the_hub_that_cannot_be_reached_is_one_clear_error():
     ],
 )
 def test_hub_errors_are_explained(monkeypatch, error, message):
+    monkeypatch.setattr("mima.families.loading.unreachable", lambda: None)
+
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
@@ -353,6 +363,10 @@ def test_models_and_revisions_of_the_hub_are_opened(cached):
     assert not load_pipeline("owner/name", revision="v1").unet.conv_in.bias.eq(3).any()
     with pytest.raises(MimaError, match="at revision 'v2'"):
         load_pipeline("owner/name", revision="v2")
+    opened = load_pipeline(ModelSource("owner/name", revision="v1"))
+    assert not opened.unet.conv_in.bias.eq(3).any()
+    # not the cache's folder
+    assert origin_of(opened) == "owner/name"
 
 
 def test_a_foreign_pipeline_of_the_hub_is_refused_before_it_is_fetched(cached, monkeypatch):
