@@ -11,7 +11,9 @@ namespace {
 // An adapter in panels; what a direction does not need is null.
 template <class T>
 struct Adapter {
-  const T* A_transposed = nullptr;  // of [d, r]
+  const T* A_rows = nullptr;  // not in panels: [r, d], rows ld_A apart
+  int64_t ld_A = 0;
+  const T* A_transposed = nullptr;  // of [d, r], where A_rows is null
   const T* A = nullptr;             // of [r, d]
   const T* B_transposed = nullptr;  // of [r, o], times the scale
   const T* B = nullptr;             // of [o, r]
@@ -109,13 +111,22 @@ struct Layout {
       A = A_converted, B = B_converted, ld_A = ld_d;
     }
     Adapter<T>& adapter = adapters[n];
-    adapter.A_transposed = panels(A, 1, ld_A, d, r, 1);
+    if (takes_dots(r))
+      adapter.A_rows = A, adapter.ld_A = ld_A;
+    else
+      adapter.A_transposed = panels(A, 1, ld_A, d, r, 1);
     if (forward) {
       adapter.B_transposed = panels(B, 1, r, r, o, params.scale[n]);
     } else {
       adapter.A = panels(A, ld_A, 1, r, d, 1);
       adapter.B = panels(B, r, 1, o, r, 1);
     }
+  }
+  // Whether x A^T is formed by sums along d, from A as it lies: in a panel a rank below a vector's
+  // lanes leaves the others idle. Needs whole vectors along d, which converted operands have.
+  bool takes_dots(int64_t r) const {
+    const int64_t lanes = kernels.vector_bytes / static_cast<int64_t>(sizeof(T));
+    return r <= lanes && (!direct || params.d % lanes == 0);
   }
   // the last term leaves room for a whole vector past the end
   int64_t converted_size(int64_t n) const {
@@ -125,7 +136,8 @@ struct Layout {
     std::vector<int64_t> offsets(num_adapters + 1, 0);
     for (int64_t n = 0; n < num_adapters; ++n) {
       const int64_t r = params.ranks[n], d = params.d, o = params.o;
-      offsets[n + 1] = offsets[n] + converted_size(n) + panels_size<T>(kernels, d, r) +
+      offsets[n + 1] = offsets[n] + converted_size(n) +
+                       (takes_dots(r) ? 0 : panels_size<T>(kernels, d, r)) +
                        (forward ? panels_size<T>(kernels, r, o)
                                 : panels_size<T>(kernels, r, d) + panels_size<T>(kernels, o, r));
     }
@@ -147,6 +159,18 @@ struct Layout {
     storage.load(src.row(start, params.dtype), src.ld, count, cols, scratch, ld_scratch);
     *ld = ld_scratch;
     return scratch;
+  }
+
+  // h[count, r] = x A^T
+  void down(const Adapter<T>& adapter, int64_t r, const T* x, int64_t ldx, int64_t count,
+            T* h) const {
+    if (adapter.A_rows != nullptr) {
+      block.gemm_nt(x, ldx, adapter.A_rows, adapter.ld_A, h, ldr, count, r,
+                    padded<T>(kernels, params.d), nullptr);
+      return;
+    }
+    const PanelTerm<T> term{x, ldx, adapter.A_transposed, params.d};
+    block.gemm_panels(&term, 1, h, ldr, count, padded<T>(kernels, r), false);
   }
 
   // dst[count, cols] = [dst] + the sum of the terms
@@ -188,8 +212,7 @@ void forward(const BatchedLoraParams& params) {
     if (n >= 0 && params.ranks[n] > 0) {
       const Adapter<T>& adapter = layout.adapters[n];
       const int64_t r = params.ranks[n];
-      const PanelTerm<T> down{x, ldx, adapter.A_transposed, params.d};
-      layout.block.gemm_panels(&down, 1, h, layout.ldr, count, padded<T>(layout.kernels, r), false);
+      layout.down(adapter, r, x, ldx, count, h);
       terms[num_terms++] = {h, layout.ldr, adapter.B_transposed, r};
     }
     if (num_terms > 0)
@@ -260,10 +283,7 @@ void backward(BatchedLoraParams& params) {
         x = layout.rows(params.x, start, count, params.d, direct_x, x_scratch, ld_d, &ldx);
       const T* d_y =
           layout.rows(params.d_y, start, count, params.o, direct_y, y_scratch, ld_o, &ldy);
-      if (r > 0 && (need_B || params.need_scale)) {
-        const PanelTerm<T> down{x, ldx, adapter.A_transposed, params.d};
-        layout.block.gemm_panels(&down, 1, h, ldr, count, padded<T>(layout.kernels, r), false);
-      }
+      if (r > 0 && (need_B || params.need_scale)) layout.down(adapter, r, x, ldx, count, h);
       if (r > 0 && (need_x || need_A || params.need_scale)) {
         const PanelTerm<T> up{d_y, ldy, adapter.B, params.o};
         layout.block.gemm_panels(&up, 1, d_h, ldr, count, padded<T>(layout.kernels, r), false);
