@@ -334,7 +334,7 @@ def adapt(
     from mima.adaptation import LoRA, Together, configure
     from mima.ascent import claim, default_folder, describe_run
     from mima.checkpoint import CheckpointFolder
-    from mima.console import progress, stderr, stdout
+    from mima.console import command, progress, stderr, stdout
     from mima.evaluation.sampling import Sampler
     from mima.families import family_of, load_pipeline
     from mima.learning import SAMPLES, learn
@@ -420,10 +420,9 @@ def adapt(
     if method == "lora":
         for one, name in zip(learned, names, strict=True):
             where = folder / name if len(learned) > 1 else folder
-            opened = "".join(f" --{key} {value}" for key, value in source.options.items())
-            stdout().print(
-                f'look: mima sample "{one.prompt}" --model {model}{opened} --lora {where}'
-            )
+            opened = [part for key, value in source.options.items() for part in (f"--{key}", value)]
+            look = command("sample", one.prompt, "--model", model, *opened, "--lora", where)
+            stdout().print(f"look: {look}")
 
 
 @app.command()
@@ -751,7 +750,7 @@ def evaluate(
 ) -> None:
     """Attack a model before and after immunization; run again, it goes on where it stopped."""
     from mima.concepts import load_concepts
-    from mima.console import progress, stderr, stdout
+    from mima.console import command, progress, stderr, stdout
 
     found = load_concepts(concepts)
     kept = load_concepts(others) if others else []
@@ -800,7 +799,7 @@ def evaluate(
             f"{label}: worst attack SGR {worst.sgr:+.3f} ({worst.attack}); mean over concepts "
             f"{mean.mean:+.3f} (95% over seeds: {mean.low:+.3f} to {mean.high:+.3f})"
         )
-    stdout().print(f"pictures and all numbers: {output}\nas a page: mima report {output}")
+    stdout().print(f"pictures and all numbers: {output}\nas a page: {command('report', output)}")
 
 
 @app.command()

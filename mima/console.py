@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,23 +20,30 @@ LONG_WAITS = ("mima.class_images",)
 
 def stdout() -> Console:
     """For results."""
-    from rich.console import Console
-
-    return Console(highlight=False, soft_wrap=True)
+    return _console(stderr=False)
 
 
 def stderr() -> Console:
     """For everything else."""
+    return _console(stderr=True)
+
+
+def _console(*, stderr: bool) -> Console:
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    # paths and prompts hold brackets and colons: [red], :cat:
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def command(*words: object) -> str:
+    """A mima command that can be pasted into a shell."""
+    return shlex.join(["mima", *map(str, words)])
 
 
 def show_error(message: str) -> None:
     """One red message."""
     from rich.text import Text
 
-    # Text, so that brackets in paths are not read as markup
     stderr().print(Text("error: ", style="bold red") + Text(message, style="red"))
 
 
