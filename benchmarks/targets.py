@@ -139,6 +139,20 @@ CPU = [
         ours="mima weighted",
     ),
     Target(
+        group="merge adapters",
+        text="projected with its plan, over peft's weighted",
+        value=_over("peft cat"),
+        bar=1,
+        ours="mima projected",
+    ),
+    Target(
+        group="compose keys and values",
+        text="projected, over the composition layer by layer",
+        value=_over("layer by layer"),
+        bar=1,
+        ours="mima projected",
+    ),
+    Target(
         group="a training step of",
         text="one forward for all, over a pass for each",
         value=_over("one by one"),

@@ -306,17 +306,35 @@ class _Merge:
         merged = ops.projected_merge([self.base[name] for name in full], thetas, plan.C, plan.M)
         values |= dict(zip(full, merged, strict=True))
 
-        residual = []
-        for wanted, C_SD in zip(asked, plan.C, strict=True):
-            gaps = [(values[m] - self.base[m]) @ C_SD.mT - A_oS for m, A_oS in wanted.items()]
-            missed = sum(float(gap.square().sum()) for gap in gaps)
-            whole = sum(float(A_oS.square().sum()) for A_oS in wanted.values())
-            residual.append(math.sqrt(missed / whole) if whole else None)
+        residual = self._residual(plan, asked, {name: values[name] for name in here})
         return values, {
             "residual": residual,
             "drift_bound": plan.drift_bound.tolist(),
             "condition": plan.condition,
         }
+
+    def _residual(
+        self,
+        plan: MergePlan,
+        asked: Sequence[Mapping[str, torch.Tensor]],
+        merged: Mapping[str, torch.Tensor],
+    ) -> list[float | None]:
+        """Per adapter, how far its prompt's outputs are from what it asked for, relative to that.
+
+        Measured on the merged weights themselves, with the rounding of their dtype. A weight that
+        the adapter leaves alone should answer its prompt as before.
+        """
+        lengths = [len(C_SD) for C_SD in plan.C]
+        C_TD = torch.cat(plan.C)
+        missed, whole = [0.0] * len(asked), [0.0] * len(asked)
+        for name, value in merged.items():
+            moved = ((value - self.base[name]) @ C_TD.mT).split(lengths, dim=1)
+            for n, (wanted, gap_oS) in enumerate(zip(asked, moved, strict=True)):
+                if name in wanted:
+                    gap_oS = gap_oS - wanted[name]
+                    whole[n] += float(wanted[name].float().square().sum())
+                missed[n] += float(gap_oS.float().square().sum())
+        return [math.sqrt(m / w) if w else None for m, w in zip(missed, whole, strict=True)]
 
     def _low_rank(self, name: str) -> bool:
         return all(name in one.factors for one in self.adapters if one.changes(name))

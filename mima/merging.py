@@ -72,10 +72,9 @@ class MergePlan:
         if weights is None:
             weights = torch.full((len(C),), 1 / max(len(C), 1), dtype=torch.float64)
         weights = torch.as_tensor(weights, dtype=torch.float64, device=C_reg.device)
-        M = reference.merge_plan(C, C_reg, lam, weights)
-        captions = torch.linalg.qr(C_reg.detach().double(), mode="r")[1]
-        singular = torch.linalg.svdvals(captions)
-        ridge = reference.plan_ridge(singular, C_reg.shape[1])
+        captions = reference.caption_factor(C_reg)
+        singular, ridge = reference.caption_spectrum(captions, len(C_reg))
+        M = reference.merge_plan(C, captions, lam, weights, ridge=ridge)
         largest = float(singular[0])
         smallest = float(singular[-1]) if len(singular) == C_reg.shape[1] else 0.0
         condition = math.hypot(largest, ridge) / (math.hypot(smallest, ridge) or math.ulp(largest))
@@ -86,7 +85,7 @@ class MergePlan:
             lam=lam,
             condition=condition,
             ridge=ridge,
-            captions=captions,
+            captions=captions.detach(),
         )
 
     def for_tokens(self, C: Sequence[torch.Tensor]) -> MergePlan:

@@ -222,9 +222,10 @@ def merge_plan(
     """
     if not lam >= 0:
         raise ValueError(f"merge_plan: lam must be at least 0, got {lam}")
-    d = C_reg.shape[-1]
-    if C_reg.ndim != 2 or C_reg.shape[0] == 0:
-        raise ValueError(f"merge_plan: C_reg must be [m, d], m > 0, got {list(C_reg.shape)}")
+    R = caption_factor(C_reg)
+    if ridge is None:
+        _, ridge = caption_spectrum(R, len(C_reg))
+    d = C_reg.shape[1]
     for n, C_n in enumerate(C):
         if C_n.ndim != 2 or C_n.shape[1] != d:
             raise ValueError(
@@ -236,7 +237,8 @@ def merge_plan(
         return [C_n.clone() for C_n in C]
 
     C_all = torch.cat([C_n.double() for C_n in C])
-    R = _triangular_factor(C_reg.double(), ridge)
+    if ridge > 0:
+        R = _qr_r(torch.cat([R, ridge * torch.eye(d, dtype=R.dtype, device=R.device)]))
     # Z = R⁻ᵀ Cᵀ, [d, s]
     Z = torch.linalg.solve_triangular(R.mT, C_all.mT, upper=False)
     tall = Z
@@ -276,34 +278,50 @@ def _softness(Z: Tensor, lam: float, weights: Tensor | None, lengths: Sequence[i
     return torch.cat([x.expand(length) for x, length in zip(per_concept, lengths, strict=True)])
 
 
-def plan_ridge(singular_values: Tensor, d: int) -> float:
-    """Return the ρ of `merge_plan` for captions [m, d] with these singular values, descending."""
+def caption_factor(C_reg: Tensor) -> Tensor:
+    """Return R, upper triangular, with RᵀR = C_regᵀ C_reg: all that `merge_plan` needs of C_reg.
+
+    Differentiable any number of times.
+
+    Args:
+        C_reg: [m, d].
+
+    Returns:
+        [min(m, d), d], float64.
+
+    Raises:
+        ValueError: another shape, or no rows.
+    """
+    if C_reg.ndim != 2 or C_reg.shape[0] == 0:
+        raise ValueError(f"merge_plan: C_reg must be [m, d], m > 0, got {list(C_reg.shape)}")
+    return _qr_r(C_reg.double())
+
+
+def caption_spectrum(R: Tensor, num_captions: int) -> tuple[Tensor, float]:
+    """Return the singular values of a `caption_factor`, descending, and the ρ of `merge_plan`.
+
+    A ρ other than 0 is logged.
+
+    Args:
+        R: [k, d].
+        num_captions: rows of the C_reg that R stands for.
+    """
+    d = R.shape[1]
+    singular_values = torch.linalg.svdvals(R.detach())
     largest = float(singular_values[0])
     if len(singular_values) == d and float(singular_values[-1]) >= RIDGE * largest:
-        return 0.0
-    return RIDGE * largest
-
-
-def _triangular_factor(C_reg: Tensor, ridge: float | None) -> Tensor:
-    """Return R [d, d], upper triangular: RᵀR = C_regᵀ C_reg, plus ρ² I where that is singular."""
-    m, d = C_reg.shape
-    R = _qr_r(C_reg)
-    if ridge is None:
-        singular_values = torch.linalg.svdvals(R.detach())
-        ridge = plan_ridge(singular_values, d)
-        if ridge > 0:
-            logger.warning(
-                "merge plan: %d captions span %d of %d directions; using a ridge of %.2e "
-                "(%.0e of the largest singular value)",
-                m,
-                int((singular_values >= ridge).sum()),
-                d,
-                ridge,
-                RIDGE,
-            )
-    if ridge == 0:
-        return R
-    return _qr_r(torch.cat([C_reg, ridge * torch.eye(d, dtype=R.dtype, device=R.device)]))
+        return singular_values, 0.0
+    ridge = RIDGE * largest
+    logger.warning(
+        "merge plan: %d captions span %d of %d directions; using a ridge of %.2e "
+        "(%.0e of the largest singular value)",
+        num_captions,
+        int((singular_values >= ridge).sum()),
+        d,
+        ridge,
+        RIDGE,
+    )
+    return singular_values, ridge
 
 
 def _qr_r(x: Tensor) -> Tensor:

@@ -197,6 +197,29 @@ def test_the_projected_merge_is_its_definition(base, folder, loras, singles):
     assert whole.residual == pytest.approx(merged.residual, rel=1e-3)
 
 
+def test_the_residual_counts_weights_that_an_adapter_leaves_alone(base, tmp_path):
+    """Another adapter may not change there what this one's prompt is answered."""
+    targets = ["attn2.to_k"], ["attn2.to_v"]
+    files = [
+        save_lora(base, tmp_path / f"lora-{n}", lora_config(2, 2.0, names), seed=n)
+        for n, names in enumerate(targets)
+    ]
+    merged = mima.merge_adapters(base, files, prompts=PROMPTS[:2], num_captions=40, lam=0.1)
+    family = family_of(base)
+    own = dict(base.unet.named_parameters())
+    for n, file in enumerate(files):
+        C_SD = family.token_embeddings(PROMPTS[n]).double()
+        factors = AdapterReader(base).read(file).factors
+        missed = wanted = 0.0
+        for name in family.text_projections():
+            moved = (merged.pipeline.unet.get_parameter(name) - own[name]).double() @ C_SD.mT
+            update = factors.get(f"unet.{name}")
+            asked = update.delta().double() @ C_SD.mT if update else torch.zeros_like(moved)
+            missed += float((moved - asked).norm() ** 2)
+            wanted += float(asked.norm() ** 2)
+        assert merged.residual[n] == pytest.approx((missed / wanted) ** 0.5, rel=1e-3)
+
+
 def _saved(base, weights, path, n):
     pipeline = with_values(base, {f"unet.{name}": value for name, value in weights.items()})
     if n == 0:

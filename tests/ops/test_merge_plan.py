@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from mima import reference
-from mima.reference import RIDGE, merge_plan, plan_ridge
+from mima.reference import RIDGE, caption_factor, caption_spectrum, merge_plan
 
 
 def _randn(*shape: int, seed: int = 0) -> Tensor:
@@ -135,9 +135,23 @@ def test_singular_captions_get_a_ridge_that_is_logged(
 
 
 def test_the_ridge_is_relative_to_the_largest_singular_value() -> None:
-    assert plan_ridge(torch.tensor([10.0, 1.0]), 2) == 0
-    assert plan_ridge(torch.tensor([10.0, 1.0]), 3) == pytest.approx(10 * RIDGE)
-    assert plan_ridge(torch.tensor([10.0, 1e-9]), 2) == pytest.approx(10 * RIDGE)
+    for diagonal, d, ridge in (
+        ([10.0, 1.0], 2, 0.0),
+        ([10.0, 1.0], 3, 10 * RIDGE),
+        ([10.0, 1e-9], 2, 10 * RIDGE),
+    ):
+        singular, found = caption_spectrum(torch.eye(2, d) * torch.tensor([*diagonal, 0.0][:d]), 2)
+        assert found == pytest.approx(ridge)
+        torch.testing.assert_close(singular, torch.tensor(diagonal))
+
+
+@pytest.mark.parametrize("m", [3, 40])
+def test_the_factor_of_the_captions_stands_for_them(m: int) -> None:
+    C, C_reg = _concepts((3, 2), 8), _randn(m, 8)
+    R = caption_factor(C_reg)
+    torch.testing.assert_close(R.mT @ R, C_reg.mT @ C_reg)
+    for M_n, from_factor in zip(merge_plan(C, C_reg), merge_plan(C, R), strict=True):
+        torch.testing.assert_close(from_factor, M_n)
 
 
 def test_low_precision_in_low_precision_out() -> None:
