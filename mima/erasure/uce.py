@@ -10,9 +10,11 @@ With G = s_e · mean_e x_e x_eᵀ + s_p · mean_p x_p x_pᵀ + r I, which no wei
 
     W = W0 + s_e · mean_e (v_e − W0 x_e) (G⁻¹ x_e)ᵀ
 
-so G is factored once, in float64, for all keys and values of the model. In SD3 and Flux, whose
-attention is joint, what keys and values read depends on the picture; there the edit is of the two
-weights that read text alone, those that embed the tokens and the pooled text.
+so G is factored once, in float64, for all keys and values of the model. SDXL is told the pooled
+text besides: the columns that read it, of the weight that embeds the added conditions, are edited
+by the same formula. In SD3 and Flux, whose attention is joint, what keys and values read depends on
+the picture; there the edit is of the two weights that read text alone, those that embed the tokens
+and the pooled text.
 """
 
 # B = prompts, S = tokens, E = rows to edit, N = rows to preserve, D = text embedding
@@ -148,11 +150,12 @@ def erase(
         gram_DD.diagonal().add_(ridge * gram_DD.diagonal().mean())
         # G⁻¹ x_e, weighted, for every edited row
         solved_DE = torch.cholesky_solve(weighted_ED.mT, torch.linalg.cholesky(gram_DD))
-        rows.append((reader.names, source_ED, target_ED, solved_DE))
+        rows.append((reader, source_ED, target_ED, solved_DE))
 
     with torch.no_grad():
-        for names, source_ED, target_ED, solved_DE in rows:
-            for weight in map(denoiser.get_parameter, names):
+        for reader, source_ED, target_ED, solved_DE in rows:
+            for name in reader.names:
+                weight = denoiser.get_parameter(name)[:, : reader.columns]
                 old_oD = weight.to(source_ED)
                 old_Eo = source_ED @ old_oD.mT
                 new_Eo = target_ED @ old_oD.mT

@@ -33,11 +33,13 @@ class TextReader:
         embed: what they all read for B prompts, [B, S, D].
         tokenizers: which tokens stand at the S places: tokenizers with the places that each has,
             in order. The last may have None, the rest. Places after them hold no tokens.
+        columns: D, where the weights have further columns, which read something else.
     """
 
     names: Sequence[str]
     embed: Callable[[Sequence[str]], torch.Tensor]
     tokenizers: Sequence[tuple[Any, int | None]]
+    columns: int | None = None
 
 
 class Family(ABC):
@@ -297,6 +299,12 @@ class Family(ABC):
         """Everything through which text reaches the denoiser."""
         tokenizers = [(self.pipeline.tokenizer, None)]
         return [TextReader(self.text_projections(), self.text_embeddings, tokenizers)]
+
+    def _pooled_reader(self, name: str, pooled: str, columns: int | None = None) -> TextReader:
+        """Of a weight that embeds the pooled text, a condition of that name."""
+        return TextReader(
+            [name], lambda prompts: self.encode_prompts(prompts)[pooled].unsqueeze(1), [], columns
+        )
 
     def parameter_names(self, which: str) -> list[str]:
         """Names of the denoiser's parameters in a preset, or matching a regular expression.

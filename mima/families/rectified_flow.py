@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -126,19 +126,14 @@ class RectifiedFlow(Family):
         What the text projections read depends on the picture; what these two read does not, and
         text reaches the denoiser through them alone.
         """
-
-        def read(name: str) -> Callable[[Sequence[str]], torch.Tensor]:
-            return lambda prompts: self.encode_prompts(prompts)[name]
-
-        pooled = read("pooled_projections")
         return [
             TextReader(
-                ["context_embedder.weight"], read("encoder_hidden_states"), self._text_stream
+                ["context_embedder.weight"],
+                lambda prompts: self.encode_prompts(prompts)["encoder_hidden_states"],
+                self._text_stream,
             ),
-            TextReader(
-                ["time_text_embed.text_embedder.linear_1.weight"],
-                lambda prompts: pooled(prompts).unsqueeze(1),
-                [],
+            self._pooled_reader(
+                "time_text_embed.text_embedder.linear_1.weight", "pooled_projections"
             ),
         ]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mima.errors import MimaError
-from mima.families.base import Conditioning
+from mima.families.base import Conditioning, TextReader
 from mima.families.stable_diffusion import StableDiffusion
 
 
@@ -64,6 +64,15 @@ class StableDiffusionXL(StableDiffusion):
             for tokenizer in (self.pipeline.tokenizer, self.pipeline.tokenizer_2)
         )
         return first | second
+
+    def text_readers(self) -> list[TextReader]:
+        """Keys and values, and the columns of the added conditions' embedding that pooled text has.
+
+        The other columns of that weight embed the picture's sizes.
+        """
+        columns = self.pipeline.text_encoder_2.config.projection_dim
+        pooled = self._pooled_reader("add_embedding.linear_1.weight", "text_embeds", columns)
+        return [*super().text_readers(), pooled]
 
     def _inputs(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
