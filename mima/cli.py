@@ -839,7 +839,7 @@ def _with_settings(
     A task's recipe lies beneath what the file and `--set` say; where the concepts are erased
     already, it erases nothing.
     """
-    from mima.config import ImmunizeConfig, ImmunizeRun, parse_config, with_recipe
+    from mima.config import ImmunizeConfig, ImmunizeRun, parse_config, set_nested, with_recipe
 
     raw = run.model_dump(exclude_unset=True)
     known = {*ImmunizeRun.model_fields, *ImmunizeConfig.model_fields}
@@ -847,14 +847,8 @@ def _with_settings(
         name = ".".join(parts)
         if parts[0] not in known:
             raise MimaError(f"--set {name}: unknown setting; {nearest(parts[0], known)}")
-        if parts[0] not in ImmunizeRun.model_fields:
-            parts = ["immunize", *parts]
-        inner = raw
-        for part in parts[:-1]:
-            inner = inner.setdefault(part, {})
-            if not isinstance(inner, dict):
-                raise MimaError(f"--set {name}: {part} has no settings of its own")
-        inner[parts[-1]] = value
+        inside = "" if parts[0] in ImmunizeRun.model_fields else "immunize."
+        set_nested(raw, inside + name, value)
     if task is not None:
         own = raw.get("immunize", {})
         if erased is not None or raw.get("erased") is not None:

@@ -246,6 +246,20 @@ class ImmunizeRun(Settings):
     """The settings."""
 
 
+def set_nested(settings: dict[str, Any], name: str, value: Any) -> None:
+    """Set ``a.b.c`` in nested settings, in place; parts that are missing are made.
+
+    Raises:
+        MimaError: a part on the way is a value.
+    """
+    *parts, last = name.split(".")
+    for part in parts:
+        settings = settings.setdefault(part, {})
+        if not isinstance(settings, dict):
+            raise MimaError(f"setting {name}: {part} has no settings of its own")
+    settings[last] = value
+
+
 def with_recipe(task: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Plain settings of a run with those of a task beneath them.
 

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 
 from mima.adaptation import Adaptation, configure
 from mima.concepts import Concept
-from mima.config import Settings, parse_config
+from mima.config import Settings, parse_config, set_nested
 from mima.errors import MimaError, nearest
 from mima.evaluation.records import Pictures, Preparation, PromptVariant, Role
 from mima.pictures import Picture
@@ -113,12 +113,18 @@ PRESETS: dict[str, GridConfig] = {
 def grid_config(preset: str, settings: Mapping[str, Any] | None = None) -> GridConfig:
     """A preset, with some settings replaced.
 
+    Args:
+        preset: a name of `PRESETS`.
+        settings: new values by name; a part of one is named ``methods.lora.steps``.
+
     Raises:
         MimaError: no such preset, or settings that are unknown or out of range.
     """
     if preset not in PRESETS:
         raise MimaError(f"preset {preset!r} is unknown; {nearest(preset, PRESETS)}")
-    raw = PRESETS[preset].model_dump() | dict(settings or {})
+    raw = PRESETS[preset].model_dump()
+    for name, value in (settings or {}).items():
+        set_nested(raw, name, value)
     config = parse_config(GridConfig, raw, source=f"preset {preset}")
     for method, given in config.methods.items():
         configure(method, given)

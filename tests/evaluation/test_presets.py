@@ -19,7 +19,7 @@ from mima.cli import app
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.evaluation import evaluate
-from mima.evaluation.attacks import PRESETS, attack_grid
+from mima.evaluation.attacks import PRESETS, attack_grid, grid_config
 from mima.evaluation.records import EvaluationFolder
 from mima.report import write_report
 
@@ -210,3 +210,12 @@ def test_an_attack_that_diverges_has_no_numbers_and_no_nan(folders, tmp_path):
     assert result.summary["clip"].msgr.mean is result.summary["clip"].worst_attack.attack is None
     assert not {"nan", "inf", "-inf", "NaN"} & set(numbers(folder))
     assert "No attack has been measured yet" in write_report([tmp_path]).read_text()
+
+
+def test_a_part_of_a_setting_has_a_name():
+    config = grid_config("quick", {"methods.lora.steps": 7, "sampler.batch_size": 2})
+    assert config.methods == {"lora": PRESETS["quick"].methods["lora"] | {"steps": 7}}
+    assert config.sampler == PRESETS["quick"].sampler | {"batch_size": 2}
+    assert PRESETS["quick"].methods["lora"]["steps"] == 50
+    with pytest.raises(MimaError, match=r"setting rare_token\.more: rare_token has no settings"):
+        grid_config("quick", {"rare_token.more": 1})
