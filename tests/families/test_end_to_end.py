@@ -18,6 +18,7 @@ from mima.bilevel.hypergradient import twice_differentiable_attention
 from mima.concepts import Concept
 from mima.config import ImmunizeConfig, LowerConfig, UpperConfig
 from mima.diffusion import diffusion_loss
+from mima.errors import MimaError
 from mima.families import Family, family_of, load_pipeline
 from mima.immunize import immunize
 from mima.merging import MergePlan
@@ -107,6 +108,39 @@ def test_the_immunized_model_samples_is_saved_and_learns(folder, tmp_path):
     assert all(0 < loss < float("inf") for loss in run.losses)
     adapted = run.pipeline("a cat", generator=torch.Generator().manual_seed(5), **options).images
     assert (adapted - pictures[0]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("parameters", ["token", "lora+token"])
+def test_new_words_are_trained_where_one_encoder_reads_them(
+    folder, parameters, tmp_path, monkeypatch
+):
+    """With T5 as with CLIP; where several encoders read the text, that is said before any work."""
+    pipeline = open_pipeline(folder)
+    told = [
+        Concept(
+            word, f"a <new{n}> {word}", [tiny.picture("red", "round", seed=n)], f"a {word}",
+            class_images=[tiny.picture("blue", "round", seed=n)],
+            token=f"<new{n}>", initializer=word,
+        )
+        for n, word in enumerate(("cat", "dog"))
+    ]  # fmt: skip
+    config = immunizing.settings(
+        tmp_path,
+        steps=2,
+        new_words=True,
+        hypergradient="exact",
+        lower={"parameters": parameters, "lr": 1e-3, "token_lr": 1e-2, "steps": 2},
+    )
+    if getattr(pipeline, "text_encoder_2", None) is not None:
+        monkeypatch.setattr(Family, "encode_images", None)
+        with pytest.raises(MimaError, match=f"one text encoder, {type(pipeline).__name__} has sev"):
+            immunize(pipeline, told, config)
+        return
+    result = immunize(pipeline, told, config)
+    assert all(0 < report.gradient_norm < float("inf") for report in result.history)
+    # a word alone asks nothing of the projected weights
+    assert (result.history[-1].residual > 0) == (parameters == "lora+token")
+    assert result.pipeline.tokenizer is pipeline.tokenizer
 
 
 def _batch(family: Family) -> dict[str, Any]:
