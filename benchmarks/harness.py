@@ -8,12 +8,13 @@ clock that only the timed calls advance.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -116,6 +117,33 @@ class Comparison:
             )
 
 
+def rotating(
+    build: Callable[[], Comparison], device: torch.device, *, cache_bytes: int | None = None
+) -> Comparison:
+    """Build a comparison whose calls find their inputs in memory, as in a step of training.
+
+    On a GPU it is built as often as the second-level cache holds its bytes, twice over, and each
+    call, of whichever variant, takes the inputs whose turn it is. On a CPU it is built once:
+    inputs that a layer's caches hold are there in training, too.
+
+    Args:
+        build: gives the same values, in memory of their own, each time.
+        device: of the inputs.
+        cache_bytes: what the cache holds; None asks the device.
+    """
+    first = build()
+    if cache_bytes is None:
+        is_gpu = device.type == "cuda"
+        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size if is_gpu else 0
+    others = math.ceil(2 * cache_bytes / first.num_bytes)
+    turns = itertools.cycle([first, *(build() for _ in range(others))])
+
+    def in_turn(name: str) -> Thunk:
+        return lambda: next(turns).variants[name]()
+
+    return replace(first, variants={name: in_turn(name) for name in first.variants})
+
+
 def _tensors(answer: Any) -> list[Tensor]:
     if isinstance(answer, Tensor):
         return [answer.detach()]
@@ -133,9 +161,6 @@ def _seconds(run: Thunk, repeat: int, device: torch.device) -> float:
         return seconds / repeat
     total = 0.0
     for _ in range(repeat):
-        # inputs come from memory, not from the second-level cache, as in a step of training;
-        # reading, unlike writing, leaves no lines that the timed call would have to write back
-        _l2_filler(device).sum()
         torch.cuda._sleep(HOST_LEAD)
         start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start_event.record()
@@ -145,11 +170,6 @@ def _seconds(run: Thunk, repeat: int, device: torch.device) -> float:
         del result
         total += start_event.elapsed_time(end_event) / 1e3
     return total / repeat
-
-
-@functools.cache
-def _l2_filler(device: torch.device) -> Tensor:
-    return torch.zeros(64 << 20, device=device)
 
 
 @functools.cache

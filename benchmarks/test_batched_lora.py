@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.harness import Comparison, Machine, compiled, replay, serves
+from benchmarks.harness import Comparison, Machine, compiled, replay, rotating, serves
 from mima import ops, reference
 
 OP = "batched_lora"
@@ -220,7 +220,7 @@ VARIANTS = {
 
 @functools.lru_cache(maxsize=1)
 def comparison(case: str, shape: tuple[int, int, int], r: int, device: torch.device) -> Comparison:
-    return CASES[case](shape, r, device)
+    return rotating(functools.partial(CASES[case], shape, r, device), device)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Comparison, Machine, compiled, replay, serves
+from benchmarks.harness import Comparison, Machine, compiled, replay, rotating, serves
 from mima import ops
 
 OP = "merge_lora"
@@ -39,8 +39,7 @@ def compiled_product():
     return compiled(one_product, dynamic=True)
 
 
-@functools.lru_cache(maxsize=1)
-def comparison(shape: tuple[int, int], r: int, backward: bool, device: torch.device) -> Comparison:
+def build(shape: tuple[int, int], r: int, backward: bool, device: torch.device) -> Comparison:
     torch.manual_seed(0)
     o, d = shape
     weight = torch.randn(o, d, device=device) / d**0.5
@@ -76,6 +75,11 @@ def comparison(shape: tuple[int, int], r: int, backward: bool, device: torch.dev
         flops=2 * o * d * N * r * passes,
         rounds=15,
     )
+
+
+@functools.lru_cache(maxsize=1)
+def comparison(shape: tuple[int, int], r: int, backward: bool, device: torch.device) -> Comparison:
+    return rotating(functools.partial(build, shape, r, backward, device), device)
 
 
 @pytest.mark.parametrize(

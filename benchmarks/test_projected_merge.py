@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Comparison, Machine, compiled, replay, serves
+from benchmarks.harness import Comparison, Machine, compiled, replay, rotating, serves
 from mima import ops, reference
 from mima.merging import MergePlan
 
@@ -68,7 +68,6 @@ def plain_differences(
     return merged
 
 
-@functools.lru_cache(maxsize=1)
 def inputs(device: torch.device) -> tuple[list[Tensor], list[list[Tensor]], MergePlan, Tensor]:
     """Weights, and a plan from embeddings with decaying singular values, like a text encoder's."""
     torch.manual_seed(0)
@@ -152,7 +151,7 @@ CASES = {"forward": forward, "forward_backward": forward_backward}
 
 @functools.lru_cache(maxsize=1)
 def comparison(case: str, device: torch.device) -> Comparison:
-    return CASES[case](device)
+    return rotating(functools.partial(CASES[case], device), device)
 
 
 FORWARD = ("published", "reference", "plain", "plain differences", "compile", "plan")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Comparison, Machine, compiled, replay, serves
+from benchmarks.harness import Comparison, Machine, compiled, replay, rotating, serves
 from mima import ops, reference
 
 P, N, PARAMETERS = 600, 3, 40_000_000
@@ -43,12 +43,12 @@ def compiled_one() -> Callable[..., Tensor] | None:
     return compiled(one_tensor, dynamic=True)
 
 
-@functools.lru_cache(maxsize=1)
 def inputs(device: torch.device) -> tuple[list[Tensor], list[list[Tensor]], Tensor]:
     """Tensors of 0.2 to 1.8 times the mean size."""
     generator = torch.Generator().manual_seed(0)
     sizes = 0.2 + 1.6 * torch.rand(P, generator=generator)
     sizes = (sizes * PARAMETERS / sizes.sum()).int().tolist()
+    torch.manual_seed(0)
     base = [torch.randn(size, device=device) for size in sizes]
     thetas = [[b + 0.01 * torch.randn_like(b) for b in base] for _ in range(N)]
     return base, thetas, torch.tensor([0.5, 0.3, 0.1], device=device)
@@ -119,7 +119,7 @@ CASES = {"forward": forward, "forward_backward": forward_backward}
 
 @functools.lru_cache(maxsize=1)
 def comparison(case: str, device: torch.device) -> Comparison:
-    return CASES[case](device)
+    return rotating(functools.partial(CASES[case], device), device)
 
 
 @pytest.mark.parametrize(

@@ -213,3 +213,35 @@ def test_a_step_of_stable_diffusion_1s_structure():
     norm = sum(g.square().sum() for g in expected.values()).sqrt()
     assert torch.isfinite(norm)
     assert difference <= 1e-4 * norm
+
+
+def test_inputs_take_turns_past_a_cache():
+    """No call, of any variant, finds what one of the last ones left in the cache."""
+    from benchmarks.harness import Comparison, rotating
+
+    taken = []
+
+    def build():
+        x = torch.ones(1000)
+
+        def sum_(take):
+            taken.append(x.data_ptr())
+            return take(x)
+
+        return Comparison(
+            group="sum",
+            variants={"sum": lambda: sum_(torch.sum), "dot": lambda: sum_(lambda x: x @ x)},
+            baseline="sum",
+            num_bytes=4 * 1000,
+            rounds=9,
+        )
+
+    device = torch.device("cpu")
+    rotating(build, device, cache_bytes=5 * 1000).measure(device)
+    # 10,000 bytes lie between two uses of the same 4,000: three others
+    assert len(set(taken)) == 4
+    assert taken == (taken[:4] * len(taken))[: len(taken)]
+
+    taken.clear()
+    rotating(build, device).measure(device)
+    assert len(set(taken)) == 1
