@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from immunizing import assert_same, concepts, settings, weights
 from rich.console import Console
 
+from mima.batches import Encoded
 from mima.bilevel.hypergradient import twice_differentiable_attention
 from mima.bilevel.outer import naive_outer_gradient, upper_gradient
 from mima.concepts import Concept
@@ -20,7 +21,8 @@ from mima.config import ImmunizeConfig
 from mima.errors import MimaError
 from mima.families import family_of, load_pipeline
 from mima.immunize import immunize
-from mima.problem import Problem, encode_concepts, merge_layer
+from mima.merging import MergeLayer
+from mima.problem import ConceptData, Problem, encode_concepts, merge_layer
 from mima.progress import ProgressBar, StepReport, Tracker, open_trackers
 
 MODES = ("exact", "finite_difference", "first_order")
@@ -96,6 +98,33 @@ def test_losses_computed_in_one_forward_are_those_of_one_each(
     assert any(capped)
     assert not all(capped)
     assert gap(ours, total) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("parameters", "lr", "steps"),
+    [("cross_attention", 1e-3, 1), ("denoiser", 1e-3, 1), ("lora", 0.1, 2)],
+)
+def test_finite_differences_find_their_step_in_a_trained_network(parameters, lr, steps):
+    """The second-order part in float32, where a gradient's direction is the most curved one."""
+    family = family_of(load_pipeline("embedded"))
+    draws = torch.Generator().manual_seed(0)
+    side = family.resolution // family.pipeline.vae_scale_factor
+    latents = torch.randn(4, family.denoiser.config.in_channels, side, side, generator=draws)
+    data = [
+        ConceptData(name, *(Encoded.of(family, latents, [text] * 4) for text in (name, "a photo")))
+        for name in ("a cat", "a dog")
+    ]
+    lower = {"parameters": parameters, "lr": lr, "steps": steps, "optimizer": "sgd"}
+    found = {}
+    for mode in MODES:
+        config = ImmunizeConfig(hypergradient=mode, merge="average", lower=lower)
+        problem = Problem(family, data, config, MergeLayer(torch.full((2,), 0.5)))
+        levels = problem.lower_levels(0), problem.upper_levels(0)
+        found[mode] = flat(problem.hypergradient(problem.theta(), *levels).gradient)
+    second = found["exact"] - found["first_order"]
+    estimate = found["finite_difference"] - found["first_order"]
+    error = float((estimate - second).norm() / second.norm())
+    assert error <= 1e-3
 
 
 @pytest.mark.parametrize("mode", MODES)

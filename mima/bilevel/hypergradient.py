@@ -69,8 +69,7 @@ def finite_difference(
 ) -> tuple[Tensors, Product]:
     """Second derivatives by central differences of first-order gradients.
 
-    The two points lie ``± h u`` from z with ``h = ∛ε · ‖z‖ / ‖u‖``, ε the rounding unit of z's
-    dtype: the step that balances the O(h²) truncation against the O(ε / h) rounding error.
+    The two points lie ``± h u`` from z; see ``difference_step``.
     """
 
     def gradients(u: Params, step: float) -> tuple[torch.Tensor | None, ...]:
@@ -83,12 +82,9 @@ def finite_difference(
         return torch.autograd.grad(loss, inputs, allow_unused=True)
 
     def product(u: Params) -> tuple[Tensors, Tensors]:
-        length = float(get_total_norm(list(u.values())))
-        if length == 0:
+        h = difference_step(state.z, u)
+        if h == 0:
             return _split([None] * (len(state.z) + len(wrt)), state.z, wrt)
-        values = list(state.z.values())
-        rounding = torch.finfo(values[0].dtype).eps
-        h = rounding ** (1 / 3) * max(float(get_total_norm(values)), rounding) / length
         pairs = zip(gradients(u, h), gradients(u, -h), strict=True)
         slopes = [None if a is None or b is None else (a - b).div_(2 * h) for a, b in pairs]
         return _split(slopes, state.z, wrt)
@@ -96,6 +92,25 @@ def finite_difference(
     if not task.optimizer.reads_gradient:
         return {}, product
     return state.gradient or lower.gradient(task, state, theta, k), product
+
+
+def difference_step(z: Params, u: Params) -> float:
+    """The h for differences between ``z ± h u``; 0 where u is 0.
+
+    ``h = ∛(ε/2) / √Σ_j (‖u_j‖ / s_j)²``, ε/2 the rounding unit, balances the O(h²) truncation
+    against the O(ε/h) rounding error. The scale s_j of tensor j, [O, D] once flattened, is the
+    spectral norm ``rms(z) (√O + √D)`` of a random matrix: gradients have a low rank and lie where
+    the weights are read, so that a step that is small beside ‖z_j‖ can be large beside what z_j
+    does. The root mean square is over all of z, since some tensors, such as LoRA's B, start at 0.
+    """
+    sizes = [value.shape[0] if value.ndim else 1 for value in z.values()]
+    reach = [o**0.5 + (v.numel() / o) ** 0.5 for o, v in zip(sizes, z.values(), strict=True)]
+    lengths = torch.stack(torch._foreach_norm(list(u.values())))
+    length = float((lengths / lengths.new_tensor(reach)).norm())
+    values = list(z.values())
+    rms = float(get_total_norm(values)) / sum(value.numel() for value in values) ** 0.5
+    third: float = (torch.finfo(values[0].dtype).eps / 2) ** (1 / 3)
+    return third * (rms or 1.0) / length if length else 0.0
 
 
 LINEARISE: dict[str, Linearise] = {"exact": exact, "finite_difference": finite_difference}
