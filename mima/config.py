@@ -37,9 +37,11 @@ TOKEN = "token"
 
 
 class Settings(BaseModel):
-    """Frozen, and refuses what it does not know."""
+    """Frozen; refuses what it does not know, and numbers that are not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
