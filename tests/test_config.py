@@ -256,7 +256,7 @@ def test_an_absent_file_is_named(tmp_path):
 
 
 def test_a_run_needs_a_concept():
-    with pytest.raises(MimaError, match="concepts: .*at least 1"):
+    with pytest.raises(MimaError, match=r"concepts: .*at least 1"):
         parse_config(ImmunizeRun, {"model": "embedded", "concepts": []}, source="run.yaml")
 
 

@@ -137,9 +137,7 @@ def test_the_gradient_goes_through_trained_tokens():
         M = reference.merge_plan(C, captions, start.lam, weights)
         concepts = list(zip(adapted, C, M, strict=True))
         return {
-            k: base[k]
-            + sum((t[k] - base[k]) @ c.T @ m for t, c, m in zip(adapted, C, M, strict=True))
-            for k in PROJECTED
+            k: base[k] + sum((t[k] - base[k]) @ c.T @ m for t, c, m in concepts) for k in PROJECTED
         }
 
     ours = gradients(lambda C: layer.for_tokens(C)(base, adapted))
