@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -20,7 +19,7 @@ from PIL import Image
 from mima._version import __version__
 from mima.errors import MimaError
 from mima.evaluation.metrics import bootstrap_interval
-from mima.evaluation.records import AttackRow, ConceptRecord, Evaluation, EvaluationFolder, Side
+from mima.evaluation.records import AttackRow, ConceptRecord, Side
 from mima.pictures import Picture
 from mima.report.figures import (
     CEILING,
@@ -35,7 +34,10 @@ from mima.report.figures import (
     save_figure,
     strip_chart,
 )
+from mima.report.runs import Run, Setting, load_runs, setting
 from mima.report.svg import inline
+from mima.report.verdict import verdict
+from mima.report.words import PREPARATIONS, VARIANTS, flatten, method_name, number, percent
 
 MARK = '<meta name="generator" content="mima '
 
@@ -60,24 +62,6 @@ _COLOURS = {
             zip(RUN_COLOURS, ("#58aef0", "#2fc796", "#e7a3c9", "#f2b632", "#8fd0f7"), strict=True)
         )
     },
-}
-_MARKERS = "osD^v"
-_METHODS = {
-    "lora": "LoRA",
-    "dreambooth": "DreamBooth",
-    "dreambooth-lora": "DreamBooth-LoRA",
-    "textual-inversion": "Textual Inversion",
-    "custom-diffusion": "Custom Diffusion",
-}
-_VARIANTS = {
-    "name": "its name",
-    "description": "a description without the name",
-    "token": "a rare token",
-}
-_PREPARATIONS = {
-    "none": "none",
-    "merge": "merged with another model first",
-    "benign": "adapted to ordinary data first",
 }
 
 
@@ -115,7 +99,7 @@ def write_report(
     if output is None:
         output = Path(folders[0]) / "report.html" if len(folders) == 1 else "report.html"
     path = Path(output)
-    runs = _load(folders)
+    runs = load_runs(folders)
     _check_output(path)
     figures = path.with_name(f"{path.stem}-figures")
     figures.mkdir(parents=True, exist_ok=True)
@@ -133,110 +117,6 @@ def _check_output(path: Path) -> None:
         raise MimaError(f"report: there is no folder {path.absolute().parent}")
     if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:4000]:
         raise MimaError(f"report: {path} is not a report of mima's; choose another output")
-
-
-class Setting(NamedTuple):
-    """An attack but for its seed."""
-
-    concept: str
-    method: str
-    lr_factor: float
-    steps: int
-    prompt_variant: str
-    images: str
-    preparation: str
-
-    @property
-    def plainness(self) -> tuple[Any, ...]:
-        """Sorts the usual attack before its variations."""
-        return (
-            self.lr_factor != 1,
-            self.prompt_variant != "name",
-            self.images != "same",
-            self.preparation != "none",
-            self.steps,
-            self.lr_factor,
-        )
-
-    @property
-    def words(self) -> str:
-        """What differs from the usual attack."""
-        parts = [f"{self.steps} steps"]
-        if self.lr_factor != 1:
-            parts.append(f"learning rate ×{self.lr_factor:g}")
-        if self.prompt_variant != "name":
-            parts.append(_VARIANTS[self.prompt_variant])
-        if self.images != "same":
-            parts.append("other images")
-        if self.preparation != "none":
-            parts.append(_PREPARATIONS[self.preparation])
-        return ", ".join(parts)
-
-
-def setting(row: AttackRow) -> Setting:
-    """What an attack did, without its seed."""
-    return Setting(*(getattr(row, name) for name in Setting._fields))
-
-
-class Run:
-    """One evaluation, read and indexed.
-
-    Args:
-        folder: where it is.
-        label: its name, unlike any other run's.
-        index: its place among the runs, which gives its colour.
-    """
-
-    def __init__(self, folder: EvaluationFolder, label: str, index: int) -> None:
-        self.folder = folder
-        self.label = label
-        self.index = index
-        self.colour = RUN_COLOURS[index]
-        self.marker = _MARKERS[index]
-        self.evaluation: Evaluation = folder.evaluation()
-        self.attacks = folder.attacks()
-        for row in self.attacks:
-            # a damaged or hostile table must not lead out of the folder
-            if row.attack != Path(row.attack).name or row.attack in ("", ".", ".."):
-                raise MimaError(f"report: {folder.path} names an attack {row.attack!r}")
-        for concept in self.evaluation.concepts:
-            if concept.slug != Path(concept.slug).name or concept.slug in ("", ".", ".."):
-                raise MimaError(f"report: {folder.path} names a concept's folder {concept.slug!r}")
-        self.curves: dict[tuple[str, str], dict[int, tuple[float, float]]] = {}
-        for point in folder.curves():
-            steps = self.curves.setdefault((point.attack, point.similarity), {})
-            steps[point.step] = (point.original, point.immunized)
-        self.by_setting: dict[tuple[Setting, str], list[AttackRow]] = {}
-        for row in self.attacks:
-            self.by_setting.setdefault((setting(row), row.similarity), []).append(row)
-
-    def mean(self, chosen: Setting, similarity: str) -> float | None:
-        """Mean SGR of a setting over its seeds; None where nothing was measured."""
-        rows = self.by_setting.get((chosen, similarity), [])
-        values = [row.sgr_mean for row in rows if row.sgr_mean is not None]
-        return sum(values) / len(values) if values else None
-
-    def learned(self, chosen: Setting, similarity: str) -> bool:
-        """Whether the attack taught the original model anything, with any seed."""
-        return any(row.learned for row in self.by_setting.get((chosen, similarity), []))
-
-    def row(self, attack: str | None, similarity: str) -> AttackRow | None:
-        """The row of one attack."""
-        found = (r for r in self.attacks if r.attack == attack and r.similarity == similarity)
-        return next(found, None)
-
-
-def _load(folders: Sequence[str | Path]) -> list[Run]:
-    sources = [EvaluationFolder(folder) for folder in folders]
-    labels: list[str] = []
-    for source in sources:
-        name = source.evaluation().name or source.path.name
-        same = sum(label == name or label.startswith(f"{name} (") for label in labels)
-        labels.append(f"{name} ({same + 1})" if same else name)
-    return [
-        Run(source, label, index)
-        for index, (source, label) in enumerate(zip(sources, labels, strict=True))
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +178,7 @@ class Report:
         found = []
         for concept in self.concepts:
             panels = []
-            for number, similarity in enumerate(self.similarities):
+            for index, similarity in enumerate(self.similarities):
                 for kind, chosen in self._shown(concept.name, similarity):
                     lines = self._lines(chosen, similarity)
                     if not lines:
@@ -320,7 +200,7 @@ class Report:
                     )
                     label = f"{similarity} similarity, {concept.name}, {method}, {subtitle}: {told}"
                     svg = inline(save_figure(figure, self.figures / name), label=label)
-                    panels.append(Panel(svg=svg, similarity=number))
+                    panels.append(Panel(svg=svg, similarity=index))
             if panels:
                 found.append((concept, panels))
         return found
@@ -328,7 +208,7 @@ class Report:
     def strips(self) -> list[Panel]:
         """For each similarity, every attack on a target as a dot."""
         found = []
-        for number, similarity in enumerate(self.similarities):
+        for index, similarity in enumerate(self.similarities):
             strips = []
             for run in self.runs:
                 rows = [
@@ -380,7 +260,7 @@ class Report:
                 svg = inline(
                     save_figure(figure, self.figures / name), label=f"SGR by {similarity}. {told}"
                 )
-                found.append(Panel(svg=svg, similarity=number))
+                found.append(Panel(svg=svg, similarity=index))
         return found
 
     def _limits(self, similarity: str) -> tuple[float, float]:
@@ -573,72 +453,6 @@ class Report:
             table.append((title, lines))
         return table
 
-    def verdict(self) -> tuple[str, list[str]]:
-        """A headline and its sentences, in plain words."""
-        if len(self.runs) == 1:
-            return self._verdict_of(self.runs[0])
-        worst = [
-            (summary.worst_attack.sgr, run)
-            for run in self.runs
-            if (summary := run.evaluation.summary.get(self.primary)) is not None
-            and summary.worst_attack.sgr is not None
-        ]
-        if not worst:
-            return "No attack has been measured yet", []
-        gap, best = max(worst, key=lambda pair: pair[0])
-        sentences = [
-            f"Against its worst attack, {best.label} holds most: pictures are {_less(gap)} similar "
-            "to the concept than after the same attack on the original model."
-        ]
-        for run in self.runs:
-            summary = run.evaluation.summary.get(self.primary)
-            if summary is not None and summary.msgr.mean is not None:
-                sentences.append(
-                    f"{run.label}: worst attack {number(summary.worst_attack.sgr)}, "
-                    f"mean {number(summary.msgr.mean)}."
-                )
-        return f"{best.label} withstands its worst attack best", sentences
-
-    def _verdict_of(self, run: Run) -> tuple[str, list[str]]:
-        summary = run.evaluation.summary.get(self.primary)
-        worst = summary.worst_attack.sgr if summary else None
-        if summary is None or worst is None:
-            return "No attack has been measured yet", []
-        row = run.row(summary.worst_attack.attack, self.primary)
-        concept = summary.worst_concept
-        if worst <= 0:
-            title = "At least one attack got through"
-        elif concept.sgr is not None and concept.sgr <= 0:
-            title = f"{concept.concept} became no harder to learn"
-        elif summary.msgr.low is not None and summary.msgr.low <= 0:
-            title = "Attacks were held back, but not reliably"
-        else:
-            title = "Every attack was held back; how far is below"
-        sentences = []
-        if summary.msgr.mean is not None:
-            sentences.append(
-                "After the same attack, pictures from the immunized model are on average "
-                f"{_less(summary.msgr.mean)} similar to what the attacker wanted than those from "
-                "the original model."
-            )
-        if row is not None:
-            sentences.append(
-                f"The attack that got furthest ({method_name(row.method)} on {row.concept}, "
-                f"{setting(row).words}) leaves them {_less(worst)} similar."
-            )
-        mine = [r for r in run.attacks if r.similarity == self.primary and r.role == "target"]
-        failed = sum(not r.learned for r in mine)
-        if failed:
-            sentences.append(
-                f"{failed} of {len(mine)} attacks on immunized concepts taught the original model "
-                "nothing either: they say little, and none of them counts as the one that got "
-                "furthest."
-                if failed < len(mine)
-                else "No attack taught the original model anything, so that these numbers say "
-                "little: train longer, or with a higher learning rate."
-            )
-        return title, sentences
-
 
 def _line(
     curves: Sequence[Mapping[int, tuple[float, float]]],
@@ -675,48 +489,6 @@ def encode(path: Path) -> str:
     return f"data:image/webp;base64,{b64encode(buffer.getvalue()).decode()}"
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as dotted names and text."""
-    found: list[tuple[str, str]] = []
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found += flatten(value, f"{prefix}{name}.")
-        elif isinstance(value, (list, tuple)):
-            found.append((prefix + name, ", ".join(map(_text, value)) or "none"))
-        else:
-            found.append((prefix + name, _text(value)))
-    return found
-
-
-def _text(value: object) -> str:
-    return "none" if value is None else str(value)
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """A number with a true minus sign, or a dash where nothing was measured."""
-    if value is None:
-        return "–"
-    text = f"{value:.{digits}f}"
-    if float(text) == 0:
-        text = text.removeprefix("-")
-    return text.replace("-", "−")
-
-
-def percent(value: float) -> str:
-    """A change in percent, with its sign."""
-    return f"{100 * value:+.1f}\u00a0%".replace("-", "−")
-
-
-def method_name(method: str) -> str:
-    """How people write an adaptation method."""
-    return _METHODS.get(method, method)
-
-
-def _less(gap: float) -> str:
-    # with a no-break space
-    return f"{abs(100 * gap):.0f}\u00a0% {'less' if gap >= 0 else 'more'}"
-
-
 def _thinned(items: Sequence[int], limit: int) -> list[int]:
     """At most `limit` of the items, evenly spread, with the first and the last."""
     if len(items) <= limit:
@@ -745,7 +517,7 @@ def _render(report: Report) -> str:
         colours=colours, similarities=report.similarities
     )
     script = environment.get_template("report.js").render()
-    title, sentences = report.verdict()
+    title, sentences = verdict(report.runs, report.primary)
     return environment.get_template("report.html").render(
         report=report,
         title=title,
@@ -756,8 +528,8 @@ def _render(report: Report) -> str:
         rows=report.rows(),
         settings=report.settings_table(),
         left_out=report.left_out,
-        variants=_VARIANTS,
-        preparations=_PREPARATIONS,
+        variants=VARIANTS,
+        preparations=PREPARATIONS,
         mark=Markup(MARK),
         version=__version__,
         # package files, not anybody's input

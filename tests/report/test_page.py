@@ -20,7 +20,7 @@ from mima.errors import MimaError
 from mima.evaluation.records import EvaluationFolder
 from mima.evaluation.summary import summarize
 from mima.report import write_report
-from mima.report.page import number
+from mima.report.words import number
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">\'"&{{ 7*7 }}'
 

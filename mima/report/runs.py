@@ -1,0 +1,123 @@
+"""Evaluations as the report reads them: rows by attack setting, curves by attack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mima.errors import MimaError
+from mima.evaluation.records import AttackRow, Evaluation, EvaluationFolder
+from mima.report.figures import RUN_COLOURS
+from mima.report.words import PREPARATIONS, VARIANTS
+
+_MARKERS = "osD^v"
+
+
+class Setting(NamedTuple):
+    """An attack but for its seed."""
+
+    concept: str
+    method: str
+    lr_factor: float
+    steps: int
+    prompt_variant: str
+    images: str
+    preparation: str
+
+    @property
+    def plainness(self) -> tuple[Any, ...]:
+        """Sorts the usual attack before its variations."""
+        return (
+            self.lr_factor != 1,
+            self.prompt_variant != "name",
+            self.images != "same",
+            self.preparation != "none",
+            self.steps,
+            self.lr_factor,
+        )
+
+    @property
+    def words(self) -> str:
+        """What differs from the usual attack."""
+        parts = [f"{self.steps} steps"]
+        if self.lr_factor != 1:
+            parts.append(f"learning rate ×{self.lr_factor:g}")
+        if self.prompt_variant != "name":
+            parts.append(VARIANTS[self.prompt_variant])
+        if self.images != "same":
+            parts.append("other images")
+        if self.preparation != "none":
+            parts.append(PREPARATIONS[self.preparation])
+        return ", ".join(parts)
+
+
+def setting(row: AttackRow) -> Setting:
+    """What an attack did, without its seed."""
+    return Setting(*(getattr(row, name) for name in Setting._fields))
+
+
+class Run:
+    """One evaluation, read and indexed.
+
+    Args:
+        folder: where it is.
+        label: its name, unlike any other run's.
+        index: its place among the runs, which gives its colour.
+    """
+
+    def __init__(self, folder: EvaluationFolder, label: str, index: int) -> None:
+        self.folder = folder
+        self.label = label
+        self.index = index
+        self.colour = RUN_COLOURS[index]
+        self.marker = _MARKERS[index]
+        self.evaluation: Evaluation = folder.evaluation()
+        self.attacks = folder.attacks()
+        for row in self.attacks:
+            # a damaged or hostile table must not lead out of the folder
+            if row.attack != Path(row.attack).name or row.attack in ("", ".", ".."):
+                raise MimaError(f"report: {folder.path} names an attack {row.attack!r}")
+        for concept in self.evaluation.concepts:
+            if concept.slug != Path(concept.slug).name or concept.slug in ("", ".", ".."):
+                raise MimaError(f"report: {folder.path} names a concept's folder {concept.slug!r}")
+        self.curves: dict[tuple[str, str], dict[int, tuple[float, float]]] = {}
+        for point in folder.curves():
+            steps = self.curves.setdefault((point.attack, point.similarity), {})
+            steps[point.step] = (point.original, point.immunized)
+        self.by_setting: dict[tuple[Setting, str], list[AttackRow]] = {}
+        for row in self.attacks:
+            self.by_setting.setdefault((setting(row), row.similarity), []).append(row)
+
+    def mean(self, chosen: Setting, similarity: str) -> float | None:
+        """Mean SGR of a setting over its seeds; None where nothing was measured."""
+        rows = self.by_setting.get((chosen, similarity), [])
+        values = [row.sgr_mean for row in rows if row.sgr_mean is not None]
+        return sum(values) / len(values) if values else None
+
+    def learned(self, chosen: Setting, similarity: str) -> bool:
+        """Whether the attack taught the original model anything, with any seed."""
+        return any(row.learned for row in self.by_setting.get((chosen, similarity), []))
+
+    def row(self, attack: str | None, similarity: str) -> AttackRow | None:
+        """The row of one attack."""
+        found = (r for r in self.attacks if r.attack == attack and r.similarity == similarity)
+        return next(found, None)
+
+
+def load_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Read evaluations, each under a label of its own.
+
+    Raises:
+        MimaError: a folder that cannot be read.
+    """
+    sources = [EvaluationFolder(folder) for folder in folders]
+    labels: list[str] = []
+    for source in sources:
+        name = source.evaluation().name or source.path.name
+        same = sum(label == name or label.startswith(f"{name} (") for label in labels)
+        labels.append(f"{name} ({same + 1})" if same else name)
+    return [
+        Run(source, label, index)
+        for index, (source, label) in enumerate(zip(sources, labels, strict=True))
+    ]

@@ -1,0 +1,69 @@
+"""The report's words and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+METHODS = {
+    "lora": "LoRA",
+    "dreambooth": "DreamBooth",
+    "dreambooth-lora": "DreamBooth-LoRA",
+    "textual-inversion": "Textual Inversion",
+    "custom-diffusion": "Custom Diffusion",
+}
+
+VARIANTS = {
+    "name": "its name",
+    "description": "a description without the name",
+    "token": "a rare token",
+}
+
+PREPARATIONS = {
+    "none": "none",
+    "merge": "merged with another model first",
+    "benign": "adapted to ordinary data first",
+}
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number with a true minus sign, or a dash where nothing was measured."""
+    if value is None:
+        return "–"
+    text = f"{value:.{digits}f}"
+    if float(text) == 0:
+        text = text.removeprefix("-")
+    return text.replace("-", "−")
+
+
+def percent(value: float) -> str:
+    """A change in percent, with its sign."""
+    return f"{100 * value:+.1f}\u00a0%".replace("-", "−")
+
+
+def less(gap: float) -> str:
+    """How much less similar a gap means."""
+    # with a no-break space
+    return f"{abs(100 * gap):.0f}\u00a0% {'less' if gap >= 0 else 'more'}"
+
+
+def method_name(method: str) -> str:
+    """How people write an adaptation method."""
+    return METHODS.get(method, method)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as dotted names and text."""
+    found: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found += flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, (list, tuple)):
+            found.append((prefix + name, ", ".join(map(_text, value)) or "none"))
+        else:
+            found.append((prefix + name, _text(value)))
+    return found
+
+
+def _text(value: object) -> str:
+    return "none" if value is None else str(value)
