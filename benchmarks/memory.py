@@ -1,8 +1,9 @@
 """Peak memory and time of one outer step for N concepts, each measured in a fresh process.
 
-    python benchmarks/memory.py [--concepts 1 2 4 8 16] [--batch 2] [--device cpu]
+    python benchmarks/memory.py [--concepts 1 2 4 8 16] [--batch 2] [--devices cpu cuda]
 
-On a CPU the peak is the process's resident set; what it held before the step is shown beside it.
+On the CPU and, where there is one, on the GPU. On a CPU the peak is the process's resident set, on
+a GPU what its allocator gave out; what was held before the step is shown beside it.
 """
 
 from __future__ import annotations
@@ -25,9 +26,14 @@ def measure(engine: str, concepts: int, batch: int, device: str) -> dict[str, fl
 
     torch.set_num_threads(1)
     problem = make_problem(concepts, batch=batch, device=device)
+    if device != "cpu":
+        # memory for the first products, and what loading the model took at its peak
+        torch.zeros(8, 8, device=device).square().mm(torch.ones(8, 8, device=device))
+        torch.cuda.reset_peak_memory_stats(device)
     before = peak_memory(problem.family.device)
     started = time.perf_counter()
     outer = {"two-pass": two_pass, "naive": naive}[engine](problem)
+    # reading it waits for the device
     norm = outer.norm
     seconds = time.perf_counter() - started
     peak = peak_memory(problem.family.device)
@@ -39,20 +45,37 @@ def main() -> None:
     parser.add_argument("--concepts", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--engines", nargs="+", default=["two-pass", "naive"])
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--devices", nargs="+", default=None)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        engine, concepts = args.one
-        print(json.dumps(measure(engine, int(concepts), args.batch, args.device)))
+        engine, concepts, device = args.one
+        print(json.dumps(measure(engine, int(concepts), args.batch, device)))
         return
-    print(f"{platform.processor() or platform.machine()}, {args.device}, batch {args.batch}")
+    for device in args.devices or available():
+        table(device, args)
+
+
+def available() -> list[str]:
+    """The CPU, and a GPU where there is one."""
+    import torch
+
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def table(device: str, args: argparse.Namespace) -> None:
+    """Measure and print every engine and number of concepts on one device."""
+    import torch
+
+    chip = platform.processor() or platform.machine()
+    print(chip if device == "cpu" else torch.cuda.get_device_name(device), end=", ")
+    print(f"{device}, batch {args.batch}")
     print(f"{'engine':10} {'N':>3} {'before MiB':>11} {'peak MiB':>9} {'of N=1':>7} {'s':>7}  ‖g‖")
     for engine in args.engines:
         first = None
         for concepts in args.concepts:
-            command = [sys.executable, __file__, "--one", engine, str(concepts)]
-            command += ["--batch", str(args.batch), "--device", args.device]
+            command = [sys.executable, __file__, "--one", engine, str(concepts), device]
+            command += ["--batch", str(args.batch)]
             done = subprocess.run(
                 command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent
             )

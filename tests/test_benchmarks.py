@@ -177,8 +177,9 @@ def test_the_gpu_run_goes_through_its_stages_without_a_gpu(tmp_path):
     log = tmp_path / "out" / "log.txt"
     assert done.returncode == 0, done.stdout + done.stderr + log.read_text()[-3000:]
     summary = (tmp_path / "out" / "summary.md").read_text()
-    for stage in ("install", "machine", "tests", "benchmark_merge_lora"):
+    for stage in ("install", "machine", "tests", "benchmark_merge_lora", "memory"):
         assert f"| {stage} | ok |" in summary
+    assert re.search(r"^    two-pass +2 +\d+ +\d+ +1\.\d\d ", summary, flags=re.MULTILINE)
     assert re.search(r"2 passed, .*\n", summary)
     report = (tmp_path / "out" / "report.md").read_text()
     assert "| merge_lora forward o,d=(320, 768) r=4 | eager |" in report

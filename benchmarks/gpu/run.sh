@@ -4,8 +4,8 @@
 #
 #   benchmarks/gpu/run.sh OUT [--wheels DIR] [--seconds 530] [--dry-run]
 #
-# OUT gets summary.md, report.md, report.png, results.tar.gz (one JSON file per benchmark) and log.txt
-# with what the stages printed. Nothing is installed outside a temporary folder, and nothing is fetched: packages that
+# OUT gets summary.md, report.md, report.png, memory.txt, results.tar.gz (one JSON file per benchmark)
+# and log.txt with what the stages printed. Nothing is installed outside a temporary folder, and nothing is fetched: packages that
 # the machine lacks are taken from the wheels in DIR. PYTHON names the interpreter (default:
 # python3), with torch, triton, pytest, pytest-benchmark, setuptools, pybind11 and ninja.
 # --dry-run goes through the same stages on a CPU, with the installed mima and few benchmarks.
@@ -110,8 +110,16 @@ benchmark() {
     "benchmarks/test_$name.py" --benchmark-json="$work/json/$name.json" "$@"
 }
 
-export -f describe install gpu_tests
-export python wheels work dry
+# peak memory for 1 to 16 concepts, each in a fresh process
+# shellcheck disable=SC2329
+memory() {
+  local few=(--devices cuda)
+  if [[ -n $dry ]]; then few=(--concepts 1 2 --engines two-pass); fi
+  env -u PYTHONSAFEPATH "$python" benchmarks/memory.py "${few[@]}" | tee "$out/memory.txt"
+}
+
+export -f describe install gpu_tests memory
+export python wheels work dry out
 
 stage install 120 bash -ec install
 stage machine 60 bash -ec describe
@@ -119,6 +127,7 @@ stage tests 150 bash -ec gpu_tests
 if [[ -n $dry ]]; then
   export MIMA_BENCH_DEVICE=cpu MIMA_BENCH_COMPILE=0
   benchmark merge_lora 120 -k "forward-320x768-r4 and (native or eager)"
+  stage memory 120 bash -ec memory
 else
   export MIMA_BENCH_DEVICE=cuda
   # the most important first
@@ -126,6 +135,7 @@ else
   benchmark projected_merge 60
   benchmark batched_lora 120
   benchmark step 120
+  stage memory 120 bash -ec memory
   benchmark merge_lora 40
   benchmark sampling 60
 fi
@@ -156,6 +166,12 @@ fi
   grep -E '^(FAILED|ERROR)|[0-9]+ (passed|failed|errors?|tests collected)' "$out/log.txt" |
     sed 's/^/    /' || true # nothing to say where nothing has run
   echo
+  if [[ -s $out/memory.txt ]]; then
+    echo "Peak memory of an outer step:"
+    echo
+    sed 's/^/    /' "$out/memory.txt"
+    echo
+  fi
   if [[ -f $out/report.md ]]; then sed -n '/^Targets/,/^|/{/^|/!p}' "$out/report.md"; fi
 } >"$out/summary.md"
 cat "$out/summary.md"
