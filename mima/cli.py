@@ -361,9 +361,7 @@ def adapt(
         "token": token,
         "initializer": initializer,
     }
-    learned = _concepts_to_learn(
-        concept, {key: said for key, said in told.items() if said is not None}
-    )
+    learned = _described(concept, {key: said for key, said in told.items() if said is not None})
     if len(learned) > 1 and not isinstance(chosen, LoRA):
         raise MimaError(
             f"method {method} learns one concept at a time, got {len(learned)} "
@@ -417,12 +415,13 @@ def adapt(
     kept.remove()
     said = ", ".join(one.name for one in learned)
     stdout().print(f"learned {said} by {method} in {chosen.steps} steps: {folder}")
-    if method == "lora":
-        for one, name in zip(learned, names, strict=True):
-            where = folder / name if len(learned) > 1 else folder
-            opened = [part for key, value in source.options.items() for part in (f"--{key}", value)]
-            look = command("sample", one.prompt, "--model", model, *opened, "--lora", where)
-            stdout().print(f"look: {look}")
+    for one, name in zip(learned, names, strict=True):
+        where = folder / name if len(learned) > 1 else folder
+        opened = [part for key, value in source.options.items() for part in (f"--{key}", value)]
+        if resolution is not None:
+            opened += ["--resolution", str(resolution)]
+        look = command("sample", one.prompt, "--model", model, *opened, "--adapter", where)
+        stdout().print(f"look: {look}")
 
 
 @app.command()
@@ -444,6 +443,9 @@ def erase(
     preserve: Annotated[
         list[str] | None,
         typer.Option(help="For uce: a concept or a caption to keep; may be repeated."),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt of the concept, where nothing else says it.")
     ] = None,
     target: Annotated[str, typer.Option(help="Words that take the place of a name.")] = "",
     technique: Annotated[
@@ -480,7 +482,7 @@ def erase(
         raise MimaError(f"method uce has no setting {min(given)}; it is a closed form")
     if method != "uce" and (preserve or technique != "replace"):
         raise MimaError(f"--preserve and --technique are for method uce, not for {method}")
-    erased = load_concepts(concepts)
+    erased = _described(concepts, {} if prompt is None else {"prompt": prompt})
     source = _source(model, revision, variant, single_file_config)
     if method != "uce":
         preset = VARIANTS[method]
@@ -651,23 +653,30 @@ def sample(
     variant: Variant = None,
     single_file_config: SingleFileConfig = None,
     dtype: Dtype = "float32",
-    lora: Annotated[
-        Path | None, typer.Option(help="A folder that mima adapt wrote, or a LoRA file.")
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapter", "--lora", help="What mima adapt wrote, a LoRA file, a fine-tuned model."
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A .png; by default the prompt's words.")
     ] = None,
     seed: Seed = 0,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
+    resolution: Annotated[
+        int | None, typer.Option(help="Side of the pictures in pixels; by default the model's.")
+    ] = None,
     guidance: Annotated[float, typer.Option(min=0, help="Guidance scale; 1 is none.")] = 4.0,
     num: Annotated[int, typer.Option(min=1, help="Pictures, with seeds SEED, SEED+1, ...")] = 1,
     device: Device = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Draw pictures."""
+    from mima.adapter_merge import merge_adapters
     from mima.console import progress, stdout
     from mima.evaluation.sampling import Sampler
-    from mima.families import load_pipeline
+    from mima.families import family_of, load_pipeline
     from mima.output import check_file
 
     if not prompt.strip():
@@ -682,12 +691,16 @@ def sample(
         check_file(one, overwrite=overwrite)
     source = _source(model, revision, variant, single_file_config)
     pipeline = load_pipeline(source, dtype=_dtype(dtype), device=_device(device))
-    if lora is not None:
-        _load_lora(pipeline, lora)
+    # refuses what does not fit
+    size = family_of(pipeline, resolution=resolution).resolution
+    if adapter is not None:
+        pipeline = merge_adapters(
+            pipeline, [adapter], weights=[1.0], method="weighted", device=_device(device)
+        ).pipeline
     seeds = range(seed, seed + num)
     with progress() as bars:
         task = bars.add_task("drawing", total=num, note="")
-        sampler = Sampler(steps=steps, guidance=guidance)
+        sampler = Sampler(steps=steps, guidance=guidance, size=size)
         (row,) = sampler(
             pipeline,
             [prompt],
@@ -908,7 +921,7 @@ def _numbers(option: str, text: str) -> list[float]:
         raise MimaError(f"--{option} {text!r}: expected numbers, as in 0.5,0.25,0.25") from None
 
 
-def _concepts_to_learn(sources: list[str], told: dict[str, Any]) -> list[Concept]:
+def _described(sources: list[str], told: dict[str, Any]) -> list[Concept]:
     """The concepts that sources describe, with what the command line says about a single one."""
     from dataclasses import replace
 
@@ -968,28 +981,6 @@ def _names_concepts(item: str) -> bool:
     from mima.concepts import embedded_names
 
     return Path(item).exists() or item in embedded_names()
-
-
-def _load_lora(pipeline: Any, path: Path) -> None:
-    from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-    from safetensors import SafetensorError
-
-    if not path.exists():
-        raise MimaError(f"lora {path} does not exist")
-    if path.is_file():
-        folder, name = path.parent, path.name
-    else:
-        names = sorted(file.name for file in path.glob("*.safetensors"))
-        if not names:
-            raise MimaError(f"lora {path} holds no .safetensors file")
-        if len(names) > 1 and LORA_WEIGHT_NAME_SAFE not in names:
-            raise MimaError(f"lora {path} holds several files, name one: {', '.join(names)}")
-        folder, name = path, LORA_WEIGHT_NAME_SAFE if len(names) > 1 else names[0]
-    try:
-        # older diffusers looks for no name itself when it must not ask the hub
-        pipeline.load_lora_weights(str(folder), weight_name=name, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise MimaError(f"lora {path} does not fit the model: {error}") from error
 
 
 def _device(name: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,8 @@ def learn(
 
 
 def _draw(run: Run, sampler: Sampler, place: Path) -> None:
+    if sampler.size is None:
+        sampler = replace(sampler, size=run.adaptation.resolution)
     jobs = [
         Job(prompt, run.adaptation.seed) for prompt in by_prompt(run.concept.images, MAX_PROMPTS)
     ]

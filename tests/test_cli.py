@@ -137,9 +137,23 @@ def test_sample_several(workdir, model):
     assert Path("x-2.png").read_bytes() == Path("y.png").read_bytes()
 
 
+def test_a_model_that_does_not_say_its_size(workdir, model):
+    """Adapting at a resolution draws at it, too, when the steps are done."""
+    shutil.copytree(model, "sizeless")
+    config = json.loads(Path("sizeless/unet/config.json").read_text())
+    Path("sizeless/unet/config.json").write_text(json.dumps(config | {"sample_size": None}))
+    options = ["--model", "sizeless", "--resolution", 40]
+    run("adapt", "cat", *options, "--steps", 1, "-o", "out")
+    assert Image.open("out/samples/00001/0.png").size == (40, 40)
+    run("sample", "a cat", *options, "--steps", 1, "-o", "cat.png", "--lora", "out")
+    assert Image.open("cat.png").size == (40, 40)
+    assert "must be said" in run("sample", "a cat", *options[:2], "-o", "no.png", code=2)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--resolution", "30"], "30 pixels do not fit the vae"),
         (["--steps", "-3"], "'--steps'"),
         (["--steps", "two"], "'--steps'"),
         (["--guidance", "-1"], "'--guidance'"),
@@ -153,8 +167,8 @@ def test_sample_several(workdir, model):
         (["--model", "cat"], "not a diffusers folder"),
         (["--model", "cat/0.png"], "only .safetensors files"),
         (["--device", "gpu"], "device 'gpu' is unknown"),
-        (["--lora", "absent"], "lora absent does not exist"),
-        (["--lora", "cat"], "lora cat holds no .safetensors"),
+        (["--adapter", "absent"], "no such adapter: absent"),
+        (["--lora", "cat"], "adapter cat holds no adapter"),
     ],
 )
 def test_bad_samples(workdir, model, options, message):
@@ -193,7 +207,7 @@ def test_adapt_and_sample_with_what_was_learned(workdir, model):
         shutil.copy("cat-lora/pytorch_lora_weights.safetensors", f"two/{name}.safetensors")
     drawing = ["--model", model, "--steps", 2]
     output = run("sample", "a cat", *drawing, "--lora", "two", code=2)
-    assert "two holds several files, name one: a.safetensors, b.safetensors" in output
+    assert "adapter two: several files hold unet." in output
     run("sample", "a cat", *drawing, "--lora", "two/b.safetensors", "-o", "b.png")
     assert Path("b.png").read_bytes() == Path("cat.png").read_bytes()
     before = Path("cat-lora/pytorch_lora_weights.safetensors").read_bytes()
@@ -207,7 +221,7 @@ def test_adapt_several_concepts_at_once(workdir, model):
     options = ["--model", model, "--steps", 2, "--lr", 0.01, "--rank", 2]
     output = run("adapt", "cat", "dog", *options)
     assert "learned cat, dog by lora in 2 steps: cat-dog-lora" in output
-    assert "--lora cat-dog-lora/dog" in output
+    assert "--adapter cat-dog-lora/dog" in output
     run("adapt", "dog", *options, "-o", "alone")
     (alone, shared) = (
         load_file(f"{folder}/pytorch_lora_weights.safetensors")
@@ -240,9 +254,14 @@ def test_adapt_a_plain_folder_with_a_prompt(workdir, model):
 def test_every_method_can_replace_its_own_results(workdir, model, method):
     said = ["--prompt", "a <new1> cat", "--token", "<new1>", "--initializer", "cat"]
     for _ in range(2):
-        run(
-            "adapt", "cat", *said, "--model", model, "--method", method, "--steps", 1, "--overwrite"
-        )
+        options = ["--method", method, "--steps", 1, "--lr", 0.01, "--overwrite"]
+        output = run("adapt", "cat", *said, "--model", model, *options)
+    # as it is told to be looked at
+    assert f'"a <new1> cat" --model {model} --adapter cat-{method}' in output.replace("'", '"')
+    drawing = ["sample", "a <new1> cat", "--model", model, "--steps", 2]
+    run(*drawing, "-o", "before.png")
+    run(*drawing, "-o", "after.png", "--adapter", f"cat-{method}")
+    assert Path("before.png").read_bytes() != Path("after.png").read_bytes()
     written = json.loads(Path(f"cat-{method}/mima.json").read_text())
     assert (written["method"], written["settings"]["steps"]) == (method, 1)
 
@@ -328,6 +347,13 @@ def test_erase_by_fine_tuning(workdir, model):
 def test_bad_erasure_settings(workdir, model, options, message):
     assert message in run("erase", "cat", *options, "--model", model, "-o", "x", code=2)
     assert not Path("x").exists()
+
+
+def test_erase_what_a_plain_folder_shows(workdir, model):
+    (workdir / "cat" / "concept.yaml").unlink()
+    assert "give one prompt for all" in run("erase", "cat", "--model", model, "-o", "x", code=2)
+    run("erase", "cat", "--prompt", "a big cat", "--model", model, "-o", "x")
+    assert json.loads(Path("x/mima.json").read_text())["prompts"] == ["a big cat"]
 
 
 def test_bad_erasures(workdir, model):

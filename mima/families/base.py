@@ -92,6 +92,7 @@ class Family(ABC):
                 f"{latent}; models with further picture inputs (inpainting, editing) are not "
                 "supported, text-to-image models are"
             )
+        self._check_text()
 
     @cached_property
     def _shares_weights(self) -> bool:
@@ -109,6 +110,30 @@ class Family(ABC):
         """Dtype of the denoiser's weights."""
         return next(self.denoiser.parameters()).dtype
 
+    def _check_text(self) -> None:
+        """Refuse tokenizers, text encoders and a denoiser of different models."""
+        for number in ("", "_2", "_3"):
+            tokenizer = getattr(self.pipeline, f"tokenizer{number}", None)
+            encoder = getattr(self.pipeline, f"text_encoder{number}", None)
+            if tokenizer is None or encoder is None:
+                continue
+            rows = encoder.get_input_embeddings().weight.shape[0]
+            if len(tokenizer) > rows:
+                raise MimaError(
+                    f"model: tokenizer{number} has {len(tokenizer)} tokens and "
+                    f"text_encoder{number} knows {rows}: they are of different models"
+                )
+        for what, read, made in self._text_widths():
+            if read != made:
+                raise MimaError(
+                    f"model: the {self.parts[0]} reads {what} of width {read} and the text "
+                    f"encoders make {made}: they are of different models"
+                )
+
+    @abstractmethod
+    def _text_widths(self) -> list[tuple[str, Any, int]]:
+        """What the denoiser reads of the text encoders, the width that it reads, and theirs."""
+
     @property
     def resolution(self) -> int:
         """Side of the square pictures in pixels, by default that which the model was trained on.
@@ -123,7 +148,7 @@ class Family(ABC):
         if len(sides) != 1:
             raise MimaError(
                 f"model: sample_size of the {self.parts[0]} must be one number or two equal ones, "
-                f"got {size}; only square pictures are supported"
+                f"got {size}; only square pictures are supported, whose resolution must be said"
             )
         return int(sides.pop() * self.pipeline.vae_scale_factor)
 

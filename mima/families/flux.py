@@ -32,6 +32,17 @@ class Flux(RectifiedFlow):
         "scheduler",
     )
 
+    def _text_widths(self) -> list[tuple[str, Any, int]]:
+        pipeline, config = self.pipeline, self._config
+        return [
+            ("text", config["joint_attention_dim"], pipeline.text_encoder_2.config.d_model),
+            (
+                "pooled text",
+                config["pooled_projection_dim"],
+                pipeline.text_encoder.config.hidden_size,
+            ),
+        ]
+
     @property
     def _latent_channels(self) -> int:
         return super()._latent_channels // self._patch**2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -56,6 +57,7 @@ OLD_NAMES = {
     ".to_out.0.": ".proj_attn.",
 }
 
+VARIANT = re.compile(r"^[^.]+\.([^.]+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)$")
 INDEX = "model_index.json"
 
 # single checkpoint files by a prefix of their keys: how to open them, or why not
@@ -277,7 +279,7 @@ def _open_folder(path: Path, dtype: torch.dtype, variant: str | None) -> Any:
     _family_class(index["_class_name"], str(path))
     for name, kind in index.items():
         if isinstance(kind, list) and all(isinstance(part, str) for part in kind):
-            _check_component(path / name, ".".join(kind))
+            _check_component(path / name, ".".join(kind), variant)
     weights = [*path.glob("*/*.safetensors"), *path.glob("*/*.bin")]
     # diffusers takes the plain weights of components that come in no variant
     if variant is not None and not any(f".{variant}" in file.name for file in weights):
@@ -337,7 +339,7 @@ def _absent(index: dict[str, Any]) -> dict[str, None]:
     return {name: None for name, kind in index.items() if kind == [None, None]}
 
 
-def _check_component(folder: Path, kind: str) -> None:
+def _check_component(folder: Path, kind: str, variant: str | None) -> None:
     """Name the file that is missing or damaged; the loaders' own errors often do not."""
     if not folder.is_dir():
         raise MimaError(f"model: {folder} is missing; it should hold the {kind}")
@@ -361,6 +363,13 @@ def _check_component(folder: Path, kind: str) -> None:
     weights += sorted(folder.glob("*.bin"))
     if not weights:
         raise MimaError(f"model: {folder} holds no weights (.safetensors or .bin) of the {kind}")
+    # diffusion_pytorch_model.fp16-00001-of-00002.safetensors
+    variants = {match[1] if (match := VARIANT.search(file.name)) else None for file in weights}
+    if not variants & {None, variant}:
+        found = " or ".join(sorted(str(name) for name in variants))
+        raise MimaError(
+            f"model: {folder} holds the weights of the {kind} as variant {found} alone; say so"
+        )
 
 
 def _open_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Any:

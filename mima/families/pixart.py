@@ -28,6 +28,10 @@ class PixArt(DDPM):
     pipeline_names = tuple(MAX_TOKENS)
     parts = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
+    def _text_widths(self) -> list[tuple[str, Any, int]]:
+        read = self._config["caption_channels"] or self._config["cross_attention_dim"]
+        return [("text", read, self.pipeline.text_encoder.config.d_model)]
+
     @property
     def _patch(self) -> int:
         return int(self._config["patch_size"])

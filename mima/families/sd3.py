@@ -27,6 +27,17 @@ class StableDiffusion3(RectifiedFlow):
         "scheduler",
     )
 
+    def _text_widths(self) -> list[tuple[str, Any, int]]:
+        pipeline, config = self.pipeline, self._config
+        clip = (pipeline.text_encoder, pipeline.text_encoder_2)
+        pooled = sum(encoder.config.projection_dim for encoder in clip)
+        widths = [("pooled text", config["pooled_projection_dim"], pooled)]
+        if pipeline.text_encoder_3 is not None:
+            widths.append(
+                ("text", config["joint_attention_dim"], pipeline.text_encoder_3.config.d_model)
+            )
+        return widths
+
     @property
     def _t5_tokenizer(self) -> Any:
         return None if self.pipeline.text_encoder_3 is None else self.pipeline.tokenizer_3

@@ -20,6 +20,7 @@ class StableDiffusionXL(StableDiffusion):
     """
 
     pipeline_names = ("StableDiffusionXLPipeline",)
+    added_conditions = "text_time"
     parts = (
         *("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
         "scheduler",
@@ -27,11 +28,16 @@ class StableDiffusionXL(StableDiffusion):
 
     def __init__(self, pipeline: Any) -> None:
         unet, encoder = pipeline.unet, pipeline.text_encoder_2
+        if pipeline.text_encoder is None:
+            raise MimaError(
+                f"model: this {type(pipeline).__name__} has no text_encoder, as the SDXL refiner; "
+                "SDXL base models are supported"
+            )
         if unet is not None and encoder is not None:
             pooled = encoder.config.projection_dim
             expected = unet.config.projection_class_embeddings_input_dim
             given = pooled + 6 * (unet.config.addition_time_embed_dim or 0)
-            if pipeline.text_encoder is None or expected != given:
+            if expected != given:
                 raise MimaError(
                     "model: this is the SDXL refiner or another model whose unet reads other "
                     f"conditions (width {expected}) than pooled text and six sizes ({given}); "

@@ -16,11 +16,16 @@ UNSUPPORTED = {
     "time_cond_proj_dim": "guidance-distilled (latent consistency) models are not supported",
     "encoder_hid_dim_type": "text is projected once more before cross-attention",
     "only_cross_attention": "its attn1 reads text, too",
+    "class_embed_type": "it reads classes beside the text",
+    "num_class_embeds": "it reads classes beside the text",
 }
 
 
 class StableDiffusion(DDPM):
     """``StableDiffusionPipeline``: ε, v or sample prediction, as its scheduler says."""
+
+    added_conditions: ClassVar[str | None] = None
+    """``addition_embed_type`` of the UNets of this family."""
 
     pipeline_names = ("StableDiffusionPipeline",)
     parts: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -31,6 +36,18 @@ class StableDiffusion(DDPM):
             value = self._config.get(name)
             if value not in (None, False):
                 raise MimaError(f"model: {name} of the unet is {value!r}: {reason}")
+        added = self._config.get("addition_embed_type")
+        if added != self.added_conditions:
+            raise MimaError(
+                f"model: addition_embed_type of the unet is {added!r}, expected "
+                f"{self.added_conditions!r} in a {type(pipeline).__name__}"
+            )
+
+    def _text_widths(self) -> list[tuple[str, Any, int]]:
+        pipeline = self.pipeline
+        encoders = [pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)]
+        made = sum(encoder.config.hidden_size for encoder in encoders if encoder is not None)
+        return [("text", self._config["cross_attention_dim"], made)]
 
     def _encode(self, prompts: list[str]) -> Conditioning:
         pipeline = self.pipeline

@@ -9,6 +9,7 @@ from families import builders
 from peft import PeftModel
 
 from mima.adaptation import LoRA, TextualInversion
+from mima.adapter_merge import merge_adapters
 from mima.concepts import Concept
 from mima.erasure import Edit, erase
 from mima.errors import MimaError
@@ -73,6 +74,9 @@ def test_lora_attack_and_round_trip(folder, tmp_path):
     else:
         fresh.transformer = PeftModel.from_pretrained(fresh.transformer, tmp_path).base_model.model
     assert draw(fresh) == adapted
+    # and as mima reads it, which sums in another order
+    merged = merge_adapters(load_pipeline(folder), [tmp_path], weights=[1.0], method="weighted")
+    assert difference(draw(merged.pipeline), adapted) <= 1
 
 
 def test_erasure_edits_what_reads_text(folder):

@@ -536,12 +536,41 @@ def test_the_sdxl_refiner_is_refused(folder_of):
         ({"time_cond_proj_dim": 32}, "guidance-distilled"),
         ({"encoder_hid_dim_type": "text_proj"}, "projected once more"),
         ({"only_cross_attention": True}, "attn1 reads text"),
+        ({"num_class_embeds": 4}, "reads classes"),
+        ({"class_embed_type": "timestep"}, "reads classes"),
+        ({"addition_embed_type": "text"}, "'text', expected None in a StableDiffusionPipeline"),
     ],
 )
 def test_unets_of_other_kinds_are_refused(folder_of, setting, message):
     pipeline = load_pipeline(folder_of("sd"))
     pipeline.unet.register_to_config(**setting)
     with pytest.raises(MimaError, match=message):
+        family_of(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "setting", "what"),
+    [
+        ("sd", "unet", "cross_attention_dim", "text"),
+        ("sdxl", "unet", "cross_attention_dim", "text"),
+        ("pixart-alpha", "transformer", "caption_channels", "text"),
+        ("sd3", "transformer", "joint_attention_dim", "text"),
+        ("sd3", "transformer", "pooled_projection_dim", "pooled text"),
+        ("flux-dev", "transformer", "joint_attention_dim", "text"),
+        ("flux-dev", "transformer", "pooled_projection_dim", "pooled text"),
+    ],
+)
+def test_parts_of_different_models_are_refused(folder_of, kind, part, setting, what):
+    pipeline = load_pipeline(folder_of(kind))
+    getattr(pipeline, part).register_to_config(**{setting: 7})
+    with pytest.raises(MimaError, match=rf"the {part} reads {what} of width 7 and the text enc"):
+        family_of(pipeline)
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder_of):
+    pipeline = load_pipeline(folder_of("sd"))
+    pipeline.tokenizer.add_tokens(["<new1>"])
+    with pytest.raises(MimaError, match=r"tokenizer has \d+ tokens and text_encoder knows \d+"):
         family_of(pipeline)
 
 

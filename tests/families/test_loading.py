@@ -105,6 +105,16 @@ def test_an_absent_variant_is_named(folder):
         load_pipeline(folder, variant="ema")
 
 
+@pytest.mark.parametrize("shard", ["1GB", "200KB"])
+def test_weights_in_a_variant_alone_are_named(tmp_path, shard):
+    pipeline = tiny.tiny_stable_diffusion(tmp_path / "tokenizer")
+    pipeline.save_pretrained(tmp_path / "model", variant="fp16", max_shard_size=shard)
+    with pytest.raises(MimaError, match="as variant fp16 alone; say so"):
+        load_pipeline(tmp_path / "model")
+    opened = load_pipeline(tmp_path / "model", variant="fp16")
+    assert torch.equal(opened.unet.conv_in.weight, pipeline.unet.conv_in.weight)
+
+
 def test_what_is_open_has_no_revision(folder):
     for model in (load_pipeline(folder), ModelSource(folder)):
         with pytest.raises(ValueError, match="revision, variant and config say more of a folder"):
