@@ -66,15 +66,22 @@ class MergePlan:
             The plan, in the dtype of ``C``; differentiable twice in ``C``, ``C_reg``, ``weights``.
 
         Raises:
-            ValueError: shapes that do not fit, no concept, a negative ``lam``.
+            TypeError: C not floating-point, or of several dtypes or devices.
+            ValueError: shapes that do not fit, no concept, embeddings that are not finite or all
+                zero, a negative ``lam``.
         """
         C = list(C)
+        if not C:
+            raise ValueError("MergePlan: C must have one tensor per concept, got none")
         if weights is None:
             weights = torch.full((len(C),), 1 / max(len(C), 1), dtype=torch.float64)
         weights = torch.as_tensor(weights, dtype=torch.float64, device=C_reg.device)
         captions = reference.caption_factor(C_reg)
         singular, ridge = reference.caption_spectrum(captions, len(C_reg))
         M = reference.merge_plan(C, captions, lam, weights, ridge=ridge)
+        sizes = torch.cat([C_n.detach().abs().flatten() for C_n in C])
+        if sizes.numel() and not 0 < float(sizes.max()) < math.inf:
+            raise ValueError("MergePlan: C must be finite and not all zero")
         largest = float(singular[0])
         smallest = float(singular[-1]) if len(singular) == C_reg.shape[1] else 0.0
         condition = math.hypot(largest, ridge) / (math.hypot(smallest, ridge) or math.ulp(largest))
@@ -171,7 +178,19 @@ class MergeLayer:
 
         Returns:
             φ, by name.
+
+        Raises:
+            ValueError: a number of concepts that is not that of the weights; names that an
+                adaptation lacks; shapes that do not agree.
         """
+        if len(adapted) != len(self.weights):
+            raise ValueError(
+                f"MergeLayer: adapted must have length {len(self.weights)}, one per weight, "
+                f"got {len(adapted)}"
+            )
+        for n, theta in enumerate(adapted):
+            if missing := base.keys() - theta.keys():
+                raise ValueError(f"MergeLayer: adapted[{n}] lacks {', '.join(sorted(missing))}")
         projected = [name for name in base if name in self.projected]
         averaged = [name for name in base if name not in self.projected]
         merged: dict[str, torch.Tensor] = {}

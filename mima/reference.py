@@ -18,6 +18,7 @@ float16 and bfloat16 are computed in float32 and rounded once, at the end.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import cast, overload
 
@@ -211,8 +212,10 @@ def merge_plan(
         N tensors [s_n, d], dtype of `C`.
 
     Raises:
+        TypeError: C not floating-point, or of several dtypes or devices.
         ValueError: λ = 0 and the rows of C are dependent, so that the constraints contradict each
-            other or are redundant; λ or a weight out of range; shapes that do not agree.
+            other or are redundant; λ or a weight out of range; shapes that do not agree; C_reg all
+            zero or not finite.
 
     Example:
         >>> C, C_reg = [torch.randn(3, 8)], torch.randn(50, 8)
@@ -222,6 +225,8 @@ def merge_plan(
     """
     if not lam >= 0:
         raise ValueError(f"merge_plan: lam must be at least 0, got {lam}")
+    if lam == math.inf:
+        raise ValueError("merge_plan: lam must be finite, got inf")
     R = caption_factor(C_reg)
     if ridge is None:
         _, ridge = caption_spectrum(R, len(C_reg))
@@ -231,6 +236,11 @@ def merge_plan(
             raise ValueError(
                 f"merge_plan: C[{n}] must be [s, {d}] to match C_reg {list(C_reg.shape)}, "
                 f"got {list(C_n.shape)}"
+            )
+        if not C_n.dtype.is_floating_point or C_n.dtype != C[0].dtype or C_n.device != C[0].device:
+            raise TypeError(
+                "merge_plan: C must be floating-point tensors of one dtype and device, got "
+                f"{C[0].dtype} on {C[0].device} and, for C[{n}], {C_n.dtype} on {C_n.device}"
             )
     lengths = [C_n.shape[0] for C_n in C]
     if sum(lengths) == 0:
@@ -290,10 +300,12 @@ def caption_factor(C_reg: Tensor) -> Tensor:
         [min(m, d), d], float64.
 
     Raises:
-        ValueError: another shape, or no rows.
+        ValueError: another shape, or no rows or columns.
     """
-    if C_reg.ndim != 2 or C_reg.shape[0] == 0:
-        raise ValueError(f"merge_plan: C_reg must be [m, d], m > 0, got {list(C_reg.shape)}")
+    if C_reg.ndim != 2 or C_reg.numel() == 0:
+        raise ValueError(
+            f"merge_plan: C_reg must be [m, d], m > 0 and d > 0, got {list(C_reg.shape)}"
+        )
     return _qr_r(C_reg.double())
 
 
@@ -305,8 +317,13 @@ def caption_spectrum(R: Tensor, num_captions: int) -> tuple[Tensor, float]:
     Args:
         R: [k, d].
         num_captions: rows of the C_reg that R stands for.
+
+    Raises:
+        ValueError: R, and so C_reg, is all zero or not finite.
     """
     d = R.shape[1]
+    if not 0 < float(R.detach().abs().max()) < math.inf:
+        raise ValueError("merge_plan: C_reg must be finite and not all zero")
     singular_values = torch.linalg.svdvals(R.detach())
     largest = float(singular_values[0])
     if len(singular_values) == d and float(singular_values[-1]) >= RIDGE * largest:

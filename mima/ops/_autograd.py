@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ def raw_operator(name: str, *, schema: str) -> Callable[[Callable[..., Any]], Cu
     """Register a function as an operator of torch.library that changes none of its arguments."""
 
     def register(function: Callable[..., Any]) -> CustomOpDef:
+        function = _without_autocast(function)
         op = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
         _functions[op] = function
         return op
@@ -24,12 +26,34 @@ def raw_operator(name: str, *, schema: str) -> Callable[[Callable[..., Any]], Cu
     return register
 
 
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep autocast from changing the precision, and the type, of what an operator computes."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return function(*args)
+        with torch.autocast(_first(args).device.type, enabled=False):
+            return function(*args)
+
+    return run
+
+
+def _first(args: Sequence[Any]) -> Tensor:
+    """Return the first tensor of an operator's arguments, which begin with one or a list."""
+    first: Tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
+    return first
+
+
 def call(op: CustomOpDef, *args: object) -> Any:
     """Call a raw operator, past the dispatcher where nothing there would see the call.
 
-    Passing through it takes tens of microseconds, more than computing a small layer.
+    Passing through it takes tens of microseconds, more than computing a small layer. Tensors
+    without data must, for their shapes.
     """
-    return op(*args) if _is_watched(args, requires_grad=False) else _functions[op](*args)
+    if _first(args).is_meta or _is_watched(args, requires_grad=False):
+        return op(*args)
+    return _functions[op](*args)
 
 
 def apply(function: type[torch.autograd.Function], *args: object) -> tuple[Any, ...]:
@@ -61,7 +85,8 @@ def _is_watched(args: Sequence[object], *, requires_grad: bool) -> bool:
 def _are_plain(args: Iterable[object], requires_grad: bool) -> bool:
     for x in args:
         if x.__class__ in _PLAIN:
-            if requires_grad and x.requires_grad:
+            # a view that negates is resolved by the dispatcher
+            if (requires_grad and x.requires_grad) or x.is_neg():
                 return False
         elif isinstance(x, Tensor) or (
             x.__class__ in (list, tuple) and not _are_plain(x, requires_grad)
@@ -100,9 +125,11 @@ def vmap_formula(
 
     The kernels have no batch dimension; under torch.func.vmap the reference is what runs.
     """
-    outputs = torch.vmap(
-        lambda *unbatched: tuple(formula(*unbatched)),
-        in_dims=tuple(in_dims),
-        randomness=info.randomness,
-    )(*args)
+    device = next(x.device for x in args if isinstance(x, Tensor))
+    with torch.autocast(device.type, enabled=False):
+        outputs = torch.vmap(
+            lambda *unbatched: tuple(formula(*unbatched)),
+            in_dims=tuple(in_dims),
+            randomness=info.randomness,
+        )(*args)
     return outputs, (0,) * len(outputs)

@@ -8,6 +8,8 @@ operators: under torch.compile a value is visible nowhere else.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -101,13 +103,13 @@ def as_vector(op: str, name: str, value: object, length: int, like: Tensor) -> T
     Args:
         op: operator.
         name: argument.
-        value: a floating-point tensor [length] or a sequence of numbers.
+        value: a floating-point tensor [length] or a sequence of numbers, tensors among them.
         length: N.
         like: float64 gives float64; its device is used.
     """
     if not isinstance(value, Tensor):
         require_sequence(op, name, value, of="numbers")
-        value = torch.tensor(value, dtype=torch.float64)
+        value = _stacked(op, name, cast("Sequence[object]", value))
     elif not value.dtype.is_floating_point:
         raise TypeError(f"{op}: {name} must be floating point, got {describe(value)}")
     if value.shape != (length,):
@@ -118,18 +120,28 @@ def as_vector(op: str, name: str, value: object, length: int, like: Tensor) -> T
     return value.to(like.device, dtype)
 
 
+def _stacked(op: str, name: str, values: Sequence[object]) -> Tensor:
+    """Return numbers as a vector; through tensors among them gradients flow."""
+    for i, x in enumerate(values):
+        if not (isinstance(x, Real) or (isinstance(x, Tensor) and x.ndim == 0)):
+            raise TypeError(f"{op}: {name}[{i}] must be a number, got {describe(x)}")
+    if not any(isinstance(x, Tensor) for x in values):
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+    return torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in values])
+
+
 def require_finite(op: str, name: str, vector: Tensor) -> None:
     """Refuse NaN and infinities."""
-    if _known_good.get(vector) == (vector._version, None):
+    if _is_known_good(vector, None):
         return
     if not bool(vector.isfinite().all()):
         raise ValueError(f"{op}: {name} must be finite, got {vector.tolist()}")
-    _known_good[vector] = (vector._version, None)
+    _remember(vector, None)
 
 
 def require_in_range(op: str, name: str, index: Tensor, num_adapters: int) -> None:
     """Refuse an index outside [−1, N)."""
-    if _known_good.get(index) == (index._version, num_adapters) or index.numel() == 0:
+    if _is_known_good(index, num_adapters) or index.numel() == 0:
         return
     low, high = (int(x) for x in torch.stack(torch.aminmax(index)).tolist())
     if low < -1 or high >= num_adapters:
@@ -137,4 +149,14 @@ def require_in_range(op: str, name: str, index: Tensor, num_adapters: int) -> No
             f"{op}: {name} must be in [-1, {num_adapters}), −1 for no adapter, "
             f"got values from {low} to {high}"
         )
-    _known_good[index] = (index._version, num_adapters)
+    _remember(index, num_adapters)
+
+
+def _is_known_good(x: Tensor, limit: int | None) -> bool:
+    # tensors of inference mode do not count their changes
+    return not x.is_inference() and _known_good.get(x) == (x._version, limit)
+
+
+def _remember(x: Tensor, limit: int | None) -> None:
+    if not x.is_inference():
+        _known_good[x] = (x._version, limit)

@@ -67,7 +67,10 @@ def resolve(op: str, tensor: torch.Tensor, requested: str = "") -> ModuleType:
     Raises:
         BackendError: the requested backend is unknown or cannot serve; or none but the reference
             can and `MIMA_STRICT=1` is set. The message gives the reasons.
+        TypeError: `requested` is no name.
     """
+    if not isinstance(requested, str):
+        raise TypeError(f"{op}: backend must be a string or None, got {requested!r}")
     if not requested:
         requested = os.environ.get("MIMA_BACKEND", "")
     strict = os.environ.get("MIMA_STRICT", "") == "1"

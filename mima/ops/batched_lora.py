@@ -186,7 +186,7 @@ def _(
     backend: str,
 ) -> list[Tensor]:
     needs = need_x, need_weight, need_A, need_B, need_scale, need_bias
-    like = _flat((x, weight, A, B, scale, d_y[0, 0] if need_bias else None), needs)
+    like = _flat((x, weight, A, B, scale, d_y.new_empty(d_y.shape[2:])), needs)
     return [x.new_empty(x.shape) for x in like]
 
 
@@ -259,6 +259,10 @@ class BatchedLora(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        N, index = args[0], args[6]
+        # not where a vmap around this one, or a tracer, hides the values
+        if index.__class__ is Tensor and not torch._C._functorch.is_batchedtensor(index):
+            _checks.require_in_range(_OP, "index", index, N)
         return vmap_formula(_forward_formula, info, in_dims, args)
 
 

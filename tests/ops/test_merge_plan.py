@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from mima import reference
+from mima.merging import MergeLayer, MergePlan
 from mima.reference import RIDGE, caption_factor, caption_spectrum, merge_plan
 
 
@@ -179,7 +180,7 @@ def test_mistakes_are_named() -> None:
         merge_plan(C, C_reg, -1.0)
     with pytest.raises(ValueError, match=r"C\[1\] must be \[s, 8\] to match C_reg \[60, 8\]"):
         merge_plan([C[0], _randn(2, 7)], C_reg)
-    with pytest.raises(ValueError, match=r"C_reg must be \[m, d\], m > 0, got \[0, 8\]"):
+    with pytest.raises(ValueError, match=r"C_reg must be \[m, d\], .* got \[0, 8\]"):
         merge_plan(C, _randn(0, 8))
     with pytest.raises(ValueError, match=r"weights must be \[2\], one per concept, got \[3\]"):
         merge_plan(C, C_reg, 1e-4, torch.ones(3))
@@ -189,6 +190,31 @@ def test_mistakes_are_named() -> None:
         merge_plan([C[0], C[0]], C_reg, 0.0)
     with pytest.raises(ValueError, match=r"lam must be positive for 9 tokens of dimension 8"):
         merge_plan([_randn(9, 8)], C_reg, 0.0)
+    with pytest.raises(ValueError, match=r"lam must be finite, got inf"):
+        merge_plan(C, C_reg, float("inf"))
+    for bad in (C_reg * 0, C_reg * float("nan"), C_reg * float("inf")):
+        with pytest.raises(ValueError, match=r"C_reg must be finite and not all zero"):
+            merge_plan(C, bad)
+    with pytest.raises(ValueError, match=r"C_reg must be \[m, d\], .* got \[60, 0\]"):
+        merge_plan(C, C_reg[:, :0])
+    with pytest.raises(TypeError, match=r"C must be floating-point .* torch.int64"):
+        merge_plan([C[0].long()], C_reg)
+    with pytest.raises(TypeError, match=r"one dtype .* for C\[1\], torch.float16"):
+        merge_plan([C[0], C[1].half()], C_reg)
+    with pytest.raises(ValueError, match=r"C must have one tensor per concept, got none"):
+        MergePlan.from_embeddings([], C_reg)
+    for bad in (C[0] * 0, C[0] * float("nan")):
+        with pytest.raises(ValueError, match=r"C must be finite and not all zero"):
+            MergePlan.from_embeddings([bad], C_reg)
+
+
+def test_a_layer_names_what_does_not_fit() -> None:
+    layer = MergeLayer(torch.tensor([0.5, 0.5]))
+    theta = {"a": torch.ones(2), "b": torch.ones(3)}
+    with pytest.raises(ValueError, match=r"adapted must have length 2, one per weight, got 1"):
+        layer(theta, [theta])
+    with pytest.raises(ValueError, match=r"adapted\[1\] lacks b"):
+        layer(theta, [theta, {"a": torch.ones(2)}])
 
 
 def test_the_documented_adjoint_is_the_gradient() -> None:

@@ -84,9 +84,13 @@ MISTAKES: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] 
     (_wm, {"weights": e(2, 1)}, ValueError, r"weights must be \[2\], .* got \[2, 1\]"),
     (_wm, {"weights": e(2).int()}, TypeError, r"weights must be floating point, got torch.int32"),
     (_wm, {"weights": 0.5}, TypeError, r"weights must be a sequence of numbers, got float 0.5"),
+    (_wm, {"weights": [0.5, None]}, TypeError, r"weights\[1\] must be a number, got NoneType"),
+    (_wm, {"weights": ["a", 0.5]}, TypeError, r"weights\[0\] must be a number, got str 'a'"),
+    (_wm, {"weights": [0.5, e(1)]}, TypeError, r"weights\[1\] must be a number, got .* \[1\]"),
     (_wm, {"weights": [0.5, nan]}, ValueError, r"weighted_merge: weights must be finite"),
     (_wm, {"weights": e(2) * inf}, ValueError, r"weights must be finite, got \[inf, inf\]"),
     (_wm, {"backend": "cuda"}, ValueError, r"weighted_merge: unknown backend 'cuda'"),
+    (_wm, {"backend": 3}, TypeError, r"backend must be a string or None, got 3"),
     (_pm, {"W0": e(2, 3)}, TypeError, r"projected_merge: W0 must be a sequence of tensors"),
     (_pm, {"W": [[e(2, 3)]] * 2}, ValueError, r"W\[0\] must have length 2, one per layer of W0"),
     (_pm, {"C": [e(5, 3)]}, ValueError, r"C must have length 2, one per concept of W, got 1"),
@@ -182,6 +186,21 @@ def test_weights_of_any_floating_dtype_are_taken(dtype: torch.dtype) -> None:
         base = torch.zeros(3, dtype=base_dtype)
         merged = ops.weighted_merge(base, [base + 1], torch.tensor([0.5], dtype=dtype))
         assert torch.equal(merged, torch.full_like(base, 0.5))
+
+
+def test_the_gradient_reaches_numbers_that_are_tensors() -> None:
+    weight = torch.tensor(0.5, requires_grad=True)
+    base = torch.zeros(3)
+    ops.weighted_merge(base, [base + 1, base + 2], [weight, 1]).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.item() == 3
+
+
+def test_an_index_out_of_range_is_found_under_vmap() -> None:
+    index = torch.tensor([[0, 1], [0, 2]])
+    with pytest.raises(ValueError, match=r"index must be in \[-1, 2\).* from 0 to 2"):
+        torch.vmap(lambda i: _bl(index=i))(index)
+    torch.vmap(torch.vmap(lambda i: _bl(index=i)))(index[None] - 1)
 
 
 def test_the_gradient_reaches_weights_of_another_dtype() -> None:

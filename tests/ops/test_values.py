@@ -56,7 +56,7 @@ def test_second_gradients(case: Case, backend: str, device: torch.device) -> Non
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded", "offset"])
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded", "offset", "negated"])
 @pytest.mark.parametrize(
     "case",
     [case for case in CASES if case.name in ("small", "aligned", "one-concept")],
@@ -84,6 +84,8 @@ def _view(x: torch.Tensor, layout: str) -> torch.Tensor:
         return wide[..., 1]
     if layout == "expanded":
         return x[:1].expand_as(x) if x.ndim and len(x) else x
+    if layout == "negated":  # what .imag of a conjugate is
+        return torch._neg_view(-x)
     # One element past a 16-byte boundary: no wide loads.
     shifted = x.new_full((x.numel() + 1,), float("nan"))[1:].view(x.shape)
     return shifted.copy_(x)

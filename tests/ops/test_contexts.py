@@ -1,0 +1,65 @@
+"""The operators under PyTorch's modes: autocast, inference, tensors without data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ops._cases import BY_ID, CASES, SMALL, Case, skip_unless_available, values_and_gradients
+
+TINY = [case for case in SMALL if case.name in ("small", "no-adapter")]
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.id)
+def test_autocast_changes_nothing(case: Case, backend: str, device: torch.device) -> None:
+    skip_unless_available(backend, case.op, torch.float32, device)
+    tensors = case.tensors(torch.float32, device)
+    expected = values_and_gradients(case, tensors, backend)
+    with torch.autocast(device.type, torch.bfloat16):
+        actual = values_and_gradients(case, tensors, backend)
+    for xs, ys in zip(actual, expected, strict=True):
+        for x, y in zip(xs, ys, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.id)
+def test_autocast_changes_nothing_under_vmap(case: Case, device: torch.device) -> None:
+    tensors = [x[None] for x in case.tensors(torch.float32, device)]
+    batched = torch.vmap(lambda *tensors: tuple(case.call(tensors, None)))
+    expected = batched(*tensors)
+    with torch.autocast(device.type, torch.bfloat16):
+        actual = batched(*tensors)
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.id)
+def test_tensors_of_inference_mode(case: Case, device: torch.device) -> None:
+    expected = case.call(case.tensors(torch.float32, device), None)
+    with torch.inference_mode():
+        actual = case.call(case.tensors(torch.float32, device), None)
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+def test_a_bad_value_is_found_in_inference_mode() -> None:
+    case = BY_ID["weighted_merge-small"]
+    with torch.inference_mode():
+        weights, *rest = case.tensors(torch.float32)
+        case.call([weights, *rest], None)
+        weights[0] = float("nan")
+        with pytest.raises(ValueError, match="weights must be finite"):
+            case.call([weights, *rest], None)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_tensors_without_data_give_shapes(case: Case) -> None:
+    expected = values_and_gradients(case, case.tensors(torch.bfloat16), "definition")
+    leaves = [x.requires_grad_() for x in case.tensors(torch.bfloat16, "meta")]
+    outputs = case.call(leaves, None)
+    grads = torch.autograd.grad(
+        outputs, leaves, [torch.empty_like(y) for y in outputs], materialize_grads=True
+    )
+    for xs, ys in zip((outputs, grads), expected, strict=True):
+        for x, y in zip(xs, ys, strict=True):
+            assert (x.shape, x.dtype, x.device.type) == (y.shape, y.dtype, "meta")
