@@ -136,6 +136,11 @@ class AdapterReader:
             raise
         except READING_ERRORS as error:
             message = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if isinstance(error, KeyError):
+                message = f"it lacks {message}"
+            elif isinstance(error, UnpicklingError):
+                # torch's own message advises to run what is in there
+                message = "it is damaged, or holds more than tensors, which is not run"
             raise MimaError(f"adapter {path} cannot be read: {message}") from error
         self._check(path, found)
         return Adapter(path.name if path.is_dir() else path.stem, prompt=_prompt(path), **found)
@@ -187,6 +192,9 @@ class AdapterReader:
             delta = read_delta(path)
             return {"values": delta.values, "words": delta.words}
         if any("lora" in key for key in state):
+            if any("dora_scale" in key for key in state):
+                # diffusers leaves it out of what other programs wrote
+                raise MimaError(f"adapter {path} is a DoRA; this is not supported, LoRA is")
             return {"factors": self._lora(path)}
         if any("_custom_diffusion" in key for key in state):
             return {"values": self._custom_diffusion(state)}
@@ -226,6 +234,7 @@ class AdapterReader:
             )
         state = scratch.lora_state_dict(str(path), local_files_only=True)
         state = state[0] if isinstance(state, tuple) else state
+        _refuse_others(path, state)
         scratch.load_lora_weights(str(path), adapter_name=name, local_files_only=True)
         components = {
             key: module for key, module in scratch.components.items()
@@ -248,13 +257,14 @@ class AdapterReader:
         config = PeftConfig.from_pretrained(str(path))
         if config.peft_type != PeftType.LORA:
             raise MimaError(f"adapter {path} is a {config.peft_type.value}, expected a LORA")
-        scratch, name = self._scratch()
-        module = getattr(scratch, self.denoiser)
-        inject_adapter_in_model(config, module, name)
         weights = {
             key.removeprefix("base_model.model."): value
             for key, value in load_peft_weights(str(path), device="cpu").items()
         }
+        _refuse_others(path, weights)
+        scratch, name = self._scratch()
+        module = getattr(scratch, self.denoiser)
+        inject_adapter_in_model(config, module, name)
         report: Any = set_peft_model_state_dict(module, weights, adapter_name=name)
         factors = _factors(module, name, path)
         expected = sum(bool(_LORA_DOWN.search(key)) for key in weights)
@@ -325,6 +335,12 @@ class AdapterReader:
                     f"adapter {path} does not fit the model: {name} is {list(value.shape)}, "
                     f"expected {list(own.shape)}"
                 )
+        numbers = [*found.get("values", {}).items(), *found.get("words", {}).items()]
+        for name, factor in found.get("factors", {}).items():
+            numbers += [(name, factor.A), (name, factor.B)]
+        for name, value in numbers:
+            if not bool(value.isfinite().all()):
+                raise MimaError(f"adapter {path}: {name} holds numbers that are not finite")
         if not any(found.values()):
             raise MimaError(f"adapter {path} changes nothing of this model")
         words = found.get("words", {})
@@ -349,6 +365,16 @@ def _reading_modules(pipeline: Any, denoiser: str) -> dict[str, torch.nn.Module]
     """The denoiser and the text encoders: what adapters change."""
     names = [denoiser, *(name for name in pipeline.components if name.startswith("text_encoder"))]
     return {name: module for name in names if (module := getattr(pipeline, name)) is not None}
+
+
+def _refuse_others(path: Path, state: Mapping[str, Any]) -> None:
+    """Refuse what would be copied into the weights that the reading pipeline shares."""
+    others = [key for key in state if "lora" not in key and not key.endswith(".alpha")]
+    if others:
+        raise MimaError(
+            f"adapter {path} holds {others[0]} beside the low-rank matrices ({len(others)} such "
+            "names); this is not supported"
+        )
 
 
 def _factors(module: torch.nn.Module, adapter: str, path: Path) -> dict[str, LowRank]:

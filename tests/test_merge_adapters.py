@@ -352,7 +352,7 @@ def test_a_pickle_that_would_run_code_is_refused(base, tmp_path):
             return (print, ("ran",))
 
     torch.save({"x": Evil()}, tmp_path / "adapter.pt")
-    with pytest.raises(MimaError, match="cannot be read"):
+    with pytest.raises(MimaError, match="it is damaged, or holds more than tensors"):
         AdapterReader(base).read(tmp_path / "adapter.pt")
 
 
@@ -360,6 +360,52 @@ def test_dora_is_refused(base, tmp_path):
     save_lora(base, tmp_path, lora_config(2, 2.0, KV, use_dora=True), seed=0)
     with pytest.raises(MimaError, match="DoRA"):
         AdapterReader(base).read(tmp_path)
+
+
+def kohya(base, path, **further):
+    """A LoRA of one projection as kohya's scripts name it, with alpha 1 at rank 2."""
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    rows, columns = base.unet.get_submodule(name).weight.shape
+    prefix = "lora_unet_" + name.replace(".", "_")
+    given = {"lora_down.weight": torch.ones(2, columns), "lora_up.weight": torch.ones(rows, 2)}
+    given |= {"alpha": torch.tensor(1.0), **further}
+    state = {f"{prefix}.{key}": value for key, value in given.items() if value is not None}
+    save_file(state, path)
+    return f"unet.{name}.weight"
+
+
+def test_kohyas_files_are_read_and_their_dora_is_refused(base, tmp_path):
+    file = tmp_path / "lora.safetensors"
+    name = kohya(base, file)
+    (factor,) = AdapterReader(base).read(file).factors.items()
+    assert factor[0] == name
+    assert torch.equal(factor[1].delta(), torch.ones(factor[1].shape))
+    # without alpha, the update is B A itself
+    kohya(base, file, alpha=None)
+    assert AdapterReader(base).read(file).factors[name].delta().eq(2).all()
+    for problem, message in (
+        ({"dora_scale": torch.ones(4, 1)}, "is a DoRA; this is not supported"),
+        ({"lora_up.weight": None}, r"it lacks '.*lora_up\.weight'"),
+        ({"lora_up.weight": torch.full((16, 2), torch.nan)}, "to_k.weight holds numbers that are"),
+    ):
+        kohya(base, file, **problem)
+        with pytest.raises(MimaError, match=message):
+            AdapterReader(base).read(file)
+
+
+@pytest.mark.parametrize("beside", [{"bias": "all"}, {"modules_to_save": ["conv_out"]}])
+def test_what_peft_keeps_beside_low_rank_matrices_is_refused(base, tmp_path, beside):
+    """It would go into the weights that the reader shares with the caller's model."""
+    model = get_peft_model(copy.deepcopy(base.unet), LoraConfig(target_modules=["to_k"], **beside))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    model.save_pretrained(tmp_path)
+    before = {name: value.clone() for name, value in base.unet.state_dict().items()}
+    with pytest.raises(MimaError, match="beside the low-rank matrices"):
+        AdapterReader(base).read(tmp_path)
+    assert_same_weights(base.unet.state_dict(), before)
 
 
 @pytest.mark.parametrize(
