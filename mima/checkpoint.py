@@ -147,7 +147,9 @@ class CheckpointFolder:
             _remove(partial)
             kept = self._steps()
             hint = f"; {kept[-1].name} is intact" if kept else ""
-            raise MimaError(f"checkpoint: cannot write {final}: {_reason(error)}{hint}") from error
+            raise MimaError(
+                f"checkpoint: cannot write {final}: {reason_of(error)}{hint}"
+            ) from error
 
 
 def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
@@ -183,7 +185,7 @@ def spill(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         try:
             _save_tensors(path, tensors)
         except (OSError, SafetensorError) as error:
-            raise MimaError(f"cannot write {path}: {_reason(error)}") from error
+            raise MimaError(f"cannot write {path}: {reason_of(error)}") from error
         return mapped(path)
 
 
@@ -213,5 +215,6 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Why something could not be read or written, without the file's name."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)

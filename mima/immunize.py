@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from mima.adaptation import TextualInversion
 from mima.adaptation.copies import component_name, with_modules
 from mima.adaptation.text import check_token
 from mima.alternating import alternate
 from mima.ascent import Ascent, claim, default_folder, describe_run
-from mima.checkpoint import CheckpointFolder
+from mima.checkpoint import CheckpointFolder, reason_of
 from mima.concepts import Concept, load_concepts
 from mima.config import ImmunizeConfig
 from mima.distributed import ALONE, join, local_device
@@ -343,7 +344,11 @@ def _write(
     overwrite: bool,
     delta: bool,
 ) -> None:
-    with fresh_folder(output, overwrite=overwrite) as staging:
-        result.save_pretrained(staging, delta=delta)
+    try:
+        with fresh_folder(output, overwrite=overwrite) as staging:
+            result.save_pretrained(staging, delta=delta)
+    except (OSError, SafetensorError) as error:
+        kept = f"; {folder.path} is intact: resume" if folder else ""
+        raise MimaError(f"output: cannot write {output}: {reason_of(error)}{kept}") from error
     if folder:
         folder.remove()

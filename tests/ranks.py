@@ -9,13 +9,18 @@ from typing import Any
 import immunizing
 import torch
 import torch.distributed as dist
+from bilevel import test_new_words
 from bilevel.test_hypergradient import problem, randn
 
 from mima.alternating import merge_step
 from mima.bilevel.outer import outer_gradient, unmerged_gradient
 from mima.distributed import ALONE, Ranks
+from mima.merging import MergeLayer, MergePlan
 
-MODES = ("exact", "finite_difference", "first_order", "unmerged", "alternating")
+MODES = (
+    *("exact", "finite_difference", "first_order", "unmerged", "alternating"),
+    *("one concept", "one concept alternating", "new words"),
+)
 
 
 def theta() -> dict[str, torch.Tensor]:
@@ -23,12 +28,23 @@ def theta() -> dict[str, torch.Tensor]:
 
 
 def solve(mode: str, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """One outer gradient over three concepts."""
+    """One outer gradient over three concepts, unless the mode says how many."""
     start = theta()
     tasks, layer, upper = problem(start)
     wrt = tuple(start)
     committed: dict[str, torch.Tensor] = {}
-    if mode == "unmerged":
+    if mode == "new words":
+        tasks, layer, upper = test_new_words.problem(start, "lora", test_new_words.ADAM_RULE, 2)
+        outer = outer_gradient(start, tasks, layer, upper, mode="exact", wrt=wrt, ranks=ranks)
+    elif mode.startswith("one concept"):
+        one = torch.ones(1, dtype=torch.float64)
+        plan = MergePlan.from_embeddings(layer.plan.C[:1], randn(40, 5, seed=9), weights=one)
+        tasks, layer, upper = tasks[:1], MergeLayer(one, plan, ["key"]), upper[:1]
+        if mode.endswith("alternating"):
+            outer, committed = merge_step(start, tasks, layer, ["a"], lr=0.1, ranks=ranks)
+        else:
+            outer = outer_gradient(start, tasks, layer, upper, mode="exact", wrt=wrt, ranks=ranks)
+    elif mode == "unmerged":
         outer = unmerged_gradient(start, tasks, upper, mode="exact", wrt=wrt, ranks=ranks)
     elif mode == "alternating":
         names = ["a", "b", "c"]

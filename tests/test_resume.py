@@ -289,6 +289,17 @@ def test_a_disk_that_fills_during_a_run_ends_it_with_a_message(model, tmp_path):
     assert_same(unet(resumed), unet(immunized(model, config)))
 
 
+def test_a_disk_that_is_full_at_the_end_costs_no_step(model, tmp_path):
+    config, output = settings(tmp_path, steps=1), tmp_path / "out"
+    # enough for the checkpoint, which holds cross-attention alone
+    with small_files(300_000), pytest.raises(MimaError, match=r"cannot write .*out: .*resume"):
+        immunized(model, config, output=output)
+    assert not output.exists()
+    resumed = immunized(model, config, output=output, resume=True)
+    assert_same(unet(resumed), unet(immunized(model, config)))
+    assert [path.name for path in tmp_path.glob("*out*")] == ["out"]
+
+
 def test_what_a_killed_writer_left_is_cleared(tmp_path):
     folder = CheckpointFolder(tmp_path / "c")
     folder.write(checkpoint(1))
