@@ -336,7 +336,10 @@ def _picture(source: OnePicture, prompt: str) -> Picture:
         source = source.expanduser()
     picture = Picture(source, prompt)
     if not prompt.strip():
-        raise MimaError(f"{picture.label} has no caption, and there is no prompt for all pictures")
+        raise MimaError(
+            f"{picture.label} has no caption, and there is no prompt for all pictures "
+            "(for class images: class_prompt)"
+        )
     return picture
 
 
