@@ -20,6 +20,9 @@ from torch import Tensor
 ALIGNMENT = 16
 """Bytes of the widest load and store."""
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+"""Whether kernels run in Triton's interpreter, as it is when they are defined."""
+
 TRITON_DTYPE = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -52,6 +55,18 @@ def store_narrow(ptrs, value, mask, FULL: tl.constexpr):
         tl.store(ptrs, value.to(ptrs.dtype.element_ty))
     else:
         tl.store(ptrs, value.to(ptrs.dtype.element_ty), mask)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """Return a b + acc.
+
+    Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
+    """
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

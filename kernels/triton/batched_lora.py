@@ -26,6 +26,7 @@ from mima.kernels._common import (
     TRITON_DTYPE,
     are_aligned,
     contiguous,
+    dot,
     dot_precision,
     launch_options,
     load_pointer,
@@ -144,8 +145,8 @@ def _batched_lora_fwd_kernel(
             TRANSPOSED,
         )
         A = _load_inner(inner, offs_r, offs_k, rank, num_in, TRANSPOSED)
-        y = tl.dot(x, tl.trans(weight), y, input_precision=PRECISION)
-        h = tl.dot(x, tl.trans(A), h, input_precision=PRECISION)
+        y = dot(x, tl.trans(weight), y, PRECISION)
+        h = dot(x, tl.trans(A), h, PRECISION)
     y = _add_outer(y, h * scale, outer, offs_o, offs_r, num_out, rank, TRANSPOSED, PRECISION)
     # int32: the count of a loop is
     for start_r in range(BLOCK_R, rank.to(tl.int32), BLOCK_R):
@@ -154,7 +155,7 @@ def _batched_lora_fwd_kernel(
             offs_k = start + tl.arange(0, BLOCK_K)
             x = _load_matrix(x_ptr, offs_t, offs_k, T, num_in, num_in, False)
             A = _load_inner(inner, start_r + offs_r, offs_k, rank, num_in, TRANSPOSED)
-            h = tl.dot(x, tl.trans(A), h, input_precision=PRECISION)
+            h = dot(x, tl.trans(A), h, PRECISION)
         y = _add_outer(
             y, h * scale, outer, offs_o, start_r + offs_r, num_out, rank, TRANSPOSED, PRECISION
         )
@@ -214,7 +215,7 @@ def _batched_lora_project_kernel(
         offs_k = start + tl.arange(0, BLOCK_K)
         x = _load_matrix(x_ptr + sample * T * num_in, offs_t, offs_k, T, num_in, num_in, False)
         A = _load_inner(inner, offs_r, offs_k, rank, num_in, TRANSPOSED)
-        h = tl.dot(x, tl.trans(A), h, input_precision=PRECISION)
+        h = dot(x, tl.trans(A), h, PRECISION)
     offs = (sample * T + offs_t)[:, None] * R + offs_r[None, :]
     tl.store(h_ptr + offs, h, (offs_t < T)[:, None])
 

@@ -22,6 +22,7 @@ from mima.kernels._common import (
     TRITON_DTYPE,
     are_aligned,
     contiguous,
+    dot,
     dot_precision,
     launch_options,
     load_pointer,
@@ -107,7 +108,7 @@ def _merge_lora_fwd_kernel(
             offs_r = start + tl.arange(0, BLOCK_R)
             B = _load_tile(B_n, offs_o, offs_r, o, rank)
             A = _load_tile(A_n, offs_r, offs_d, rank, d)
-            BA = tl.dot(B, A, BA, input_precision=PRECISION)
+            BA = dot(B, A, BA, PRECISION)
         merged += tl.load(coefficient_ptr + n) * BA
     _store_tile(out_ptr, merged, offs_o, offs_d, o, d)
 
@@ -151,7 +152,7 @@ def _merge_lora_bwd_kernel(
                 offs_o = start + tl.arange(0, BLOCK_O)
                 B = _load_tile(B_n, offs_o, offs_r, o, rank)
                 d_out = _load_tile(d_out_ptr, offs_o, offs_d, o, d)
-                d_A = tl.dot(tl.trans(B), d_out, d_A, input_precision=PRECISION)
+                d_A = dot(tl.trans(B), d_out, d_A, PRECISION)
             if NEED_INNER:
                 A = _load_tile(A_n, offs_r, offs_d, rank, d).to(tl.float32)
                 i = (n * tl.num_programs(1) + chunk) * blocks_d + pid
@@ -167,7 +168,7 @@ def _merge_lora_bwd_kernel(
                 columns = start + tl.arange(0, BLOCK_D)
                 d_strip = _load_tile(d_out_ptr, rows, columns, o, d)
                 A_strip = _load_tile(A_n, offs_r, columns, rank, d)
-                d_B = tl.dot(d_strip, tl.trans(A_strip), d_B, input_precision=PRECISION)
+                d_B = dot(d_strip, tl.trans(A_strip), d_B, PRECISION)
             d_B_n = load_pointer(d_B_ptr, n, DTYPE, ALIGNED)
             _store_tile(d_B_n, coefficient * d_B, rows, offs_r, o, rank)
 

@@ -40,6 +40,6 @@ def test_kernels_in_the_interpreter() -> None:
     )
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     passed = re.search(r"(\d+) passed", result.stdout)
-    # Every case but those of float64 and bfloat16, which the interpreter or the kernels lack.
+    # Every case but those of float64, which the kernels lack.
     assert passed is not None, result.stdout
     assert int(passed[1]) > 100, result.stdout
