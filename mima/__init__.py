@@ -4,7 +4,7 @@ Importing this package does no work: each public name loads its module when it i
 
 Example:
     >>> import mima
-    >>> result = mima.immunize(mima.load_embedded(), [mima.embedded_concept("cat")])
+    >>> result = mima.immunize(mima.load_embedded(), [mima.embedded_concept("tiger")])
     >>> result.save_pretrained("immunized")
 """
 

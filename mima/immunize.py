@@ -158,7 +158,7 @@ def immunize(
             checked before long work starts; or the run diverges or cannot be written.
 
     Example:
-        >>> result = immunize("embedded", [embedded_concept("cat"), embedded_concept("noto-style")])
+        >>> result = immunize("embedded", ["tiger", "style-mono"])
         >>> result.save_pretrained("immunized")
     """
     config = config or ImmunizeConfig()

@@ -95,7 +95,8 @@ class StepReport:
 
 
 Callback = Callable[[StepReport], bool | None]
-"""Called after each outer step; returning True ends the run there."""
+"""Called after each outer step; returning True ends the run there. Where each concept is immunized
+alone (``compose``), it ends that concept's run, and is told of the main process' concepts only."""
 
 
 def peak_memory(device: torch.device) -> int:

@@ -267,6 +267,43 @@ def test_closed_form_of_a_quadratic_lower_level():
     torch.testing.assert_close(outer.gradient["z"], contraction.mT @ adapted, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("mode", ["exact", "finite_difference"])
+def test_the_optimum_of_a_quadratic_problem_is_found(mode):
+    """Three quadratic lower levels, merged: φ = B θ + c, and the best φ is known.
+
+    θ'[n] = t_n + A_n (θ − t_n) with A_n = (I − lr H_n)ᴷ, so B = I + Σ w_n (A_n − I) and
+    c = Σ w_n (I − A_n) t_n; the minimum of ½ (φ − s)ᵀ Q (φ − s) is at B θ = s − c.
+    """
+    eye, steps, lr = torch.eye(4, dtype=torch.float64), 2, 0.1
+    weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    tasks, B, c = [], eye.clone(), torch.zeros(4, dtype=torch.float64)
+    for n, w in enumerate(weights):
+        root, t = randn(4, 4, seed=n), randn(4, seed=10 + n)
+        H = root @ root.mT / 4 + eye
+
+        def loss(params, k, H=H, t=t):
+            return 0.5 * (params["z"] - t) @ H @ (params["z"] - t)
+
+        tasks.append(FullWeights(loss, ["z"], steps=steps, optimizer=SGD(lr=lr)))
+        A = torch.linalg.matrix_power(eye - lr * H, steps)
+        B, c = B + w * (A - eye), c + w * (eye - A) @ t
+    root, s = randn(4, 4, seed=20), randn(4, seed=21)
+    Q = root @ root.mT + eye
+    upper = [level(("u", lambda p: 0.5 * (p["z"] - s) @ Q @ (p["z"] - s), 1.0))]
+    best = torch.linalg.solve(B, s - c)
+
+    def gradient(z):
+        args = tasks, MergeLayer(weights), upper
+        return outer_gradient({"z": z}, *args, mode=mode, wrt=("z",)).gradient["z"]
+
+    z = randn(4, seed=22)
+    torch.testing.assert_close(gradient(z), B.mT @ Q @ (B @ z + c - s), rtol=1e-6, atol=0)
+    curvature = torch.linalg.eigvalsh(B.mT @ Q @ B)
+    for _ in range(150):
+        z = z - 2 / (curvature[0] + curvature[-1]) * gradient(z)
+    torch.testing.assert_close(z, best, rtol=1e-4, atol=1e-4)
+
+
 def test_the_second_order_part_matters():
     """A steep lower level undoes what first_order does: only exact finds the better start.
 
