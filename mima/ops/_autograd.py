@@ -62,7 +62,13 @@ def apply(function: type[torch.autograd.Function], *args: object) -> tuple[Any, 
     Their `forward` takes `*args`: PyTorch inspects and binds its signature at each call, which
     costs microseconds per named parameter.
     """
-    if not _is_watched(args, requires_grad=torch.is_grad_enabled()):
+    with_graph = torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        # where no graph is needed, torch.compile hands a context to a forward of this signature
+        plain = not (with_graph and any(isinstance(x, Tensor) and x.requires_grad for x in args))
+    else:
+        plain = not _is_watched(args, requires_grad=with_graph)
+    if plain:
         outputs: tuple[Any, ...] = function.forward(*args)
         return outputs
     outputs = function.apply(*args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -85,6 +86,47 @@ def test_no_graph_break_forward_or_backward(case: Case) -> None:
     for part in (0, 1):
         for x, y in zip(actual[part], expected[part], strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.id)
+@pytest.mark.parametrize("how", ["no gradient", "no_grad", "inference_mode", "autocast"])
+def test_no_graph_break_without_a_gradient(case: Case, how: str) -> None:
+    torch._dynamo.reset()
+    tensors = case.tensors(torch.float32)
+    expected = case.call(tensors, None)
+    compiled = torch.compile(
+        lambda *t: tuple(case.call(t, None)), fullgraph=True, backend="aot_eager"
+    )
+    context: AbstractContextManager[object] = nullcontext()
+    if how == "no_grad":
+        tensors, context = [x.requires_grad_() for x in tensors], torch.no_grad()
+    elif how == "inference_mode":
+        context = torch.inference_mode()
+    elif how == "autocast":
+        context = torch.autocast("cpu", torch.bfloat16)
+    with context:
+        actual = compiled(*tensors)
+    for x, y in zip(actual, expected, strict=True):
+        assert not x.requires_grad
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.id)
+def test_one_input_alone_has_its_gradient_compiled(case: Case) -> None:
+    compiled = torch.compile(
+        lambda *t: tuple(case.call(t, None)), fullgraph=True, backend="aot_eager"
+    )
+    for i in range(len(case.shapes)):
+        torch._dynamo.reset()  # a compilation for each, more than the limit
+        tensors = case.tensors(torch.float32)
+        tensors[i].requires_grad_()
+        if not any(y.requires_grad for y in case.call(tensors, None)):
+            continue
+        (expected, actual) = (
+            torch.autograd.grad([y.square().sum() for y in f(*tensors)], tensors[i])[0]
+            for f in (lambda *t: case.call(t, None), compiled)
+        )
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_compiled_with_inductor_among_other_operations() -> None:
