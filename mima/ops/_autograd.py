@@ -91,8 +91,8 @@ def _is_watched(args: Sequence[object], *, requires_grad: bool) -> bool:
 def _are_plain(args: Iterable[object], requires_grad: bool) -> bool:
     for x in args:
         if x.__class__ in _PLAIN:
-            # a view that negates is resolved by the dispatcher
-            if (requires_grad and x.requires_grad) or x.is_neg():
+            # a view that negates is resolved by the dispatcher, which `call` decides about
+            if x.requires_grad if requires_grad else x.is_neg():
                 return False
         elif isinstance(x, Tensor) or (
             x.__class__ in (list, tuple) and not _are_plain(x, requires_grad)

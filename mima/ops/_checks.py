@@ -86,9 +86,9 @@ def require_adapters(op: str, A: Sequence[Tensor], B: Sequence[Tensor], weight: 
         if (
             isinstance(A_n, Tensor)
             and isinstance(B_n, Tensor)
-            and A_n.ndim == 2
-            and A_n.shape[1] == d
-            and B_n.shape == (o, A_n.shape[0])
+            and len(shape := A_n.shape) == 2
+            and shape[1] == d
+            and B_n.shape == (o, shape[0])
             and A_n.dtype == B_n.dtype == dtype
             and A_n.device == B_n.device == device
         ):
