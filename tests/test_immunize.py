@@ -65,6 +65,25 @@ def test_two_passes_equal_holding_every_graph_on_a_unet(model, tmp_path):
     assert ours.losses == pytest.approx(naive.losses, rel=1e-5)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_only_what_is_differentiated_twice_gives_up_fused_attention(
+    model, tmp_path, monkeypatch, mode
+):
+    problem = make(model, settings(tmp_path, hypergradient=mode, lower={"optimizer": "sgd"}), 2)
+    losses_of, fused = problem.losses, []
+
+    def losses(batches, params):
+        fused.append(torch.backends.cuda.flash_sdp_enabled())
+        return losses_of(batches, params)
+
+    monkeypatch.setattr(problem, "losses", losses)
+    problem.hypergradient(problem.theta(), problem.lower_levels(0), problem.upper_levels(0))
+    # each concept's lower and upper level; then, of two concepts, what the mode asks for
+    again = {"exact": [False] * 2, "finite_difference": [True] * 4, "first_order": []}[mode]
+    assert fused == [True] * 4 + again
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
 @pytest.mark.parametrize("per_forward", [1, 2, 3])
 def test_losses_computed_in_one_forward_are_those_of_one_each(
     model, tmp_path, per_forward, monkeypatch

@@ -43,7 +43,7 @@ def steps_in(output):
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-@pytest.mark.parametrize("hypergradient", ["first_order", "alternating"])
+@pytest.mark.parametrize("hypergradient", ["exact", "finite_difference", "alternating"])
 def test_killed_at_random_points_it_resumes_bit_by_bit(model, tmp_path, processes, hypergradient):
     config = settings(tmp_path, steps=7, checkpoint_every=2, hypergradient=hypergradient)
 
