@@ -312,6 +312,8 @@ def _pictures(source: PictureSource, prompt: str) -> tuple[Picture, ...]:
         path = Path(source).expanduser()
         if path.is_dir():
             return read_folder(path, prompt)
+        if not path.exists():
+            raise MimaError(f"{path} is neither a folder nor a picture: no such file")
         return (_picture(path, prompt),)
     if isinstance(source, (Image.Image, Picture, Mapping)):
         return (_picture(source, prompt),)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from mima.errors import MimaError
 if TYPE_CHECKING:
     from PIL import Image
 
+LONGEST_NAME = 200
 # a folder with none of these is not ours to replace
 OUR_FILES = (
     "model_index.json",
@@ -37,6 +39,7 @@ def check_folder(path: Path, *, overwrite: bool) -> None:
     Raises:
         MimaError: it is a file, holds files that may not be replaced, or cannot be written.
     """
+    _check_name(path)
     if path.exists() and not path.is_dir():
         raise MimaError(f"output {path} is a file, expected a folder")
     held = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
@@ -50,18 +53,36 @@ def check_folder(path: Path, *, overwrite: bool) -> None:
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise MimaError(f"output folder {path} cannot be made: {parent} is not writable")
+    _check_writable(path, parent)
 
 
 def check_file(path: Path, *, overwrite: bool) -> None:
     """The same as `check_folder` for one output file."""
+    _check_name(path)
     if path.is_dir():
         raise MimaError(f"output {path} is a folder, expected a file")
     if path.exists() and not overwrite:
         raise MimaError(f"output {path} exists; choose another, or use --overwrite")
     if not path.absolute().parent.is_dir():
         raise MimaError(f"output {path}: there is no folder {path.absolute().parent}")
+    _check_writable(path, path.absolute().parent)
+
+
+def _check_name(path: Path) -> None:
+    # what is written beside it until it is whole has a longer name
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise MimaError(f"output {path}: the name is longer than {LONGEST_NAME} bytes")
+
+
+def _check_writable(path: Path, parent: Path) -> None:
+    """Write beside an output: permissions do not say all, of root and of some file systems."""
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".mima-", dir=parent))
+    except OSError as error:
+        reason = error.strerror or error
+        raise MimaError(
+            f"output {path} cannot be made: {parent} is not writable: {reason}"
+        ) from error
 
 
 def write_whole(path: Path, data: bytes) -> None:

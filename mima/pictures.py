@@ -204,7 +204,9 @@ def check_pictures(pictures: Iterable[Picture]) -> list[str]:
 def is_candidate(path: Path) -> bool:
     """Whether a file in a folder of pictures is meant to be a picture."""
     name = path.name.lower()
-    if name.startswith((".", "~")) or not path.is_file():
+    # a link to nowhere is a picture that is missing
+    broken = path.is_symlink() and not path.exists()
+    if name.startswith((".", "~")) or not (path.is_file() or broken):
         return False
     return not (
         path.suffix.lower() in _COMPANION_ENDINGS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import Family, family_of
 from mima.immunize import immunize
-from mima.output import check_folder
+from mima.output import check_file, check_folder
 
 TOKEN = "<new1>"
 
@@ -62,7 +61,7 @@ RUNS = {
         {"resolution": 30},
         None,
         "30 pixels do not fit the vae of this StableDiffusionPipeline, which needs a multiple of "
-        "4, such as 32",
+        "8, such as 32",
     ),
     "nothing-to-erase": (
         {"erase_first": True},
@@ -141,12 +140,16 @@ def test_a_concept(changes, message):
         Concept("cat", **(told | changes))
 
 
-def test_an_output_that_cannot_be_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize("check", [check_folder, check_file])
+def test_an_output_that_cannot_be_written(tmp_path, check):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(MimaError, match=r"cannot be made: .*file is not writable"):
-        check_folder(tmp_path / "file" / "out", overwrite=False)
-    # root may write everywhere
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(MimaError, match="is not writable"):
-        check_folder(tmp_path / "deep" / "out", overwrite=False)
+    # where not even root may write
+    for path, message in (
+        (tmp_path / "file" / "out", "is not writable: Not a directory|there is no folder"),
+        (Path("/proc/out"), "out cannot be made: /proc is not writable"),
+        (tmp_path / ("x" * 201), "the name is longer than 200 bytes"),
+    ):
+        with pytest.raises(MimaError, match=message):
+            check(path, overwrite=False)
+    check(tmp_path / "out", overwrite=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]

@@ -278,6 +278,8 @@ def test_every_method_can_replace_its_own_results(workdir, model, method):
         (["cat", "--gradient-accumulation-steps", "0"], "gradient_accumulation_steps must be at"),
         (["cat", "--steps", "-1"], "steps must be at least 1, got -1"),
         (["cat", "--lr", "0"], "learning_rate must be above 0"),
+        (["cat", "--lr", "inf"], "learning_rate must be above 0 and finite, got inf"),
+        (["cat", "--class-images", "gone"], "gone is neither a folder nor a picture"),
         (["cat", "--rank", "0"], "rank must be at least 1"),
         (["cat", "--method", "lroa"], "method 'lroa' is unknown; did you mean 'lora'"),
         (["cat", "--set", "rnak=3"], "method lora has no setting rnak; did you mean 'rank'"),

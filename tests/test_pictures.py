@@ -180,6 +180,13 @@ def test_every_bad_file_is_named(tmp_path):
         assert [line for line in problems if name in line and reason in line], (name, problems)
 
 
+def test_a_link_to_nowhere_is_a_picture_that_is_missing(tmp_path):
+    save(tmp_path / "good.png")
+    (tmp_path / "lost.png").symlink_to(tmp_path / "elsewhere.png")
+    (problem,) = check_pictures(read_folder(tmp_path, "x"))
+    assert "lost.png: no such file" in problem
+
+
 def _encoded(suffix: str) -> bytes:
     buffer = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)

@@ -83,7 +83,7 @@ class Adaptation(ABC):
     def __post_init__(self) -> None:
         checks = {
             "steps": (self.steps >= 1, "at least 1"),
-            "learning_rate": (self.learning_rate > 0, "above 0"),
+            "learning_rate": (0 < self.learning_rate < math.inf, "above 0 and finite"),
             "resolution": (self.resolution is None or self.resolution >= 1, "at least 1"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
             "num_class_images": (self.num_class_images >= 1, "at least 1"),
@@ -276,7 +276,17 @@ class Run:
             yield step
 
     def save(self, folder: str | Path) -> Path:
-        """Write what was trained to `folder`, in the format that diffusers reads."""
+        """Write what was trained to `folder`, in the format that diffusers reads.
+
+        Raises:
+            Diverged: the last step left numbers that are not finite.
+        """
+        if not all(bool(weight.isfinite().all()) for weight in self._injection.parameters):
+            settings = self.adaptation
+            raise Diverged(
+                f"{settings.method}: step {self.step} left numbers that are not finite; "
+                f"lower learning_rate ({settings.learning_rate})"
+            )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._injection.save(folder)

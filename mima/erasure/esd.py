@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,7 @@ class ESD:
     def __post_init__(self) -> None:
         checks = {
             "steps": (self.steps >= 1, "at least 1"),
-            "learning_rate": (self.learning_rate > 0, "above 0"),
+            "learning_rate": (0 < self.learning_rate < math.inf, "above 0 and finite"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
             "negative_guidance": (self.negative_guidance >= 0, "at least 0"),
             "start_guidance": (self.start_guidance >= 1, "at least 1"),

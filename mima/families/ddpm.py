@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -48,6 +49,11 @@ class DDPM(Family):
                 f"scheduler: prediction_type of {kind} must be one of {', '.join(PREDICTIONS)}, "
                 f"got {prediction!r}"
             )
+
+    @property
+    def _multiple(self) -> int:
+        # the pipelines of these families draw nothing else, whatever the vae's factor
+        return math.lcm(super()._multiple, 8)
 
     @property
     def num_train_timesteps(self) -> int:

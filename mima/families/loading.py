@@ -222,13 +222,15 @@ def _open(source: ModelSource, dtype: torch.dtype) -> Any:
 
 
 def _open_hub(model: str, dtype: torch.dtype, revision: str | None, variant: str | None) -> Any:
-    if not isinstance(try_to_load_from_cache(model, INDEX, revision=revision), str):
+    try:
         # before huggingface_hub tries six times
-        problem = unreachable()
+        known = isinstance(try_to_load_from_cache(model, INDEX, revision=revision), str)
+        problem = None if known else unreachable()
         if problem:
             raise MimaError(f"model: {_absent_offline(model, revision)}: {problem}")
-    try:
         file = hf_hub_download(model, INDEX, revision=revision)
+    except MimaError:
+        raise
     except HUB_ERRORS as error:
         raise MimaError(f"model: {_explain(model, revision, error)}") from error
     index = _read_json(Path(file))
@@ -328,6 +330,8 @@ def _check_complete(folder: Path, module: torch.nn.Module) -> None:
                 f"; it holds {tail}, as transformers 5 writes it, which transformers "
                 f"{transformers.__version__} does not find"
             )
+        if missing[0].replace(".weight", ".base_layer.weight") in stored:
+            hint = "; it was saved with an adapter in it: fuse or unload that before saving"
         raise MimaError(
             f"model: the weights in {folder} are incomplete: {len(missing)} tensors are missing, "
             f"such as {missing[0]}{hint}"

@@ -30,6 +30,18 @@ def instance():
     )  # fmt: skip
 
 
+def test_what_is_not_finite_is_not_saved(pipeline, instance, tmp_path):
+    """The loss is that before the step, so that the last step's harm shows in the weights alone."""
+    run = LoRA(steps=1).adapt(pipeline, instance)
+    run.save(tmp_path / "good")
+    next(weight for weight in run.pipeline.unet.parameters() if weight.requires_grad).data[0] = (
+        torch.inf
+    )
+    with pytest.raises(MimaError, match="step 1 left numbers that are not finite; lower learning"):
+        run.save(tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
 def draw(pipeline, prompt=PROMPT):
     generator = torch.Generator().manual_seed(0)
     return pipeline(prompt, num_inference_steps=4, generator=generator, output_type="pt").images

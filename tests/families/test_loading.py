@@ -14,6 +14,7 @@ import torch
 from families import builders, ldm
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from mima.errors import MimaError
@@ -314,6 +315,19 @@ def test_a_vae_with_attention_of_older_names_is_complete(folder):
 
 
 # --- the hub
+
+
+def test_a_name_that_no_hub_has_is_one_error():
+    with pytest.raises(MimaError, match="cannot get 'a b/c' from the hub: Repo id must use"):
+        load_pipeline("a b/c")
+
+
+def test_a_model_that_was_saved_with_an_adapter_is_named(tmp_path):
+    pipeline = tiny.tiny_stable_diffusion(tmp_path / "tokenizer")
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    pipeline.save_pretrained(tmp_path / "model")
+    with pytest.raises(MimaError, match="saved with an adapter in it: fuse or unload"):
+        load_pipeline(tmp_path / "model")
 
 
 @pytest.mark.parametrize("model", ["nothing", "/nowhere/at/all", "a/b/c", "./a", "~/a"])
