@@ -49,7 +49,9 @@ def exact(
     leaves = {name: theta[name].detach().requires_grad_() for name in wrt}
     with torch.enable_grad(), twice_differentiable_attention():
         loss = task.loss(z, {**theta, **leaves}, k)
-        graph = torch.autograd.grad(loss, list(z.values()), create_graph=True)
+        graph = torch.autograd.grad(
+            loss, list(z.values()), create_graph=True, materialize_grads=True
+        )
 
     def product(u: Params) -> tuple[Tensors, Tensors]:
         with twice_differentiable_attention():

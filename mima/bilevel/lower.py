@@ -119,7 +119,8 @@ def loss_and_gradient(
     z = {name: value.detach().requires_grad_() for name, value in state.z.items()}
     with torch.enable_grad():
         loss = task.loss(z, theta, k)
-    grads = torch.autograd.grad(loss, list(z.values()))
+    # some networks have weights that no picture reads
+    grads = torch.autograd.grad(loss, list(z.values()), materialize_grads=True)
     return loss.detach(), dict(zip(z, grads, strict=True))
 
 
@@ -152,6 +153,7 @@ def unroll(task: LowerLevel, theta: Params) -> Tensors:
     state = State(z, first.memory)
     for k in range(task.steps):
         loss = task.loss(state.z, theta, k)
-        grads = torch.autograd.grad(loss, list(state.z.values()), create_graph=True)
+        leaves = list(state.z.values())
+        grads = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
         state = advance(task, state, dict(zip(state.z, grads, strict=True)), k)
     return state.z

@@ -308,7 +308,8 @@ def naive_outer_gradient(
         part, found = level({**phi, **own})
         objective = objective + part
         losses |= found
-    grads = torch.autograd.grad(objective, [leaves[name] for name in wrt])
+    inputs = [leaves[name] for name in wrt]
+    grads = torch.autograd.grad(objective, inputs, materialize_grads=True)
     return OuterGradient(
         dict(zip(wrt, grads, strict=True)),
         _values(losses),

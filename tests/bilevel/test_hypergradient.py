@@ -235,6 +235,21 @@ def test_parts_of_several_concepts_give_the_same(theta):
     assert other.losses == pytest.approx(one.losses, rel=1e-12)
 
 
+@pytest.mark.parametrize("optimizer", [SGD(lr=0.3), Adam(lr=0.1, eps=1e-2)], ids=["sgd", "adam"])
+@pytest.mark.parametrize("mode", ["exact", "finite_difference"])
+def test_weights_that_no_batch_reads_stay(theta, mode, optimizer):
+    args = problem(theta, optimizer=optimizer)
+    expected = outer_gradient(theta, *args, mode="exact", wrt=tuple(theta)).gradient
+    wider = {**theta, "unread": randn(2, 3, seed=5)}
+    args = problem(wider, optimizer=optimizer)
+    ours = outer_gradient(wider, *args, mode=mode, wrt=tuple(wider)).gradient
+    assert not ours.pop("unread").any()
+    assert_close(ours, expected, 1e-6)
+    naive = naive_outer_gradient(wider, *args, wrt=tuple(wider)).gradient
+    assert not naive.pop("unread").any()
+    assert_close(naive, expected, 1e-10)
+
+
 def test_unmerged_sums_the_single_concept_problems(theta):
     tasks, _, upper = problem(theta)
     joint = unmerged_gradient(theta, tasks, upper, mode="exact", wrt=("key",))
