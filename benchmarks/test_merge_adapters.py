@@ -13,6 +13,7 @@ the constraint hard: layer by layer, as their formula reads, and by mima.
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from transformers import CLIPTextModel
 
 from benchmarks.harness import Comparison, Machine, replay
 from mima.adaptation.copies import shared_copy, with_modules
@@ -48,6 +50,13 @@ def stable_diffusion(device: torch.device) -> UNet2DConditionModel:
         if any(f".{target}.weight" in name for target in TARGETS):
             weight.normal_(std=weight.shape[1] ** -0.5)
     return unet
+
+
+def wide_text_encoder(like: CLIPTextModel) -> CLIPTextModel:
+    """One that writes what the UNet reads; nothing is computed with it."""
+    config = copy.deepcopy(like.config)
+    config.update({"hidden_size": D, "num_attention_heads": D // 64, "num_hidden_layers": 1})
+    return CLIPTextModel(config).to(like.device).requires_grad_(False)
 
 
 def with_peft(unet: UNet2DConditionModel) -> tuple[Any, list[Adapter], list[LoraLayer]]:
@@ -86,7 +95,10 @@ def embeddings(device: torch.device) -> tuple[list[Tensor], Tensor]:
 def comparison(device: torch.device) -> tuple[Comparison, dict[str, Sequence[float]]]:
     torch.manual_seed(0)
     unet = stable_diffusion(device)
-    pipeline = with_modules(load_embedded(device=device), unet=shared_copy(unet))
+    embedded = load_embedded(device=device)
+    pipeline = with_modules(
+        embedded, unet=shared_copy(unet), text_encoder=wide_text_encoder(embedded.text_encoder)
+    )
     model, adapters, layers = with_peft(unet)
     plan = functools.partial(MergePlan.from_embeddings, *embeddings(device), weights=WEIGHTS)
     names = list(adapters[0].factors)
@@ -175,7 +187,10 @@ def composed(W0: Tensor, W: Sequence[Tensor], C: Sequence[Tensor], C_reg: Tensor
 def composition(device: torch.device) -> Comparison:
     torch.manual_seed(0)
     unet = stable_diffusion(device)
-    pipeline = with_modules(load_embedded(device=device), unet=shared_copy(unet))
+    embedded = load_embedded(device=device)
+    pipeline = with_modules(
+        embedded, unet=shared_copy(unet), text_encoder=wide_text_encoder(embedded.text_encoder)
+    )
     _, adapters, _ = with_peft(unet)
     names = [name for name in adapters[0].factors if re.search(r"attn2\.to_[kv]\.", name)]
     adapters = [
