@@ -92,7 +92,8 @@ class Ascent:
             )
             if names
         }
-        self._skipped_in_a_row = 0
+        # of each level: where they take turns, one that always fails is not to go unnoticed
+        self._skipped_in_a_row = {"upper": 0, "lower": 0}
         self._stopped = False
         self._trackers: list[Tracker] = []
         self._clock = time.perf_counter()
@@ -140,18 +141,19 @@ class Ascent:
         """
         norm = outer.norm if outer.gradient else 0.0
         seen = (norm, outer.drift, *outer.losses.values())
+        finite = all(map(math.isfinite, seen))
         with uninterrupted():
-            if all(map(math.isfinite, seen)):
-                self._skipped_in_a_row = 0
+            if finite:
+                self._skipped_in_a_row[level] = 0
                 self._step(outer.gradient, norm, level)
                 for name, value in (committed or {}).items():
                     self.theta[name].copy_(value)
             else:
-                self._skipped_in_a_row += 1
-            self.history.append(self._report(outer, norm))
+                self._skipped_in_a_row[level] += 1
+            self.history.append(self._report(outer, norm, skipped=not finite))
         report = self.history[-1]
-        if self._skipped_in_a_row:
-            self._skip(report)
+        if not finite:
+            self._skip(report, self._skipped_in_a_row[level])
         self._check_divergence()
         # every callback is called, also after one that wants to stop
         answers = [callback(report) for callback in self._callbacks]
@@ -170,7 +172,7 @@ class Ascent:
         self._optimizers[level].step()
         self._optimizers[level].zero_grad(set_to_none=True)
 
-    def _report(self, outer: OuterGradient, norm: float) -> StepReport:
+    def _report(self, outer: OuterGradient, norm: float, *, skipped: bool) -> StepReport:
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         recent = [report.seconds for report in self.history[1 - ETA_STEPS :]] + [seconds]
@@ -186,18 +188,18 @@ class Ascent:
             seconds=seconds,
             eta=sum(recent) / len(recent) * (steps - done),
             memory=peak_memory(self._problem.family.device),
-            skipped=before + (self._skipped_in_a_row > 0),
+            skipped=before + skipped,
             stage=self._stage,
         )
 
-    def _skip(self, report: StepReport) -> None:
+    def _skip(self, report: StepReport, in_a_row: int) -> None:
         losses = ", ".join(f"{name} {value:g}" for name, value in report.losses.items())
         what = f"losses {losses}; gradient norm {report.gradient_norm:g}; drift {report.drift:g}"
-        if self._skipped_in_a_row <= self._config.max_skipped:
+        if in_a_row <= self._config.max_skipped:
             logger.warning("step %d left out, not finite: %s", report.step, what)
             return
         raise MimaError(
-            f"immunize: {self._skipped_in_a_row} steps in a row were not finite, the last being "
+            f"immunize: {in_a_row} steps in a row were not finite, the last being "
             f"step {report.step} ({what}); a smaller upper.lr ({self._config.upper.lr:g}) or "
             f"lower.lr ({self._config.lower.lr:g}) may help{self._kept()}"
         )

@@ -157,7 +157,8 @@ class ImmunizeConfig(Settings):
     """Outer steps between checkpoints, where the run has an output folder. None: only at the end,
     and when it is interrupted."""
     max_skipped: int = Field(10, ge=0)
-    """Steps in a row that may be left out because a loss or gradient was not finite."""
+    """Steps in a row that may be left out because a loss or gradient was not finite; with
+    ``alternating``, even ones in a row, or odd ones."""
     divergence: float | None = Field(10.0, gt=1)
     """Stop when the mean loss on class pictures over the last ten steps exceeds this many times
     that over the first ten: the model is being destroyed, not immunized. None: never."""

@@ -228,6 +228,23 @@ def test_too_many_steps_that_are_not_finite_end_the_run(model, tmp_path, monkeyp
     assert all(torch.isfinite(value).all() for value in kept.tensors.values())
 
 
+def test_a_level_that_always_fails_ends_the_run(model, tmp_path):
+    """Of the published pairs' steps, where the other level's are finite."""
+    lower = {"lr": 1e30}
+    config = settings(
+        tmp_path,
+        hypergradient="alternating",
+        steps=9,
+        max_skipped=2,
+        lower=lower,
+        checkpoint_every=1,
+    )
+    interrupted = config.model_copy(update={"steps": 2})
+    immunized(model, interrupted, checkpoint=tmp_path / "c")
+    with pytest.raises(MimaError, match=r"3 steps in a row were not finite.* step 5 "):
+        immunized(model, config, checkpoint=tmp_path / "c", resume=True)
+
+
 def test_divergence_ends_the_run(model, tmp_path, monkeypatch):
     break_losses(monkeypatch, lambda step: 100.0 if step >= 12 else 1.0)
     config = settings(tmp_path, steps=30, divergence=20)
