@@ -418,6 +418,8 @@ def adapt(
     for one, name in zip(learned, names, strict=True):
         where = folder / name if len(learned) > 1 else folder
         opened = [part for key, value in source.options.items() for part in (f"--{key}", value)]
+        if single_file_config is not None:
+            opened += ["--single-file-config", single_file_config]
         if resolution is not None:
             opened += ["--resolution", str(resolution)]
         look = command("sample", one.prompt, "--model", model, *opened, "--adapter", where)

@@ -401,8 +401,8 @@ def _open_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Any
         hint = ""
         if config is None and isinstance(error, OSError):
             hint = (
-                "; diffusers reads its configuration from the hub: offline, pass config, a "
-                "diffusers folder of a model of the same architecture"
+                "; diffusers reads its configuration from the hub: offline, pass config "
+                "(--single-file-config), a diffusers folder of a model of the same architecture"
             )
         raise MimaError(f"model: cannot open {path}: {_first_line(error)}{hint}") from error
     for name, component in pipeline.components.items():

@@ -22,6 +22,7 @@ from mima.evaluation.attacks import PRESETS, attack_grid, grid_config, material,
 from mima.evaluation.records import AttackRow, ConceptRecord, EvaluationFolder
 from mima.evaluation.sampling import Job
 from mima.evaluation.summary import summarize
+from mima.families import ModelSource
 
 SAMPLER = Sampler(steps=3, batch_size=5, guidance=3.0)
 GRID = {
@@ -58,7 +59,7 @@ def run(folders, output, **changes):
         "similarities": [folders / "clip"],
         "processes": 1,
     } | changes
-    models = folders / "original", folders / "immunized"
+    models = ModelSource(folders / "original"), folders / "immunized"
     return evaluate(*models, [tiny.concept("red", "round")], **arguments)
 
 
