@@ -30,6 +30,7 @@ from mima.pictures import (
     read_captions,
     read_folder,
 )
+from mima.plain import read_json, read_yaml
 
 __all__ = [
     "Concept",
@@ -605,7 +606,9 @@ def _parse(path: Path) -> object:
         raise MimaError(f"{path}: concepts are described in .yaml or .json files, or by folders")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        return json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+        return read_json(text) if path.suffix.lower() == ".json" else read_yaml(text)
+    except MimaError as error:
+        raise MimaError(f"{path}: {error}") from error
     except UnicodeDecodeError as error:
         raise MimaError(f"{path} is not UTF-8 text") from error
     except json.JSONDecodeError as error:

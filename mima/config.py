@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from mima.errors import MimaError, ProblemList, nearest
+from mima.plain import read_yaml
 
 Method = Literal["none", "imma", "joint", "compose", "mima"]
 MergeRule = Literal["projected", "average", "none"]
@@ -290,7 +291,9 @@ def load_config(path: str | Path) -> ImmunizeRun:
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path.read_text(encoding="utf-8"))
+    except MimaError as error:
+        raise MimaError(f"config: {path}: {error}") from error
     except OSError as error:
         raise MimaError(f"config: cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

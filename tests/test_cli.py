@@ -643,6 +643,8 @@ def test_a_config_that_is_none(config, workdir):
     assert "nowhere to write" in run("immunize", config, code=2)
     (workdir / "list.yaml").write_text("- 1")
     assert "must be a mapping" in run("immunize", "list.yaml", "-o", "out", code=2)
+    (workdir / "twice.yaml").write_text("model: a\nconcepts: [cat]\nmodel: b\n")
+    assert "'model' stands twice" in run("immunize", "twice.yaml", "-o", "out", code=2)
 
 
 def test_an_empty_concept_folder(config, workdir):

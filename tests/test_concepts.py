@@ -420,3 +420,25 @@ def test_an_unknown_embedded_concept():
     name = embedded_names()[0]
     with pytest.raises(MimaError, match=f"did you mean '{name}'"):
         embedded_concept(name + "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("lists.json", '{"cat+dog": [], "bird": [], "cat+dog": []}'),
+        ("lists.yaml", "cat+dog: []\nbird: []\ncat+dog: []\n"),
+    ],
+)
+def test_a_group_that_stands_twice_is_named_not_dropped(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(MimaError, match=rf"{name}: 'cat\+dog' stands twice"):
+        load_concepts(tmp_path / name)
+
+
+def test_anchors_and_merges_of_yaml_are_read(tmp_path):
+    pictures(tmp_path / "shown", "a.png")
+    (tmp_path / "concepts.yaml").write_text(
+        "- &cat {name: cat, prompt: a cat, images: shown}\n- {<<: *cat, name: dog}\n- *cat\n"
+    )
+    names = [concept.name for concept in load_concepts(tmp_path / "concepts.yaml")]
+    assert names == ["cat", "dog", "cat-2"]
