@@ -77,6 +77,8 @@ def show() -> None:
     from rich.text import Text
 
     from mima.console import stdout
+    from mima.errors import nearest
+    from mima.ops.backends import BACKENDS
 
     found = diagnose()
     console = stdout()
@@ -95,6 +97,9 @@ def show() -> None:
             if reason
         )
         console.print(Group(*(Text(f"  {note}", style="dim") for note in notes)))
+    asked = found.variables.get("MIMA_BACKEND")
+    if asked and asked not in BACKENDS:
+        console.print(Text(f"MIMA_BACKEND: no backend {asked!r}; {nearest(asked, BACKENDS)}", "red"))
 
 
 def _versions() -> dict[str, str]:

@@ -44,3 +44,6 @@ def test_every_operator_and_reason_is_printed():
 def test_a_backend_that_is_none_serves_nothing(monkeypatch, backend):
     monkeypatch.setenv("MIMA_BACKEND", backend)
     assert {service.serving for service in diagnose().services} == {""}
+    output = CliRunner().invoke(app, ["doctor"], catch_exceptions=False).output
+    assert f"MIMA_BACKEND: no backend {backend!r};" in output
+    assert "Known: native, reference, triton" in output
