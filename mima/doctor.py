@@ -99,7 +99,8 @@ def show() -> None:
         console.print(Group(*(Text(f"  {note}", style="dim") for note in notes)))
     asked = found.variables.get("MIMA_BACKEND")
     if asked and asked not in BACKENDS:
-        console.print(Text(f"MIMA_BACKEND: no backend {asked!r}; {nearest(asked, BACKENDS)}", "red"))
+        hint = nearest(asked, BACKENDS)
+        console.print(Text(f"MIMA_BACKEND: no backend {asked!r}; {hint}", style="red"))
 
 
 def _versions() -> dict[str, str]:
