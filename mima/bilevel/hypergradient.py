@@ -192,9 +192,12 @@ def _rule_pullback(
 
 
 def accumulate(total: Tensors, more: Params) -> None:
-    """Add ``more`` to ``total`` in place, by name."""
-    for name, value in more.items():
-        total[name] = total[name] + value if name in total else value
+    """Add ``more`` to the names of ``total``; the tensors themselves stay as they are."""
+    both = [name for name in more if name in total]
+    if both:
+        sums = torch._foreach_add([total[name] for name in both], [more[name] for name in both])
+        total.update(zip(both, sums, strict=True))
+    total.update((name, value) for name, value in more.items() if name not in total)
 
 
 def _split(

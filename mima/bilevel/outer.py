@@ -185,26 +185,27 @@ def upper_gradient(
         The gradient at φ, those at the words, and the losses by name.
     """
     leaves = {name: value.detach().requires_grad_() for name, value in phi.items()}
-    phi_bar: Tensors = {name: torch.zeros_like(value) for name, value in leaves.items()}
+    phi_bar: Tensors = {}
     words_bar: dict[int, Tensors] = {}
     seen: list[Tensors] = []
     for n in ranks.share(len(upper)):
         own = {name: v.detach().requires_grad_() for name, v in (words or {}).get(n, {}).items()}
-        words_bar[n] = {name: torch.zeros_like(value) for name, value in own.items()}
         losses, grads = part_gradient(upper[n], {**leaves, **own})
-        torch._foreach_add_((*phi_bar.values(), *words_bar[n].values()), grads)
+        words_bar[n] = {name: grads[name] for name in own}
+        accumulate(phi_bar, {name: grads[name] for name in leaves})
         seen.append(losses)
     # read at the end: each reading waits for the device
     values = ranks.interleave([_values(losses) for losses in seen], len(upper))
     return ranks.sum(phi_bar, leaves), words_bar, union(values)
 
 
-def part_gradient(part: UpperLevel, leaves: Params) -> tuple[Tensors, tuple[torch.Tensor, ...]]:
+def part_gradient(part: UpperLevel, leaves: Params) -> tuple[Tensors, Tensors]:
     """Losses of one part of the upper level, and its gradient at each leaf; no graph is left."""
     with torch.enable_grad():
         objective, losses = part(leaves)
     grads = torch.autograd.grad(objective, list(leaves.values()), materialize_grads=True)
-    return {name: loss.detach() for name, loss in losses.items()}, grads
+    seen = {name: loss.detach() for name, loss in losses.items()}
+    return seen, dict(zip(leaves, grads, strict=True))
 
 
 def _values(losses: Params) -> dict[str, float]:
