@@ -56,6 +56,9 @@ class ESD:
     """η: how far beyond the nameless prompt's prediction the concept's is pushed."""
     start_guidance: float = 3.0
     """Guidance scale with which x_t is drawn; 1 is none, for guidance-distilled models."""
+    resolution: int | None = None
+    """Side in pixels of the pictures whose noise is predicted; by default what the model was
+    trained on."""
     sampling_steps: int = 50
     """Noise levels of the sampler that draws x_t."""
     gradient_checkpointing: bool = False
@@ -70,6 +73,7 @@ class ESD:
             "batch_size": (self.batch_size >= 1, "at least 1"),
             "negative_guidance": (self.negative_guidance >= 0, "at least 0"),
             "start_guidance": (self.start_guidance >= 1, "at least 1"),
+            "resolution": (self.resolution is None or self.resolution >= 1, "at least 1"),
             "sampling_steps": (self.sampling_steps >= 1, "at least 1"),
         }
         check_settings(self, checks)
@@ -108,10 +112,10 @@ class ESD:
         if not all(groups):
             raise ValueError("ESD.erase: a list of edits is empty")
         require_full_precision(pipeline, "esd")
-        frozen = family_of(pipeline)
+        frozen = family_of(pipeline, resolution=self.resolution)
         denoiser = copy.deepcopy(frozen.denoiser).requires_grad_(False).eval()
         erased = with_modules(pipeline, **{component_name(pipeline, frozen.denoiser): denoiser})
-        family = family_of(erased)
+        family = family_of(erased, resolution=self.resolution)
         parameters = [
             denoiser.get_parameter(name).requires_grad_(True)
             for name in family.parameter_names(self.parameters)
