@@ -318,7 +318,7 @@ def strip_chart(strips: Sequence[Strip], *, quantity: str) -> Figure:
         height = 0.95 + 0.5 * len(strips)
         figure = Figure(figsize=(7.2, height))
         FigureCanvasAgg(figure)
-        panel = figure.add_axes((0.16, 0.56 / height, 0.81, 1 - 0.68 / height))
+        panel = figure.add_axes((0.22, 0.56 / height, 0.75, 1 - 0.68 / height))
         panel.grid(visible=False)
         panel.grid(visible=True, axis="x")
         panel.axvline(0, color=CEILING, linewidth=1.2)
@@ -343,7 +343,7 @@ def strip_chart(strips: Sequence[Strip], *, quantity: str) -> Figure:
         everything = [value for strip in strips for value in strip.values]
         panel.set_xlim(min(0.0, *everything) - 0.04, max(0.1, *everything) + 0.04)
         panel.set_ylim(len(strips) - 0.5, -0.5)
-        panel.set_yticks(range(len(strips)), [_cut(strip.label, 16) for strip in strips])
+        panel.set_yticks(range(len(strips)), [_cut(strip.label, 17) for strip in strips])
         panel.tick_params(axis="y", labelsize=10, labelcolor=INK)
         panel.spines["left"].set_visible(False)
         panel.set_xlabel(quantity, fontsize=9.5, loc="left")

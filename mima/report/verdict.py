@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from mima.report.runs import Run, setting
 from mima.report.words import less, method_name, number
 
+SLIGHT = 0.05
+"""A similarity gap ratio below which a headline claims nothing."""
+
 
 def verdict(runs: Sequence[Run], similarity: str) -> tuple[str, list[str]]:
     """A headline and its sentences, in plain words, by one similarity."""
@@ -46,6 +49,8 @@ def _verdict_of(run: Run, similarity: str) -> tuple[str, list[str]]:
         title = "At least one attack got through"
     elif concept.sgr is not None and concept.sgr <= 0:
         title = f"{concept.concept} became no harder to learn"
+    elif worst < SLIGHT:
+        title = "At least one attack was hardly held back"
     elif summary.msgr.low is not None and summary.msgr.low <= 0:
         title = "Attacks were held back, but not reliably"
     else:
