@@ -31,7 +31,8 @@ def describe(x: object) -> str:
 
 def require_sequence(op: str, name: str, value: object, of: str = "tensors") -> None:
     """Refuse what cannot be indexed, and a tensor, whose rows would pass for its elements."""
-    if isinstance(value, Tensor | str) or not isinstance(value, Sequence):
+    # a tuple: torch 2.9 does not compile X | Y
+    if isinstance(value, (Tensor, str)) or not isinstance(value, Sequence):
         raise TypeError(f"{op}: {name} must be a sequence of {of}, got {describe(value)}")
 
 

@@ -105,8 +105,8 @@ def lora(
     def call(tensors: Sequence[Tensor], backend: str | None) -> list[Tensor]:
         x, weight, scale, *rest = tensors
         chosen = torch.tensor(index, dtype=torch.int64, device=x.device)
-        added = rest.pop(0) if bias else None
-        A, B = rest[:N], rest[N:]
+        added, factors = (rest[0], rest[1:]) if bias else (None, rest)
+        A, B = factors[:N], factors[N:]
         f = _function("batched_lora", backend)
         return [f(x, weight, A, B, scale, chosen, bias=added)]
 
