@@ -145,12 +145,19 @@ def select_adapters(
     """Return each sample's adapter and scale: [b, r, d], [b, o, r] and [b, 1, 1]."""
     # Zeros make the ranks equal; one more adapter of zeros, last, is what −1 selects.
     rank = max(A_n.shape[0] for A_n in A)
-    A_stack = torch.stack([F.pad(wide(A_n), (0, 0, 0, rank - A_n.shape[0])) for A_n in A])
-    B_stack = torch.stack([F.pad(wide(B_n), (0, rank - B_n.shape[1])) for B_n in B])
-    A_b = F.pad(A_stack, (0, 0, 0, 0, 0, 1))[index]
-    B_b = F.pad(B_stack, (0, 0, 0, 0, 0, 1))[index]
-    s_b = F.pad(scale.to(A_b.dtype), (0, 1))[index]
+    A_stack = torch.stack([_extended(wide(A_n), 0, rank) for A_n in A])
+    B_stack = torch.stack([_extended(wide(B_n), 1, rank) for B_n in B])
+    A_b, B_b, s_b = (
+        _extended(stack, 0, len(A) + 1)[index] for stack in (A_stack, B_stack, scale.to(A_stack))
+    )
     return A_b, B_b, s_b[:, None, None]
+
+
+def _extended(x: Tensor, dim: int, size: int) -> Tensor:
+    """Zeros behind a dimension until it has a size; `F.pad` of torch 2.9 refuses empty tensors."""
+    shape = list(x.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat((x, x.new_zeros(shape)), dim)
 
 
 def merge_lora(

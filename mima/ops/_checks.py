@@ -66,7 +66,7 @@ def require_like(
     if x.ndim != len(shape) or any(
         size != wanted
         for size, wanted in zip(x.shape, shape, strict=True)
-        if wanted.__class__ is not str
+        if type(wanted) is not str
     ):
         expected = ", ".join(str(size) for size in shape)
         raise ValueError(
