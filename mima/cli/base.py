@@ -1,0 +1,99 @@
+"""The application: what every command shares before and after it runs."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from mima._version import __version__
+from mima.errors import MimaError
+
+USAGE_ERROR, UNEXPECTED_ERROR, INTERRUPTED = 2, 1, 130
+
+
+class _Commands(TyperGroup):
+    """Turns exceptions into messages and exit codes, for every command alike."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # people append --debug to the command that has just failed
+        if "--debug" in args:
+            args = ["--debug", *(arg for arg in args if arg != "--debug")]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        from mima.console import show_error
+
+        debug = bool(ctx.params.get("debug"))
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            show_error("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        # typer ends quietly where `| head` has read enough
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        # this is the outermost frame: whatever went wrong is reported here and nowhere else
+        except Exception as error:
+            # usage errors know how to show themselves
+            if hasattr(error, "format_message"):
+                raise
+            if debug:
+                traceback.print_exc()
+            if _is_ours(error):
+                show_error(str(error))
+                raise typer.Exit(USAGE_ERROR) from error
+            hint = "" if debug else "\nThis should not happen; --debug shows where it did."
+            show_error(f"{type(error).__name__}: {error}{hint}")
+            raise typer.Exit(UNEXPECTED_ERROR) from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an exception is mima's own word about its input, not an accident further down."""
+    if isinstance(error, MimaError):
+        return True
+    if not isinstance(error, (ValueError, TypeError)):
+        return False
+    frames = list(traceback.walk_tb(error.__traceback__))
+    module = str(frames[-1][0].f_globals.get("__name__", ""))
+    return module == "mima" or module.startswith("mima.")
+
+
+app = typer.Typer(
+    name="mima",
+    cls=_Commands,
+    help="Immunize text-to-image models against fine-tuning on many concepts at once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mima {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks and other libraries' messages.")
+    ] = False,
+) -> None:
+    from mima.console import quiet_third_parties
+
+    if not debug:
+        quiet_third_parties()

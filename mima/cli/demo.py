@@ -1,0 +1,33 @@
+"""`mima demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mima.cli.base import app
+from mima.cli.options import Overwrite, Seed
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
+        "mima-demo"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="A shorter run, in 90 seconds.")] = False,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Immunize the embedded model against two concepts, attack it, and print what held."""
+    from mima.output import check_folder
+
+    check_folder(output, overwrite=overwrite)
+
+    # only now what takes seconds to import
+    from mima.console import stdout
+    from mima.demo import run_demo, show
+
+    stdout().print(show(run_demo(output, quick=quick, seed=seed, overwrite=overwrite)))
+    stdout().print(f"pictures, curves and all numbers: {output}")

@@ -1,0 +1,124 @@
+"""`mima erase`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from mima.cli.base import app
+from mima.cli.options import (
+    Device,
+    Dtype,
+    Model,
+    Overwrite,
+    Revision,
+    Seed,
+    SingleFileConfig,
+    Variant,
+    described_concepts,
+    given_settings,
+    model_source,
+    open_device,
+    torch_dtype,
+    write_record,
+)
+from mima.errors import MimaError
+
+if TYPE_CHECKING:
+    from mima.concepts import Concept
+
+
+@app.command()
+def erase(
+    concepts: Annotated[list[str], typer.Argument(help="Folders, descriptions or embedded names.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the erased model.")],
+    model: Model = "embedded",
+    revision: Revision = None,
+    variant: Variant = None,
+    single_file_config: SingleFileConfig = None,
+    dtype: Dtype = "float32",
+    method: Annotated[
+        Literal["uce", "esd-x", "esd-u", "esd-full"],
+        typer.Option(
+            help="A closed-form edit of what reads text, or fine-tuning against the model's own "
+            "knowledge: of cross-attention, of all but it, or of everything."
+        ),
+    ] = "uce",
+    preserve: Annotated[
+        list[str] | None,
+        typer.Option(help="For uce: a concept or a caption to keep; may be repeated."),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt of the concept, where nothing else says it.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="Words that take the place of a name.")] = "",
+    technique: Annotated[
+        Literal["replace", "tensor"],
+        typer.Option(help="For uce: move values to the target's, or also remove the old ones."),
+    ] = "replace",
+    steps: Annotated[int | None, typer.Option(help="For esd: training steps.")] = None,
+    lr: Annotated[float | None, typer.Option(help="For esd: learning rate.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="For esd: any other setting."),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Erase concepts from a model."""
+    from dataclasses import asdict
+
+    from mima.concepts import load_concepts
+    from mima.config import checked
+    from mima.console import progress, stdout
+    from mima.erasure import VARIANTS
+    from mima.erasure import erase as run_erase
+    from mima.families import load_pipeline
+    from mima.output import check_folder, fresh_folder
+    from mima.problem import ordinary_captions
+    from mima.saving import save_pipeline
+
+    check_folder(output, overwrite=overwrite)
+    options = {"steps": steps, "learning_rate": lr}
+    given = given_settings(options, settings)
+    if method == "uce" and given:
+        raise MimaError(f"method uce has no setting {min(given)}; it is a closed form")
+    if method != "uce" and (preserve or technique != "replace"):
+        raise MimaError(f"--preserve and --technique are for method uce, not for {method}")
+    erased = described_concepts(concepts, {} if prompt is None else {"prompt": prompt})
+    source = model_source(model, revision, variant, single_file_config)
+    if method != "uce":
+        preset = VARIANTS[method]
+        esd = checked(type(preset), f"method {method}", asdict(preset) | {"seed": seed, **given})
+        pipeline = load_pipeline(source, dtype=torch_dtype(dtype), device=open_device(device))
+        with progress() as bars:
+            task = bars.add_task(f"erasing by {method}", total=esd.steps, note="")
+            result = esd.erase(
+                pipeline,
+                erased,
+                target=target,
+                on_step=lambda step, loss: bars.update(
+                    task, completed=step, note=f"loss {loss:.3f}"
+                ),
+            )
+        said: dict[str, Any] = {"settings": asdict(esd)}
+    else:
+        kept: list[str | Concept] = [*ordinary_captions(None)]
+        for item in preserve or []:
+            kept += load_concepts(item) if _names_concepts(item) else [item]
+        pipeline = load_pipeline(source, dtype=torch_dtype(dtype), device=open_device(device))
+        result = run_erase(pipeline, erased, preserve=kept, target=target, technique=technique)
+        said = {"technique": technique}
+    with fresh_folder(output, overwrite=overwrite) as staging:
+        save_pipeline(result, staging)
+        write_record(staging, "erase", source, erased, method=method, target=target, **said)
+    stdout().print(f"erased {', '.join(concept.name for concept in erased)}: {output}")
+
+
+def _names_concepts(item: str) -> bool:
+    from mima.concepts import embedded_names
+
+    return Path(item).exists() or item in embedded_names()

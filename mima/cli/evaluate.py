@@ -1,0 +1,158 @@
+"""`mima evaluate` and `mima report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from mima.cli.base import app
+from mima.cli.options import (
+    Device,
+    Overwrite,
+    Revision,
+    SingleFileConfig,
+    Variant,
+    given_settings,
+    model_source,
+    open_device,
+)
+from mima.errors import MimaError
+
+
+@app.command()
+def evaluate(
+    original: Annotated[str, typer.Argument(help="The model before immunization.")],
+    immunized: Annotated[str, typer.Argument(help="The model after it.")],
+    concepts: Annotated[
+        list[str], typer.Option("--concepts", help="Immunized against; may be repeated.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")],
+    others: Annotated[
+        list[str] | None, typer.Option("--others", help="Must stay learnable; may be repeated.")
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(help="quick (minutes), standard (as published), adversarial (all).")
+    ] = "quick",
+    similarity: Annotated[
+        list[str] | None,
+        typer.Option(help="clip, dino, lpips, embedded, a hub id or a folder; may be repeated."),
+    ] = None,
+    protocol: Annotated[
+        Literal["standard", "published"],
+        typer.Option(help="How pictures are prepared; 'published' repeats IMMA's script."),
+    ] = "standard",
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Attacks at a time; by default one per core.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Label of the run.")] = None,
+    method: Annotated[
+        Literal["none", "imma", "joint", "compose", "mima"] | None,
+        typer.Option(help="How it was immunized; by default what its mima.json says."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one: --set seeds=[0,1]"),
+    ] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="A file of ordinary prompts, one per line.")
+    ] = None,
+    revision: Revision = None,
+    variant: Variant = None,
+    single_file_config: SingleFileConfig = None,
+    immunized_revision: Annotated[
+        str | None, typer.Option(help="--revision, of the immunized model.")
+    ] = None,
+    immunized_variant: Annotated[
+        str | None, typer.Option(help="--variant, of the immunized model.")
+    ] = None,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Attack a model before and after immunization; run again, it goes on where it stopped."""
+    from mima.concepts import load_concepts
+    from mima.console import command, progress, stderr, stdout
+
+    found = load_concepts(concepts)
+    kept = load_concepts(others) if others else []
+
+    # only now what takes seconds to import
+    from mima.evaluation import evaluate as run_evaluate
+
+    given = given_settings({}, settings)
+    default = "embedded" if original == "embedded" else "clip"
+    with progress() as bars:
+        task = bars.add_task("attacking", total=None, note="")
+
+        def show(done: int, total: int, finished: str) -> None:
+            bars.update(task, completed=done, total=total)
+            if finished:
+                bars.update(task, note=finished)
+
+        try:
+            result = run_evaluate(
+                model_source(original, revision, variant, single_file_config),
+                model_source(immunized, immunized_revision, immunized_variant, None),
+                found,
+                output=output,
+                others=kept,
+                preset=preset,
+                settings=given,
+                similarities=similarity or [default],
+                protocol=protocol,
+                processes=processes,
+                device=None if device is None else open_device(device),
+                name=name,
+                method=method or _method_of(immunized),
+                captions=captions,
+                overwrite=overwrite,
+                progress=show,
+            )
+        except KeyboardInterrupt:
+            stderr().print("finished attacks are kept; the same command goes on from them")
+            raise
+    for label, summary in result.summary.items():
+        worst, mean = summary.worst_attack, summary.msgr
+        if worst.sgr is None or mean.mean is None:
+            stdout().print(f"{label}: no attack could be compared")
+            continue
+        stdout().print(
+            f"{label}: worst attack SGR {worst.sgr:+.3f} ({worst.attack}); mean over concepts "
+            f"{mean.mean:+.3f} (95% over seeds: {mean.low:+.3f} to {mean.high:+.3f})"
+        )
+    stdout().print(f"pictures and all numbers: {output}\nas a page: {command('report', output)}")
+
+
+def _method_of(model: str) -> Any:
+    """How a folder that `mima immunize` wrote was immunized, or None."""
+    import json
+
+    path = Path(model) / "mima.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("config", {}).get("method")
+    except (OSError, ValueError, AttributeError) as error:
+        raise MimaError(f"cannot read {path}: {error}") from error
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(help="What mima evaluate wrote; several are compared.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The page; report.html in the folder, or for several, here.",
+        ),
+    ] = None,
+) -> None:
+    """Put evaluations on one self-contained page, with every figure beside it."""
+    from mima.console import stdout
+    from mima.report import write_report
+
+    stdout().print(str(write_report(folders, output)))

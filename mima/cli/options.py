@@ -1,0 +1,160 @@
+"""Options that several commands have, and how they are read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from mima._version import __version__
+from mima.errors import MimaError, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from mima.concepts import Concept
+    from mima.families import ModelSource
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="A diffusers folder, a .safetensors file, a hub id, or 'embedded'.", show_default=True
+    ),
+]
+
+Revision = Annotated[
+    str | None, typer.Option(help="Of a model of the hub: a branch, tag or commit.")
+]
+
+Variant = Annotated[
+    str | None, typer.Option(help="Of the model's files, where there are several: fp16.")
+]
+
+SingleFileConfig = Annotated[
+    str | None,
+    typer.Option(
+        help="For a .safetensors model where the hub cannot be reached: a folder of a model of the "
+        "same architecture."
+    ),
+]
+
+Dtype = Annotated[
+    Literal["float32", "float16", "bfloat16"],
+    typer.Option(help="Of the model's weights; what is written has it, too."),
+]
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace earlier results.")]
+
+Seed = Annotated[int, typer.Option(min=0, help="Seeds every random draw.")]
+
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")
+]
+
+OnlyDelta = Annotated[
+    bool, typer.Option("--delta", help="Write only the changed weights; see mima apply.")
+]
+
+
+def model_source(
+    model: str, revision: str | None, variant: str | None, config: str | None
+) -> ModelSource:
+    """A model as the options name it."""
+    from mima.families import ModelSource
+
+    return ModelSource(model, revision, variant, config)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """By its name."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def given_settings(options: dict[str, Any], settings: Sequence[str] | None) -> dict[str, Any]:
+    """Options that were given, and what `--set` says over them."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return given | {".".join(parts): value for parts, value in map(parse_setting, settings or [])}
+
+
+def parse_setting(text: str) -> tuple[list[str], Any]:
+    """Split `--set a.b=value` into its key's parts and its value, read as YAML."""
+    import yaml
+
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise MimaError(f"--set {text}: expected KEY=VALUE, as in --set lower.steps=8")
+    try:
+        return parts, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise MimaError(f"--set {text}: {value!r} is not a value: {error}") from error
+
+
+def described_concepts(sources: list[str], told: dict[str, Any]) -> list[Concept]:
+    """The concepts that sources describe, with what the command line says about a single one."""
+    from dataclasses import replace
+
+    from mima.concepts import Concept, load_concepts
+
+    if not told:
+        return load_concepts(sources)
+    if len(sources) == 1 and Path(sources[0]).is_dir():
+        return [Concept.from_folder(sources[0], **told)]
+    found = load_concepts(sources)
+    if len(found) > 1:
+        raise MimaError(
+            f"{', '.join(f'--{key}' for key in told)}".replace("_", "-")
+            + f" says something about one concept, {' '.join(sources)} describes {len(found)} "
+            f"({', '.join(concept.name for concept in found)})"
+        )
+    return [replace(found[0], **told)]
+
+
+def write_record(
+    folder: Path,
+    command: str,
+    source: ModelSource,
+    concepts: Sequence[Concept],
+    **settings: Any,
+) -> None:
+    """Say in `mima.json` where a folder came from; it also marks the folder as mima's own."""
+    import json
+
+    origin = {
+        "command": command,
+        "version": __version__,
+        "model": str(source.model),
+        **source.options,
+        "concepts": [concept.name for concept in concepts],
+        "prompts": [concept.prompt for concept in concepts],
+        **settings,
+    }
+    text = json.dumps(origin, indent=2, ensure_ascii=False)
+    (folder / "mima.json").write_text(text + "\n", encoding="utf-8")
+
+
+def open_device(name: str | None) -> str:
+    """The named device, or the best there is."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise MimaError(f"device {name!r} is unknown; {nearest(name, ['cpu', 'cuda'])}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise MimaError(f"device {name}: this machine has no usable CUDA device")
+    return str(device)
+
+
+def slug(text: str) -> str:
+    """A file name from words."""
+    return re.sub(r"[^\w]+", "-", text.strip().lower()).strip("-")[:80] or "picture"

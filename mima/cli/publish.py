@@ -1,0 +1,85 @@
+"""`mima apply` and `mima push`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mima.cli.base import app
+from mima.cli.options import (
+    Dtype,
+    Model,
+    Overwrite,
+    Revision,
+    SingleFileConfig,
+    Variant,
+    model_source,
+    torch_dtype,
+    write_record,
+)
+from mima.errors import MimaError
+
+
+@app.command()
+def apply(
+    delta: Annotated[Path, typer.Argument(help="A folder or file that --delta wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the whole model.")],
+    model: Model = "embedded",
+    revision: Revision = None,
+    variant: Variant = None,
+    single_file_config: SingleFileConfig = None,
+    dtype: Dtype = "float32",
+    overwrite: Overwrite = False,
+) -> None:
+    """Apply a delta to its base model, and write the whole model."""
+    from mima.output import check_folder
+
+    check_folder(output, overwrite=overwrite)
+
+    # only now what takes seconds to import
+    from mima.console import stdout
+    from mima.families import load_pipeline
+    from mima.output import fresh_folder
+    from mima.saving import load_delta, read_delta, save_pipeline
+
+    origin = read_delta(delta).origin
+    source = model_source(model, revision, variant, single_file_config)
+    whole = load_delta(load_pipeline(source, dtype=torch_dtype(dtype)), delta)
+    with fresh_folder(output, overwrite=overwrite) as staging:
+        save_pipeline(whole, staging)
+        write_record(staging, "apply", source, [], delta=str(delta), origin=origin)
+    stdout().print(f"applied {delta} to {source.label}: {output}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="What another command wrote.")],
+    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Made if it is new.")],
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Of a new repository; by default as you have set."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch; by default the main one.")] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")
+    ] = False,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload with mima",
+) -> None:
+    """Publish a result on the hub, as whoever `hf auth login` (or HF_TOKEN) says."""
+    from mima.console import stdout
+    from mima.output import OUR_FILES
+
+    if not folder.is_dir():
+        raise MimaError(f"{folder} is not a folder")
+    if not any((folder / name).is_file() for name in OUR_FILES):
+        raise MimaError(f"{folder} holds nothing that mima wrote: none of {', '.join(OUR_FILES)}")
+
+    # only now what takes a second to import
+    from mima.hub import Repository
+
+    address = Repository(repo_id, private=private).upload(
+        folder, revision=revision, create_pr=create_pr, commit_message=message
+    )
+    stdout().print(f"published {folder}: {address}")

@@ -1,0 +1,92 @@
+"""`mima sample`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mima.cli.base import app
+from mima.cli.options import (
+    Device,
+    Dtype,
+    Model,
+    Overwrite,
+    Revision,
+    Seed,
+    SingleFileConfig,
+    Variant,
+    model_source,
+    open_device,
+    slug,
+    torch_dtype,
+)
+from mima.errors import MimaError
+
+
+@app.command()
+def sample(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    model: Model = "embedded",
+    revision: Revision = None,
+    variant: Variant = None,
+    single_file_config: SingleFileConfig = None,
+    dtype: Dtype = "float32",
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapter", "--lora", help="What mima adapt wrote, a LoRA file, a fine-tuned model."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A .png; by default the prompt's words.")
+    ] = None,
+    seed: Seed = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
+    resolution: Annotated[
+        int | None, typer.Option(help="Side of the pictures in pixels; by default the model's.")
+    ] = None,
+    guidance: Annotated[float, typer.Option(min=0, help="Guidance scale; 1 is none.")] = 4.0,
+    num: Annotated[int, typer.Option(min=1, help="Pictures, with seeds SEED, SEED+1, ...")] = 1,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Draw pictures."""
+    from mima.adapter_merge import merge_adapters
+    from mima.console import progress, stdout
+    from mima.evaluation.sampling import Sampler
+    from mima.families import family_of, load_pipeline
+    from mima.output import check_file
+
+    if not prompt.strip():
+        raise MimaError("the prompt is empty")
+    path = output or Path(f"{slug(prompt)}.png")
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise MimaError(f"output {path}: expected a file ending in .png, .jpg or .webp")
+    paths = [path]
+    if num > 1:
+        paths = [path.with_stem(f"{path.stem}-{number}") for number in range(1, num + 1)]
+    for one in paths:
+        check_file(one, overwrite=overwrite)
+    source = model_source(model, revision, variant, single_file_config)
+    pipeline = load_pipeline(source, dtype=torch_dtype(dtype), device=open_device(device))
+    # refuses what does not fit
+    size = family_of(pipeline, resolution=resolution).resolution
+    if adapter is not None:
+        pipeline = merge_adapters(
+            pipeline, [adapter], weights=[1.0], method="weighted", device=open_device(device)
+        ).pipeline
+    seeds = range(seed, seed + num)
+    with progress() as bars:
+        task = bars.add_task("drawing", total=num, note="")
+        sampler = Sampler(steps=steps, guidance=guidance, size=size)
+        (row,) = sampler(
+            pipeline,
+            [prompt],
+            seeds,
+            progress=lambda done, total: bars.update(task, completed=done, total=total),
+        )
+    for one, picture in zip(paths, row, strict=True):
+        picture.save(one)
+        stdout().print(str(one))
