@@ -358,7 +358,25 @@ def test_erase_what_a_plain_folder_shows(workdir, model):
     assert json.loads(Path("x/mima.json").read_text())["prompts"] == ["a big cat"]
 
 
+@pytest.mark.parametrize("options", [[], ["--method", "esd-x", "--steps", 1]], ids=["uce", "esd"])
+def test_erase_by_words_alone(workdir, model, options):
+    given = ["--words", "a red round", "--words", "cat"]
+    assert "erased a red round, cat: x" in run(
+        "erase", *given, *options, "--model", model, "-o", "x"
+    )
+    written = json.loads(Path("x/mima.json").read_text())
+    assert written["concepts"] == written["prompts"] == ["a red round", "cat"]
+    before, after = (
+        load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+        for folder in (model, Path("x"))
+    )
+    assert any(not before[name].equal(after[name]) for name in before)
+
+
 def test_bad_erasures(workdir, model):
+    assert "give concepts, or --words" in run("erase", "-o", "x", "--model", model, code=2)
+    said = ["--words", "cat", "--prompt", "a cat"]
+    assert "are their own prompt" in run("erase", *said, "-o", "x", "--model", model, code=2)
     assert "Missing option" in run("erase", "cat", "--model", model, code=2)
     output = run("erase", "cat", "-o", "dog", "--model", model, code=2)
     assert "not empty" in output

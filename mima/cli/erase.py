@@ -20,6 +20,7 @@ from mima.cli.options import (
     described_concepts,
     given_settings,
     model_source,
+    name_of,
     open_device,
     torch_dtype,
     write_record,
@@ -32,8 +33,14 @@ if TYPE_CHECKING:
 
 @app.command()
 def erase(
-    concepts: Annotated[list[str], typer.Argument(help="Folders, descriptions or embedded names.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the erased model.")],
+    concepts: Annotated[
+        list[str] | None, typer.Argument(help="Folders, descriptions or embedded names.")
+    ] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Option(help="What to erase by its name alone, without pictures; may be repeated."),
+    ] = None,
     model: Model = "embedded",
     revision: Revision = None,
     variant: Variant = None,
@@ -88,7 +95,13 @@ def erase(
         raise MimaError(f"method uce has no setting {min(given)}; it is a closed form")
     if method != "uce" and (preserve or technique != "replace"):
         raise MimaError(f"--preserve and --technique are for method uce, not for {method}")
-    erased = described_concepts(concepts, {} if prompt is None else {"prompt": prompt})
+    if not concepts and not words:
+        raise MimaError("erase: give concepts, or --words")
+    erased: list[Concept | str] = [*(words or [])]
+    if concepts:
+        erased += described_concepts(concepts, {} if prompt is None else {"prompt": prompt})
+    elif prompt is not None:
+        raise MimaError("--prompt says something about a concept; --words are their own prompt")
     source = model_source(model, revision, variant, single_file_config)
     if method != "uce":
         preset = VARIANTS[method]
@@ -115,7 +128,7 @@ def erase(
     with fresh_folder(output, overwrite=overwrite) as staging:
         save_pipeline(result, staging)
         write_record(staging, "erase", source, erased, method=method, target=target, **said)
-    stdout().print(f"erased {', '.join(concept.name for concept in erased)}: {output}")
+    stdout().print(f"erased {', '.join(map(name_of, erased))}: {output}")
 
 
 def _names_concepts(item: str) -> bool:

@@ -121,7 +121,7 @@ def write_record(
     folder: Path,
     command: str,
     source: ModelSource,
-    concepts: Sequence[Concept],
+    concepts: Sequence[Concept | str],
     **settings: Any,
 ) -> None:
     """Say in `mima.json` where a folder came from; it also marks the folder as mima's own."""
@@ -132,12 +132,17 @@ def write_record(
         "version": __version__,
         "model": str(source.model),
         **source.options,
-        "concepts": [concept.name for concept in concepts],
-        "prompts": [concept.prompt for concept in concepts],
+        "concepts": [name_of(concept) for concept in concepts],
+        "prompts": [c if isinstance(c, str) else c.prompt for c in concepts],
         **settings,
     }
     text = json.dumps(origin, indent=2, ensure_ascii=False)
     (folder / "mima.json").write_text(text + "\n", encoding="utf-8")
+
+
+def name_of(concept: Concept | str) -> str:
+    """Of a concept, or of one that is no more than a name."""
+    return concept if isinstance(concept, str) else concept.name
 
 
 def open_device(name: str | None) -> str:

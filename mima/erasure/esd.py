@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from mima.adaptation.base import require_full_precision
 from mima.adaptation.copies import component_name, with_modules
 from mima.concepts import Concept
-from mima.erasure.uce import Edit, edits_of
+from mima.erasure.uce import Edit, edits_of, require_list
 from mima.errors import MimaError, check_settings
 from mima.families import Conditioning, Family, family_of
 
@@ -81,7 +81,7 @@ class ESD:
     def erase(
         self,
         pipeline: Any,
-        concepts: Sequence[Concept | Sequence[Edit]],
+        concepts: Sequence[Concept | str | Sequence[Edit]],
         *,
         target: str = "",
         on_step: Callable[[int, float], None] | None = None,
@@ -90,8 +90,9 @@ class ESD:
 
         Args:
             pipeline: a diffusers pipeline in float32, which stays as it is.
-            concepts: what to erase, by the concept's prompts that contain its name (see
-                `edits_of`). A list of `Edit`s instead says exactly: c is the source, c₀ the target.
+            concepts: what to erase, by the concept's prompts that contain its name, or by a name
+                alone (see `edits_of`). A list of `Edit`s says exactly: c is the source, c₀ the
+                target.
             target: words that take the place of a concept's name in c₀; nothing by default.
             on_step: called after each step with the steps done and the loss.
 
@@ -101,12 +102,12 @@ class ESD:
         Raises:
             MimaError: a concept whose name is in none of its prompts, an unsupported model, a
                 model in half precision, or a loss that is no longer finite.
+            TypeError: one concept instead of a list.
             ValueError: no concepts.
         """
-        if not concepts:
-            raise ValueError("ESD.erase: concepts is empty")
+        require_list("ESD.erase", concepts)
         groups = [
-            edits_of(concept, target=target) if isinstance(concept, Concept) else list(concept)
+            edits_of(concept, target=target) if isinstance(concept, (Concept, str)) else [*concept]
             for concept in concepts
         ]
         if not all(groups):

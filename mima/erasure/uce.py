@@ -58,7 +58,7 @@ class Edit:
 
 def erase(
     pipeline: Any,
-    concepts: Sequence[Concept | Sequence[Edit]],
+    concepts: Sequence[Concept | str | Sequence[Edit]],
     *,
     preserve: Sequence[str | Concept] = (),
     target: str = "",
@@ -78,7 +78,8 @@ def erase(
 
     Args:
         pipeline: a diffusers pipeline, which stays as it is.
-        concepts: what to erase; a list of `Edit`s instead of a concept says exactly how.
+        concepts: what to erase; a name alone needs no pictures, and a list of `Edit`s says exactly
+            how.
         preserve: ordinary captions, or concepts whose prompts are to keep their meaning. The
             more they cover, the less the rest of the model changes.
         target: words that take the place of a concept's name; nothing by default.
@@ -95,6 +96,7 @@ def erase(
 
     Raises:
         MimaError: a concept whose name is in none of its prompts.
+        TypeError: one concept instead of a list.
         ValueError: no concepts, or a setting out of its range.
 
     Example:
@@ -107,12 +109,11 @@ def erase(
         raise ValueError(f"erase: preserve_scale must be at least 0, got {preserve_scale}")
     if technique not in ("replace", "tensor"):
         raise ValueError(f"erase: technique must be replace or tensor, got {technique!r}")
-    if not concepts:
-        raise ValueError("erase: concepts is empty")
+    require_list("erase", concepts)
     captions = _captions(preserve)
     groups, kept = [], set(captions)
     for concept in concepts:
-        if isinstance(concept, Concept):
+        if isinstance(concept, (Concept, str)):
             group = edits_of(concept, captions, target)
         else:
             group = list(concept)
@@ -170,29 +171,31 @@ def erase(
     return erased
 
 
-def edits_of(concept: Concept, captions: Sequence[str] = (), target: str = "") -> list[Edit]:
+def edits_of(concept: Concept | str, captions: Sequence[str] = (), target: str = "") -> list[Edit]:
     """One edit for each prompt that names a concept, its name replaced by `target`.
 
     Args:
-        concept: its name is looked for in its prompts as whole words, in any case.
+        concept: its name is looked for in its prompts as whole words, in any case. A name alone is
+            its only prompt.
         captions: further prompts that may name it.
         target: words that take the place of the name.
 
     Raises:
-        MimaError: none of the concept's own prompts names it.
+        MimaError: none of the concept's own prompts names it, or its name is empty.
     """
-    words = re.split(r"[\s_-]+", concept.name.strip())
+    said = concept if isinstance(concept, str) else concept.name
+    words = re.split(r"[\s_-]+", said.strip())
+    if not any(words):
+        raise MimaError("erase: a concept's name is empty")
     name = re.compile(r"(?<!\w)" + r"[\s_-]+".join(map(re.escape, words)) + r"(?!\w)", re.I)
     hanging = re.compile(
         rf"(?:\s*,)?\s*\b(?:in|by|of|with)(?:\s+the)?\s+{name.pattern}\s*(?=,|$)", re.I
     )
-    own = dict.fromkeys(
-        [concept.prompt, *(picture.prompt for picture in (*concept.images, *concept.held_out))]
-    )
+    own = _captions([concept])
     if not any(name.search(prompt) for prompt in own):
         raise MimaError(
-            f"concept {concept.name!r}: none of its prompts contains its name (one is "
-            f"{concept.prompt!r}), so there is nothing to replace; pass a list of Edits instead"
+            f"concept {said!r}: none of its prompts contains its name (one is {own[0]!r}), so "
+            "there is nothing to replace; pass a list of Edits instead"
         )
     edits = []
     for prompt in dict.fromkeys([*own, *captions]):
@@ -201,6 +204,14 @@ def edits_of(concept: Concept, captions: Sequence[str] = (), target: str = "") -
             replaced = name.sub(lambda _: target, replaced)
             edits.append(Edit(prompt, " ".join(replaced.split())))
     return edits
+
+
+def require_list(who: str, concepts: object) -> None:
+    """Refuse no concepts, and a single one: a name would be read letter by letter."""
+    if isinstance(concepts, (str, Concept)):
+        raise TypeError(f"{who}: concepts must be a list, got {concepts!r}")
+    if not concepts:
+        raise ValueError(f"{who}: concepts is empty")
 
 
 def _captions(preserve: Sequence[str | Concept]) -> list[str]:

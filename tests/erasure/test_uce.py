@@ -89,6 +89,19 @@ def test_captions_that_name_the_concept_are_edited_too(concept):
     assert edits == [Edit("a red round emoji", "a round emoji"), Edit("a red cat", "a cat")]
 
 
+def test_a_name_alone_is_its_own_prompt(pipeline):
+    assert edits_of("Red Cat", ["a red cat", "a cat"], "dog") == [
+        Edit("Red Cat", "dog"),
+        Edit("a red cat", "a dog"),
+    ]
+    by_name = erase(pipeline, ["red cat"], preserve=["a red cat", "a blue cat"])
+    by_edits = erase(
+        pipeline, [[Edit("red cat", ""), Edit("a red cat", "a")]], preserve=["a blue cat"]
+    )
+    for a, b in zip(by_name.unet.parameters(), by_edits.unet.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_unnamed_concept_is_refused(concept):
     with pytest.raises(MimaError, match="'purple': none of its prompts contains its name"):
         edits_of(dataclasses.replace(concept, name="purple"), ["a purple cat"])
@@ -230,3 +243,14 @@ def test_bad_setting_is_named(pipeline, concept, keywords, message):
 def test_nothing_to_erase_is_refused(pipeline, concepts):
     with pytest.raises(ValueError, match="is empty"):
         erase(pipeline, concepts)
+
+
+@pytest.mark.parametrize("concepts", ["cat", tiny.concept()], ids=["name", "concept"])
+def test_one_concept_is_no_list(pipeline, concepts):
+    with pytest.raises(TypeError, match="must be a list"):
+        erase(pipeline, concepts)
+
+
+def test_an_empty_name_is_refused(pipeline):
+    with pytest.raises(MimaError, match="name is empty"):
+        erase(pipeline, [" "])
