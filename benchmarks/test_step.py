@@ -203,7 +203,7 @@ def test_step(benchmark, size, mode, machine: Machine):
 
 
 def share_of_step(monkeypatch, machine: Machine, *functions: tuple[type, str]) -> float:
-    """The share of five `first_order` steps that is spent in functions, as (owner, name)."""
+    """The share of twenty `first_order` steps that is spent in functions, as (owner, name)."""
     spent = []
 
     def now() -> float:
@@ -224,10 +224,11 @@ def share_of_step(monkeypatch, machine: Machine, *functions: tuple[type, str]) -
         monkeypatch.setattr(owner, name, timed(getattr(owner, name)))
     model = "embedded" if machine.device.type != "cuda" else "sd1"
     step = step_of("first_order", model, machine.device)
-    step()
+    for _ in range(3):
+        step()
     spent.clear()
     started = now()
-    for _ in range(5):
+    for _ in range(20):
         step()
     return sum(spent) / (now() - started)
 
