@@ -232,10 +232,12 @@ class AdapterReader:
                 f"adapter {path}: {type(scratch).__name__} reads no LoRA files; peft's folders "
                 f"({PEFT_CONFIG}) are read"
             )
-        state = scratch.lora_state_dict(str(path), local_files_only=True)
+        # older diffusers looks for no name itself when it must not ask the hub
+        place = {"weight_name": path.name, "local_files_only": True}
+        state = scratch.lora_state_dict(str(path.parent), **place)
         state = state[0] if isinstance(state, tuple) else state
         _refuse_others(path, state)
-        scratch.load_lora_weights(str(path), adapter_name=name, local_files_only=True)
+        scratch.load_lora_weights(str(path.parent), adapter_name=name, **place)
         components = {
             key: module for key, module in scratch.components.items()
             if isinstance(module, torch.nn.Module)

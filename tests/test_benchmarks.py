@@ -162,6 +162,7 @@ def test_refuses_empty_results(tmp_path):
         report.read([results_file(tmp_path / "empty.json", [])])
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH came with Python 3.11")
 def test_the_gpu_run_goes_through_its_stages_without_a_gpu(tmp_path):
     pytest.importorskip("pytest_benchmark")
     # children of a pytest-xdist worker count as workers, in which pytest-benchmark measures nothing

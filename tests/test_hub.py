@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionPipeline
-from huggingface_hub import constants
+from huggingface_hub import constants, utils
 from immunizing import assert_same
 from PIL import Image
 from safetensors.torch import load, save_file
@@ -42,6 +42,9 @@ def online(monkeypatch):
     """This process may use the network."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    if hasattr(utils, "reset_sessions"):
+        # huggingface_hub 0 keeps what offline sessions were told
+        utils.reset_sessions()
 
 
 def command(*arguments: object, cwd: Path, **environment: str) -> tuple[int, str]:

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from importlib.metadata import version
 
 import pytest
 import tiny
@@ -305,6 +306,9 @@ def with_new_words():
     ]  # fmt: skip
 
 
+@pytest.mark.skipif(
+    version("transformers").startswith("4."), reason="its text encoder cannot mask in float64"
+)
 @pytest.mark.parametrize(
     ("parameters", "merge"),
     [

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -82,7 +83,7 @@ def fused(folder, *loras, weights=(1.0,)):
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     names = [f"l{n}" for n in range(len(loras))]
     for name, lora in zip(names, loras, strict=True):
-        pipeline.load_lora_weights(lora, adapter_name=name)
+        pipeline.load_lora_weights(lora, adapter_name=name, weight_name=LORA_WEIGHT_NAME_SAFE)
     pipeline.set_adapters(names, list(weights))
     pipeline.fuse_lora(adapter_names=names)
     pipeline.unload_lora_weights()
