@@ -148,7 +148,8 @@ def select_adapters(
     A_stack = torch.stack([_extended(wide(A_n), 0, rank) for A_n in A])
     B_stack = torch.stack([_extended(wide(B_n), 1, rank) for B_n in B])
     A_b, B_b, s_b = (
-        _extended(stack, 0, len(A) + 1)[index] for stack in (A_stack, B_stack, scale.to(A_stack))
+        _extended(stack, 0, len(A) + 1)[index]
+        for stack in (A_stack, B_stack, scale.to(A_stack.dtype))
     )
     return A_b, B_b, s_b[:, None, None]
 

@@ -5,9 +5,9 @@
 #   benchmarks/gpu/run.sh OUT [--wheels DIR] [--seconds 530] [--dry-run]
 #
 # OUT gets summary.md, report.md, report.png, memory.txt, results.tar.gz (one JSON file per benchmark)
-# and log.txt with what the stages printed. Nothing is installed outside a temporary folder, and nothing is fetched: packages that
-# the machine lacks are taken from the wheels in DIR. PYTHON names the interpreter (default:
-# python3), with torch, triton, pytest, pytest-benchmark, setuptools, pybind11 and ninja.
+# and log.txt with what the stages printed. Nothing is installed outside a temporary folder, and
+# nothing is fetched: packages that the machine lacks are taken from the wheels in DIR. PYTHON names
+# the interpreter (default: python3; 3.11 or newer), with torch, triton, pytest, pytest-benchmark, setuptools, pybind11 and ninja.
 # --dry-run goes through the same stages on a CPU, with the installed mima and few benchmarks.
 set -euo pipefail
 

@@ -130,11 +130,11 @@ def _with_settings(
 
     raw = run.model_dump(exclude_unset=True)
     known = {*ImmunizeRun.model_fields, *ImmunizeConfig.model_fields}
-    for parts, value in map(parse_setting, settings):
-        name = ".".join(parts)
-        if parts[0] not in known:
-            raise MimaError(f"--set {name}: unknown setting; {nearest(parts[0], known)}")
-        inside = "" if parts[0] in ImmunizeRun.model_fields else "immunize."
+    for name, value in map(parse_setting, settings):
+        first = name.partition(".")[0]
+        if first not in known:
+            raise MimaError(f"--set {name}: unknown setting; {nearest(first, known)}")
+        inside = "" if first in ImmunizeRun.model_fields else "immunize."
         set_nested(raw, inside + name, value)
     if task is not None:
         own = raw.get("immunize", {})

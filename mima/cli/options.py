@@ -80,19 +80,19 @@ def torch_dtype(name: str) -> torch.dtype:
 def given_settings(options: dict[str, Any], settings: Sequence[str] | None) -> dict[str, Any]:
     """Options that were given, and what `--set` says over them."""
     given = {name: value for name, value in options.items() if value is not None}
-    return given | {".".join(parts): value for parts, value in map(parse_setting, settings or [])}
+    return given | dict(map(parse_setting, settings or []))
 
 
-def parse_setting(text: str) -> tuple[list[str], Any]:
-    """Split `--set a.b=value` into its key's parts and its value, read as YAML."""
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Split `--set a.b=value` into its dotted key and its value, read as YAML."""
     import yaml
 
     key, equals, value = text.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
+    name = key.strip()
+    if not equals or not all(name.split(".")):
         raise MimaError(f"--set {text}: expected KEY=VALUE, as in --set lower.steps=8")
     try:
-        return parts, yaml.safe_load(value)
+        return name, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise MimaError(f"--set {text}: {value!r} is not a value: {error}") from error
 
