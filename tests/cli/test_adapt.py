@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cli.commands import run
+from safetensors.torch import load_file
+
+
+def test_adapt_and_sample_with_what_was_learned(workdir, model):
+    options = ["--model", model, "--steps", 2, "--lr", 0.01, "--rank", 2]
+    output = run("adapt", "cat", *options)
+    assert "learned cat by lora in 2 steps: cat-lora" in output
+    assert load_file("cat-lora/pytorch_lora_weights.safetensors")
+    run("sample", "a cat", "--model", model, "--steps", 2, "-o", "plain.png")
+    run("sample", "a cat", "--model", model, "--steps", 2, "--lora", "cat-lora", "-o", "cat.png")
+    assert Path("plain.png").read_bytes() != Path("cat.png").read_bytes()
+    # of several files one must be named
+    Path("two").mkdir()
+    for name in ("a", "b"):
+        shutil.copy("cat-lora/pytorch_lora_weights.safetensors", f"two/{name}.safetensors")
+    drawing = ["--model", model, "--steps", 2]
+    output = run("sample", "a cat", *drawing, "--lora", "two", code=2)
+    assert "adapter two: several files hold unet." in output
+    run("sample", "a cat", *drawing, "--lora", "two/b.safetensors", "-o", "b.png")
+    assert Path("b.png").read_bytes() == Path("cat.png").read_bytes()
+    before = Path("cat-lora/pytorch_lora_weights.safetensors").read_bytes()
+    assert "not empty" in run("adapt", "cat", *options, code=2)
+    run("adapt", "cat", *options, "--seed", 1, "--overwrite")
+    assert Path("cat-lora/pytorch_lora_weights.safetensors").read_bytes() != before
+    assert not list(workdir.glob(".cat-lora*"))
+
+
+def test_adapt_several_concepts_at_once(workdir, model):
+    options = ["--model", model, "--steps", 2, "--lr", 0.01, "--rank", 2]
+    output = run("adapt", "cat", "dog", *options)
+    assert "learned cat, dog by lora in 2 steps: cat-dog-lora" in output
+    assert "--adapter cat-dog-lora/dog" in output
+    run("adapt", "dog", *options, "-o", "alone")
+    (alone, shared) = (
+        load_file(f"{folder}/pytorch_lora_weights.safetensors")
+        for folder in ("alone", "cat-dog-lora/dog")
+    )
+    assert alone.keys() == shared.keys()
+    assert all(torch.allclose(alone[name], shared[name], atol=1e-3) for name in alone)
+    run("adapt", "cat", "dog", *options, "--overwrite")
+    run("sample", "a dog", "--model", model, "--steps", 2, "--lora", "cat-dog-lora/dog")
+
+
+def test_adapt_with_little_memory(workdir, model):
+    options = ["--gradient-checkpointing", "--offload-encoders", "--fp16-vae"]
+    options += ["--gradient-accumulation-steps", 2]
+    run("adapt", "cat", *options, "--model", model, "--steps", 1, "-o", "out")
+    settings = json.loads(Path("out/mima.json").read_text())["settings"]
+    assert settings["gradient_accumulation_steps"] == 2
+    assert all(settings[name] for name in ("gradient_checkpointing", "offload_encoders"))
+    assert (settings["fp16_vae"], settings["use_8bit_adam"]) == (True, False)
+
+
+def test_adapt_a_plain_folder_with_a_prompt(workdir, model):
+    (workdir / "cat" / "concept.yaml").unlink()
+    assert "give one prompt for all" in run("adapt", "cat", "--model", model, code=2)
+    run("adapt", "cat", "--prompt", "a cat", "--model", model, "--steps", 1, "-o", "out")
+    assert Path("out/pytorch_lora_weights.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", ["dreambooth", "textual-inversion", "custom-diffusion"])
+def test_every_method_can_replace_its_own_results(workdir, model, method):
+    said = ["--prompt", "a <new1> cat", "--token", "<new1>", "--initializer", "cat"]
+    for _ in range(2):
+        options = ["--method", method, "--steps", 1, "--lr", 0.01, "--overwrite"]
+        output = run("adapt", "cat", *said, "--model", model, *options)
+    # as it is told to be looked at
+    assert f'"a <new1> cat" --model {model} --adapter cat-{method}' in output.replace("'", '"')
+    drawing = ["sample", "a <new1> cat", "--model", model, "--steps", 2]
+    run(*drawing, "-o", "before.png")
+    run(*drawing, "-o", "after.png", "--adapter", f"cat-{method}")
+    assert Path("before.png").read_bytes() != Path("after.png").read_bytes()
+    written = json.loads(Path(f"cat-{method}/mima.json").read_text())
+    assert (written["method"], written["settings"]["steps"]) == (method, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent"], "neither a folder, nor a file, nor an embedded concept"),
+        (
+            ["cat", "dog", "--prompt", "x"],
+            "--prompt says something about one concept, cat dog describes",
+        ),
+        (["cat", "dog", "--method", "dreambooth"], "learns one concept at a time, got 2"),
+        (["cat", "--gradient-accumulation-steps", "0"], "gradient_accumulation_steps must be at"),
+        (["cat", "--steps", "-1"], "steps must be at least 1, got -1"),
+        (["cat", "--lr", "0"], "learning_rate must be above 0"),
+        (["cat", "--lr", "inf"], "learning_rate must be above 0 and finite, got inf"),
+        (["cat", "--class-images", "gone"], "gone is neither a folder nor a picture"),
+        (["cat", "--rank", "0"], "rank must be at least 1"),
+        (["cat", "--method", "lroa"], "method 'lroa' is unknown; did you mean 'lora'"),
+        (["cat", "--set", "rnak=3"], "method lora has no setting rnak; did you mean 'rank'"),
+        (["cat", "--set", "rank=big"], "rank Input should be a valid integer"),
+        (["cat", "--set", "rank"], "expected KEY=VALUE"),
+        (["cat", "--method", "dreambooth", "--rank", "3"], "method dreambooth has no setting rank"),
+        (["cat", "--model", "absent"], "absent"),
+        (["cat", "--output", "dog"], "not empty"),
+        (["cat", "--output", "dog", "--overwrite"], "files that mima did not write"),
+        (["cat", "--output", "dog/0.png"], "is a file, expected a folder"),
+        (["cat", "--output", "dog/0.png/x"], "cannot be made: "),
+        (["cat", "--resolution", "30"], "30 pixels do not fit the vae"),
+        (["cat", "--resolution", "0"], "resolution must be at least 1"),
+        (["cat", "--method", "textual-inversion", "--token", "<new1>"], "does not contain the tok"),
+    ],
+)
+def test_bad_adaptations(workdir, model, arguments, message):
+    before = sorted(workdir.rglob("*"))
+    defaults = [] if "--model" in arguments else ["--model", model]
+    assert message in run("adapt", *arguments, *defaults, code=2)
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_unreadable_pictures_are_all_named(workdir, model):
+    (workdir / "cat" / "bad.png").write_text("x")
+    (workdir / "cat" / "worse.jpg").write_bytes(b"")
+    output = run("adapt", "cat", "--model", model, code=2)
+    assert "2 pictures cannot be read" in output
+    assert "bad.png: not a picture" in output
+    assert "worse.jpg: the file is empty" in output

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cli.commands import run
+from safetensors.torch import load_file
+
+
+def test_erase(workdir, model):
+    assert "erased cat: erased" in run("erase", "cat", "--model", model, "-o", "erased")
+    before = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    after = load_file("erased/unet/diffusion_pytorch_model.safetensors")
+    changed = {name for name in before if not before[name].equal(after[name])}
+    assert changed
+    assert all("attn2.to_k" in name or "attn2.to_v" in name for name in changed)
+
+
+def test_erase_by_fine_tuning(workdir, model):
+    options = ["--method", "esd-u", "--steps", 2, "--lr", 0.01, "--set", "sampling_steps=3"]
+    run("erase", "cat", *options, "--model", model, "-o", "erased")
+    before = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    after = load_file("erased/unet/diffusion_pytorch_model.safetensors")
+    assert {name for name in before if before[name].equal(after[name])} == {
+        name for name in before if ".attn2." in name
+    }
+    written = json.loads(Path("erased/mima.json").read_text())
+    assert (written["method"], written["settings"]["sampling_steps"]) == ("esd-u", 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "uce", "--steps", "3"], "method uce has no setting steps"),
+        (["--method", "esd-x", "--steps", "0"], "steps must be at least 1"),
+        (["--method", "esd-x", "--set", "lr=1"], "method esd-x has no setting lr"),
+        (["--method", "esd-x", "--preserve", "a dog"], "are for method uce"),
+        (["--method", "esd-x", "--technique", "tensor"], "are for method uce"),
+    ],
+)
+def test_bad_erasure_settings(workdir, model, options, message):
+    assert message in run("erase", "cat", *options, "--model", model, "-o", "x", code=2)
+    assert not Path("x").exists()
+
+
+def test_erase_what_a_plain_folder_shows(workdir, model):
+    (workdir / "cat" / "concept.yaml").unlink()
+    assert "give one prompt for all" in run("erase", "cat", "--model", model, "-o", "x", code=2)
+    run("erase", "cat", "--prompt", "a big cat", "--model", model, "-o", "x")
+    assert json.loads(Path("x/mima.json").read_text())["prompts"] == ["a big cat"]
+
+
+@pytest.mark.parametrize("options", [[], ["--method", "esd-x", "--steps", 1]], ids=["uce", "esd"])
+def test_erase_by_words_alone(workdir, model, options):
+    given = ["--words", "a red round", "--words", "cat"]
+    assert "erased a red round, cat: x" in run(
+        "erase", *given, *options, "--model", model, "-o", "x"
+    )
+    written = json.loads(Path("x/mima.json").read_text())
+    assert written["concepts"] == written["prompts"] == ["a red round", "cat"]
+    before, after = (
+        load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+        for folder in (model, Path("x"))
+    )
+    assert any(not before[name].equal(after[name]) for name in before)
+
+
+def test_bad_erasures(workdir, model):
+    assert "give concepts, or --words" in run("erase", "-o", "x", "--model", model, code=2)
+    said = ["--words", "cat", "--prompt", "a cat"]
+    assert "are their own prompt" in run("erase", *said, "-o", "x", "--model", model, code=2)
+    assert "Missing option" in run("erase", "cat", "--model", model, code=2)
+    output = run("erase", "cat", "-o", "dog", "--model", model, code=2)
+    assert "not empty" in output
+    output = run("erase", "cat", "-o", "x", "--technique", "tonsor", "--model", model, code=2)
+    assert "tonsor" in output
+    assert not Path("x").exists()

@@ -1,0 +1,60 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cli.commands import run, write_config
+from PIL import Image
+from safetensors.torch import load_file
+
+from mima.saving import Delta
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "adapt cat --model MODEL",
+        "erase cat -o out --model MODEL",
+        "merge LORA -o out --model MODEL",
+        "apply DELTA -o out --model MODEL",
+        "sample x --model MODEL",
+        "immunize run.yaml -o out",
+        "evaluate MODEL MODEL --concepts cat -o out",
+    ],
+)
+def test_every_command_opens_revisions_variants_and_single_files(workdir, model, adapters, command):
+    """What is said of the model reaches the place that opens it, which refuses all of it here."""
+    write_config(workdir / "run.yaml", model=str(model))
+    Delta({"unet.conv_in.bias": torch.zeros(16)}).save(workdir / "delta")
+    places = {"MODEL": model, "LORA": adapters / "cat-lora", "DELTA": workdir / "delta"}
+    words = [places.get(word, word) for word in command.split()]
+    for option, message in (
+        ("--revision", "revision: only models of the hub have revisions"),
+        ("--variant", "holds no 'nope' weights"),
+        ("--single-file-config", "config: only a single file needs one"),
+    ):
+        assert message in run(*words, option, "nope", code=2)
+    if command.startswith("evaluate"):
+        for option in ("--revision", "--variant"):
+            output = run(*words, f"--immunized{option.removeprefix('-')}", "nope", code=2)
+            assert option.removeprefix("--") in output
+    if command.startswith("immunize"):
+        for name, message in (("revision", "models of the hub"), ("variant", "no 'nope' weights")):
+            write_config(workdir / "run.yaml", model=str(model), **{name: "nope"})
+            assert message in run(*words, code=2)
+
+
+def test_half_precision(workdir, model, adapters):
+    """Of the computation, and of what is written."""
+    run("erase", "cat", "--model", model, "-o", "erased", "--dtype", "bfloat16")
+    lora = adapters / "cat-lora"
+    run("merge", lora, "--model", model, "-o", "merged", "--dtype", "float16", "--weights", 1)
+    for folder, dtype in (("erased", torch.bfloat16), ("merged", torch.float16)):
+        weights = load_file(f"{folder}/unet/diffusion_pytorch_model.safetensors")
+        assert {value.dtype for value in weights.values()} == {dtype}
+    run("sample", "a cat", "--model", model, "--steps", 2, "-o", "full.png")
+    run("sample", "a cat", "--model", model, "--steps", 2, "-o", "b.png", "--dtype", "bfloat16")
+    full, half = (np.asarray(Image.open(f"{name}.png"), dtype=int) for name in ("full", "b"))
+    assert 0 < np.abs(full - half).mean() < 5
