@@ -20,13 +20,13 @@ from mima.bilevel.lower import Params, Tensors
 from mima.bilevel.outer import OuterGradient
 from mima.checkpoint import Checkpoint, CheckpointFolder, fingerprint
 from mima.errors import MimaError
+from mima.plain import flat
 from mima.problem import Problem
 from mima.progress import (
     Callback,
     MetricsFile,
     StepReport,
     Tracker,
-    flat,
     open_trackers,
     peak_memory,
 )

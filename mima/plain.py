@@ -1,9 +1,9 @@
-"""Plain data from YAML and JSON, in which a name may stand once: their readers keep the last."""
+"""Plain data: YAML and JSON in which a name stands once (readers keep the last), and flattened."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -37,6 +37,17 @@ def read_json(text: str) -> Any:
         MimaError: an object has a key twice.
     """
     return json.loads(text, object_pairs_hook=_once)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, ``lower.lr``; a list is a value, and so is an empty mapping."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

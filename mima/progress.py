@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mima.errors import MimaError
+from mima.plain import flat
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker  # type: ignore[import-untyped]
@@ -147,7 +148,8 @@ class Tracker:
         self.tracker = tracker
         tracker.start()
         if config:
-            tracker.store_init_configuration(flat(config))
+            settings = flat(config)
+            tracker.store_init_configuration({k: _to_tracker(v) for k, v in settings.items()})
 
     def __call__(self, report: StepReport) -> None:
         self.tracker.log(report.to_scalars(), step=report.step)
@@ -188,18 +190,6 @@ def open_trackers(
         else:
             opened.append(Tracker(kind("mima"), config))
     return opened
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level, ``lower.lr``; what is no number or text becomes text."""
-    out: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            out.update(flat(value, f"{prefix}{name}."))
-        else:
-            simple = isinstance(value, (int, float, str, bool))
-            out[f"{prefix}{name}"] = value if simple else str(value)
-    return out
 
 
 class ProgressBar:
@@ -274,3 +264,8 @@ def _line(report: StepReport) -> str:
 def _to_json(value: float) -> float | str:
     # JSON has no NaN; float() reads these strings back
     return value if math.isfinite(value) else str(value)
+
+
+def _to_tracker(value: object) -> int | float | str:
+    # trackers store numbers and text
+    return value if isinstance(value, (int, float, str)) else str(value)

@@ -267,6 +267,8 @@ def test_trackers_get_the_same_numbers(model, tmp_path):
     tracker.finish()
     assert not recorder.open
     assert recorder.config["lower.lr"] == 1e-3
+    # text, where it is neither a number nor text
+    assert (recorder.config["trackers"], recorder.config["lower.alpha"]) == ("[]", "None")
     assert [step for step, _ in recorder.logged] == [1, 2]
     assert recorder.logged[-1][1]["loss/cat"] == result.history[-1].losses["cat"]
     with pytest.raises(MimaError, match="trackers: nosuch is not installed"):

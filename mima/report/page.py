@@ -21,6 +21,7 @@ from mima.errors import MimaError
 from mima.evaluation.metrics import bootstrap_interval
 from mima.evaluation.records import AttackRow, ConceptRecord, Side
 from mima.pictures import Picture
+from mima.plain import flat
 from mima.report.figures import (
     CEILING,
     INK,
@@ -37,7 +38,7 @@ from mima.report.figures import (
 from mima.report.runs import Run, Setting, load_runs, setting
 from mima.report.svg import inline
 from mima.report.verdict import verdict
-from mima.report.words import PREPARATIONS, VARIANTS, flatten, method_name, number, percent
+from mima.report.words import PREPARATIONS, VARIANTS, method_name, number, percent, setting_text
 
 MARK = '<meta name="generator" content="mima '
 
@@ -440,7 +441,10 @@ class Report:
                 }
                 for run in self.runs
             ],
-            "Settings": [dict(flatten(run.evaluation.config)) for run in self.runs],
+            "Settings": [
+                {name: setting_text(value) for name, value in flat(run.evaluation.config).items()}
+                for run in self.runs
+            ],
             "Versions": [run.evaluation.versions for run in self.runs],
         }
         table = []

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 METHODS = {
     "lora": "LoRA",
     "dreambooth": "DreamBooth",
@@ -52,18 +49,8 @@ def method_name(method: str) -> str:
     return METHODS.get(method, method)
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as dotted names and text."""
-    found: list[tuple[str, str]] = []
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found += flatten(value, f"{prefix}{name}.")
-        elif isinstance(value, (list, tuple)):
-            found.append((prefix + name, ", ".join(map(_text, value)) or "none"))
-        else:
-            found.append((prefix + name, _text(value)))
-    return found
-
-
-def _text(value: object) -> str:
+def setting_text(value: object) -> str:
+    """A setting's value."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(setting_text, value)) or "none"
     return "none" if value is None else str(value)

@@ -20,7 +20,7 @@ from mima.errors import MimaError
 from mima.evaluation.records import EvaluationFolder
 from mima.evaluation.summary import summarize
 from mima.report import write_report
-from mima.report.words import number
+from mima.report.words import number, setting_text
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">\'"&{{ 7*7 }}'
 
@@ -327,6 +327,14 @@ def test_several_runs_are_beside_each_other(compared):
 def test_settings_that_differ_are_marked(compared):
     marked = re.findall(r'<tr class="differs"><th scope="row">(.*?)</th>', compared.source)
     assert marked == ["run", "immunized by", "immunized model"]
+
+
+def test_settings_are_written_as_people_do(compared):
+    assert set(compared.row("grid.seeds")[1:]) == {"0"}
+    assert set(compared.row("sampler.guidance")[1:]) == {"3.0"}
+    assert [setting_text(value) for value in (None, [], {}, [None, 1])] == [
+        *("none", "none", "{}", "none, 1")
+    ]
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
