@@ -80,26 +80,39 @@ class ImmunizeResult(Released):
         MetricsFile(folder / "metrics.jsonl", self.history)
 
     def _facts(self) -> CardFacts:
+        one = len(self.concepts) == 1
+        target = "one concept" if one else f"{len(self.concepts)} concepts at once"
+        the_concepts = "the concept" if one else "the concepts"
+        summed = "its objective" if one else "their summed objectives"
         how = {
-            "none": "The concepts were erased; nothing was immunized.",
+            "none": "Nothing was immunized; this is a baseline.",
             "imma": "Immunized against one concept by bi-level optimisation (IMMA).",
-            "joint": "Immunized against several concepts at once by their summed objectives.",
-            "compose": "Immunized against each concept alone; the results were merged.",
-            "mima": "Immunized against several concepts at once through differentiable merging "
+            "joint": f"Immunized against {target} by {summed}.",
+            "compose": "Immunized against one concept alone."
+            if one
+            else "Immunized against each concept alone; the results were merged.",
+            "mima": f"Immunized against {target} through differentiable merging "
             "([MIMA](https://arxiv.org/abs/2412.15320)).",
         }[self.config.method]
+        if self.config.erase_first:
+            how += f" Before that, {the_concepts} {'was' if one else 'were'} erased."
         if self.erased is not None:
             how += f" It began with the erased checkpoint `{self.erased}`."
+        immunized = self.config.method != "none"
+        if immunized:
+            how += (
+                f" Fine-tuning these weights on {the_concepts} below is meant to fail for longer "
+                "than it does from the base model. Immunity is a matter of degree: it costs an "
+                "attacker steps, and does not stop one with time, data and another model."
+            )
         metrics = {}
         if self.history:
             last = self.history[-1]
             metrics["outer steps"] = float(last.step)
             metrics |= {f"loss at the last step: {k}": v for k, v in last.losses.items()}
         return CardFacts(
-            title="Immunized model",
-            method=f"{how} Fine-tuning these weights on the concepts below is meant to fail for "
-            "longer than it does from the base model. Immunity is a matter of degree: it costs an "
-            "attacker steps, and does not stop one with time, data and another model.",
+            title="Immunized model" if immunized else "Model without immunization",
+            method=how,
             base_model=self.model,
             opened_with=self.opened_with,
             concepts=list(zip(self.concepts, self.prompts, strict=True)) if self.prompts else [],

@@ -136,6 +136,31 @@ def test_the_card_says_how_it_was_made(base, result, whole, delta):
     assert "delta" in ModelCard.load(delta / "README.md").data.tags
 
 
+@pytest.mark.parametrize(
+    ("method", "one", "two"),
+    [
+        ("imma", "against one concept by bi-level optimisation", None),
+        ("joint", "against one concept by its objective", "2 concepts at once by their summed"),
+        ("compose", "against one concept alone.", "against each concept alone; the results were"),
+        ("mima", "against one concept through", "against 2 concepts at once through"),
+        ("none", "Nothing was immunized", "Nothing was immunized"),
+    ],
+)
+def test_the_card_counts_its_concepts(result, method, one, two):
+    for number, said in enumerate((one, two), start=1):
+        if said is None:
+            continue
+        config = result.config.model_copy(update={"method": method, "erase_first": True})
+        names = {"concepts": result.concepts[:number], "prompts": result.prompts[:number]}
+        text = type(result)(**{**vars(result), **names, "config": config}).card().text
+        concepts, were = ("the concept", "was") if number == 1 else ("the concepts", "were")
+        assert said in text
+        assert f"Before that, {concepts} {were} erased." in text
+        claimed = method != "none"
+        assert (f"these weights on {concepts} below is meant to fail" in text) == claimed
+        assert ("# Immunized model" in text) == claimed
+
+
 def test_a_base_model_of_the_hub_is_linked_and_odd_names_stay_text(result):
     result = type(result)(**{**vars(result), "model": "owner/a_model", "concepts": ["*|x", "<b>"]})
     card = result.card()
