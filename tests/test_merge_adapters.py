@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 
+import peft
 import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
@@ -125,7 +127,16 @@ def test_the_weighted_merge_of_lora_is_diffusers_combination(base, folder, loras
     assert set(merged.changed) == {f"unet.{name}" for name in touched}
 
 
-@pytest.mark.parametrize("kind", ["cat", "svd", "linear"])
+SVD = pytest.param(
+    "svd",
+    marks=pytest.mark.skipif(
+        Version(peft.__version__) < Version("0.21"),
+        reason="before 0.21, peft's svd applies an adapter's scale twice",
+    ),
+)
+
+
+@pytest.mark.parametrize("kind", ["cat", SVD, "linear"])
 def test_the_weighted_merge_is_pefts_where_that_has_no_cross_terms(base, loras, tmp_path, kind):
     """peft's "linear" adds A and B apart: it agrees where no layer has two adapters."""
     unet = copy.deepcopy(base.unet)
