@@ -24,7 +24,7 @@ TIMEOUT = 10.0
 """Seconds to wait for a connection."""
 
 
-def unreachable(endpoint: str | None = None) -> str | None:
+def unreachable() -> str | None:
     """Why the hub cannot be reached, or None where it can.
 
     huggingface_hub itself tries for a minute before it says so. Where there is a proxy, only that
@@ -32,7 +32,7 @@ def unreachable(endpoint: str | None = None) -> str | None:
     """
     if constants.HF_HUB_OFFLINE:
         return "offline mode is on (HF_HUB_OFFLINE)"
-    address = urlsplit(endpoint or constants.ENDPOINT)
+    address = urlsplit(constants.ENDPOINT)
     if address.hostname is None:
         return f"{address.geturl()!r} is no address (HF_ENDPOINT)"
     if getproxies():
@@ -52,7 +52,6 @@ class Repository:
         repo_id: ``owner/name``; made where it does not exist.
         private: whether a new one is private; None leaves it to the owner's settings.
         token: of the hub; None takes the one that ``hf auth login`` stored.
-        endpoint: another hub's address.
 
     Raises:
         MimaError: the hub cannot be reached, or refuses.
@@ -64,13 +63,12 @@ class Repository:
         *,
         private: bool | None = None,
         token: str | bool | None = None,
-        endpoint: str | None = None,
     ) -> None:
         self._name = repo_id
-        problem = unreachable(endpoint)
+        problem = unreachable()
         if problem:
             raise MimaError(f"hub: cannot publish {repo_id!r}: {problem}")
-        self._api = HfApi(endpoint=endpoint, token=token)
+        self._api = HfApi(token=token)
         with self._explained():
             self._name = self._api.create_repo(repo_id, private=private, exist_ok=True).repo_id
 

@@ -251,12 +251,13 @@ class Released(ABC):
         revision: str | None = None,
         create_pr: bool = False,
         commit_message: str = "Upload with mima",
-        endpoint: str | None = None,
         delta: bool = False,
         metrics: Mapping[str, float] | None = None,
         license: str | None = None,
     ) -> str:
         """Publish what ``save_pretrained`` writes as a model on the hub.
+
+        The environment variable ``HF_ENDPOINT`` names another hub.
 
         Args:
             repo_id: ``owner/name``; made where it does not exist.
@@ -265,7 +266,6 @@ class Released(ABC):
             revision: a branch; default the main one.
             create_pr: open a pull request instead of committing.
             commit_message: of the commit.
-            endpoint: another hub's address.
             delta: as for ``save_pretrained``.
             metrics: as for ``save_pretrained``.
             license: as for ``save_pretrained``.
@@ -276,7 +276,7 @@ class Released(ABC):
         Raises:
             MimaError: the hub cannot be reached, or refuses; asked before anything is written.
         """
-        repository = Repository(repo_id, private=private, token=token, endpoint=endpoint)
+        repository = Repository(repo_id, private=private, token=token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, delta=delta, metrics=metrics, license=license)
             return repository.upload(

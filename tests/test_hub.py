@@ -38,8 +38,9 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def online(monkeypatch):
-    """This process may use the network."""
+def online(monkeypatch, served):
+    """This process may use the network, where it finds the hub of the test."""
+    monkeypatch.setattr(constants, "ENDPOINT", served.address)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     if hasattr(utils, "reset_sessions"):
@@ -122,8 +123,7 @@ def test_a_result_is_published_as_it_is_saved(served, model, tmp_path):
     save_file({"<new1>": torch.ones(32)}, tmp_path / "word.safetensors")
     result = mima.merge_adapters(model, [tmp_path / "word.safetensors"], method="weighted")
     result.save_pretrained(tmp_path / "saved", delta=True)
-    said = {"endpoint": served.address, "token": "hf_me"}
-    address = result.push_to_hub("me/delta", revision="dev", delta=True, **said)
+    address = result.push_to_hub("me/delta", revision="dev", delta=True, token="hf_me")
     assert address == f"{served.address}/me/delta/commit/{hub.COMMIT}"
     published = served.files["me/delta", "dev"]
     saved = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
@@ -139,7 +139,7 @@ def test_a_result_is_published_as_it_is_saved(served, model, tmp_path):
 def test_what_cannot_be_published_is_said(served, repo):
     served.token = "hf_owner"
     with pytest.raises(MimaError, match=f"cannot publish '{repo}'") as caught:
-        Repository(repo, token="hf_stranger", endpoint=served.address)
+        Repository(repo, token="hf_stranger")
     assert "\n" not in str(caught.value)
 
 
@@ -149,6 +149,7 @@ def test_offline_nothing_is_published():
 
 
 @pytest.mark.usefixtures("online")
-def test_an_endpoint_that_is_no_address():
+def test_an_endpoint_that_is_no_address(monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "nowhere")
     with pytest.raises(MimaError, match="'nowhere' is no address"):
-        Repository("me/model", endpoint="nowhere")
+        Repository("me/model")
