@@ -10,6 +10,8 @@ trap 'rm -rf "$work"' EXIT
 
 # with pip, which the tests of packaging use
 uv venv --quiet --seed --python "${PYTHON:-3.10}" "$work/venv"
-uv pip install --quiet --python "$work/venv/bin/python" --resolution lowest-direct '.[test]'
+# upgrade: what the environment came with is no reason to keep it
+uv pip install --quiet --python "$work/venv/bin/python" --upgrade --resolution lowest-direct \
+  '.[test]'
 "$work/venv/bin/mima" doctor
 "$work/venv/bin/pytest" "$@"
