@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +11,10 @@ from urllib.request import getproxies
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # not in __all__
 
 from mima.errors import MimaError
 
-HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 # RuntimeError: a large file that was not taken
 REFUSALS = (
     *(HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, ConnectionError, RuntimeError),
@@ -43,6 +42,15 @@ def unreachable() -> str | None:
     except OSError as error:
         return f"{address.hostname}: {error.strerror or error}"
     return None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is of the form owner/name and what the hub allows."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
 
 
 class Repository:

@@ -28,7 +28,7 @@ from mima._version import __version__, installed_versions
 from mima.adaptation.copies import with_values
 from mima.adaptation.text import with_words
 from mima.errors import MimaError
-from mima.hub import HUB_ID, Repository
+from mima.hub import Repository, is_hub_id
 
 DELTA_FILE = "model_delta.safetensors"
 CARD_FILE = "README.md"
@@ -289,7 +289,7 @@ def _card(
 ) -> ModelCard:
     base = facts.base_model or "a model in memory"
     # a folder may be called owner/name, too
-    hub = facts.base_model is not None and bool(HUB_ID.match(base)) and not Path(base).exists()
+    hub = facts.base_model is not None and is_hub_id(base) and not Path(base).exists()
     data = ModelCardData(
         base_model=base if hub else None,
         library_name="diffusers",

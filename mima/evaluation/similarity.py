@@ -20,19 +20,22 @@ from urllib.error import URLError
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from mima.errors import MimaError
+from mima.errors import MimaError, nearest
+from mima.hub import is_hub_id, unreachable
 
 CLIP_DEFAULT = "openai/clip-vit-base-patch32"
 DINO_DEFAULT = "facebook/dino-vits16"
 LPIPS_SIDE = 224
 PUBLISHED_SIDE = 64
+OFFLINE = "embedded (--similarity embedded), which ships with mima and knows only emoji"
+"""What can be used where nothing can be fetched."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -324,7 +327,10 @@ class Lpips:
             try:
                 net = lpips.LPIPS(net="alex", verbose=False)
             except (URLError, OSError) as error:
-                raise MimaError(f"similarity lpips: cannot fetch AlexNet: {error}") from error
+                raise MimaError(
+                    f"similarity lpips: cannot fetch AlexNet: {error}; name a folder with all of "
+                    f"its weights (lpips:FOLDER), or use {OFFLINE}"
+                ) from error
         else:
             net = lpips.LPIPS(net="alex", pretrained=False, pnet_rand=True, verbose=False)
             try:
@@ -422,6 +428,23 @@ def load_encoder(
             raise MimaError(f"the embedded encoder is missing from this installation ({folder})")
         model = folder
     source = {"clip": CLIP_DEFAULT, "dino": DINO_DEFAULT}.get(str(model), str(model))
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        source = str(folder)
+    elif not is_hub_id(source):
+        raise MimaError(
+            f"encoder: {source!r} is neither a folder nor a hub id of the form owner/name; "
+            + nearest(source, ("clip", "dino", "embedded"))
+        )
+    # before transformers tries for a minute
+    elif not isinstance(try_to_load_from_cache(source, "config.json"), str):
+        problem = unreachable()
+        if problem:
+            raise MimaError(
+                f"encoder: there is no folder {source!r}, the hub's cache on this machine does not "
+                f"hold it, and the hub cannot be reached: {problem}; name a local folder, or use "
+                f"{OFFLINE}"
+            )
     kind = _model_type(source)
     if kind == "clip":
         return ClipEncoder(source, device=device, batch_size=batch_size, protocol=protocol)

@@ -33,7 +33,7 @@ from mima.families.pixart import PixArt
 from mima.families.sd3 import StableDiffusion3
 from mima.families.sdxl import StableDiffusionXL
 from mima.families.stable_diffusion import StableDiffusion
-from mima.hub import unreachable
+from mima.hub import is_hub_id, unreachable
 
 FAMILIES: tuple[type[Family], ...] = (
     *(StableDiffusion, StableDiffusionXL, PixArt, StableDiffusion3, Flux),
@@ -213,7 +213,7 @@ def _open(source: ModelSource, dtype: torch.dtype) -> Any:
         return _open_file(path, dtype, source.config)
     if path.is_dir():
         return _open_folder(path, dtype, variant)
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+    if not is_hub_id(model):
         raise MimaError(
             f"model: {model!r} is neither a folder, a .safetensors file, 'embedded', "
             "nor a hub id of the form owner/name"

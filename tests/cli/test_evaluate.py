@@ -25,4 +25,7 @@ def test_evaluate_attacks_writes_and_goes_on(model, workdir):
     run(*command)
     assert (workdir / "results" / "attacks.csv").read_text() == attacks
     assert "other seeds, grid" in run(*command, "--set", "seeds=[1]", code=2)
+    # by default CLIP, which is not on this machine
+    unsaid = ["evaluate", model, model, "--concepts", "cat", "-o", "other", "--processes", 1]
+    assert "(--similarity embedded)" in run(*unsaid, code=2)
     assert "preset 'slow' is unknown" in run(*command[:3], *command[3:], "--preset", "slow", code=2)

@@ -1,5 +1,6 @@
 import json
 import sys
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -144,8 +145,12 @@ def test_alignment_refuses_what_does_not_fit(clip, pictures, tmp_path):
 
 
 def test_unusable_encoders_are_named(tmp_path):
-    with pytest.raises(MimaError, match="encoder: cannot open"):
+    with pytest.raises(MimaError, match="neither a folder nor a hub id"):
         load_encoder(tmp_path / "nothing")
+    with pytest.raises(MimaError, match=r"'embeded' is neither .* did you mean 'embedded'"):
+        load_similarity("embeded")
+    with pytest.raises(MimaError, match="encoder: cannot open"):
+        load_encoder(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(MimaError, match="is a bert model; clip, vit and dinov2"):
         load_encoder(tmp_path)
@@ -153,6 +158,25 @@ def test_unusable_encoders_are_named(tmp_path):
         Preprocessor({"size": {"longest_edge": 5}})
     with pytest.raises(MimaError, match="image_mean"):
         Preprocessor({"size": 5})
+
+
+@pytest.mark.parametrize("model", ["clip", "dino", "owner/name"])
+def test_where_the_hub_cannot_be_reached_the_error_says_what_to_use(model):
+    remedy = r"offline mode .*; name a local folder, or use embedded \(--similarity embedded\)"
+    with pytest.raises(MimaError, match=remedy):
+        load_similarity(model)
+
+
+def test_lpips_without_a_network_says_what_to_use(monkeypatch, tmp_path):
+    pytest.importorskip("lpips", reason="the extra lpips is not installed")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def no_network(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    with pytest.raises(MimaError, match=r"no network.* \(lpips:FOLDER\), or use embedded"):
+        load_similarity("lpips")
 
 
 def test_nothing_to_embed_is_refused(clip):
