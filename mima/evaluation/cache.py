@@ -51,9 +51,6 @@ class CachedSimilarity:
         self._prefix = f"{model.name}|{protocol}|"
         self._path = path
         self._known: dict[str, Array] = {}
-        if path is not None:
-            with closing(self._open()) as file, file:
-                file.execute("CREATE TABLE IF NOT EXISTS seen (key TEXT PRIMARY KEY, value BLOB)")
 
     def table(self, a: Sequence[Path], b: Sequence[Path]) -> torch.Tensor:
         """Similarities [A, B] of two sets of picture files.
@@ -104,7 +101,9 @@ class CachedSimilarity:
     def _open(self) -> sqlite3.Connection:
         assert self._path is not None
         # another process may be writing
-        return sqlite3.connect(self._path, timeout=60)
+        file = sqlite3.connect(self._path, timeout=60)
+        file.execute("CREATE TABLE IF NOT EXISTS seen (key TEXT PRIMARY KEY, value BLOB)")
+        return file
 
     def _recall(self, keys: Sequence[str]) -> None:
         wanted = [key for key in dict.fromkeys(keys) if key not in self._known]

@@ -17,11 +17,17 @@ from mima.output import check_folder
 logger = logging.getLogger(__name__)
 
 
-def claim(folder: EvaluationFolder, *, overwrite: bool) -> None:
+def check(folder: EvaluationFolder, *, overwrite: bool) -> None:
     """Make sure that the folder is new, or an earlier evaluation's."""
+    if overwrite or not folder.exists():
+        check_folder(folder.path, overwrite=overwrite)
+
+
+def claim(folder: EvaluationFolder, *, overwrite: bool) -> None:
+    """Make the folder, or discard what an earlier evaluation left there."""
+    check(folder, overwrite=overwrite)
     if folder.exists() and not overwrite:
         return
-    check_folder(folder.path, overwrite=overwrite)
     if folder.path.exists():
         shutil.rmtree(folder.path)
     folder.path.mkdir(parents=True)

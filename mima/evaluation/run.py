@@ -17,7 +17,7 @@ from mima.config import Method
 from mima.distributed import local_device
 from mima.errors import MimaError
 from mima.evaluation.attacks import Attack, GridConfig, attack_grid, grid_config
-from mima.evaluation.ledger import Ledger, claim, refuse_other_settings
+from mima.evaluation.ledger import Ledger, check, claim, refuse_other_settings
 from mima.evaluation.parallel import in_parallel, one_thread
 from mima.evaluation.records import (
     SIDES,
@@ -124,7 +124,7 @@ def evaluate(
             f"got {processes}"
         )
     folder = EvaluationFolder(Path(output).expanduser().absolute())
-    claim(folder, overwrite=overwrite)
+    check(folder, overwrite=overwrite)
 
     bench = Bench(
         models={"original": original, "immunized": immunized},
@@ -171,6 +171,8 @@ def evaluate(
         versions=installed_versions(),
         complete=False,
     )
+    # everything could be opened: only now are earlier results discarded
+    claim(folder, overwrite=overwrite)
     refuse_other_settings(folder, evaluation)
     ledger = Ledger(folder, evaluation, grid)
     tasks: list[Task] = [side for side in SIDES if not bench.benign_done(side)]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import tiny
 from cli.commands import run
@@ -25,7 +26,16 @@ def test_evaluate_attacks_writes_and_goes_on(model, workdir):
     run(*command)
     assert (workdir / "results" / "attacks.csv").read_text() == attacks
     assert "other seeds, grid" in run(*command, "--set", "seeds=[1]", code=2)
-    # by default CLIP, which is not on this machine
-    unsaid = ["evaluate", model, model, "--concepts", "cat", "-o", "other", "--processes", 1]
-    assert "(--similarity embedded)" in run(*unsaid, code=2)
     assert "preset 'slow' is unknown" in run(*command[:3], *command[3:], "--preset", "slow", code=2)
+
+
+def test_what_cannot_be_evaluated_costs_no_earlier_results(model, workdir):
+    """By default CLIP compares, which is not on this machine."""
+    (workdir / "results").mkdir()
+    (workdir / "results" / "evaluation.json").write_text("{}")
+    options = ["--concepts", "cat", "--processes", 1]
+    for folder, more in (("results", ["--overwrite"]), ("other", [])):
+        output = run("evaluate", model, model, *options, "-o", folder, *more, code=2)
+        assert "(--similarity embedded)" in output
+    assert (workdir / "results" / "evaluation.json").read_text() == "{}"
+    assert not Path("other").exists()
