@@ -30,7 +30,7 @@ from mima.evaluation.records import (
 from mima.evaluation.sampling import Sampler
 from mima.evaluation.similarity import PictureProtocol
 from mima.evaluation.worker import Bench, Outcome, Task, Worker
-from mima.families import source_of
+from mima.families import family_of, source_of
 from mima.problem import ordinary_captions, spread
 
 Progress = Callable[[int, int, str], None]
@@ -143,6 +143,10 @@ def evaluate(
     targets = {slug: c for slug, c in by_slug.items() if roles[slug] == "target"}
     rest = {slug: c for slug, c in by_slug.items() if roles[slug] == "other"}
     grid = attack_grid(config, targets, rest)
+    for pipeline in worker.pipelines.values():
+        for size in {sampler.size, *(attack.adaptation.resolution for attack in grid)}:
+            # refuses what does not fit
+            family_of(pipeline, resolution=size)
     evaluation = Evaluation(
         name=name or method or _label(immunized),
         method=method,

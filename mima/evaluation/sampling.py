@@ -152,8 +152,8 @@ class Sampler:
         return drawer
 
     def _draw(self, drawer: Any, jobs: Sequence[Job]) -> list[Image.Image]:
-        family = family_of(drawer)
-        size = self.size or family.resolution
+        family = family_of(drawer, resolution=self.size)
+        size = family.resolution
         keywords = {"height": size, "width": size, **family._sampling()}
         if self.guidance is not None:
             keywords["guidance_scale"] = self.guidance

@@ -22,6 +22,10 @@ Conditioning = dict[str, torch.Tensor]
 
 # pictures are encoded this many pixels at a time: activations of four 512 px pictures
 PIXELS_AT_ONCE = 4 * 512**2
+# beyond this many times the side that a model was trained on, memory ends and pictures fall apart
+LARGEST = 4
+# of a model that does not say it
+USUAL_SIDE = 512
 
 
 @dataclass(frozen=True)
@@ -139,18 +143,19 @@ class Family(ABC):
         """Side of the square pictures in pixels, by default that which the model was trained on.
 
         Raises:
-            MimaError: when it is set to what the VAE and the denoiser cannot take.
+            MimaError: when it is set to what the VAE and the denoiser cannot take, or to more than
+                four times the side that the model was trained on.
         """
         if self._resolution is not None:
             return self._resolution
-        size = self._sample_size
-        sides = {size} if isinstance(size, int) else set(size or ())
+        sides = self._trained_sides
         if len(sides) != 1:
             raise MimaError(
                 f"model: sample_size of the {self.parts[0]} must be one number or two equal ones, "
-                f"got {size}; only square pictures are supported, whose resolution must be said"
+                f"got {self._sample_size}; only square pictures are supported, whose resolution "
+                "must be said"
             )
-        return int(sides.pop() * self.pipeline.vae_scale_factor)
+        return sides.pop()
 
     @resolution.setter
     def resolution(self, pixels: int) -> None:
@@ -160,7 +165,20 @@ class Family(ABC):
                 f"{type(self.pipeline).__name__}, which needs a multiple of {self._multiple}, "
                 f"such as {max(1, round(pixels / self._multiple)) * self._multiple}"
             )
+        side = max(self._trained_sides, default=USUAL_SIDE)
+        if pixels > LARGEST * side:
+            raise MimaError(
+                f"resolution: at most {LARGEST * side} pixels, {LARGEST} times what this "
+                f"{type(self.pipeline).__name__} was trained on, got {pixels}"
+            )
         self._resolution = pixels
+
+    @property
+    def _trained_sides(self) -> set[int]:
+        """Of the pictures that it was trained on, in pixels: one where they are square."""
+        size = self._sample_size
+        sides = (size,) if isinstance(size, int) else size or ()
+        return {int(side * self.pipeline.vae_scale_factor) for side in sides}
 
     @property
     def _multiple(self) -> int:

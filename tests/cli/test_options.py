@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
+import tiny
 import torch
 from cli.commands import run, write_config
 from diffusers import StableDiffusionPipeline
@@ -45,6 +48,39 @@ def test_every_command_opens_revisions_variants_and_single_files(workdir, model,
         for name, message in (("revision", "models of the hub"), ("variant", "no 'nope' weights")):
             write_config(workdir / "run.yaml", model=str(model), **{name: "nope"})
             assert message in run(*words, code=2)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sample x --model MODEL --resolution N",
+        "adapt cat --model MODEL --resolution N",
+        "erase cat -o out --model MODEL --method esd-x --set resolution=N",
+        "immunize run.yaml -o out --set resolution=N",
+        "evaluate MODEL MODEL --concepts cat -o o --similarity CLIP --set methods.lora.resolution=N",
+        "evaluate MODEL MODEL --concepts cat -o o --similarity CLIP --set sampler.size=N",
+    ],
+)
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (100_000, "at most 128 pixels, 4 times what this StableDiffusionPipeline was"),
+        (30, "30 pixels do not fit the vae of this StableDiffusionPipeline"),
+        (0, "1, got 0|resolution: 0 pixels do not fit"),
+        (-32, "1, got -32|resolution: -32 pixels do not fit"),
+    ],
+)
+def test_every_command_that_takes_a_resolution_bounds_it(workdir, model, command, pixels, message):
+    write_config(workdir / "run.yaml", model=str(model))
+    clip = tiny.save_tiny_clip(workdir / "clip")
+    before = sorted(workdir.rglob("*"))
+    words = (
+        command.replace("MODEL", str(model)).replace("CLIP", str(clip)).replace("N", str(pixels))
+    )
+    output = run(*words.split(), code=2)
+    assert "resolution" in output
+    assert re.search(message, output)
+    assert sorted(workdir.rglob("*")) == before
 
 
 def test_half_precision(workdir, model, adapters):

@@ -584,6 +584,18 @@ def test_pictures_that_are_not_square_are_refused(folder_of):
             _ = family.resolution
 
 
+def test_the_largest_pictures_are_four_times_those_of_the_training(folder_of):
+    family = open_family(folder_of("sd"))
+    family.resolution = 128
+    with pytest.raises(MimaError, match=r"at most 128 pixels, 4 times .* got 136"):
+        family.resolution = 136
+    # SD's, where the model does not say
+    family.pipeline.unet.register_to_config(sample_size=None)
+    family.resolution = 2048
+    with pytest.raises(MimaError, match=r"at most 2048 pixels, .* got 4096"):
+        family.resolution = 4096
+
+
 def test_schedulers_of_other_processes_are_refused(folder_of):
     pipeline = load_pipeline(folder_of("sdxl"))
     pipeline.scheduler = EDMEulerScheduler()
