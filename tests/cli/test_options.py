@@ -55,10 +55,10 @@ def test_every_command_opens_revisions_variants_and_single_files(workdir, model,
     [
         "sample x --model MODEL --resolution N",
         "adapt cat --model MODEL --resolution N",
-        "erase cat -o out --model MODEL --method esd-x --set resolution=N",
-        "immunize run.yaml -o out --set resolution=N",
-        "evaluate MODEL MODEL --concepts cat -o o --similarity CLIP --set methods.lora.resolution=N",
-        "evaluate MODEL MODEL --concepts cat -o o --similarity CLIP --set sampler.size=N",
+        "erase cat --model MODEL --method esd-x --set resolution=N",
+        "immunize run.yaml --set resolution=N",
+        "evaluate MODEL MODEL --concepts cat --similarity CLIP --set methods.lora.resolution=N",
+        "evaluate MODEL MODEL --concepts cat --similarity CLIP --set sampler.size=N",
     ],
 )
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_every_command_that_takes_a_resolution_bounds_it(workdir, model, command
     words = (
         command.replace("MODEL", str(model)).replace("CLIP", str(clip)).replace("N", str(pixels))
     )
-    output = run(*words.split(), code=2)
+    output = run(*words.split(), "-o", "out.png", code=2)
     assert "resolution" in output
     assert re.search(message, output)
     assert sorted(workdir.rglob("*")) == before
