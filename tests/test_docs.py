@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import tiny
 import yaml
 from pydantic import BaseModel
+from typer.main import get_command
+from typer.testing import CliRunner
 
 from mima.cli import app
+from mima.concepts import embedded_names
 from mima.config import ImmunizeConfig, ImmunizeRun, parse_config
 from mima.ops.backends import BACKENDS
 
@@ -43,6 +48,40 @@ def test_the_guide_lists_every_setting_with_its_default():
 def test_the_guides_config_is_valid():
     (text,) = re.findall(r"```yaml\n(# run.yaml.*?)```", GUIDE, flags=re.DOTALL)
     assert parse_config(ImmunizeRun, yaml.safe_load(text), source="guide").immunize.lower.steps == 4
+
+
+def test_the_guides_two_files_work_together(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("concepts", "run"):
+        (text,) = re.findall(rf"```yaml\n(# {name}.yaml.*?)```", GUIDE, flags=re.DOTALL)
+        Path(f"{name}.yaml").write_text(text)
+    pictures = ("cat/0.jpg", "cat/1.jpg", "cat-held-out/0.jpg")
+    for file in (*(f"pictures/{name}" for name in pictures), "castle/front.jpg", "castle/back.jpg"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        tiny.picture("red", "round").save(file)
+    tiny.save_tiny_stable_diffusion(tmp_path / "model")
+    changes = ("model=model", "steps=1", "lower.steps=1", "num_class_images=1", "num_captions=8")
+    options = [part for change in changes for part in ("--set", change)]
+    done = CliRunner().invoke(app, ["immunize", "run.yaml", *options], catch_exceptions=False)
+    assert "immunized against cat, my castle: immunized" in done.output
+
+
+def commands() -> list[str]:
+    """What the pages say to type."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8") + GUIDE
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)).replace("\\\n", "")
+    cells = re.findall(r"^\| `(mima [^`]+)` \|", text, flags=re.MULTILINE)
+    return [line for line in [*blocks.splitlines(), *cells] if line.startswith("mima ")]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_of_the_pages_are_understood(line):
+    _, name, *words = shlex.split(line, comments=True)
+    command = get_command(app).commands[name]
+    said = command.make_context(name, words).params
+    sources = [said.get("concept"), said.get("concepts"), said.get("others")]
+    concepts = {one for source in sources for one in source or ()}
+    assert concepts - {"cat", "dog", "pictures/cat"} <= set(embedded_names())
 
 
 def test_the_readme_has_the_two_commands_and_every_other():

@@ -195,7 +195,7 @@ def edits_of(concept: Concept | str, captions: Sequence[str] = (), target: str =
     if not any(name.search(prompt) for prompt in own):
         raise MimaError(
             f"concept {said!r}: none of its prompts contains its name (one is {own[0]!r}), so "
-            "there is nothing to replace; pass a list of Edits instead"
+            "there is nothing to replace; name it as its prompts do, or in Python pass Edits"
         )
     edits = []
     for prompt in dict.fromkeys([*own, *captions]):
