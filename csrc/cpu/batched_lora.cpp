@@ -317,27 +317,20 @@ void backward(BatchedLoraParams& params) {
     }
   });
 
+  std::vector<SlabSum<T>> sums;
   for (int64_t n = 0; n < layout.num_adapters; ++n) {
     const int64_t r = params.ranks[n];
-    const int64_t count = first_slab[n + 1] - first_slab[n];
+    const int64_t at = first_slab[n], count = first_slab[n + 1] - at;
     if (params.need_scale)
-      for (int64_t i = first_slab[n]; i < first_slab[n + 1]; ++i) params.d_scale[n] += d_scale[i];
-    if (need_A) {
-      if (count == 0)
-        store_zeros(params.dtype, r, params.d, params.d_A[n]);
-      else
-        store_slab_sum(layout.kernels, params.dtype, d_A.get() + first_slab[n] * stride_A, count,
-                       stride_A, ld_d, r, params.d, params.d_A[n], params.threads);
-    }
-    if (need_B) {
-      if (count == 0)
-        store_zeros(params.dtype, params.o, r, params.d_B[n]);
-      else
-        store_slab_sum_transposed(layout.kernels, params.dtype,
-                                  d_B.get() + first_slab[n] * stride_B, count, stride_B, ld_o, r,
-                                  params.o, params.d_B[n], params.threads);
-    }
+      for (int64_t i = at; i < at + count; ++i) params.d_scale[n] += d_scale[i];
+    if (need_A)
+      sums.push_back({d_A.get(), at * stride_A, count, stride_A, ld_d, r, params.d, T(1), false,
+                      params.d_A[n]});
+    if (need_B)
+      sums.push_back({d_B.get(), at * stride_B, count, stride_B, ld_o, r, params.o, T(1), true,
+                      params.d_B[n]});
   }
+  store_slab_sums(layout.kernels, params.dtype, sums, params.threads);
 }
 
 }  // namespace

@@ -140,44 +140,60 @@ constexpr double kStreamBytes = 16 << 20;
 // slabs are added in order: the result does not depend on how many threads there are.
 constexpr int64_t kMaxSlabs = 32;
 
-// Adds `count` slabs of rows x ld elements, `stride` apart, into the first.
-template <class T>
-void sum_slabs(T* slabs, int64_t count, int64_t stride, int64_t ld, int64_t rows, int64_t cols,
-               int threads) {
-  parallel_for(rows, useful_threads(threads, double(rows) * cols * count), [&](int64_t i, int) {
-    T* total = slabs + i * ld;
-    for (int64_t j = 0; j < cols; ++j) {
-      double sum = total[j];
-      for (int64_t slab = 1; slab < count; ++slab) sum += total[slab * stride + j];
-      total[j] = static_cast<T>(sum);
-    }
-  });
-}
-
-// out[rows, cols] = the sum of the slabs, which it overwrites.
-template <class T>
-void store_slab_sum(const Kernels& kernels, DType dtype, T* slabs, int64_t count, int64_t stride,
-                    int64_t ld, int64_t rows, int64_t cols, const Matrix& out, int threads) {
-  sum_slabs(slabs, count, stride, ld, rows, cols, threads);
-  kernels.storage[static_cast<int>(dtype)].store(slabs, ld, rows, cols, out.data, out.ld);
-}
-
-// out[cols, rows], contiguous, = the transpose of that sum.
-template <class T>
-void store_slab_sum_transposed(const Kernels& kernels, DType dtype, T* slabs, int64_t count,
-                               int64_t stride, int64_t ld, int64_t rows, int64_t cols,
-                               const Matrix& out, int threads) {
-  sum_slabs(slabs, count, stride, ld, rows, cols, threads);
-  const Buffer<T> transposed(padded<T>(kernels, rows * cols));
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < cols; ++j) transposed.get()[j * rows + i] = slabs[i * ld + j];
-  kernels.storage[static_cast<int>(dtype)].store(transposed.get(), 0, 1, rows * cols, out.data, 0);
-}
-
 // Sets a matrix to zero.
 inline void store_zeros(DType dtype, int64_t rows, int64_t cols, const Matrix& out) {
   for (int64_t i = 0; i < rows; ++i)
     std::memset(out.row(i, dtype), 0, static_cast<size_t>(cols) * item_size(dtype));
+}
+
+// A sum over slabs, stored as it is or transposed.
+template <class T>
+struct SlabSum {
+  T* slabs;  // the first of `count`, which is overwritten, at `offset`; the next are `stride` apart
+  int64_t offset, count, stride, ld;
+  int64_t rows, cols;
+  T factor;
+  bool transposed;
+  Matrix out;  // [rows, cols] or its transpose; zeros where there are no slabs
+};
+
+// Computes the sums, vectors' lanes of rows at a time.
+template <class T>
+void store_slab_sums(const Kernels& kernels, DType dtype, const std::vector<SlabSum<T>>& sums,
+                     int threads) {
+  const BlockKernels<T>& block = block_kernels<T>(kernels);
+  const StorageKernels& storage = kernels.storage[static_cast<int>(dtype)];
+  const int64_t lanes = kernels.vector_bytes / static_cast<int64_t>(sizeof(T));
+  std::vector<int64_t> groups;
+  int64_t longest = 0;
+  double additions = 0;
+  for (const SlabSum<T>& sum : sums) {
+    groups.push_back(sum.count == 0 ? 0 : ceil_div(sum.rows, lanes));
+    if (sum.transposed) longest = std::max(longest, sum.cols);
+    additions += double(sum.count) * sum.rows * sum.cols;
+    if (sum.count == 0)
+      store_zeros(dtype, sum.transposed ? sum.cols : sum.rows, sum.transposed ? sum.rows : sum.cols,
+                  sum.out);
+  }
+  const std::vector<int64_t> first = offsets_of(groups);
+  threads = useful_threads(threads, additions / 4);
+  const Buffer<T> scratch(threads * longest * lanes);
+  parallel_for(first.back(), threads, [&](int64_t item, int thread) {
+    const int64_t index = std::upper_bound(first.begin(), first.end(), item) - first.begin() - 1;
+    const SlabSum<T>& sum = sums[index];
+    const int64_t start = (item - first[index]) * lanes;
+    const int64_t rows = std::min(lanes, sum.rows - start);
+    T* total = sum.slabs + sum.offset + start * sum.ld;
+    for (int64_t i = 0; i < rows; ++i)
+      block.sum(total + i * sum.ld, sum.count, sum.stride, padded<T>(kernels, sum.cols), sum.factor,
+                total + i * sum.ld);
+    if (!sum.transposed)
+      return storage.store(total, sum.ld, rows, sum.cols, sum.out.row(start, dtype), sum.out.ld);
+    T* columns = scratch.get() + thread * longest * lanes;
+    block.pack_panel(total, 1, sum.ld, sum.cols, rows, T(1), lanes, 0, columns);
+    storage.store(columns, lanes, sum.cols, rows,
+                  static_cast<char*>(sum.out.data) + start * item_size(dtype), sum.out.ld);
+  });
 }
 
 }  // namespace mima

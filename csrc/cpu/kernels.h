@@ -44,6 +44,8 @@ struct BlockKernels {
   // where b[p, c] = b[p * stride_k + c * stride_n], one of the strides being 1
   void (*pack_panel)(const T* b, int64_t stride_k, int64_t stride_n, int64_t k, int64_t n, T factor,
                      int64_t width, int64_t j, T* panels);
+  // total[size] = factor * the sum of `count` runs, `stride` apart, in whole vectors
+  void (*sum)(const T* runs, int64_t count, int64_t stride, int64_t size, T factor, T* total);
   int64_t widest_panel;  // columns
 };
 

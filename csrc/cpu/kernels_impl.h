@@ -261,6 +261,15 @@ void pack_panel(const T* b, int64_t stride_k, int64_t stride_n, int64_t k, int64
 }
 
 template <class T>
+void sum_runs(const T* runs, int64_t count, int64_t stride, int64_t size, T factor, T* total) {
+  for (int64_t j = 0; j < size; j += kLanes<T>) {
+    typename Traits<T>::Vec sum = load(runs + j);
+    for (int64_t i = 1; i < count; ++i) sum += load(runs + i * stride + j);
+    store(total + j, factor * sum);
+  }
+}
+
+template <class T>
 void load_rows(const void* src, int64_t ld_src, int64_t rows, int64_t cols, void* dst,
                int64_t ld_dst) {
   using Acc = typename Traits<T>::Acc;
@@ -446,8 +455,8 @@ void merge_backward(const void* d_out, const void* base, const void* const* thet
 }
 
 template <class T>
-constexpr BlockKernels<T> kBlock = {gemm_nt<T>, gemm_nn<T>, gemm_panels<T>, pack_panel<T>,
-                                    kPanelVecs * kLanes<T>};
+constexpr BlockKernels<T> kBlock = {gemm_nt<T>,    gemm_nn<T>,  gemm_panels<T>,
+                                    pack_panel<T>, sum_runs<T>, kPanelVecs * kLanes<T>};
 
 template <class T>
 constexpr StorageKernels kStorage = {

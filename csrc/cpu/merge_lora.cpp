@@ -131,22 +131,16 @@ void backward(MergeLoraParams& params) {
     }
   });
 
+  std::vector<SlabSum<T>> sums;
   for (int64_t n = 0; n < layout.num_adapters; ++n) {
     if (params.need_products)
       for (int64_t slab = 0; slab < num_slabs; ++slab)
         params.products[n] += products[slab * layout.num_adapters + n];
-    if (!need_A) continue;
-    const int64_t r = params.ranks[n];
-    if (num_slabs == 0) {
-      store_zeros(params.dtype, r, params.d, params.d_A[n]);
-      continue;
-    }
-    T* slabs = d_A.get() + layout.first[n] * ld;
-    sum_slabs(slabs, num_slabs, stride, ld, r, params.d, params.threads);
-    for (int64_t i = 0; i < r; ++i)
-      for (int64_t j = 0; j < params.d; ++j) slabs[i * ld + j] *= layout.factor[n];
-    layout.storage.store(slabs, ld, r, params.d, params.d_A[n].data, params.d_A[n].ld);
+    if (need_A)
+      sums.push_back({d_A.get(), layout.first[n] * ld, num_slabs, stride, ld, params.ranks[n],
+                      params.d, layout.factor[n], false, params.d_A[n]});
   }
+  store_slab_sums(layout.kernels, params.dtype, sums, params.threads);
 }
 
 }  // namespace

@@ -198,18 +198,15 @@ void backward(const ProjectedMergeParams& params) {
     }
   });
 
-  const auto store_sums = [&](const Buffer<T>& slabs, const std::vector<Matrix>& out) {
-    for (int64_t n = 0; n < static_cast<int64_t>(out.size()); ++n) {
-      if (num_slabs == 0)
-        store_zeros(params.dtype, params.tokens[n], params.d, out[n]);
-      else
-        store_slab_sum(layout.kernels, params.dtype, slabs.get() + layout.first_token[n] * ld,
-                       num_slabs, slab_size, ld, params.tokens[n], params.d, out[n],
-                       params.threads);
-    }
+  std::vector<SlabSum<T>> sums;
+  const auto add_sums = [&](const Buffer<T>& slabs, const std::vector<Matrix>& out) {
+    for (size_t n = 0; n < out.size(); ++n)
+      sums.push_back({slabs.get(), layout.first_token[n] * ld, num_slabs, slab_size, ld,
+                      params.tokens[n], params.d, T(1), false, out[n]});
   };
-  store_sums(d_C, params.d_C);
-  store_sums(d_M, params.d_M);
+  add_sums(d_C, params.d_C);
+  add_sums(d_M, params.d_M);
+  store_slab_sums(layout.kernels, params.dtype, sums, params.threads);
 }
 
 }  // namespace
