@@ -163,15 +163,24 @@ void panel_tile(const PanelTerm<T>* terms, int num_terms, int64_t row, int64_t p
     const int64_t lda = terms[term].lda, k = terms[term].k;
     const T* a = terms[term].a + row * lda;
     const T* b = terms[term].panels + panel * k * width;
-    for (int64_t p = 0; p < k; ++p) {
-      Vec b_p[VECS];
+    int64_t p = 0;
+    for (int part = 1; part <= ROWS; ++part) {
+      // a row of c at a time, spread over the product: written all at once, they would take the
+      // buffers through which the panels come
+      if (term == 0)
 #pragma GCC unroll 4
-      for (int v = 0; v < VECS; ++v) b_p[v] = load(b + p * width + v * kLanes<T>);
+        for (int v = 0; v < VECS; ++v)
+          __builtin_prefetch(c + (part - 1) * ldc + v * kLanes<T>, 1, 3);
+      for (const int64_t end = k * part / ROWS; p < end; ++p) {
+        Vec b_p[VECS];
+#pragma GCC unroll 4
+        for (int v = 0; v < VECS; ++v) b_p[v] = load(b + p * width + v * kLanes<T>);
 #pragma GCC unroll 6
-      for (int i = 0; i < ROWS; ++i) {
-        const Vec a_ip = Vec{} + a[i * lda + p];
+        for (int i = 0; i < ROWS; ++i) {
+          const Vec a_ip = Vec{} + a[i * lda + p];
 #pragma GCC unroll 4
-        for (int v = 0; v < VECS; ++v) total[i][v] += a_ip * b_p[v];
+          for (int v = 0; v < VECS; ++v) total[i][v] += a_ip * b_p[v];
+        }
       }
     }
   }

@@ -1,98 +1,49 @@
 // mima._native_cuda: the CUDA kernels, apart from mima._native so that the CPU never depends on
 // CUDA. A call object holds the table of one call; Python copies the table to the device, passes
-// its address and a stream, and owns every allocation. Matrices are tuples (address, leading
-// dimension).
+// its address and a stream, and owns every allocation.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <tuple>
-
 #include "cuda/ops.h"
-
-namespace py = pybind11;
+#include "tensors.h"
 
 namespace mima {
 namespace {
 
-using Addresses = std::vector<uint64_t>;
-using MatrixArgs = std::vector<std::tuple<uint64_t, int64_t>>;
-using Sizes = std::vector<int64_t>;
-
-std::vector<void*> pointers(const Addresses& addresses) {
-  std::vector<void*> result(addresses.size());
-  for (size_t i = 0; i < addresses.size(); ++i) result[i] = reinterpret_cast<void*>(addresses[i]);
-  return result;
-}
-
-std::vector<Matrix> matrices(const MatrixArgs& args) {
-  std::vector<Matrix> result(args.size());
-  for (size_t i = 0; i < args.size(); ++i)
-    result[i] = {reinterpret_cast<void*>(std::get<0>(args[i])), std::get<1>(args[i])};
-  return result;
-}
-
-DType dtype_of(int code) {
-  if (code < 0 || code > 3) throw py::value_error("dtype code must be 0 to 3");
-  return static_cast<DType>(code);
-}
-
-void check_count(const char* what, size_t got, size_t expected, bool optional = false) {
-  if (got == expected || (optional && got == 0)) return;
-  throw py::value_error(std::string(what) + ": expected " + std::to_string(expected) +
-                        " addresses, got " + std::to_string(got));
-}
-
-cuda::WeightedMergeCall weighted_merge(int dtype, Sizes sizes, const Addresses& base,
-                                       const Addresses& thetas, std::vector<double> weights,
-                                       const Addresses& out, const Addresses& d_out,
-                                       const Addresses& d_base, const Addresses& d_thetas) {
-  const size_t all = sizes.size() * weights.size();
-  check_count("weighted_merge: base", base.size(), sizes.size());
-  check_count("weighted_merge: thetas", thetas.size(), all);
-  check_count("weighted_merge: out", out.size(), sizes.size(), true);
-  check_count("weighted_merge: d_out", d_out.size(), sizes.size(), true);
-  check_count("weighted_merge: d_base", d_base.size(), sizes.size(), true);
-  check_count("weighted_merge: d_thetas", d_thetas.size(), all, true);
+cuda::WeightedMergeCall weighted_merge(int dtype, const TensorArgs& base, const TensorArgs& thetas,
+                                       std::vector<double> weights, const TensorArgs& out,
+                                       const TensorArgs& d_out, const TensorArgs& d_base,
+                                       const TensorArgs& d_thetas) {
   WeightedMergeParams params{};
   params.dtype = dtype_of(dtype);
-  params.sizes = std::move(sizes);
-  params.base = pointers(base);
-  params.thetas = pointers(thetas);
+  params.sizes = sizes_of(base);
+  params.base = pointers("weighted_merge: base", base, base.size());
+  params.thetas = pointers("weighted_merge: thetas", thetas, base.size() * weights.size());
   params.weights = std::move(weights);
-  params.out = pointers(out);
-  params.d_out = pointers(d_out);
-  params.d_base = pointers(d_base);
-  params.d_thetas = pointers(d_thetas);
+  params.out = pointers("weighted_merge: out", out, base.size(), true);
+  params.d_out = pointers("weighted_merge: d_out", d_out, base.size(), true);
+  params.d_base = pointers("weighted_merge: d_base", d_base, base.size(), true);
+  params.d_thetas = pointers("weighted_merge: d_thetas", d_thetas, thetas.size(), true);
   return cuda::WeightedMergeCall(params);
 }
 
-cuda::ProjectedMergeCall projected_merge(int dtype, int64_t d, Sizes rows, Sizes tokens,
-                                         const MatrixArgs& W0, const MatrixArgs& W,
-                                         const MatrixArgs& C, const MatrixArgs& M,
-                                         const MatrixArgs& out, const MatrixArgs& d_out,
-                                         const MatrixArgs& d_W0, const MatrixArgs& d_W) {
-  const size_t all = rows.size() * tokens.size();
-  check_count("projected_merge: W0", W0.size(), rows.size());
-  check_count("projected_merge: W", W.size(), all);
-  check_count("projected_merge: C", C.size(), tokens.size());
-  check_count("projected_merge: M", M.size(), tokens.size());
-  check_count("projected_merge: out", out.size(), rows.size(), true);
-  check_count("projected_merge: d_out", d_out.size(), rows.size(), true);
-  check_count("projected_merge: d_W0", d_W0.size(), rows.size(), true);
-  check_count("projected_merge: d_W", d_W.size(), all, true);
+cuda::ProjectedMergeCall projected_merge(int dtype, const TensorArgs& W0, const TensorArgs& W,
+                                         const TensorArgs& C, const TensorArgs& M,
+                                         const TensorArgs& out, const TensorArgs& d_out,
+                                         const TensorArgs& d_W0, const TensorArgs& d_W) {
   ProjectedMergeParams params{};
   params.dtype = dtype_of(dtype);
-  params.d = d;
-  params.rows = std::move(rows);
-  params.tokens = std::move(tokens);
-  params.W0 = matrices(W0);
-  params.W = matrices(W);
-  params.C = matrices(C);
-  params.M = matrices(M);
-  params.out = matrices(out);
-  params.d_out = matrices(d_out);
-  params.d_W0 = matrices(d_W0);
-  params.d_W = matrices(d_W);
+  params.d = W0.empty() ? 0 : W0[0].sizes[1];
+  params.rows = rows_of(W0);
+  params.tokens = rows_of(C);
+  params.W0 = matrices("projected_merge: W0", W0, W0.size());
+  params.W = matrices("projected_merge: W", W, W0.size() * C.size());
+  params.C = matrices("projected_merge: C", C, C.size());
+  params.M = matrices("projected_merge: M", M, C.size());
+  params.out = matrices("projected_merge: out", out, W0.size(), true);
+  params.d_out = matrices("projected_merge: d_out", d_out, W0.size(), true);
+  params.d_W0 = matrices("projected_merge: d_W0", d_W0, W0.size(), true);
+  params.d_W = matrices("projected_merge: d_W", d_W, W.size(), true);
   return cuda::ProjectedMergeCall(params);
 }
 
@@ -111,6 +62,7 @@ PYBIND11_MODULE(_native_cuda, module) {
   module.doc() =
       "CUDA kernels of mima.ops; called through mima.ops.native, which checks arguments.";
   module.attr("version") = MIMA_VERSION;
+  module.def("are_contiguous", &are_contiguous);
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   py::class_<cuda::WeightedMergeCall>(module, "WeightedMerge")
       .def(py::init(&weighted_merge))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,6 +13,18 @@ from torch._library.custom_ops import CustomOpDef
 
 _functions: dict[CustomOpDef, Callable[..., Any]] = {}
 _PLAIN = {Tensor, torch.nn.Parameter}
+
+
+class Operator(torch.autograd.Function):
+    """A differentiable operator: `forward(*args)` takes tensors, and returns a tuple of them.
+
+    PyTorch inspects the signature of `forward` at each call, and binds it, which costs microseconds
+    per named parameter: there is one, and it is inspected here.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
 
 def raw_operator(name: str, *, schema: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
@@ -56,12 +69,8 @@ def call(op: CustomOpDef, *args: object) -> Any:
     return _functions[op](*args)
 
 
-def apply(function: type[torch.autograd.Function], *args: object) -> tuple[Any, ...]:
-    """Apply a function whose outputs are a tuple of tensors; without a graph where none is needed.
-
-    Their `forward` takes `*args`: PyTorch inspects and binds its signature at each call, which
-    costs microseconds per named parameter.
-    """
+def apply(function: type[Operator], *args: object) -> tuple[Any, ...]:
+    """Apply an operator; without a graph where none is needed."""
     with_graph = torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         # where no graph is needed, torch.compile hands a context to a forward of this signature
@@ -101,8 +110,8 @@ def _are_plain(args: Iterable[object], requires_grad: bool) -> bool:
     return True
 
 
-def apply_backward(function: type[torch.autograd.Function], *args: object) -> tuple[Any, ...]:
-    """Apply a function that is the backward of another.
+def apply_backward(function: type[Operator], *args: object) -> tuple[Any, ...]:
+    """Apply an operator that is the backward of another.
 
     Inside torch.compile, which neither traces a Function within the backward of another nor
     differentiates that backward, it runs as a plain function.

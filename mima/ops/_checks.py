@@ -50,6 +50,12 @@ def require_floating(op: str, name: str, x: object) -> None:
         raise TypeError(
             f"{op}: {name} must be float32, bfloat16, float16 or float64, got {describe(x)}"
         )
+    _require_strided(op, name, x)
+
+
+def _require_strided(op: str, name: str, x: Tensor) -> None:
+    if x.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a strided tensor, got {x.layout}")
 
 
 def require_like(
@@ -63,6 +69,7 @@ def require_like(
             f"{op}: {name} must be {like.dtype} on {like.device} like {like_name}, "
             f"got {describe(x)}"
         )
+    _require_strided(op, name, x)
     if x.ndim != len(shape) or any(
         size != wanted
         for size, wanted in zip(x.shape, shape, strict=True)
@@ -113,6 +120,7 @@ def as_vector(op: str, name: str, value: object, length: int, like: Tensor) -> T
         value = _stacked(op, name, cast("Sequence[object]", value))
     elif not value.dtype.is_floating_point:
         raise TypeError(f"{op}: {name} must be floating point, got {describe(value)}")
+    _require_strided(op, name, value)
     if value.shape != (length,):
         raise ValueError(
             f"{op}: {name} must be [{length}], one per concept, got {list(value.shape)}"

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from mima import reference
 from mima.ops import _checks, backends, reference_backend
 from mima.ops._autograd import (
+    Operator,
     apply,
     apply_backward,
     call,
@@ -232,7 +233,7 @@ def _backward_formula(N: int, backend: str, *args: Any) -> list[Tensor]:
     return _flat(grads, needs)
 
 
-class BatchedLora(torch.autograd.Function):
+class BatchedLora(Operator):
     """(N, backend, x, weight, bias, scale, index, *A, *B) -> (y,)."""
 
     @staticmethod
@@ -266,7 +267,7 @@ class BatchedLora(torch.autograd.Function):
         return vmap_formula(_forward_formula, info, in_dims, args)
 
 
-class BatchedLoraBackward(torch.autograd.Function):
+class BatchedLoraBackward(Operator):
     """(N, backend, needs, d_y, x, weight, scale, index, *A, *B) -> the gradients that are needed.
 
     It is the adjoint of the derivative of y, which in the direction u is

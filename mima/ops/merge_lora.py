@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mima.ops import _checks, backends, reference_backend
 from mima.ops._autograd import (
+    Operator,
     apply,
     apply_backward,
     call,
@@ -184,7 +185,7 @@ def _backward_formula(N: int, backend: str, *args: Any) -> list[Tensor]:
     return _flat(grads, needs)
 
 
-class MergeLora(torch.autograd.Function):
+class MergeLora(Operator):
     """(N, backend, weight, scale, weights, *A, *B) -> (φ,)."""
 
     @staticmethod
@@ -213,7 +214,7 @@ class MergeLora(torch.autograd.Function):
         return vmap_formula(_forward_formula, info, in_dims, args)
 
 
-class MergeLoraBackward(torch.autograd.Function):
+class MergeLoraBackward(Operator):
     """(N, backend, needs, d_out, weight, scale, weights, *A, *B) -> the gradients that are needed.
 
     It is the adjoint of the derivative of φ, which in the direction u is, with c = w s and

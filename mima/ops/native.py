@@ -1,4 +1,4 @@
-"""The native backend: passes tensors, as addresses and sizes, to the C++ and CUDA kernels of csrc/.
+"""The native backend: passes tensors to the C++ and CUDA kernels of csrc/.
 
 Raw operators: arguments are validated, outputs freshly allocated, nothing recorded by autograd. On
 the CPU every operator is served in float32, float64, bfloat16 and float16, with as many threads as
@@ -110,25 +110,16 @@ def _on_cuda(x: Tensor) -> bool:
     return x.device.type == "cuda"
 
 
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [x.data_ptr() for x in tensors]
-
-
-def _matrix(x: Tensor) -> tuple[int, int]:
-    """Address and leading dimension of a matrix whose rows are contiguous."""
-    return x.data_ptr(), x.stride(0)
-
-
-def _matrices(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
-    return [(x.data_ptr(), x.stride(0)) for x in tensors]
-
-
 def _with_rows(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Matrices whose rows are contiguous: views where they are, copies where not."""
+    """Matrices whose rows are contiguous: the tensors where they are, copies where not."""
+    if _module("cpu").have_contiguous_rows(tensors):
+        return list(tensors)
     return [x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in tensors]
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
+    if not tensors or _module(tensors[0].device.type).are_contiguous(tensors):
+        return list(tensors)
     return [x.contiguous() for x in tensors]
 
 
@@ -144,15 +135,14 @@ def weighted_merge_forward(
     if not base:
         return out
     base, thetas = _contiguous(base), _contiguous(thetas)
-    sizes = [x.numel() for x in base]
     code = DTYPE_CODES[base[0].dtype]
-    arrays = _addresses(base), _addresses(thetas), weights.tolist(), _addresses(out)
+    tensors = base, thetas, weights.tolist(), out
     if _on_cuda(base[0]):
-        call = _module("cuda").WeightedMerge(code, sizes, *arrays, [], [], [])
+        call = _module("cuda").WeightedMerge(code, *tensors, [], [], [])
         with _launching(call, base[0].device) as (table, stream):
             call.forward(table.data_ptr(), stream)
     else:
-        _module("cpu").weighted_merge_forward(code, torch.get_num_threads(), sizes, *arrays)
+        _module("cpu").weighted_merge_forward(code, torch.get_num_threads(), *tensors)
     return out
 
 
@@ -171,13 +161,11 @@ def weighted_merge_backward(
     if not base:
         return d_base, d_thetas, torch.zeros_like(weights) if need_weights else None
     d_out, base, thetas = _contiguous(d_out), _contiguous(base), _contiguous(thetas)
-    sizes = [x.numel() for x in base]
     code = DTYPE_CODES[base[0].dtype]
-    inputs = _addresses(base), _addresses(thetas), weights.tolist()
-    outputs = _addresses(d_base), _addresses(d_thetas)
+    inputs = base, thetas, weights.tolist()
     d_weights = None
     if _on_cuda(base[0]):
-        call = _module("cuda").WeightedMerge(code, sizes, *inputs, [], _addresses(d_out), *outputs)
+        call = _module("cuda").WeightedMerge(code, *inputs, [], d_out, d_base, d_thetas)
         with _launching(call, base[0].device) as (table, stream):
             # a sum per piece, added in a fixed order: the same result each time
             shape = (call.num_pieces if need_weights else 0, weights.shape[0])
@@ -186,13 +174,7 @@ def weighted_merge_backward(
             d_weights = partial.sum(0).to(weights.dtype) if need_weights else None
     else:
         sums = _module("cpu").weighted_merge_backward(
-            code,
-            torch.get_num_threads(),
-            sizes,
-            _addresses(d_out),
-            *inputs,
-            *outputs,
-            need_weights,
+            code, torch.get_num_threads(), d_out, *inputs, d_base, d_thetas, need_weights
         )
         d_weights = weights.new_tensor(sums) if need_weights else None
     return d_base, d_thetas, d_weights
@@ -209,12 +191,7 @@ def projected_merge_forward(
     out = _empty_like(W0)
     W0, W, C, M = _with_rows(W0), _with_rows(W), _with_rows(C), _with_rows(M)
     _module("cpu").projected_merge_forward(
-        DTYPE_CODES[W0[0].dtype],
-        torch.get_num_threads(),
-        W0[0].shape[1],
-        [x.shape[0] for x in W0],
-        [x.shape[0] for x in C],
-        *map(_matrices, (W0, W, C, M, out)),
+        DTYPE_CODES[W0[0].dtype], torch.get_num_threads(), W0, W, C, M, out
     )
     return out
 
@@ -244,10 +221,8 @@ def projected_merge_backward(
     _module("cpu").projected_merge_backward(
         DTYPE_CODES[W0[0].dtype],
         torch.get_num_threads(),
-        W0[0].shape[1],
-        [x.shape[0] for x in W0],
-        [x.shape[0] for x in C],
-        *map(_matrices, (d_out, W0, W, C, M, d_W0, d_W, d_C, d_M)),
+        *(d_out, W0, W, C, M),
+        *(d_W0, d_W, d_C, d_M),
     )
     return d_W0, d_W, d_C, d_M
 
@@ -292,7 +267,7 @@ def _projected_merge_forward_cuda(
     width = _vector_multiple(d, W0[0])
     out = _padded_like(W0, width)
     inputs = [_pad_rows(x, width) for x in (W0, W, C, M)]
-    call = _projected_merge_call(inputs, width, out=out)
+    call = _projected_merge_call(inputs, out=out)
     with _launching(call, W0[0].device) as (table, stream):
         call.forward(table.data_ptr(), 0, stream)
     return _cut(out, d)
@@ -315,7 +290,7 @@ def _projected_merge_backward_cuda(
     d_W = _padded_like(W, width) if need_W else []
     inputs = [_pad_rows(x, width) for x in (W0, W, C, M)]
     upstream = _pad_rows(d_out, width)
-    call = _projected_merge_call(inputs, width, d_out=upstream, d_W0=d_W0, d_W=d_W)
+    call = _projected_merge_call(inputs, d_out=upstream, d_W0=d_W0, d_W=d_W)
     acc = torch.float64 if W0[0].dtype == torch.float64 else torch.float32
     # [all rows, tokens]: d_out M^T for d_C, (W - W0) C^T for d_M
     coefficients = W0[0].new_empty((call.all_rows, call.num_tokens), dtype=acc)
@@ -347,21 +322,14 @@ def _vector_multiple(d: int, like: Tensor) -> int:
 
 def _projected_merge_call(
     inputs: Sequence[Sequence[Tensor]],
-    width: int,
     *,
     out: Sequence[Tensor] = (),
     d_out: Sequence[Tensor] = (),
     d_W0: Sequence[Tensor] = (),
     d_W: Sequence[Tensor] = (),
 ) -> Any:
-    W0, _, C, _ = inputs
-    return _module("cuda").ProjectedMerge(
-        DTYPE_CODES[W0[0].dtype],
-        width,
-        [x.shape[0] for x in W0],
-        [x.shape[0] for x in C],
-        *map(_matrices, (*inputs, out, d_out, d_W0, d_W)),
-    )
+    code = DTYPE_CODES[inputs[0][0].dtype]
+    return _module("cuda").ProjectedMerge(code, *inputs, out, d_out, d_W0, d_W)
 
 
 def batched_lora_forward(
@@ -374,13 +342,11 @@ def batched_lora_forward(
     bias: Tensor | None,
 ) -> Tensor:
     """Return x_b Wᵀ + bias + s_i (x_b A_iᵀ) B_iᵀ with i = index[b], [b, t, o]."""
-    (b, t, d), o = x.shape, weight.shape[0]
     x = x.contiguous()
-    W, y = (0, 0), None
-    if A and _computes_base(x, weight):
+    computes_base = bool(A) and _computes_base(x, weight)
+    if computes_base:
         (weight,) = _with_rows([weight])
-        W = _matrix(weight)
-        y = x.new_empty(b, t, o)
+        y = x.new_empty(*x.shape[:2], weight.shape[0])
         if bias is not None:
             y.copy_(bias.expand_as(y))
     else:
@@ -391,16 +357,11 @@ def batched_lora_forward(
     _module("cpu").batched_lora_forward(
         DTYPE_CODES[x.dtype],
         torch.get_num_threads(),
-        (b, t, d, o),
-        [A_n.shape[0] for A_n in A],
-        index.tolist(),
+        *(x, weight, computes_base, A, B),
         scale.tolist(),
-        (x.data_ptr(), d),
-        W,
-        _matrices(A),
-        _matrices(B),
-        (y.data_ptr(), o),
-        W == (0, 0) or bias is not None,
+        index.tolist(),
+        y,
+        not computes_base or bias is not None,
     )
     return y
 
@@ -433,10 +394,11 @@ def batched_lora_backward(
     """Return the gradients of x, weight, A, B, scale and bias; None or empty where not needed."""
     (b, t, d), o = x.shape, weight.shape[0]
     x, d_y = x.contiguous(), d_y.contiguous()
-    d_x, W = None, (0, 0)
-    if need_x and A and _computes_base(x, weight):
+    d_x = None
+    computes_base = need_x and bool(A) and _computes_base(x, weight)
+    if computes_base:
         (weight,) = _with_rows([weight])
-        d_x, W = torch.empty_like(x), _matrix(weight)
+        d_x = torch.empty_like(x)
     elif need_x:
         d_x = torch.matmul(d_y, weight).contiguous()
     d_weight = d_y.view(b * t, o).mT @ x.view(b * t, d) if need_weight else None
@@ -449,19 +411,10 @@ def batched_lora_backward(
         sums = _module("cpu").batched_lora_backward(
             DTYPE_CODES[x.dtype],
             torch.get_num_threads(),
-            (b, t, d, o),
-            [A_n.shape[0] for A_n in A],
-            index.tolist(),
+            *(d_y, x, weight, computes_base, A, B),
             scale.tolist(),
-            (d_y.data_ptr(), o),
-            (x.data_ptr(), d),
-            W,
-            _matrices(A),
-            _matrices(B),
-            (0, 0) if d_x is None else (d_x.data_ptr(), d),
-            _matrices(d_A),
-            _matrices(d_B),
-            need_scale,
+            index.tolist(),
+            *(d_x, d_A, d_B, need_scale),
         )
         d_scale = scale.new_tensor(sums) if need_scale else None
     elif need_scale:
@@ -479,14 +432,10 @@ def merge_lora_forward(
     _module("cpu").merge_lora_forward(
         DTYPE_CODES[weight.dtype],
         torch.get_num_threads(),
-        tuple(weight.shape),
-        [A_n.shape[0] for A_n in A],
+        *(weight, A, B),
         scale.tolist(),
         weights.tolist(),
-        _matrix(weight),
-        _matrices(A),
-        _matrices(B),
-        _matrix(out),
+        out,
     )
     return out
 
@@ -518,16 +467,10 @@ def merge_lora_backward(
         sums = _module("cpu").merge_lora_backward(
             DTYPE_CODES[d_out.dtype],
             torch.get_num_threads(),
-            tuple(weight.shape),
-            [A_n.shape[0] for A_n in A],
+            *(d_out, A, B),
             scale.tolist(),
             weights.tolist(),
-            _matrix(d_out),
-            _matrices(A),
-            _matrices(B),
-            _matrices(d_A),
-            _matrices(d_B),
-            need_products,
+            *(d_A, d_B, need_products),
         )
         products = scale.new_tensor(sums) if need_products else products
     d_scale = weights * products if need_scale else None

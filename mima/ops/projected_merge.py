@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mima.ops import _checks, backends, reference_backend
 from mima.ops._autograd import (
+    Operator,
     apply,
     apply_backward,
     call,
@@ -182,7 +183,7 @@ def _backward_formula(L: int, N: int, backend: str, *args: Any) -> list[Tensor]:
     return [x for group in grads for x in group]
 
 
-class ProjectedMerge(torch.autograd.Function):
+class ProjectedMerge(Operator):
     """(L, N, backend, *W0, *W, *C, *M) -> L tensors."""
 
     @staticmethod
@@ -209,7 +210,7 @@ class ProjectedMerge(torch.autograd.Function):
         return vmap_formula(_forward_formula, info, in_dims, args)
 
 
-class ProjectedMergeBackward(torch.autograd.Function):
+class ProjectedMergeBackward(Operator):
     """(L, N, backend, needs, *d_out, *W0, *W, *C, *M) -> the gradients that are needed.
 
     The merge is linear in the weights, in C and in M, and its derivative in the direction u is

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mima.ops import _checks, backends, reference_backend
 from mima.ops._autograd import (
+    Operator,
     apply,
     apply_backward,
     call,
@@ -193,7 +194,7 @@ def _backward_formula(
     return [*d_base, *d_thetas, *([] if d_weights is None else [d_weights])]
 
 
-class WeightedMerge(torch.autograd.Function):
+class WeightedMerge(Operator):
     """(P, backend, weights, *base, *thetas) -> P tensors."""
 
     @staticmethod
@@ -224,7 +225,7 @@ class WeightedMerge(torch.autograd.Function):
         return vmap_formula(_forward_formula, info, in_dims, args)
 
 
-class WeightedMergeBackward(torch.autograd.Function):
+class WeightedMergeBackward(Operator):
     """(P, backend, needs, weights, *d_out, *base, *thetas) -> the gradients that are needed.
 
     It is the adjoint of the derivative: its own gradient is `weighted_merge` and itself, at the

@@ -100,10 +100,9 @@ def test_views_off_the_16_byte_grid():
 
 
 def test_too_many_tokens_for_shared_memory_is_an_error(emulated):
+    W, C = torch.zeros(4, 64), torch.zeros(3073, 64)
     with pytest.raises(ValueError, match="at most 3072 tokens on CUDA"):
-        emulated.ProjectedMerge(
-            0, 64, [4], [3073], [(0, 64)], [(0, 64)], [(0, 64)], [(0, 64)], [], [], [], []
-        )
+        emulated.ProjectedMerge(0, [W], [W], [C], [C], [], [], [], [])
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
