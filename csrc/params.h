@@ -72,6 +72,8 @@ struct BatchedLoraParams {
   Matrix W;                    // [o, d], or null
   Matrix y;                    // [b * t, o], forward
   bool add;                    // y holds what is added to: the bias, or without W the base product
+  Matrix projection;           // x A^T, [b * t, whole vectors for the largest rank], in the
+                               // accumulator type, or null: out in forward, in in backward
   Matrix d_y;                  // [b * t, o], backward
   Matrix d_x;                  // [b * t, d], added to without W, or null: not needed
   std::vector<Matrix> d_A;     // [N] or empty

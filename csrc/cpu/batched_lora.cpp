@@ -113,7 +113,7 @@ struct Layout {
     Adapter<T>& adapter = adapters[n];
     if (takes_dots(r))
       adapter.A_rows = A, adapter.ld_A = ld_A;
-    else
+    else if (forward || params.projection.data == nullptr)
       adapter.A_transposed = panels(A, 1, ld_A, d, r, 1);
     if (forward) {
       adapter.B_transposed = panels(B, 1, r, r, o, params.scale[n]);
@@ -162,15 +162,20 @@ struct Layout {
   }
 
   // h[count, r] = x A^T
-  void down(const Adapter<T>& adapter, int64_t r, const T* x, int64_t ldx, int64_t count,
-            T* h) const {
+  void down(const Adapter<T>& adapter, int64_t r, const T* x, int64_t ldx, int64_t count, T* h,
+            int64_t ldh) const {
     if (adapter.A_rows != nullptr) {
-      block.gemm_nt(x, ldx, adapter.A_rows, adapter.ld_A, h, ldr, count, r,
+      block.gemm_nt(x, ldx, adapter.A_rows, adapter.ld_A, h, ldh, count, r,
                     padded<T>(kernels, params.d), nullptr);
       return;
     }
     const PanelTerm<T> term{x, ldx, adapter.A_transposed, params.d};
-    block.gemm_panels(&term, 1, h, ldr, count, padded<T>(kernels, r), false);
+    block.gemm_panels(&term, 1, h, ldh, count, padded<T>(kernels, r), false);
+  }
+  // Rows of x A^T from `start` on, where they are kept.
+  T* projection(int64_t start) const {
+    T* first = static_cast<T*>(params.projection.data);
+    return first == nullptr ? nullptr : first + start * params.projection.ld;
   }
 
   // dst[count, cols] = [dst] + the sum of the terms
@@ -212,8 +217,11 @@ void forward(const BatchedLoraParams& params) {
     if (n >= 0 && params.ranks[n] > 0) {
       const Adapter<T>& adapter = layout.adapters[n];
       const int64_t r = params.ranks[n];
-      layout.down(adapter, r, x, ldx, count, h);
-      terms[num_terms++] = {h, layout.ldr, adapter.B_transposed, r};
+      T* const kept = layout.projection(start);
+      if (kept != nullptr) h = kept;
+      const int64_t ldh = kept != nullptr ? params.projection.ld : layout.ldr;
+      layout.down(adapter, r, x, ldx, count, h, ldh);
+      terms[num_terms++] = {h, ldh, adapter.B_transposed, r};
     }
     if (num_terms > 0)
       layout.write(terms, num_terms, params.y, start, count, params.o, params.add, y_scratch,
@@ -279,11 +287,18 @@ void backward(BatchedLoraParams& params) {
       const int64_t start = sample * params.t + token;
       int64_t ldx = 0, ldy;
       const T* x = nullptr;
-      if (r > 0 && (need_A || need_B || params.need_scale))
+      const T* const kept = layout.projection(start);
+      if (r > 0 && (need_A || (kept == nullptr && (need_B || params.need_scale))))
         x = layout.rows(params.x, start, count, params.d, direct_x, x_scratch, ld_d, &ldx);
       const T* d_y =
           layout.rows(params.d_y, start, count, params.o, direct_y, y_scratch, ld_o, &ldy);
-      if (r > 0 && (need_B || params.need_scale)) layout.down(adapter, r, x, ldx, count, h);
+      if (r > 0 && (need_B || params.need_scale)) {
+        if (kept == nullptr)
+          layout.down(adapter, r, x, ldx, count, h, ldr);
+        else
+          for (int64_t i = 0; i < count; ++i)
+            std::copy_n(kept + i * params.projection.ld, r, h + i * ldr);
+      }
       if (r > 0 && (need_x || need_A || params.need_scale)) {
         const PanelTerm<T> up{d_y, ldy, adapter.B, params.o};
         layout.block.gemm_panels(&up, 1, d_h, ldr, count, padded<T>(layout.kernels, r), false);

@@ -128,11 +128,13 @@ BatchedLoraParams batched_lora_params(int dtype, int threads, const TensorArg& x
 
 void batched_lora_forward(int dtype, int threads, const TensorArg& x, const TensorArg& weight,
                           bool computes_base, const TensorArgs& A, const TensorArgs& B, Reals scale,
-                          Indices index, const TensorArg& y, bool add) {
+                          Indices index, const TensorArg& y, bool add,
+                          const std::optional<TensorArg>& projection) {
   auto params = batched_lora_params(dtype, threads, x, weight, computes_base, A, B,
                                     std::move(scale), std::move(index));
   params.y = matrix({"batched_lora: y"}, y);
   params.add = add;
+  if (projection) params.projection = matrix({"batched_lora: projection"}, *projection);
   py::gil_scoped_release unlocked;
   cpu::batched_lora_forward(params);
 }
@@ -140,11 +142,13 @@ void batched_lora_forward(int dtype, int threads, const TensorArg& x, const Tens
 Reals batched_lora_backward(int dtype, int threads, const TensorArg& d_y, const TensorArg& x,
                             const TensorArg& weight, bool computes_base, const TensorArgs& A,
                             const TensorArgs& B, Reals scale, Indices index,
+                            const std::optional<TensorArg>& projection,
                             const std::optional<TensorArg>& d_x, const TensorArgs& d_A,
                             const TensorArgs& d_B, bool need_scale) {
   auto params = batched_lora_params(dtype, threads, x, weight, computes_base, A, B,
                                     std::move(scale), std::move(index));
   params.d_y = matrix({"batched_lora: d_y"}, d_y);
+  if (projection) params.projection = matrix({"batched_lora: projection"}, *projection);
   if (d_x) params.d_x = matrix({"batched_lora: d_x"}, *d_x);
   params.d_A = matrices("batched_lora: d_A", d_A, A.size(), true);
   params.d_B = matrices("batched_lora: d_B", d_B, A.size(), true);

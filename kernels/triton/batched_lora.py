@@ -413,8 +413,9 @@ def batched_lora_forward(
     scale: Tensor,
     index: Tensor,
     bias: Tensor | None,
+    kept: list[Tensor] | None = None,
 ) -> Tensor:
-    """Return y [b, t, o], by one launch."""
+    """Return y [b, t, o], by one launch. Keeps nothing."""
     adapters = _Adapters.prepare(x, A, B, scale, index)
     bias = None if bias is None else bias.contiguous()
     return _apply(x.contiguous(), weight.contiguous(), bias, adapters, transposed=False)
@@ -428,6 +429,7 @@ def batched_lora_backward(
     B: Sequence[Tensor],
     scale: Tensor,
     index: Tensor,
+    projection: Tensor | None,
     need_x: bool,
     need_weight: bool,
     need_A: bool,

@@ -43,11 +43,11 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep autocast from changing the precision, and the type, of what an operator computes."""
 
     @functools.wraps(function)
-    def run(*args: Any) -> Any:
+    def run(*args: Any, **directly: Any) -> Any:
         if not torch._C._is_any_autocast_enabled():
-            return function(*args)
+            return function(*args, **directly)
         with torch.autocast(_first(args).device.type, enabled=False):
-            return function(*args)
+            return function(*args, **directly)
 
     return run
 
@@ -58,15 +58,16 @@ def _first(args: Sequence[Any]) -> Tensor:
     return first
 
 
-def call(op: CustomOpDef, *args: object) -> Any:
+def call(op: CustomOpDef, *args: object, **directly: object) -> Any:
     """Call a raw operator, past the dispatcher where nothing there would see the call.
 
     Passing through it takes tens of microseconds, more than computing a small layer. Tensors
-    without data must, for their shapes.
+    without data must, for their shapes. `directly` is for the function alone: the schema of the
+    operator has no such arguments.
     """
     if _first(args).is_meta or _is_watched(args, requires_grad=False):
         return op(*args)
-    return _functions[op](*args)
+    return _functions[op](*args, **directly)
 
 
 def apply(function: type[Operator], *args: object) -> tuple[Any, ...]:

@@ -74,8 +74,18 @@ def batched_lora(
     """
     _require_agreement(x, weight, A, B, index, bias)
     vector = _checks.as_vector(_OP, "scale", scale, len(A), x)
-    (y,) = apply(BatchedLora, len(A), backend or "", x, weight, bias, vector, index, *A, *B)
+    kept: list[Tensor] | None = [] if _is_trained(vector, *A, *B) else None
+    (y,) = apply(BatchedLora, len(A), backend or "", kept, x, weight, bias, vector, index, *A, *B)
     return cast(Tensor, y)
+
+
+def _is_trained(*adapters: Tensor) -> bool:
+    """Whether a backward will need x Aᵀ, which a kernel may then keep."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and any(x.requires_grad for x in adapters)
+    )
 
 
 def _require_agreement(
@@ -120,10 +130,11 @@ def _forward(
     index: Tensor,
     bias: Tensor | None,
     backend: str,
+    kept: list[Tensor] | None = None,
 ) -> Tensor:
     _checks.require_in_range(_OP, "index", index, len(A))
     module = backends.resolve(_OP, x, backend)
-    return cast(Tensor, module.batched_lora_forward(x, weight, A, B, scale, index, bias))
+    return cast(Tensor, module.batched_lora_forward(x, weight, A, B, scale, index, bias, kept))
 
 
 @_forward.register_fake
@@ -144,8 +155,8 @@ def _(
     f"mima::{_OP}_backward",
     schema=(
         "(Tensor d_y, Tensor x, Tensor weight, Tensor[] A, Tensor[] B, Tensor scale, Tensor index, "
-        "bool need_x, bool need_weight, bool need_A, bool need_B, bool need_scale, bool need_bias, "
-        "str backend) -> Tensor[]"
+        "Tensor? projection, bool need_x, bool need_weight, bool need_A, bool need_B, "
+        "bool need_scale, bool need_bias, str backend) -> Tensor[]"
     ),
 )
 def _backward(
@@ -156,6 +167,7 @@ def _backward(
     B: list[Tensor],
     scale: Tensor,
     index: Tensor,
+    projection: Tensor | None,
     need_x: bool,
     need_weight: bool,
     need_A: bool,
@@ -166,7 +178,8 @@ def _backward(
 ) -> list[Tensor]:
     module = backends.resolve(_OP, x, backend)
     needs = need_x, need_weight, need_A, need_B, need_scale, need_bias
-    return _flat(module.batched_lora_backward(d_y, x, weight, A, B, scale, index, *needs), needs)
+    grads = module.batched_lora_backward(d_y, x, weight, A, B, scale, index, projection, *needs)
+    return _flat(grads, needs)
 
 
 @_backward.register_fake
@@ -178,6 +191,7 @@ def _(
     B: list[Tensor],
     scale: Tensor,
     index: Tensor,
+    projection: Tensor | None,
     need_x: bool,
     need_weight: bool,
     need_A: bool,
@@ -215,6 +229,7 @@ def _split(grads: Sequence[Any], N: int, needs: Sequence[bool]) -> tuple[Any, ..
 def _forward_formula(
     N: int,
     backend: str,
+    kept: object,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -226,41 +241,46 @@ def _forward_formula(
 
 
 def _backward_formula(N: int, backend: str, *args: Any) -> list[Tensor]:
-    needs, (d_y, x, weight, scale, index, *AB) = args[:6], args[6:]
+    needs, (d_y, x, weight, scale, index, projection, *AB) = args[:6], args[6:]
     grads = reference_backend.batched_lora_backward(
-        d_y, x, weight, AB[:N], AB[N:], scale, index, *needs
+        d_y, x, weight, AB[:N], AB[N:], scale, index, projection, *needs
     )
     return _flat(grads, needs)
 
 
 class BatchedLora(Operator):
-    """(N, backend, x, weight, bias, scale, index, *A, *B) -> (y,)."""
+    """(N, backend, kept, x, weight, bias, scale, index, *A, *B) -> (y,).
+
+    `kept` is an empty list that a kernel may put x Aᵀ into, for the backward, or None.
+    """
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        N, backend, x, weight, bias, scale, index, *AB = args
-        return (call(_forward, x, weight, AB[:N], AB[N:], scale, index, bias, backend),)
+        N, backend, kept, x, weight, bias, scale, index, *AB = args
+        args = x, weight, AB[:N], AB[N:], scale, index, bias, backend
+        return (call(_forward, *args, kept=kept),)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.N, ctx.backend, x, weight, _, scale, index, *AB = inputs
-        ctx.save_for_backward(x, weight, scale, index, *AB)
+        ctx.N, ctx.backend, kept, x, weight, _, scale, index, *AB = inputs
+        projection = kept[0] if kept else None
+        ctx.save_for_backward(x, weight, scale, index, projection, *AB)
 
     @staticmethod
     def backward(ctx: Any, *d_out: Tensor) -> tuple[Any, ...]:
         N = ctx.N
-        _, _, need_x, need_weight, need_bias, need_scale, _, *need_AB = ctx.needs_input_grad
+        _, _, _, need_x, need_weight, need_bias, need_scale, _, *need_AB = ctx.needs_input_grad
         need_A, need_B = any(need_AB[:N]), any(need_AB[N:])
         needs = need_x, need_weight, need_A, need_B, need_scale, need_bias
         grads = apply_backward(
             BatchedLoraBackward, N, ctx.backend, *needs, *d_out, *ctx.saved_tensors
         )
         d_x, d_weight, d_A, d_B, d_scale, d_bias = _split(grads, N, needs)
-        return None, None, d_x, d_weight, d_bias, d_scale, None, *d_A, *d_B
+        return None, None, None, d_x, d_weight, d_bias, d_scale, None, *d_A, *d_B
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        N, index = args[0], args[6]
+        N, index = args[0], args[7]
         # not where a vmap around this one, or a tracer, hides the values
         if index.__class__ is Tensor and not torch._C._functorch.is_batchedtensor(index):
             _checks.require_in_range(_OP, "index", index, N)
@@ -268,7 +288,7 @@ class BatchedLora(Operator):
 
 
 class BatchedLoraBackward(Operator):
-    """(N, backend, needs, d_y, x, weight, scale, index, *A, *B) -> the gradients that are needed.
+    """(N, backend, needs, d_y, x, weight, scale, index, projection, *A, *B) -> those needed.
 
     It is the adjoint of the derivative of y, which in the direction u is
 
@@ -282,8 +302,9 @@ class BatchedLoraBackward(Operator):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         N, backend, *needs = args[:8]
-        d_y, x, weight, scale, index, *AB = args[8:]
-        return tuple(call(_backward, d_y, x, weight, AB[:N], AB[N:], scale, index, *needs, backend))
+        d_y, x, weight, scale, index, projection, *AB = args[8:]
+        args = d_y, x, weight, AB[:N], AB[N:], scale, index, projection, *needs, backend
+        return tuple(call(_backward, *args))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -294,10 +315,10 @@ class BatchedLoraBackward(Operator):
     @staticmethod
     def backward(ctx: Any, *u: Tensor | None) -> tuple[Any, ...]:
         N, backend = ctx.N, ctx.backend
-        d_y, x, weight, scale, index, *AB = ctx.saved_tensors
+        d_y, x, weight, scale, index, _, *AB = ctx.saved_tensors
         A, B = AB[:N], AB[N:]
         u_x, u_weight, u_A, u_B, u_scale, u_bias = _split(u, N, ctx.needs)
-        need_d_y, need_x, need_weight, need_scale, _, *need_AB = ctx.needs_input_grad[8:]
+        need_d_y, need_x, need_weight, need_scale, _, _, *need_AB = ctx.needs_input_grad[8:]
         need_A, need_B = any(need_AB[:N]), any(need_AB[N:])
         dd_y: list[Tensor | None] = []
         d_x: list[Tensor | None] = []
@@ -308,12 +329,11 @@ class BatchedLoraBackward(Operator):
 
         if u_x is not None:
             if need_d_y:
-                dd_y += apply(BatchedLora, N, backend, u_x, weight, None, scale, index, *AB)
+                dd_y += apply(BatchedLora, N, backend, None, u_x, weight, None, scale, index, *AB)
             needs = False, need_weight, need_A, need_B, need_scale, False
             if any(needs):
-                grads = apply_backward(
-                    BatchedLoraBackward, N, backend, *needs, d_y, u_x, weight, scale, index, *AB
-                )
+                args = d_y, u_x, weight, scale, index, None, *AB
+                grads = apply_backward(BatchedLoraBackward, N, backend, *needs, *args)
                 _, d_weight, first_A, first_B, first_scale, _ = _split(grads, N, needs)
                 d_A.append(first_A)
                 d_B.append(first_B)
@@ -365,6 +385,7 @@ class BatchedLoraBackward(Operator):
             total(d_x),
             d_weight,
             total(d_scale),
+            None,
             None,
             *(total(group) for group in _by_adapter(d_A, N)),
             *(total(group) for group in _by_adapter(d_B, N)),

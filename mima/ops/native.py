@@ -340,8 +340,13 @@ def batched_lora_forward(
     scale: Tensor,
     index: Tensor,
     bias: Tensor | None,
+    kept: list[Tensor] | None = None,
 ) -> Tensor:
-    """Return x_b Wᵀ + bias + s_i (x_b A_iᵀ) B_iᵀ with i = index[b], [b, t, o]."""
+    """Return x_b Wᵀ + bias + s_i (x_b A_iᵀ) B_iᵀ with i = index[b], [b, t, o].
+
+    Puts x_b A_iᵀ into `kept`, as the backward takes it: [b, t, largest rank or more], in the
+    accumulator type, undefined beyond a sample's rank.
+    """
     x = x.contiguous()
     computes_base = bool(A) and _computes_base(x, weight)
     if computes_base:
@@ -354,14 +359,17 @@ def batched_lora_forward(
     if y.numel() == 0 or not A:
         return y
     A, B = _with_rows(A), _contiguous(B)
+    if kept is not None:
+        # whole vectors, of whatever instruction set
+        width = -(-max(A_n.shape[0] for A_n in A) // 16) * 16
+        kept.append(x.new_empty(*x.shape[:2], width, dtype=scale.dtype))
     _module("cpu").batched_lora_forward(
         DTYPE_CODES[x.dtype],
         torch.get_num_threads(),
         *(x, weight, computes_base, A, B),
         scale.tolist(),
         index.tolist(),
-        y,
-        not computes_base or bias is not None,
+        *(y, not computes_base or bias is not None, kept[0] if kept else None),
     )
     return y
 
@@ -384,6 +392,7 @@ def batched_lora_backward(
     B: Sequence[Tensor],
     scale: Tensor,
     index: Tensor,
+    projection: Tensor | None,
     need_x: bool,
     need_weight: bool,
     need_A: bool,
@@ -414,7 +423,7 @@ def batched_lora_backward(
             *(d_y, x, weight, computes_base, A, B),
             scale.tolist(),
             index.tolist(),
-            *(d_x, d_A, d_B, need_scale),
+            *(projection, d_x, d_A, d_B, need_scale),
         )
         d_scale = scale.new_tensor(sums) if need_scale else None
     elif need_scale:

@@ -132,8 +132,9 @@ def batched_lora_forward(
     scale: Tensor,
     index: Tensor,
     bias: Tensor | None,
+    kept: list[Tensor] | None = None,
 ) -> Tensor:
-    """Return y [b, t, o]."""
+    """Return y [b, t, o]. Keeps nothing."""
     return reference.batched_lora(x, weight, A, B, scale, index, bias)
 
 
@@ -145,6 +146,7 @@ def batched_lora_backward(
     B: Sequence[Tensor],
     scale: Tensor,
     index: Tensor,
+    projection: Tensor | None,
     need_x: bool,
     need_weight: bool,
     need_A: bool,

@@ -158,6 +158,7 @@ def batched_lora(
     scale = torch.rand(N, dtype=vector_dtype(dtype)) + 0.5
     biases = [torch.randn(o).to(dtype)] if bias else []
     index = (torch.arange(b) % (N + 1)) - 1
+    kept: list[Tensor] = []
 
     def split(xs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor | None]:
         A, B = list(xs[2 : 2 + N]), list(xs[2 + N : 2 + 2 * N])
@@ -165,7 +166,8 @@ def batched_lora(
 
     def run(xs: Sequence[Tensor]) -> list[Tensor]:
         A, B, scale, bias_o = split(xs)
-        return [native.batched_lora_forward(xs[0], xs[1], A, B, scale, index, bias_o)]
+        kept.clear()
+        return [native.batched_lora_forward(xs[0], xs[1], A, B, scale, index, bias_o, kept)]
 
     def through_reference(xs: Sequence[Tensor]) -> list[Tensor]:
         A, B, scale, bias_o = split(xs)
@@ -175,7 +177,7 @@ def batched_lora(
         A, B, scale, _ = split(xs)
         needs = (True, True, True, True, True, bias)
         d_x, d_weight, d_A, d_B, d_scale, d_bias = native.batched_lora_backward(
-            d_out[0], xs[0], xs[1], A, B, scale, index, *needs
+            d_out[0], xs[0], xs[1], A, B, scale, index, kept[0] if kept else None, *needs
         )
         singles = [d_x, d_weight, *d_A, *d_B, d_scale, *([d_bias] if bias else [])]
         return [x for x in singles if x is not None]

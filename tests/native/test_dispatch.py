@@ -60,11 +60,17 @@ def test_module_of_another_version_is_refused(monkeypatch):
 
 def test_bindings_refuse_what_would_be_a_wild_read():
     module = native._module("cpu")
-    with pytest.raises(ValueError, match="base: expected 2 addresses, got 1"):
-        module.weighted_merge_forward(0, 1, [4, 4], [1], [], [], [1, 1])
+    one, x, wide = torch.zeros(1, 1), torch.zeros(1, 1, 1), torch.zeros(2, 3).mT
+    zero = torch._efficientzerotensor((1, 1))
+    with pytest.raises(ValueError, match="out: expected 2 tensors, got 1"):
+        module.weighted_merge_forward(0, 1, [one, one], [], [], [one])
     with pytest.raises(ValueError, match="dtype code"):
-        module.weighted_merge_forward(9, 1, [], [], [], [], [])
+        module.weighted_merge_forward(9, 1, [], [], [], [])
     with pytest.raises(ValueError, match=r"index must be in \[-1, 1\), got 1"):
-        module.batched_lora_forward(
-            0, 1, (1, 1, 1, 1), [1], [1], [1.0], (0, 1), (0, 1), [(0, 1)], [(0, 1)], (0, 1), True
-        )
+        module.batched_lora_forward(0, 1, x, one, True, [one], [one], [1.0], [1], x, True, None)
+    with pytest.raises(ValueError, match=r"A\[0\]: the elements of a row must lie side by side"):
+        module.merge_lora_forward(0, 1, one, [wide], [one], [1.0], [1.0], one)
+    with pytest.raises(TypeError, match=r"thetas\[0\] must be a strided tensor in memory"):
+        module.weighted_merge_forward(0, 1, [one], [zero], [1.0], [one])
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        module.weighted_merge_forward(0, 1, [1], [], [], [one])

@@ -46,11 +46,11 @@ def _raw_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "batched_lora": (raw.batched_lora, (x, weight, A, B, scale, index, bias, "")),
         "batched_lora_backward": (
             raw.batched_lora_backward,
-            (r(3, 2, 5), x, weight, A, B, scale, index, yes, yes, yes, yes, yes, yes, ""),
+            (r(3, 2, 5), x, weight, A, B, scale, index, None, yes, yes, yes, yes, yes, yes, ""),
         ),
         "batched_lora_backward-partly": (
             raw.batched_lora_backward,
-            (r(3, 2, 5), x, weight, A, B, scale, index, no, no, yes, no, no, yes, ""),
+            (r(3, 2, 5), x, weight, A, B, scale, index, None, no, no, yes, no, no, yes, ""),
         ),
         "merge_lora": (raw.merge_lora, (weight, A, B, scale, scale, "")),
         "merge_lora_backward": (

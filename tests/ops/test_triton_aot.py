@@ -61,7 +61,7 @@ def _batched_lora(dtype: torch.dtype, rank: int) -> None:
     d_y = torch.empty(8, 77, 320, dtype=dtype)
     batched_lora.batched_lora_forward(x, weight, A, B, scale, index, bias)
     needs = YES, False, YES, YES, False, False
-    batched_lora.batched_lora_backward(d_y, x, weight, A, B, scale, index, *needs)
+    batched_lora.batched_lora_backward(d_y, x, weight, A, B, scale, index, None, *needs)
 
 
 def _merge_lora(dtype: torch.dtype, rank: int) -> None:
