@@ -2,6 +2,9 @@
 // product with (s B)^T continues the sums of the base product, in registers: y is written once, and
 // the adapter costs its own arithmetic only. The [tokens, r] intermediate stays in the first-level
 // cache in the accumulator type. Where the base product is the caller's, y is updated in place.
+//
+// An adapter of very many tokens is added to the weight first, in panels of its own: r d o
+// multiply-adds instead of r (d + o) for each token.
 #include "cpu/blocks.h"
 #include "cpu/ops.h"
 
@@ -17,6 +20,7 @@ struct Adapter {
   const T* A = nullptr;             // of [r, d]
   const T* B_transposed = nullptr;  // of [r, o], times the scale
   const T* B = nullptr;             // of [o, r]
+  const T* merged = nullptr;        // of the transposed weight W + s B A, backward: of itself
 };
 
 template <class T>
@@ -26,11 +30,14 @@ struct Layout {
   const StorageKernels& storage;
   const BlockKernels<T>& block;
   bool forward, direct, fused;
+  bool multiplies;  // there is a y or d_x to write
   int64_t num_adapters, max_rank, ldr, ld_d, ld_o, tokens_per_block, blocks_per_sample;
+  int64_t W_k, W_n, W_width;          // of W^T in y = x W^T, of W in d_x = d_y W: [W_k, W_n]
   std::vector<int64_t> samples;       // grouped by adapter, those without one last
   std::vector<int64_t> first;         // [N + 2] into samples
+  std::vector<int64_t> to_merge;      // adapters
   std::vector<int64_t> packed_start;  // [N + 1]
-  Buffer<T> W, packed;
+  Buffer<T> W, merged, packed;
   std::vector<Adapter<T>> adapters;
 
   Layout(const BatchedLoraParams& p, bool forward)
@@ -41,6 +48,7 @@ struct Layout {
         forward(forward),
         direct(sizeof(T) == item_size(p.dtype)),
         fused(p.W.data != nullptr),
+        multiplies(forward || p.d_x.data != nullptr),
         num_adapters(static_cast<int64_t>(p.ranks.size())),
         max_rank(num_adapters ? *std::max_element(p.ranks.begin(), p.ranks.end()) : 0),
         ldr(leading_dimension<T>(max_rank)),
@@ -53,38 +61,86 @@ struct Layout {
                      (96 << 10) / (std::max<int64_t>({p.d, p.o, 1}) * int64_t(sizeof(T))) / 6 * 6,
                      6, 96))),
         blocks_per_sample(p.t == 0 ? 0 : ceil_div(p.t, tokens_per_block)),
-        first(num_adapters + 2, 0),
+        W_k(forward ? p.d : p.o),
+        W_n(forward ? p.o : p.d),
+        W_width(panel_width<T>(kernels, W_n)),
+        first(first_samples()),
+        to_merge(adapters_to_merge()),
         packed_start(offsets_of_packed()),
-        W(fused ? panels_size<T>(kernels, forward ? p.d : p.o, forward ? p.o : p.d) : 0),
+        W(fused && multiplies ? panels_size<T>(kernels, W_k, W_n) : 0),
+        merged(static_cast<int64_t>(to_merge.size()) * panels_size<T>(kernels, W_k, W_n)),
         packed(packed_start.back()),
         adapters(num_adapters) {
-    for (int64_t n : p.index) ++first[group(n) + 1];
-    for (int64_t n = 0; n <= num_adapters; ++n) first[n + 1] += first[n];
     samples.resize(p.b);
     std::vector<int64_t> next(first.begin(), first.end() - 1);
     for (int64_t sample = 0; sample < p.b; ++sample)
       samples[next[group(p.index[sample])]++] = sample;
-    // y = x W^T, d_x = d_y W
-    const int64_t k = forward ? p.d : p.o, n = forward ? p.o : p.d;
-    const int64_t W_panels = fused ? ceil_div(n, panel_width<T>(kernels, n)) : 0;
+    const int64_t W_panels = fused && multiplies ? ceil_div(W_n, W_width) : 0;
     // read and written; the adapters' factors in the order of their samples, so that most threads
     // will read what they have packed
-    const double moved = 2 * (double(W_panels) * panel_width<T>(kernels, n) * k +
-                              double(num_adapters) * max_rank * (p.d + p.o));
+    const double moved =
+        2 * (double(W_panels) * W_width * W_k + double(num_adapters) * max_rank * (p.d + p.o));
     const int64_t items = std::max(W_panels, num_adapters);
     parallel_for(items, useful_threads(p.threads, moved), [&](int64_t item, int) {
       for (int64_t j = W_panels * item / items; j < W_panels * (item + 1) / items; ++j)
         block.pack_panel(static_cast<const T*>(p.W.data), forward ? 1 : p.W.ld,
-                         forward ? p.W.ld : 1, k, n, T(1), panel_width<T>(kernels, n), j, W.get());
+                         forward ? p.W.ld : 1, W_k, W_n, T(1), W_width, j, W.get());
       for (int64_t i = num_adapters * item / items; i < num_adapters * (item + 1) / items; ++i)
         if (first[i + 1] > first[i]) pack(i);
     });
+    const int64_t panels = static_cast<int64_t>(to_merge.size()) * W_panels;
+    const double multiplied = double(panels) * W_k * W_width * (1 + max_rank / 4);
+    parallel_for(panels, useful_threads(p.threads, multiplied),
+                 [&](int64_t item, int) { merge(item / W_panels, item % W_panels); });
   }
 
-  int64_t group(int64_t n) const { return n < 0 ? num_adapters : n; }
+  int64_t group(int64_t adapter) const { return adapter < 0 ? num_adapters : adapter; }
+
+  std::vector<int64_t> first_samples() const {
+    std::vector<int64_t> count(num_adapters + 1, 0);
+    for (int64_t adapter : params.index) ++count[group(adapter)];
+    return offsets_of(count);
+  }
+
+  // A question of sizes alone, for the results not to depend on anything else. Four times what the
+  // multiply-adds of a forward say: a backward merges once more, and forms x A^T anew.
+  bool merges(int64_t adapter) const {
+    const double tokens = double(first[adapter + 1] - first[adapter]) * params.t;
+    return fused && params.ranks[adapter] > 0 &&
+           tokens * (params.d + params.o) >= 4.0 * params.d * params.o;
+  }
+  std::vector<int64_t> adapters_to_merge() const {
+    std::vector<int64_t> found;
+    for (int64_t i = 0; i < num_adapters; ++i)
+      if (multiplies && merges(i)) found.push_back(i);
+    return found;
+  }
+
+  // One panel of W + s B A, or of its transpose: W's and a product with the right factor's.
+  void merge(int64_t i, int64_t panel) {
+    const int64_t n = to_merge[i], r = params.ranks[n], size = W_k * W_width;
+    Adapter<T>& adapter = adapters[n];
+    T* const panels = merged.get() + i * panels_size<T>(kernels, W_k, W_n);
+    if (panel == 0) adapter.merged = panels;
+    T* const to = panels + panel * size;
+    std::copy_n(W.get() + panel * size, size, to);
+    if (!forward) {
+      const PanelTerm<T> term{static_cast<const T*>(params.B[n].data), params.B[n].ld,
+                              adapter.A + panel * r * W_width, r};
+      return block.gemm_panels(&term, 1, to, W_width, W_k, W_width, true);
+    }
+    // A^T lies in panels of its own, each of them rows of so many of its columns
+    const int64_t step = panel_width<T>(kernels, r);
+    for (int64_t j = 0; j < r; j += step) {
+      const PanelTerm<T> term{adapter.A_transposed + j * params.d, step,
+                              adapter.B_transposed + (panel * r + j) * W_width,
+                              std::min(step, r - j)};
+      block.gemm_panels(&term, 1, to, W_width, W_k, W_width, true);
+    }
+  }
 
   // Samples that there is something to do for.
-  int64_t num_samples() const { return fused ? params.b : first[num_adapters]; }
+  int64_t num_samples() const { return fused && multiplies ? params.b : first[num_adapters]; }
 
   void pack(int64_t n) {
     const int64_t r = params.ranks[n], d = params.d, o = params.o;
@@ -111,16 +167,21 @@ struct Layout {
       A = A_converted, B = B_converted, ld_A = ld_d;
     }
     Adapter<T>& adapter = adapters[n];
-    if (takes_dots(r))
-      adapter.A_rows = A, adapter.ld_A = ld_A;
-    else if (forward || params.projection.data == nullptr)
+    if (packs_A_transposed(n))
       adapter.A_transposed = panels(A, 1, ld_A, d, r, 1);
+    else
+      adapter.A_rows = A, adapter.ld_A = ld_A;
     if (forward) {
       adapter.B_transposed = panels(B, 1, r, r, o, params.scale[n]);
     } else {
-      adapter.A = panels(A, ld_A, 1, r, d, 1);
+      adapter.A = panels(A, ld_A, 1, r, d, merges(n) ? params.scale[n] : 1);
       adapter.B = panels(B, r, 1, o, r, 1);
     }
+  }
+  bool packs_A_transposed(int64_t n) const {
+    if (forward && merges(n)) return true;
+    const bool is_kept = !forward && params.projection.data != nullptr && !merges(n);
+    return !is_kept && !takes_dots(params.ranks[n]);
   }
   // Whether x A^T is formed by sums along d, from A as it lies: in a panel a rank below a vector's
   // lanes leaves the others idle. Needs whole vectors along d, which converted operands have.
@@ -137,7 +198,7 @@ struct Layout {
     for (int64_t n = 0; n < num_adapters; ++n) {
       const int64_t r = params.ranks[n], d = params.d, o = params.o;
       offsets[n + 1] = offsets[n] + converted_size(n) +
-                       (takes_dots(r) ? 0 : panels_size<T>(kernels, d, r)) +
+                       (packs_A_transposed(n) ? panels_size<T>(kernels, d, r) : 0) +
                        (forward ? panels_size<T>(kernels, r, o)
                                 : panels_size<T>(kernels, r, d) + panels_size<T>(kernels, o, r));
     }
@@ -172,10 +233,10 @@ struct Layout {
     const PanelTerm<T> term{x, ldx, adapter.A_transposed, params.d};
     block.gemm_panels(&term, 1, h, ldh, count, padded<T>(kernels, r), false);
   }
-  // Rows of x A^T from `start` on, where they are kept.
-  T* projection(int64_t start) const {
+  // Rows of x A^T from `start` on, where they are kept: null if not.
+  T* projection(int64_t adapter, int64_t start) const {
     T* first = static_cast<T*>(params.projection.data);
-    return first == nullptr ? nullptr : first + start * params.projection.ld;
+    return first == nullptr || merges(adapter) ? nullptr : first + start * params.projection.ld;
   }
 
   // dst[count, cols] = [dst] + the sum of the terms
@@ -213,11 +274,12 @@ void forward(const BatchedLoraParams& params) {
         layout.rows(params.x, start, count, params.d, layout.direct, x_scratch, layout.ld_d, &ldx);
     PanelTerm<T> terms[2];
     int num_terms = 0;
-    if (layout.fused) terms[num_terms++] = {x, ldx, layout.W.get(), params.d};
-    if (n >= 0 && params.ranks[n] > 0) {
-      const Adapter<T>& adapter = layout.adapters[n];
+    const Adapter<T> adapter = n < 0 ? Adapter<T>{} : layout.adapters[n];
+    if (layout.fused)
+      terms[num_terms++] = {x, ldx, adapter.merged ? adapter.merged : layout.W.get(), params.d};
+    if (n >= 0 && params.ranks[n] > 0 && adapter.merged == nullptr) {
       const int64_t r = params.ranks[n];
-      T* const kept = layout.projection(start);
+      T* const kept = layout.projection(n, start);
       if (kept != nullptr) h = kept;
       const int64_t ldh = kept != nullptr ? params.projection.ld : layout.ldr;
       layout.down(adapter, r, x, ldx, count, h, ldh);
@@ -287,7 +349,8 @@ void backward(BatchedLoraParams& params) {
       const int64_t start = sample * params.t + token;
       int64_t ldx = 0, ldy;
       const T* x = nullptr;
-      const T* const kept = layout.projection(start);
+      const T* const kept = adapted ? layout.projection(slab.group, start) : nullptr;
+      const bool extends = r > 0 && need_x && adapter.merged == nullptr;
       if (r > 0 && (need_A || (kept == nullptr && (need_B || params.need_scale))))
         x = layout.rows(params.x, start, count, params.d, direct_x, x_scratch, ld_d, &ldx);
       const T* d_y =
@@ -299,7 +362,7 @@ void backward(BatchedLoraParams& params) {
           for (int64_t i = 0; i < count; ++i)
             std::copy_n(kept + i * params.projection.ld, r, h + i * ldr);
       }
-      if (r > 0 && (need_x || need_A || params.need_scale)) {
+      if (extends || (r > 0 && (need_A || params.need_scale))) {
         const PanelTerm<T> up{d_y, ldy, adapter.B, params.o};
         layout.block.gemm_panels(&up, 1, d_h, ldr, count, padded<T>(layout.kernels, r), false);
       }
@@ -312,7 +375,7 @@ void backward(BatchedLoraParams& params) {
       for (int64_t i = 0; i < count; ++i) {
         if (need_B)
           for (int64_t j = 0; j < r; ++j) h[i * ldr + j] *= scale;
-        if (need_x || need_A)
+        if (extends || need_A)
           for (int64_t j = 0; j < r; ++j) d_h[i * ldr + j] *= scale;
       }
       if (r > 0 && need_B)
@@ -324,8 +387,9 @@ void backward(BatchedLoraParams& params) {
       if (!need_x) continue;
       PanelTerm<T> terms[2];
       int num_terms = 0;
-      if (layout.fused) terms[num_terms++] = {d_y, ldy, layout.W.get(), params.o};
-      if (r > 0) terms[num_terms++] = {d_h, ldr, adapter.A, r};
+      if (layout.fused)
+        terms[num_terms++] = {d_y, ldy, adapter.merged ? adapter.merged : layout.W.get(), params.o};
+      if (extends) terms[num_terms++] = {d_h, ldr, adapter.A, r};
       if (num_terms > 0)
         layout.write(terms, num_terms, params.d_x, start, count, params.d, !layout.fused,
                      d_x_scratch, ld_d);

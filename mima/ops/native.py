@@ -344,8 +344,8 @@ def batched_lora_forward(
 ) -> Tensor:
     """Return x_b Wᵀ + bias + s_i (x_b A_iᵀ) B_iᵀ with i = index[b], [b, t, o].
 
-    Puts x_b A_iᵀ into `kept`, as the backward takes it: [b, t, largest rank or more], in the
-    accumulator type, undefined beyond a sample's rank.
+    Puts x_b A_iᵀ into `kept`, for the backward with the same inputs: [b, t, largest rank or more],
+    in the accumulator type; undefined where that backward would not read it.
     """
     x = x.contiguous()
     computes_base = bool(A) and _computes_base(x, weight)
@@ -404,12 +404,11 @@ def batched_lora_backward(
     (b, t, d), o = x.shape, weight.shape[0]
     x, d_y = x.contiguous(), d_y.contiguous()
     d_x = None
-    computes_base = need_x and bool(A) and _computes_base(x, weight)
+    computes_base = bool(A) and _computes_base(x, weight)
     if computes_base:
         (weight,) = _with_rows([weight])
-        d_x = torch.empty_like(x)
-    elif need_x:
-        d_x = torch.matmul(d_y, weight).contiguous()
+    if need_x:
+        d_x = torch.empty_like(x) if computes_base else torch.matmul(d_y, weight).contiguous()
     d_weight = d_y.view(b * t, o).mT @ x.view(b * t, d) if need_weight else None
     d_bias = d_y.sum((0, 1)) if need_bias else None
     d_A = _empty_like(A) if need_A else []

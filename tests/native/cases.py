@@ -234,6 +234,9 @@ CASES = {
     "batched_lora-whole-vectors": lambda dtype: batched_lora(5, 33, 64, 48, [4, 16, 64], dtype),
     "batched_lora-63-1023": lambda dtype: batched_lora(3, 17, 63, 1023, [1, 5], dtype),
     "batched_lora-1023-63": lambda dtype: batched_lora(3, 18, 1023, 63, [2], dtype, bias=False),
+    # tokens enough for the adapters to be merged into the weight
+    "batched_lora-merged": lambda dtype: batched_lora(9, 110, 64, 48, [4, 16, 64, 70], dtype),
+    "batched_lora-merged-63-33": lambda dtype: batched_lora(4, 90, 63, 33, [3, 130], dtype),
     "batched_lora-ones": lambda dtype: batched_lora(2, 1, 1, 1, [1], dtype),
     "batched_lora-none": lambda dtype: batched_lora(2, 3, 5, 7, [], dtype),
     "batched_lora-empty-batch": lambda dtype: batched_lora(0, 3, 5, 7, [2], dtype),
