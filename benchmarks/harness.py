@@ -8,12 +8,14 @@ clock that only the timed calls advance.
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -100,10 +102,11 @@ class Comparison:
                 repeats[name] = max(1, math.ceil(SHORTEST_SAMPLE / max(once, 1e-7)))
             self.samples[name] = []
         del expected
-        for round_ in range(self.rounds):
-            for name, run in self.variants.items():
-                if name not in self.slow or round_ < 3:
-                    self.samples[name].append(_seconds(run, repeats[name], device))
+        with _without_collector():
+            for round_ in range(self.rounds):
+                for name, run in self.variants.items():
+                    if name not in self.slow or round_ < 3:
+                        self.samples[name].append(_seconds(run, repeats[name], device))
 
     def _check(self, name: str, answer: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         assert len(answer) == len(expected), f"{self.group}: {name} returns {len(answer)} tensors"
@@ -115,6 +118,17 @@ class Comparison:
             assert error <= self.tolerance * max(largest, 1e-6), (
                 f"{self.group}: {name} differs by {error:.2e} where the largest is {largest:.2e}"
             )
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Time, as timeit does, without Python's garbage collector, whose turn comes by chance."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def rotating(

@@ -3,8 +3,8 @@
 // the adapter costs its own arithmetic only. The [tokens, r] intermediate stays in the first-level
 // cache in the accumulator type. Where the base product is the caller's, y is updated in place.
 //
-// An adapter of very many tokens is added to the weight first, in panels of its own: r d o
-// multiply-adds instead of r (d + o) for each token.
+// Where samples have very many tokens, adapters are added to the weight first, in panels of their
+// own: r d o multiply-adds each, instead of r (d + o) for each token.
 #include "cpu/blocks.h"
 #include "cpu/ops.h"
 
@@ -102,12 +102,12 @@ struct Layout {
     return offsets_of(count);
   }
 
-  // A question of sizes alone, for the results not to depend on anything else. Four times what the
-  // multiply-adds of a forward say: a backward merges once more, and forms x A^T anew.
+  // A question of one sample's size, for its result not to depend on the samples beside it. Four
+  // times what the multiply-adds of a forward say: a backward merges once more, and forms x A^T
+  // anew.
   bool merges(int64_t adapter) const {
-    const double tokens = double(first[adapter + 1] - first[adapter]) * params.t;
-    return fused && params.ranks[adapter] > 0 &&
-           tokens * (params.d + params.o) >= 4.0 * params.d * params.o;
+    return fused && params.ranks[adapter] > 0 && first[adapter] < first[adapter + 1] &&
+           double(params.t) * (params.d + params.o) >= 4.0 * params.d * params.o;
   }
   std::vector<int64_t> adapters_to_merge() const {
     std::vector<int64_t> found;
