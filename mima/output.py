@@ -42,6 +42,9 @@ def check_folder(path: Path, *, overwrite: bool) -> None:
     _check_name(path)
     if path.exists() and not path.is_dir():
         raise MimaError(f"output {path} is a file, expected a folder")
+    # results take the place of a folder, which would leave the shell in one that is gone
+    if path.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise MimaError(f"output {path} is or holds the working directory; name a folder in it")
     held = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     if held and not overwrite:
         raise MimaError(f"output folder {path} is not empty; choose another, or use --overwrite")
@@ -124,7 +127,8 @@ def fresh_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         MimaError: as for `check_folder`.
     """
     check_folder(path, overwrite=overwrite)
-    path = path.absolute()
+    # a link to a folder stays one
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.partial-{os.getpid()}")
     replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")

@@ -14,7 +14,7 @@ from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import Family, family_of
 from mima.immunize import immunize
-from mima.output import check_file, check_folder
+from mima.output import check_file, check_folder, fresh_folder
 
 TOKEN = "<new1>"
 
@@ -153,3 +153,23 @@ def test_an_output_that_cannot_be_written(tmp_path, check):
             check(path, overwrite=False)
     check(tmp_path / "out", overwrite=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_results_do_not_take_the_place_of_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    for path in (".", "..", tmp_path / "inside", "../inside/"):
+        with pytest.raises(MimaError, match="is or holds the working directory"):
+            check_folder(Path(path), overwrite=True)
+    check_folder(Path("out"), overwrite=False)
+
+
+def test_an_output_that_is_a_link_to_a_folder_stays_one(tmp_path):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "out").symlink_to("large")
+    for overwrite in (False, True):
+        with fresh_folder(tmp_path / "out", overwrite=overwrite) as staging:
+            (staging / "mima.json").write_text(str(overwrite))
+        assert (tmp_path / "large" / "mima.json").read_text() == str(overwrite)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "out"]
+    assert (tmp_path / "out").is_symlink()

@@ -123,7 +123,7 @@ def evaluate(
             "evaluate: processes must be at least 1, and 1 for pipelines in memory, "
             f"got {processes}"
         )
-    folder = EvaluationFolder(Path(output).expanduser().absolute())
+    folder = EvaluationFolder(Path(output).expanduser().resolve())
     check(folder, overwrite=overwrite)
 
     bench = Bench(

@@ -16,6 +16,9 @@ def test_evaluate_attacks_writes_and_goes_on(model, workdir):
         *("--set", "seeds=[0]", "--set", "benign_prompts=2", "--set", "sampler={steps: 2}"),
         *("--set", "lr_factors=[1]", "--name", "same"),
     ]
+    # results may lie elsewhere
+    (workdir / "large").mkdir()
+    (workdir / "results").symlink_to("large")
     # a model and itself, on training pictures since there are no others
     assert "clip: worst attack SGR +0.000" in run(*command)
     written = json.loads((workdir / "results" / "evaluation.json").read_text())
