@@ -142,7 +142,8 @@ inline Matrix matrix(const Name& name, const TensorArg& arg) {
                           " dimensions");
   if (arg.numel > 0 && arg.sizes[last] > 1 && arg.strides[last] != 1)
     throw py::value_error(name.str() + ": the elements of a row must lie side by side");
-  return {data, arg.strides[last - 1]};
+  // the stride of a dimension of size 1 is anything
+  return {data, arg.contiguous ? arg.sizes[last] : arg.strides[last - 1]};
 }
 
 inline std::vector<void*> pointers(const char* what, const TensorArgs& args, size_t expected,

@@ -238,6 +238,7 @@ CASES = {
     "batched_lora-merged": lambda dtype: batched_lora(9, 110, 64, 48, [4, 16, 64, 70], dtype),
     "batched_lora-merged-63-33": lambda dtype: batched_lora(4, 90, 63, 33, [3, 130], dtype),
     "batched_lora-ones": lambda dtype: batched_lora(2, 1, 1, 1, [1], dtype),
+    "batched_lora-one-token": lambda dtype: batched_lora(5, 1, 24, 40, [2, 7], dtype),
     "batched_lora-none": lambda dtype: batched_lora(2, 3, 5, 7, [], dtype),
     "batched_lora-empty-batch": lambda dtype: batched_lora(0, 3, 5, 7, [2], dtype),
     "batched_lora-no-tokens": lambda dtype: batched_lora(2, 0, 5, 7, [2], dtype),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mima import reference
+from mima import ops, reference
 from mima.ops import native
 from native.cases import (
     CASES,
@@ -127,6 +127,20 @@ def test_adapters_narrower_than_a_vector_side_by_side(level):
     # their padding overlaps the next adapter, and at R = 16 the next row
     check_forward(merge_lora(9, 20, [13, 3], torch.float32))
     check_backward(merge_lora(9, 20, [1, 13, 2], torch.float32))
+
+
+@pytest.mark.parametrize("strides", [(8, 1, 1), (8, 40, 1), (8, 7, 1), (0, 8, 1)])
+def test_the_stride_of_a_dimension_of_size_one_is_anything(strides):
+    x = torch.randn(64).as_strided((5, 1, 8), strides)
+    weight, A, B = torch.randn(6, 8), torch.randn(3, 8), torch.randn(6, 3)
+    index = torch.tensor([0, -1, 0, 0, -1])
+    upstream = torch.randn(48).as_strided((5, 1, 6), (6, *strides[1:]))
+    results = []
+    for op in (ops.batched_lora, reference.batched_lora):
+        leaves = [t.detach().requires_grad_() for t in (x, weight, A, B)]
+        y = op(leaves[0], leaves[1], leaves[2:3], leaves[3:], torch.ones(1), index)
+        results.append([y, *torch.autograd.grad(y, leaves, upstream)])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.slow
