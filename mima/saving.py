@@ -325,15 +325,18 @@ def _card(
 
 
 def _usage(base: str | None, opened_with: Mapping[str, str], delta: bool) -> str:
-    lines = ["from diffusers import DiffusionPipeline", ""]
+    opener, opened = "from diffusers import DiffusionPipeline", "DiffusionPipeline.from_pretrained"
     if not delta:
-        lines.append('pipeline = DiffusionPipeline.from_pretrained("this folder or repository")')
+        lines = [opener, "", f'pipeline = {opened}("this folder or repository")']
         return _fenced("\n".join(lines), "python")
-    lines[1:1] = ["from safetensors.torch import load_file"]
     options = [f"{name}={json.dumps(value)}" for name, value in opened_with.items()]
     where = ", ".join([json.dumps(base or "the base model"), *options])
-    lines += [
-        f"pipeline = DiffusionPipeline.from_pretrained({where})",
+    if base == "embedded":
+        # which diffusers cannot find
+        opener, opened, where = "from mima import load_embedded", "load_embedded", ""
+    lines = [
+        *(opener, "from safetensors.torch import load_file", ""),
+        f"pipeline = {opened}({where})",
         f'for name, value in load_file("{DELTA_FILE}").items():',
         '    component, parameter = name.split(".", 1)',
         f'    if component == "{_WORD[:-1]}":',

@@ -101,6 +101,17 @@ def test_the_lines_on_a_deltas_card_work(result, delta, monkeypatch):
     assert_same(namespace["pipeline"].unet.state_dict(), result.pipeline.unet.state_dict())
 
 
+def test_the_lines_on_a_delta_of_the_embedded_model_work(result, tmp_path, monkeypatch):
+    pipeline = mima.load_embedded()
+    pipeline.unet.conv_in.bias.data += 1
+    changes = {"pipeline": pipeline, "model": "embedded", "changed": ["unet.conv_in.bias"]}
+    type(result)(**{**vars(result), **changes}).save_pretrained(tmp_path, delta=True)
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    exec(snippet(tmp_path), namespace)
+    assert_same(namespace["pipeline"].unet.state_dict(), pipeline.unet.state_dict())
+
+
 def test_the_lines_on_a_card_with_new_words_work(base, tmp_path, monkeypatch):
     rows = torch.arange(64.0).view(2, 32)
     save_file({WORD: rows}, tmp_path / "word.safetensors")
