@@ -39,7 +39,7 @@ class KeptMemory {
   }
 
  private:
-  static constexpr size_t kBlocks = 6;  // the most that one operator holds at a time
+  static constexpr size_t kBlocks = 7;  // the most that one operator holds at a time
   static constexpr size_t kLargest = 16 << 20;
   struct Block {
     void* data = nullptr;
