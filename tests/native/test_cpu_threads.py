@@ -63,6 +63,22 @@ def test_low_rank_part_has_same_bits_for_any_number_of_threads():
             assert i == 2 or torch.equal(a, b)
 
 
+@pytest.mark.parametrize("tokens", [200, 700], ids=["one by one", "merged"])
+def test_a_sample_has_the_same_bits_whatever_is_beside_it(tokens):
+    if native.cpu_level() == "generic":
+        pytest.skip("the base product is PyTorch's, which promises nothing")
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, tokens, 320), torch.randn(320, 320)
+    A = [torch.randn(r, 320) for r in (4, 64)]
+    B = [torch.randn(320, r) for r in (4, 64)]
+    index = torch.tensor([1, -1, 0, 1, 1, 0])
+    scale = torch.tensor([0.5, 2.0])
+    together = native.batched_lora_forward(x, weight, A, B, scale, index, None)
+    for b in range(6):
+        args = x[b : b + 1], weight, A, B, scale, index[b : b + 1], None
+        assert torch.equal(native.batched_lora_forward(*args)[0], together[b])
+
+
 def test_concurrent_callers():
     torch.manual_seed(0)
     base, theta = torch.randn(400_000), torch.randn(400_000)
