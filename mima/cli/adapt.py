@@ -146,7 +146,7 @@ def adapt(
             f"({', '.join(one.name for one in learned)}); lora and dreambooth-lora learn several"
         )
     names = [slug(one.name) for one in learned]
-    folder = output or Path(f"{'-'.join(names)[:80]}-{method}")
+    folder = output or Path(f"{slug('-'.join(names))}-{method}")
     check_folder(folder, overwrite=overwrite)
 
     source = model_source(model, revision, variant, single_file_config)

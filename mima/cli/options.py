@@ -161,5 +161,7 @@ def open_device(name: str | None) -> str:
 
 
 def slug(text: str) -> str:
-    """A file name from words."""
-    return re.sub(r"[^\w]+", "-", text.strip().lower()).strip("-")[:80] or "picture"
+    """A file name from words, of at most 80 bytes."""
+    name = re.sub(r"[^\w]+", "-", text.strip().lower()).strip("-")
+    # a character cut in half is left out
+    return name.encode()[:80].decode(errors="ignore") or "picture"

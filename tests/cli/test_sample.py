@@ -20,6 +20,13 @@ def test_sample(workdir, model):
     assert Path("other.png").read_bytes() != first
 
 
+def test_a_long_prompt_makes_a_short_name(workdir, model):
+    # three bytes each
+    output = run("sample", "猫" * 100, "--model", model, "--steps", 1)
+    assert output.endswith(f"{'猫' * 26}.png")
+    assert [path.stem for path in workdir.glob("*.png")] == ["猫" * 26]
+
+
 def test_sample_several(workdir, model):
     run("sample", "a cat", "--model", model, "--steps", 2, "--num", 3, "-o", "x.png", "--seed", 4)
     names = ["x-1.png", "x-2.png", "x-3.png"]
