@@ -146,6 +146,12 @@ def adapt(
             f"({', '.join(one.name for one in learned)}); lora and dreambooth-lora learn several"
         )
     names = [slug(one.name) for one in learned]
+    alike = [one.name for one, name in zip(learned, names, strict=True) if names.count(name) > 1]
+    if alike:
+        raise MimaError(
+            f"concepts {', '.join(map(repr, alike))} would be written to one folder; "
+            "give them names that differ in letters or digits"
+        )
     folder = output or Path(f"{slug('-'.join(names))}-{method}")
     check_folder(folder, overwrite=overwrite)
 

@@ -50,6 +50,14 @@ def test_adapt_several_concepts_at_once(workdir, model):
     run("sample", "a dog", "--model", model, "--steps", 2, "--lora", "cat-dog-lora/dog")
 
 
+def test_concepts_that_would_share_a_folder_are_refused(workdir, model):
+    for name, said in (("cat", "my cat"), ("dog", "my-cat")):
+        (workdir / name / "concept.yaml").write_text(f"{{name: {said}, prompt: a {name}}}")
+    output = run("adapt", "cat", "dog", "--model", model, "--steps", 1, "-o", "out", code=2)
+    assert "concepts 'my cat', 'my-cat' would be written to one folder" in output
+    assert not Path("out").exists()
+
+
 def test_adapt_with_little_memory(workdir, model):
     options = ["--gradient-checkpointing", "--offload-encoders", "--fp16-vae"]
     options += ["--gradient-accumulation-steps", 2]
