@@ -32,7 +32,7 @@ from mima.problem import ordinary_captions, spread
 
 ATTACKS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "lora": ({"rank": 8, "learning_rate": 5e-4}, (0, 50, 100)),
-    "dreambooth": ({"learning_rate": 1e-4}, (50, 100)),
+    "dreambooth": ({"learning_rate": 1e-4}, (10, 25, 50, 100)),
     "custom-diffusion": ({"learning_rate": 3e-4}, (50, 100)),
     "textual-inversion": ({"learning_rate": 2e-2}, (50, 100)),
 }
@@ -121,7 +121,9 @@ def main() -> None:
     attacks = [(study.target, method) for method in ATTACKS]
     for concept, method in [*attacks, (embedded_concept(UNTOUCHED), "lora")]:
         gap = compare(*(study.attack(model, concept, method) for model in (erased, immunized)))
-        print(f"{concept.name}, {method}: SGR {gap.mean:.3f}, at the last step {gap.final:.3f}")
+        late = (gap.by_step[50] + gap.by_step[100]) / 2
+        steps = ", ".join(f"{value:.3f} at {step}" for step, value in gap.by_step.items())
+        print(f"{concept.name}, {method}: SGR {late:.3f} (mean of 50 and 100); {steps}")
         for label, curve in (("erased", gap.original), ("immunized", gap.immunized)):
             print(f"  {label:9}", *(f"{value:.3f}" for value in curve), flush=True)
     lost = study.alignment(erased) - study.alignment(immunized)
