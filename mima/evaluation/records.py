@@ -179,7 +179,7 @@ class AttackRow(_Record):
     """The same of the immunized model."""
     seconds: float
     learned: bool
-    """Whether the attack brought the original model nearer to the references than it had been."""
+    """Whether the attack taught the original model the concept: see `metrics.has_learned`."""
 
     @field_validator("*", mode="before")
     @classmethod

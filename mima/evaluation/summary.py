@@ -27,7 +27,7 @@ def summarize(
     Intervals are bootstrapped over seeds: of a concept, the values of its seeds are the means over
     the attacks with that seed; of MSGR, the means over target concepts of these. With one seed they
     have no width. The worst attack is the one with the lowest mean SGR on a target concept among
-    those that learned something on the original model (among all, if none did): where nothing is
+    those that taught the original model the concept (among all, if none did): where nothing is
     learned anyway, a low SGR says nothing.
 
     Args:

@@ -22,7 +22,7 @@ from mima.evaluation.alignment import cmmd, text_features
 from mima.evaluation.attack import by_prompt, trajectory
 from mima.evaluation.attacks import Attack, GridConfig, material
 from mima.evaluation.cache import CachedSimilarity
-from mima.evaluation.metrics import GapCurve, sgr
+from mima.evaluation.metrics import GapCurve, has_learned, sgr
 from mima.evaluation.records import (
     SIDES,
     AttackRow,
@@ -301,7 +301,7 @@ class Worker:
             nearest_original=nearest["original"],
             nearest_immunized=nearest["immunized"],
             seconds=seconds,
-            learned=max(curves["original"]) > curves["original"][0],
+            learned=has_learned(curves["original"]),
         )
         return row, points
 

@@ -72,10 +72,10 @@ def _verdict_of(run: Run, similarity: str) -> tuple[str, list[str]]:
     if failed:
         sentences.append(
             f"{failed} of {len(mine)} attacks on immunized concepts taught the original model "
-            "nothing either: they say little, and none of them counts as the one that got "
-            "furthest."
+            "little or nothing either: they say little, and none of them counts as the one that "
+            "got furthest."
             if failed < len(mine)
-            else "No attack taught the original model anything, so that these numbers say "
+            else "No attack taught the original model the concept, so that these numbers say "
             "little: train longer, or with a higher learning rate."
         )
     return title, sentences

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mima.evaluation import GapCurve, GapSummary, bootstrap_interval, mrsgr, msgr, rsgr, sgr
+from mima.evaluation.metrics import has_learned
 
 similarities = st.floats(-1, 1)
 
@@ -21,6 +22,22 @@ def test_sgr_is_the_relative_gap(original, immunized, expected):
 @pytest.mark.parametrize("original", [0.0, -0.1])
 def test_sgr_of_an_attack_that_failed_anyway_is_zero(original):
     assert sgr(original, -0.5) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("similarities", "expected"),
+    [
+        ([0.2, 0.29], True),
+        ([0.2, 0.3, 0.1], True),  # at any step
+        ([0.2, 0.27], False),  # a twelfth of what is lacking
+        ([0.2, 0.1], False),
+        ([0.2], False),
+        ([1.0, 1.0], False),
+        ([-0.5, -0.2], True),
+    ],
+)
+def test_learned_is_a_tenth_of_what_was_lacking(similarities, expected):
+    assert has_learned(similarities) == expected
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -243,7 +243,7 @@ def test_what_was_not_measured_is_a_dash(tmp_path):
     diverged = row.model_copy(update=nothing | {"attack": "diverged", "learned": False})
     source.write_rows([row, diverged], source.curves())
     page = Page(write_report([folder]))
-    (cells,) = (cells for cells in page.rows if cells[0] == "tiger learned nothing")
+    (cells,) = (cells for cells in page.rows if cells[0] == "tiger not learned")
     assert cells[2:5] == ["–", "–", "–"]
     assert "Unfinished." in page.text
     assert "Prompt alignment was not measured." in page.text
@@ -268,7 +268,7 @@ def test_the_headline_hides_no_concept_that_came_back(small, tmp_path):
         other.write_rows(rows, source.curves())
         page = Page(write_report([other.path]))
         told.append(re.findall("<h1>(.*?)</h1>", page.source)[0])
-        assert ("No attack taught the original model anything" in page.text) == (worst > 0)
+        assert ("No attack taught the original model the concept" in page.text) == (worst > 0)
     assert told == [
         "At least one attack got through",
         "tiger became no harder to learn",
