@@ -92,7 +92,7 @@ class Repository:
 
         Args:
             folder: the folder.
-            revision: a branch; default the main one.
+            revision: a branch, made from the main one where it is missing; default the main one.
             create_pr: open a pull request instead of committing.
             commit_message: of the commit.
 
@@ -103,6 +103,8 @@ class Repository:
             MimaError: the hub refuses.
         """
         with self._explained():
+            if revision is not None and not create_pr:
+                self._api.create_branch(self._name, branch=revision, exist_ok=True)
             commit = self._api.upload_folder(
                 repo_id=self._name,
                 folder_path=folder,

@@ -34,6 +34,7 @@ class Hub:
         self.files: dict[tuple[str, str], dict[str, bytes]] = {}
         self.requests: list[tuple[str, str, Any]] = []
         self.token: str | None = None
+        self._branches: dict[str, set[str]] = {}
         self._large: dict[str, bytes] = {}
 
     def add(self, repository: str, branch: str, folder: Path) -> None:
@@ -61,9 +62,19 @@ class Hub:
             case "POST", ["api", "repos", "create"]:
                 asked = json.loads(body)
                 name = f"{asked['organization']}/{asked['name']}"
+                self._branches.setdefault(name, {"main"})
                 return 200, {"url": f"{self.address}/{name}"}, {}
             case "POST", ["api", "validate-yaml"]:
                 return 200, {"warnings": [], "errors": []}, {}
+            case "POST", ["api", "models", owner, name, "branch", branch]:
+                branches = self._branches[f"{owner}/{name}"]
+                status = 409 if branch in branches else 201
+                branches.add(branch)
+                return status, {}, {}
+            case "POST", ["api", "models", owner, name, "preupload" | "commit", branch] if (
+                branch not in self._branches[f"{owner}/{name}"]
+            ):
+                return 404, {}, {"X-Error-Code": "RevisionNotFound"}
             case "POST", ["api", "models", _, _, "preupload", _]:
                 files = [
                     {
