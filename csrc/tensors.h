@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "params.h"
@@ -179,6 +180,34 @@ inline std::vector<int64_t> rows_of(const TensorArgs& args) {
 inline DType dtype_of(int code) {
   if (code < 0 || code > 3) throw py::value_error("dtype code must be 0 to 3");
   return static_cast<DType>(code);
+}
+
+// What the modules of both devices take.
+inline WeightedMergeParams weighted_merge_params(int dtype, const TensorArgs& base,
+                                                 const TensorArgs& thetas,
+                                                 std::vector<double> weights) {
+  WeightedMergeParams params{};
+  params.dtype = dtype_of(dtype);
+  params.sizes = sizes_of(base);
+  params.base = pointers("weighted_merge: base", base, base.size());
+  params.thetas = pointers("weighted_merge: thetas", thetas, base.size() * weights.size());
+  params.weights = std::move(weights);
+  return params;
+}
+
+inline ProjectedMergeParams projected_merge_params(int dtype, const TensorArgs& W0,
+                                                   const TensorArgs& W, const TensorArgs& C,
+                                                   const TensorArgs& M) {
+  ProjectedMergeParams params{};
+  params.dtype = dtype_of(dtype);
+  params.d = W0.empty() ? 0 : W0[0].sizes[1];
+  params.rows = rows_of(W0);
+  params.tokens = rows_of(C);
+  params.W0 = matrices("projected_merge: W0", W0, W0.size());
+  params.W = matrices("projected_merge: W", W, W0.size() * C.size());
+  params.C = matrices("projected_merge: C", C, C.size());
+  params.M = matrices("projected_merge: M", M, C.size());
+  return params;
 }
 
 }  // namespace mima

@@ -23,21 +23,10 @@ bool have_contiguous_rows(const TensorArgs& matrices) {
   });
 }
 
-WeightedMergeParams weighted_merge_params(int dtype, int threads, const TensorArgs& base,
-                                          const TensorArgs& thetas, Reals weights) {
-  WeightedMergeParams params{};
-  params.dtype = dtype_of(dtype);
-  params.threads = threads;
-  params.sizes = sizes_of(base);
-  params.base = pointers("weighted_merge: base", base, base.size());
-  params.thetas = pointers("weighted_merge: thetas", thetas, base.size() * weights.size());
-  params.weights = std::move(weights);
-  return params;
-}
-
 void weighted_merge_forward(int dtype, int threads, const TensorArgs& base,
                             const TensorArgs& thetas, Reals weights, const TensorArgs& out) {
-  auto params = weighted_merge_params(dtype, threads, base, thetas, std::move(weights));
+  auto params = weighted_merge_params(dtype, base, thetas, std::move(weights));
+  params.threads = threads;
   params.out = pointers("weighted_merge: out", out, base.size());
   py::gil_scoped_release unlocked;
   cpu::weighted_merge_forward(params);
@@ -47,7 +36,8 @@ Reals weighted_merge_backward(int dtype, int threads, const TensorArgs& d_out,
                               const TensorArgs& base, const TensorArgs& thetas, Reals weights,
                               const TensorArgs& d_base, const TensorArgs& d_thetas,
                               bool need_weights) {
-  auto params = weighted_merge_params(dtype, threads, base, thetas, std::move(weights));
+  auto params = weighted_merge_params(dtype, base, thetas, std::move(weights));
+  params.threads = threads;
   params.d_out = pointers("weighted_merge: d_out", d_out, base.size());
   params.d_base = pointers("weighted_merge: d_base", d_base, base.size(), true);
   params.d_thetas = pointers("weighted_merge: d_thetas", d_thetas, thetas.size(), true);
@@ -59,25 +49,10 @@ Reals weighted_merge_backward(int dtype, int threads, const TensorArgs& d_out,
   return params.d_weights;
 }
 
-ProjectedMergeParams projected_merge_params(int dtype, int threads, const TensorArgs& W0,
-                                            const TensorArgs& W, const TensorArgs& C,
-                                            const TensorArgs& M) {
-  ProjectedMergeParams params{};
-  params.dtype = dtype_of(dtype);
-  params.threads = threads;
-  params.d = W0.empty() ? 0 : W0[0].sizes[1];
-  params.rows = rows_of(W0);
-  params.tokens = rows_of(C);
-  params.W0 = matrices("projected_merge: W0", W0, W0.size());
-  params.W = matrices("projected_merge: W", W, W0.size() * C.size());
-  params.C = matrices("projected_merge: C", C, C.size());
-  params.M = matrices("projected_merge: M", M, C.size());
-  return params;
-}
-
 void projected_merge_forward(int dtype, int threads, const TensorArgs& W0, const TensorArgs& W,
                              const TensorArgs& C, const TensorArgs& M, const TensorArgs& out) {
-  auto params = projected_merge_params(dtype, threads, W0, W, C, M);
+  auto params = projected_merge_params(dtype, W0, W, C, M);
+  params.threads = threads;
   params.out = matrices("projected_merge: out", out, W0.size());
   py::gil_scoped_release unlocked;
   cpu::projected_merge_forward(params);
@@ -87,7 +62,8 @@ void projected_merge_backward(int dtype, int threads, const TensorArgs& d_out, c
                               const TensorArgs& W, const TensorArgs& C, const TensorArgs& M,
                               const TensorArgs& d_W0, const TensorArgs& d_W, const TensorArgs& d_C,
                               const TensorArgs& d_M) {
-  auto params = projected_merge_params(dtype, threads, W0, W, C, M);
+  auto params = projected_merge_params(dtype, W0, W, C, M);
+  params.threads = threads;
   params.d_out = matrices("projected_merge: d_out", d_out, W0.size());
   params.d_W0 = matrices("projected_merge: d_W0", d_W0, W0.size(), true);
   params.d_W = matrices("projected_merge: d_W", d_W, W.size(), true);

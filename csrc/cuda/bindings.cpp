@@ -14,12 +14,7 @@ cuda::WeightedMergeCall weighted_merge(int dtype, const TensorArgs& base, const 
                                        std::vector<double> weights, const TensorArgs& out,
                                        const TensorArgs& d_out, const TensorArgs& d_base,
                                        const TensorArgs& d_thetas) {
-  WeightedMergeParams params{};
-  params.dtype = dtype_of(dtype);
-  params.sizes = sizes_of(base);
-  params.base = pointers("weighted_merge: base", base, base.size());
-  params.thetas = pointers("weighted_merge: thetas", thetas, base.size() * weights.size());
-  params.weights = std::move(weights);
+  auto params = weighted_merge_params(dtype, base, thetas, std::move(weights));
   params.out = pointers("weighted_merge: out", out, base.size(), true);
   params.d_out = pointers("weighted_merge: d_out", d_out, base.size(), true);
   params.d_base = pointers("weighted_merge: d_base", d_base, base.size(), true);
@@ -31,15 +26,7 @@ cuda::ProjectedMergeCall projected_merge(int dtype, const TensorArgs& W0, const 
                                          const TensorArgs& C, const TensorArgs& M,
                                          const TensorArgs& out, const TensorArgs& d_out,
                                          const TensorArgs& d_W0, const TensorArgs& d_W) {
-  ProjectedMergeParams params{};
-  params.dtype = dtype_of(dtype);
-  params.d = W0.empty() ? 0 : W0[0].sizes[1];
-  params.rows = rows_of(W0);
-  params.tokens = rows_of(C);
-  params.W0 = matrices("projected_merge: W0", W0, W0.size());
-  params.W = matrices("projected_merge: W", W, W0.size() * C.size());
-  params.C = matrices("projected_merge: C", C, C.size());
-  params.M = matrices("projected_merge: M", M, C.size());
+  auto params = projected_merge_params(dtype, W0, W, C, M);
   params.out = matrices("projected_merge: out", out, W0.size(), true);
   params.d_out = matrices("projected_merge: d_out", d_out, W0.size(), true);
   params.d_W0 = matrices("projected_merge: d_W0", d_W0, W0.size(), true);
