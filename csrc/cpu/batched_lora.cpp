@@ -30,7 +30,7 @@ struct Layout {
   const StorageKernels& storage;
   const BlockKernels<T>& block;
   bool forward, direct, fused;
-  bool multiplies;  // there is a y or d_x to write
+  bool merges;  // adapters into the weight
   int64_t num_adapters, max_rank, ldr, ld_d, ld_o, tokens_per_block, blocks_per_sample;
   int64_t W_k, W_n, W_width;          // of W^T in y = x W^T, of W in d_x = d_y W: [W_k, W_n]
   std::vector<int64_t> samples;       // grouped by adapter, those without one last
@@ -48,7 +48,7 @@ struct Layout {
         forward(forward),
         direct(sizeof(T) == item_size(p.dtype)),
         fused(p.W.data != nullptr),
-        multiplies(forward || p.d_x.data != nullptr),
+        merges(fused && merges_adapters(p.t, p.d, p.o)),
         num_adapters(static_cast<int64_t>(p.ranks.size())),
         max_rank(num_adapters ? *std::max_element(p.ranks.begin(), p.ranks.end()) : 0),
         ldr(leading_dimension<T>(max_rank)),
@@ -67,7 +67,7 @@ struct Layout {
         first(first_samples()),
         to_merge(adapters_to_merge()),
         packed_start(offsets_of_packed()),
-        W(fused && multiplies ? panels_size<T>(kernels, W_k, W_n) : 0),
+        W(fused ? panels_size<T>(kernels, W_k, W_n) : 0),
         merged(static_cast<int64_t>(to_merge.size()) * panels_size<T>(kernels, W_k, W_n)),
         packed(packed_start.back()),
         adapters(num_adapters) {
@@ -75,7 +75,7 @@ struct Layout {
     std::vector<int64_t> next(first.begin(), first.end() - 1);
     for (int64_t sample = 0; sample < p.b; ++sample)
       samples[next[group(p.index[sample])]++] = sample;
-    const int64_t W_panels = fused && multiplies ? ceil_div(W_n, W_width) : 0;
+    const int64_t W_panels = fused ? ceil_div(W_n, W_width) : 0;
     // read and written; the adapters' factors in the order of their samples, so that most threads
     // will read what they have packed
     const double moved =
@@ -102,17 +102,10 @@ struct Layout {
     return offsets_of(count);
   }
 
-  // A question of one sample's size, for its result not to depend on the samples beside it. Four
-  // times what the multiply-adds of a forward say: a backward merges once more, and forms x A^T
-  // anew.
-  bool merges(int64_t adapter) const {
-    return fused && params.ranks[adapter] > 0 && first[adapter] < first[adapter + 1] &&
-           double(params.t) * (params.d + params.o) >= 4.0 * params.d * params.o;
-  }
   std::vector<int64_t> adapters_to_merge() const {
     std::vector<int64_t> found;
     for (int64_t i = 0; i < num_adapters; ++i)
-      if (multiplies && merges(i)) found.push_back(i);
+      if (merges && params.ranks[i] > 0 && first[i] < first[i + 1]) found.push_back(i);
     return found;
   }
 
@@ -140,7 +133,7 @@ struct Layout {
   }
 
   // Samples that there is something to do for.
-  int64_t num_samples() const { return fused && multiplies ? params.b : first[num_adapters]; }
+  int64_t num_samples() const { return fused ? params.b : first[num_adapters]; }
 
   void pack(int64_t n) {
     const int64_t r = params.ranks[n], d = params.d, o = params.o;
@@ -174,13 +167,13 @@ struct Layout {
     if (forward) {
       adapter.B_transposed = panels(B, 1, r, r, o, params.scale[n]);
     } else {
-      adapter.A = panels(A, ld_A, 1, r, d, merges(n) ? params.scale[n] : 1);
+      adapter.A = panels(A, ld_A, 1, r, d, merges ? params.scale[n] : 1);
       adapter.B = panels(B, r, 1, o, r, 1);
     }
   }
   bool packs_A_transposed(int64_t n) const {
-    if (forward && merges(n)) return true;
-    const bool is_kept = !forward && params.projection.data != nullptr && !merges(n);
+    if (forward && merges) return true;
+    const bool is_kept = !forward && params.projection.data != nullptr;
     return !is_kept && !takes_dots(params.ranks[n]);
   }
   // Whether x A^T is formed by sums along d, from A as it lies: in a panel a rank below a vector's
@@ -234,9 +227,9 @@ struct Layout {
     block.gemm_panels(&term, 1, h, ldh, count, padded<T>(kernels, r), false);
   }
   // Rows of x A^T from `start` on, where they are kept: null if not.
-  T* projection(int64_t adapter, int64_t start) const {
+  T* projection(int64_t start) const {
     T* first = static_cast<T*>(params.projection.data);
-    return first == nullptr || merges(adapter) ? nullptr : first + start * params.projection.ld;
+    return first == nullptr ? nullptr : first + start * params.projection.ld;
   }
 
   // dst[count, cols] = [dst] + the sum of the terms
@@ -279,7 +272,7 @@ void forward(const BatchedLoraParams& params) {
       terms[num_terms++] = {x, ldx, adapter.merged ? adapter.merged : layout.W.get(), params.d};
     if (n >= 0 && params.ranks[n] > 0 && adapter.merged == nullptr) {
       const int64_t r = params.ranks[n];
-      T* const kept = layout.projection(n, start);
+      T* const kept = layout.projection(start);
       if (kept != nullptr) h = kept;
       const int64_t ldh = kept != nullptr ? params.projection.ld : layout.ldr;
       layout.down(adapter, r, x, ldx, count, h, ldh);
@@ -349,7 +342,7 @@ void backward(BatchedLoraParams& params) {
       const int64_t start = sample * params.t + token;
       int64_t ldx = 0, ldy;
       const T* x = nullptr;
-      const T* const kept = adapted ? layout.projection(slab.group, start) : nullptr;
+      const T* const kept = layout.projection(start);
       const bool extends = r > 0 && need_x && adapter.merged == nullptr;
       if (r > 0 && (need_A || (kept == nullptr && (need_B || params.need_scale))))
         x = layout.rows(params.x, start, count, params.d, direct_x, x_scratch, ld_d, &ldx);
@@ -413,6 +406,10 @@ void backward(BatchedLoraParams& params) {
 }
 
 }  // namespace
+
+bool merges_adapters(int64_t t, int64_t d, int64_t o) {
+  return double(t) * (d + o) >= 4.0 * d * o;
+}
 
 void batched_lora_forward(const BatchedLoraParams& params) {
   params.dtype == DType::kFloat64 ? forward<double>(params) : forward<float>(params);

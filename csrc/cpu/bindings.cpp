@@ -196,6 +196,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("weighted_merge_backward", &mima::weighted_merge_backward);
   module.def("projected_merge_forward", &mima::projected_merge_forward);
   module.def("projected_merge_backward", &mima::projected_merge_backward);
+  module.def("merges_adapters", &mima::cpu::merges_adapters);
   module.def("batched_lora_forward", &mima::batched_lora_forward);
   module.def("batched_lora_backward", &mima::batched_lora_backward);
   module.def("merge_lora_forward", &mima::merge_lora_forward);

@@ -9,6 +9,10 @@ void weighted_merge_forward(const WeightedMergeParams& params);
 void weighted_merge_backward(WeightedMergeParams& params);
 void projected_merge_forward(const ProjectedMergeParams& params);
 void projected_merge_backward(const ProjectedMergeParams& params);
+// Whether adapters are merged into a float32 weight. A question of one sample's size, for its
+// result not to depend on the samples beside it. Four times what the multiply-adds of a forward
+// say: a backward merges once more, and forms x A^T anew.
+bool merges_adapters(int64_t t, int64_t d, int64_t o);
 void batched_lora_forward(const BatchedLoraParams& params);
 void batched_lora_backward(BatchedLoraParams& params);
 void merge_lora_forward(const MergeLoraParams& params);

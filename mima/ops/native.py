@@ -345,7 +345,7 @@ def batched_lora_forward(
     """Return x_b Wᵀ + bias + s_i (x_b A_iᵀ) B_iᵀ with i = index[b], [b, t, o].
 
     Puts x_b A_iᵀ into `kept`, for the backward with the same inputs: [b, t, largest rank or more],
-    in the accumulator type; undefined where that backward would not read it.
+    in the accumulator type. Where adapters are merged it is not formed, and `kept` stays empty.
     """
     x = x.contiguous()
     computes_base = bool(A) and _computes_base(x, weight)
@@ -359,7 +359,8 @@ def batched_lora_forward(
     if y.numel() == 0 or not A:
         return y
     A, B = _with_rows(A), _contiguous(B)
-    if kept is not None:
+    merges = computes_base and _module("cpu").merges_adapters(*x.shape[1:], weight.shape[0])
+    if kept is not None and not merges:
         # whole vectors, of whatever instruction set
         width = -(-max(A_n.shape[0] for A_n in A) // 16) * 16
         kept.append(x.new_empty(*x.shape[:2], width, dtype=scale.dtype))
@@ -404,11 +405,12 @@ def batched_lora_backward(
     (b, t, d), o = x.shape, weight.shape[0]
     x, d_y = x.contiguous(), d_y.contiguous()
     d_x = None
-    computes_base = bool(A) and _computes_base(x, weight)
+    computes_base = need_x and bool(A) and _computes_base(x, weight)
     if computes_base:
         (weight,) = _with_rows([weight])
-    if need_x:
-        d_x = torch.empty_like(x) if computes_base else torch.matmul(d_y, weight).contiguous()
+        d_x = torch.empty_like(x)
+    elif need_x:
+        d_x = torch.matmul(d_y, weight).contiguous()
     d_weight = d_y.view(b * t, o).mT @ x.view(b * t, d) if need_weight else None
     d_bias = d_y.sum((0, 1)) if need_bias else None
     d_A = _empty_like(A) if need_A else []

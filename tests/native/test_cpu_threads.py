@@ -73,7 +73,9 @@ def test_a_sample_has_the_same_bits_whatever_is_beside_it(tokens):
     B = [torch.randn(320, r) for r in (4, 64)]
     index = torch.tensor([1, -1, 0, 1, 1, 0])
     scale = torch.tensor([0.5, 2.0])
-    together = native.batched_lora_forward(x, weight, A, B, scale, index, None)
+    kept: list[torch.Tensor] = []
+    together = native.batched_lora_forward(x, weight, A, B, scale, index, None, kept)
+    assert [h.shape for h in kept] == ([(6, 200, 64)] if tokens == 200 else [])
     for b in range(6):
         args = x[b : b + 1], weight, A, B, scale, index[b : b + 1], None
         assert torch.equal(native.batched_lora_forward(*args)[0], together[b])
