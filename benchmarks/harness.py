@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mima.ops import backends
+from mima.ops.backends import choice
 
 Thunk = Callable[[], Any]
 
@@ -215,7 +215,7 @@ def serves(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> b
     """Whether a backend can serve: Triton's interpreter, on the CPU, is not worth a timing."""
     if backend == "triton" and device.type != "cuda":
         return False
-    rows = backends.report(device, dtype)
+    rows = choice.report(device, dtype)
     return any(r.operator == op and r.backend == backend and r.available for r in rows)
 
 

@@ -18,17 +18,18 @@ from typing import Any
 
 from mima import immunize
 from mima.adaptation import configure
+from mima.assets import assets
 from mima.cli.options import parse_setting
 from mima.concepts import Concept, embedded_concept
-from mima.config import ImmunizeConfig, parse_config, set_nested
+from mima.concepts.pictures import Picture
 from mima.demo import settings
-from mima.embedded import assets
 from mima.erasure import erase
 from mima.evaluation import AttackCurve, ClipEncoder, attack, compare, prompt_alignment
-from mima.evaluation.attacks import Attack, material
+from mima.evaluation.grid import Attack, material
 from mima.families import load_pipeline
-from mima.pictures import Picture
-from mima.problem import ordinary_captions, spread
+from mima.immunization.config import ImmunizeConfig
+from mima.settings import parse_config, set_nested
+from mima.training.captions import ordinary_captions, spread
 
 ATTACKS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "lora": ({"rank": 8, "learning_rate": 5e-4}, (0, 50, 100)),

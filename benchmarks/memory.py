@@ -22,7 +22,7 @@ def measure(engine: str, concepts: int, batch: int, device: str) -> dict[str, fl
     import torch
     from outer_step import make_problem, naive, two_pass
 
-    from mima.progress import peak_memory
+    from mima.immunization.progress import peak_memory
 
     torch.set_num_threads(1)
     problem = make_problem(concepts, batch=batch, device=device)

@@ -13,14 +13,15 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from mima.batches import Encoded, seeded
 from mima.bilevel.hypergradient import twice_differentiable_attention
 from mima.bilevel.outer import OuterGradient, naive_outer_gradient
 from mima.concepts import Concept
-from mima.config import ImmunizeConfig, LowerConfig, UpperConfig
-from mima.embedded import load_embedded
 from mima.families import family_of
-from mima.problem import ConceptData, Problem, merge_layer
+from mima.families.loading import load_embedded
+from mima.immunization.config import ImmunizeConfig, LowerConfig, UpperConfig
+from mima.immunization.encoding import ConceptData
+from mima.immunization.levels import Problem, merge_layer
+from mima.training.batches import Encoded, seeded
 
 NOUNS = (
     *("cat", "dog", "bird", "fish", "tree", "house", "castle", "car"),

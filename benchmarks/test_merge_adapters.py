@@ -28,10 +28,10 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from benchmarks.harness import Comparison, Machine, replay
-from mima.adaptation.copies import shared_copy, with_modules
-from mima.adapter_merge import _Merge
-from mima.adapters import Adapter, LowRank
-from mima.embedded import load_embedded
+from mima.adapters.files import Adapter, LowRank
+from mima.adapters.merge import _Merge
+from mima.families.loading import load_embedded
+from mima.families.pipelines import shared_copy, with_modules
 from mima.merging import MergePlan
 
 N, RANK, ALPHA = 3, 16, 8.0

@@ -13,11 +13,11 @@ from torch import Tensor
 from benchmarks.harness import Comparison, Machine, replay
 from benchmarks.targets import ratio
 from mima.adaptation import LoRA
+from mima.adapters.mixed_batch import Adapter
 from mima.concepts import embedded_concept
-from mima.embedded import load_embedded
 from mima.evaluation import Sampler
-from mima.evaluation.adapters import Adapter
-from mima.evaluation.sampling import Job
+from mima.families.loading import load_embedded
+from mima.sampling import Job
 
 ADAPTERS, PROMPTS, SEEDS, STEPS, GUIDANCE = 3, 4, 2, 6, 3.0
 BATCHES = (8, 24)

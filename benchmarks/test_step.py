@@ -31,12 +31,13 @@ import torch.nn.functional as F
 from benchmarks.harness import Comparison, Machine, replay
 from benchmarks.outer_step import make_problem, naive, two_pass
 from benchmarks.test_projected_merge import published as published_merge
-from mima.batches import Batch, seeded
 from mima.bilevel import lower, outer
 from mima.bilevel.hypergradient import twice_differentiable_attention
 from mima.families import Family
+from mima.immunization.levels import Problem
 from mima.merging import MergeLayer
-from mima.problem import Problem, ordinary_captions
+from mima.training.batches import Batch, seeded
+from mima.training.captions import ordinary_captions
 
 CONCEPTS = 3
 AT_ONCE = "first_order, all concepts at once"

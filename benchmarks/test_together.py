@@ -10,8 +10,9 @@ import torch
 from benchmarks.harness import Comparison, Machine, replay
 from benchmarks.outer_step import NOUNS
 from mima.adaptation import LoRA, Together
+from mima.assets import assets
 from mima.concepts import Concept
-from mima.embedded import assets, load_embedded
+from mima.families.loading import load_embedded
 
 CONCEPTS = (2, 4, 8)
 PICTURES = assets() / "concepts"

@@ -1,5 +1,8 @@
 """Immunize text-to-image models against fine-tuning on many harmful concepts at once.
 
+Where to begin: `mima/immunization/algorithm.py` is the algorithm as the paper states it,
+`mima/reference.py` the mathematics in plain PyTorch, `mima/bilevel/outer.py` the two-pass gradient.
+
 Importing this package does no work: each public name loads its module when it is first used.
 
 Example:
@@ -10,38 +13,26 @@ Example:
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from mima._lazy import load_on_use
 from mima._version import __version__
 
 if TYPE_CHECKING:
-    from mima.adapter_merge import MergedAdapters, merge_adapters
-    from mima.concepts import Concept, embedded_concept, embedded_concepts, load_concepts
-    from mima.config import ImmunizeConfig
-    from mima.embedded import load_embedded
+    from mima.adapters.merge import MergedAdapters, merge_adapters
+    from mima.concepts import (
+        Concept,
+        Picture,
+        embedded_concept,
+        embedded_concepts,
+        load_concepts,
+    )
     from mima.errors import MimaError
-    from mima.families import ModelSource
-    from mima.immunize import ImmunizeResult, immunize
-    from mima.pictures import Picture
-    from mima.saving import load_delta
-
-_MODULE_OF = {
-    "Concept": "mima.concepts",
-    "ImmunizeConfig": "mima.config",
-    "ImmunizeResult": "mima.immunize",
-    "MergedAdapters": "mima.adapter_merge",
-    "MimaError": "mima.errors",
-    "ModelSource": "mima.families",
-    "Picture": "mima.pictures",
-    "embedded_concept": "mima.concepts",
-    "embedded_concepts": "mima.concepts",
-    "immunize": "mima.immunize",
-    "load_concepts": "mima.concepts",
-    "load_delta": "mima.saving",
-    "load_embedded": "mima.embedded",
-    "merge_adapters": "mima.adapter_merge",
-}
+    from mima.families.loading import ModelSource, load_embedded
+    from mima.immunization.algorithm import immunize
+    from mima.immunization.config import ImmunizeConfig
+    from mima.immunization.result import ImmunizeResult
+    from mima.release.delta import load_delta
 
 __all__ = [
     "Concept",
@@ -61,4 +52,26 @@ __all__ = [
     "merge_adapters",
 ]
 
-load_on_use(__name__, _MODULE_OF)
+_MODULE_OF = {
+    "ImmunizeConfig": "immunization.config",
+    "ImmunizeResult": "immunization.result",
+    "MergedAdapters": "adapters.merge",
+    "MimaError": "errors",
+    "ModelSource": "families.loading",
+    "immunize": "immunization.algorithm",
+    "load_delta": "release.delta",
+    "load_embedded": "families.loading",
+    "merge_adapters": "adapters.merge",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"mima.{_MODULE_OF.get(name, 'concepts')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

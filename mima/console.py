@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-LONG_WAITS = ("mima.class_images",)
+LONG_WAITS = ("mima.training.class_images",)
 """Loggers whose notices show that a long wait is no hang; others only warn on a terminal."""
 
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from mima import console
 from mima._version import installed_versions
 from mima.adaptation import LoRA
+from mima.assets import assets
 from mima.concepts import Concept, embedded_concept
-from mima.config import ImmunizeConfig, LowerConfig, UpperConfig
-from mima.embedded import assets
+from mima.concepts.pictures import Picture
 from mima.erasure import erase
 from mima.evaluation import (
     AttackCurve,
@@ -27,14 +27,14 @@ from mima.evaluation import (
     compare,
     prompt_alignment,
 )
-from mima.evaluation.attack import score
+from mima.evaluation.trajectory import score
 from mima.families import load_pipeline
-from mima.immunize import StepReport, immunize
-from mima.output import fresh_folder
-from mima.pictures import Picture
-from mima.problem import ordinary_captions, spread
+from mima.immunization.algorithm import StepReport, immunize
+from mima.immunization.config import ImmunizeConfig, LowerConfig, UpperConfig
+from mima.release.repository import save_pipeline
 from mima.report.figures import ATTACK_ROWS, attack_columns, image_grid, plot_curves
-from mima.saving import save_pipeline
+from mima.storage.output import fresh_folder
+from mima.training.captions import ordinary_captions, spread
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress

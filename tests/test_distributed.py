@@ -5,13 +5,12 @@ import socket
 import time
 
 import pytest
-import ranks
-import tiny
 import torch
-from immunizing import settings, weights
+from support import ranks, tiny
+from support.immunizing import settings, weights
 
-from mima.ascent import default_folder
-from mima.checkpoint import CheckpointFolder
+from mima.storage.checkpoint import CheckpointFolder
+from mima.storage.runs import default_folder
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,17 @@ import shlex
 from pathlib import Path
 
 import pytest
-import tiny
 import yaml
 from pydantic import BaseModel
+from support import tiny
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from mima.cli import app
 from mima.concepts import embedded_names
-from mima.config import ImmunizeConfig, ImmunizeRun, parse_config
-from mima.ops.backends import BACKENDS
+from mima.immunization.config import ImmunizeConfig, ImmunizeRun
+from mima.ops.backends.choice import BACKENDS
+from mima.settings import parse_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -36,14 +36,6 @@ def test_importing_does_no_work():
     assert isolated(code) == "[]"
 
 
-@pytest.mark.parametrize(
-    "before", ["", "import mima.immunize", "from mima.immunize import ImmunizeResult"]
-)
-def test_the_function_wins_over_the_module_of_its_name(before):
-    code = f"{before}\nfrom mima import immunize\nimport mima\nprint(callable(immunize), "
-    assert isolated(code + "mima.immunize is immunize)") == "True True"
-
-
 def test_the_embedded_model_is_an_ordinary_pipeline():
     pipeline = mima.load_embedded()
     assert isinstance(pipeline, StableDiffusionPipeline)
@@ -60,6 +52,6 @@ def test_the_embedded_model_in_half_precision():
 
 
 def test_an_installation_without_assets_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr("mima.embedded.assets", lambda: tmp_path)
+    monkeypatch.setattr("mima.families.loading.assets", lambda: tmp_path)
     with pytest.raises(mima.MimaError, match="missing from this installation"):
         mima.load_embedded()

@@ -11,8 +11,8 @@ from mima.adaptation.dreambooth import DreamBooth, DreamBoothLoRA
 from mima.adaptation.lora import LoRA
 from mima.adaptation.textual_inversion import TextualInversion
 from mima.adaptation.together import Together
-from mima.config import checked
 from mima.errors import MimaError, nearest
+from mima.settings import checked
 
 METHODS: dict[str, type[Adaptation]] = {
     method.method: method

@@ -15,16 +15,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from mima.adaptation.copies import with_modules
-from mima.batches import encode_images, seeded
-from mima.checkpoint import Checkpoint
-from mima.class_images import ClassPictures
 from mima.concepts import Concept
-from mima.diffusion import diffusion_loss
+from mima.concepts.pictures import Picture
 from mima.errors import MimaError, check_settings
 from mima.families import Conditioning, Family, family_of
 from mima.families.base import cast
-from mima.pictures import Picture
+from mima.families.pipelines import with_modules
+from mima.storage.checkpoint import Checkpoint
+from mima.training.batches import encode_images, seeded
+from mima.training.class_images import ClassPictures
+from mima.training.loss import diffusion_loss
 
 Batch = tuple[torch.Tensor, Conditioning, torch.Tensor, torch.Tensor]
 """Latents [B, C, H, W], B rows of conditioning, timesteps [B] and noise [B, C, H, W]."""

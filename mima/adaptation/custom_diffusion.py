@@ -11,13 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from mima.adaptation.base import Adaptation, Injection, require_full_precision
-from mima.adaptation.copies import component_name, with_modules
-from mima.adaptation.text import add_token
+from mima.adapters.files import WEIGHTS_FILE
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import family_of
-
-WEIGHTS_FILE = "pytorch_custom_diffusion_weights.safetensors"
+from mima.families.new_words import add_token
+from mima.families.pipelines import component_name, with_modules
 
 
 @dataclass(frozen=True, kw_only=True)

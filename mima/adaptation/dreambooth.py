@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mima.adaptation.base import Adaptation, Injection, require_full_precision
-from mima.adaptation.copies import component_name, with_modules
 from mima.adaptation.lora import LoRA
 from mima.concepts import Concept
 from mima.families import family_of
+from mima.families.pipelines import component_name, with_modules
 
 
 @dataclass(frozen=True, kw_only=True)

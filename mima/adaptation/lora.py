@@ -13,12 +13,11 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from mima.adaptation.base import Adaptation, Injection
-from mima.adaptation.copies import component_name, shared_copy, with_modules
+from mima.adapters.mixed_batch import ADAPTER
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import family_of
-
-ADAPTER = "default"
+from mima.families.pipelines import component_name, shared_copy, with_modules
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mima.adaptation.base import Adaptation, Injection, require_full_precision
-from mima.adaptation.copies import component_name, shared_copy, with_modules
-from mima.adaptation.text import add_token
 from mima.concepts import Concept
 from mima.families import family_of
+from mima.families.new_words import add_token
+from mima.families.pipelines import component_name, shared_copy, with_modules
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from mima.adaptation.base import Run, autocast, training
-from mima.adaptation.copies import component_name, with_modules
 from mima.adaptation.lora import LoRA
-from mima.adaptation.mixed import Rows, factors_of, lora_layers, not_linear, with_mixed_layers
-from mima.diffusion import prediction_and_target
+from mima.adapters.mixed_batch import Rows, factors_of, lora_layers, not_linear, with_mixed_layers
 from mima.errors import MimaError
 from mima.families import family_of
+from mima.families.pipelines import component_name, with_modules
+from mima.training.loss import prediction_and_target
 
 
 class Together:

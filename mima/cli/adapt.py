@@ -108,13 +108,13 @@ def adapt(
     from dataclasses import asdict
 
     from mima.adaptation import LoRA, Together, configure
-    from mima.ascent import claim, default_folder, describe_run
-    from mima.checkpoint import CheckpointFolder
+    from mima.adaptation.resumable import SAMPLES, learn
     from mima.console import command, progress, stderr, stdout
-    from mima.evaluation.sampling import Sampler
     from mima.families import family_of, load_pipeline
-    from mima.learning import SAMPLES, learn
-    from mima.output import check_folder, fresh_folder
+    from mima.sampling import Sampler
+    from mima.storage.checkpoint import CheckpointFolder
+    from mima.storage.output import check_folder, fresh_folder
+    from mima.storage.runs import claim, default_folder, describe_run
 
     options = {
         "steps": steps,

@@ -21,7 +21,7 @@ def demo(
     overwrite: Overwrite = False,
 ) -> None:
     """Immunize the embedded model against two concepts, attack it, and print what held."""
-    from mima.output import check_folder
+    from mima.storage.output import check_folder
 
     check_folder(output, overwrite=overwrite)
 

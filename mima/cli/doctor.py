@@ -8,6 +8,6 @@ from mima.cli.base import app
 @app.command()
 def doctor() -> None:
     """Show versions, devices, and which backend serves each operator, or why not."""
-    from mima.doctor import show
+    from mima.cli.diagnosis import show
 
     show()

@@ -78,15 +78,15 @@ def erase(
     """Erase concepts from a model."""
     from dataclasses import asdict
 
-    from mima.concepts import load_concepts
-    from mima.config import checked
+    from mima.concepts.reading import load_concepts
     from mima.console import progress, stdout
     from mima.erasure import VARIANTS
     from mima.erasure import erase as run_erase
     from mima.families import load_pipeline
-    from mima.output import check_folder, fresh_folder
-    from mima.problem import ordinary_captions
-    from mima.saving import save_pipeline
+    from mima.release.repository import save_pipeline
+    from mima.settings import checked
+    from mima.storage.output import check_folder, fresh_folder
+    from mima.training.captions import ordinary_captions
 
     check_folder(output, overwrite=overwrite)
     options = {"steps": steps, "learning_rate": lr}

@@ -71,7 +71,7 @@ def evaluate(
     overwrite: Overwrite = False,
 ) -> None:
     """Attack a model before and after immunization; run again, it goes on where it stopped."""
-    from mima.concepts import load_concepts
+    from mima.concepts.reading import load_concepts
     from mima.console import command, progress, stderr, stdout
 
     found = load_concepts(concepts)

@@ -25,7 +25,7 @@ from mima.errors import MimaError, nearest
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mima.config import ImmunizeRun
+    from mima.immunization.config import ImmunizeRun
 
 
 @app.command()
@@ -63,10 +63,10 @@ def immunize(
     ] = None,
 ) -> None:
     """Immunize a model as a config file says."""
-    from mima.concepts import load_concepts
-    from mima.config import load_config
+    from mima.concepts.reading import load_concepts
     from mima.console import stderr, stdout
-    from mima.output import check_folder
+    from mima.immunization.config import load_config
+    from mima.storage.output import check_folder
 
     run = _with_settings(load_config(config), settings or [], task, erased)
     folder = output or (run.output and config.parent / run.output)
@@ -76,9 +76,9 @@ def immunize(
     concepts = load_concepts(run.concepts, base=config.parent)
 
     # only now what takes seconds to import
-    from mima.ascent import default_folder
-    from mima.immunize import immunize as run_immunize
-    from mima.progress import ProgressBar
+    from mima.immunization.algorithm import immunize as run_immunize
+    from mima.immunization.progress import ProgressBar
+    from mima.storage.runs import default_folder
 
     def beside(model: str) -> str:
         return str(config.parent / model) if (config.parent / model).exists() else model
@@ -126,7 +126,8 @@ def _with_settings(
     A task's recipe lies beneath what the file and `--set` say; where the concepts are erased
     already, it erases nothing.
     """
-    from mima.config import ImmunizeConfig, ImmunizeRun, parse_config, set_nested, with_recipe
+    from mima.immunization.config import ImmunizeConfig, ImmunizeRun, with_recipe
+    from mima.settings import parse_config, set_nested
 
     raw = run.model_dump(exclude_unset=True)
     known = {*ImmunizeRun.model_fields, *ImmunizeConfig.model_fields}

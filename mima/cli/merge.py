@@ -59,7 +59,7 @@ def merge(
     overwrite: Overwrite = False,
 ) -> None:
     """Merge several adapters of one model into it."""
-    from mima.output import check_folder
+    from mima.storage.output import check_folder
 
     check_folder(output, overwrite=overwrite)
     shares = None if weights is None else _numbers("weights", weights)
@@ -67,9 +67,9 @@ def merge(
     # only now what takes seconds to import
     from rich.table import Table
 
-    from mima.adapter_merge import merge_adapters
+    from mima.adapters.merge import merge_adapters
     from mima.console import stdout
-    from mima.output import fresh_folder
+    from mima.storage.output import fresh_folder
 
     merged = merge_adapters(
         model_source(model, revision, variant, single_file_config),

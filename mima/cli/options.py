@@ -101,7 +101,8 @@ def described_concepts(sources: list[str], told: dict[str, Any]) -> list[Concept
     """The concepts that sources describe, with what the command line says about a single one."""
     from dataclasses import replace
 
-    from mima.concepts import Concept, load_concepts
+    from mima.concepts import Concept
+    from mima.concepts.reading import load_concepts
 
     if not told:
         return load_concepts(sources)

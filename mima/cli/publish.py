@@ -34,15 +34,16 @@ def apply(
     overwrite: Overwrite = False,
 ) -> None:
     """Apply a delta to its base model, and write the whole model."""
-    from mima.output import check_folder
+    from mima.storage.output import check_folder
 
     check_folder(output, overwrite=overwrite)
 
     # only now what takes seconds to import
     from mima.console import stdout
     from mima.families import load_pipeline
-    from mima.output import fresh_folder
-    from mima.saving import load_delta, read_delta, save_pipeline
+    from mima.release.delta import load_delta, read_delta
+    from mima.release.repository import save_pipeline
+    from mima.storage.output import fresh_folder
 
     origin = read_delta(delta).origin
     source = model_source(model, revision, variant, single_file_config)
@@ -69,7 +70,7 @@ def push(
 ) -> None:
     """Publish a result on the hub, as whoever `hf auth login` (or HF_TOKEN) says."""
     from mima.console import stdout
-    from mima.output import OUR_FILES
+    from mima.storage.output import OUR_FILES
 
     if not folder.is_dir():
         raise MimaError(f"{folder} is not a folder")
@@ -77,7 +78,7 @@ def push(
         raise MimaError(f"{folder} holds nothing that mima wrote: none of {', '.join(OUR_FILES)}")
 
     # only now what takes a second to import
-    from mima.hub import Repository
+    from mima.release.repository import Repository
 
     address = Repository(repo_id, private=private).upload(
         folder, revision=revision, create_pr=create_pr, commit_message=message

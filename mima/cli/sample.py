@@ -53,11 +53,11 @@ def sample(
     overwrite: Overwrite = False,
 ) -> None:
     """Draw pictures."""
-    from mima.adapter_merge import merge_adapters
+    from mima.adapters.merge import merge_adapters
     from mima.console import progress, stdout
-    from mima.evaluation.sampling import Sampler
     from mima.families import family_of, load_pipeline
-    from mima.output import check_file
+    from mima.sampling import Sampler
+    from mima.storage.output import check_file
 
     if not prompt.strip():
         raise MimaError("the prompt is empty")

@@ -26,11 +26,11 @@ import torch
 import torch.nn.functional as F
 
 from mima.adaptation.base import require_full_precision
-from mima.adaptation.copies import component_name, with_modules
 from mima.concepts import Concept
 from mima.erasure.uce import Edit, edits_of, require_list
 from mima.errors import MimaError, check_settings
 from mima.families import Conditioning, Family, family_of
+from mima.families.pipelines import component_name, with_modules
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,11 +31,11 @@ from typing import Any, Literal
 
 import torch
 
-from mima.adaptation.copies import component_name, with_modules
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import Family, family_of
 from mima.families.base import TextReader
+from mima.families.pipelines import component_name, with_modules
 
 logger = logging.getLogger(__name__)
 

@@ -1,64 +1,30 @@
 """Measure immunity: attack a model, sample from it, compare what it learned with the references."""
 
-from typing import TYPE_CHECKING
-
-from mima._lazy import load_on_use
-
-if TYPE_CHECKING:
-    from mima.evaluation.alignment import cmmd, prompt_alignment
-    from mima.evaluation.attack import AttackCurve, attack, compare
-    from mima.evaluation.attacks import PRESETS, GridConfig
-    from mima.evaluation.metrics import (
-        GapCurve,
-        GapSummary,
-        bootstrap_interval,
-        mrsgr,
-        msgr,
-        rsgr,
-        sgr,
-    )
-    from mima.evaluation.records import Evaluation, EvaluationFolder
-    from mima.evaluation.run import evaluate
-    from mima.evaluation.sampling import Sampler
-    from mima.evaluation.similarity import (
-        ClipEncoder,
-        DinoEncoder,
-        ImageEncoder,
-        Lpips,
-        TextImageEncoder,
-        load_encoder,
-        load_similarity,
-        similarity,
-    )
-
-_MODULE_OF = {
-    "AttackCurve": "mima.evaluation.attack",
-    "ClipEncoder": "mima.evaluation.similarity",
-    "DinoEncoder": "mima.evaluation.similarity",
-    "Evaluation": "mima.evaluation.records",
-    "EvaluationFolder": "mima.evaluation.records",
-    "GapCurve": "mima.evaluation.metrics",
-    "GapSummary": "mima.evaluation.metrics",
-    "GridConfig": "mima.evaluation.attacks",
-    "ImageEncoder": "mima.evaluation.similarity",
-    "Lpips": "mima.evaluation.similarity",
-    "PRESETS": "mima.evaluation.attacks",
-    "Sampler": "mima.evaluation.sampling",
-    "TextImageEncoder": "mima.evaluation.similarity",
-    "attack": "mima.evaluation.attack",
-    "bootstrap_interval": "mima.evaluation.metrics",
-    "cmmd": "mima.evaluation.alignment",
-    "compare": "mima.evaluation.attack",
-    "evaluate": "mima.evaluation.run",
-    "load_encoder": "mima.evaluation.similarity",
-    "load_similarity": "mima.evaluation.similarity",
-    "mrsgr": "mima.evaluation.metrics",
-    "msgr": "mima.evaluation.metrics",
-    "prompt_alignment": "mima.evaluation.alignment",
-    "rsgr": "mima.evaluation.metrics",
-    "sgr": "mima.evaluation.metrics",
-    "similarity": "mima.evaluation.similarity",
-}
+from mima.evaluation.benign import cmmd, prompt_alignment
+from mima.evaluation.comparison import evaluate
+from mima.evaluation.encoders import (
+    ClipEncoder,
+    DinoEncoder,
+    ImageEncoder,
+    Lpips,
+    TextImageEncoder,
+    load_encoder,
+    load_similarity,
+    similarity,
+)
+from mima.evaluation.grid import PRESETS, GridConfig
+from mima.evaluation.metrics import (
+    GapCurve,
+    GapSummary,
+    bootstrap_interval,
+    mrsgr,
+    msgr,
+    rsgr,
+    sgr,
+)
+from mima.evaluation.records import Evaluation, EvaluationFolder
+from mima.evaluation.trajectory import AttackCurve, attack, compare
+from mima.sampling import Sampler
 
 __all__ = [
     "PRESETS",
@@ -88,5 +54,3 @@ __all__ = [
     "sgr",
     "similarity",
 ]
-
-load_on_use(__name__, _MODULE_OF)

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mima.errors import MimaError
-from mima.evaluation.attacks import Attack
+from mima.evaluation.grid import Attack
 from mima.evaluation.records import AttackRow, Benign, CurvePoint, Evaluation, EvaluationFolder
 from mima.evaluation.summary import summarize
 from mima.evaluation.worker import Outcome
-from mima.output import check_folder
+from mima.storage.output import check_folder
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from mima.config import Method
 from mima.errors import MimaError
-from mima.output import write_whole
+from mima.settings import Method
+from mima.storage.output import write_whole
 
 FORMAT: Literal[1] = 1
 EVALUATION_FILE = "evaluation.json"

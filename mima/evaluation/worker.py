@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 from mima.adaptation import LoRA, configure
-from mima.checkpoint import fingerprint
+from mima.adapters.mixed_batch import Adapter, merged
 from mima.concepts import Concept
-from mima.evaluation.adapters import Adapter, merged
-from mima.evaluation.alignment import cmmd, text_features
-from mima.evaluation.attack import by_prompt, trajectory
-from mima.evaluation.attacks import Attack, GridConfig, material
-from mima.evaluation.cache import CachedSimilarity
+from mima.concepts.pictures import Picture, by_prompt
+from mima.evaluation.benign import cmmd, text_features
+from mima.evaluation.encoders import PictureProtocol, TextImageEncoder, load_similarity
+from mima.evaluation.feature_cache import CachedSimilarity
+from mima.evaluation.grid import Attack, GridConfig, material
 from mima.evaluation.metrics import GapCurve, has_learned, sgr
 from mima.evaluation.records import (
     SIDES,
@@ -33,11 +33,11 @@ from mima.evaluation.records import (
     ScorePair,
     Side,
 )
-from mima.evaluation.sampling import Job, Sampler
-from mima.evaluation.similarity import PictureProtocol, TextImageEncoder, load_similarity
+from mima.evaluation.trajectory import trajectory
 from mima.families import family_of, load_pipeline
-from mima.output import write_picture
-from mima.pictures import Picture
+from mima.sampling import Job, Sampler
+from mima.storage.checkpoint import fingerprint
+from mima.storage.output import write_picture
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -29,11 +29,16 @@ from safetensors import SafetensorError, safe_open
 from mima.errors import MimaError
 from mima.families.base import Family, cast
 from mima.families.flux import Flux
+from mima.families.hub import is_hub_id, unreachable
 from mima.families.pixart import PixArt
 from mima.families.sd3 import StableDiffusion3
 from mima.families.sdxl import StableDiffusionXL
 from mima.families.stable_diffusion import StableDiffusion
-from mima.hub import is_hub_id, unreachable
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionPipeline
+from mima.assets import assets
 
 FAMILIES: tuple[type[Family], ...] = (
     *(StableDiffusion, StableDiffusionXL, PixArt, StableDiffusion3, Flux),
@@ -196,8 +201,6 @@ def load_pipeline(
 def _open(source: ModelSource, dtype: torch.dtype) -> Any:
     model, variant = str(source.model), source.variant
     if model == "embedded":
-        from mima.embedded import load_embedded
-
         for name in ("revision", "variant", "config"):
             if getattr(source, name) is not None:
                 raise MimaError(f"{name}: the embedded model has none")
@@ -435,3 +438,30 @@ def _read_json(path: Path) -> Any:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def load_embedded(
+    *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> StableDiffusionPipeline:
+    """Load the embedded Stable Diffusion-format model.
+
+    Args:
+        dtype: of the weights; default float32 (they are stored in float16).
+        device: where the model goes; default the CPU.
+
+    Returns:
+        A `diffusers.StableDiffusionPipeline` without a safety checker.
+
+    Raises:
+        MimaError: this installation came without its assets.
+    """
+    folder = assets() / "model"
+    if not (folder / "model_index.json").is_file():
+        raise MimaError(f"the embedded model is missing from this installation ({folder})")
+    loaded = load_pipeline(str(folder), dtype=dtype or torch.float32, device=device)
+    # as diffusers gives it: ready to be trained, though in evaluation mode
+    for component in loaded.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(True)
+    pipeline: StableDiffusionPipeline = loaded
+    return pipeline

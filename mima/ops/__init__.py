@@ -1,7 +1,7 @@
 """The operators of the merge: checked, differentiable, each served by the best backend at hand.
 
 `MIMA_BACKEND` (reference, triton or native) or the argument `backend=` overrides the choice;
-:func:`mima.ops.backends.report` explains it.
+:func:`mima.ops.choice.report` explains it.
 """
 
 from mima.ops.batched_lora import batched_lora

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mima import reference
-from mima.ops import _checks, backends, reference_backend
+from mima.ops import _checks
 from mima.ops._autograd import (
     Operator,
     apply,
@@ -23,6 +23,8 @@ from mima.ops._autograd import (
     total,
     vmap_formula,
 )
+from mima.ops.backends import choice
+from mima.ops.backends import reference as reference_backend
 
 _OP = "batched_lora"
 
@@ -54,7 +56,7 @@ def batched_lora(
         scale: [N]; a tensor or numbers. Used in float32 (float64 with float64).
         index: [b], int64, each in [−1, N).
         bias: [o], or None.
-        backend: "reference", "triton" or "native"; None chooses (see `mima.ops.backends`).
+        backend: "reference", "triton" or "native"; None chooses (see `mima.ops.backends.choice`).
 
     Returns:
         [b, t, o].
@@ -133,7 +135,7 @@ def _forward(
     kept: list[Tensor] | None = None,
 ) -> Tensor:
     _checks.require_in_range(_OP, "index", index, len(A))
-    module = backends.resolve(_OP, x, backend)
+    module = choice.resolve(_OP, x, backend)
     return cast(Tensor, module.batched_lora_forward(x, weight, A, B, scale, index, bias, kept))
 
 
@@ -176,7 +178,7 @@ def _backward(
     need_bias: bool,
     backend: str,
 ) -> list[Tensor]:
-    module = backends.resolve(_OP, x, backend)
+    module = choice.resolve(_OP, x, backend)
     needs = need_x, need_weight, need_A, need_B, need_scale, need_bias
     grads = module.batched_lora_backward(d_y, x, weight, A, B, scale, index, projection, *needs)
     return _flat(grads, needs)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from mima.ops import _checks, backends, reference_backend
+from mima.ops import _checks
 from mima.ops._autograd import (
     Operator,
     apply,
@@ -21,6 +21,8 @@ from mima.ops._autograd import (
     total,
     vmap_formula,
 )
+from mima.ops.backends import choice
+from mima.ops.backends import reference as reference_backend
 
 _OP = "merge_lora"
 
@@ -47,7 +49,7 @@ def merge_lora(
         scale: [N], the adapters' own scales; a tensor or numbers, used in float32 (float64 with
             float64).
         weights: [N], finite, the concepts' weights; likewise.
-        backend: "reference", "triton" or "native"; None chooses (see `mima.ops.backends`).
+        backend: "reference", "triton" or "native"; None chooses (see `mima.ops.backends.choice`).
 
     Returns:
         [o, d].
@@ -89,7 +91,7 @@ def _forward(
     backend: str,
 ) -> Tensor:
     _checks.require_finite(_OP, "weights", weights)
-    module = backends.resolve(_OP, weight, backend)
+    module = choice.resolve(_OP, weight, backend)
     return cast(Tensor, module.merge_lora_forward(weight, A, B, scale, weights))
 
 
@@ -127,7 +129,7 @@ def _backward(
     need_weights: bool,
     backend: str,
 ) -> list[Tensor]:
-    module = backends.resolve(_OP, weight, backend)
+    module = choice.resolve(_OP, weight, backend)
     needs = need_weight, need_A, need_B, need_scale, need_weights
     return _flat(module.merge_lora_backward(d_out, weight, A, B, scale, weights, *needs), needs)
 

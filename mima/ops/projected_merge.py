@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from mima.ops import _checks, backends, reference_backend
+from mima.ops import _checks
 from mima.ops._autograd import (
     Operator,
     apply,
@@ -21,6 +21,8 @@ from mima.ops._autograd import (
     total,
     vmap_formula,
 )
+from mima.ops.backends import choice
+from mima.ops.backends import reference as reference_backend
 
 _OP = "projected_merge"
 
@@ -45,7 +47,7 @@ def projected_merge(
         W: N sequences of L tensors [o_l, d]. N = 0 gives a copy of `W0`.
         C: N tensors [s_n, d]: the token embeddings of each concept; s_n = 0 leaves it out.
         M: N tensors [s_n, d]: the merge plan, `mima.reference.merge_plan`.
-        backend: "reference", "triton" or "native"; None chooses (see `mima.ops.backends`).
+        backend: "reference", "triton" or "native"; None chooses (see `mima.ops.backends.choice`).
 
     Returns:
         L tensors [o_l, d].
@@ -112,7 +114,7 @@ def _require_agreement(
 def _forward(
     W0: list[Tensor], W: list[Tensor], C: list[Tensor], M: list[Tensor], backend: str
 ) -> list[Tensor]:
-    module = backends.resolve(_OP, W0[0], backend)
+    module = choice.resolve(_OP, W0[0], backend)
     return cast("list[Tensor]", module.projected_merge_forward(W0, W, C, M))
 
 
@@ -142,7 +144,7 @@ def _backward(
     need_M: bool,
     backend: str,
 ) -> list[Tensor]:
-    module = backends.resolve(_OP, W0[0], backend)
+    module = choice.resolve(_OP, W0[0], backend)
     d_W0, d_W, d_C, d_M = module.projected_merge_backward(
         d_out, W0, W, C, M, need_W0, need_W, need_C, need_M
     )

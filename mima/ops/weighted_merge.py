@@ -10,7 +10,7 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor
 
-from mima.ops import _checks, backends, reference_backend
+from mima.ops import _checks
 from mima.ops._autograd import (
     Operator,
     apply,
@@ -21,6 +21,8 @@ from mima.ops._autograd import (
     total,
     vmap_formula,
 )
+from mima.ops.backends import choice
+from mima.ops.backends import reference as reference_backend
 
 _OP = "weighted_merge"
 
@@ -63,7 +65,7 @@ def weighted_merge(
             dtype and device.
         thetas: N tensors shaped as `base`, or N sequences of P. N = 0 gives a copy of `base`.
         weights: [N], finite, any sum; a tensor or numbers. Used in float32 (float64 with float64).
-        backend: "reference", "triton" or "native"; None chooses (see `mima.ops.backends`).
+        backend: "reference", "triton" or "native"; None chooses (see `mima.ops.backends.choice`).
 
     Returns:
         φ, a tensor or a list of P tensors, as `base` is.
@@ -125,7 +127,7 @@ def _forward(
     base: list[Tensor], thetas: list[Tensor], weights: Tensor, backend: str
 ) -> list[Tensor]:
     _checks.require_finite(_OP, "weights", weights)
-    module = backends.resolve(_OP, base[0], backend)
+    module = choice.resolve(_OP, base[0], backend)
     return cast("list[Tensor]", module.weighted_merge_forward(base, thetas, weights))
 
 
@@ -151,7 +153,7 @@ def _backward(
     need_weights: bool,
     backend: str,
 ) -> list[Tensor]:
-    module = backends.resolve(_OP, base[0], backend)
+    module = choice.resolve(_OP, base[0], backend)
     d_base, d_thetas, d_weights = module.weighted_merge_backward(
         d_out, base, thetas, weights, need_base, need_thetas, need_weights
     )

@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
-    from mima.evaluation.attack import AttackCurve
+    from mima.evaluation.trajectory import AttackCurve
 
 # Okabe and Ito's palette: told apart with any kind of colour vision, and in grey
 ORIGINAL = "#D55E00"
@@ -138,7 +138,7 @@ def _panel(
     notes: Mapping[str, str],
 ) -> None:
     # here, since it brings torch, which the pages of a report do without
-    from mima.evaluation.attack import compare
+    from mima.evaluation.trajectory import compare
 
     gap = compare(*pair)
     markers = ("o", "s")

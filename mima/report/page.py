@@ -17,11 +17,10 @@ from markupsafe import Markup
 from PIL import Image
 
 from mima._version import __version__
+from mima.concepts.pictures import Picture
 from mima.errors import MimaError
 from mima.evaluation.metrics import bootstrap_interval
 from mima.evaluation.records import AttackRow, ConceptRecord, Side
-from mima.pictures import Picture
-from mima.plain import flat
 from mima.report.figures import (
     CEILING,
     INK,
@@ -38,7 +37,8 @@ from mima.report.figures import (
 from mima.report.runs import Run, Setting, load_runs, setting
 from mima.report.svg import inline
 from mima.report.verdict import verdict
-from mima.report.words import PREPARATIONS, VARIANTS, method_name, number, percent, setting_text
+from mima.report.wording import PREPARATIONS, VARIANTS, method_name, number, percent, setting_text
+from mima.storage.plain_data import flat
 
 MARK = '<meta name="generator" content="mima '
 

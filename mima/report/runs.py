@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from mima.errors import MimaError
 from mima.evaluation.records import AttackRow, Evaluation, EvaluationFolder
 from mima.report.figures import RUN_COLOURS
-from mima.report.words import PREPARATIONS, VARIANTS
+from mima.report.wording import PREPARATIONS, VARIANTS
 
 _MARKERS = "osD^v"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mima.report.runs import Run, setting
-from mima.report.words import less, method_name, number
+from mima.report.wording import less, method_name, number
 
 SLIGHT = 0.05
 """A similarity gap ratio below which a headline claims nothing."""

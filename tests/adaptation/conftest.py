@@ -1,6 +1,6 @@
 import pytest
-import tiny
 from diffusers import StableDiffusionPipeline
+from support import tiny
 
 
 @pytest.fixture(scope="module")

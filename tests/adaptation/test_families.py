@@ -2,14 +2,13 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-from families import builders
 from peft import PeftModel
+from support import builders, tiny
 
 from mima.adaptation import LoRA, TextualInversion
-from mima.adapter_merge import merge_adapters
+from mima.adapters.merge import merge_adapters
 from mima.concepts import Concept
 from mima.erasure import Edit, erase
 from mima.errors import MimaError

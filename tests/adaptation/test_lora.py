@@ -4,16 +4,16 @@ import sys
 import types
 
 import pytest
-import tiny
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from support import tiny
 
 from mima.adaptation import LoRA
-from mima.adaptation.copies import component_name, shared_copy, with_modules
-from mima.diffusion import diffusion_loss
 from mima.errors import MimaError
+from mima.families.pipelines import component_name, shared_copy, with_modules
 from mima.families.stable_diffusion import StableDiffusion
+from mima.training.loss import diffusion_loss
 
 FAST = LoRA(learning_rate=1e-2, batch_size=4)
 

@@ -1,9 +1,9 @@
 import dataclasses
 
 import pytest
-import tiny
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from support import tiny
 
 from mima.adaptation import (
     METHODS,

@@ -3,10 +3,10 @@
 import dataclasses
 
 import pytest
-import tiny
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from support import tiny
 
 from mima.adaptation import DreamBooth, DreamBoothLoRA, LoRA, Together
 from mima.errors import MimaError

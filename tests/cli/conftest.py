@@ -3,10 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import yaml
-from cli.commands import run
 from PIL import Image
+from support import tiny
+from support.commands import run
 
 
 @pytest.fixture(scope="session")

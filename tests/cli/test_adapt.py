@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli.commands import run
 from safetensors.torch import load_file
+from support.commands import run
 
 
 def test_adapt_and_sample_with_what_was_learned(workdir, model):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from cli.commands import run
+from support.commands import run
 from typer.testing import CliRunner
 
 import mima
@@ -64,7 +64,7 @@ def failing(monkeypatch, error: BaseException) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("mima.doctor.show", fail)
+    monkeypatch.setattr("mima.cli.diagnosis.show", fail)
 
 
 def test_an_accident_is_short_unless_debug_is_asked_for(monkeypatch, capfd):
@@ -85,7 +85,7 @@ def test_another_librarys_value_error_is_an_accident(monkeypatch):
     def fail() -> None:
         json.loads("{")
 
-    monkeypatch.setattr("mima.doctor.show", fail)
+    monkeypatch.setattr("mima.cli.diagnosis.show", fail)
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert "--debug" in result.output

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from cli.commands import run
 from safetensors.torch import load_file
+from support.commands import run
 
 
 def test_erase(workdir, model):

@@ -3,8 +3,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import tiny
-from cli.commands import run
+from support import tiny
+from support.commands import run
 
 
 def test_evaluate_attacks_writes_and_goes_on(model, workdir):

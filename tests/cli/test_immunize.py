@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli.commands import run, write_config
 from safetensors.torch import load_file
+from support.commands import run, write_config
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cli.commands import run
 from safetensors.torch import load_file
+from support.commands import run
 
 import mima
 

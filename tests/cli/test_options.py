@@ -6,14 +6,14 @@ import re
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from cli.commands import run, write_config
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from support import tiny
+from support.commands import run, write_config
 
-from mima.saving import Delta
+from mima.release.delta import Delta
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cli.commands import run
+from support.commands import run
 
 
 def test_bad_deltas(workdir, model):

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cli.commands import run
 from PIL import Image
+from support.commands import run
 
 
 def test_sample(workdir, model):

@@ -5,9 +5,9 @@ import pytest
 from mima.concepts import embedded_concept
 from mima.erasure import ESD, erase
 from mima.evaluation import Sampler, load_encoder
-from mima.evaluation.attack import score
+from mima.evaluation.trajectory import score
 from mima.families import load_pipeline
-from mima.problem import ordinary_captions
+from mima.training.captions import ordinary_captions
 
 SEEDS = (0, 1)
 KEPT = ("rocket", "benign-pizza", "benign-style-twemoji")

@@ -3,9 +3,8 @@
 import dataclasses
 
 import pytest
-import tiny
 import torch
-from families import builders
+from support import builders, tiny
 
 from mima.erasure import ESD, VARIANTS, Edit
 from mima.errors import MimaError

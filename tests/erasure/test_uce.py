@@ -1,9 +1,9 @@
 import dataclasses
 
 import pytest
-import tiny
 import torch
 from diffusers import AutoencoderKL
+from support import tiny
 
 from mima.erasure import Edit, edits_of, erase
 from mima.erasure.uce import align

@@ -6,22 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import immunizing
 import pytest
-import tiny
 import torch
 from diffusers import DiffusionPipeline
-from families import builders
+from support import builders, immunizing, tiny
 
 from mima.adaptation import LoRA
 from mima.bilevel.hypergradient import twice_differentiable_attention
 from mima.concepts import Concept
-from mima.config import ImmunizeConfig, LowerConfig, UpperConfig
-from mima.diffusion import diffusion_loss
 from mima.errors import MimaError
 from mima.families import Family, family_of, load_pipeline
-from mima.immunize import immunize
+from mima.immunization.algorithm import immunize
+from mima.immunization.config import ImmunizeConfig, LowerConfig, UpperConfig
 from mima.merging import MergePlan
+from mima.training.loss import diffusion_loss
 
 KINDS = {
     "sdxl": builders.sdxl,

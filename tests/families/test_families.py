@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -16,7 +15,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
 )
-from families import builders
+from support import builders, tiny
 
 from mima.errors import MimaError
 from mima.families import Family, family_of, load_pipeline

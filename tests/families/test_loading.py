@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from families import builders, ldm
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from support import builders, ldm, tiny
 
 from mima.errors import MimaError
 from mima.families import ModelSource, load_pipeline, origin_of

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from support import native_cases
 
-from mima.ops import native
-from native import cases
+from mima.ops.backends import extension
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def _threads_restored():
     torch.set_num_threads(before)
 
 
-def _bits(case: cases.Case) -> list[torch.Tensor]:
+def _bits(case: native_cases.Case) -> list[torch.Tensor]:
     torch.manual_seed(7)
     out = case.run(case.inputs)
     upstream = [torch.randn(x.shape, dtype=x.dtype) for x in out]
@@ -31,9 +31,11 @@ def _bits(case: cases.Case) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(lambda: cases.weighted_merge([(700, 300), (99,)] * 4, 2, torch.float32)),
-        pytest.param(lambda: cases.projected_merge([320, 640], [9, 9], 768, torch.float32)),
-        pytest.param(lambda: cases.merge_lora(640, 512, [16, 4], torch.float32)),
+        pytest.param(
+            lambda: native_cases.weighted_merge([(700, 300), (99,)] * 4, 2, torch.float32)
+        ),
+        pytest.param(lambda: native_cases.projected_merge([320, 640], [9, 9], 768, torch.float32)),
+        pytest.param(lambda: native_cases.merge_lora(640, 512, [16, 4], torch.float32)),
     ],
     ids=["weighted_merge", "projected_merge", "merge_lora"],
 )
@@ -51,7 +53,7 @@ def test_same_bits_for_any_number_of_threads(case):
 @pytest.mark.usefixtures("_threads_restored")
 def test_low_rank_part_has_same_bits_for_any_number_of_threads():
     # the base product is PyTorch's, which promises nothing: zero weights leave the low-rank part
-    case = cases.batched_lora(8, 200, 320, 320, [4, 16, 64], torch.float32, bias=False)
+    case = native_cases.batched_lora(8, 200, 320, 320, [4, 16, 64], torch.float32, bias=False)
     case.inputs[1].zero_()
     torch.set_num_threads(1)
     expected = _bits(case)
@@ -65,7 +67,7 @@ def test_low_rank_part_has_same_bits_for_any_number_of_threads():
 
 @pytest.mark.parametrize("tokens", [200, 700], ids=["one by one", "merged"])
 def test_a_sample_has_the_same_bits_whatever_is_beside_it(tokens):
-    if native.cpu_level() == "generic":
+    if extension.cpu_level() == "generic":
         pytest.skip("the base product is PyTorch's, which promises nothing")
     torch.manual_seed(0)
     x, weight = torch.randn(6, tokens, 320), torch.randn(320, 320)
@@ -74,21 +76,21 @@ def test_a_sample_has_the_same_bits_whatever_is_beside_it(tokens):
     index = torch.tensor([1, -1, 0, 1, 1, 0])
     scale = torch.tensor([0.5, 2.0])
     kept: list[torch.Tensor] = []
-    together = native.batched_lora_forward(x, weight, A, B, scale, index, None, kept)
+    together = extension.batched_lora_forward(x, weight, A, B, scale, index, None, kept)
     assert [h.shape for h in kept] == ([(6, 200, 64)] if tokens == 200 else [])
     for b in range(6):
         args = x[b : b + 1], weight, A, B, scale, index[b : b + 1], None
-        assert torch.equal(native.batched_lora_forward(*args)[0], together[b])
+        assert torch.equal(extension.batched_lora_forward(*args)[0], together[b])
 
 
 def test_concurrent_callers():
     torch.manual_seed(0)
     base, theta = torch.randn(400_000), torch.randn(400_000)
     w = torch.tensor([0.5])
-    expected = native.weighted_merge_forward([base], [theta], w)[0]
+    expected = extension.weighted_merge_forward([base], [theta], w)[0]
 
     def call(_: int) -> bool:
-        return torch.equal(native.weighted_merge_forward([base], [theta], w)[0], expected)
+        return torch.equal(extension.weighted_merge_forward([base], [theta], w)[0], expected)
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(call, range(64)))
@@ -98,13 +100,13 @@ def test_concurrent_callers():
 def test_pool_works_in_a_forked_child(pool, tmp_path):
     code = """
 import os, torch
-from mima.ops import native
+from mima.ops.backends import extension
 torch.set_num_threads(2)
 base, theta, w = torch.zeros(500_000), torch.ones(500_000), torch.tensor([0.5])
-assert native.weighted_merge_forward([base], [theta], w)[0].sum() == 250_000
+assert extension.weighted_merge_forward([base], [theta], w)[0].sum() == 250_000
 child = os.fork()
 # no PyTorch operator that uses OpenMP here: its threads do not survive a fork
-out = native.weighted_merge_forward([base], [theta], w)[0]
+out = extension.weighted_merge_forward([base], [theta], w)[0]
 value = out[::100_000].tolist()
 if child == 0:
     os._exit(0 if value == [0.5] * 5 else 1)
@@ -129,11 +131,12 @@ def test_own_pool_gives_the_same_bits(tmp_path):
     code = """
 import torch
 from concurrent.futures import ThreadPoolExecutor
-from mima.ops import native
+from mima.ops.backends import extension
 torch.manual_seed(0)
 base, theta, w = torch.randn(700_001), torch.randn(700_001), torch.tensor([0.3])
 def call(_):
-    return native.weighted_merge_backward([base], [base], [theta], w, False, False, True)[2].item()
+    flags = False, False, True
+    return extension.weighted_merge_backward([base], [base], [theta], w, *flags)[2].item()
 values = set()
 for threads in (1, 2, 3, 8):
     torch.set_num_threads(threads)
@@ -158,7 +161,7 @@ def test_the_lock_of_the_interpreter_is_released():
     base = torch.zeros(30_000_000)
     ticks = 0
     with ThreadPoolExecutor(1) as pool:
-        work = pool.submit(native.weighted_merge_forward, [base], [base], torch.tensor([0.5]))
+        work = pool.submit(extension.weighted_merge_forward, [base], [base], torch.tensor([0.5]))
         while not work.done():
             ticks += 1
     assert ticks > 100

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import native_cases
+from support.native_cases import DTYPE_IDS, DTYPES, check_backward, check_forward
 
 from mima._version import __version__
-from mima.ops import native
-from native import cases
-from native.cases import DTYPE_IDS, DTYPES, check_backward, check_forward
+from mima.ops.backends import extension
 
 ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parent / "emulation"
@@ -26,14 +26,16 @@ EMULATION = Path(__file__).parent / "emulation"
 # Small: the emulation runs one thread at a time. Whole vectors, tails, more tokens than a warp sums
 # at once, empty layers and concepts.
 CASES = {
-    "weighted_merge": lambda dtype: cases.weighted_merge(
+    "weighted_merge": lambda dtype: native_cases.weighted_merge(
         [(0,), (1,), (63,), (17, 241), (3, 3001)], 3, dtype
     ),
-    "weighted_merge-none": lambda dtype: cases.weighted_merge([(1023,)], 0, dtype),
-    "projected_merge-64": lambda dtype: cases.projected_merge([21, 0, 4], [3, 17], 64, dtype),
-    "projected_merge-37": lambda dtype: cases.projected_merge([5], [9, 0], 37, dtype),
-    "projected_merge-none": lambda dtype: cases.projected_merge([5], [], 24, dtype),
-    "projected_merge-no-rows": lambda dtype: cases.projected_merge([0], [2], 24, dtype),
+    "weighted_merge-none": lambda dtype: native_cases.weighted_merge([(1023,)], 0, dtype),
+    "projected_merge-64": lambda dtype: native_cases.projected_merge(
+        [21, 0, 4], [3, 17], 64, dtype
+    ),
+    "projected_merge-37": lambda dtype: native_cases.projected_merge([5], [9, 0], 37, dtype),
+    "projected_merge-none": lambda dtype: native_cases.projected_merge([5], [], 24, dtype),
+    "projected_merge-no-rows": lambda dtype: native_cases.projected_merge([0], [2], 24, dtype),
 }
 
 
@@ -75,9 +77,9 @@ def _on_emulation(emulated, monkeypatch):
         # a copy at another address, as on a device
         yield torch.frombuffer(call.table(), dtype=torch.uint8).clone(), 0
 
-    monkeypatch.setattr(native, "_module", lambda device_type: emulated)
-    monkeypatch.setattr(native, "_launching", launching)
-    monkeypatch.setattr(native, "_on_cuda", lambda x: True)
+    monkeypatch.setattr(extension, "_module", lambda device_type: emulated)
+    monkeypatch.setattr(extension, "_launching", launching)
+    monkeypatch.setattr(extension, "_on_cuda", lambda x: True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
@@ -91,9 +93,9 @@ def test_values_in_emulation(name, dtype):
 @pytest.mark.usefixtures("_on_emulation")
 def test_views_off_the_16_byte_grid():
     base, theta = torch.randn(5001)[1:], torch.randn(5002)[2:]
-    (actual,) = native.weighted_merge_forward([base], [theta[:5000]], torch.tensor([0.25]))
+    (actual,) = extension.weighted_merge_forward([base], [theta[:5000]], torch.tensor([0.25]))
     torch.testing.assert_close(actual, base + 0.25 * (theta[:5000] - base))
-    case = cases.projected_merge([9], [3], 64, torch.float32)
+    case = native_cases.projected_merge([9], [3], 64, torch.float32)
     off = [torch.cat([x.new_zeros(x.shape[0], 1), x], 1)[:, 1:] for x in case.inputs]
     for a, b in zip(case.run(off), case.reference(off), strict=True):
         torch.testing.assert_close(a, b)
@@ -132,11 +134,11 @@ def test_nothing_spills(source, arch, tmp_path):
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize(
-    "name", [n for n in cases.CASES if n.startswith(("weighted", "projected"))]
+    "name", [n for n in native_cases.CASES if n.startswith(("weighted", "projected"))]
 )
 def test_values_on_a_device(name, dtype):
-    case = cases.CASES[name](dtype)
-    reasons = native.unsupported_reasons(name.split("-")[0], torch.empty(0, device="cuda"))
+    case = native_cases.CASES[name](dtype)
+    reasons = extension.unsupported_reasons(name.split("-")[0], torch.empty(0, device="cuda"))
     assert reasons == []
 
     def there(xs):
@@ -145,7 +147,7 @@ def test_values_on_a_device(name, dtype):
     def here(xs):
         return [x.cpu() for x in xs]
 
-    moved = cases.Case(
+    moved = native_cases.Case(
         case.inputs,
         lambda xs: here(case.run(there(xs))),
         case.reference,
@@ -163,6 +165,8 @@ def test_current_stream_and_device():
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)
         theta = torch.full_like(base, 4.0)
-        (out,) = native.weighted_merge_forward([base], [theta], torch.tensor([0.5], device="cuda"))
+        (out,) = extension.weighted_merge_forward(
+            [base], [theta], torch.tensor([0.5], device="cuda")
+        )
     stream.synchronize()
     assert bool((out == 2).all())

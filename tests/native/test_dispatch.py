@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mima.ops import native
+from mima.ops.backends import extension
 
 
 def test_unknown_level_is_an_error(monkeypatch):
@@ -13,21 +13,21 @@ def test_unknown_level_is_an_error(monkeypatch):
     with pytest.raises(
         ValueError, match="MIMA_CPU_LEVEL must be generic, avx2 or avx512, got sse9"
     ):
-        native.cpu_level()
+        extension.cpu_level()
     with pytest.raises(ValueError, match="MIMA_CPU_LEVEL"):
-        native.weighted_merge_forward([torch.ones(3)], [], torch.empty(0))
+        extension.weighted_merge_forward([torch.ones(3)], [], torch.empty(0))
 
 
-@pytest.mark.parametrize("op", native.OPS["cpu"])
-@pytest.mark.parametrize("dtype", list(native.DTYPE_CODES), ids=str)
+@pytest.mark.parametrize("op", extension.OPS["cpu"])
+@pytest.mark.parametrize("dtype", list(extension.DTYPE_CODES), ids=str)
 def test_every_operator_is_served_on_the_cpu(op, dtype):
-    assert native.unsupported_reasons(op, torch.empty(0, dtype=dtype)) == []
+    assert extension.unsupported_reasons(op, torch.empty(0, dtype=dtype)) == []
 
 
 def test_reasons_name_device_and_dtype():
-    (reason,) = native.unsupported_reasons("weighted_merge", torch.empty(0, device="meta"))
+    (reason,) = extension.unsupported_reasons("weighted_merge", torch.empty(0, device="meta"))
     assert "meta" in reason
-    (reason,) = native.unsupported_reasons("weighted_merge", torch.empty(0, dtype=torch.int32))
+    (reason,) = extension.unsupported_reasons("weighted_merge", torch.empty(0, dtype=torch.int32))
     assert "int32" in reason
 
 
@@ -35,31 +35,31 @@ def test_missing_module_gives_the_reason_that_the_installation_wrote_down(monkey
     def missing(name):
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(native.importlib, "import_module", missing)
+    monkeypatch.setattr(extension.importlib, "import_module", missing)
     recorded = {"native": {"built": False, "reason": "no C++ compiler: install g++"}}
-    monkeypatch.setattr(native, "build_info", lambda: recorded)
-    native._load.cache_clear()
+    monkeypatch.setattr(extension, "build_info", lambda: recorded)
+    extension._load.cache_clear()
     try:
-        (reason,) = native.unsupported_reasons("merge_lora", torch.empty(0))
+        (reason,) = extension.unsupported_reasons("merge_lora", torch.empty(0))
         assert reason == "mima._native was not built: no C++ compiler: install g++"
         with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
-            native.weighted_merge_forward([torch.ones(3)], [], torch.empty(0))
+            extension.weighted_merge_forward([torch.ones(3)], [], torch.empty(0))
     finally:
-        native._load.cache_clear()
+        extension._load.cache_clear()
 
 
 def test_module_of_another_version_is_refused(monkeypatch):
-    monkeypatch.setattr(native, "__version__", "99.0")
-    native._load.cache_clear()
+    monkeypatch.setattr(extension, "__version__", "99.0")
+    extension._load.cache_clear()
     try:
-        (reason,) = native.unsupported_reasons("merge_lora", torch.empty(0))
+        (reason,) = extension.unsupported_reasons("merge_lora", torch.empty(0))
         assert "this is 99.0" in reason
     finally:
-        native._load.cache_clear()
+        extension._load.cache_clear()
 
 
 def test_bindings_refuse_what_would_be_a_wild_read():
-    module = native._module("cpu")
+    module = extension._module("cpu")
     one, x, wide = torch.zeros(1, 1), torch.zeros(1, 1, 1), torch.zeros(2, 3).mT
     zero = torch._efficientzerotensor((1, 1))
     with pytest.raises(ValueError, match="out: expected 2 tensors, got 1"):

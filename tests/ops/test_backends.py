@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mima import ops
-from mima.ops import backends
+from mima.ops.backends import choice, extension
 
 x = torch.ones(2, 2)
 
@@ -23,40 +23,40 @@ def _fresh_choices() -> Any:
 
 
 def _clear() -> None:
-    for cached in (backends._choose, backends._reasons, backends._load_error, backends._module):
+    for cached in (choice._choose, choice._reasons, choice._load_error, choice._module):
         cached.cache_clear()
 
 
 def _break(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Make backends fail to load, as an extension built for another Python would."""
-    load = backends.import_module
+    load = choice.import_module
 
     def import_module(name: str) -> ModuleType:
-        if name in [backends._MODULES[broken] for broken in names]:
+        if name in [choice._MODULES[broken] for broken in names]:
             raise ImportError(f"{name}: built for something else")
         return load(name)
 
-    monkeypatch.setattr(backends, "import_module", import_module)
+    monkeypatch.setattr(choice, "import_module", import_module)
 
 
 def _served_by(monkeypatch: pytest.MonkeyPatch) -> str:
-    for row in backends.report("cpu"):
+    for row in choice.report("cpu"):
         if row.operator == "weighted_merge" and row.chosen:
             return row.backend
     return ""
 
 
 def test_report_is_the_whole_table() -> None:
-    rows = backends.report("cpu")
+    rows = choice.report("cpu")
     assert [(row.operator, row.backend) for row in rows] == [
-        (op, backend) for op in backends.OPERATORS for backend in backends.BACKENDS
+        (op, backend) for op in choice.OPERATORS for backend in choice.BACKENDS
     ]
     for row in rows:
         assert row.available == (not row.reasons)
         assert all(isinstance(reason, str) and reason for reason in row.reasons)
         assert row.device == "cpu"
         assert row.dtype == torch.float32
-    for op in backends.OPERATORS:
+    for op in choice.OPERATORS:
         assert sum(row.chosen for row in rows if row.operator == op) == 1
         assert all(row.available for row in rows if row.backend == "reference")
 
@@ -64,7 +64,7 @@ def test_report_is_the_whole_table() -> None:
 def test_report_of_a_device_that_is_not_there() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    rows = [row for row in backends.report("cuda") if row.backend != "reference"]
+    rows = [row for row in choice.report("cuda") if row.backend != "reference"]
     assert rows
     assert not any(row.available or row.chosen for row in rows)
 
@@ -74,25 +74,23 @@ def test_triton_serves_the_cpu_in_its_interpreter_only(monkeypatch: pytest.Monke
     from mima import kernels
 
     monkeypatch.setattr(kernels.triton.knobs.runtime, "interpret", False)
-    with pytest.raises(backends.BackendError, match=r"triton cannot serve .* TRITON_INTERPRET=1"):
+    with pytest.raises(choice.BackendError, match=r"triton cannot serve .* TRITON_INTERPRET=1"):
         ops.weighted_merge(x, [x], [1.0], backend="triton")
 
 
 def test_an_unserved_dtype_is_a_reason() -> None:
-    from mima.ops import native
-
-    with pytest.raises(backends.BackendError, match=r"native cannot serve torch\.complex64"):
-        backends.resolve("merge_lora", torch.zeros(1, dtype=torch.complex64), "native")
-    assert native.unsupported_reasons("merge_lora", torch.zeros(1, dtype=torch.complex64))
+    with pytest.raises(choice.BackendError, match=r"native cannot serve torch\.complex64"):
+        choice.resolve("merge_lora", torch.zeros(1, dtype=torch.complex64), "native")
+    assert extension.unsupported_reasons("merge_lora", torch.zeros(1, dtype=torch.complex64))
 
 
 def test_the_argument_and_the_environment_choose(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert backends.resolve("weighted_merge", x, "reference").__name__.endswith("reference_backend")
+    assert choice.resolve("weighted_merge", x, "reference").__name__.endswith("reference_backend")
     monkeypatch.setenv("MIMA_BACKEND", "reference")
-    assert backends.resolve("weighted_merge", x).__name__.endswith("reference_backend")
+    assert choice.resolve("weighted_merge", x).__name__.endswith("reference_backend")
     assert _served_by(monkeypatch) == "reference"
     monkeypatch.setenv("MIMA_BACKEND", "nativ")
-    with pytest.raises(backends.BackendError, match=r"unknown backend 'nativ'; .*native"):
+    with pytest.raises(choice.BackendError, match=r"unknown backend 'nativ'; .*native"):
         ops.weighted_merge(x, [x], [1.0])
     assert _served_by(monkeypatch) == ""
     # The argument wins.
@@ -103,7 +101,7 @@ def test_a_backend_that_was_asked_for_never_falls_back(monkeypatch: pytest.Monke
     _break(monkeypatch, "native")
     monkeypatch.setenv("MIMA_STRICT", "0")
     with pytest.raises(
-        backends.BackendError, match=r"native cannot serve .*cannot be loaded \(mima.ops.native"
+        choice.BackendError, match=r"native cannot serve .*cannot be loaded \(mima.ops.native"
     ):
         ops.weighted_merge(x, [x], [1.0], backend="native")
 
@@ -124,7 +122,7 @@ def test_a_fallback_is_logged_once(
 def test_strict_raises_instead_of_falling_back(monkeypatch: pytest.MonkeyPatch) -> None:
     _break(monkeypatch, "native")
     monkeypatch.setenv("MIMA_STRICT", "1")
-    with pytest.raises(backends.BackendError, match=r"MIMA_STRICT=1 is set.*native: cannot be"):
+    with pytest.raises(choice.BackendError, match=r"MIMA_STRICT=1 is set.*native: cannot be"):
         ops.weighted_merge(x, [x], [1.0])
     # The reference may still be asked for.
     ops.weighted_merge(x, [x], [1.0], backend="reference")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ops._cases import BY_ID, SMALL, Case, values_and_gradients
+from support.operator_cases import BY_ID, SMALL, Case, values_and_gradients
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops._cases import BY_ID, CASES, SMALL, Case, skip_unless_available, values_and_gradients
+from support.operator_cases import (
+    BY_ID,
+    CASES,
+    SMALL,
+    Case,
+    skip_unless_available,
+    values_and_gradients,
+)
 
 TINY = [case for case in SMALL if case.name in ("small", "no-adapter")]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops._cases import (
+from support.operator_cases import (
     CASES,
     DTYPES,
     Case,
@@ -18,7 +18,7 @@ from ops._cases import (
 )
 
 from mima import ops
-from mima.ops import backends
+from mima.ops.backends import choice
 
 pytestmark = pytest.mark.cuda
 
@@ -52,8 +52,8 @@ def test_second_gradients(case: Case) -> None:
 
 
 def test_triton_serves_cuda() -> None:
-    chosen = {row.operator: row.backend for row in backends.report("cuda") if row.chosen}
-    assert chosen == dict.fromkeys(backends.OPERATORS, "triton")
+    chosen = {row.operator: row.backend for row in choice.report("cuda") if row.chosen}
+    assert chosen == dict.fromkeys(choice.OPERATORS, "triton")
 
 
 def test_work_is_queued_on_the_current_stream() -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from ops._cases import SMALL, Case, skip_unless_available
+from support.operator_cases import SMALL, Case, skip_unless_available
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from mima import ops
-from mima.ops import reference_backend
+from mima.ops.backends import reference as reference_backend
 
 BACKENDS = ("reference", "native")
 TINY = [case for case in SMALL if case.name == "small"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops._cases import skip_unless_available
+from support.operator_cases import skip_unless_available
 
 from mima import ops
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops._cases import (
+from support.operator_cases import (
     Case,
     assert_no_worse,
     lora,

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 from mima.kernels import batched_lora, merge_lora, projected_merge, weighted_merge
-from ops._triton_aot import (
+from support.triton_aot import (
     GFX942,
     SM80,
     SM90,

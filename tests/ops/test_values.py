@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops._cases import (
+from support.operator_cases import (
     CASES,
     DTYPES,
     Case,

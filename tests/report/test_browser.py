@@ -13,8 +13,8 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
-from evaluations import STEPS, write_evaluation
 from PIL import Image
+from support.evaluations import STEPS, write_evaluation
 
 from mima.report import write_report
 

@@ -11,8 +11,8 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
-from evaluations import write_evaluation
 from PIL import Image
+from support.evaluations import write_evaluation
 from typer.testing import CliRunner
 
 from mima.cli import app
@@ -20,7 +20,7 @@ from mima.errors import MimaError
 from mima.evaluation.records import EvaluationFolder
 from mima.evaluation.summary import summarize
 from mima.report import write_report
-from mima.report.words import number, setting_text
+from mima.report.wording import number, setting_text
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">\'"&{{ 7*7 }}'
 

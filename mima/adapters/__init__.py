@@ -1,0 +1,1 @@
+"""Trained adapters: read from files, merged into one model, or mixed within a batch."""

@@ -1,0 +1,439 @@
+"""Adapters as files: LoRA, Custom Diffusion, Textual Inversion, and whole fine-tuned models.
+
+Whatever trained them, they come out as what they change: low-rank updates, new values of
+parameters, and embeddings of new words.
+"""
+
+# o, d = rows and columns of a weight, r = rank, K = vectors of a new word, D = text embedding
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftType, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from mima.errors import MimaError
+from mima.families import family_of, load_pipeline
+from mima.families.pipelines import component_name, shared_copy, with_modules
+from mima.release.delta import DELTA_FILE, is_delta, read_delta
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+WEIGHTS_FILE = "pytorch_custom_diffusion_weights.safetensors"
+# what diffusers and peft raise for files that are damaged or do not fit
+READING_ERRORS = (
+    *(OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError),
+    # diffusers: no layer of the file is in the model
+    *(KeyError, IndexError),
+)
+_LORA_DOWN = re.compile(r"(\.down|lora_A)(\.[^.]+)?\.weight$")
+_CUSTOM_DIFFUSION = re.compile(r"^(.*)\.processor\.(to_\w+)_custom_diffusion(\.\d+)?\.(\w+)$")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """An update ``scale · B A`` of a weight.
+
+    Attributes:
+        A: [r, d].
+        B: [o, r].
+        scale: alpha / r, or alpha / √r for rank-stabilised LoRA.
+        shape: of the weight; o rows, and d = the product of the rest.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scale: float
+    shape: torch.Size
+
+    def delta(self) -> torch.Tensor:
+        """The update itself, computed as peft computes it when it merges."""
+        return ((self.B @ self.A) * self.scale).view(self.shape)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What one adapter changes of a pipeline.
+
+    Parameters go by their component and name, as in ``unet.conv_in.weight``.
+
+    Attributes:
+        name: the folder's or file's name.
+        factors: low-rank updates.
+        values: new values of parameters.
+        words: new words, and their embeddings [K, D].
+        prompt: the prompt that asks for the concept, where its folder says so.
+    """
+
+    name: str
+    factors: Mapping[str, LowRank] = field(default_factory=dict)
+    values: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    words: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    prompt: str | None = None
+
+    def changes(self, name: str) -> bool:
+        """Whether it changes a parameter."""
+        return name in self.factors or name in self.values
+
+    def adapted(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The weight as this adapter has it; the given one where it leaves it alone."""
+        if name in self.factors:
+            return weight.clone().add_(self.factors[name].delta().to(weight.device))
+        return self.values[name].to(weight) if name in self.values else weight
+
+
+class AdapterReader:
+    """Reads adapters for one pipeline, which stays as it is.
+
+    Args:
+        pipeline: a diffusers pipeline without adapters.
+
+    Raises:
+        MimaError: adapters are loaded into the pipeline.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        family = family_of(pipeline)
+        if getattr(family.denoiser, "peft_config", None):
+            raise MimaError(
+                "model: adapters are loaded already; fuse_lora() and unload_lora_weights() first"
+            )
+        self.pipeline = pipeline
+        self.denoiser = component_name(pipeline, family.denoiser)
+        self._count = 0
+
+    def read(self, source: str | Path) -> Adapter:
+        """Read one adapter.
+
+        Args:
+            source: a folder or a file. Folders: what ``mima adapt`` or peft's or diffusers'
+                training scripts write, a fine-tuned denoiser (``unet/`` or the folder itself), a
+                whole diffusers model, a delta. Files: a LoRA, Custom Diffusion weights, a learned
+                word, a delta, weights of the denoiser. Pickled files are read with
+                ``weights_only``.
+
+        Raises:
+            MimaError: nothing there, damaged, of no known kind, or it does not fit the pipeline.
+        """
+        path = Path(source).expanduser()
+        if not path.exists():
+            raise MimaError(f"adapter {source} does not exist")
+        try:
+            found = self._read_folder(path) if path.is_dir() else self._read_file(path)
+        except MimaError:
+            raise
+        except READING_ERRORS as error:
+            message = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if isinstance(error, KeyError):
+                message = f"it lacks {message}"
+            elif isinstance(error, UnpicklingError):
+                # torch's own message advises to run what is in there
+                message = "it is damaged, or holds more than tensors, which is not run"
+            raise MimaError(f"adapter {path} cannot be read: {message}") from error
+        self._check(path, found)
+        return Adapter(path.name if path.is_dir() else path.stem, prompt=_prompt(path), **found)
+
+    def _read_folder(self, path: Path) -> dict[str, Any]:
+        if (path / PEFT_CONFIG).is_file():
+            return {"factors": self._peft(path)}
+        if (path / DELTA_FILE).is_file():
+            return self._read_file(path / DELTA_FILE)
+        if (path / "model_index.json").is_file():
+            return {"values": self._model(load_pipeline(str(path)))}
+        for folder in (path / self.denoiser, path):
+            if (folder / "config.json").is_file():
+                return {"values": self._denoiser_folder(folder)}
+        found: dict[str, Any] = {}
+        files = [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".bin", ".pt")]
+        if (path / WEIGHTS_FILE).is_file():
+            # a training script may leave both forms
+            files = [
+                p for p in files if p.stem != Path(WEIGHTS_FILE).stem or p.name == WEIGHTS_FILE
+            ]
+        for file in files:
+            for kind, part in self._read_file(file).items():
+                twice = set(part) & set(found.get(kind, {}))
+                if twice:
+                    raise MimaError(
+                        f"adapter {path}: several files hold {min(twice)}; name the one to use"
+                    )
+                found[kind] = {**found.get(kind, {}), **part}
+        if not found:
+            raise MimaError(
+                f"adapter {path} holds no adapter: no {LORA_FILE}, {WEIGHTS_FILE}, {PEFT_CONFIG}, "
+                f"{DELTA_FILE}, learned word, {self.denoiser}/ or model_index.json"
+            )
+        return found
+
+    def _read_file(self, path: Path) -> dict[str, Any]:
+        state: Any
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        elif path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state) if isinstance(state, dict) else state
+        else:
+            raise MimaError(f"adapter {path}: expected a folder, .safetensors, .bin or .pt")
+        if not isinstance(state, dict) or not state:
+            raise MimaError(f"adapter {path} holds no tensors by name")
+        if path.suffix == ".safetensors" and is_delta(path):
+            delta = read_delta(path)
+            return {"values": delta.values, "words": delta.words}
+        if any("lora" in key for key in state):
+            if any("dora_scale" in key for key in state):
+                # diffusers leaves it out of what other programs wrote
+                raise MimaError(f"adapter {path} is a DoRA; this is not supported, LoRA is")
+            return {"factors": self._lora(path)}
+        if any("_custom_diffusion" in key for key in state):
+            return {"values": self._custom_diffusion(state)}
+        if any(key.startswith("model.diffusion_model.") for key in state):
+            return {"values": self._model(load_pipeline(str(path)))}
+        names = {name for name, _ in self._denoiser().named_parameters()}
+        tail = f"{self.denoiser}."
+        stripped = {key.removeprefix(tail): value for key, value in state.items()}
+        if names & set(stripped):
+            foreign = sorted(set(stripped) - names)
+            if foreign:
+                raise MimaError(
+                    f"adapter {path} does not fit the model: the {self.denoiser} has no "
+                    f"{foreign[0]} ({len(foreign)} such names)"
+                )
+            return {"values": {tail + key: value for key, value in stripped.items()}}
+        return {"words": _words(path, state)}
+
+    def _denoiser(self) -> torch.nn.Module:
+        return family_of(self.pipeline).denoiser
+
+    def _scratch(self) -> tuple[Any, str]:
+        """A pipeline to load an adapter into, and a fresh name for it; weights are shared."""
+        self._count += 1
+        modules = {
+            name: shared_copy(module)
+            for name, module in _reading_modules(self.pipeline, self.denoiser).items()
+        }
+        return with_modules(self.pipeline, **modules), f"adapter{self._count}"
+
+    def _lora(self, path: Path) -> dict[str, LowRank]:
+        scratch, name = self._scratch()
+        if not hasattr(scratch, "load_lora_weights"):
+            raise MimaError(
+                f"adapter {path}: {type(scratch).__name__} reads no LoRA files; peft's folders "
+                f"({PEFT_CONFIG}) are read"
+            )
+        # older diffusers looks for no name itself when it must not ask the hub
+        place = {"weight_name": path.name, "local_files_only": True}
+        state = scratch.lora_state_dict(str(path.parent), **place)
+        state = state[0] if isinstance(state, tuple) else state
+        _refuse_others(path, state)
+        scratch.load_lora_weights(str(path.parent), adapter_name=name, **place)
+        components = {
+            key: module for key, module in scratch.components.items()
+            if isinstance(module, torch.nn.Module)
+        }  # fmt: skip
+        factors = {
+            f"{component}.{key}": value
+            for component, module in components.items()
+            for key, value in _factors(module, name, path).items()
+        }
+        expected = sum(bool(_LORA_DOWN.search(key)) for key in state)
+        if len(factors) != expected:
+            raise MimaError(
+                f"adapter {path} does not fit the model: {len(factors)} of its {expected} "
+                "layers were found there"
+            )
+        return factors
+
+    def _peft(self, path: Path) -> dict[str, LowRank]:
+        config = PeftConfig.from_pretrained(str(path))
+        if config.peft_type != PeftType.LORA:
+            raise MimaError(f"adapter {path} is a {config.peft_type.value}, expected a LORA")
+        weights = {
+            key.removeprefix("base_model.model."): value
+            for key, value in load_peft_weights(str(path), device="cpu").items()
+        }
+        _refuse_others(path, weights)
+        scratch, name = self._scratch()
+        module = getattr(scratch, self.denoiser)
+        inject_adapter_in_model(config, module, name)
+        report: Any = set_peft_model_state_dict(module, weights, adapter_name=name)
+        factors = _factors(module, name, path)
+        expected = sum(bool(_LORA_DOWN.search(key)) for key in weights)
+        if report.unexpected_keys or len(factors) != expected:
+            raise MimaError(
+                f"adapter {path} does not fit the model: {len(factors)} layers match its "
+                f"configuration and it holds {expected}"
+                + "".join(f"; {key} is unknown" for key in report.unexpected_keys[:1])
+            )
+        return {f"{self.denoiser}.{key}": value for key, value in factors.items()}
+
+    def _custom_diffusion(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        values = {}
+        for key, value in state.items():
+            matched = _CUSTOM_DIFFUSION.match(key)
+            if matched:
+                attention, projection, number, leaf = matched.groups()
+                values[f"{self.denoiser}.{attention}.{projection}{number or ''}.{leaf}"] = value
+            # a processor without weights is an empty entry
+            elif value.numel():
+                raise MimaError(f"{key} is no weight of a custom attention processor")
+        return values
+
+    def _denoiser_folder(self, path: Path) -> dict[str, torch.Tensor]:
+        kind: Any = type(self._denoiser())
+        given = json.loads((path / "config.json").read_text(encoding="utf-8")).get("_class_name")
+        if given != kind.__name__:
+            raise MimaError(f"adapter {path} is a {given}, the model has a {kind.__name__}")
+        module = kind.from_pretrained(str(path), local_files_only=True)
+        return self._changed({self.denoiser: module})
+
+    def _model(self, pipeline: Any) -> dict[str, torch.Tensor]:
+        if type(pipeline) is not type(self.pipeline):
+            raise MimaError(
+                f"adapter is a {type(pipeline).__name__}, the model is a "
+                f"{type(self.pipeline).__name__}"
+            )
+        return self._changed(_reading_modules(pipeline, self.denoiser))
+
+    def _changed(self, modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
+        """The parameters that differ from the pipeline's own."""
+        values: dict[str, torch.Tensor] = {}
+        for component, module in modules.items():
+            own = dict(getattr(self.pipeline, component).named_parameters())
+            for name, parameter in module.named_parameters():
+                value = parameter.detach()
+                if name not in own:
+                    raise MimaError(f"adapter: the model's {component} has no {name}")
+                same = own[name].shape == value.shape and torch.equal(
+                    own[name], value.to(own[name])
+                )
+                if not same:
+                    values[f"{component}.{name}"] = value
+        return values
+
+    def _check(self, path: Path, found: Mapping[str, Any]) -> None:
+        """Refuse what the pipeline has no place for."""
+        for name, value in {**found.get("values", {}), **found.get("factors", {})}.items():
+            component, _, parameter = name.partition(".")
+            try:
+                own = getattr(self.pipeline, component).get_parameter(parameter)
+            except AttributeError:
+                raise MimaError(
+                    f"adapter {path} does not fit the model, which has no {name}"
+                ) from None
+            if own.shape != value.shape:
+                raise MimaError(
+                    f"adapter {path} does not fit the model: {name} is {list(value.shape)}, "
+                    f"expected {list(own.shape)}"
+                )
+        numbers = [*found.get("values", {}).items(), *found.get("words", {}).items()]
+        for name, factor in found.get("factors", {}).items():
+            numbers += [(name, factor.A), (name, factor.B)]
+        for name, value in numbers:
+            if not bool(value.isfinite().all()):
+                raise MimaError(f"adapter {path}: {name} holds numbers that are not finite")
+        if not any(found.values()):
+            raise MimaError(f"adapter {path} changes nothing of this model")
+        words = found.get("words", {})
+        several = getattr(self.pipeline, "text_encoder_2", None) is not None
+        if words and (several or not hasattr(self.pipeline, "load_textual_inversion")):
+            raise MimaError(
+                f"adapter {path} brings new words; for {type(self.pipeline).__name__} these are "
+                "not supported, for pipelines with one CLIP text encoder they are"
+            )
+        width = None
+        if words:
+            width = self.pipeline.text_encoder.get_input_embeddings().weight.shape[1]
+        for word, rows in words.items():
+            if rows.shape[1] != width:
+                raise MimaError(
+                    f"adapter {path}: the word {word!r} has {rows.shape[1]} numbers, the text "
+                    f"encoder's embeddings have {width}"
+                )
+
+
+def _reading_modules(pipeline: Any, denoiser: str) -> dict[str, torch.nn.Module]:
+    """The denoiser and the text encoders: what adapters change."""
+    names = [denoiser, *(name for name in pipeline.components if name.startswith("text_encoder"))]
+    return {name: module for name in names if (module := getattr(pipeline, name)) is not None}
+
+
+def _refuse_others(path: Path, state: Mapping[str, Any]) -> None:
+    """Refuse what would be copied into the weights that the reading pipeline shares."""
+    others = [key for key in state if "lora" not in key and not key.endswith(".alpha")]
+    if others:
+        raise MimaError(
+            f"adapter {path} holds {others[0]} beside the low-rank matrices ({len(others)} such "
+            "names); this is not supported"
+        )
+
+
+def _factors(module: torch.nn.Module, adapter: str, path: Path) -> dict[str, LowRank]:
+    """One adapter's low-rank updates of a module that peft has loaded it into."""
+    factors = {}
+    for name, found in module.named_modules():
+        if not isinstance(found, LoraLayer):
+            continue
+        layer: Any = found
+        if adapter in layer.lora_embedding_A:
+            raise MimaError(f"adapter {path}: LoRA of embeddings ({name}) is not supported")
+        if adapter not in layer.lora_A:
+            continue
+        A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        problem = None
+        if layer.use_dora.get(adapter):
+            problem = "DoRA, whose update is not a low-rank matrix"
+        elif layer.lora_B[adapter].bias is not None:
+            problem = "a bias beside the low-rank matrices"
+        elif getattr(layer, "fan_in_fan_out", False) or math.prod(B.shape[2:]) != 1:
+            problem = f"a {type(layer.get_base_layer()).__name__} of this kind"
+        if problem:
+            raise MimaError(f"adapter {path}: {name} has {problem}; this is not supported")
+        factors[f"{name}.weight"] = LowRank(
+            A.detach().flatten(1),
+            B.detach().flatten(1),
+            float(layer.scaling[adapter]),
+            layer.get_base_layer().weight.shape,
+        )
+    return factors
+
+
+def _words(path: Path, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """New words from a file of diffusers or of AUTOMATIC1111's web interface."""
+    if isinstance(state.get("string_to_param"), Mapping) and "name" in state:
+        state = {str(state["name"]): state["string_to_param"]["*"]}
+    words = {}
+    for word, rows in state.items():
+        if not isinstance(rows, torch.Tensor) or rows.ndim not in (1, 2) or len(state) > 8:
+            raise MimaError(
+                f"adapter {path} is of no known kind (it holds names like {next(iter(state))!r}): "
+                "expected a LoRA, Custom Diffusion weights, a learned word, a delta, or weights of "
+                "the denoiser"
+            )
+        words[word] = rows.detach().view(-1, rows.shape[-1])
+    return words
+
+
+def _prompt(path: Path) -> str | None:
+    """What ``mima adapt`` wrote down."""
+    try:
+        text = (path / "mima.json").read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        origin = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise MimaError(f"adapter {path}: mima.json is damaged: {error}") from error
+    prompts: Sequence[Any] = origin.get("prompts", ()) if isinstance(origin, dict) else ()
+    return str(prompts[0]) if len(prompts) == 1 else None

@@ -1,0 +1,367 @@
+"""A concept: its name, its prompt, its pictures; and those that ship with the package."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from PIL import Image
+
+from mima.assets import assets
+from mima.concepts.pictures import (
+    CAPTION_COLUMNS,
+    Picture,
+    PictureError,
+    check_pictures,
+    metadata_file,
+    picture_files,
+    read_folder,
+)
+from mima.errors import MimaError, nearest
+from mima.storage.plain_data import read_json, read_yaml
+
+Kind = Literal["object", "style", "instance", "benign"]
+# a folder, a file, a picture, {file_name: ..., text: ...}, or several of the last three
+OnePicture = str | Path | Image.Image | Picture | Mapping[str, object]
+PictureSource = OnePicture | Iterable[OnePicture]
+
+DESCRIPTION_NAMES = ("concept.yaml", "concept.yml", "concept.json")
+HELD_OUT_FOLDER = "held_out"
+CLASS_FOLDER = "class_images"
+
+_TEXT_KEYS = (
+    "name",
+    "prompt",
+    "class_prompt",
+    "kind",
+    "token",
+    "initializer",
+    "description",
+    "validation_prompt",
+)
+_PICTURE_KEYS = ("images", "held_out", "class_images")
+
+
+@dataclass(frozen=True, init=False)
+class Concept:
+    """A concept with its reference pictures, all of them readable.
+
+    Attributes:
+        name: what tables and file names call it.
+        prompt: the text that asks for it.
+        images: reference pictures that adaptation and immunization train on.
+        class_prompt: what the concept is one of, for prior preservation; may be empty.
+        held_out: further reference pictures, for measuring only.
+        class_images: pictures of the class, for prior preservation.
+        kind: an object, a style, a new instance, or something that must stay learnable.
+        token: a new word that stands for an instance, as in "photo of a <new1> castle".
+        initializer: an ordinary word whose embedding the new word starts from.
+        description: a sentence for people.
+        validation_prompt: the prompt for sample pictures; `prompt` when empty.
+
+    Example:
+        >>> Concept("cat", "a photo of a cat", "pictures/cat", class_prompt="a photo of an animal")
+    """
+
+    name: str
+    prompt: str
+    images: tuple[Picture, ...]
+    class_prompt: str
+    held_out: tuple[Picture, ...]
+    class_images: tuple[Picture, ...]
+    kind: Kind
+    token: str | None
+    initializer: str | None
+    description: str
+    validation_prompt: str
+
+    def __init__(
+        self,
+        name: str,
+        prompt: str,
+        images: PictureSource,
+        class_prompt: str = "",
+        held_out: PictureSource = (),
+        class_images: PictureSource = (),
+        kind: Kind = "object",
+        token: str | None = None,
+        initializer: str | None = None,
+        description: str = "",
+        validation_prompt: str = "",
+    ) -> None:
+        """Check everything, and decode every picture once.
+
+        Args:
+            name: see the attributes, as for the others.
+            prompt: also the caption of pictures that come without one.
+            images: a folder, a file, a PIL image, a `Picture`, or a sequence of the last three.
+            class_prompt: also the caption of class images that come without one.
+            held_out: like `images`; default none.
+            class_images: like `images`; default none.
+            kind: one of "object", "style", "instance", "benign".
+            token: must occur in `prompt` and in the captions of `images`.
+            initializer: default none.
+            description: default none.
+            validation_prompt: default `prompt`.
+
+        Raises:
+            MimaError: no name, no prompt, no pictures, or a prompt without the token.
+            PictureError: pictures that cannot be read, all of them listed.
+        """
+        texts: dict[str, Any] = {
+            "name": name,
+            "prompt": prompt,
+            "class_prompt": class_prompt,
+            "kind": kind,
+            "token": token,
+            "initializer": initializer,
+            "description": description,
+            "validation_prompt": validation_prompt or prompt,
+        }
+        for key, value in texts.items():
+            optional = key in ("token", "initializer") and value is None
+            if not isinstance(value, str) and not optional:
+                raise TypeError(f"Concept: {key} must be a string, got {value!r}")
+        if not name.strip():
+            raise MimaError("Concept: name is empty")
+        where = f"concept {name!r}"
+        if kind not in get_args(Kind):
+            raise MimaError(f"{where}: kind {kind!r} is unknown; {nearest(kind, get_args(Kind))}")
+        pictures = {
+            "images": _pictures(images, prompt),
+            "held_out": _pictures(held_out, prompt),
+            "class_images": _pictures(class_images, class_prompt),
+        }
+        if not prompt.strip():
+            raise MimaError(f"{where}: prompt is empty")
+        if not pictures["images"]:
+            raise MimaError(f"{where} has no pictures: images is empty")
+        if token is not None:
+            _check_token(where, token, prompt, pictures["images"])
+        problems = check_pictures(picture for group in pictures.values() for picture in group)
+        if problems:
+            raise PictureError(f"{where}: {_count(problems)} cannot be read:", problems)
+        for key, value in {**texts, **pictures}.items():
+            object.__setattr__(self, key, value)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, **overrides: Any) -> Concept:
+        """Read a concept from a folder of pictures.
+
+        The folder holds the pictures; captions in `metadata.csv` or `metadata.jsonl` or in text
+        files beside them; optionally `concept.yaml` (or .json) with any of the attributes, and the
+        sub-folders `held_out` and `class_images`.
+
+        Args:
+            folder: its name is the concept's name unless something else says it.
+            **overrides: attributes of `Concept` that win over what the folder says.
+
+        Returns:
+            The concept. Where nothing says its prompt, that is the commonest caption.
+
+        Raises:
+            MimaError: a missing or empty folder, captions that do not fit, unknown attributes.
+            PictureError: pictures that cannot be read, all of them listed.
+        """
+        folder = Path(folder).expanduser()
+        if not folder.is_dir():
+            what = "is not a folder" if folder.exists() else "does not exist"
+            raise MimaError(f"concept folder {folder} {what}")
+        description: dict[str, object] = {"name": folder.resolve().name, "images": str(folder)}
+        for key in (HELD_OUT_FOLDER, CLASS_FOLDER):
+            if (folder / key).is_dir():
+                description[key] = str(folder / key)
+        described = [folder / name for name in DESCRIPTION_NAMES if (folder / name).is_file()]
+        if len(described) > 1:
+            names = " and ".join(path.name for path in described)
+            raise MimaError(f"{folder} holds {names}: keep one of them")
+        if described:
+            given = _parse(described[0])
+            if not isinstance(given, Mapping):
+                raise MimaError(f"{described[0]}: expected the attributes of one concept")
+            _check_keys(str(described[0]), given, (*_TEXT_KEYS, *_PICTURE_KEYS))
+            description |= _with_base(given, folder)
+        _check_keys("from_folder", overrides, (*_TEXT_KEYS, *_PICTURE_KEYS))
+        return _from_description({**description, **overrides}, str(folder))
+
+
+def embedded_names() -> list[str]:
+    """The names by which `embedded_concept` knows the shipped concepts."""
+    root = assets() / "concepts"
+    if not root.is_dir():
+        return []
+    return sorted(path.name for path in root.iterdir() if _is_concept_folder(path))
+
+
+def embedded_concept(name: str) -> Concept:
+    """One of the concepts that ship with the package.
+
+    Args:
+        name: one of `embedded_names`, such as "unseen-fox", or the `Concept.name`, such as "fox".
+
+    Returns:
+        The concept with its reference and held-out pictures.
+
+    Raises:
+        MimaError: there is none of that name; the message says which there are.
+    """
+    folder = _embedded_folder(name)
+    if folder is None:
+        raise MimaError(f"no embedded concept is named {name!r}; {nearest(name, embedded_names())}")
+    return Concept.from_folder(folder)
+
+
+def _embedded_folder(name: str) -> Path | None:
+    """The folder of the shipped concept whose folder, or else whose description, has that name."""
+    root = assets() / "concepts"
+    if name in embedded_names():
+        return root / name
+    for folder_name in embedded_names():
+        described = _parse(root / folder_name / DESCRIPTION_NAMES[0])
+        if isinstance(described, Mapping) and described.get("name") == name:
+            return root / folder_name
+    return None
+
+
+def embedded_concepts() -> list[Concept]:
+    """All concepts that ship with the package, in the order of their names."""
+    return [embedded_concept(name) for name in embedded_names()]
+
+
+def _pictures(source: PictureSource, prompt: str) -> tuple[Picture, ...]:
+    if isinstance(source, (str, Path)):
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return read_folder(path, prompt)
+        if not path.exists():
+            raise MimaError(f"{path} is neither a folder nor a picture: no such file")
+        return (_picture(path, prompt),)
+    if isinstance(source, (Image.Image, Picture, Mapping)):
+        return (_picture(source, prompt),)
+    if not isinstance(source, Iterable):
+        raise TypeError(f"pictures must be a folder, files or PIL images, got {source!r}")
+    return tuple(_picture(item, prompt) for item in source)
+
+
+def _picture(source: OnePicture, prompt: str) -> Picture:
+    if isinstance(source, Picture):
+        return source
+    if isinstance(source, Mapping):
+        _check_keys("a picture", source, ("file_name", *CAPTION_COLUMNS))
+        file_name = source.get("file_name")
+        captions = [source[key] for key in CAPTION_COLUMNS if key in source]
+        if not isinstance(file_name, str) or not all(isinstance(text, str) for text in captions):
+            raise MimaError(f"a picture needs a file_name and a text, got {dict(source)!r}")
+        return _picture(file_name, str(captions[0]) if captions else prompt)
+    if isinstance(source, str):
+        source = Path(source)
+    if isinstance(source, Path):
+        source = source.expanduser()
+    picture = Picture(source, prompt)
+    if not prompt.strip():
+        raise MimaError(
+            f"{picture.label} has no caption, and there is no prompt for all pictures "
+            "(for class images: class_prompt)"
+        )
+    return picture
+
+
+def _check_token(where: str, token: str, prompt: str, images: Iterable[Picture]) -> None:
+    if not token.strip():
+        raise MimaError(f"{where}: token is empty")
+    if token not in prompt:
+        raise MimaError(f"{where}: the prompt {prompt!r} does not contain the token {token!r}")
+    without = sorted({image.prompt for image in images if token not in image.prompt})
+    if without:
+        raise MimaError(
+            f"{where}: {len(without)} captions do not contain the token {token!r}, "
+            f"the first is {without[0]!r}"
+        )
+
+
+def _count(problems: list[str]) -> str:
+    return "1 picture" if len(problems) == 1 else f"{len(problems)} pictures"
+
+
+def _from_description(given: Mapping[str, object], where: str) -> Concept:
+    """Build a concept from its attributes, paths already resolved."""
+    _check_keys(where, given, (*_TEXT_KEYS, *_PICTURE_KEYS))
+    attributes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    for key in _TEXT_KEYS:
+        if not isinstance(attributes.get(key, ""), str):
+            raise MimaError(f"{where}: {key} must be text, got {attributes[key]!r}")
+    if "images" not in attributes:
+        raise MimaError(f"{where}: images is missing (a folder, or a list of files)")
+    prompt = attributes.get("prompt", "")
+    images = _pictures(attributes["images"], prompt)
+    attributes["images"] = images
+    if not prompt and images:
+        attributes["prompt"] = Counter(image.prompt for image in images).most_common(1)[0][0]
+    attributes.setdefault("name", _default_name(given, attributes["prompt"]))
+    return Concept(**attributes)
+
+
+def _default_name(given: Mapping[str, object], prompt: str) -> str:
+    source = given.get("images")
+    if isinstance(source, (str, Path)):
+        path = Path(source).resolve()
+        return path.name if path.is_dir() else path.parent.name
+    return prompt
+
+
+def _is_concept_folder(path: Path) -> bool:
+    return path.is_dir() and (
+        any((path / name).is_file() for name in DESCRIPTION_NAMES)
+        or metadata_file(path) is not None
+        or bool(picture_files(path))
+    )
+
+
+def _with_base(given: Mapping[str, object], base: Path) -> dict[str, object]:
+    """Resolve the paths in a description."""
+
+    def resolve(value: object) -> object:
+        if isinstance(value, str):
+            return str(_locate(value, base))
+        if isinstance(value, Mapping) and isinstance(value.get("file_name"), str):
+            return {**value, "file_name": str(_locate(value["file_name"], base))}
+        if isinstance(value, list):
+            return [resolve(item) for item in value]
+        return value
+
+    return {key: resolve(value) if key in _PICTURE_KEYS else value for key, value in given.items()}
+
+
+def _parse(path: Path) -> object:
+    if path.suffix.lower() not in (".json", ".yaml", ".yml"):
+        raise MimaError(f"{path}: concepts are described in .yaml or .json files, or by folders")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        return read_json(text) if path.suffix.lower() == ".json" else read_yaml(text)
+    except MimaError as error:
+        raise MimaError(f"{path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise MimaError(f"{path} is not UTF-8 text") from error
+    except json.JSONDecodeError as error:
+        raise MimaError(f"{path} is not valid JSON: {error}") from error
+    except yaml.YAMLError as error:
+        raise MimaError(f"{path} is not valid YAML: {error}") from error
+
+
+def _check_keys(where: str, given: Mapping[str, object], known: tuple[str, ...]) -> None:
+    for key in given:
+        if key not in known:
+            raise MimaError(f"{where}: {key!r} is unknown; {nearest(str(key), known)}")
+
+
+def _locate(name: str, base: Path) -> Path:
+    """A path relative to `base`, or to the working directory where only that has it."""
+    path = Path(name).expanduser()
+    if path.is_absolute() or (base / path).exists() or not path.exists():
+        return base / path
+    return path

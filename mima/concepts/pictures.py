@@ -1,0 +1,416 @@
+"""Reading pictures and their captions, as people have them on disk.
+
+Every picture becomes 8-bit sRGB, upright, on white. What cannot be read is named, all at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import struct
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO, StringIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from mima.errors import MimaError, ProblemList
+
+CAPTION_COLUMNS = ("text", "prompt", "caption")
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
+
+# files that people keep beside pictures; anything else in a folder must be a picture
+_COMPANION_ENDINGS = {
+    ".caption",
+    ".csv",
+    ".json",
+    ".jsonl",
+    ".license",
+    ".md",
+    ".rst",
+    ".toml",
+    ".txt",
+    ".yaml",
+    ".yml",
+}
+_COMPANION_NAMES = {"license", "notice", "copying", "authors", "readme", "thumbs.db", "desktop.ini"}
+
+# what Pillow's decoders raise on damaged files; UnidentifiedImageError is an OSError
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+
+class PictureError(ProblemList):
+    """Pictures that cannot be used, each with its reason."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture with the prompt that describes it.
+
+    Attributes:
+        image: a file, or a picture in memory.
+        prompt: what a model is asked for to get this picture.
+    """
+
+    image: Path | Image.Image
+    prompt: str
+    # decoded once without an error; spares copies of a concept the second look
+    _checked: bool = field(default=False, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.image, str):
+            object.__setattr__(self, "image", Path(self.image))
+        if not isinstance(self.image, (Path, Image.Image)):
+            raise TypeError(
+                f"Picture: image must be a path or a PIL image, got {type(self.image).__name__}"
+            )
+        if not isinstance(self.prompt, str):
+            raise TypeError(f"Picture: prompt must be a string, got {self.prompt!r}")
+
+    @property
+    def label(self) -> str:
+        """How messages name this picture."""
+        return str(self.image) if isinstance(self.image, Path) else "picture in memory"
+
+    def load(self) -> Image.Image:
+        """The picture as upright 8-bit sRGB.
+
+        Raises:
+            PictureError: the file is missing, damaged or not a picture.
+        """
+        try:
+            if isinstance(self.image, Image.Image):
+                return to_rgb(self.image)
+            with Image.open(self.image) as image:
+                return to_rgb(image)
+        except _DECODE_ERRORS as error:
+            raise PictureError(
+                "a picture cannot be read:", [f"{self.label}: {_reason(self.image, error)}"]
+            ) from error
+
+
+def _reason(image: Path | Image.Image, error: Exception) -> str:
+    if isinstance(image, Path):
+        if not image.exists():
+            return "no such file"
+        if image.is_dir():
+            return "is a folder"
+        if isinstance(error, PermissionError):
+            return "may not be read (permission denied)"
+        if image.stat().st_size == 0:
+            return "the file is empty"
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture in a known format"
+    if isinstance(error, Image.DecompressionBombError):
+        return "too large (over Image.MAX_IMAGE_PIXELS twice)"
+    return f"damaged or unsupported ({error})"
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any Pillow picture to upright 8-bit sRGB without an alpha channel.
+
+    EXIF rotation is applied, transparency is composited on white (the background that generated
+    pictures have), 16-bit grey is scaled rather than clipped, embedded colour profiles are
+    followed.
+
+    Args:
+        image: any mode that Pillow reads.
+
+    Returns:
+        A new picture of mode RGB.
+
+    Raises:
+        ValueError: float or 32-bit values whose range does not say what white is.
+    """
+    image = ImageOps.exif_transpose(image)
+    image.load()
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _scale_to_8_bit(image)
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.mode in ("P", "PA", "LA", "RGBa") or "transparency" in image.info:
+        # a palette of opaque colours costs nothing to take the same way
+        image = image.convert("RGBA")
+    image = _to_srgb(image)
+    if image.mode == "RGBA":
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _scale_to_8_bit(image: Image.Image) -> Image.Image:
+    values = np.asarray(image, dtype=np.float64)
+    full_scale = 1.0 if image.mode == "F" else 65535.0
+    if values.size and not (values.min() >= 0 and values.max() <= full_scale):
+        raise ValueError(
+            f"{image.mode}-mode values run from {values.min():g} to {values.max():g}, "
+            f"expected 0 to {full_scale:g}: save the picture with 8 bits per channel"
+        )
+    return Image.fromarray(np.rint(values * (255.0 / full_scale)).astype(np.uint8))
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
+        return image
+    try:
+        source = ImageCms.getOpenProfile(BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return image
+        mode = "RGB" if image.mode == "CMYK" else image.mode
+        converted = ImageCms.profileToProfile(
+            image, source, ImageCms.createProfile("sRGB"), outputMode=mode
+        )
+    except ImageCms.PyCMSError as error:
+        warnings.warn(f"an unusable colour profile was ignored: {error}", stacklevel=2)
+        return image
+    assert converted is not None  # None only for in-place conversions
+    return converted
+
+
+def check_pictures(pictures: Iterable[Picture]) -> list[str]:
+    """Decode every picture once and say what is wrong with each that fails.
+
+    Args:
+        pictures: any number; those in memory are converted too.
+
+    Returns:
+        One line for each bad picture, empty if all are good.
+    """
+    problems: list[str] = []
+    for picture in pictures:
+        if picture._checked:
+            continue
+        try:
+            picture.load()
+        except PictureError as error:
+            problems.extend(error.problems)
+        else:
+            object.__setattr__(picture, "_checked", True)
+    return problems
+
+
+def is_candidate(path: Path) -> bool:
+    """Whether a file in a folder of pictures is meant to be a picture."""
+    name = path.name.lower()
+    # a link to nowhere is a picture that is missing
+    broken = path.is_symlink() and not path.exists()
+    if name.startswith((".", "~")) or not (path.is_file() or broken):
+        return False
+    return not (
+        path.suffix.lower() in _COMPANION_ENDINGS
+        or name in _COMPANION_NAMES
+        or path.stem.lower() in _COMPANION_NAMES
+    )
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The files of a folder that are meant to be pictures, in the order of their names."""
+    return sorted(path for path in folder.iterdir() if is_candidate(path))
+
+
+def metadata_file(folder: Path) -> Path | None:
+    """The folder's `metadata.csv` or `metadata.jsonl`, if it has one.
+
+    Raises:
+        MimaError: it has both.
+    """
+    found = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
+    if len(found) > 1:
+        raise MimaError(f"{folder} holds {found[0].name} and {found[1].name}: keep one of them")
+    return found[0] if found else None
+
+
+def read_folder(folder: Path, prompt: str = "") -> tuple[Picture, ...]:
+    """Read a folder of pictures with their captions.
+
+    Captions come from `metadata.csv` or `metadata.jsonl` (columns `file_name` and one of `text`,
+    `prompt`, `caption`), else from a text file beside each picture, else from `prompt`.
+
+    Args:
+        folder: the pictures; sub-folders count only where metadata names files in them.
+        prompt: for pictures that have no caption of their own.
+
+    Returns:
+        The pictures, in the order of the metadata or of the file names. They are not decoded yet.
+
+    Raises:
+        MimaError: no such folder, no pictures, or captions that do not fit the pictures.
+    """
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise MimaError(f"picture folder {folder} {what}")
+    metadata = metadata_file(folder)
+    pictures = read_captions(folder, metadata) if metadata else _with_text_files(folder, prompt)
+    if not pictures:
+        raise MimaError(f"picture folder {folder} holds no pictures")
+    return pictures
+
+
+def read_captions(folder: Path, metadata: Path, *, complete: bool = True) -> tuple[Picture, ...]:
+    """Pair the pictures of a folder with the rows of a metadata file.
+
+    Args:
+        folder: what file names in the metadata are relative to.
+        metadata: a `.csv` or `.jsonl` file.
+        complete: refuse pictures that no row names.
+
+    Returns:
+        One picture for each row, in the order of the rows.
+
+    Raises:
+        MimaError: rows that cannot be read, or that do not fit the pictures; all are listed.
+    """
+    rows, problems = (
+        _read_jsonl(metadata) if metadata.suffix.lower() == ".jsonl" else _read_csv(metadata)
+    )
+    pictures = []
+    named = set()
+    for place, name, caption in rows:
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{place}: {name} is not in {folder}")
+        named.add(path.resolve())
+        pictures.append(Picture(path, caption))
+    if complete:
+        problems += [
+            f"{path.name} has no row"
+            for path in picture_files(folder)
+            if path.resolve() not in named
+        ]
+    if problems:
+        raise ProblemList(f"{metadata} does not fit its pictures:", problems)
+    return tuple(pictures)
+
+
+def _with_text_files(folder: Path, prompt: str) -> tuple[Picture, ...]:
+    pictures: list[Picture] = []
+    problems: list[str] = []
+    for path in picture_files(folder):
+        caption = prompt
+        for text in (path.with_suffix(".txt"), path.with_name(path.name + ".txt")):
+            if text.is_file():
+                caption = " ".join(_read_text(text).split())
+                if not caption:
+                    problems.append(f"{text.name} is empty")
+                break
+        else:
+            if not prompt:
+                problems.append(f"{path.name} has no caption")
+        pictures.append(Picture(path, caption))
+    if problems:
+        raise ProblemList(
+            f"pictures in {folder} lack captions; give one prompt for all, a metadata.csv with "
+            "the columns file_name and text, or a .txt file beside each:",
+            problems,
+        )
+    return tuple(pictures)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        # utf-8-sig: spreadsheets put a byte order mark first
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MimaError(f"{path} is not UTF-8 text (byte {error.start})") from error
+
+
+_Rows = list[tuple[str, str, str]]
+
+
+def _read_csv(path: Path) -> tuple[_Rows, list[str]]:
+    """Rows as (place, file name, caption), and what is wrong with the others."""
+    reader = csv.reader(StringIO(_read_text(path), newline=""), strict=True, skipinitialspace=True)
+    rows: _Rows = []
+    problems: list[str] = []
+    try:
+        header = [column.strip().lower() for column in next(reader, [])]
+        caption_column = _caption_column(path, header)
+        for fields in reader:
+            place = f"line {reader.line_num}"
+            if not any(field.strip() for field in fields):
+                continue
+            if len(fields) != len(header):
+                problems.append(
+                    f"{place}: {len(fields)} fields where the header has {len(header)} "
+                    "(a prompt with commas needs double quotes around it)"
+                )
+                continue
+            record = dict(zip(header, fields, strict=True))
+            _add_row(rows, problems, place, record, caption_column)
+    except csv.Error as error:
+        raise MimaError(f"{path}, line {reader.line_num}: {error}") from error
+    return rows, problems
+
+
+def _read_jsonl(path: Path) -> tuple[_Rows, list[str]]:
+    """Rows as (place, file name, caption), and what is wrong with the others."""
+    rows: _Rows = []
+    problems: list[str] = []
+    # not splitlines(): JSON strings may hold U+2028 and its like
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.append(f"{place}: not JSON ({error})")
+            continue
+        if not isinstance(record, dict):
+            problems.append(f"{place}: expected an object, got {type(record).__name__}")
+            continue
+        try:
+            caption_column = _caption_column(path, list(record))
+        except MimaError as error:
+            problems.append(f"{place}: {error}")
+            continue
+        _add_row(rows, problems, place, record, caption_column)
+    return rows, problems
+
+
+def _caption_column(path: Path, columns: Sequence[str]) -> str:
+    if "file_name" in columns:
+        for column in CAPTION_COLUMNS:
+            if column in columns:
+                return column
+    found = ", ".join(columns) or "nothing"
+    raise MimaError(
+        f"{path.name} needs the columns file_name and one of {', '.join(CAPTION_COLUMNS)}; "
+        f"it has {found}"
+    )
+
+
+def _add_row(
+    rows: _Rows, problems: list[str], place: str, record: Mapping[str, object], caption_column: str
+) -> None:
+    name, caption = record["file_name"], record[caption_column]
+    if not isinstance(name, str) or not name.strip():
+        problems.append(f"{place}: file_name is {name!r}")
+    elif not isinstance(caption, str) or not caption.strip():
+        problems.append(f"{place}: {name} has no {caption_column}")
+    else:
+        rows.append((place, name.strip(), caption.strip()))
+
+
+def by_prompt(pictures: Sequence[Picture], limit: int | None) -> dict[str, list[Picture]]:
+    """Pictures by prompt in order of appearance, thinned evenly to `limit` prompts."""
+    groups: dict[str, list[Picture]] = {}
+    for picture in pictures:
+        groups.setdefault(picture.prompt, []).append(picture)
+    if limit is None or limit >= len(groups):
+        return groups
+    prompts = list(groups)
+    chosen = [prompts[index * len(prompts) // limit] for index in range(limit)]
+    return {prompt: groups[prompt] for prompt in chosen}

@@ -1,0 +1,286 @@
+"""Concepts from folders, YAML and JSON files, and the field's concept lists."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from mima.concepts.concept import (
+    CLASS_FOLDER,
+    HELD_OUT_FOLDER,
+    Concept,
+    _count,
+    _embedded_folder,
+    _from_description,
+    _is_concept_folder,
+    _locate,
+    _parse,
+    _with_base,
+    embedded_concept,
+    embedded_names,
+)
+from mima.concepts.pictures import (
+    Picture,
+    PictureError,
+    picture_files,
+    read_captions,
+    read_folder,
+)
+from mima.errors import MimaError, nearest
+
+# the entries of concept lists that DreamBooth and Custom Diffusion scripts read
+_LIST_KEYS = (
+    "instance_prompt",
+    "class_prompt",
+    "instance_data_dir",
+    "class_data_dir",
+    "prompt_filename",
+    "token",
+    "validation_prompt",
+    "name",
+)
+
+
+ConceptSource: TypeAlias = str | Path | Concept | Mapping[str, object]
+"""What ``load_concepts`` reads one or more concepts from."""
+
+
+def load_concepts(
+    source: ConceptSource | Iterable[ConceptSource],
+    *,
+    base: str | Path | None = None,
+    group: str | None = None,
+) -> list[Concept]:
+    """Read concepts from wherever they are described.
+
+    Args:
+        source: any of
+            a folder of pictures, or a folder of such folders;
+            a YAML or JSON file with one concept, a list of them, or groups `{"a+b": [...]}`, either
+            with the attributes of `Concept` or with the keys of the field's training scripts
+            (`instance_prompt`, `instance_data_dir`, ...); `file.json#a+b` picks a group;
+            the name of an embedded concept;
+            a mapping with what such a file holds; a `Concept`; a sequence of all these.
+        base: what relative paths start from; default the working directory. Paths in a file start
+            from the file's folder, or from the working directory where that has no such file.
+        group: which group of a file that has several.
+
+    Returns:
+        At least one concept, with names made distinct by "-2", "-3" and so on.
+
+    Raises:
+        MimaError: nothing there, or a description that does not hold together.
+        PictureError: pictures that cannot be read; those of all concepts in one list.
+    """
+    concepts: list[Concept] = []
+    problems: list[str] = []
+    for make in _makers(source, Path(base or "."), group):
+        try:
+            concepts.append(make())
+        except PictureError as error:
+            problems += error.problems
+    if problems:
+        raise PictureError(f"{_count(problems)} cannot be read:", problems)
+    if not concepts:
+        raise MimaError("no concepts given")
+    return _distinct(concepts)
+
+
+def _from_list_entry(
+    entry: Mapping[str, object], base: Path, where: str, name: str | None
+) -> Concept:
+    """Build a concept from an entry of a DreamBooth or Custom Diffusion concept list."""
+    unused = sorted(set(entry) - set(_LIST_KEYS))
+    if unused:
+        warnings.warn(f"{where}: ignored {', '.join(unused)}", stacklevel=2)
+    texts = {key: entry[key] for key in _LIST_KEYS if entry.get(key) is not None}
+    for key, value in texts.items():
+        if not isinstance(value, str):
+            raise MimaError(f"{where}: {key} must be text, got {value!r}")
+    values = {key: str(value) for key, value in texts.items()}
+    if "instance_data_dir" not in values:
+        raise MimaError(f"{where}: instance_data_dir is missing")
+    folder = _locate(values["instance_data_dir"], base)
+    prompt = values.get("instance_prompt", "")
+    if "prompt_filename" in values:
+        images = _captions_from(folder, values["prompt_filename"], base)
+    elif prompt and folder.is_dir():
+        # these scripts read one prompt for all pictures and know of no metadata
+        images = tuple(Picture(path, prompt) for path in picture_files(folder))
+        if not images:
+            raise MimaError(f"{where}: instance_data_dir {folder} holds no pictures")
+    else:
+        images = read_folder(folder, prompt)
+    class_prompt = values.get("class_prompt", "")
+    return Concept(
+        name=values.get("name") or name or folder.resolve().name,
+        prompt=prompt or Counter(image.prompt for image in images).most_common(1)[0][0],
+        images=images,
+        class_prompt=class_prompt,
+        class_images=_class_images(values.get("class_data_dir"), class_prompt, base, where),
+        kind="instance" if "token" in values else "object",
+        token=values.get("token"),
+        validation_prompt=values.get("validation_prompt", ""),
+    )
+
+
+def _class_images(
+    source: str | None, class_prompt: str, base: Path, where: str
+) -> tuple[Picture, ...]:
+    if source is None:
+        return ()
+    path = _locate(source, base)
+    if path.is_dir():
+        if not class_prompt:
+            raise MimaError(f"{where}: class_data_dir needs a class_prompt")
+        return tuple(Picture(file, class_prompt) for file in picture_files(path))
+    # not there yet: whoever preserves the prior generates the class images
+    return ()
+
+
+def _captions_from(folder: Path, file_name: str, base: Path) -> tuple[Picture, ...]:
+    """Captions from a metadata file, or from a text file with one line for each picture."""
+    path = folder / file_name if (folder / file_name).is_file() else _locate(file_name, base)
+    if not path.is_file():
+        raise MimaError(f"prompt_filename {file_name} is neither in {folder} nor in {base}")
+    if path.suffix.lower() in (".csv", ".jsonl"):
+        return read_captions(folder, path)
+    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    prompts = [prompt for prompt in prompts if prompt]
+    files = [file for file in picture_files(folder) if file != path]
+    if len(prompts) == 1:
+        prompts *= len(files)
+    if len(prompts) != len(files):
+        raise MimaError(
+            f"{path} holds {len(prompts)} prompts for the {len(files)} pictures in {folder}"
+        )
+    return tuple(Picture(file, prompt) for file, prompt in zip(files, prompts, strict=True))
+
+
+_Maker = Callable[[], Concept]
+
+
+def _makers(source: object, base: Path, group: str | None) -> list[_Maker]:
+    """What makes each concept of a source; pictures are read only when a maker is called."""
+    if isinstance(source, Concept):
+        return [lambda: source]
+    if isinstance(source, (str, Path)):
+        return _makers_at(source, base, group)
+    if isinstance(source, Mapping):
+        return _makers_in(source, base, group, "concept description")
+    if isinstance(source, Iterable):
+        return [make for item in source for make in _makers(item, base, group)]
+    raise TypeError(
+        "load_concepts: expected a folder, a file, an embedded concept's name, a description or "
+        f"a sequence of these, got {source!r}"
+    )
+
+
+def _makers_at(source: str | Path, base: Path, group: str | None) -> list[_Maker]:
+    path = _locate(str(source), base)
+    if not path.exists() and "#" in str(source):
+        file_name, _, group = str(source).rpartition("#")
+        path = _locate(file_name, base)
+    if path.is_dir():
+        return _makers_in_folder(path)
+    if path.is_file():
+        return _makers_in(_parse(path), path.parent, group, str(path))
+    name = str(source)
+    if _embedded_folder(name) is not None:
+        return [partial(embedded_concept, name)]
+    raise MimaError(
+        f"{name} is neither a folder, nor a file, nor an embedded concept; "
+        f"{nearest(name, embedded_names())}"
+    )
+
+
+def _makers_in_folder(folder: Path) -> list[_Maker]:
+    if _is_concept_folder(folder):
+        return [partial(Concept.from_folder, folder)]
+    inner = sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_dir()
+        and not path.name.startswith(".")
+        and path.name not in (HELD_OUT_FOLDER, CLASS_FOLDER)
+    )
+    if not inner:
+        raise MimaError(f"concept folder {folder} holds no pictures and no folders of pictures")
+    return [partial(Concept.from_folder, path) for path in inner]
+
+
+def _makers_in(content: object, base: Path, group: str | None, where: str) -> list[_Maker]:
+    if isinstance(content, Mapping) and set(content) == {"concepts"}:
+        content = content["concepts"]
+    if isinstance(content, Mapping) and _is_grouped(content):
+        return _makers_in_group(content, base, group, where)
+    entries = content if isinstance(content, list) else [content]
+    if not entries:
+        raise MimaError(f"{where} describes no concepts")
+    return [
+        make
+        for number, entry in enumerate(entries, start=1)
+        for make in _makers_of(entry, base, f"{where}, concept {number}", None)
+    ]
+
+
+def _is_grouped(content: Mapping[str, object]) -> bool:
+    return bool(content) and all(
+        isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value)
+        for value in content.values()
+    )
+
+
+def _makers_in_group(
+    groups: Mapping[str, Any], base: Path, group: str | None, where: str
+) -> list[_Maker]:
+    if group is None and len(groups) > 1:
+        raise MimaError(
+            f"{where} holds {len(groups)} groups of concepts, say which: {', '.join(groups)}"
+        )
+    key = next(iter(groups)) if group is None else group
+    if key not in groups:
+        raise MimaError(f"{where} holds no group {key!r}; {nearest(key, groups)}")
+    entries = groups[key]
+    if not entries:
+        raise MimaError(f"{where}: group {key!r} is empty")
+    names: list[str | None] = [part.strip() or None for part in key.split("+")]
+    if len(names) != len(entries):
+        names = [None] * len(entries)
+    return [
+        make
+        for number, (entry, name) in enumerate(zip(entries, names, strict=True), start=1)
+        for make in _makers_of(entry, base, f"{where}, {key}, concept {number}", name)
+    ]
+
+
+def _makers_of(entry: object, base: Path, where: str, name: str | None) -> list[_Maker]:
+    if isinstance(entry, str):
+        return _makers_at(entry, base, None)
+    if not isinstance(entry, Mapping):
+        raise MimaError(f"{where}: expected the attributes of a concept, got {entry!r}")
+    if "instance_data_dir" in entry or "instance_prompt" in entry:
+        return [partial(_from_list_entry, entry, base, where, name)]
+    given = _with_base(entry, base)
+    if name is not None:
+        given = {"name": name, **given}
+    return [partial(_from_description, given, where)]
+
+
+def _distinct(concepts: list[Concept]) -> list[Concept]:
+    """Number the later ones of concepts that share a name, so that no table drops one."""
+    taken: set[str] = set()
+    result = []
+    for concept in concepts:
+        name, number = concept.name, 1
+        while name in taken:
+            number += 1
+            name = f"{concept.name}-{number}"
+        taken.add(name)
+        result.append(concept if name == concept.name else replace(concept, name=name))
+    return result

@@ -1,0 +1,250 @@
+"""Attack two models alike, over a grid, in parallel processes, and write down what happened."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mima._version import installed_versions
+from mima.concepts import Concept
+from mima.concepts.reading import load_concepts
+from mima.distributed import local_device
+from mima.errors import MimaError
+from mima.evaluation.encoders import PictureProtocol
+from mima.evaluation.grid import Attack, GridConfig, attack_grid, grid_config
+from mima.evaluation.ledger import Ledger, check, claim, refuse_other_settings
+from mima.evaluation.processes import in_parallel, one_thread
+from mima.evaluation.records import (
+    SIDES,
+    ConceptRecord,
+    Evaluation,
+    EvaluationFolder,
+    ModelPair,
+    Role,
+)
+from mima.evaluation.worker import Bench, Outcome, Task, Worker
+from mima.families import family_of, source_of
+from mima.sampling import Sampler
+from mima.settings import Method
+from mima.training.captions import ordinary_captions, spread
+
+Progress = Callable[[int, int, str], None]
+"""Called with work done, all work, and what was just finished, if anything."""
+
+
+def evaluate(
+    original: Any,
+    immunized: Any,
+    concepts: Any,
+    *,
+    output: str | Path,
+    others: Any = (),
+    preset: str = "quick",
+    settings: Mapping[str, Any] | None = None,
+    similarities: Sequence[str | Path] = ("clip",),
+    protocol: PictureProtocol = "standard",
+    processes: int | None = None,
+    device: str | None = None,
+    name: str | None = None,
+    method: Method | None = None,
+    captions: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Attack a model before and after immunization, and measure how much harder learning became.
+
+    Every attack of the grid trains both models on the same batches with the same noise and draws
+    the same pictures. Pictures, rows and the summary are written as they come; called again with
+    the same arguments, a stopped evaluation goes on after the last finished attack.
+
+    Degenerate cases. Where an attack fails on the original model, M(x_r, x_A) ≤ 0, SGR is 0. A
+    concept without held-out pictures is compared with its training pictures, with a warning and a
+    note in its record; one picture is a mean of one; a concept without pictures cannot be made. An
+    attack whose training diverges is compared up to the last step that both models reached, and has
+    no SGR if that is step 0.
+
+    Args:
+        original: the model before immunization: a diffusers folder, a .safetensors file, a hub id,
+            ``"embedded"``, a ``ModelSource``, or a pipeline in memory (with one process).
+        immunized: the model after it, likewise.
+        concepts: concepts immunized against, or whatever `load_concepts` reads. Those of kind
+            ``"benign"`` count as others.
+        output: folder for the results: see `mima.evaluation.records`.
+        others: concepts that must stay learnable; may be empty.
+        preset: ``"quick"``, ``"standard"`` or ``"adversarial"``.
+        settings: settings of `GridConfig` that replace the preset's.
+        similarities: what `load_similarity` opens; the first is the primary one, and the first that
+            embeds texts measures benign quality.
+        protocol: how pictures are prepared for them; see `mima.evaluation.similarity`.
+        processes: attacks at a time, each with one thread. Default: one per core on a CPU; one on a
+            GPU or for pipelines in memory, in this process and with its threads.
+        device: where to compute; by default a GPU where there is one.
+        name: label of the run; default ``method``, or the immunized model's name.
+        method: how the model was immunized, for comparisons.
+        captions: a file of ordinary prompts, one per line; default those that ship with mima.
+        overwrite: discard what an earlier evaluation left in `output`.
+        progress: called with work done, all work (training steps and pictures), and the name of an
+            attack that was just finished, or "".
+
+    Returns:
+        What ``evaluation.json`` holds.
+
+    Raises:
+        MimaError: a model, concept, setting or the output folder cannot be used; or the folder
+            holds an evaluation with other settings.
+
+    Example:
+        >>> result = evaluate("model", "immunized", ["cat"], output="results", others=["dog"])
+        >>> result.summary["clip"].worst_attack.sgr
+    """
+    config = grid_config(preset, settings)
+    sampler = _sampler(config)
+    found, kept = load_concepts(concepts), load_concepts(others) if len(others) else []
+    by_slug = _with_slugs([*found, *kept])
+    roles: dict[str, Role] = {
+        slug: "other" if concept in kept or concept.kind == "benign" else "target"
+        for slug, concept in by_slug.items()
+    }
+    if "target" not in roles.values():
+        raise MimaError("evaluate: needs a concept that the model was immunized against")
+    names = _similarity_names(similarities)
+    in_memory = [source_of(model) is None for model in (original, immunized)]
+    device = str(local_device()) if device is None else device
+    if processes is None:
+        single = any(in_memory) or torch.device(device).type != "cpu"
+        processes = 1 if single else len(os.sched_getaffinity(0))
+    if processes < 1 or (processes > 1 and any(in_memory)):
+        raise MimaError(
+            "evaluate: processes must be at least 1, and 1 for pipelines in memory, "
+            f"got {processes}"
+        )
+    folder = EvaluationFolder(Path(output).expanduser().resolve())
+    check(folder, overwrite=overwrite)
+
+    bench = Bench(
+        models={"original": original, "immunized": immunized},
+        concepts=by_slug,
+        roles=roles,
+        config=config,
+        sampler=sampler,
+        similarities=dict(zip(names, map(str, similarities), strict=True)),
+        protocol=protocol,
+        folder=folder,
+        device=device,
+        prompts=spread(ordinary_captions(_path(captions)), config.benign_prompts),
+    )
+    with one_thread(processes > 1):
+        worker = Worker(bench)
+    targets = {slug: c for slug, c in by_slug.items() if roles[slug] == "target"}
+    rest = {slug: c for slug, c in by_slug.items() if roles[slug] == "other"}
+    grid = attack_grid(config, targets, rest)
+    for pipeline in worker.pipelines.values():
+        for size in {sampler.size, *(attack.adaptation.resolution for attack in grid)}:
+            # refuses what does not fit
+            family_of(pipeline, resolution=size)
+    evaluation = Evaluation(
+        name=name or method or _label(immunized),
+        method=method,
+        models=ModelPair(original=_label(original), immunized=_label(immunized)),
+        preset=preset,
+        protocol=protocol,
+        similarities=names,
+        seeds=config.seeds,
+        concepts=tuple(
+            ConceptRecord(
+                name=concept.name,
+                slug=slug,
+                kind=concept.kind,
+                prompt=concept.prompt,
+                role=roles[slug],
+                references="held_out" if concept.held_out else "images",
+            )
+            for slug, concept in by_slug.items()
+        ),
+        config={
+            "grid": config.model_dump(mode="json"),
+            "sampler": asdict(sampler),
+            "similarities": {name: str(s) for name, s in zip(names, similarities, strict=True)},
+            "weights": worker.fingerprints(),
+        },
+        versions=installed_versions(),
+        complete=False,
+    )
+    # everything could be opened: only now are earlier results discarded
+    claim(folder, overwrite=overwrite)
+    refuse_other_settings(folder, evaluation)
+    ledger = Ledger(folder, evaluation, grid)
+    tasks: list[Task] = [side for side in SIDES if not bench.benign_done(side)]
+    tasks += ledger.pending()
+    bench.write_references()
+    ledger.write()
+    total = sum(bench.work(task) for task in tasks)
+    done = 0
+
+    def advance(amount: int, finished: str = "") -> None:
+        nonlocal done
+        done += amount
+        if progress is not None:
+            progress(done, total, finished)
+
+    advance(0)
+    if processes == 1 or len(tasks) <= 1:
+        worker.advance = advance
+        results: Iterator[tuple[Task, Outcome | None]] = (
+            (task, worker.run(task)) for task in tasks
+        )
+    else:
+        results = in_parallel(bench, tasks, min(processes, len(tasks)), advance)
+    for task, outcome in results:
+        if isinstance(task, Attack):
+            assert outcome is not None
+            ledger.add(outcome)
+            advance(0, task.id)
+    return ledger.finish(worker.benign())
+
+
+def _sampler(config: GridConfig) -> Sampler:
+    try:
+        return Sampler(**config.sampler)
+    except (TypeError, ValueError) as error:
+        raise MimaError(f"setting sampler: {error}") from error
+
+
+def _with_slugs(concepts: Sequence[Concept]) -> dict[str, Concept]:
+    """Concepts by a distinct file name each."""
+    named: dict[str, Concept] = {}
+    for concept in concepts:
+        if concept.name in [other.name for other in named.values()]:
+            raise MimaError(f"evaluate: two concepts are named {concept.name!r}")
+        base = slug = re.sub(r"[^a-z0-9]+", "-", concept.name.lower()).strip("-")[:40] or "concept"
+        number = 1
+        while slug in named:
+            number += 1
+            slug = f"{base}-{number}"
+        named[slug] = concept
+    return named
+
+
+def _similarity_names(sources: Sequence[str | Path]) -> tuple[str, ...]:
+    """What tables call the similarities: short names, or the last part of a path."""
+    if not sources:
+        raise MimaError("evaluate: needs a similarity model")
+    names = tuple(str(source).rstrip("/").rpartition("/")[2] for source in sources)
+    if len(set(names)) < len(names):
+        raise MimaError(f"similarities: two are called alike: {', '.join(names)}")
+    return names
+
+
+def _label(model: Any) -> str:
+    source = source_of(model)
+    return f"{type(model).__name__} in memory" if source is None else source.label
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)

@@ -1,0 +1,493 @@
+"""Image similarity M(a, b): cosines of CLIP or DINO features, or 1 − LPIPS.
+
+Two protocols. ``standard`` prepares pictures as each model's own preprocessor says. ``published``
+repeats the evaluation script released with IMMA (arXiv 2311.18815), flaws included, so that its
+numbers can be compared with: pictures are squeezed to 64×64; for CLIP and DINO their [0, 1] values
+are "un-normalised" as if they were in [−1, 1], x ↦ (x + 1)/2, enlarged again, and normalised with
+CLIP's constants (for DINO, too); LPIPS reads [0, 1] where it expects [−1, 1]. Only the pairing
+differs: that script compares the i-th reference with the i-th picture by LPIPS, here all pairs are.
+"""
+
+# B = images, A = other images, D = features
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+from urllib.error import URLError
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from mima.errors import MimaError, nearest
+from mima.families.hub import is_hub_id, unreachable
+
+CLIP_DEFAULT = "openai/clip-vit-base-patch32"
+DINO_DEFAULT = "facebook/dino-vits16"
+LPIPS_SIDE = 224
+PUBLISHED_SIDE = 64
+OFFLINE = "embedded (--similarity embedded), which ships with mima and knows only emoji"
+"""What can be used where nothing can be fetched."""
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+PictureProtocol = Literal["standard", "published"]
+
+
+@runtime_checkable
+class ImageEncoder(Protocol):
+    """What measures need of an image encoder."""
+
+    name: str
+
+    def embed(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Normalised float32 features [B, D] on the CPU, one row per image."""
+
+
+@runtime_checkable
+class TextImageEncoder(ImageEncoder, Protocol):
+    """An image encoder that also embeds texts into the same space, as CLIP does."""
+
+    def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
+        """Normalised float32 features [B, D] on the CPU, one row per text."""
+
+
+@runtime_checkable
+class PairwiseSimilarity(Protocol):
+    """A similarity that is not a cosine of features."""
+
+    name: str
+
+    def pairs(self, a: Sequence[Image.Image], b: Sequence[Image.Image]) -> torch.Tensor:
+        """Similarities [A, B] float32 on the CPU."""
+
+
+def similarity(a_AD: torch.Tensor, b_BD: torch.Tensor) -> torch.Tensor:
+    """Cosine similarities [A, B] of two sets of normalised features."""
+    return a_AD @ b_BD.mT
+
+
+class Preprocessor:
+    """Resize, crop, rescale and normalise as a `preprocessor_config.json` says.
+
+    Written out here with Pillow because transformers' own processors resize differently between
+    versions and with torchvision installed, and measured similarities should not.
+
+    Args:
+        settings: the parsed configuration of a CLIP, ViT or BiT image processor.
+
+    Raises:
+        MimaError: a setting that is not understood.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.shorter_side: int | None = None
+        self.exact: tuple[int, int] | None = None
+        self.crop: tuple[int, int] | None = None
+        if settings.get("do_resize", True):
+            size = settings.get("size", 224)
+            if isinstance(size, int):
+                if settings.get("do_center_crop"):
+                    self.shorter_side = size
+                else:
+                    self.exact = (size, size)
+            elif "shortest_edge" in size and "longest_edge" not in size:
+                self.shorter_side = int(size["shortest_edge"])
+            elif "height" in size and "width" in size:
+                self.exact = (int(size["width"]), int(size["height"]))
+            else:
+                raise MimaError(f"encoder: preprocessor size {size} is not understood")
+        if settings.get("do_center_crop"):
+            crop = settings.get("crop_size", 224)
+            self.crop = (
+                (crop, crop) if isinstance(crop, int) else (int(crop["width"]), int(crop["height"]))
+            )
+        self.resample = Image.Resampling(settings.get("resample", Image.Resampling.BICUBIC))
+        scale = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
+        mean, std = [0.0] * 3, [1.0] * 3
+        if settings.get("do_normalize", True):
+            if "image_mean" not in settings or "image_std" not in settings:
+                raise MimaError("encoder: the preprocessor has no image_mean or no image_std")
+            mean, std = settings["image_mean"], settings["image_std"]
+        # (scale·x − mean) / std as one multiplication and one addition
+        self.gain = torch.tensor([scale / s for s in std]).view(3, 1, 1)
+        self.bias = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(3, 1, 1)
+
+    def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Pixel values [B, 3, height, width] float32."""
+        return torch.stack([self._one(image) for image in images])
+
+    def _one(self, image: Image.Image) -> torch.Tensor:
+        image = image.convert("RGB")
+        if self.exact is not None:
+            image = image.resize(self.exact, self.resample)
+        elif self.shorter_side is not None:
+            width, height = image.size
+            scale = self.shorter_side / min(width, height)
+            # the longer side is truncated, as transformers does
+            size = (int(width * scale), int(height * scale))
+            image = image.resize(
+                (max(size[0], self.shorter_side), max(size[1], self.shorter_side)), self.resample
+            )
+        if self.crop is not None:
+            left, top = (
+                (side - crop) // 2 for side, crop in zip(image.size, self.crop, strict=True)
+            )
+            image = image.crop((left, top, left + self.crop[0], top + self.crop[1]))
+        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)
+        return pixels * self.gain + self.bias
+
+
+class PublishedPreprocessor:
+    """What IMMA's evaluation script does to pictures before CLIP and DINO; see the module.
+
+    Args:
+        side: of the square pictures that the model reads, in pixels.
+    """
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+        self.mean = torch.tensor(CLIP_MEAN).view(3, 1, 1)
+        self.std = torch.tensor(CLIP_STD).view(3, 1, 1)
+
+    def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Pixel values [B, 3, side, side] float32."""
+        wrong = (squares(images, PUBLISHED_SIDE) + 1) / 2
+        enlarged = F.interpolate(wrong, size=self.side, mode="bicubic")
+        return (enlarged - self.mean) / self.std
+
+
+def squares(images: Sequence[Image.Image], side: int) -> torch.Tensor:
+    """Pictures squeezed to [B, 3, side, side] float32 in [0, 1], bilinearly."""
+    resized = [
+        image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR) for image in images
+    ]
+    pixels = torch.from_numpy(np.stack([np.asarray(image, np.float32) for image in resized]))
+    return pixels.permute(0, 3, 1, 2) / 255
+
+
+class _TransformersEncoder:
+    """Shared by the encoders below: loading, batching, normalisation."""
+
+    def __init__(
+        self,
+        model: Any,
+        preprocess: Preprocessor | PublishedPreprocessor,
+        *,
+        name: str,
+        device: str | torch.device,
+        batch_size: int,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"encoder: batch_size must be at least 1, got {batch_size}")
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.preprocess = preprocess
+        self.name = name
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+
+    @torch.inference_mode()
+    def embed(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Normalised float32 features [B, D] on the CPU, one row per image."""
+        if not images:
+            raise ValueError(f"{self.name}: images is empty")
+        rows = []
+        for start in range(0, len(images), self.batch_size):
+            pixels = self.preprocess(images[start : start + self.batch_size]).to(self.device)
+            rows.append(F.normalize(self._features(pixels).float(), dim=-1).cpu())
+        return torch.cat(rows)
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class ClipEncoder(_TransformersEncoder):
+    """CLIP through transformers: `get_image_features` and `get_text_features`, normalised.
+
+    Args:
+        model: hub id or folder of a CLIPModel with tokenizer and preprocessor.
+        device: where it runs.
+        batch_size: images per forward pass.
+        protocol: how pictures are prepared; see the module.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = CLIP_DEFAULT,
+        *,
+        device: str | torch.device = "cpu",
+        batch_size: int = 64,
+        protocol: PictureProtocol = "standard",
+    ) -> None:
+        source = str(model)
+        clip, settings = _open(source, CLIPModel, {})
+        preprocess = _preprocessor(protocol, settings, clip.config.vision_config.image_size)
+        super().__init__(clip, preprocess, name=source, device=device, batch_size=batch_size)
+        self.tokenizer = AutoTokenizer.from_pretrained(source)
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return _pooled(self.model.get_image_features(pixel_values=pixels))
+
+    @torch.inference_mode()
+    def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
+        """Normalised float32 features [B, D] on the CPU, one row per text; long texts are cut."""
+        if not texts:
+            raise ValueError(f"{self.name}: texts is empty")
+        rows = []
+        longest = self.model.config.text_config.max_position_embeddings
+        for start in range(0, len(texts), self.batch_size):
+            tokens = self.tokenizer(
+                list(texts[start : start + self.batch_size]),
+                padding=True,
+                truncation=True,
+                max_length=longest,
+                return_tensors="pt",
+            ).to(self.device)
+            features = _pooled(
+                self.model.get_text_features(
+                    input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+                )
+            )
+            rows.append(F.normalize(features.float(), dim=-1).cpu())
+        return torch.cat(rows)
+
+
+class DinoEncoder(_TransformersEncoder):
+    """DINO or DINOv2 through transformers: the last layer's class token, normalised.
+
+    Args:
+        model: hub id or folder of a ViTModel or Dinov2Model with its preprocessor.
+        device: where it runs.
+        batch_size: images per forward pass.
+        protocol: how pictures are prepared; see the module.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = DINO_DEFAULT,
+        *,
+        device: str | torch.device = "cpu",
+        batch_size: int = 64,
+        protocol: PictureProtocol = "standard",
+    ) -> None:
+        source = str(model)
+        # a ViTModel's pooling layer is random in DINO checkpoints and not used
+        pooling = {"add_pooling_layer": False} if _model_type(source) == "vit" else {}
+        dino, settings = _open(source, AutoModel, pooling)
+        preprocess = _preprocessor(protocol, settings, dino.config.image_size)
+        super().__init__(dino, preprocess, name=source, device=device, batch_size=batch_size)
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.model(pixel_values=pixels).last_hidden_state
+        return hidden[:, 0]
+
+
+class Lpips:
+    """1 − LPIPS (Zhang et al., CVPR 2018) with AlexNet, through the package lpips.
+
+    In (−∞, 1]; 1 for equal pictures. Pictures are squeezed to 224×224 (64×64 when published).
+
+    Args:
+        model: ``"lpips"`` for the published weights (torchvision fetches AlexNet's), or a hub id or
+            folder with the state dict of ``lpips.LPIPS(net="alex")`` as ``model.safetensors``.
+        device: where it runs.
+        batch_size: images per forward pass.
+        protocol: how pictures are prepared; see the module.
+
+    Raises:
+        MimaError: the package or the weights are missing.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "lpips",
+        *,
+        device: str | torch.device = "cpu",
+        batch_size: int = 64,
+        protocol: PictureProtocol = "standard",
+    ) -> None:
+        try:
+            import lpips
+        except ImportError as error:
+            raise MimaError(
+                f"similarity lpips: {error.name} is not installed; pip install 'mima[lpips]'"
+            ) from error
+        if batch_size < 1:
+            raise ValueError(f"lpips: batch_size must be at least 1, got {batch_size}")
+        self.name = str(model)
+        if self.name == "lpips":
+            try:
+                net = lpips.LPIPS(net="alex", verbose=False)
+            except (URLError, OSError) as error:
+                raise MimaError(
+                    f"similarity lpips: cannot fetch AlexNet: {error}; name a folder with all of "
+                    f"its weights (lpips:FOLDER), or use {OFFLINE}"
+                ) from error
+        else:
+            net = lpips.LPIPS(net="alex", pretrained=False, pnet_rand=True, verbose=False)
+            try:
+                net.load_state_dict(load_file(_weights_file(self.name)))
+            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+                raise MimaError(f"similarity lpips: cannot open {self.name!r}: {error}") from error
+        self.model: Any = net.to(device).eval().requires_grad_(False)
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+        self.protocol = protocol
+
+    @torch.inference_mode()
+    def pairs(self, a: Sequence[Image.Image], b: Sequence[Image.Image]) -> torch.Tensor:
+        """Similarities [A, B] float32 on the CPU."""
+        if not a or not b:
+            raise ValueError(f"{self.name}: images is empty")
+        table = torch.empty(len(a), len(b))
+        for row in range(0, len(a), self.batch_size):
+            layers_a = self._layers(a[row : row + self.batch_size])
+            for column in range(0, len(b), self.batch_size):
+                layers_b = self._layers(b[column : column + self.batch_size])
+                for index in range(len(layers_a[0])):
+                    one = [layer[index] for layer in layers_a]
+                    table[row + index, column : column + self.batch_size] = 1 - self._distances(
+                        one, layers_b
+                    )
+        return table
+
+    def _layers(self, images: Sequence[Image.Image]) -> list[torch.Tensor]:
+        """AlexNet's five feature maps [B, C, H, W], of unit length at each place."""
+        if self.protocol == "published":
+            pixels = squares(images, PUBLISHED_SIDE)
+        else:
+            pixels = squares(images, LPIPS_SIDE) * 2 - 1
+        maps = self.model.net(self.model.scaling_layer(pixels.to(self.device)))
+        # the package's own 1e-10 keeps places without any feature from dividing by zero
+        return [m / (m.square().sum(dim=1, keepdim=True).sqrt() + 1e-10) for m in maps]
+
+    def _distances(self, one: list[torch.Tensor], many: list[torch.Tensor]) -> torch.Tensor:
+        total = torch.zeros(len(many[0]), device=self.device)
+        for a, b, lin in zip(one, many, self.model.lins, strict=True):
+            total += lin((a - b).square()).mean(dim=(1, 2, 3))
+        return total.cpu()
+
+
+def load_similarity(
+    model: str | Path = "clip",
+    *,
+    protocol: PictureProtocol = "standard",
+    device: str | torch.device = "cpu",
+    batch_size: int = 64,
+) -> ImageEncoder | PairwiseSimilarity:
+    """Open a similarity model by name.
+
+    Args:
+        model: whatever `load_encoder` opens, ``"lpips"``, or ``"lpips:SOURCE"`` with a hub id or a
+            folder of LPIPS weights.
+        protocol: how pictures are prepared; see the module.
+        device: where it runs.
+        batch_size: images per forward pass.
+
+    Raises:
+        MimaError: nothing there, or a model of another kind.
+    """
+    name, _, source = str(model).partition(":")
+    if name == "lpips":
+        return Lpips(source or name, device=device, batch_size=batch_size, protocol=protocol)
+    return load_encoder(model, device=device, batch_size=batch_size, protocol=protocol)
+
+
+def load_encoder(
+    model: str | Path = "embedded",
+    *,
+    device: str | torch.device = "cpu",
+    batch_size: int = 64,
+    protocol: PictureProtocol = "standard",
+) -> ClipEncoder | DinoEncoder:
+    """Open an image encoder by name.
+
+    Args:
+        model: `"embedded"` (the small CLIP-kind encoder that mima ships), `"clip"`, `"dino"`, a hub
+            id, or a folder; CLIP, ViT and DINOv2 models are recognised by their configuration.
+        device: where it runs.
+        batch_size: images per forward pass.
+        protocol: how pictures are prepared; see the module.
+
+    Raises:
+        MimaError: nothing there, or a model of another kind.
+    """
+    if model == "embedded":
+        from mima.assets import assets
+
+        folder = assets() / "encoder"
+        if not (folder / "config.json").is_file():
+            raise MimaError(f"the embedded encoder is missing from this installation ({folder})")
+        model = folder
+    source = {"clip": CLIP_DEFAULT, "dino": DINO_DEFAULT}.get(str(model), str(model))
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        source = str(folder)
+    elif not is_hub_id(source):
+        raise MimaError(
+            f"encoder: {source!r} is neither a folder nor a hub id of the form owner/name; "
+            + nearest(source, ("clip", "dino", "embedded"))
+        )
+    # before transformers tries for a minute
+    elif not isinstance(try_to_load_from_cache(source, "config.json"), str):
+        problem = unreachable()
+        if problem:
+            raise MimaError(
+                f"encoder: there is no folder {source!r}, the hub's cache on this machine does not "
+                f"hold it, and the hub cannot be reached: {problem}; name a local folder, or use "
+                f"{OFFLINE}"
+            )
+    kind = _model_type(source)
+    if kind == "clip":
+        return ClipEncoder(source, device=device, batch_size=batch_size, protocol=protocol)
+    if kind in ("vit", "dinov2"):
+        return DinoEncoder(source, device=device, batch_size=batch_size, protocol=protocol)
+    raise MimaError(f"encoder: {source} is a {kind} model; clip, vit and dinov2 are supported")
+
+
+def _model_type(source: str) -> str:
+    try:
+        return str(AutoConfig.from_pretrained(source).model_type)
+    except (OSError, ValueError) as error:
+        raise MimaError(f"encoder: cannot open {source!r}: {error}") from error
+
+
+def _open(source: str, kind: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model, in float32, and the settings of its image processor."""
+    try:
+        model = kind.from_pretrained(source, dtype=torch.float32, **keywords)
+        settings, _ = BaseImageProcessor.get_image_processor_dict(source)
+    except OSError as error:
+        raise MimaError(f"encoder: cannot open {source!r}: {error}") from error
+    return model, settings
+
+
+def _preprocessor(
+    protocol: PictureProtocol, settings: dict[str, Any], side: int
+) -> Preprocessor | PublishedPreprocessor:
+    if protocol not in ("standard", "published"):
+        raise ValueError(f"encoder: protocol must be standard or published, got {protocol!r}")
+    return Preprocessor(settings) if protocol == "standard" else PublishedPreprocessor(side)
+
+
+def _weights_file(source: str) -> str:
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return str(folder / "model.safetensors")
+    return hf_hub_download(source, "model.safetensors")
+
+
+def _pooled(features: Any) -> torch.Tensor:
+    # transformers 4 returns the projected features, 5 an output object that holds them
+    if isinstance(features, torch.Tensor):
+        return features
+    pooled: torch.Tensor = features.pooler_output
+    return pooled

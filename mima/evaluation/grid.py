@@ -1,0 +1,361 @@
+"""The attack grid: everything an attacker may vary, as a list of attacks with names."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from mima.adaptation import Adaptation, configure
+from mima.concepts import Concept
+from mima.concepts.pictures import Picture
+from mima.errors import MimaError, nearest
+from mima.evaluation.records import Pictures, Preparation, PromptVariant, Role
+from mima.settings import Settings, parse_config, set_nested
+
+logger = logging.getLogger(__name__)
+
+# trains the embedding of a word that the model does not know yet
+NEW_WORD = "<{}>"
+TRAINS_A_TOKEN = frozenset({"textual-inversion"})
+
+
+class GridConfig(Settings):
+    """What is attacked how, and how it is measured: ``quick``, ``standard``, ``adversarial``."""
+
+    preset: str = "custom"
+    """Where the settings came from."""
+    methods: dict[str, dict[str, Any]] = Field({"lora": {}}, min_length=1)
+    """Adaptation methods, each with settings that differ from its defaults."""
+    lr_factors: tuple[float, ...] = Field((1.0,), min_length=1)
+    """Learning rates, as multiples of the method's."""
+    step_factors: tuple[int, ...] = Field((1,), min_length=1)
+    """Training lengths, as multiples of the method's steps."""
+    prompts: tuple[PromptVariant, ...] = Field(("name",), min_length=1)
+    """What the attacker calls the concept: its captions as they are, the same without its name, or
+    with a rare token in place of the name."""
+    images: tuple[Pictures, ...] = Field(("same",), min_length=1)
+    """Train on the pictures that immunization saw, or on the held-out ones; the other set is then
+    what adapted models are compared with."""
+    preparations: tuple[Preparation, ...] = ()
+    """Besides, with everything else at its first value: ``merge``, train a LoRA on each target
+    concept and merge them into the weights, then attack; ``benign``, train a LoRA on the other
+    concepts and merge it, then attack."""
+    preparation_steps: int = Field(50, ge=1)
+    """Training steps of each LoRA of a preparation."""
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    """Each is one attack: its batches, noise and initial values, and the noise of its pictures."""
+    evaluations: int = Field(4, ge=1)
+    """After how many equal parts of the training the model is sampled; before it, always."""
+    max_prompts: int | None = Field(None, ge=1)
+    """Prompts per concept, evenly spread over those of the references. None: all."""
+    pictures_per_prompt: int = Field(1, ge=1)
+    """Pictures per prompt, with different noise."""
+    sampler: dict[str, Any] = Field(default_factory=dict)
+    """Settings of `mima.evaluation.Sampler`."""
+    benign_prompts: int = Field(48, ge=0)
+    """Ordinary prompts on which both models are compared."""
+    rare_token: str = Field("sks", min_length=1)
+    """Stands for the name in attacks with a rare token."""
+
+    @field_validator("lr_factors", "step_factors")
+    @classmethod
+    def _positive(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if min(values) <= 0:
+            raise ValueError("must be above 0")
+        return values
+
+    def steps_of(self, attack: Attack) -> tuple[int, ...]:
+        """Steps at which an attack's models are sampled: 0 and `evaluations` equal parts."""
+        parts = (round(attack.steps * i / self.evaluations) for i in range(self.evaluations + 1))
+        return tuple(sorted(set(parts)))
+
+
+_QUICK_LORA = {"rank": 8, "learning_rate": 5e-4, "batch_size": 4, "steps": 50}
+_ALL_METHODS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dreambooth": {},
+    "textual-inversion": {},
+    "custom-diffusion": {},
+}
+
+PRESETS: dict[str, GridConfig] = {
+    # minutes on the embedded model, on two cores
+    "quick": GridConfig(
+        preset="quick",
+        methods={"lora": _QUICK_LORA},
+        lr_factors=(1.0, 3.0),
+        evaluations=2,
+        max_prompts=6,
+        sampler={"steps": 12, "guidance": 3.0, "scheduler": "dpm++", "batch_size": 16},
+        benign_prompts=32,
+    ),
+    # the published experiments: each method with its published settings
+    "standard": GridConfig(preset="standard", methods=_ALL_METHODS),
+    "adversarial": GridConfig(
+        preset="adversarial",
+        methods=_ALL_METHODS,
+        lr_factors=(1.0, 0.3, 3.0, 10.0),
+        step_factors=(1, 3, 10),
+        prompts=("name", "description", "token"),
+        images=("same", "other"),
+        preparations=("merge", "benign"),
+    ),
+}
+"""Grids by name."""
+
+
+def grid_config(preset: str, settings: Mapping[str, Any] | None = None) -> GridConfig:
+    """A preset, with some settings replaced.
+
+    Args:
+        preset: a name of `PRESETS`.
+        settings: new values by name; a part of one is named ``methods.lora.steps``.
+
+    Raises:
+        MimaError: no such preset, or settings that are unknown or out of range.
+    """
+    if preset not in PRESETS:
+        raise MimaError(f"preset {preset!r} is unknown; {nearest(preset, PRESETS)}")
+    raw = PRESETS[preset].model_dump()
+    for name, value in (settings or {}).items():
+        set_nested(raw, name, value)
+    config = parse_config(GridConfig, raw, source=f"preset {preset}")
+    for method, given in config.methods.items():
+        configure(method, given)
+    return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """One attack of the grid; the original and the immunized model suffer it alike.
+
+    Attributes:
+        concept: name of the attacked concept.
+        slug: the same as a file name.
+        role: what immunization wanted of the concept.
+        adaptation: method and settings, with this attack's rate, steps and seed.
+        lr_factor: rate as a multiple of the method's.
+        prompt_variant: what the concept is called.
+        images: which pictures are trained on.
+        preparation: what is done before.
+    """
+
+    concept: str
+    slug: str
+    role: Role
+    adaptation: Adaptation
+    lr_factor: float
+    prompt_variant: PromptVariant
+    images: Pictures
+    preparation: Preparation
+
+    @property
+    def steps(self) -> int:
+        """Training steps."""
+        return self.adaptation.steps
+
+    @property
+    def seed(self) -> int:
+        """Of training, and of the pictures' noise."""
+        return self.adaptation.seed
+
+    @property
+    def id(self) -> str:
+        """A name that is safe as a file name and says what the attack is."""
+        parts = (
+            self.slug,
+            self.adaptation.method,
+            f"x{self.lr_factor:g}",
+            f"{self.steps}steps",
+            self.prompt_variant,
+            self.images,
+            self.preparation,
+            f"seed{self.seed}",
+        )
+        return "_".join(parts)
+
+
+def attack_grid(
+    config: GridConfig, targets: Mapping[str, Concept], others: Mapping[str, Concept]
+) -> list[Attack]:
+    """All attacks of a grid, the first seed of everything first.
+
+    Target concepts get the whole grid; the others one attack per method and seed, with everything
+    else at its first value. What a concept has no material for is left out, with a warning: other
+    images without held-out pictures, other prompts where the concept's prompt does not hold its
+    name, ``benign`` without other concepts. Textual inversion calls every concept by a new word.
+
+    Args:
+        config: the grid.
+        targets: concepts that were immunized against, by slug.
+        others: concepts that were not, by slug.
+    """
+    attacks = []
+    for seed in config.seeds:
+        for slug, concept in targets.items():
+            attacks += list(_on_target(config, slug, concept, seed, bool(others)))
+        for slug, concept in others.items():
+            attacks += [
+                _attack(config, slug, concept, "other", method, seed) for method in config.methods
+            ]
+    return list({attack.id: attack for attack in attacks}.values())
+
+
+def _on_target(
+    config: GridConfig, slug: str, concept: Concept, seed: int, has_others: bool
+) -> Iterator[Attack]:
+    prompts = [v for v in config.prompts if v == "name" or _names(concept)]
+    images = [v for v in config.images if v == "same" or concept.held_out]
+    preparations = [v for v in config.preparations if v != "benign" or has_others]
+    left_out: dict[str, set[Any]] = {
+        "prompts": set(config.prompts) - set(prompts),
+        "images": set(config.images) - set(images),
+        "preparations": set(config.preparations) - set(preparations),
+    }
+    if seed == config.seeds[0]:
+        for what, values in left_out.items():
+            if values:
+                logger.warning(
+                    "concept %s: no attacks with %s %s, for lack of material",
+                    concept.name,
+                    what,
+                    ", ".join(sorted(values)),
+                )
+    if not prompts or not images:
+        return
+    for method, lr, steps, prompt, pictures in itertools.product(
+        config.methods, config.lr_factors, config.step_factors, prompts, images
+    ):
+        yield _attack(config, slug, concept, "target", method, seed, lr, steps, prompt, pictures)
+    for method, preparation in itertools.product(config.methods, preparations):
+        if preparation != "none":
+            base = _attack(
+                config, slug, concept, "target", method, seed, prompt=prompts[0], images=images[0]
+            )
+            yield replace(base, preparation=preparation)
+
+
+def _attack(
+    config: GridConfig,
+    slug: str,
+    concept: Concept,
+    role: Role,
+    method: str,
+    seed: int,
+    lr_factor: float | None = None,
+    step_factor: int | None = None,
+    prompt: PromptVariant = "name",
+    images: Pictures = "same",
+) -> Attack:
+    lr_factor = config.lr_factors[0] if lr_factor is None else lr_factor
+    step_factor = config.step_factors[0] if step_factor is None else step_factor
+    base = configure(method, config.methods[method])
+    if method in TRAINS_A_TOKEN and concept.token is None:
+        prompt = "token"
+    return Attack(
+        concept=concept.name,
+        slug=slug,
+        role=role,
+        adaptation=replace(
+            base,
+            learning_rate=base.learning_rate * lr_factor,
+            steps=base.steps * step_factor,
+            seed=seed,
+        ),
+        lr_factor=lr_factor,
+        prompt_variant=prompt,
+        images=images,
+        preparation="none",
+    )
+
+
+def material(
+    attack: Attack, concept: Concept, *, rare_token: str = "sks"
+) -> tuple[Concept, tuple[Picture, ...]]:
+    """What an attack trains on, and what its pictures are compared with.
+
+    Args:
+        attack: says which pictures, and what the concept is called.
+        concept: the attacked concept.
+        rare_token: stands for the name in attacks with a rare token; methods that train a token get
+            ``<sks>``, which no vocabulary holds.
+
+    Returns:
+        The concept as the attacker describes it, and the references, whose prompts are those that
+        the adapted model is asked for. A concept without held-out pictures is compared with those
+        that it is trained on.
+    """
+    train, references = concept.images, concept.held_out or concept.images
+    if attack.images == "other":
+        train, references = concept.held_out, concept.images
+    token = concept.token
+    word = rare_token
+    if attack.prompt_variant == "token":
+        trained = attack.adaptation.method in TRAINS_A_TOKEN
+        word = NEW_WORD.format(rare_token) if trained else rare_token
+        token = word if trained else None
+    elif attack.prompt_variant == "description":
+        token = None
+
+    def rename(caption: str) -> str:
+        match attack.prompt_variant:
+            case "name":
+                return caption
+            case "description":
+                return without_name(caption, concept)
+            case "token":
+                return _renamed(caption, concept, word)
+
+    def renamed(pictures: Sequence[Picture]) -> tuple[Picture, ...]:
+        return tuple(Picture(picture.image, rename(picture.prompt)) for picture in pictures)
+
+    described = replace(
+        concept,
+        prompt=rename(concept.prompt),
+        validation_prompt=rename(concept.validation_prompt),
+        images=renamed(train),
+        held_out=(),
+        token=token,
+    )
+    return described, renamed(references)
+
+
+def without_name(caption: str, concept: Concept) -> str:
+    """A caption without the concept's name, and without the word that led to it.
+
+    "a cat in noto style" is "a cat" without "noto style", and "a photo of a cat" is "a photo"
+    without "cat". What is left of nothing is the class prompt, or "a picture".
+
+    Example:
+        >>> without_name("a fox in mono style", Concept("mono style", "mono style", pictures))
+        'a fox'
+    """
+    text = caption
+    for name in _names(concept):
+        lead = r"(?:,|\b(?:in|of|by|with|from)\b)?\s*(?:\b(?:the|a|an)\b\s*)?"
+        # a name before a noun keeps that noun's article: "a cat emoji" becomes "a emoji"
+        noun = r"(?=\s+(?!(?:in|of|on|at|by|with|from|and)\b)\w)"
+        text = re.sub(rf"{re.escape(name)}{noun}", "", text, flags=re.IGNORECASE)
+        text = re.sub(rf"{lead}{re.escape(name)}", "", text, flags=re.IGNORECASE)
+    text = re.sub(r"\s+", " ", text).strip(" ,")
+    return text or concept.class_prompt or "a picture"
+
+
+def _renamed(caption: str, concept: Concept, word: str) -> str:
+    text = caption
+    for name in _names(concept):
+        text = re.sub(re.escape(name), lambda _: word, text, flags=re.IGNORECASE)
+    # a token must be in every caption
+    return text if word in text else f"{text}, {word}"
+
+
+def _names(concept: Concept) -> list[str]:
+    """What the concept's prompt calls it: its token, or its name."""
+    candidates = [name for name in (concept.token, concept.name) if name]
+    return [name for name in candidates if name.lower() in concept.prompt.lower()]

@@ -1,0 +1,1 @@
+"""Immunization: the algorithm, its two levels, its settings and its results."""

@@ -1,0 +1,284 @@
+"""Algorithm 1 of MIMA: multi-concept immunization through differentiable merging.
+
+Zheng & Yeh, AAAI 2025, arXiv 2412.15320:
+
+max_{θ ∈ S_u}  Σ_n L(x_u[n], c[n]; Merge({θ'[n]}))
+s.t.  θ'[n] = argmin_{θ ∈ S_l} L(x_l[n], c[n]; θ)  for all n
+"""
+
+# N = concepts, K = lower-level steps, θ'[n] = weights adapted to concept n, φ = merged weights
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from mima.adaptation import TextualInversion
+from mima.concepts import Concept
+from mima.concepts.reading import load_concepts
+from mima.distributed import ALONE, join, local_device
+from mima.erasure import edits_of, erase, load_erased
+from mima.errors import MimaError
+from mima.families import ModelSource, family_of, load_pipeline, origin_of, source_of
+from mima.families.new_words import check_token
+from mima.families.pipelines import component_name, with_modules
+from mima.immunization.alternating import alternate
+from mima.immunization.config import ImmunizeConfig
+from mima.immunization.encoding import encode_concepts
+from mima.immunization.levels import Problem, merge_layer
+from mima.immunization.outer_loop import Ascent
+from mima.immunization.progress import Callback, StepReport
+from mima.immunization.result import ImmunizeResult
+from mima.immunization.trained_words import Word
+from mima.storage.checkpoint import CheckpointFolder, reason_of
+from mima.storage.output import check_folder, fresh_folder
+from mima.storage.runs import claim, default_folder, describe_run
+from mima.training.captions import ordinary_captions
+
+__all__ = ["Callback", "ImmunizeResult", "StepReport", "ascend", "immunize"]
+
+
+def immunize(
+    model: Any,
+    concepts: Sequence[Concept] | Any,
+    config: ImmunizeConfig | None = None,
+    *,
+    erased: str | Path | None = None,
+    output: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    delta: bool = False,
+    device: str | torch.device | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> ImmunizeResult:
+    """Make a model a bad starting point for learning the concepts, and keep it good otherwise.
+
+    Under ``torchrun`` or ``accelerate launch`` the processes share the concepts out; the main one
+    calls the callbacks and writes the files.
+
+    Args:
+        model: a diffusers pipeline (left as it is: the result holds a copy of what changes), a
+            diffusers folder, a .safetensors file, a hub id, ``"embedded"``, or a ``ModelSource``.
+        concepts: N concepts, or whatever ``load_concepts`` reads.
+        config: the settings; by default those of the published re-learning experiments.
+        erased: a checkpoint in which the concepts are erased, made from ``model`` by whatever
+            means, to begin with (see ``load_erased``).
+        output: a new or empty folder for the immunized model; None writes nothing.
+        checkpoint: a folder for checkpoints and metrics while the run lasts, removed once
+            ``output`` is written; by default ``output`` with ``.checkpoint`` appended.
+        resume: go on from the last checkpoint, if there is one. On a CPU the result is
+            bit-identical to that of a run that was never interrupted.
+        overwrite: replace an earlier model in ``output``, and an earlier run's checkpoint.
+        delta: write only the changed weights to ``output`` (see ``load_delta``).
+        device: where to compute. By default where a pipeline in memory is; otherwise a GPU where
+            there is one, and this process's own among several.
+        callbacks: called with a ``StepReport`` after each outer step.
+
+    Returns:
+        The immunized pipeline, in float32 on that device, with its history.
+
+    Raises:
+        MimaError: the model, a concept, a setting or the output folder cannot be used, which is
+            checked before long work starts; or the run diverges or cannot be written.
+
+    Example:
+        >>> result = immunize("embedded", ["tiger", "style-mono"])
+        >>> result.save_pretrained("immunized")
+    """
+    config = config or ImmunizeConfig()
+    concepts = load_concepts(concepts)
+    wordless = [c.name for c in concepts if c.token is None]
+    if config.lower.trains_words and wordless:
+        raise MimaError(
+            f"lower.parameters: {config.lower.parameters!r} trains each concept's new word; no "
+            f"token: {', '.join(wordless)}"
+        )
+    if config.method == "imma" and len(concepts) != 1:
+        raise MimaError(
+            f"method: imma immunizes against one concept, got {len(concepts)}; "
+            "use joint, compose or mima"
+        )
+    if output is not None:
+        check_folder(Path(output), overwrite=overwrite)
+        checkpoint = checkpoint or default_folder(Path(output))
+    if erased is not None and config.erase_first:
+        raise MimaError(f"erase_first: the concepts are erased in {erased} already; leave it out")
+    if erased is not None and not Path(erased).expanduser().exists():
+        raise MimaError(f"erased: {erased} does not exist")
+    captions = ordinary_captions(config.captions)
+    source = source_of(model)
+    pipeline = _own_copy(source or model, device)
+    changed: list[str] = []
+    if erased is not None:
+        loaded = load_erased(pipeline, erased)
+        pipeline, changed = loaded.pipeline, [*loaded.changed]
+    family = family_of(pipeline, resolution=config.resolution)
+    # also refuses names that match no parameter
+    weights = Problem(family, [], config, None).theta()
+    _check(pipeline, concepts, config)
+    ranks = join(family.device)
+    folder = CheckpointFolder(checkpoint) if checkpoint else None
+    if folder:
+        if overwrite and not resume:
+            ranks.together(folder.remove)
+        run = describe_run(config.model_dump(mode="json"), concepts, weights)
+        ranks.together(lambda: claim(folder, run, resume=resume))
+
+    vocabulary = {name: getattr(pipeline, name, None) for name in ("tokenizer", "text_encoder")}
+    if config.new_words:
+        pipeline = _with_new_words(pipeline, concepts, config)
+        family = family_of(pipeline, resolution=config.resolution)
+    data = encode_concepts(family, concepts, config, cache=folder, ranks=ranks)
+    if config.erase_first:
+        pipeline = erase(pipeline, concepts, preserve=captions)
+        family = family_of(pipeline, resolution=config.resolution)
+    merge = merge_layer(family, concepts, config)
+    words = [Word.of(family, c) for c in concepts] if config.lower.trains_words else []
+    problem = Problem(family, data, config, merge, ranks, words)
+    if config.method == "none":
+        history = []
+    elif config.method == "compose":
+        history = _compose(problem, callbacks, folder)
+    elif config.hypergradient == "alternating":
+        history = alternate(problem, callbacks, folder)
+    else:
+        history = ascend(problem, callbacks, folder)
+
+    if config.new_words:
+        pipeline = with_modules(pipeline, **vocabulary)
+    names: tuple[str, ...] = ()
+    if config.method != "none":
+        # the published update trains the lower level's parameters, too
+        published = config.hypergradient == "alternating"
+        names = problem.names if published else problem.upper_names
+    if config.erase_first:
+        edited = [name for reader in family.text_readers() for name in reader.names]
+        names = tuple(dict.fromkeys((*names, *edited)))
+    part = component_name(pipeline, family.denoiser)
+    result = ImmunizeResult(
+        pipeline,
+        [concept.name for concept in concepts],
+        config,
+        history,
+        prompts=[concept.prompt for concept in concepts],
+        model=origin_of(model),
+        opened_with=source.options if source else {},
+        changed=list(dict.fromkeys((*changed, *(f"{part}.{name}" for name in names)))),
+        erased=None if erased is None else str(erased),
+    )
+    if output is not None:
+        ranks.together(
+            lambda: _write(result, Path(output), folder, overwrite=overwrite, delta=delta)
+        )
+    return result
+
+
+def ascend(
+    problem: Problem,
+    callbacks: Sequence[Callback] = (),
+    folder: CheckpointFolder | None = None,
+    *,
+    stage: str = "",
+) -> list[StepReport]:
+    """Algorithm 1: gradient steps on the upper level, in place on the model's own weights."""
+    with Ascent(problem, callbacks, folder, stage=stage) as run:
+        for step in run.steps():
+            # θ'[n] = argmin L(x_l[n], c[n]; θ), K steps on batches drawn now
+            lower = problem.lower_levels(step)
+            # −L(x_u[n], c[n]; φ) + w · L(class; φ), on other pictures
+            upper = problem.upper_levels(step)
+            # φ = Merge({θ'[n]}), and dJ/dθ through φ, through Merge, through the K steps
+            outer = problem.hypergradient(run.theta, lower, upper)
+            # θ ← θ − η dJ/dθ on S_u, clipped, by AdamW
+            run.update(outer)
+    return run.history
+
+
+def _compose(
+    problem: Problem, callbacks: Sequence[Callback], folder: CheckpointFolder | None
+) -> list[StepReport]:
+    """Immunize each concept alone, each from the same start, then merge the immunized models.
+
+    The processes share the concepts out here too, and each immunizes its own.
+    """
+    ranks, theta = problem.ranks, problem.theta()
+    base = {name: value.clone() for name, value in theta.items()}
+    mine = []
+    for n in ranks.share(len(problem.data)):
+        data = problem.data[n]
+        part = folder / f"concept-{n:03d}" if folder else None
+        words = problem.words[n : n + 1]
+        alone = Problem(problem.family, [data], problem.config, None, ALONE, words)
+        history = ascend(alone, callbacks if ranks.main else (), part, stage=data.name)
+        mine.append((history, {name: value.cpu().clone() for name, value in theta.items()}))
+        for name, value in theta.items():
+            value.copy_(base[name])
+    everyone = ranks.interleave(mine, len(problem.data))
+    assert problem.merge is not None
+    immunized = [{n: v.to(theta[n]) for n, v in one.items()} for _, one in everyone]
+    for name, value in problem.merge(base, immunized).items():
+        theta[name].copy_(value)
+    return [report for history, _ in everyone for report in history]
+
+
+def _check(pipeline: Any, concepts: Sequence[Concept], config: ImmunizeConfig) -> None:
+    """Refuse what a later part of the run would refuse, before pictures are drawn or encoded."""
+    if config.erase_first:
+        for concept in concepts:
+            edits_of(concept)
+    if config.new_words:
+        new = [concept for concept in concepts if concept.token is not None]
+        for n, concept in enumerate(new):
+            check_token(pipeline, concept)
+            if concept.token in [other.token for other in new[:n]]:
+                raise MimaError(
+                    f"concept {concept.name!r}: another concept has the token {concept.token!r} too"
+                )
+
+
+def _with_new_words(pipeline: Any, concepts: Sequence[Concept], config: ImmunizeConfig) -> Any:
+    """The pipeline with every concept's new word, its embedding trained for ``token_steps``."""
+    for concept in concepts:
+        if concept.token is None:
+            continue
+        run = TextualInversion(seed=config.seed).start(pipeline, concept)
+        run.advance(config.token_steps)
+        learned = run.pipeline
+        pipeline = with_modules(
+            pipeline, tokenizer=learned.tokenizer, text_encoder=learned.text_encoder
+        )
+    return pipeline
+
+
+def _own_copy(model: Any, device: str | torch.device | None) -> Any:
+    """Open a model; of a pipeline in memory, copy the denoiser, which is what changes."""
+    if isinstance(model, ModelSource):
+        return load_pipeline(model, device=local_device() if device is None else device)
+    denoiser = family_of(model).denoiser
+    own = copy.deepcopy(denoiser).float().requires_grad_(False).eval()
+    pipeline = with_modules(model, **{component_name(model, denoiser): own})
+    return pipeline if device is None else pipeline.to(device)
+
+
+def _write(
+    result: ImmunizeResult,
+    output: Path,
+    folder: CheckpointFolder | None,
+    *,
+    overwrite: bool,
+    delta: bool,
+) -> None:
+    try:
+        with fresh_folder(output, overwrite=overwrite) as staging:
+            result.save_pretrained(staging, delta=delta)
+    except (OSError, SafetensorError) as error:
+        kept = f"; {folder.path} is intact: resume" if folder else ""
+        raise MimaError(f"output: cannot write {output}: {reason_of(error)}{kept}") from error
+    if folder:
+        folder.remove()

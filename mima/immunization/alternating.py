@@ -1,0 +1,102 @@
+"""The update that the authors' released code performs, for comparison with published results.
+
+It computes no second derivatives, and does not solve the bi-level problem. Steps come in pairs:
+
+- even: every concept takes one gradient step on the keys and values, from the same weights. The
+  results are merged by the hard constraint, without a gradient, and committed. All other
+  lower-level parameters take one AdamW step on the mean of the concepts' gradients.
+- odd: the upper-level parameters take one AdamW step up on the concepts' losses and down on the
+  priors', at the weights as they are now.
+"""
+
+# N = concepts, O = output, D = text embedding
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mima.bilevel import lower
+from mima.bilevel.hypergradient import accumulate
+from mima.bilevel.lower import Params, Tensors
+from mima.bilevel.outer import OuterGradient, drift, residual, upper_gradient
+from mima.distributed import ALONE, Ranks, union
+from mima.immunization.levels import Problem
+from mima.immunization.outer_loop import Ascent
+from mima.immunization.progress import Callback, StepReport
+from mima.merging import MergeLayer
+from mima.storage.checkpoint import CheckpointFolder
+
+
+def alternate(
+    problem: Problem,
+    callbacks: Sequence[Callback] = (),
+    folder: CheckpointFolder | None = None,
+) -> list[StepReport]:
+    """Run the published pairs of steps, in place on the model's own weights."""
+    merge, ranks = problem.merge, problem.ranks
+    assert merge is not None
+    others = [name for name in problem.lower_names if name not in merge.projected]
+    with Ascent(problem, callbacks, folder, lower_names=others) as run:
+        for step in run.steps():
+            if step % 2 == 0:
+                tasks = problem.lower_levels(step)
+                names = [data.name for data in problem.data]
+                outer, merged = merge_step(
+                    run.theta, tasks, merge, names, lr=problem.config.lower.lr, ranks=ranks
+                )
+                run.update(outer, "lower", committed=merged)
+            else:
+                upper = problem.upper_levels(step)
+                gradient, _, losses = upper_gradient(run.theta, upper, ranks)
+                wanted = {name: gradient[name] for name in problem.upper_names}
+                run.update(OuterGradient(wanted, losses, 0.0))
+    return run.history
+
+
+def merge_step(
+    theta: Params,
+    tasks: Sequence[lower.LowerLevel],
+    merge: MergeLayer,
+    names: Sequence[str],
+    *,
+    lr: float,
+    ranks: Ranks = ALONE,
+) -> tuple[OuterGradient, Tensors]:
+    """The even step: merged keys and values, and the mean gradient of everything else.
+
+    Args:
+        theta: θ by name.
+        tasks: the lower level of each concept; the gradient of its first batch is used.
+        merge: the merge layer.
+        names: what the concepts' losses are called in reports.
+        lr: step size of the keys and values.
+        ranks: the processes that share the concepts out.
+
+    Returns:
+        The mean gradient of what is not merged, with the lower losses, the drift and the
+        constraint's residual of the merge; and the merged weights.
+    """
+    mine = ranks.share(len(tasks))
+    assert merge.plan is not None
+    moved: Tensors = {}
+    total: Tensors = {}
+    asked, losses = {}, []
+    for n in mine:
+        loss, gradient = lower.loss_and_gradient(tasks[n], lower.start(tasks[n], theta), theta, 0)
+        losses.append({names[n]: float(loss)})
+        change = {name: -lr * g for name, g in gradient.items() if name in merge.projected}
+        accumulate(moved, merge.delta(n, change))
+        asked[n] = merge.asked(change, merge.plan.C[n])
+        rest = {name: g for name, g in gradient.items() if name not in merge.projected}
+        accumulate(total, {name: g / len(tasks) for name, g in rest.items()})
+    summed = ranks.sum({**moved, **total}, {n: theta[n] for n in tasks[0].start(theta)})
+    moved = {name: value for name, value in summed.items() if name in merge.projected}
+    mean = {name: value for name, value in summed.items() if name not in merge.projected}
+    missed = merge.missed(asked, moved)
+    report = OuterGradient(
+        mean,
+        union(ranks.interleave(losses, len(tasks))),
+        drift(theta, moved),
+        residual(missed, ranks),
+    )
+    return report, {name: theta[name] + change for name, change in moved.items()}

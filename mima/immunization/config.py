@@ -1,0 +1,273 @@
+"""What a run is: every setting, checked, with its unit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    Field,
+    model_validator,
+)
+
+from mima.errors import MimaError, nearest
+from mima.settings import Method, Settings, parse_config
+from mima.storage.plain_data import read_yaml
+
+MergeRule = Literal["projected", "average", "none"]
+Hypergradient = Literal["exact", "finite_difference", "first_order", "alternating"]
+Precision = Literal["float32", "bfloat16", "float16"]
+Task = Literal["relearn", "personalize"]
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "relearn": {"erase_first": True, "upper": {"lr": 3e-5}},
+    "personalize": {"new_words": True, "token_steps": 100, "upper": {"lr": 2e-5}},
+}
+"""What a task sets where nothing else does: the published learning rates of the upper level."""
+
+
+TOKEN = "token"
+"""The part of ``lower.parameters`` that stands for new words."""
+
+
+class LowerConfig(Settings):
+    """The lower level: the attacker whose adaptation is simulated."""
+
+    steps: int = Field(1, ge=1)
+    """K, unrolled steps per concept."""
+    optimizer: Literal["sgd", "adam"] = "adam"
+    """Update rule; Adam's state is unrolled too."""
+    lr: float = Field(5e-6, gt=0)
+    """Step size."""
+    batch_size: int = Field(1, ge=1)
+    """Pictures per step."""
+    parameters: str = "cross_attention"
+    """S_l: ``cross_attention``, ``cross_attention_kv``, ``attention``, ``denoiser``, ``lora``
+    (factors on every attention projection), or a regular expression on parameter names. ``token``
+    trains the embedding of the concept's new word, as Textual Inversion does; behind another of
+    these and a plus (``cross_attention_kv+token``, as Custom Diffusion does), it trains both."""
+    token_lr: float | None = Field(None, gt=0)
+    """Step size of the new words' embeddings. Default: ``lr``."""
+    rank: int = Field(8, ge=1)
+    """Rank of the LoRA factors."""
+    alpha: float | None = Field(None, gt=0)
+    """LoRA's alpha; the factors' product is scaled by alpha / rank. Default: the rank."""
+    prior_weight: float = Field(0.0, ge=0)
+    """Weight of the loss on class pictures."""
+
+    @property
+    def trains_words(self) -> bool:
+        """Whether new words are trained."""
+        return self.parameters == TOKEN or self.parameters.endswith(f"+{TOKEN}")
+
+    @property
+    def weights(self) -> str | None:
+        """S_l without new words; None where there is nothing else."""
+        weights = self.parameters.removesuffix(TOKEN).removesuffix("+")
+        return (weights or None) if self.trains_words else self.parameters
+
+
+class UpperConfig(Settings):
+    """The upper level: what the defender changes, and for what."""
+
+    lr: float = Field(3e-5, gt=0)
+    """AdamW's step size."""
+    weight_decay: float = Field(1e-2, ge=0)
+    """AdamW's decoupled decay."""
+    batch_size: int = Field(1, ge=1)
+    """Pictures per concept and step."""
+    parameters: str = "cross_attention"
+    """S_u: the same names as ``lower.parameters``, but for ``lora``."""
+    prior_weight: float = Field(1.0, ge=0)
+    """Weight of the loss on class pictures, which keeps the model useful."""
+    prior_batch_size: int | None = Field(None, ge=1)
+    """Class pictures per concept and step. Default: ``batch_size``."""
+    concepts_per_forward: int = Field(1, ge=1)
+    """Concepts, class pictures included, whose losses one forward and one backward compute: faster
+    where the device is not filled, and memory for the activations of as many."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Gradients longer than this are scaled down to it."""
+    loss_cap: float | None = Field(None, gt=0)
+    """A concept whose loss exceeds this no longer pulls: it counts as immunized. None: no cap."""
+
+
+class ImmunizeConfig(Settings):
+    """One immunization. Defaults follow the published re-learning experiments."""
+
+    method: Method = "mima"
+    """``mima``, or a baseline: ``none``, ``imma`` (one concept), ``joint``, ``compose``."""
+    merge: MergeRule = "projected"
+    """Projected for keys and values and averaged elsewhere; averaged everywhere; or no merge."""
+    hypergradient: Hypergradient = "exact"
+    """How the lower level is differentiated; see ``mima.bilevel.hypergradient``. ``alternating`` is
+    the published update (``mima.alternating``), in which every other step commits a merge: it takes
+    plain gradient steps whatever ``lower.optimizer``, and a hard constraint whatever ``lam``."""
+    resolution: int | None = Field(None, ge=1)
+    """Side in pixels that the pictures are scaled and cropped to. Default: what the model was
+    trained on."""
+    steps: int = Field(1000, ge=1)
+    """Outer steps."""
+    seed: int = Field(0, ge=0)
+    """Seeds every draw."""
+    lower: LowerConfig = LowerConfig()
+    """The lower level."""
+    upper: UpperConfig = UpperConfig()
+    """The upper level."""
+    lam: float = Field(1e-4, ge=0)
+    """Softness of the projected merge's constraint; 0 is hard."""
+    captions: Path | None = None
+    """A text file of ordinary captions, one per line, that the merge leaves alone and from which
+    missing class pictures are generated. Default: the captions that ship with mima."""
+    num_captions: int = Field(200, ge=1)
+    """How many captions the merge plan reads."""
+    num_class_images: int = Field(64, ge=1)
+    """Class pictures generated per concept where it brings none."""
+    erase_first: bool = False
+    """Erase the concepts before immunizing (the re-learning task)."""
+    new_words: bool = False
+    """Add each concept's ``token`` to tokenizer and text encoder, as one word that starts from its
+    ``initializer``, while the model is immunized (the personalization task). The result has the
+    vocabulary that the model came with, so that anyone may add the word again. To train the words
+    in each lower level, and differentiate through it, add ``token`` to ``lower.parameters``."""
+    token_steps: int = Field(0, ge=0)
+    """Steps of Textual Inversion that train each new word's embedding, and nothing else, before
+    the model is immunized; 0 leaves the initializer's."""
+    precision: Precision = "float32"
+    """What the denoiser computes in, by autocast; weights and their updates stay in float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward passes instead of keeping them: slower, less memory."""
+    checkpoint_every: int | None = Field(50, ge=1)
+    """Outer steps between checkpoints, where the run has an output folder. None: only at the end,
+    and when it is interrupted."""
+    max_skipped: int = Field(10, ge=0)
+    """Steps in a row that may be left out because a loss or gradient was not finite; with
+    ``alternating``, even ones in a row, or odd ones."""
+    divergence: float | None = Field(10.0, gt=1)
+    """Stop when the mean loss on class pictures over the last ten steps exceeds this many times
+    that over the first ten: the model is being destroyed, not immunized. None: never."""
+    trackers: tuple[str, ...] = ()
+    """accelerate's experiment trackers, such as ``tensorboard`` and ``wandb``."""
+
+    @classmethod
+    def for_task(cls, task: Task, **settings: Any) -> ImmunizeConfig:
+        """The recipe of a task, ``relearn`` or ``personalize``, with settings that win over it."""
+        return cls.model_validate(with_recipe(task, settings))
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> ImmunizeConfig:
+        if self.upper.parameters == "lora":
+            raise ValueError("upper.parameters: 'lora' is an adapter; the defender changes weights")
+        if self.lower.trains_words and not self.new_words:
+            raise ValueError(
+                f"lower.parameters: {self.lower.parameters!r} trains new words, and there are none "
+                "without new_words"
+            )
+        if self.lower.token_lr is not None and not self.lower.trains_words:
+            raise ValueError(
+                f"lower.token_lr: lower.parameters {self.lower.parameters!r} trains no new word"
+            )
+        if self.lower.trains_words and self.upper.concepts_per_forward > 1:
+            raise ValueError(
+                "upper.concepts_per_forward: where lower.parameters trains new words, each "
+                "concept's text is encoded with its own; it is 1"
+            )
+        if self.method == "compose" and self.merge == "none":
+            raise ValueError("merge: 'none' leaves method 'compose' without its last step")
+        if self.token_steps and not self.new_words:
+            raise ValueError("token_steps: there are no new words to train without new_words")
+        if self.upper.concepts_per_forward > 1 and (
+            self.method in ("imma", "joint", "compose") or self.merge == "none"
+        ):
+            raise ValueError(
+                "upper.concepts_per_forward: only merged weights are the same for all concepts; "
+                f"with method {self.method!r}, merge {self.merge!r} it is 1"
+            )
+        if self.hypergradient == "alternating":
+            self._check_alternating()
+        if self.precision == "float16":
+            raise ValueError(
+                "precision: float16 gradients underflow without loss scaling, and a Hessian "
+                "product has no scale of its own that could be checked; use bfloat16"
+            )
+        if self.precision == "bfloat16" and self.hypergradient == "finite_difference":
+            raise ValueError(
+                "precision: bfloat16 rounds gradients more coarsely than finite_difference moves "
+                "the weights; use exact, first_order, or float32"
+            )
+        return self
+
+    def _check_alternating(self) -> None:
+        what = "hypergradient: 'alternating' is the published MIMA update"
+        if self.method not in ("mima", "none"):
+            raise ValueError(f"{what}, not for method {self.method!r}")
+        if self.merge != "projected":
+            raise ValueError(f"{what}, which merges keys and values; not for merge {self.merge!r}")
+        if self.lower.weights in ("lora", None) or self.lower.trains_words or self.lower.steps != 1:
+            raise ValueError(
+                f"{what}: one lower step on the weights; got lower.parameters "
+                f"{self.lower.parameters!r}, lower.steps {self.lower.steps}"
+            )
+
+
+class ImmunizeRun(Settings):
+    """What ``mima immunize CONFIG.yaml`` reads."""
+
+    model: str
+    """A diffusers folder, a .safetensors file, a hub id, or ``embedded``."""
+    revision: str | None = None
+    """The hub's branch, tag or commit of the model."""
+    variant: str | None = None
+    """File variant such as ``fp16``."""
+    single_file_config: str | None = None
+    """For a single file, a folder (or hub id) of a model of the same architecture. Default: the
+    published one, which diffusers fetches from the hub."""
+    concepts: list[Any] = Field(min_length=1)
+    """Concept descriptions: folders, files, names of embedded concepts, or inline mappings."""
+    erased: Path | None = None
+    """A checkpoint in which the concepts are erased, made from ``model`` by whatever means: see
+    ``mima.erasure.load_erased``. Takes the place of ``immunize.erase_first``."""
+    output: Path | None = None
+    """Where the immunized model goes."""
+    immunize: ImmunizeConfig = ImmunizeConfig()
+    """The settings."""
+
+
+def with_recipe(task: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Plain settings of a run with those of a task beneath them.
+
+    Raises:
+        MimaError: no such task.
+    """
+    if task not in RECIPES:
+        raise MimaError(f"task {task!r} is unknown; {nearest(task, RECIPES)}")
+    combined = {**RECIPES[task], **settings}
+    for name, value in RECIPES[task].items():
+        own = settings.get(name)
+        if isinstance(value, dict) and isinstance(own, BaseModel):
+            own = own.model_dump(exclude_unset=True)
+        if isinstance(value, dict) and isinstance(own, dict):
+            combined[name] = {**value, **own}
+    return combined
+
+
+def load_config(path: str | Path) -> ImmunizeRun:
+    """Read a run from YAML (or JSON). Relative paths in it are relative to its folder.
+
+    Raises:
+        MimaError: unreadable, not YAML, or a setting that is unknown or of the wrong type or range;
+            every such setting is named, unknown ones with the nearest valid name.
+    """
+    path = Path(path)
+    try:
+        raw = read_yaml(path.read_text(encoding="utf-8"))
+    except MimaError as error:
+        raise MimaError(f"config: {path}: {error}") from error
+    except OSError as error:
+        raise MimaError(f"config: cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MimaError(f"config: {path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise MimaError(f"config: {path} must be a mapping of settings, got {type(raw).__name__}")
+    return parse_config(ImmunizeRun, raw, source=str(path))

@@ -1,0 +1,277 @@
+"""A model and its concepts as a bi-level problem: what one outer step draws, trains and merges."""
+
+# N = concepts, K = lower-level steps
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from mima.bilevel.lower import LowerLevel
+from mima.bilevel.optimizers import SGD, Adam, Optimizer
+from mima.bilevel.outer import (
+    OuterGradient,
+    UpperLevel,
+    UpperTerm,
+    outer_gradient,
+    unmerged_gradient,
+)
+from mima.bilevel.tasks import FullWeights, LoraFactors, NewWord, StepLoss
+from mima.concepts import Concept
+from mima.distributed import ALONE, Ranks
+from mima.families import Family, Params
+from mima.immunization.config import ImmunizeConfig
+from mima.immunization.encoding import ConceptData
+from mima.immunization.progress import PRIOR
+from mima.immunization.trained_words import Word
+from mima.merging import MergeLayer, MergePlan
+from mima.training.batches import Batch, losses, seeded
+from mima.training.captions import regular_tokens
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+ALMOST_HARD = 1e-10
+"""Softness that stands in for a hard constraint where concepts share tokens."""
+
+
+class Problem:
+    """Everything about a run that stays fixed while θ changes.
+
+    Args:
+        family: the model. Its parameters are θ; they are read, and written by the caller.
+        data: the concepts' pictures.
+        config: the settings.
+        merge: how the adapted weights are merged; None leaves them apart (one problem each).
+        ranks: the processes that share the concepts out.
+        words: each concept's new word, where the lower level trains them.
+
+    Attributes:
+        upper_names: S_u, the parameters that the defender may change.
+        names: S_u ∪ S_l, all parameters that the run concerns.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        data: Sequence[ConceptData],
+        config: ImmunizeConfig,
+        merge: MergeLayer | None,
+        ranks: Ranks = ALONE,
+        words: Sequence[Word] = (),
+    ) -> None:
+        self.family = family
+        self.data = list(data)
+        self.words = list(words)
+        self.config = config
+        self.merge = merge
+        self.ranks = ranks
+        self.upper_names = tuple(family.parameter_names(config.upper.parameters))
+        weights = config.lower.weights
+        if weights == "lora":
+            lower_names = family.lora_targets()
+        else:
+            lower_names = [] if weights is None else family.parameter_names(weights)
+        self.lower_names = tuple(lower_names)
+        self.names = tuple(dict.fromkeys((*self.upper_names, *self.lower_names)))
+        # found once: each step asks for them, and a network's modules are many
+        parameters = dict(family.denoiser.named_parameters())
+        self._theta = {name: parameters[name] for name in self.names}
+        if config.gradient_checkpointing:
+            recompute_blocks(family.denoiser)
+
+    def theta(self) -> dict[str, torch.Tensor]:
+        """θ by name: the denoiser's own tensors, not copies."""
+        return {name: value.detach() for name, value in self._theta.items()}
+
+    def losses(self, batches: Sequence[Batch], params: Params) -> list[torch.Tensor]:
+        """L(batch; params) of each batch in the run's precision, all from one forward."""
+        if self.config.precision == "float32":
+            return losses(self.family, batches, params)
+        with torch.autocast(self.family.device.type, getattr(torch, self.config.precision)):
+            return losses(self.family, batches, params)
+
+    def lower_level(self, n: int, step: int) -> LowerLevel:
+        """The lower level of concept n at one outer step, its K batches drawn."""
+        config, data = self.config.lower, self.data[n]
+        own, _ = self._split(n, step)
+        draws = seeded(self.config.seed, step, n, "lower")
+        draw = partial(Batch.draw, self.family, size=config.batch_size, generator=draws)
+        batches = [[draw(data.images, among=own)] for _ in range(config.steps)]
+        if config.prior_weight:
+            assert data.class_images is not None
+            for step_batches in batches:
+                step_batches.append(draw(data.class_images))
+
+        def loss(params: Params, k: int) -> torch.Tensor:
+            value, *prior = self.losses(*self._read(n, batches[k], params))
+            return value + config.prior_weight * prior[0] if prior else value
+
+        weights = self._lower_weights(loss, draws)
+        if not self.words:
+            return weights
+        word = self.words[n]
+        rule = self._optimizer(config.token_lr or config.lr)
+        tokens = partial(word.tokens, self.family)
+        return NewWord(weights, word.name, word.embedding, tokens, rule)
+
+    def _lower_weights(self, loss: StepLoss, draws: torch.Generator) -> LowerLevel:
+        config = self.config.lower
+        rule = self._optimizer(config.lr)
+        if config.weights != "lora":
+            return FullWeights(loss, self.lower_names, steps=config.steps, optimizer=rule)
+        theta = self.theta()
+        return LoraFactors(
+            loss,
+            {name: theta[name].shape for name in self.lower_names},
+            rank=config.rank,
+            scale=(config.alpha or config.rank) / config.rank,
+            generator=draws,
+            steps=config.steps,
+            optimizer=rule,
+            like=theta[self.lower_names[0]],
+        )
+
+    def _read(
+        self, n: int, batches: Sequence[Batch], params: Params
+    ) -> tuple[Sequence[Batch], Params]:
+        """Let concept n's own pictures, the first batch, be read with its word among the params."""
+        if not self.words:
+            return batches, params
+        word, (own, *others) = self.words[n], batches
+        conditioning = word.encode(self.family, own.prompt.tolist(), params[word.name])
+        rest = {name: value for name, value in params.items() if name != word.name}
+        return [replace(own, conditioning=conditioning), *others], rest
+
+    def upper_level(self, concepts: Sequence[int], step: int) -> UpperLevel:
+        """Some concepts' part of the upper level, −L(x_u, c; φ) + w · L(class; φ) for each."""
+        config = self.config.upper
+        terms: list[UpperTerm] = []
+        batches: list[Batch] = []
+        for n in concepts:
+            data, (_, other) = self.data[n], self._split(n, step)
+            draws = seeded(self.config.seed, step, n, "upper")
+            batches.append(Batch.draw(self.family, data.images, config.batch_size, draws, other))
+            terms.append(UpperTerm(data.name, -1.0, config.loss_cap))
+            if config.prior_weight:
+                assert data.class_images is not None
+                size = config.prior_batch_size or config.batch_size
+                batches.append(Batch.draw(self.family, data.class_images, size, draws))
+                terms.append(UpperTerm(data.name + PRIOR, config.prior_weight))
+        # a word is read by its own concept's pictures alone, in a part of their own
+        return UpperLevel(terms, lambda phi: self.losses(*self._read(concepts[0], batches, phi)))
+
+    def lower_levels(self, step: int) -> Sequence[LowerLevel]:
+        """Every concept's lower level, each drawn when it is asked for and not kept."""
+        return _Drawn(partial(self.lower_level, step=step), len(self.data))
+
+    def upper_levels(self, step: int) -> Sequence[UpperLevel]:
+        """The upper level in parts of ``concepts_per_forward``, each drawn when it is asked for."""
+        count, size = len(self.data), self.config.upper.concepts_per_forward
+        # no process is to wait for another that does its part as well
+        size = min(size, -(-count // self.ranks.size))
+
+        def draw(part: int) -> UpperLevel:
+            return self.upper_level(range(count)[part * size : (part + 1) * size], step)
+
+        return _Drawn(draw, -(-count // size))
+
+    def hypergradient(
+        self,
+        theta: Params,
+        lower: Sequence[LowerLevel],
+        upper: Sequence[UpperLevel],
+    ) -> OuterGradient:
+        """dJ/dθ on S_u, merged or, where the run has no merge, for each concept by itself."""
+        mode, wrt = self.config.hypergradient, self.upper_names
+        if self.merge is None:
+            return unmerged_gradient(theta, lower, upper, mode=mode, wrt=wrt, ranks=self.ranks)
+        return outer_gradient(theta, lower, self.merge, upper, mode=mode, wrt=wrt, ranks=self.ranks)
+
+    def _split(self, n: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Disjoint halves of a concept's pictures, new each step; a single picture serves both."""
+        count = len(self.data[n].images)
+        order = torch.randperm(count, generator=seeded(self.config.seed, step, n, "split"))
+        half = (count + 1) // 2
+        return order[:half], order[half:] if count > 1 else order
+
+    def _optimizer(self, lr: float) -> Optimizer:
+        kinds: dict[str, Callable[..., Optimizer]] = {"sgd": SGD, "adam": Adam}
+        return kinds[self.config.lower.optimizer](lr=lr)
+
+
+def recompute_blocks(denoiser: torch.nn.Module) -> None:
+    """Let a denoiser of diffusers recompute each block's activations in backward passes.
+
+    diffusers' own way would recompute with the module's parameters, not with those that the block
+    was called with under ``torch.func.functional_call``.
+    """
+
+    def run(block: torch.nn.Module, *args: Any) -> Any:
+        params: dict[str, torch.Tensor] = dict(block.named_parameters())
+        return checkpoint(
+            lambda *inputs: functional_call(block, params, inputs), *args, use_reentrant=False
+        )
+
+    denoiser.enable_gradient_checkpointing(run)  # type: ignore[operator]
+
+
+class _Drawn(Sequence[T]):
+    """A sequence whose items are made anew at each access."""
+
+    def __init__(self, draw: Callable[[int], T], count: int) -> None:
+        self._draw = draw
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, n: Any) -> Any:
+        if not 0 <= n < self._count:
+            raise IndexError(n)
+        return self._draw(n)
+
+
+def merge_layer(
+    family: Family, concepts: Sequence[Concept], config: ImmunizeConfig
+) -> MergeLayer | None:
+    """The merge of a run: None for the methods and the rule that do not merge."""
+    if config.method in ("imma", "joint") or config.merge == "none":
+        return None
+    weights = torch.full((len(concepts),), 1 / len(concepts), device=family.device)
+    if config.merge == "average":
+        return MergeLayer(weights)
+    make_plan = partial(
+        MergePlan.from_embeddings,
+        [concept_tokens(family, concept) for concept in concepts],
+        regular_tokens(family, config.captions, config.num_captions, config.seed),
+        weights=weights,
+    )
+    if config.hypergradient != "alternating":
+        plan = make_plan(lam=config.lam)
+    else:
+        plan = _hard_plan(make_plan)
+    return MergeLayer(
+        weights, plan, family.text_projections(), trained_tokens=config.lower.trains_words
+    )
+
+
+def _hard_plan(make_plan: Callable[..., MergePlan]) -> MergePlan:
+    """The published merge's hard constraint, or next to it where that contradicts itself."""
+    try:
+        return make_plan(lam=0.0)
+    except ValueError as error:
+        logger.warning("%s; using lam=%g", error, ALMOST_HARD)
+        return make_plan(lam=ALMOST_HARD)
+
+
+def concept_tokens(family: Family, concept: Concept) -> torch.Tensor:
+    """C_n [S_n, D]: embeddings of the concept's prompt, the text its keys and values answer to."""
+    return family.token_embeddings(concept.prompt)

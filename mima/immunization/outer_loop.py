@@ -1,0 +1,253 @@
+"""The outer loop's bookkeeping: where to go on, what to keep, what to report, when to stop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+
+import torch
+
+from mima.bilevel.lower import Params, Tensors
+from mima.bilevel.outer import OuterGradient
+from mima.errors import MimaError
+from mima.immunization.levels import Problem
+from mima.immunization.progress import (
+    Callback,
+    MetricsFile,
+    StepReport,
+    Tracker,
+    open_trackers,
+    peak_memory,
+)
+from mima.storage.checkpoint import Checkpoint, CheckpointFolder
+from mima.storage.runs import uninterrupted
+
+logger = logging.getLogger(__name__)
+
+ETA_STEPS = 20
+DIVERGENCE_STEPS = 10
+
+
+class Ascent:
+    """The steps of a run, resumed where a checkpoint is found, and θ's updates.
+
+    θ, the optimizers' states and the history change together, in ``update`` alone, which a Ctrl-C
+    cannot cut in two. Draws depend on seed, step and concept only. A checkpoint of these three is
+    therefore all that a run needs to go on as if it had never stopped.
+
+    Args:
+        problem: what is solved; θ is the denoiser's own weights.
+        callbacks: called in the main process after each step.
+        folder: where checkpoints go; None keeps none.
+        lower_names: parameters that a second AdamW, with the lower level's step size, updates.
+        stage: the concept that is being immunized, where each is immunized alone.
+
+    Attributes:
+        theta: θ by name.
+        history: one report per step done.
+
+    Example:
+        >>> with Ascent(problem) as run:
+        ...     for step in run.steps():
+        ...         run.update(problem.hypergradient(run.theta, ...))
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        callbacks: Sequence[Callback] = (),
+        folder: CheckpointFolder | None = None,
+        *,
+        lower_names: Sequence[str] = (),
+        stage: str = "",
+    ) -> None:
+        config = problem.config
+        self.theta = problem.theta()
+        self.history: list[StepReport] = []
+        self._problem = problem
+        self._config = config
+        self._callbacks = list(callbacks)
+        self._folder = folder
+        self._stage = stage
+        self._names = {"upper": tuple(problem.upper_names), "lower": tuple(lower_names)}
+        self._optimizers = {
+            level: torch.optim.AdamW(
+                [self.theta[name] for name in names],
+                lr=lr,
+                weight_decay=config.upper.weight_decay,
+            )
+            for (level, names), lr in zip(
+                self._names.items(), (config.upper.lr, config.lower.lr), strict=True
+            )
+            if names
+        }
+        # of each level: where they take turns, one that always fails is not to go unnoticed
+        self._skipped_in_a_row = {"upper": 0, "lower": 0}
+        self._stopped = False
+        self._trackers: list[Tracker] = []
+        self._clock = time.perf_counter()
+
+    def __enter__(self) -> Ascent:
+        self._restore()
+        if self._problem.ranks.main:
+            folder = self._folder.path if self._folder else None
+            if folder is not None:
+                self._callbacks.append(MetricsFile(folder / "metrics.jsonl", self.history))
+            config = self._config.model_dump(mode="json")
+            self._trackers = open_trackers(self._config.trackers, folder, config)
+            self._callbacks += self._trackers
+        self._clock = time.perf_counter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None or issubclass(kind, KeyboardInterrupt):
+            self._write()
+        for tracker in self._trackers:
+            tracker.finish()
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, counted from 0; ends early where a callback wants it."""
+        while len(self.history) < self._config.steps and not self._stopped:
+            yield len(self.history)
+
+    def update(
+        self, outer: OuterGradient, level: str = "upper", committed: Params | None = None
+    ) -> None:
+        """Clip the gradient and take one AdamW step, unless it is not finite; then report.
+
+        Args:
+            outer: the gradient and what was seen on the way.
+            level: ``upper``, or ``lower`` for the second optimizer.
+            committed: new values of other parameters, taken over as they are.
+
+        Raises:
+            MimaError: too many steps in a row were not finite, or the run diverges.
+        """
+        norm = outer.norm if outer.gradient else 0.0
+        seen = (norm, outer.drift, *outer.losses.values())
+        finite = all(map(math.isfinite, seen))
+        with uninterrupted():
+            if finite:
+                self._skipped_in_a_row[level] = 0
+                self._step(outer.gradient, norm, level)
+                for name, value in (committed or {}).items():
+                    self.theta[name].copy_(value)
+            else:
+                self._skipped_in_a_row[level] += 1
+            self.history.append(self._report(outer, norm, skipped=not finite))
+        report = self.history[-1]
+        if not finite:
+            self._skip(report, self._skipped_in_a_row[level])
+        self._check_divergence()
+        # every callback is called, also after one that wants to stop
+        answers = [callback(report) for callback in self._callbacks]
+        self._stopped = self._problem.ranks.from_main(True in answers)
+        every = self._config.checkpoint_every
+        if every is not None and report.step % every == 0:
+            self._write()
+
+    def _step(self, gradient: Tensors, norm: float, level: str) -> None:
+        if not gradient:
+            return
+        longest = self._config.upper.max_grad_norm
+        scale = 1.0 if longest is None or norm <= longest else longest / norm
+        for name in self._names[level]:
+            self.theta[name].grad = gradient[name] * scale
+        self._optimizers[level].step()
+        self._optimizers[level].zero_grad(set_to_none=True)
+
+    def _report(self, outer: OuterGradient, norm: float, *, skipped: bool) -> StepReport:
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        recent = [report.seconds for report in self.history[1 - ETA_STEPS :]] + [seconds]
+        done, steps = len(self.history) + 1, self._config.steps
+        before = self.history[-1].skipped if self.history else 0
+        return StepReport(
+            done,
+            steps,
+            outer.losses,
+            outer.drift,
+            norm,
+            outer.residual,
+            seconds=seconds,
+            eta=sum(recent) / len(recent) * (steps - done),
+            memory=peak_memory(self._problem.family.device),
+            skipped=before + skipped,
+            stage=self._stage,
+        )
+
+    def _skip(self, report: StepReport, in_a_row: int) -> None:
+        losses = ", ".join(f"{name} {value:g}" for name, value in report.losses.items())
+        what = f"losses {losses}; gradient norm {report.gradient_norm:g}; drift {report.drift:g}"
+        if in_a_row <= self._config.max_skipped:
+            logger.warning("step %d left out, not finite: %s", report.step, what)
+            return
+        raise MimaError(
+            f"immunize: {in_a_row} steps in a row were not finite, the last being "
+            f"step {report.step} ({what}); a smaller upper.lr ({self._config.upper.lr:g}) or "
+            f"lower.lr ({self._config.lower.lr:g}) may help{self._kept()}"
+        )
+
+    def _check_divergence(self) -> None:
+        most, count = self._config.divergence, DIVERGENCE_STEPS
+        if most is None:
+            return
+        priors = [report.prior_loss for report in (*self.history[:count], *self.history[-count:])]
+        values = [value for value in priors if value is not None and math.isfinite(value)]
+        if len(self.history) < 2 * count or len(values) < 2 * count:
+            return
+        first, last = sum(values[:count]) / count, sum(values[count:]) / count
+        if last > most * first:
+            raise MimaError(
+                f"immunize: step {len(self.history)}: the mean loss on class pictures has grown "
+                f"from {first:.3g} to {last:.3g}, more than {most:g} times (divergence): the model "
+                f"is being destroyed; a smaller upper.lr ({self._config.upper.lr:g}) or a larger "
+                f"upper.prior_weight ({self._config.upper.prior_weight:g}) may help{self._kept()}"
+            )
+
+    def _kept(self) -> str:
+        return f"; the last checkpoint is in {self._folder.path}" if self._folder else ""
+
+    def _write(self) -> None:
+        if self._folder is None or not self._problem.ranks.main or not self.history:
+            return
+        tensors = {f"theta.{name}": value for name, value in self.theta.items()}
+        for level, optimizer in self._optimizers.items():
+            for name in self._names[level]:
+                for key, value in optimizer.state[self.theta[name]].items():
+                    tensors[f"{level}.{key}.{name}"] = value
+        state = {
+            "stopped": self._stopped,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "history": [report.to_dict() for report in self.history],
+        }
+        self._folder.write(Checkpoint(len(self.history), tensors, state))
+
+    def _restore(self) -> None:
+        ranks = self._problem.ranks
+        kept = self._folder.latest() if self._folder and ranks.main else None
+        kept = ranks.from_main(kept)
+        if kept is None:
+            return
+        for name, value in self.theta.items():
+            value.copy_(kept.tensors[f"theta.{name}"])
+        for level, optimizer in self._optimizers.items():
+            for name in self._names[level]:
+                parameter = self.theta[name]
+                for key in ("step", "exp_avg", "exp_avg_sq"):
+                    moment = kept.tensors.get(f"{level}.{key}.{name}")
+                    if moment is not None:
+                        device = moment.device if key == "step" else parameter.device
+                        optimizer.state[parameter][key] = moment.to(device)
+        self.history = [StepReport.from_dict(plain) for plain in kept.state["history"]]
+        self._skipped_in_a_row = kept.state["skipped_in_a_row"]
+        self._stopped = kept.state["stopped"]
+        logger.info("going on after step %d", kept.step)

@@ -1,0 +1,1 @@
+"""What serves the operators: plain PyTorch, C++ and CUDA; Triton's kernels are `mima.kernels`."""

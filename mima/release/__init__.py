@@ -1,0 +1,1 @@
+"""Results as ordinary models: diffusers folders, deltas, model cards, the hub."""

@@ -1,0 +1,127 @@
+"""A delta: one safetensors file with the values that differ from a base model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mima.errors import MimaError
+from mima.families.new_words import with_words
+from mima.families.pipelines import with_values
+
+DELTA_FILE = "model_delta.safetensors"
+_HEADER = "mima_delta"
+_WORD = "new_words."
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a model changes of its base.
+
+    Attributes:
+        values: new values by component and parameter, as in ``unet.conv_in.weight``.
+        words: embeddings [K, D] of new words.
+        origin: where it came from, as plain data.
+    """
+
+    values: Mapping[str, torch.Tensor]
+    words: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, pipeline: Any, names: Iterable[str], **rest: Any) -> Delta:
+        """The pipeline's present values of some parameters, as ``values`` names them."""
+        values = {}
+        for name in names:
+            component, _, parameter = name.partition(".")
+            values[name] = getattr(pipeline, component).get_parameter(parameter).detach()
+        return cls(values, **rest)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``model_delta.safetensors``; what it came from is in the file's metadata.
+
+        Raises:
+            MimaError: nothing changed.
+        """
+        tensors = {**self.values, **{_WORD + word: rows for word, rows in self.words.items()}}
+        if not tensors:
+            raise MimaError("delta: nothing was changed, so there is nothing to write")
+        stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        metadata = {"format": "pt", _HEADER: json.dumps(dict(self.origin), ensure_ascii=False)}
+        save_file(stored, folder / DELTA_FILE, metadata=metadata)
+        return folder / DELTA_FILE
+
+
+def read_delta(path: str | Path) -> Delta:
+    """Read a delta.
+
+    Args:
+        path: the file, or a folder that holds ``model_delta.safetensors``.
+
+    Raises:
+        MimaError: nothing there, damaged, or no delta.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        path = path / DELTA_FILE
+    if not path.is_file():
+        raise MimaError(f"delta {path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(_HEADER)
+            if header is None:
+                raise MimaError(f"delta {path} is no delta that mima wrote")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            origin = json.loads(header)
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise MimaError(f"delta {path} is damaged or no safetensors file: {error}") from error
+    words = {
+        key.removeprefix(_WORD): value for key, value in tensors.items() if key.startswith(_WORD)
+    }
+    values = {key: value for key, value in tensors.items() if not key.startswith(_WORD)}
+    return Delta(values, words, origin)
+
+
+def is_delta(path: Path) -> bool:
+    """Whether a safetensors file is a delta of this package."""
+    with safe_open(path, framework="pt") as file:
+        return _HEADER in (file.metadata() or {})
+
+
+def load_delta(pipeline: Any, path: str | Path) -> Any:
+    """Apply a delta to the model that it was made for.
+
+    Args:
+        pipeline: the base model, which stays as it is.
+        path: as for ``read_delta``.
+
+    Returns:
+        A pipeline of the same class; what the delta leaves alone is shared with ``pipeline``.
+
+    Raises:
+        MimaError: not a delta, or one of another model.
+
+    Example:
+        >>> immunized = mima.load_delta(DiffusionPipeline.from_pretrained("base"), "immunized")
+    """
+    delta = read_delta(path)
+    for name, value in delta.values.items():
+        component, _, parameter = name.partition(".")
+        module = getattr(pipeline, component, None)
+        own = dict(module.named_parameters()).get(parameter) if module is not None else None
+        if own is None or own.shape != value.shape:
+            found = "nothing" if own is None else f"a {list(own.shape)}"
+            raise MimaError(
+                f"delta {path} is not of this model: it holds {name} {list(value.shape)}, the "
+                f"model has {found} there"
+            )
+    return with_words(with_values(pipeline, delta.values), delta.words)

@@ -1,0 +1,218 @@
+"""Models as folders that diffusers opens, and as repositories on the hub."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+from mima._version import __version__
+from mima.errors import MimaError
+from mima.families.hub import unreachable
+from mima.release.card import CARD_FILE, CardFacts, _card
+from mima.release.delta import Delta
+
+# RuntimeError: a large file that was not taken
+REFUSALS = (
+    *(HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, ConnectionError, RuntimeError),
+)
+
+
+class Repository:
+    """A model's repository on the hub, to publish to.
+
+    Args:
+        repo_id: ``owner/name``; made where it does not exist.
+        private: whether a new one is private; None leaves it to the owner's settings.
+        token: of the hub; None takes the one that ``hf auth login`` stored.
+
+    Raises:
+        MimaError: the hub cannot be reached, or refuses.
+    """
+
+    def __init__(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+    ) -> None:
+        self._name = repo_id
+        problem = unreachable()
+        if problem:
+            raise MimaError(f"hub: cannot publish {repo_id!r}: {problem}")
+        self._api = HfApi(token=token)
+        with self._explained():
+            self._name = self._api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+
+    def upload(
+        self,
+        folder: str | Path,
+        *,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload with mima",
+    ) -> str:
+        """Publish what a folder holds.
+
+        Args:
+            folder: the folder.
+            revision: a branch, made from the main one where it is missing; default the main one.
+            create_pr: open a pull request instead of committing.
+            commit_message: of the commit.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            MimaError: the hub refuses.
+        """
+        with self._explained():
+            if revision is not None and not create_pr:
+                self._api.create_branch(self._name, branch=revision, exist_ok=True)
+            commit = self._api.upload_folder(
+                repo_id=self._name,
+                folder_path=folder,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+            )
+        return str(commit.commit_url)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except REFUSALS as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise MimaError(f"hub: cannot publish {self._name!r}: {first}") from error
+
+
+def save_pipeline(pipeline: Any, folder: str | Path) -> None:
+    """Write a diffusers folder that any transformers from 4 on reads.
+
+    transformers 5 writes a ``CLIPTextModel`` under names without the prefix ``text_model.``, which
+    transformers 4 takes for missing, and draws random weights with no more than a warning; both
+    read the names with the prefix.
+    """
+    folder = Path(folder)
+    pipeline.save_pretrained(folder)
+    for name, component in pipeline.components.items():
+        if type(component).__name__ == "CLIPTextModel":
+            prefix = "text_model."
+            state = {
+                prefix + key.removeprefix(prefix): value
+                for key, value in component.state_dict().items()
+            }
+            for file in (folder / name).glob("*.safetensors*"):
+                file.unlink()
+            component.save_pretrained(folder / name, state_dict=state)
+
+
+class Released(ABC):
+    """A model to be given to others, whichever way it was made."""
+
+    pipeline: Any
+
+    @abstractmethod
+    def _facts(self) -> CardFacts: ...
+
+    @abstractmethod
+    def _delta(self) -> Delta: ...
+
+    def _write_records(self, folder: Path) -> None:
+        """Write `mima.json`, which marks a folder as mima's, and what else the run leaves."""
+        origin = {"version": __version__, **self._facts().settings}
+        text = json.dumps(origin, indent=2, ensure_ascii=False)
+        (folder / "mima.json").write_text(text + "\n", encoding="utf-8")
+
+    def card(
+        self,
+        *,
+        delta: bool = False,
+        metrics: Mapping[str, float] | None = None,
+        license: str | None = None,
+    ) -> ModelCard:
+        """The model card, as ``huggingface_hub`` reads and writes it.
+
+        Args:
+            delta: whether it stands beside a delta rather than a whole model.
+            metrics: measured values by name, for a table; further to those of the run.
+            license: the hub's identifier of the licence, such as ``"openrail"``. Without one the
+                card says that the base model's applies.
+        """
+        facts = self._facts()
+        return _card(facts, {**facts.metrics, **(metrics or {})}, license, delta)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        delta: bool = False,
+        metrics: Mapping[str, float] | None = None,
+        license: str | None = None,
+    ) -> None:
+        """Write a diffusers folder, which opens without mima, with a model card.
+
+        Args:
+            folder: made where it does not exist; files of the same names are replaced.
+            delta: write ``model_delta.safetensors``, the changed weights alone, instead.
+            metrics: for the card, as for ``card``.
+            license: for the card, as for ``card``.
+        """
+        folder = Path(folder)
+        if delta:
+            self._delta().save(folder)
+        else:
+            save_pipeline(self.pipeline, folder)
+        self._write_records(folder)
+        card = self.card(delta=delta, metrics=metrics, license=license)
+        (folder / CARD_FILE).write_text(str(card), encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload with mima",
+        delta: bool = False,
+        metrics: Mapping[str, float] | None = None,
+        license: str | None = None,
+    ) -> str:
+        """Publish what ``save_pretrained`` writes as a model on the hub.
+
+        The environment variable ``HF_ENDPOINT`` names another hub.
+
+        Args:
+            repo_id: ``owner/name``; made where it does not exist.
+            private: whether a new one is private; None leaves it to the owner's settings.
+            token: of the hub; None takes the one that ``hf auth login`` stored.
+            revision: a branch; default the main one.
+            create_pr: open a pull request instead of committing.
+            commit_message: of the commit.
+            delta: as for ``save_pretrained``.
+            metrics: as for ``save_pretrained``.
+            license: as for ``save_pretrained``.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            MimaError: the hub cannot be reached, or refuses; asked before anything is written.
+        """
+        repository = Repository(repo_id, private=private, token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, delta=delta, metrics=metrics, license=license)
+            return repository.upload(
+                folder, revision=revision, create_pr=create_pr, commit_message=commit_message
+            )

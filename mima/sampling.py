@@ -1,0 +1,169 @@
+"""Sampling for measurement: batched over prompts, seeds and adapters, noise fixed by the seed."""
+
+# P = prompts, R = seeds per prompt
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from PIL import Image
+
+from mima.adapters.mixed_batch import Adapter, with_adapters
+from mima.errors import MimaError
+from mima.families import family_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to draw.
+
+    Attributes:
+        prompt: what is asked for.
+        seed: of its noise.
+        adapter: place among the adapters given, −1 for none.
+    """
+
+    prompt: str
+    seed: int
+    adapter: int = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """How pictures are drawn from a pipeline when models are compared.
+
+    A picture depends on its prompt and seed only, not on what else is in the batch: it is what
+    `pipeline(prompt, generator=torch.Generator().manual_seed(seed))` gives, up to rounding.
+
+    Example:
+        >>> rows = Sampler(steps=20)(pipeline, ["a cat", "a dog"], seeds=(0, 1, 2))
+        >>> rows[1][2]  # "a dog", seed 2
+    """
+
+    steps: int = 25
+    """Denoising steps."""
+    guidance: float | None = None
+    """Guidance scale; 1 turns guidance off and halves the work. None is the pipeline's own."""
+    batch_size: int = 8
+    """Pictures per forward pass, before guidance doubles them."""
+    negative_prompt: str = ""
+    """What guidance leads away from; the empty one is what the pipeline uses by default."""
+    scheduler: str = "own"
+    """`"own"` keeps the pipeline's scheduler; `"dpm++"` is DPM-Solver++ 2M, good in 10–15 steps."""
+    size: int | None = None
+    """Side of the square pictures in pixels; None is the model's own."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Sampler: {name} must be at least 1, got {getattr(self, name)}")
+        if self.scheduler not in ("own", "dpm++"):
+            raise ValueError(f"Sampler: scheduler must be own or dpm++, got {self.scheduler!r}")
+
+    def __call__(
+        self,
+        pipeline: Any,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Image.Image]]:
+        """Draw one picture for each prompt and seed.
+
+        Args:
+            pipeline: a diffusers text-to-image pipeline; it is left as it was.
+            prompts: P texts.
+            seeds: R seeds; every prompt uses the same ones.
+            progress: called with the number of pictures done and the number of all.
+
+        Returns:
+            P rows of R pictures.
+
+        Raises:
+            ValueError: no prompts or no seeds.
+        """
+        if not prompts or not seeds:
+            raise ValueError(
+                f"Sampler: needs prompts and seeds, got {len(prompts)} and {len(seeds)}"
+            )
+        jobs = [Job(prompt, seed) for prompt in prompts for seed in seeds]
+        pictures: list[Image.Image] = []
+        for image in self.draw(pipeline, jobs):
+            pictures.append(image)
+            if progress is not None:
+                progress(len(pictures), len(jobs))
+        width = len(seeds)
+        return [pictures[row * width : (row + 1) * width] for row in range(len(prompts))]
+
+    def draw(
+        self, pipeline: Any, jobs: Sequence[Job], adapters: Sequence[Adapter] = ()
+    ) -> Iterator[Image.Image]:
+        """Draw pictures in the order of their jobs, each as soon as its batch is done.
+
+        One batch may hold several prompts, seeds and adapters; a picture does not depend on what
+        else is in it, up to rounding.
+
+        Args:
+            pipeline: a diffusers text-to-image pipeline; it is left as it was.
+            jobs: what to draw.
+            adapters: LoRAs of this pipeline's denoiser, by the jobs' `adapter`.
+
+        Raises:
+            ValueError: a job whose adapter is not there.
+        """
+        wrong = [job for job in jobs if not -1 <= job.adapter < len(adapters)]
+        if wrong:
+            raise ValueError(f"Sampler: {wrong[0]} names none of {len(adapters)} adapters")
+        rows = None
+        if adapters:
+            pipeline, rows = with_adapters(pipeline, adapters)
+        drawer = self._drawer(pipeline)
+        device = family_of(pipeline).device
+        for start in range(0, len(jobs), self.batch_size):
+            batch = jobs[start : start + self.batch_size]
+            if rows is not None:
+                rows.index = torch.tensor([job.adapter for job in batch], device=device)
+            yield from self._draw(drawer, batch)
+
+    def _drawer(self, pipeline: Any) -> Any:
+        """The same modules in a pipeline of its own, without progress bar and safety checker."""
+        drawer = copy.copy(pipeline)
+        drawer.set_progress_bar_config(disable=True)
+        if self.scheduler == "own":
+            drawer.scheduler = copy.deepcopy(pipeline.scheduler)
+        else:
+            config = pipeline.scheduler.config
+            if "beta_schedule" not in config:
+                name = type(pipeline.scheduler).__name__
+                raise MimaError(f"Sampler: dpm++ does not fit a {name}; use scheduler='own'")
+            drawer.scheduler = DPMSolverMultistepScheduler.from_config(
+                config, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero"
+            )
+        if getattr(drawer, "safety_checker", None) is not None:
+            # it would paint pictures black, and every comparison with them would be void
+            drawer.register_to_config(requires_safety_checker=False)
+            drawer.safety_checker = None
+        return drawer
+
+    def _draw(self, drawer: Any, jobs: Sequence[Job]) -> list[Image.Image]:
+        family = family_of(drawer, resolution=self.size)
+        size = family.resolution
+        keywords = {"height": size, "width": size, **family._sampling()}
+        if self.guidance is not None:
+            keywords["guidance_scale"] = self.guidance
+        if self.negative_prompt and keywords.get("guidance_scale", math.inf) > 1:
+            keywords["negative_prompt"] = [self.negative_prompt] * len(jobs)
+        result = drawer(
+            prompt=[job.prompt for job in jobs],
+            generator=[torch.Generator().manual_seed(job.seed) for job in jobs],
+            num_inference_steps=self.steps,
+            **keywords,
+        )
+        images: list[Image.Image] = result.images
+        return images

@@ -1,0 +1,90 @@
+"""Settings as frozen classes: read from plain data, every problem named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    TypeAdapter,
+    ValidationError,
+)
+
+from mima.errors import MimaError, ProblemList, nearest
+
+Method = Literal["none", "imma", "joint", "compose", "mima"]
+
+
+class Settings(BaseModel):
+    """Frozen; refuses what it does not know, and numbers that are not finite."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def set_nested(settings: dict[str, Any], name: str, value: Any) -> None:
+    """Set ``a.b.c`` in nested settings, in place; parts that are missing are made.
+
+    Raises:
+        MimaError: a part on the way is a value.
+    """
+    *parts, last = name.split(".")
+    for part in parts:
+        settings = settings.setdefault(part, {})
+        if not isinstance(settings, dict):
+            raise MimaError(f"setting {name}: {part} has no settings of its own")
+    settings[last] = value
+
+
+def parse_config(kind: type[SettingsT], raw: dict[str, Any], *, source: str) -> SettingsT:
+    """Check plain data against a settings class; errors say where, what was expected and got."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        problems = [_explain(kind, dict(item)) for item in error.errors()]
+        raise ProblemList(f"config: {source} has {len(problems)} problem(s)", problems) from error
+
+
+def _explain(kind: type[Settings], error: dict[str, Any]) -> str:
+    where = [str(part) for part in error["loc"]]
+    name = ".".join(where)
+    if error["type"] != "extra_forbidden":
+        got = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
+        return f"{name + ': ' if name else ''}{error['msg']}{got}"
+    fields = kind.model_fields
+    for part in where[:-1]:
+        inner = fields[part].annotation
+        fields = inner.model_fields if isinstance(inner, type) else {}
+    return f"{name}: unknown setting; {nearest(where[-1], fields)}"
+
+
+T = TypeVar("T")
+
+
+def checked(kind: type[T], what: str, settings: Mapping[str, Any]) -> T:
+    """A dataclass of settings from plain values, of the types that it declares.
+
+    Raises:
+        MimaError: a setting that it does not have, or values that it cannot have, all in one error.
+    """
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    for name in settings:
+        if name not in known:
+            raise MimaError(f"{what} has no setting {name}; {nearest(name, known)}")
+    try:
+        return TypeAdapter(kind).validate_python(dict(settings))
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, item['loc']))} {item['msg']}, got {item['input']!r}"
+            if item["loc"]
+            else item["msg"].removeprefix("Value error, ")
+            for item in error.errors()
+        ]
+        raise ProblemList(f"{what} cannot be used:", problems) from error

@@ -1,0 +1,101 @@
+"""Whose folder a checkpoint folder is: claimed by one run, which alone may go on with it."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mima._version import installed_versions
+from mima.errors import MimaError
+from mima.storage.checkpoint import CheckpointFolder, fingerprint
+from mima.storage.plain_data import flat
+
+logger = logging.getLogger(__name__)
+
+MAY_CHANGE = frozenset({"steps", "checkpoint_every", "max_skipped", "trackers"})
+"""Settings that a resumed run may change: no gradient depends on them."""
+
+
+@contextmanager
+def uninterrupted() -> Iterator[Sequence[object]]:
+    """Put a Ctrl-C off until the block is done, and yield the signals that wait."""
+    arrived: list[Any] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield arrived
+        return
+    before = signal.signal(signal.SIGINT, lambda *args: arrived.append(args))
+    try:
+        yield arrived
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    if arrived and callable(before):
+        before(*arrived[0])
+
+
+def describe_run(
+    config: Mapping[str, Any], concepts: Sequence[Any], weights: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """What a run is, as plain data: settings, concepts, the model's fingerprint, versions."""
+    return {
+        "config": config,
+        "concepts": [
+            {"name": c.name, "prompt": c.prompt, "class_prompt": c.class_prompt} for c in concepts
+        ],
+        "model": fingerprint(weights),
+        "versions": installed_versions(),
+    }
+
+
+def claim(folder: CheckpointFolder, run: Mapping[str, Any], *, resume: bool) -> None:
+    """Make a checkpoint folder this run's own, or go on with it.
+
+    Raises:
+        MimaError: another run's checkpoint is there, or this run's and ``resume`` is off.
+    """
+    earlier = folder.read_json("run.json")
+    if earlier is None:
+        folder.write_json("run.json", run)
+        return
+    if not resume:
+        raise MimaError(
+            f"checkpoint: {folder.path} holds an unfinished run; go on with it (resume), "
+            "or remove it (overwrite)"
+        )
+    before, now = ({"model": r["model"], **_settings(r)} for r in (earlier, run))
+    problems = [
+        f"{name}: {_short(before.get(name))} then, {_short(now.get(name))} now"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name) and name not in MAY_CHANGE
+    ]
+    if problems:
+        raise MimaError(
+            f"checkpoint: {folder.path} belongs to another run, which differs in "
+            + "; ".join(problems)
+        )
+    if earlier["versions"] != run["versions"]:
+        logger.warning(
+            "resuming under other versions: %s, now %s", *(r["versions"] for r in (earlier, run))
+        )
+    folder.write_json("run.json", run)
+
+
+def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
+    concepts = {f"concepts.{n}": concept for n, concept in enumerate(run["concepts"])}
+    return flat(run["config"]) | flat(concepts)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def default_folder(output: Path) -> Path:
+    """Where the checkpoints of a run go that writes its model to ``output``."""
+    return output.with_name(f"{output.name}.checkpoint")

@@ -1,0 +1,1 @@
+"""What adaptation and immunization share: the loss, batches, class pictures, captions."""

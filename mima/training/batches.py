@@ -1,0 +1,175 @@
+"""Encoded pictures and the seeded batches drawn from them."""
+
+# P = pictures, B = batch
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from mima.families.base import Conditioning, Family, Params
+from mima.training.loss import pixels, prediction_and_target
+
+if TYPE_CHECKING:
+    from mima.concepts.pictures import Picture
+
+
+CHUNK = 16
+"""Pictures, or prompts, that are encoded at once."""
+
+
+def seeded(*key: int | str) -> torch.Generator:
+    """A CPU generator that depends on ``key`` alone: the same draws in any pass, rank or rerun."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Pictures and their prompts as the denoiser reads them, encoded once.
+
+    The tensors stay in the CPU's memory, or mapped from a file where they are large:
+    ``Batch.draw`` moves to the model's device what a step needs.
+
+    Attributes:
+        latents: [P, C, H, W].
+        prompts: T rows of each conditioning tensor, one per distinct prompt.
+        prompt: [P] the row that each picture's prompt has.
+    """
+
+    latents: torch.Tensor
+    prompts: Conditioning
+    prompt: torch.Tensor
+
+    @classmethod
+    def of(cls, family: Family, latents: torch.Tensor, prompts: Sequence[str]) -> Encoded:
+        """Put latents [P, C, H, W] and their P prompts together; each distinct one is encoded."""
+        distinct = list(dict.fromkeys(prompts))
+        chunks = [distinct[start : start + CHUNK] for start in range(0, len(distinct), CHUNK)]
+        encoded = [family.encode_prompts(chunk) for chunk in chunks]
+        # a file forgets strides, and with other strides a network rounds otherwise
+        return cls(
+            latents.cpu().contiguous(),
+            {n: torch.cat([part[n] for part in encoded]).cpu().contiguous() for n in encoded[0]},
+            torch.tensor([distinct.index(prompt) for prompt in prompts]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """P rows of each conditioning tensor."""
+        return {name: value[self.prompt] for name, value in self.prompts.items()}
+
+    def rows(self, index: torch.Tensor) -> Encoded:
+        """The pictures at ``index`` [B], repetitions allowed."""
+        return Encoded(self.latents[index], self.prompts, self.prompt[index])
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """As named tensors, for a file."""
+        named = {f"prompts.{name}": value for name, value in self.prompts.items()}
+        return {"latents": self.latents, "prompt": self.prompt, **named}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Encoded:
+        """The inverse of ``to_tensors``."""
+        prompts = {
+            name.removeprefix("prompts."): value
+            for name, value in tensors.items()
+            if name.startswith("prompts.")
+        }
+        return cls(tensors["latents"], prompts, tensors["prompt"])
+
+
+def encode_images(family: Family, pictures: Sequence[Picture]) -> torch.Tensor:
+    """Latents [P, C, H, W] of pictures, encoded without a graph, a few at a time."""
+    latents = [
+        family.encode_images(pixels(pictures[start : start + CHUNK], family.resolution))
+        for start in range(0, len(pictures), CHUNK)
+    ]
+    return torch.cat(latents)
+
+
+def encode(family: Family, pictures: Sequence[Picture]) -> Encoded:
+    """Encode pictures and prompts without a graph, a few at a time."""
+    latents = encode_images(family, pictures)
+    return Encoded.of(family, latents, [picture.prompt for picture in pictures])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One draw of pictures, noise levels and noise: L(batch; θ) is then a function of θ alone.
+
+    Attributes:
+        latents: [B, C, H, W].
+        conditioning: B rows of each conditioning tensor.
+        timesteps: [B].
+        noise: [B, C, H, W].
+        prompt: [B] the row of ``Encoded.prompts`` that each picture's prompt has.
+    """
+
+    latents: torch.Tensor
+    conditioning: Conditioning
+    timesteps: torch.Tensor
+    noise: torch.Tensor
+    prompt: torch.Tensor
+
+    @classmethod
+    def draw(
+        cls,
+        family: Family,
+        pictures: Encoded,
+        size: int,
+        generator: torch.Generator,
+        among: torch.Tensor | None = None,
+    ) -> Batch:
+        """Draw ``size`` pictures (without repetition while they last), noise levels and noise.
+
+        Args:
+            family: the model.
+            pictures: what to draw from.
+            size: B.
+            generator: of all draws.
+            among: the indices of those that may be drawn; None for all.
+        """
+        count = len(pictures) if among is None else len(among)
+        order = torch.cat(
+            [torch.randperm(count, generator=generator) for _ in range(-(-size // count))]
+        )[:size]
+        chosen = pictures.rows(order if among is None else among[order])
+        timesteps = family.sample_timesteps(size, generator)
+        noise = torch.randn(chosen.latents.shape, generator=generator, dtype=torch.float32)
+        device = family.device
+        return cls(
+            chosen.latents.to(device),
+            {name: value.to(device) for name, value in chosen.conditioning.items()},
+            timesteps.to(device),
+            noise.to(device, chosen.latents.dtype),
+            chosen.prompt,
+        )
+
+
+def losses(
+    family: Family, batches: Sequence[Batch], params: Params | None = None
+) -> list[torch.Tensor]:
+    """The diffusion training loss of each batch, a scalar, all from one forward."""
+    prediction, target = prediction_and_target(
+        family,
+        torch.cat([batch.latents for batch in batches]),
+        {
+            name: torch.cat([batch.conditioning[name] for batch in batches])
+            for name in batches[0].conditioning
+        },
+        torch.cat([batch.timesteps for batch in batches]),
+        torch.cat([batch.noise for batch in batches]),
+        params,
+    )
+    sizes = [len(batch.latents) for batch in batches]
+    pairs = zip(prediction.split(sizes), target.split(sizes), strict=True)
+    return [F.mse_loss(*pair) for pair in pairs]

@@ -1,0 +1,94 @@
+"""Class pictures for prior preservation: drawn by the model itself, once, and kept on disk."""
+
+# P = pictures, C H W = latent channels and size
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from diffusers import __version__ as diffusers_version
+
+from mima.families import Family
+from mima.storage.checkpoint import CheckpointFolder, fingerprint
+from mima.training.batches import CHUNK
+
+logger = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Where mima keeps what it can compute again: `MIMA_CACHE`, default `~/.cache/mima`."""
+    return Path(os.environ.get("MIMA_CACHE") or "~/.cache/mima").expanduser()
+
+
+class ClassPictures:
+    """Pictures of some prompts by one model, or those that an earlier run drew.
+
+    They are kept in `class-images/` of `cache_folder`, one file for each batch: its model (weights
+    of denoiser and text encoders, scheduler), prompts and state of the generator name it.
+
+    Args:
+        family: the model. Its weights are read once and must not change between calls.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+        self._cache = CheckpointFolder(cache_folder() / "class-images")
+
+    def latents(self, prompts: Sequence[str], generator: torch.Generator) -> torch.Tensor:
+        """Draw or read pictures; stopped, it goes on after the last batch that is kept.
+
+        Args:
+            prompts: P texts, one per picture.
+            generator: draws the noise; in the end as if all had been drawn, also where they are
+                read.
+
+        Returns:
+            [P, C, H, W] scaled latents on the CPU.
+
+        Raises:
+            MimaError: the cache cannot be written, or holds a damaged file.
+        """
+        batches = [prompts[start : start + CHUNK] for start in range(0, len(prompts), CHUNK)]
+        done, latents = 0, []
+        for batch in batches:
+            latents.append(self._batch(batch, generator))
+            done += len(batch)
+            logger.info("class pictures: %d of %d", done, len(prompts))
+        return torch.cat(latents)
+
+    def _batch(self, prompts: Sequence[str], generator: torch.Generator) -> torch.Tensor:
+        name = f"{self._key(prompts, generator)}.safetensors"
+        kept = self._cache.read_tensors(name)
+        if kept is None:
+            latents = self._family.sample_latents(prompts, generator).cpu().contiguous()
+            kept = {"latents": latents, "generator": generator.get_state()}
+            self._cache.write_tensors(name, kept)
+        generator.set_state(kept["generator"].clone())
+        return kept["latents"]
+
+    def _key(self, prompts: Sequence[str], generator: torch.Generator) -> str:
+        scheduler = self._family.pipeline.scheduler
+        said = (type(scheduler).__name__, sorted(scheduler.config.items(), key=str), list(prompts))
+        digest = hashlib.sha256(self._model.encode())
+        digest.update(repr((said, self._family.resolution, diffusers_version)).encode())
+        digest.update(generator.get_state().numpy().data)
+        return digest.hexdigest()[:32]
+
+    @cached_property
+    def _model(self) -> str:
+        """What the weights are; gigabytes are read for it."""
+        parts = []
+        for name, module in sorted(self._family.pipeline.components.items()):
+            if module is not self._family.denoiser and not name.startswith("text_encoder"):
+                continue
+            if module is not None:
+                state = module.state_dict()
+                dtypes = sorted({str(value.dtype) for value in state.values()})
+                parts.append(f"{name} {dtypes} {fingerprint(state)}")
+        return " ".join(parts)

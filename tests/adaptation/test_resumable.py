@@ -1,0 +1,193 @@
+"""An adaptation that is stopped goes on as if it had not been, and shows its pictures meanwhile."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from support import tiny
+from typer.testing import CliRunner
+
+from mima.adaptation import Together, configure
+from mima.adaptation.resumable import learn
+from mima.cli import app
+from mima.concepts import Concept
+from mima.errors import MimaError
+from mima.evaluation import Sampler
+from mima.storage.checkpoint import CheckpointFolder
+from mima.storage.runs import default_folder
+
+SAMPLER = Sampler(steps=2, guidance=1.0)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return tiny.tiny_stable_diffusion(tmp_path_factory.mktemp("tokenizer"))
+
+
+def start(pipeline, method="lora", names=("red",), steps=6, **settings):
+    settings = {"steps": steps, "learning_rate": 1e-2, "batch_size": 3} | settings
+    runs = []
+    for name in names:
+        concept = tiny.concept(name)
+        if method == "textual-inversion":
+            pictures = [picture.image for picture in concept.images]
+            concept = Concept(name, "a <new1> emoji", pictures, token="<new1>")
+        runs.append(configure(method, settings).start(pipeline, concept))
+    return runs[0] if len(runs) == 1 else Together(runs)
+
+
+def train(learner, folder, on_step=lambda: None, checkpoint_every=4, sample_every=0, **options):
+    folder = CheckpointFolder(folder)
+    learn(
+        learner,
+        folder,
+        checkpoint_every=checkpoint_every,
+        sample_every=sample_every,
+        sampler=SAMPLER,
+        on_step=on_step,
+        **options,
+    )
+    return folder
+
+
+def runs_of(learner):
+    return getattr(learner, "runs", [learner])
+
+
+def weights(learner):
+    return [p.detach().clone() for run in runs_of(learner) for p in run._injection.parameters]
+
+
+@pytest.mark.parametrize(
+    ("method", "names", "settings"),
+    [
+        ("lora", ("red",), {}),
+        ("lora", ("red", "blue"), {}),
+        ("dreambooth-lora", ("red",), {"prior_weight": 1.0, "num_class_images": 2}),
+        ("custom-diffusion", ("red",), {"gradient_accumulation_steps": 2}),
+        ("textual-inversion", ("red",), {}),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
+)
+def test_interrupted_it_goes_on_bit_by_bit(method, names, settings, pipeline, tmp_path):
+    undisturbed = start(pipeline, method, names, **settings)
+    undisturbed.advance(6)
+    steps = []
+
+    def interrupt():
+        steps.append(1)
+        if len(steps) in (2, 5):
+            signal.raise_signal(signal.SIGINT)
+
+    for stop in (2, 5):
+        learner = start(pipeline, method, names, **settings)
+        with pytest.raises(KeyboardInterrupt):
+            train(learner, tmp_path, interrupt)
+        assert len(steps) == stop
+    learner = start(pipeline, method, names, **settings)
+    train(learner, tmp_path, interrupt)
+    assert len(steps) == 6
+    assert all(map(torch.equal, weights(learner), weights(undisturbed)))
+    for run, other in zip(
+        getattr(learner, "runs", [learner]),
+        getattr(undisturbed, "runs", [undisturbed]),
+        strict=True,
+    ):
+        assert (run.step, run.losses) == (6, other.losses)
+
+
+def test_killed_it_goes_on_from_the_last_checkpoint(pipeline, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    undisturbed = start(pipeline)
+    undisturbed.advance(6)
+    steps = []
+
+    def kill():
+        steps.append(1)
+        if len(steps) == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(start(pipeline), tmp_path, kill)
+    learner = start(pipeline)
+    train(learner, tmp_path, lambda: steps.append(1))
+    # 5, then again from 4
+    assert len(steps) == 5 + 2
+    assert all(map(torch.equal, weights(learner), weights(undisturbed)))
+    with pytest.raises(MimaError, match="6 are done already, more than 5"):
+        train(start(pipeline, steps=5), tmp_path)
+
+
+def test_pictures_come_while_it_learns(pipeline, tmp_path):
+    seen = []
+    learner = start(pipeline)
+
+    def look(step, place):
+        assert learner.step == step
+        seen.append((step, sorted(path.name for path in place.iterdir())))
+
+    train(learner, tmp_path / "one", sample_every=4, on_pictures=look)
+    assert seen == [(4, ["0.png"]), (6, ["0.png"])]
+    (last,) = (tmp_path / "one" / "samples" / "00006").iterdir()
+    (expected,) = SAMPLER(learner.pipeline, [learner.concept.images[0].prompt], (0,))
+    assert Image.open(last).tobytes() == expected[0].tobytes()
+
+    several = start(pipeline, names=("red", "blue"), steps=1)
+    train(several, tmp_path / "two", sample_every=1)
+    found = {str(p.relative_to(tmp_path / "two")) for p in tmp_path.glob("two/samples/**/*.png")}
+    assert found == {"samples/00001/000/0.png", "samples/00001/001/0.png"}
+
+
+def test_the_command_is_interrupted_and_resumed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.save_tiny_stable_diffusion(tmp_path / "model")
+    (tmp_path / "cat").mkdir()
+    for index in range(3):
+        Image.new("RGB", (32, 32), (80 * index, 0, 90)).save(tmp_path / "cat" / f"{index}.png")
+    command = ["adapt", "cat", "--prompt", "a cat", "--model", "model", "--steps", "40"]
+    command += ["--lr", "0.01", "--sample-every", "5", "--checkpoint-every", "40"]
+
+    def invoke(*more, code=0):
+        result = CliRunner().invoke(app, [*command, *more])
+        assert result.exit_code == code, result.output
+        return " ".join(result.output.split())
+
+    kept = default_folder(Path("out"))
+    ended = threading.Event()
+
+    def interrupt():
+        while not list(kept.glob("samples/*/0.png")) and not ended.wait(0.01):
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        output = invoke("-o", "out", code=130)
+    finally:
+        ended.set()
+        thread.join()
+    assert "the same command with --resume goes on from it" in output
+    assert not Path("out").exists()
+    done = CheckpointFolder(kept).latest().step
+    assert 5 <= done < 40
+    assert "holds an unfinished run" in invoke("-o", "out", code=2)
+    assert "differs in learning_rate" in invoke("-o", "out", "--resume", "--lr", "0.1", code=2)
+    output = invoke("-o", "out", "--resume")
+    assert f"step {done + 5 - done % 5}: pictures in" in output
+    invoke("-o", "whole")
+    out, whole = (
+        load_file(f"{folder}/pytorch_lora_weights.safetensors") for folder in ("out", "whole")
+    )
+    assert out.keys() == whole.keys()
+    assert all(torch.equal(out[name], whole[name]) for name in out)
+    for name in ("samples/00040/0.png", "samples/00005/0.png"):
+        assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cat", "model", "out", "whole"]

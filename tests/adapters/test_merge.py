@@ -1,0 +1,452 @@
+"""Adapters of every kind and whoever wrote them, merged into one model."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import peft
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
+from packaging.version import Version
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from support import tiny
+
+import mima
+from mima.adapters.files import AdapterReader
+from mima.errors import MimaError
+from mima.families import family_of
+from mima.families.pipelines import with_values
+from mima.merging import MergeLayer, MergePlan
+from mima.training.captions import regular_tokens
+
+PROMPTS = ["a red round emoji", "a blue square emoji", "a castle"]
+KV = ["attn2.to_k", "attn2.to_v"]
+ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
+WORD = "<new1>"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("sd") / "model")
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    return StableDiffusionPipeline.from_pretrained(folder)
+
+
+def lora_config(rank=3, alpha=6.0, targets=ATTENTION, **options):
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, **options)
+
+
+def add_lora(unet, config, seed, name="default"):
+    inject_adapter_in_model(config, unet, adapter_name=name)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in unet.modules():
+        if isinstance(layer, LoraLayer):
+            for part in (layer.lora_A, layer.lora_B):
+                part[name].weight.data.normal_(0, 0.3, generator=generator)
+
+
+def save_lora(base, folder, config, seed):
+    """A LoRA file as diffusers writes it."""
+    unet = copy.deepcopy(base.unet)
+    add_lora(unet, config, seed)
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    base.save_lora_weights(
+        folder, unet_lora_layers=layers, unet_lora_adapter_metadata=config.to_dict()
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loras(base, tmp_path_factory):
+    """Three files: other ranks, other alphas, other targets, one rank-stabilised."""
+    folder = tmp_path_factory.mktemp("loras")
+    configs = [
+        lora_config(3, 6.0),
+        lora_config(5, 2.0, use_rslora=True),
+        lora_config(2, 1.0, KV, rank_pattern={"attn2.to_k": 4}),
+    ]
+    return [
+        save_lora(base, folder / f"lora-{n}", config, seed=n) for n, config in enumerate(configs)
+    ]
+
+
+def fused(folder, *loras, weights=(1.0,)):
+    """What diffusers makes of some LoRA files."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    names = [f"l{n}" for n in range(len(loras))]
+    for name, lora in zip(names, loras, strict=True):
+        pipeline.load_lora_weights(lora, adapter_name=name, weight_name=LORA_WEIGHT_NAME_SAFE)
+    pipeline.set_adapters(names, list(weights))
+    pipeline.fuse_lora(adapter_names=names)
+    pipeline.unload_lora_weights()
+    return pipeline.unet.state_dict()
+
+
+@pytest.fixture(scope="module")
+def singles(folder, loras):
+    """The UNet of each file by itself."""
+    return [fused(folder, lora) for lora in loras]
+
+
+def assert_same_weights(actual, expected, **tolerance):
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        if tolerance:
+            torch.testing.assert_close(value, expected[name], **tolerance)
+        else:
+            assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("method", ["weighted", "projected"])
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_one_weight_of_1_gives_that_adapter_back_exactly(base, loras, singles, method, n):
+    weights = [float(i == n) for i in range(3)]
+    merged = mima.merge_adapters(base, loras, weights=weights, method=method, prompts=PROMPTS)
+    assert_same_weights(merged.pipeline.unet.state_dict(), singles[n])
+    assert merged.adapters == [f"lora-{n}"]
+
+
+def test_the_weighted_merge_of_lora_is_diffusers_combination(base, folder, loras):
+    weights = [0.5, -0.25, 2.0]
+    before = {name: value.clone() for name, value in base.unet.state_dict().items()}
+    merged = mima.merge_adapters(base, loras, weights=weights, method="weighted")
+    expected = fused(folder, *loras, weights=weights)
+    assert_same_weights(merged.pipeline.unet.state_dict(), expected, atol=2e-6, rtol=2e-5)
+    assert_same_weights(base.unet.state_dict(), before)
+    touched = {name for name, value in before.items() if not torch.equal(value, expected[name])}
+    assert set(merged.changed) == {f"unet.{name}" for name in touched}
+
+
+SVD = pytest.param(
+    "svd",
+    marks=pytest.mark.skipif(
+        Version(peft.__version__) < Version("0.21"),
+        reason="before 0.21, peft's svd applies an adapter's scale twice",
+    ),
+)
+
+
+@pytest.mark.parametrize("kind", ["cat", SVD, "linear"])
+def test_the_weighted_merge_is_pefts_where_that_has_no_cross_terms(base, loras, tmp_path, kind):
+    """peft's "linear" adds A and B apart: it agrees where no layer has two adapters."""
+    unet = copy.deepcopy(base.unet)
+    if kind == "linear":
+        parts = [lora_config(3, 6.0, ["attn1.to_q"]), lora_config(3, 2.0, KV)]
+    else:
+        parts = [lora_config(3, 6.0), lora_config(5, 2.0, use_rslora=True)]
+    files = []
+    for n, config in enumerate(parts):
+        files.append(save_lora(base, tmp_path / f"lora-{n}", config, seed=n))
+    model = get_peft_model(unet, parts[0], adapter_name="a0")
+    model.add_adapter("a1", parts[1])
+    for n, file in enumerate(files):
+        state = load_file(file / "pytorch_lora_weights.safetensors")
+        own = dict(model.named_parameters())
+        for key, value in state.items():
+            key = key.removeprefix("unet.").replace(".lora.down.", ".lora_A.")
+            key = key.replace(".lora.up.", ".lora_B.").replace(
+                "lora_A.weight", f"lora_A.a{n}.weight"
+            )
+            key = key.replace("lora_B.weight", f"lora_B.a{n}.weight")
+            own[f"base_model.model.{key}"].data.copy_(value)
+    options = {"svd_rank": 8} if kind == "svd" else {}
+    model.add_weighted_adapter(["a0", "a1"], [0.7, 0.4], "both", combination_type=kind, **options)
+    model.set_adapter("both")
+    expected = model.merge_and_unload(adapter_names=["both"]).state_dict()
+    merged = mima.merge_adapters(base, files, weights=[0.7, 0.4], method="weighted")
+    assert_same_weights(merged.pipeline.unet.state_dict(), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_the_projected_merge_is_its_definition(base, folder, loras, singles):
+    """From low-rank factors and from whole models: the layer of the paper, and its residual."""
+    weights = [0.2, 0.3, 0.5]
+    merged = mima.merge_adapters(
+        base, loras, weights=weights, prompts=PROMPTS, num_captions=40, lam=1e-3, seed=3
+    )
+    family = family_of(base)
+    plan = MergePlan.from_embeddings(
+        [family.token_embeddings(prompt) for prompt in PROMPTS],
+        regular_tokens(family, None, 40, 3),
+        lam=1e-3,
+        weights=weights,
+    )
+    names = family.text_projections()
+    own = dict(base.unet.named_parameters())
+    theta = {name: own[name].detach() for name in own}
+    adapted = [{name: state[name] for name in theta} for state in singles]
+    expected = MergeLayer(torch.tensor(weights), plan, names)(theta, adapted)
+    actual = dict(merged.pipeline.unet.named_parameters())
+    assert_same_weights(actual, expected, atol=1e-5, rtol=1e-4)
+    for n, prompt in enumerate(PROMPTS):
+        C_SD = family.token_embeddings(prompt).double()
+        missed = wanted = 0.0
+        for name in names:
+            asked = (adapted[n][name] - theta[name]).double() @ C_SD.mT
+            missed += float(((expected[name] - theta[name]).double() @ C_SD.mT - asked).norm() ** 2)
+            wanted += float(asked.norm() ** 2)
+        assert merged.residual[n] == pytest.approx((missed / wanted) ** 0.5, rel=1e-3)
+    assert merged.condition == pytest.approx(plan.condition)
+    assert list(merged.drift_bound) == pytest.approx(plan.drift_bound.tolist())
+
+    # the same adapters as whole UNets, in a folder, a file and a file of the changed weights
+    whole = mima.merge_adapters(
+        base, [_saved(base, adapted[n], folder.parent / f"whole-{n}", n) for n in range(3)],
+        weights=weights, prompts=PROMPTS, num_captions=40, lam=1e-3, seed=3,
+    )  # fmt: skip
+    assert_same_weights(
+        dict(whole.pipeline.unet.named_parameters()), expected, atol=1e-5, rtol=1e-4
+    )
+    assert whole.residual == pytest.approx(merged.residual, rel=1e-3)
+
+
+def test_the_residual_counts_weights_that_an_adapter_leaves_alone(base, tmp_path):
+    """Another adapter may not change there what this one's prompt is answered."""
+    targets = ["attn2.to_k"], ["attn2.to_v"]
+    files = [
+        save_lora(base, tmp_path / f"lora-{n}", lora_config(2, 2.0, names), seed=n)
+        for n, names in enumerate(targets)
+    ]
+    merged = mima.merge_adapters(base, files, prompts=PROMPTS[:2], num_captions=40, lam=0.1)
+    family = family_of(base)
+    own = dict(base.unet.named_parameters())
+    for n, file in enumerate(files):
+        C_SD = family.token_embeddings(PROMPTS[n]).double()
+        factors = AdapterReader(base).read(file).factors
+        missed = wanted = 0.0
+        for name in family.text_projections():
+            moved = (merged.pipeline.unet.get_parameter(name) - own[name]).double() @ C_SD.mT
+            update = factors.get(f"unet.{name}")
+            asked = update.delta().double() @ C_SD.mT if update else torch.zeros_like(moved)
+            missed += float((moved - asked).norm() ** 2)
+            wanted += float(asked.norm() ** 2)
+        assert merged.residual[n] == pytest.approx((missed / wanted) ** 0.5, rel=1e-3)
+
+
+def _saved(base, weights, path, n):
+    pipeline = with_values(base, {f"unet.{name}": value for name, value in weights.items()})
+    if n == 0:
+        pipeline.unet.save_pretrained(path / "unet")
+        return path
+    if n == 1:
+        pipeline.save_pretrained(path)
+        return path
+    path = path.with_suffix(".safetensors")
+    own = base.unet.state_dict()
+    save_file({k: v.clone() for k, v in weights.items() if not torch.equal(v, own[k])}, path)
+    return path
+
+
+def test_a_peft_folder_is_read(base, folder, tmp_path):
+    config = lora_config(4, 2.0, KV, use_rslora=True)
+    model = get_peft_model(copy.deepcopy(base.unet), config)
+    for name, value in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(value, std=0.3)
+    model.save_pretrained(tmp_path / "peft")
+    merged = mima.merge_adapters(base, [tmp_path / "peft"], method="weighted")
+    assert_same_weights(merged.pipeline.unet.state_dict(), model.merge_and_unload().state_dict())
+
+
+@pytest.fixture(scope="module")
+def customs(base, tmp_path_factory):
+    """Two Custom Diffusion deltas, each with a word."""
+    folders = []
+    for n, word in enumerate((WORD, "<new2>")):
+        images = [tiny.picture("red", "round", seed=10 * n + i) for i in range(2)]
+        concept = mima.Concept(f"thing {n}", f"a {word} emoji", images, token=word)
+        run = mima.adaptation.CustomDiffusion(learning_rate=1e-2, seed=n).start(base, concept)
+        run.advance(2)
+        folders.append(run.save(tmp_path_factory.mktemp("custom") / f"custom-{n}"))
+    return folders
+
+
+def test_custom_diffusion_and_its_words_are_merged_and_reopened(base, customs, tmp_path):
+    prompts = [f"a {WORD} emoji", "a <new2> emoji"]
+    merged = mima.merge_adapters(base, customs, prompts=prompts, lam=1e-8)
+    # both prompts begin with the same "a", of which the two adapters ask different things
+    assert all(0 < residual < 0.5 for residual in merged.residual)
+    merged.save_pretrained(tmp_path)
+    opened = StableDiffusionPipeline.from_pretrained(tmp_path)
+    rows = opened.text_encoder.get_input_embeddings().weight
+    for custom, word in zip(customs, (WORD, "<new2>"), strict=True):
+        learned = load_file(custom / "learned_embeds.safetensors")[word]
+        index = opened.tokenizer.convert_tokens_to_ids(word)
+        assert opened.tokenizer(f"a {word} emoji").input_ids.count(index) == 1
+        assert torch.equal(rows[index], learned)
+    assert torch.equal(rows[:-2], base.text_encoder.get_input_embeddings().weight)
+    alone = mima.merge_adapters(base, customs, prompts=prompts, weights=[0, 1])
+    assert WORD not in alone.pipeline.tokenizer.get_vocab()
+    stored = load_file(customs[1] / "pytorch_custom_diffusion_weights.safetensors")
+    unet = alone.pipeline.unet.state_dict()
+    for key, value in stored.items():
+        if value.numel():
+            name = key.replace(".processor", "").replace("_custom_diffusion", "")
+            assert torch.equal(unet[name], value)
+
+
+def test_a_learned_word_of_another_program(base, tmp_path):
+    row = torch.arange(64.0).view(2, 32)
+    torch.save({"string_to_param": {"*": row}, "name": "<two>"}, tmp_path / "word.bin")
+    merged = mima.merge_adapters(base, [tmp_path / "word.bin"], method="weighted")
+    tokens = merged.pipeline.tokenizer.convert_tokens_to_ids(["<two>", "<two>_1"])
+    assert torch.equal(merged.pipeline.text_encoder.get_input_embeddings().weight[tokens], row)
+
+
+def test_text_encoder_lora_is_averaged(base, tmp_path):
+    encoder = copy.deepcopy(base.text_encoder)
+    config = lora_config(2, 2.0, ["q_proj", "v_proj"])  # a file without metadata has scale 1
+    add_lora(encoder, config, seed=5)
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(encoder))
+    base.save_lora_weights(tmp_path, text_encoder_lora_layers=layers)
+    for layer in encoder.modules():
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+    own = {
+        name.replace(".base_layer", ""): value
+        for name, value in encoder.state_dict().items()
+        if "lora_" not in name
+    }
+    merged = mima.merge_adapters(base, [tmp_path], method="weighted")
+    found = merged.pipeline.text_encoder.state_dict()
+    assert_same_weights(found, own, rtol=1e-5, atol=1e-6)
+
+
+# --- bad input
+
+
+def _bad_lora(base, path):
+    save_file({"unet.nowhere.lora_A.weight": torch.zeros(1, 2)}, path)
+
+
+BAD = {
+    "absent": (lambda base, path: None, "does not exist"),
+    "damaged": (lambda base, path: path.write_bytes(b"no"), "cannot be read"),
+    "not-of-this-model": (_bad_lora, r"does not fit the model|cannot be read"),
+    "unknown": (
+        lambda base, path: save_file({f"x{n}": torch.zeros(2) for n in range(9)}, path),
+        "of no known kind",
+    ),
+    "other-shape": (
+        lambda base, path: save_file({"conv_in.weight": torch.zeros(3)}, path),
+        r"unet.conv_in.weight is \[3\], expected \[16, 4, 3, 3\]",
+    ),
+    "foreign-name": (
+        lambda base, path: save_file(
+            {"conv_in.bias": torch.zeros(16), "conv_between.bias": torch.zeros(3)}, path
+        ),
+        "the unet has no conv_between.bias",
+    ),
+    "wide-word": (lambda base, path: save_file({"<w>": torch.zeros(7)}, path), "has 7 numbers"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_wrong_with_an_adapter_is_named(base, tmp_path, case):
+    make, message = BAD[case]
+    make(base, tmp_path / "adapter.safetensors")
+    with pytest.raises(MimaError, match=message):
+        AdapterReader(base).read(tmp_path / "adapter.safetensors")
+
+
+def test_a_pickle_that_would_run_code_is_refused(base, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("ran",))
+
+    torch.save({"x": Evil()}, tmp_path / "adapter.pt")
+    with pytest.raises(MimaError, match="it is damaged, or holds more than tensors"):
+        AdapterReader(base).read(tmp_path / "adapter.pt")
+
+
+def test_dora_is_refused(base, tmp_path):
+    save_lora(base, tmp_path, lora_config(2, 2.0, KV, use_dora=True), seed=0)
+    with pytest.raises(MimaError, match="DoRA"):
+        AdapterReader(base).read(tmp_path)
+
+
+def kohya(base, path, **further):
+    """A LoRA of one projection as kohya's scripts name it, with alpha 1 at rank 2."""
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    rows, columns = base.unet.get_submodule(name).weight.shape
+    prefix = "lora_unet_" + name.replace(".", "_")
+    given = {"lora_down.weight": torch.ones(2, columns), "lora_up.weight": torch.ones(rows, 2)}
+    given |= {"alpha": torch.tensor(1.0), **further}
+    state = {f"{prefix}.{key}": value for key, value in given.items() if value is not None}
+    save_file(state, path)
+    return f"unet.{name}.weight"
+
+
+def test_kohyas_files_are_read_and_their_dora_is_refused(base, tmp_path):
+    file = tmp_path / "lora.safetensors"
+    name = kohya(base, file)
+    (factor,) = AdapterReader(base).read(file).factors.items()
+    assert factor[0] == name
+    assert torch.equal(factor[1].delta(), torch.ones(factor[1].shape))
+    # without alpha, the update is B A itself
+    kohya(base, file, alpha=None)
+    assert AdapterReader(base).read(file).factors[name].delta().eq(2).all()
+    for problem, message in (
+        ({"dora_scale": torch.ones(4, 1)}, "is a DoRA; this is not supported"),
+        ({"lora_up.weight": None}, r"it lacks '.*lora_up\.weight'"),
+        ({"lora_up.weight": torch.full((16, 2), torch.nan)}, "to_k.weight holds numbers that are"),
+    ):
+        kohya(base, file, **problem)
+        with pytest.raises(MimaError, match=message):
+            AdapterReader(base).read(file)
+
+
+@pytest.mark.parametrize("beside", [{"bias": "all"}, {"modules_to_save": ["conv_out"]}])
+def test_what_peft_keeps_beside_low_rank_matrices_is_refused(base, tmp_path, beside):
+    """It would go into the weights that the reader shares with the caller's model."""
+    model = get_peft_model(copy.deepcopy(base.unet), LoraConfig(target_modules=["to_k"], **beside))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    model.save_pretrained(tmp_path)
+    before = {name: value.clone() for name, value in base.unet.state_dict().items()}
+    with pytest.raises(MimaError, match="beside the low-rank matrices"):
+        AdapterReader(base).read(tmp_path)
+    assert_same_weights(base.unet.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": [1, 2]}, "one finite number per adapter"),
+        ({"weights": [1, 2, float("nan")]}, "one finite number per adapter"),
+        ({"weights": [0, 0, 0]}, "all weights are 0"),
+        ({"weights": [1, 1, -1], "prompts": PROMPTS}, "no negative weights"),
+        ({"prompts": PROMPTS[:2]}, "3 adapters need as many prompts, got 2"),
+        ({}, "needs the prompt of lora-0, lora-1, lora-2"),
+        ({"method": "average"}, "'average' is unknown"),
+    ],
+)
+def test_numbers_and_texts_that_do_not_agree(base, loras, options, message):
+    with pytest.raises(MimaError, match=message):
+        mima.merge_adapters(base, loras, **options)
+
+
+def test_two_meanings_of_one_word_are_refused(base, tmp_path):
+    for n in range(2):
+        save_file({WORD: torch.full((32,), float(n))}, tmp_path / f"{n}.safetensors")
+    files = [tmp_path / "0.safetensors", tmp_path / "1.safetensors"]
+    with pytest.raises(MimaError, match=f"two adapters bring the word '{WORD}'"):
+        mima.merge_adapters(base, files, method="weighted")
+
+
+def test_the_prompt_that_adapt_wrote_down_is_used(base, loras, tmp_path):
+    origin = {"command": "adapt", "prompts": ["a red round emoji"]}
+    (loras[0] / "mima.json").write_text(json.dumps(origin))
+    assert AdapterReader(base).read(loras[0]).prompt == "a red round emoji"
+    (loras[0] / "mima.json").unlink()

@@ -1,0 +1,358 @@
+"""Pictures as people have them: every mode, rotation and kind of damage."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+from mima.concepts.pictures import Picture, PictureError, check_pictures, read_folder, to_rgb
+from mima.errors import MimaError, ProblemList
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+ORIENTATION = 0x0112
+
+
+def save(path: Path, color=RED, size=(8, 6), **options) -> Path:
+    Image.new("RGB", size, color).save(path, **options)
+    return path
+
+
+def at(image: Image.Image, x: int = 0, y: int = 0):
+    return image.getpixel((x, y))
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    # left half red, right half blue; orientation 6 says: turn a quarter clockwise to view
+    image = Image.new("RGB", (16, 8), RED)
+    image.paste(BLUE, (8, 0, 16, 8))
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    image.save(tmp_path / "a.png", exif=exif)
+    loaded = Picture(tmp_path / "a.png", "x").load()
+    assert loaded.size == (8, 16)
+    assert at(loaded, 4, 2) == RED
+    assert at(loaded, 4, 13) == BLUE
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_does_not_cost_the_picture(tmp_path):
+    save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\xff", quality=95)
+    assert Picture(tmp_path / "a.jpg", "x").load().size == (8, 6)
+
+
+def test_transparency_is_composited_on_white(tmp_path):
+    image = Image.new("RGBA", (4, 1), (255, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    image.putpixel((2, 0), (0, 0, 0, 128))
+    image.save(tmp_path / "a.png")
+    loaded = Picture(tmp_path / "a.png", "x").load()
+    assert at(loaded, 0) == RED
+    assert at(loaded, 1) == WHITE
+    # 255 · (1 − 128/255) = 127
+    assert at(loaded, 2) == (127, 127, 127)
+
+
+@pytest.mark.parametrize("mode", ["LA", "La", "RGBa", "PA"])
+def test_every_mode_with_alpha(mode):
+    if mode == "PA":
+        image = Image.new("P", (2, 2))
+        image.putalpha(0)
+        assert image.mode == mode
+    else:
+        image = Image.new(mode, (2, 2), 0)
+    assert at(to_rgb(image)) == WHITE
+
+
+def test_palette_with_a_transparent_colour(tmp_path):
+    image = Image.new("P", (2, 1), 0)
+    image.putpalette([*RED, *BLUE])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "a.png", transparency=1)
+    loaded = Picture(tmp_path / "a.png", "x").load()
+    assert [at(loaded, 0), at(loaded, 1)] == [RED, WHITE]
+
+
+def test_opaque_palette_and_bilevel():
+    image = Image.new("P", (1, 1), 0)
+    image.putpalette(list(GREEN))
+    assert at(to_rgb(image)) == GREEN
+    assert at(to_rgb(Image.new("1", (1, 1), 1))) == WHITE
+
+
+def test_a_transparent_colour_without_a_palette(tmp_path):
+    Image.new("RGB", (1, 1), RED).save(tmp_path / "a.png", transparency=RED)
+    assert at(Picture(tmp_path / "a.png", "x").load()) == WHITE
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    for name in ("a.png", "a.tif", "a.pgm"):
+        Image.fromarray(values).save(tmp_path / name)
+        loaded = Picture(tmp_path / name, "x").load()
+        assert [at(loaded, x)[0] for x in range(4)] == [0, 1, 128, 255], name
+
+
+def test_float_pictures_run_from_zero_to_one():
+    image = Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32))
+    assert [at(to_rgb(image), x)[0] for x in range(3)] == [0, 128, 255]
+
+
+@pytest.mark.parametrize("values", [[[0.0, 200.0]], [[-0.5, 0.5]], [[np.nan, 0.5]]])
+def test_float_pictures_of_unknown_scale_are_refused(values):
+    picture = Picture(Image.fromarray(np.array(values, dtype=np.float32)), "x")
+    with pytest.raises(PictureError, match="expected 0 to 1"):
+        picture.load()
+
+
+def test_cmyk_jpeg(tmp_path):
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=95)
+    loaded = Picture(tmp_path / "a.jpg", "x").load()
+    assert loaded.mode == "RGB"
+    assert np.abs(np.subtract(at(loaded, 8, 8), RED)).max() <= 4
+
+
+@pytest.mark.parametrize("mode", ["YCbCr", "HSV", "LAB"])
+def test_other_colour_spaces_give_the_same_colour(mode):
+    rgb = Image.new("RGB", (2, 2), (200, 100, 50))
+    if mode == "LAB":
+        image = ImageCms.profileToProfile(
+            rgb, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+        )
+    else:
+        image = rgb.convert(mode)
+    assert np.abs(np.subtract(at(to_rgb(image)), (200, 100, 50))).max() <= 3
+
+
+def test_an_embedded_profile_is_followed():
+    # sRGB with its red and blue primaries swapped, under another name
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = profile.replace(b"rXYZ", b"tmp.", 1).replace(b"bXYZ", b"rXYZ", 1)
+    profile = profile.replace(b"tmp.", b"bXYZ", 1).replace("sRGB".encode("utf-16-be"), b"\0x" * 4)
+    image = Image.new("RGB", (1, 1), (200, 100, 50))
+    image.info["icc_profile"] = profile
+    assert np.abs(np.subtract(at(to_rgb(image)), (50, 100, 200))).max() <= 2
+
+
+def test_an_srgb_profile_changes_nothing():
+    image = Image.new("RGB", (1, 1), (200, 100, 50))
+    image.info["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert at(to_rgb(image)) == (200, 100, 50)
+
+
+def test_an_unusable_profile_is_ignored_aloud():
+    image = Image.new("RGB", (1, 1), (200, 100, 50))
+    image.info["icc_profile"] = b"not a profile"
+    with pytest.warns(UserWarning, match="colour profile"):
+        assert at(to_rgb(image)) == (200, 100, 50)
+
+
+def test_the_original_is_left_alone():
+    image = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    to_rgb(image)
+    assert image.mode == "RGBA"
+    assert at(image) == (0, 0, 0, 0)
+
+
+def test_every_bad_file_is_named(tmp_path):
+    save(tmp_path / "good.png")
+    data = (save(tmp_path / "whole.jpg", size=(64, 64))).read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "folder.png").mkdir()
+    names = ["good.png", "cut.jpg", "empty.png", "text.png", "folder.png", "absent.png"]
+    problems = check_pictures(Picture(tmp_path / name, "x") for name in names)
+    assert len(problems) == 5
+    for name, reason in [
+        ("cut.jpg", "damaged"),
+        ("empty.png", "empty"),
+        ("text.png", "not a picture"),
+        ("folder.png", "is a folder"),
+        ("absent.png", "no such file"),
+    ]:
+        assert [line for line in problems if name in line and reason in line], (name, problems)
+
+
+def test_a_link_to_nowhere_is_a_picture_that_is_missing(tmp_path):
+    save(tmp_path / "good.png")
+    (tmp_path / "lost.png").symlink_to(tmp_path / "elsewhere.png")
+    (problem,) = check_pictures(read_folder(tmp_path, "x"))
+    assert "lost.png: no such file" in problem
+
+
+def _encoded(suffix: str) -> bytes:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, format=suffix)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
+@given(data=st.data())
+def test_damage_gives_a_picture_or_a_picture_error(suffix, data, tmp_path_factory):
+    whole = _encoded(suffix)
+    cut = data.draw(st.integers(0, len(whole)))
+    flip = data.draw(st.integers(0, len(whole) - 1))
+    value = data.draw(st.integers(0, 255))
+    damaged = bytearray(whole)
+    damaged[flip] = value
+    path = tmp_path_factory.getbasetemp() / f"damaged.{suffix.lower()}"
+    path.write_bytes(bytes(damaged[:cut]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        picture = Picture(path, "x")
+        # anything but PictureError fails the test
+        if not check_pictures([picture]):
+            assert picture.load().mode == "RGB"
+
+
+@pytest.mark.parametrize("image", [3, None, b"x"])
+def test_a_picture_is_a_path_or_a_pil_image(image):
+    with pytest.raises(TypeError, match="path or a PIL image"):
+        Picture(image, "x")
+    with pytest.raises(TypeError, match="prompt must be a string"):
+        Picture(Path("a.png"), image)
+
+
+# captions
+
+
+@pytest.mark.parametrize("column", ["text", "prompt", "caption"])
+@pytest.mark.parametrize("name", ["a.png", "x.jpg!Large.jpg", "a (1).png", "IMG_1.PNG", "ä b.jpeg"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_metadata(tmp_path, name, column, kind):
+    save(tmp_path / name)
+    prompt = 'a "red", flat square'
+    if kind == "csv":
+        quoted = prompt.replace('"', '""')
+        content = f'file_name,{column}\n{name},"{quoted}"\n'
+    else:
+        content = f'{{"file_name": "{name}", "{column}": "a \\"red\\", flat square"}}\n\n'
+    (tmp_path / f"metadata.{kind}").write_text(content, encoding="utf-8")
+    (picture,) = read_folder(tmp_path)
+    assert picture.prompt == prompt
+    assert at(picture.load())[0] > 250
+
+
+def test_metadata_as_spreadsheets_write_it(tmp_path):
+    save(tmp_path / "a.png")
+    content = '﻿File_Name, Text ,note\r\na.png, "one, two",\r\n,,\r\n'
+    (tmp_path / "metadata.csv").write_text(content, encoding="utf-8")
+    (picture,) = read_folder(tmp_path)
+    assert picture.prompt == "one, two"
+
+
+def test_metadata_may_name_files_in_sub_folders_and_keeps_its_order(tmp_path):
+    (tmp_path / "b").mkdir()
+    save(tmp_path / "b" / "z.png")
+    save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\nb/z.png,last\na.png,first\n")
+    assert [picture.prompt for picture in read_folder(tmp_path)] == ["last", "first"]
+
+
+def test_all_problems_of_metadata_come_at_once(tmp_path):
+    for name in ("a.png", "b.png", "c.png"):
+        save(tmp_path / name)
+    (tmp_path / "metadata.csv").write_text(
+        "file_name,text\na.png,one, two\nb.png,\ngone.png,three\n,four\n"
+    )
+    with pytest.raises(ProblemList) as caught:
+        read_folder(tmp_path)
+    message = str(caught.value)
+    for part in (
+        "line 2: 3 fields where the header has 2",
+        "line 3: b.png has no text",
+        "line 4: gone.png is not in",
+        "line 5: file_name is ''",
+        "c.png has no row",
+    ):
+        assert part in message, message
+
+
+def test_all_problems_of_jsonl_come_at_once(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "a.png", "text": 3}\n{"file_name": "a.png"}\n[1]\n{oops\n'
+    )
+    with pytest.raises(ProblemList) as caught:
+        read_folder(tmp_path)
+    message = str(caught.value)
+    for part in (
+        "line 1: a.png has no text",
+        "line 2: metadata.jsonl needs the columns",
+        "line 3: expected an object, got list",
+        "line 4: not JSON",
+    ):
+        assert part in message, message
+
+
+@pytest.mark.parametrize("header", ["name,text", "file_name,words", ""])
+def test_metadata_without_the_columns(tmp_path, header):
+    save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text(header + "\na.png,x\n")
+    with pytest.raises(MimaError, match="needs the columns file_name and one of text"):
+        read_folder(tmp_path)
+
+
+def test_metadata_that_is_not_utf8(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_bytes("file_name,text\na.png,Käse\n".encode("latin-1"))
+    with pytest.raises(MimaError, match="not UTF-8"):
+        read_folder(tmp_path)
+
+
+def test_two_metadata_files(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\n")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n')
+    with pytest.raises(MimaError, match="keep one"):
+        read_folder(tmp_path)
+
+
+def test_text_files_beside_pictures(tmp_path):
+    for name in ("x.jpg!Large.jpg", "a (1).png", "b.png"):
+        save(tmp_path / name)
+    (tmp_path / "x.jpg!Large.txt").write_text("from the stem\n")
+    (tmp_path / "a (1).png.txt").write_text("from the\nwhole name\n")
+    captions = {picture.image.name: picture.prompt for picture in read_folder(tmp_path, "default")}
+    assert captions == {
+        "x.jpg!Large.jpg": "from the stem",
+        "a (1).png": "from the whole name",
+        "b.png": "default",
+    }
+
+
+def test_pictures_without_captions(tmp_path):
+    save(tmp_path / "a.png")
+    save(tmp_path / "b.png")
+    (tmp_path / "b.txt").write_text(" \n")
+    with pytest.raises(ProblemList) as caught:
+        read_folder(tmp_path)
+    assert caught.value.problems == ("a.png has no caption", "b.txt is empty")
+
+
+def test_companions_and_hidden_files_are_no_pictures(tmp_path):
+    save(tmp_path / "a.png")
+    for name in (".DS_Store", "Thumbs.db", "README.md", "LICENSE", "LICENSE.txt", "notes.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "inner").mkdir()
+    assert [picture.image.name for picture in read_folder(tmp_path, "x")] == ["a.png"]
+
+
+def test_a_folder_that_is_none(tmp_path):
+    with pytest.raises(MimaError, match="does not exist"):
+        read_folder(tmp_path / "absent", "x")
+    with pytest.raises(MimaError, match="is not a folder"):
+        read_folder(save(tmp_path / "a.png"), "x")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MimaError, match="holds no pictures"):
+        read_folder(tmp_path / "empty", "x")

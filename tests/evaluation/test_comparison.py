@@ -1,0 +1,388 @@
+"""The attack grid on two models, from end to end on tiny ones."""
+
+import copy
+import dataclasses
+import logging
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support import tiny
+
+from mima.adaptation import LoRA, TextualInversion
+from mima.adapters.mixed_batch import Adapter, merged
+from mima.concepts import Concept
+from mima.errors import MimaError
+from mima.evaluation import Sampler, cmmd, evaluate, load_encoder
+from mima.evaluation.grid import PRESETS, attack_grid, grid_config, material, without_name
+from mima.evaluation.records import AttackRow, ConceptRecord, EvaluationFolder
+from mima.evaluation.summary import summarize
+from mima.evaluation.trajectory import score, trajectory
+from mima.families import ModelSource
+from mima.families.pipelines import with_modules
+from mima.sampling import Job
+
+SAMPLER = Sampler(steps=3, batch_size=5, guidance=3.0)
+GRID = {
+    "methods": {"lora": {"learning_rate": 1e-2, "batch_size": 2, "steps": 4}},
+    "lr_factors": (1.0,),
+    "seeds": (0, 1),
+    "evaluations": 2,
+    "max_prompts": None,
+    "benign_prompts": 3,
+    "sampler": {"steps": 2, "guidance": 1.0, "batch_size": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two models that differ, and an encoder."""
+    root = tmp_path_factory.mktemp("models")
+    tiny.save_tiny_stable_diffusion(root / "original")
+    tiny.save_tiny_stable_diffusion(root / "immunized", seed=1)
+    tiny.save_tiny_clip(root / "clip")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return tiny.tiny_stable_diffusion(tmp_path_factory.mktemp("tokenizer"))
+
+
+def run(folders, output, **changes):
+    arguments = {
+        "output": output,
+        "others": [tiny.concept("blue", "square")],
+        "settings": GRID,
+        "similarities": [folders / "clip"],
+        "processes": 1,
+    } | changes
+    models = ModelSource(folders / "original"), folders / "immunized"
+    return evaluate(*models, [tiny.concept("red", "round")], **arguments)
+
+
+def difference(a, b):
+    return np.abs(np.asarray(a, int) - np.asarray(b, int)).max()
+
+
+def test_one_batch_of_many_adapters_draws_what_each_adapter_draws(pipeline):
+    run_ = LoRA(learning_rate=1e-2, rank=3, alpha=6.0).start(pipeline, tiny.concept())
+    adapters, expected = [], []
+    for _ in run_.until(2, 6):
+        adapters.append(Adapter.of(run_.pipeline))
+        expected.append(SAMPLER(run_.pipeline, ["a cat"], (0, 1))[0])
+    expected.append(SAMPLER(pipeline, ["a cat"], (0, 1))[0])
+    jobs = [Job("a cat", seed, adapter) for seed in (0, 1) for adapter in (1, -1, 0)]
+    drawn = list(SAMPLER.draw(pipeline, jobs, adapters))
+    for job, image in zip(jobs, drawn, strict=True):
+        # rounding to 8 bits may fall either way
+        assert difference(image, expected[job.adapter][job.seed]) <= 1
+    assert difference(drawn[0], drawn[1]) > 1
+    assert difference(drawn[0], drawn[2]) > 1
+    with pytest.raises(ValueError, match="names none of 2 adapters"):
+        list(SAMPLER.draw(pipeline, [Job("a cat", 0, 2)], adapters))
+
+
+def test_merged_adds_the_mean_update(pipeline):
+    adapters = []
+    for seed in (0, 1):
+        run_ = LoRA(learning_rate=1e-2, seed=seed).start(pipeline, tiny.concept())
+        run_.advance(2)
+        adapters.append(Adapter.of(run_.pipeline))
+    before = pipeline.unet.state_dict()
+    after = merged(pipeline, adapters).unet.state_dict()
+    changed = {f"{name}.weight" for name in adapters[0].layers}
+    for name, value in before.items():
+        expected = value
+        if name in changed:
+            factors = [a.layers[name.removesuffix(".weight")] for a in adapters]
+            expected = value + sum(f.scale * f.B @ f.A for f in factors) / 2
+        torch.testing.assert_close(after[name], expected)
+
+
+def test_trajectory_is_the_same_with_and_without_common_batches(pipeline, monkeypatch):
+    jobs = [Job("a cat", seed) for seed in (0, 1)]
+    arguments = (pipeline, tiny.concept(), LoRA(learning_rate=1e-2), (0, 2, 5), jobs, SAMPLER)
+    seen = []
+    mixed = trajectory(*arguments, on_picture=lambda step, i, _: seen.append((step, i)))
+    module = sys.modules["mima.evaluation.trajectory"]
+    monkeypatch.setattr(module, "can_share_batches", lambda _: False)
+    plain = trajectory(*arguments)
+    assert seen == [(step, i) for step in (0, 2, 5) for i in (0, 1)]
+    assert mixed.steps == plain.steps == (0, 2, 5)
+    assert mixed.losses == plain.losses
+    for row, expected in zip(mixed.images, plain.images, strict=True):
+        assert all(difference(a, b) <= 1 for a, b in zip(row, expected, strict=True))
+
+
+def test_a_divergence_ends_the_trajectory_where_it_happens(pipeline):
+    broken = LoRA(learning_rate=1e30, max_grad_norm=None)
+    drawn = trajectory(pipeline, tiny.concept(), broken, (0, 50), [Job("a cat", 0)], SAMPLER)
+    assert drawn.steps == (0,)
+    assert len(drawn.images) == 1
+    assert "the loss is" in str(drawn.diverged)
+
+
+def test_evaluation_writes_what_its_pictures_say(folders, tmp_path):
+    calls = []
+    result = run(folders, tmp_path / "out", progress=lambda *call: calls.append(call))
+    folder = EvaluationFolder(tmp_path / "out")
+    assert folder.evaluation() == result
+    assert result.complete
+    rows, curves = folder.attacks(), folder.curves()
+    assert [(row.concept, row.role, row.seed) for row in rows] == [
+        ("red round", "target", 0),
+        ("blue square", "other", 0),
+        ("red round", "target", 1),
+        ("blue square", "other", 1),
+    ]
+    # every step and picture was announced and reported: 4 attacks, 2 models, 3 benign pictures each
+    total = 2 * 3 + 4 * 2 * (4 + 3)
+    assert calls[0][:2] == (0, total)
+    assert calls[-1][:2] == (total, total)
+
+    encoder = load_encoder(folders / "clip")
+    concept = tiny.concept("red", "round")
+    references = [encoder.embed([p.load() for p in concept.held_out])]
+    training = encoder.embed([p.load() for p in concept.images])
+    row = rows[2]
+    mine = [point for point in curves if point.attack == row.attack]
+    assert [point.step for point in mine] == [0, 2, 4]
+    for point in mine:
+        for side in ("original", "immunized"):
+            images = [Image.open(file) for file in folder.images(row.attack, side, point.step)]
+            assert len(images) == 1
+            expected = score([images], references, encoder).mean()
+            assert getattr(point, side) == pytest.approx(expected, abs=1e-6)
+        assert point.sgr == pytest.approx(1 - point.immunized / point.original)
+    assert row.sgr_mean == pytest.approx((mine[1].sgr + mine[2].sgr) / 2)
+    assert row.sgr_final == pytest.approx(mine[2].sgr)
+    assert row.sgr_max == pytest.approx(max(mine[1].sgr, mine[2].sgr))
+    last = encoder.embed([Image.open(folder.images(row.attack, "immunized", 4)[0])])
+    assert row.nearest_immunized == pytest.approx(1 - float((last @ training.T).max()), abs=1e-6)
+    assert result.benign.cmmd > 0
+    assert result.benign.adaptability["blue square"] == pytest.approx(
+        (rows[1].sgr_mean + rows[3].sgr_mean) / 2
+    )
+
+
+def test_models_that_are_equal_have_no_gap(folders, tmp_path):
+    model = folders / "original"
+    result = evaluate(
+        model,
+        model,
+        [tiny.concept()],
+        output=tmp_path / "out",
+        settings=GRID | {"seeds": (0,)},
+        similarities=[folders / "clip"],
+        processes=1,
+    )
+    summary = result.summary["clip"]
+    assert summary.msgr.mean == summary.worst_attack.sgr == 0
+    assert (summary.msgr.low, summary.msgr.high) == (0, 0)
+    assert result.benign.cmmd == 0
+    scores = result.benign.prompt_alignment
+    assert scores.original == scores.immunized
+    assert summary.mrsgr is None
+
+
+def test_a_stopped_evaluation_goes_on_and_ends_the_same(folders, tmp_path, processes):
+    class Enough(Exception):  # noqa: N818
+        pass
+
+    def stop(done, total, finished):
+        if finished:
+            raise Enough
+
+    with pytest.raises(Enough):
+        run(folders, tmp_path / "stopped", progress=stop)
+    folder = EvaluationFolder(tmp_path / "stopped")
+    assert not folder.evaluation().complete
+    (first,) = folder.attacks()
+    finished = []
+    run(folders, tmp_path / "stopped", progress=lambda done, total, name: finished.append(name))
+    assert first.attack not in finished
+    assert len([name for name in finished if name]) == 3
+
+    # and in two processes
+    run(folders, tmp_path / "whole", processes=2)
+    whole = EvaluationFolder(tmp_path / "whole")
+    timeless = {"seconds": 0}
+    for one, other in zip(folder.attacks(), whole.attacks(), strict=True):
+        assert one.attack == other.attack
+        assert one.sgr_mean == pytest.approx(other.sgr_mean, abs=1e-3)
+    assert folder.attacks()[0].model_copy(update=timeless) == first.model_copy(update=timeless)
+    assert whole.evaluation().complete
+
+    with pytest.raises(MimaError, match=r"holds an evaluation with other seeds, grid"):
+        run(folders, tmp_path / "whole", settings=GRID | {"seeds": (0,)})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "diary.txt").touch()
+    with pytest.raises(MimaError, match="not empty"):
+        run(folders, tmp_path / "mine")
+
+
+def test_preparations_attack_other_weights(folders, tmp_path):
+    settings = GRID | {"seeds": (0,), "preparations": ("merge", "benign"), "preparation_steps": 2}
+    calls = []
+    run(folders, tmp_path, settings=settings, progress=lambda *call: calls.append(call))
+    assert calls[-1][0] == calls[-1][1]
+    starts = {
+        point.attack.split("_")[-2]: point.original
+        for point in EvaluationFolder(tmp_path).curves()
+        if point.step == 0 and point.attack.startswith("red-round")
+    }
+    assert set(starts) == {"none", "merge", "benign"}
+    assert len(set(starts.values())) == 3
+
+
+def test_grid_is_the_product_with_preparations_beside_it():
+    config = grid_config("adversarial", {"seeds": [0, 1], "methods": {"lora": {"steps": 50}}})
+    targets, others = {"red": tiny.concept()}, {"blue": tiny.concept("blue")}
+    grid = attack_grid(config, targets, others)
+    # learning rates × lengths × prompts × pictures + preparations, + the other concept; × seeds
+    assert len(grid) == 2 * (4 * 3 * 3 * 2 + 2 + 1)
+    assert len({attack.id for attack in grid}) == len(grid)
+    rates = sorted({attack.adaptation.learning_rate for attack in grid})
+    assert rates == pytest.approx([3e-5, 1e-4, 3e-4, 1e-3])
+    assert {attack.steps for attack in grid} == {50, 150, 500}
+    assert config.steps_of(grid[0]) == (0, 12, 25, 38, 50)
+    assert all(attack.id.replace(".", "").replace("-", "").replace("_", "").isalnum()
+               for attack in grid)  # fmt: skip
+
+
+def test_what_a_concept_has_no_material_for_is_left_out_and_said(caplog):
+    concept = dataclasses.replace(tiny.concept(), name="nameless", held_out=())
+    with caplog.at_level(logging.WARNING, "mima"):
+        grid = attack_grid(PRESETS["adversarial"], {"nameless": concept}, {})
+    assert {attack.images for attack in grid} == {"same"}
+    # textual inversion trains a new word whatever the caption says
+    variants = {(attack.adaptation.method, attack.prompt_variant) for attack in grid}
+    assert variants == {
+        ("lora", "name"),
+        ("dreambooth", "name"),
+        ("textual-inversion", "token"),
+        ("custom-diffusion", "name"),
+    }
+    assert {attack.preparation for attack in grid} == {"none", "merge"}
+    assert [record.getMessage().split("with ")[1] for record in caplog.records] == [
+        "prompts description, token, for lack of material",
+        "images other, for lack of material",
+        "preparations benign, for lack of material",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "caption", "expected"),
+    [
+        ("mono style", "an umbrella emoji in mono style", "an umbrella emoji"),
+        ("hamburger", "a hamburger emoji in noto style", "a emoji in noto style"),
+        ("cat", "a photo of a cat", "a photo"),
+        ("cat", "a photo of a cat in snow", "a photo in snow"),
+        ("cat", "cat", "an animal"),
+    ],
+)
+def test_captions_without_the_name(name, caption, expected):
+    concept = Concept(name, caption, tiny.picture("red", "round"), class_prompt="an animal")
+    assert without_name(caption, concept) == expected
+
+
+def test_material_of_each_variant():
+    concept = tiny.concept()
+    config = grid_config("quick", {"prompts": ["name", "description", "token"],
+                                   "images": ["same", "other"]})  # fmt: skip
+    found = {}
+    for attack in attack_grid(config, {"red": concept}, {}):
+        described, references = material(attack, concept)
+        found[attack.prompt_variant, attack.images] = (
+            described.images[0].prompt,
+            references[0].prompt,
+            len(described.images),
+            len(references),
+        )
+    assert found["name", "same"] == ("a red round emoji", "a red round emoji", 4, 2)
+    assert found["name", "other"] == ("a red round emoji", "a red round emoji", 2, 4)
+    assert found["description", "same"][:2] == ("a emoji", "a emoji")
+    assert found["token", "same"][:2] == ("a sks emoji", "a sks emoji")
+    grid = grid_config("quick", {"methods": {"textual-inversion": {}}})
+    attack = attack_grid(grid, {"red": concept}, {})[0]
+    described, references = material(attack, concept)
+    assert (described.token, references[0].prompt) == ("<sks>", "a <sks> emoji")
+    assert isinstance(attack.adaptation, TextualInversion)
+
+
+def test_unusable_settings_are_named(folders, tmp_path):
+    for changes, message in (
+        ({"preset": "slow"}, "preset 'slow' is unknown"),
+        ({"settings": {"seed": 1}}, "seed: unknown setting; did you mean 'seeds'"),
+        ({"settings": {"methods": {"lora": {"rnk": 1}}}}, "did you mean 'rank'"),
+        ({"settings": {"lr_factors": [0]}}, "must be above 0"),
+        ({"settings": {"sampler": {"steps": 0}}}, "steps must be at least 1"),
+        ({"similarities": ["a/clip", "b/clip"]}, "two are called alike"),
+        ({"others": [tiny.concept("red", "round")]}, "two concepts are named"),
+    ):
+        with pytest.raises(MimaError, match=message):
+            run(folders, tmp_path / "out", **changes)
+    pipeline = with_modules(tiny.tiny_stable_diffusion(tmp_path / "tokenizer"))
+    with pytest.raises(MimaError, match="1 for pipelines in memory, got 2"):
+        evaluate(pipeline, pipeline, [tiny.concept()], output=tmp_path / "out", processes=2)
+
+
+def test_cmmd_is_the_kernel_distance():
+    a, b = (
+        torch.nn.functional.normalize(torch.randn(n, 6, dtype=torch.float64), dim=-1)
+        for n in (4, 3)
+    )
+
+    def k(x, y):
+        return float(torch.exp(-((x - y) ** 2).sum() / 200))
+
+    means = [np.mean([k(x, y) for x in p for y in q]) for p, q in ((a, a), (b, b), (a, b))]
+    assert cmmd(a, b) == pytest.approx(1000 * (means[0] + means[1] - 2 * means[2]), rel=1e-9)
+    assert cmmd(a, a) == pytest.approx(0, abs=1e-9)
+    assert cmmd(a[:1], b[:1]) == pytest.approx(2000 * (1 - k(a[0], b[0])))
+    with pytest.raises(ValueError, match=r"at least 1, got \[0, 6\]"):
+        cmmd(a[:0], b)
+
+
+def row(concept, seed, mean, *, role="target", learned=True, similarity="clip", name=""):
+    return AttackRow(
+        attack=f"{concept}{seed}{name}", concept=concept, role=role, method="lora", lr=1,
+        lr_factor=1, steps=1, prompt_variant="name", images="same", preparation="none", seed=seed,
+        similarity=similarity, sgr_mean=mean, sgr_final=mean and mean - 0.1,
+        sgr_max=mean and mean + 0.1, nearest_original=None, nearest_immunized=None, seconds=1,
+        learned=learned,
+    )  # fmt: skip
+
+
+def test_summary_of_rows():
+    concepts = [
+        ConceptRecord(name=name, slug=name, kind="object", prompt=name, role=role)
+        for name, role in (("a", "target"), ("b", "target"), ("c", "other"), ("d", "other"))
+    ]
+    rows = [
+        row("a", 0, 0.2), row("a", 0, 0.4, name="x"), row("a", 1, 0.6), row("b", 0, 0.1),
+        row("b", 1, 0.3), row("b", 1, -0.5, learned=False, name="failed"),
+        row("c", 0, 0.05, role="other"), row("a", 0, 0.9, similarity="dino"),
+        row("b", 0, None, name="diverged"),
+    ]  # fmt: skip
+    summary = summarize(rows, concepts, "clip")
+    a, b = summary.sgr["a"], summary.sgr["b"]
+    assert (a.mean, a.final, a.max) == pytest.approx((0.4, 0.3, 0.5))
+    # of the seeds' means 0.3 and 0.6
+    assert (a.low, a.high) == pytest.approx((0.3, 0.6))
+    assert b.mean == pytest.approx(-0.1 / 3)
+    assert summary.sgr["d"].mean is None
+    assert summary.msgr.mean == pytest.approx((0.4 - 0.1 / 3) / 2)
+    # of the seeds' means over concepts, (0.3 + 0.1) / 2 and (0.6 − 0.1) / 2
+    assert (summary.msgr.low, summary.msgr.high) == pytest.approx((0.2, 0.25))
+    # the attack with −0.5 learned nothing on the original model either
+    assert (summary.worst_attack.attack, summary.worst_attack.sgr) == ("b0", 0.1)
+    assert summary.worst_concept.concept == "b"
+    assert summary.mrsgr == pytest.approx(summary.msgr.mean - 0.05)
+    empty = summarize([], concepts, "clip")
+    assert empty.msgr.mean is empty.worst_attack.attack is empty.worst_concept.sgr is None
+    unlearned = [copy.copy(r).model_copy(update={"learned": False}) for r in rows]
+    assert summarize(unlearned, concepts, "clip").worst_attack.sgr == -0.5

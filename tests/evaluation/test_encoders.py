@@ -1,0 +1,316 @@
+import json
+import sys
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from support import tiny
+from transformers import AutoModel, CLIPModel, CLIPTokenizer
+
+from mima.errors import MimaError
+from mima.evaluation import (
+    ClipEncoder,
+    DinoEncoder,
+    ImageEncoder,
+    TextImageEncoder,
+    load_encoder,
+    load_similarity,
+    prompt_alignment,
+    similarity,
+)
+from mima.evaluation.encoders import Preprocessor
+from mima.evaluation.feature_cache import CachedSimilarity
+
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    return tiny.save_tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def clip(clip_folder):
+    return load_encoder(clip_folder)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    colours = ("red", "green", "blue", "yellow")
+    return [tiny.picture(colour, "round", seed=seed) for seed, colour in enumerate(colours)]
+
+
+def features(output):
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+def test_preprocessing_by_hand():
+    settings = {
+        "size": {"shortest_edge": 4},
+        "do_center_crop": True,
+        "crop_size": {"height": 4, "width": 4},
+        "image_mean": MEAN,
+        "image_std": STD,
+    }
+    # twice as wide as high: the middle half survives
+    pixels = np.zeros((4, 8, 3), np.uint8)
+    pixels[:, 2:6] = [255, 128, 0]
+    out = Preprocessor(settings)([Image.fromarray(pixels)])
+    assert out.shape == (1, 3, 4, 4)
+    expected = (torch.tensor([1.0, 128 / 255, 0.0]) - torch.tensor(MEAN)) / torch.tensor(STD)
+    torch.testing.assert_close(out, expected.view(1, 3, 1, 1).expand(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize("kind", ["clip", "vit"])
+@pytest.mark.parametrize("size", [(32, 32), (61, 40), (20, 33)], ids=str)
+def test_preprocessing_agrees_with_transformers(kind, size, tmp_path):
+    from transformers import AutoImageProcessor
+
+    folder = tiny.save_tiny_clip(tmp_path) if kind == "clip" else tiny.save_tiny_dino(tmp_path)
+    theirs = AutoImageProcessor.from_pretrained(folder)
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    # smooth, so that only the resize filters' rounding differs
+    rows, columns = np.mgrid[: size[1], : size[0]]
+    waves = np.stack([np.sin(rows / 9), np.cos(columns / 7), np.sin((rows + columns) / 11)], -1)
+    image = Image.fromarray((127 + 120 * waves).astype(np.uint8))
+    ours = Preprocessor(settings)([image])
+    reference = theirs(images=image, return_tensors="pt")["pixel_values"]
+    # one grey level is 1/255 over a standard deviation of at least 0.26
+    torch.testing.assert_close(ours, reference, rtol=0, atol=3 / 255 / 0.26)
+
+
+def test_clip_features_are_those_of_transformers(clip, clip_folder, pictures):
+    model = CLIPModel.from_pretrained(clip_folder).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
+    settings = json.loads((clip_folder / "preprocessor_config.json").read_text())
+    with torch.no_grad():
+        images = features(model.get_image_features(pixel_values=Preprocessor(settings)(pictures)))
+        texts = [
+            features(model.get_text_features(**tokenizer(text, return_tensors="pt")))
+            for text in ("a cat", "a red round emoji")
+        ]
+    torch.testing.assert_close(clip.embed(pictures), F.normalize(images, dim=-1))
+    torch.testing.assert_close(
+        clip.embed_text(["a cat", "a red round emoji"]), F.normalize(torch.cat(texts), dim=-1)
+    )
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_dino_features_are_the_class_token(tmp_path, pictures, version):
+    folder = tiny.save_tiny_dino(tmp_path, version=version)
+    encoder = load_encoder(folder)
+    assert isinstance(encoder, DinoEncoder)
+    model = AutoModel.from_pretrained(folder).eval()
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    with torch.no_grad():
+        hidden = model(pixel_values=Preprocessor(settings)(pictures)).last_hidden_state
+    torch.testing.assert_close(encoder.embed(pictures), F.normalize(hidden[:, 0], dim=-1))
+    assert isinstance(encoder, ImageEncoder)
+    assert not isinstance(encoder, TextImageEncoder)
+
+
+def test_batch_size_changes_nothing(clip_folder, clip, pictures):
+    small = ClipEncoder(clip_folder, batch_size=3)
+    torch.testing.assert_close(small.embed(pictures), clip.embed(pictures))
+    texts = ["a cat", "a red round emoji", "dog", "a"]
+    torch.testing.assert_close(small.embed_text(texts), clip.embed_text(texts))
+
+
+def test_similarity_is_the_cosine(clip, pictures):
+    embedded = clip.embed(pictures)
+    table = similarity(embedded, embedded[:2])
+    assert table.shape == (4, 2)
+    torch.testing.assert_close(table[[0, 1], [0, 1]], torch.ones(2))
+    torch.testing.assert_close(table[3, 1], torch.cosine_similarity(embedded[3], embedded[1], 0))
+
+
+def test_alignment_pairs_each_image_with_its_own_prompt(clip, pictures):
+    prompts = ["a red emoji", "a cat", "a red emoji", "a dog"]
+    expected = [
+        torch.cosine_similarity(clip.embed([image])[0], clip.embed_text([prompt])[0], 0)
+        for image, prompt in zip(pictures, prompts, strict=True)
+    ]
+    torch.testing.assert_close(prompt_alignment(pictures, prompts, clip), torch.stack(expected))
+
+
+def test_alignment_refuses_what_does_not_fit(clip, pictures, tmp_path):
+    with pytest.raises(ValueError, match="4 images and 1 prompts"):
+        prompt_alignment(pictures, ["a cat"], clip)
+    with pytest.raises(TypeError, match="embeds no texts"):
+        prompt_alignment(pictures, ["a"] * 4, load_encoder(tiny.save_tiny_dino(tmp_path)))
+
+
+def test_unusable_encoders_are_named(tmp_path):
+    with pytest.raises(MimaError, match="neither a folder nor a hub id"):
+        load_encoder(tmp_path / "nothing")
+    with pytest.raises(MimaError, match=r"'embeded' is neither .* did you mean 'embedded'"):
+        load_similarity("embeded")
+    with pytest.raises(MimaError, match="encoder: cannot open"):
+        load_encoder(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(MimaError, match="is a bert model; clip, vit and dinov2"):
+        load_encoder(tmp_path)
+    with pytest.raises(MimaError, match=r"size .* not understood"):
+        Preprocessor({"size": {"longest_edge": 5}})
+    with pytest.raises(MimaError, match="image_mean"):
+        Preprocessor({"size": 5})
+
+
+@pytest.mark.parametrize("model", ["clip", "dino", "owner/name"])
+def test_where_the_hub_cannot_be_reached_the_error_says_what_to_use(model):
+    remedy = r"offline mode .*; name a local folder, or use embedded \(--similarity embedded\)"
+    with pytest.raises(MimaError, match=remedy):
+        load_similarity(model)
+
+
+def test_lpips_without_a_network_says_what_to_use(monkeypatch, tmp_path):
+    pytest.importorskip("lpips", reason="the extra lpips is not installed")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def no_network(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    with pytest.raises(MimaError, match=r"no network.* \(lpips:FOLDER\), or use embedded"):
+        load_similarity("lpips")
+
+
+def test_nothing_to_embed_is_refused(clip):
+    with pytest.raises(ValueError, match="images is empty"):
+        clip.embed([])
+    with pytest.raises(ValueError, match="texts is empty"):
+        clip.embed_text([])
+
+
+def published(pictures, side):
+    """What IMMA's script does before CLIP and DINO, step by step."""
+    rows = []
+    for picture in pictures:
+        small = picture.convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.asarray(small, np.float32) / 255).permute(2, 0, 1)
+        shifted = (pixels - torch.tensor(-1.0)) / 2
+        large = F.interpolate(shifted[None], size=(side, side), mode="bicubic")[0]
+        mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+        std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+        rows.append((large - mean) / std)
+    return torch.stack(rows)
+
+
+def test_the_published_protocol_is_the_published_scripts(clip_folder, pictures, tmp_path):
+    model = CLIPModel.from_pretrained(clip_folder).eval()
+    pixels = published(pictures, tiny.RESOLUTION)
+    with torch.no_grad():
+        expected = F.normalize(features(model.get_image_features(pixel_values=pixels)), dim=-1)
+    encoder = load_similarity(clip_folder, protocol="published")
+    torch.testing.assert_close(encoder.embed(pictures), expected)
+    folder = tiny.save_tiny_dino(tmp_path)
+    dino = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    with torch.no_grad():
+        expected = F.normalize(dino(pixel_values=pixels).last_hidden_state[:, 0], dim=-1)
+    encoder = load_similarity(folder, protocol="published")
+    torch.testing.assert_close(encoder.embed(pictures), expected)
+    with pytest.raises(ValueError, match="standard or published, got 'loose'"):
+        load_similarity(clip_folder, protocol="loose")
+
+
+@pytest.fixture(scope="module")
+def lpips_net(tmp_path_factory):
+    """lpips.LPIPS with a small random trunk and its own calibrated weights, and its folder."""
+    lpips = pytest.importorskip("lpips", reason="the extra lpips is not installed")
+    torch.manual_seed(0)
+    net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    folder = tmp_path_factory.mktemp("lpips")
+    state = {name: value.contiguous() for name, value in net.state_dict().items()}
+    # lins.N and linN are the same tensors
+    save_file({name: value.clone() for name, value in state.items()}, folder / "model.safetensors")
+    return net, folder
+
+
+@pytest.mark.parametrize("protocol", ["standard", "published"])
+def test_lpips_is_that_of_the_package(lpips_net, pictures, protocol):
+    net, folder = lpips_net
+    side = {"standard": 224, "published": 64}[protocol]
+
+    def prepared(image):
+        small = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.asarray(small, np.float32) / 255).permute(2, 0, 1)[None]
+        # the published script forgets the range that the network expects
+        return pixels * 2 - 1 if protocol == "standard" else pixels
+
+    ours = load_similarity(f"lpips:{folder}", protocol=protocol, batch_size=2)
+    table = ours.pairs(pictures[:3], pictures)
+    with torch.no_grad():
+        expected = [
+            [1 - net(prepared(a), prepared(b)).item() for b in pictures] for a in pictures[:3]
+        ]
+    torch.testing.assert_close(table, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(table[[0, 1], [0, 1]], torch.ones(2))
+
+
+def test_lpips_says_what_is_missing(monkeypatch, tmp_path):
+    pytest.importorskip("lpips", reason="the extra lpips is not installed")
+    with pytest.raises(MimaError, match=r"lpips: cannot open"):
+        load_similarity(f"lpips:{tmp_path}")
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(MimaError, match=r"pip install 'mima\[lpips\]'"):
+        load_similarity("lpips")
+
+
+class Counting:
+    """Counts the pictures that it looks at."""
+
+    def __init__(self, encoder):
+        self.encoder, self.seen = encoder, 0
+        self.name = "counting"
+
+    def embed(self, images):
+        self.seen += len(images)
+        return self.encoder.embed(images)
+
+
+class Pairs:
+    """A similarity of pairs: one minus the difference of mean grey, and a count."""
+
+    name = "pairs"
+
+    def __init__(self):
+        self.seen = 0
+
+    def pairs(self, a, b):
+        self.seen += len(a) * len(b)
+        grey = [[np.asarray(i.convert("L"), float).mean() / 255 for i in s] for s in (a, b)]
+        return 1 - (torch.tensor(grey[0])[:, None] - torch.tensor(grey[1])).abs().float()
+
+
+def test_each_file_is_looked_at_once(clip, pictures, tmp_path):
+    files = [tmp_path / f"{index}.png" for index in range(4)]
+    for file, picture in zip(files, pictures, strict=True):
+        picture.save(file)
+    expected = similarity(clip.embed(pictures[:3]), clip.embed(pictures))
+    for model, table in (
+        (Counting(clip), expected),
+        (Pairs(), Pairs().pairs(pictures[:3], pictures)),
+    ):
+        cached = CachedSimilarity(model, name="x", path=tmp_path / "seen.sqlite")
+        torch.testing.assert_close(cached.table(files[:3], files), table)
+        looked = model.seen
+        torch.testing.assert_close(cached.table(files[:3], files), table)
+        # another process, another time
+        again = CachedSimilarity(model, name="x", path=tmp_path / "seen.sqlite")
+        torch.testing.assert_close(again.table(files[:3], files), table)
+        assert model.seen == looked
+        # another protocol is another model, and other contents another picture
+        CachedSimilarity(
+            model, name="x", protocol="published", path=tmp_path / "seen.sqlite"
+        ).table(files[:1], files[:1])
+        assert model.seen == looked + 1
+        tiny.picture("red", "square", seed=7).save(files[0])
+        again.table(files[:1], files[:1])
+        assert model.seen == looked + 2
+        pictures[0].save(files[0])
+    with pytest.raises(ValueError, match="got 0, 4"):
+        cached.table([], files)

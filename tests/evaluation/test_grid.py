@@ -1,0 +1,221 @@
+"""What each preset holds, that all of it runs, and evaluations with hardly any material."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import logging
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from support import tiny
+from typer.testing import CliRunner
+
+from mima.adaptation import configure
+from mima.cli import app
+from mima.concepts import Concept
+from mima.errors import MimaError
+from mima.evaluation import evaluate
+from mima.evaluation.grid import PRESETS, attack_grid, grid_config
+from mima.evaluation.records import EvaluationFolder
+from mima.report import write_report
+
+METHODS = ("lora", "dreambooth", "textual-inversion", "custom-diffusion")
+SMALL = {
+    "sampler": {"steps": 1, "guidance": 1.0, "batch_size": 8},
+    "evaluations": 1,
+    "max_prompts": 1,
+    "benign_prompts": 1,
+    "preparation_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """A model, an encoder, and two concepts in files."""
+    root = tmp_path_factory.mktemp("models")
+    tiny.save_tiny_stable_diffusion(root / "model")
+    tiny.save_tiny_stable_diffusion(root / "immunized", seed=1)
+    tiny.save_tiny_clip(root / "clip")
+    for name in ("red", "blue"):
+        (root / name / "held_out").mkdir(parents=True)
+        for index in range(3):
+            place = root / name / ("held_out" if index == 2 else "")
+            tiny.picture(name, "round", seed=index).save(place / f"{index}.png")
+        (root / name / "concept.yaml").write_text(f"name: {name}\nprompt: a {name} emoji\n")
+    return root
+
+
+def described(attack):
+    return (
+        attack.slug,
+        attack.adaptation.method,
+        round(attack.adaptation.learning_rate, 12),
+        attack.steps,
+        attack.prompt_variant,
+        attack.images,
+        attack.preparation,
+        attack.seed,
+    )
+
+
+def published(method):
+    """Learning rate and steps of a method when nothing is said of them."""
+    settings = configure(method, {})
+    return settings.learning_rate, settings.steps
+
+
+def usual(slug, method, seed, preparation="none"):
+    lr, steps = published(method)
+    # textual inversion calls every concept by a new word
+    variant = "token" if method == "textual-inversion" else "name"
+    return (slug, method, lr, steps, variant, "same", preparation, seed)
+
+
+def test_standard_is_every_method_once_per_concept_and_seed():
+    grid = attack_grid(PRESETS["standard"], {"red": tiny.concept()}, {"blue": tiny.concept("blue")})
+    found = Counter(map(described, grid))
+    assert found == Counter(
+        usual(slug, method, seed)
+        for slug, method, seed in itertools.product(("red", "blue"), METHODS, (0, 1, 2))
+    )
+    assert {m: published(m) for m in METHODS} == {
+        "lora": (1e-4, 500),
+        "dreambooth": (5e-6, 1000),
+        "textual-inversion": (5e-4, 2000),
+        "custom-diffusion": (1e-5, 500),
+    }
+
+
+def test_adversarial_is_the_whole_product_and_nothing_else():
+    grid = attack_grid(
+        PRESETS["adversarial"], {"red": tiny.concept()}, {"blue": tiny.concept("blue")}
+    )
+    expected = []
+    for seed, method in itertools.product((0, 1, 2), METHODS):
+        lr, steps = published(method)
+        inversion = method == "textual-inversion"
+        variants = ("token",) if inversion else ("name", "description", "token")
+        for rate, length, variant, images in itertools.product(
+            (0.3, 1, 3, 10), (1, 3, 10), variants, ("same", "other")
+        ):
+            what = (round(lr * rate, 12), steps * length, variant, images, "none")
+            expected.append(("red", method, *what, seed))
+        expected += [usual("red", method, seed, prepared) for prepared in ("merge", "benign")]
+        expected.append(usual("blue", method, seed))
+    assert Counter(map(described, grid)) == Counter(expected)
+    assert len(grid) == 3 * (3 * 72 + 24 + 4 * 3)
+    assert len({attack.id for attack in grid}) == len(grid)
+
+
+@pytest.mark.parametrize("preset", ["standard", "adversarial"])
+def test_every_attack_of_a_preset_runs(preset, folders, tmp_path):
+    methods = {m: {"steps": 1, "batch_size": 1} for m in METHODS}
+    settings = SMALL | {"methods": methods, "seeds": [0]}
+    if preset == "adversarial":
+        # all prompts, pictures and preparations; every method runs under the other preset, and
+        # rates and lengths are numbers
+        methods = {"lora": methods["lora"]}
+        settings |= {"methods": methods, "lr_factors": [10], "step_factors": [3]}
+    result = CliRunner().invoke(
+        app,
+        [
+            *("evaluate", str(folders / "model"), str(folders / "immunized")),
+            *("--concepts", str(folders / "red"), "--others", str(folders / "blue")),
+            *("--similarity", str(folders / "clip"), "--output", str(tmp_path / "out")),
+            *("--preset", preset, "--processes", "1"),
+            *(part for k, v in settings.items() for part in ("--set", f"{k}={json.dumps(v)}")),
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    folder = EvaluationFolder(tmp_path / "out")
+    assert folder.evaluation().complete
+    rows = folder.attacks()
+    # of both concepts; or prompts × pictures, preparations, and the other concept
+    count = {"standard": 4 + 4, "adversarial": 3 * 2 + 2 + 1}[preset]
+    assert len(rows) == len({row.attack for row in rows}) == count
+    assert all(math.isfinite(row.sgr_mean) for row in rows)
+    for row in rows:
+        pictures = {
+            side: folder.images(row.attack, side, row.steps) for side in ("original", "immunized")
+        }
+        assert len(pictures["original"]) == len(pictures["immunized"]) == 1
+
+
+def numbers(folder):
+    """Every cell and every number that an evaluation wrote."""
+    for name in ("attacks.csv", "curves.csv"):
+        with (folder.path / name).open(newline="") as file:
+            for row in csv.DictReader(file):
+                yield from row.values()
+    yield from folder.path.joinpath("evaluation.json").read_text().split()
+
+
+def test_one_picture_is_enough(folders, tmp_path, caplog):
+    concept = Concept("red", "a red emoji", tiny.picture("red", "round"))
+    with caplog.at_level(logging.WARNING, "mima"):
+        result = evaluate(
+            folders / "model",
+            folders / "immunized",
+            [concept],
+            output=tmp_path,
+            settings=SMALL | {"methods": {"lora": {"steps": 1}}, "seeds": [0], "lr_factors": [1]},
+            similarities=[folders / "clip"],
+            processes=1,
+        )
+    assert "no held_out pictures" in caplog.text
+    assert result.concepts[0].references == "images"
+    folder = EvaluationFolder(tmp_path)
+    (row,) = folder.attacks()
+    summary = result.summary["clip"]
+    # one of each: every mean, and both ends of every interval, is that attack's
+    assert summary.msgr.mean == summary.msgr.low == summary.msgr.high == row.sgr_mean
+    assert summary.worst_attack.sgr == row.sgr_mean == row.sgr_final == row.sgr_max
+    assert summary.mrsgr is None
+    # the only reference is the only training picture
+    last = folder.curves()[-1]
+    assert row.nearest_original == pytest.approx(1 - last.original, abs=1e-6)
+    assert not {"nan", "inf", "-inf", "NaN"} & set(numbers(folder))
+
+
+def test_a_concept_without_pictures_cannot_be_attacked():
+    with pytest.raises(MimaError, match="red"):
+        Concept("red", "a red emoji", [])
+
+
+def test_an_attack_that_diverges_has_no_numbers_and_no_nan(folders, tmp_path):
+    settings = SMALL | {
+        "methods": {"lora": {"steps": 6, "learning_rate": 1e30, "max_grad_norm": None}},
+        "seeds": [0],
+        "lr_factors": [1],
+    }
+    result = evaluate(
+        folders / "model",
+        folders / "immunized",
+        [Concept.from_folder(folders / "red")],
+        output=tmp_path,
+        settings=settings,
+        similarities=[folders / "clip"],
+        processes=1,
+    )
+    folder = EvaluationFolder(tmp_path)
+    (row,) = folder.attacks()
+    assert (row.sgr_mean, row.sgr_final, row.sgr_max) == (None, None, None)
+    assert not row.learned
+    assert [point.step for point in folder.curves()] == [0]
+    assert result.complete
+    assert result.summary["clip"].msgr.mean is result.summary["clip"].worst_attack.attack is None
+    assert not {"nan", "inf", "-inf", "NaN"} & set(numbers(folder))
+    assert "No attack has been measured yet" in write_report([tmp_path]).read_text()
+
+
+def test_a_part_of_a_setting_has_a_name():
+    config = grid_config("quick", {"methods.lora.steps": 7, "sampler.batch_size": 2})
+    assert config.methods == {"lora": PRESETS["quick"].methods["lora"] | {"steps": 7}}
+    assert config.sampler == PRESETS["quick"].sampler | {"batch_size": 2}
+    assert PRESETS["quick"].methods["lora"]["steps"] == 50
+    with pytest.raises(MimaError, match=r"setting rare_token\.more: rare_token has no settings"):
+        grid_config("quick", {"rare_token.more": 1})

@@ -1,0 +1,427 @@
+"""Runs of `immunize`: precision, memory savers, reports, listeners, what it leaves alone."""
+
+import io
+import json
+import math
+import re
+import sys
+from importlib.metadata import version
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from rich.console import Console
+from support import tiny
+from support.immunizing import assert_same, concepts, settings, weights
+
+from mima.bilevel.hypergradient import twice_differentiable_attention
+from mima.bilevel.outer import naive_outer_gradient, upper_gradient
+from mima.concepts import Concept
+from mima.errors import MimaError
+from mima.families import family_of, load_pipeline
+from mima.immunization.algorithm import immunize
+from mima.immunization.config import ImmunizeConfig
+from mima.immunization.encoding import ConceptData, encode_concepts
+from mima.immunization.levels import Problem, merge_layer
+from mima.immunization.progress import ProgressBar, StepReport, Tracker, open_trackers
+from mima.merging import MergeLayer
+from mima.training.batches import Encoded
+
+MODES = ("exact", "finite_difference", "first_order")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("model"))
+
+
+def make(model, config, count=2):
+    family = family_of(load_pipeline(str(model)))
+    data = encode_concepts(family, concepts(count), config)
+    return Problem(family, data, config, merge_layer(family, concepts(count), config))
+
+
+def gradient(model, config):
+    problem = make(model, config)
+    levels = problem.lower_levels(0), problem.upper_levels(0)
+    return problem.hypergradient(problem.theta(), *levels).gradient
+
+
+def flat(gradient):
+    return torch.cat([value.flatten() for value in gradient.values()])
+
+
+def gap(a, b):
+    return float((flat(a) - flat(b)).norm() / flat(b).norm())
+
+
+def test_two_passes_equal_holding_every_graph_on_a_unet(model, tmp_path):
+    problem = make(model, settings(tmp_path, hypergradient="exact", lower={"lr": 1e-3}))
+    theta, lower, upper = problem.theta(), problem.lower_levels(0), problem.upper_levels(0)
+    ours = problem.hypergradient(theta, lower, upper)
+    with twice_differentiable_attention():
+        naive = naive_outer_gradient(
+            theta, list(lower), problem.merge, list(upper), wrt=problem.upper_names
+        )
+    assert gap(ours.gradient, naive.gradient) < 1e-5
+    assert ours.losses == pytest.approx(naive.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_only_what_is_differentiated_twice_gives_up_fused_attention(
+    model, tmp_path, monkeypatch, mode
+):
+    problem = make(model, settings(tmp_path, hypergradient=mode, lower={"optimizer": "sgd"}), 2)
+    losses_of, fused = problem.losses, []
+
+    def losses(batches, params):
+        fused.append(torch.backends.cuda.flash_sdp_enabled())
+        return losses_of(batches, params)
+
+    monkeypatch.setattr(problem, "losses", losses)
+    problem.hypergradient(problem.theta(), problem.lower_levels(0), problem.upper_levels(0))
+    # each concept's lower and upper level; then, of two concepts, what the mode asks for
+    again = {"exact": [False] * 2, "finite_difference": [True] * 4, "first_order": []}[mode]
+    assert fused == [True] * 4 + again
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.parametrize("per_forward", [1, 2, 3])
+def test_losses_computed_in_one_forward_are_those_of_one_each(
+    model, tmp_path, per_forward, monkeypatch
+):
+    upper = {"batch_size": 2, "prior_batch_size": 3, "concepts_per_forward": per_forward}
+    free = make(model, settings(tmp_path, upper=upper), 3)
+    theta = free.theta()
+    _, _, losses = upper_gradient(theta, free.upper_levels(0))
+    own = [x for name, x in losses.items() if not name.endswith("(prior)")]
+    # a cap for some of them, whatever weights this version of diffusers draws
+    cap = (min(own) + max(own)) / 2
+    problem = make(model, settings(tmp_path, upper=upper | {"loss_cap": cap}), 3)
+    losses_of, drawn = problem.losses, []
+    monkeypatch.setattr(
+        problem,
+        "losses",
+        lambda batches, params: drawn.append(batches) or losses_of(batches, params),
+    )
+    ours, _, losses = upper_gradient(theta, problem.upper_levels(0))
+    one_each = [[batch] for batches in drawn for batch in batches]
+    total = {name: torch.zeros_like(value) for name, value in theta.items()}
+    terms = [term for part in problem.upper_levels(0) for term in part.terms]
+    for term, batches in zip(terms, one_each, strict=True):
+        leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
+        (loss,) = losses_of(batches, leaves)
+        assert losses[term.name] == pytest.approx(loss.item(), rel=1e-5)
+        grads = torch.autograd.grad(term.objective(loss), list(leaves.values()))
+        for name, grad in zip(leaves, grads, strict=True):
+            total[name] += grad
+    capped = [x > cap for name, x in losses.items() if not name.endswith("(prior)")]
+    assert any(capped)
+    assert not all(capped)
+    assert gap(ours, total) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("parameters", "lr", "steps"),
+    [("cross_attention", 1e-3, 1), ("denoiser", 1e-3, 1), ("lora", 0.1, 2)],
+)
+def test_finite_differences_find_their_step_in_a_trained_network(parameters, lr, steps):
+    """The second-order part in float32, where a gradient's direction is the most curved one."""
+    family = family_of(load_pipeline("embedded"))
+    draws = torch.Generator().manual_seed(0)
+    side = family.resolution // family.pipeline.vae_scale_factor
+    latents = torch.randn(4, family.denoiser.config.in_channels, side, side, generator=draws)
+    data = [
+        ConceptData(name, *(Encoded.of(family, latents, [text] * 4) for text in (name, "a photo")))
+        for name in ("a cat", "a dog")
+    ]
+    lower = {"parameters": parameters, "lr": lr, "steps": steps, "optimizer": "sgd"}
+    found = {}
+    for mode in MODES:
+        config = ImmunizeConfig(hypergradient=mode, merge="average", lower=lower)
+        problem = Problem(family, data, config, MergeLayer(torch.full((2,), 0.5)))
+        levels = problem.lower_levels(0), problem.upper_levels(0)
+        found[mode] = flat(problem.hypergradient(problem.theta(), *levels).gradient)
+    second = found["exact"] - found["first_order"]
+    estimate = found["finite_difference"] - found["first_order"]
+    error = float((estimate - second).norm() / second.norm())
+    assert error <= 1e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_recomputing_activations_changes_no_gradient(model, tmp_path, mode):
+    # SGD: Adam's first step is the gradient's sign, which magnifies rounding
+    common = {"hypergradient": mode, "lower": {"lr": 1e-2, "optimizer": "sgd"}}
+    plain = gradient(model, settings(tmp_path, **common))
+    saving = gradient(model, settings(tmp_path, gradient_checkpointing=True, **common))
+    assert gap(saving, plain) < 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("mode", ["exact", "first_order"])
+def test_bfloat16_is_near_float32(model, tmp_path, mode, checkpointing):
+    common = {"hypergradient": mode, "lower": {"lr": 1e-2, "optimizer": "sgd"}}
+    plain = gradient(model, settings(tmp_path, **common))
+    half = gradient(
+        model,
+        settings(tmp_path, precision="bfloat16", gradient_checkpointing=checkpointing, **common),
+    )
+    # 8 bits of mantissa, and a few dozen layers whose roundings add up
+    assert gap(half, plain) < 0.1
+    assert all(value.dtype == torch.float32 for value in half.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"precision": "float16"}, "float16 gradients underflow"),
+        ({"precision": "bfloat16", "hypergradient": "finite_difference"}, "more coarsely"),
+        ({"method": "compose", "merge": "none"}, "without its last step"),
+        ({"method": "joint", "upper": {"concepts_per_forward": 2}}, "only merged weights"),
+        ({"merge": "none", "upper": {"concepts_per_forward": 2}}, "only merged weights"),
+        ({"lower": {"parameters": "lora+token"}}, "there are none without new_words"),
+        ({"lower": {"token_lr": 1e-3}}, "trains no new word"),
+        (
+            {
+                "new_words": True,
+                "lower": {"parameters": "token"},
+                "upper": {"concepts_per_forward": 2},
+            },
+            "encoded with its own",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_reason(settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        ImmunizeConfig(**settings)
+
+
+def test_a_run_reports_what_it_does(model, tmp_path):
+    seen = []
+    config = settings(tmp_path, steps=2)
+    result = immunize(model, concepts(), config, output=tmp_path / "out", callbacks=[seen.append])
+    assert seen == result.history
+    last = seen[-1]
+    assert (last.step, last.steps, last.eta) == (2, 2, 0)
+    assert sorted(last.concept_losses) == ["cat", "dog"]
+    priors = [value for name, value in last.losses.items() if name.endswith("(prior)")]
+    assert last.prior_loss == pytest.approx(sum(priors) / 2)
+    assert last.seconds > 0
+    assert last.memory > 2**20
+    assert 0 < last.residual < 1
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [StepReport.from_dict(json.loads(line)) for line in lines] == seen
+    saved = json.loads((tmp_path / "out" / "mima.json").read_text())
+    assert ImmunizeConfig.model_validate(saved["config"]) == config
+    # an ordinary diffusers folder
+    opened = StableDiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert_same(opened.unet.state_dict(), result.pipeline.unet.state_dict())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.txt", "out"]
+
+
+def test_a_callback_stops_the_run(model, tmp_path):
+    called = []
+    callbacks = [lambda report: report.step == 2, called.append]
+    result = immunize(model, concepts(), settings(tmp_path, steps=9), callbacks=callbacks)
+    assert len(result.history) == len(called) == 2
+
+
+def test_a_pipeline_in_memory_stays_as_it_is(model, tmp_path):
+    pipeline = load_pipeline(str(model))
+    pipeline.unet.half()
+    before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
+    result = immunize(pipeline, concepts(), settings(tmp_path, steps=1), output=tmp_path / "out")
+    assert_same(pipeline.unet.state_dict(), before)
+    assert result.pipeline.unet.dtype == torch.float32
+    assert weights(tmp_path / "out").keys() == before.keys()
+
+
+def test_the_output_folder_is_checked_first(model, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "letter.txt").write_text("mine")
+    with pytest.raises(MimaError, match="not empty"):
+        immunize("no such model", concepts(), settings(tmp_path), output=tmp_path / "out")
+
+
+def test_trackers_get_the_same_numbers(model, tmp_path):
+    class Recorder:
+        def __init__(self):
+            self.logged, self.config, self.open = [], None, False
+
+        def start(self):
+            self.open = True
+
+        def store_init_configuration(self, values):
+            self.config = values
+
+        def log(self, values, step):
+            self.logged.append((step, values))
+
+        def finish(self):
+            self.open = False
+
+    recorder = Recorder()
+    config = settings(tmp_path)
+    tracker = Tracker(recorder, config.model_dump(mode="json"))
+    result = immunize(model, concepts(), config, callbacks=[tracker])
+    assert recorder.open
+    tracker.finish()
+    assert not recorder.open
+    assert recorder.config["lower.lr"] == 1e-3
+    # text, where it is neither a number nor text
+    assert (recorder.config["trackers"], recorder.config["lower.alpha"]) == ("[]", "None")
+    assert [step for step, _ in recorder.logged] == [1, 2]
+    assert recorder.logged[-1][1]["loss/cat"] == result.history[-1].losses["cat"]
+    with pytest.raises(MimaError, match="trackers: nosuch is not installed"):
+        open_trackers(["nosuch"], tmp_path, {})
+
+
+def test_tensorboard_gets_the_same_numbers(model, tmp_path):
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
+    from tensorboardX.proto.event_pb2 import Event
+
+    config = settings(tmp_path, trackers=("tensorboard",))
+    result = immunize(model, concepts(), config, checkpoint=tmp_path / "c")
+    # a record: length, its checksum, the event, its checksum
+    shown = {}
+    for file in (tmp_path / "c").rglob("events.*"):
+        content = file.read_bytes()
+        while content:
+            length = int.from_bytes(content[:8], "little")
+            event = Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            for value in event.summary.value:
+                shown[value.tag, event.step] = value.simple_value
+    for report in result.history:
+        for name, loss in report.losses.items():
+            # TensorBoard's names have neither blanks nor brackets
+            tag = re.sub(r"[^-/.\w]", "_", f"loss/{name}")
+            assert shown[tag, report.step] == pytest.approx(loss, rel=1e-6)
+
+
+def with_new_words():
+    return [
+        Concept(
+            word, f"a {token} emoji", [tiny.picture("red", "round", seed=n)], "an emoji",
+            token=token, initializer=word, class_images=[tiny.picture("blue", "round", seed=n)],
+        )
+        for n, (word, token) in enumerate((("cat", "<new1>"), ("castle", "<new2>")))
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(
+    version("transformers").startswith("4."), reason="its text encoder cannot mask in float64"
+)
+@pytest.mark.parametrize(
+    ("parameters", "merge"),
+    [
+        ("token", "projected"),
+        ("cross_attention_kv+token", "projected"),
+        ("lora+token", "projected"),
+        ("lora+token", "none"),
+    ],
+)
+def test_trained_words_agree_with_central_differences(tmp_path, monkeypatch, parameters, merge):
+    """The gradient that a run takes, through text encoder, plan and steps, in float64."""
+    module = sys.modules["mima.immunization.algorithm"]
+    problems = []
+
+    def keep(problem, *_):
+        problems.append(problem)
+        return []
+
+    monkeypatch.setattr(module, "ascend", keep)
+    config = settings(
+        tmp_path,
+        hypergradient="exact",
+        merge=merge,
+        new_words=True,
+        lower={
+            "lr": 0.05, "token_lr": 0.3, "steps": 2, "optimizer": "sgd", "parameters": parameters,
+        },
+        upper={"parameters": "cross_attention_kv"},
+    )  # fmt: skip
+    monkeypatch.setattr(module, "_own_copy", lambda pipeline, _: pipeline.to(torch.float64))
+    immunize(tiny.tiny_stable_diffusion(tmp_path / "tokenizer"), with_new_words(), config)
+    (problem,) = problems
+    theta = problem.theta()
+    levels = problem.lower_levels(0), problem.upper_levels(0)
+
+    def objective(theta):
+        losses = problem.hypergradient(theta, *levels).losses
+        return sum((1 if name.endswith("(prior)") else -1) * x for name, x in losses.items())
+
+    outer = problem.hypergradient(theta, *levels)
+    draws = torch.Generator().manual_seed(0)
+    along = {n: torch.randn(v.shape, generator=draws).to(v) for n, v in outer.gradient.items()}
+    h = 1e-4
+    monkeypatch.setattr(
+        problem, "config", config.model_copy(update={"hypergradient": "first_order"})
+    )
+    ahead, behind = (
+        objective(theta | {n: theta[n] + sign * h * v for n, v in along.items()})
+        for sign in (1, -1)
+    )
+    slope = sum(float((outer.gradient[n] * v).sum()) for n, v in along.items())
+    first = problem.hypergradient(theta, *levels)
+    without = sum(float((first.gradient[n] * v).sum()) for n, v in along.items())
+    assert abs(slope - (ahead - behind) / (2 * h)) <= 1e-5 * abs(slope)
+    # and the steps matter
+    assert abs(slope - without) > 1e-3 * abs(slope)
+
+
+@pytest.mark.parametrize("mode", ["exact", "finite_difference"])
+def test_a_run_trains_new_words_in_its_lower_level(tmp_path, mode):
+    pipeline = tiny.tiny_stable_diffusion(tmp_path / "tokenizer")
+    lower = {"parameters": "lora+token", "lr": 1e-3, "token_lr": 1e-2, "prior_weight": 0.5}
+    config = settings(tmp_path, hypergradient=mode, new_words=True, lower=lower)
+    result = immunize(pipeline, with_new_words(), config)
+    assert all(math.isfinite(report.gradient_norm) for report in result.history)
+    assert 0 < result.history[-1].residual < 1
+    assert result.pipeline.text_encoder is pipeline.text_encoder
+    with pytest.raises(MimaError, match="no token: cat, dog"):
+        immunize(pipeline, concepts(), config)
+
+
+def test_the_progress_bar_says_what_matters():
+    out = io.StringIO()
+    report = StepReport(
+        3, 10, {"cat": 1.25, "cat (prior)": 0.5}, 1e-3, 0.7, 0.02, 1.5, 3661.0, 2**30, 2
+    )
+    with ProgressBar(Console(file=out, force_terminal=True, width=200)) as bar:
+        bar(report)
+    shown = out.getvalue()
+    for part in (
+        *("3/10", "cat 1.250", "prior 0.500", "drift 1.0e-03", "residual 2.0e-02"),
+        *("2 skipped", "1.50 s/step", "1.0 GiB", "1:01:01 left"),
+    ):
+        assert part in shown
+
+
+def test_new_words_are_words_while_the_model_is_immunized(tmp_path, monkeypatch):
+    """Each is one token, its row alone was trained, and the result's vocabulary is the old one."""
+    pipeline = tiny.tiny_stable_diffusion(tmp_path / "tokenizer")
+    seen = []
+    # the package's attribute of that name is the function
+    module = sys.modules["mima.immunization.algorithm"]
+    encode = module.encode_concepts
+
+    def spy(family, *args, **keywords):
+        seen.append(family.pipeline)
+        return encode(family, *args, **keywords)
+
+    monkeypatch.setattr(module, "encode_concepts", spy)
+    config = settings(tmp_path, steps=1, new_words=True, token_steps=2)
+    result = immunize(pipeline, with_new_words(), config)
+    (inner,) = seen
+    old = pipeline.text_encoder.get_input_embeddings().weight
+    new = inner.text_encoder.get_input_embeddings().weight
+    assert torch.equal(new[: len(old)], old)
+    assert len(new) == len(old) + 2
+    for row, word, token in ((-2, "cat", "<new1>"), (-1, "castle", "<new2>")):
+        assert inner.tokenizer.convert_tokens_to_ids(token) == len(new) + row
+        start = old[pipeline.tokenizer.encode(word, add_special_tokens=False)[0]]
+        # two steps of AdamW at 5e-4
+        assert 1e-4 < (new[row] - start).abs().max() < 2e-3
+    assert result.pipeline.tokenizer is pipeline.tokenizer
+    assert result.pipeline.text_encoder is pipeline.text_encoder

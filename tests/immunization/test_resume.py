@@ -1,0 +1,335 @@
+"""No run is lost: killed, interrupted, out of disk, not finite."""
+
+import json
+import logging
+import math
+import os
+import random
+import resource
+import signal
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+from support import immunizing, tiny
+from support.immunizing import assert_same, concepts, settings, weights
+
+from mima.bilevel.outer import UpperLevel
+from mima.errors import MimaError
+from mima.immunization.algorithm import immunize
+from mima.immunization.levels import Problem
+from mima.immunization.progress import StepReport
+from mima.storage.checkpoint import Checkpoint, CheckpointFolder
+from mima.storage.runs import default_folder, uninterrupted
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("model"))
+
+
+def immunized(model, config, **options):
+    return immunize(model, concepts(), config, **options)
+
+
+def unet(result):
+    return result.pipeline.unet.state_dict()
+
+
+def steps_in(output):
+    path = default_folder(output) / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.parametrize("hypergradient", ["exact", "finite_difference", "alternating"])
+def test_killed_at_random_points_it_resumes_bit_by_bit(model, tmp_path, processes, hypergradient):
+    config = settings(tmp_path, steps=7, checkpoint_every=2, hypergradient=hypergradient)
+
+    def start(output):
+        process = processes.Process(
+            target=immunizing.run,
+            args=(model, config),
+            kwargs={"output": output, "resume": True},
+        )
+        process.start()
+        return process
+
+    undisturbed = start(tmp_path / "undisturbed")
+    undisturbed.join()
+    assert undisturbed.exitcode == 0
+
+    output = tmp_path / "killed"
+    chance = random.Random(7)
+    for lines in (0, 1, 3, 4):
+        process = start(output)
+        # the first is killed while it encodes pictures, the others somewhere within a step
+        while not (default_folder(output) / "run.json").exists() or steps_in(output) < lines:
+            assert process.is_alive()
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not output.exists()
+    last = start(output)
+    last.join()
+    assert last.exitcode == 0
+    assert_same(weights(output), weights(tmp_path / "undisturbed"))
+    assert not default_folder(output).exists()
+    reports = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [report["step"] for report in reports] == list(range(1, 8))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hypergradient": "exact"},
+        {"method": "joint"},
+        {"method": "compose"},
+        {"upper": {"prior_weight": 0}},
+    ],
+    ids=["exact", "joint", "compose", "no-prior"],
+)
+def test_an_interrupt_writes_a_checkpoint(model, tmp_path, changes):
+    config = settings(tmp_path, steps=3, checkpoint_every=None, **changes)
+    whole = immunized(model, config)
+    seen = []
+
+    def interrupt(report):
+        seen.append(report)
+        if len(seen) == len(whole.history) - 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        immunized(model, config, checkpoint=tmp_path / "c", callbacks=[interrupt])
+    resumed = immunized(model, config, checkpoint=tmp_path / "c", resume=True)
+    assert_same(unet(resumed), unet(whole))
+    assert [r.losses for r in resumed.history] == [r.losses for r in whole.history]
+    assert [r.drift for r in resumed.history] == [r.drift for r in whole.history]
+
+
+def test_an_interrupt_waits_for_the_update():
+    done = []
+
+    def update():
+        with uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            done.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        update()
+    assert done
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_more_steps_can_be_asked_for(model, tmp_path):
+    stop = lambda report: report.step == 1  # noqa: E731
+    short = settings(tmp_path, steps=1)
+    immunized(model, short, checkpoint=tmp_path / "c")
+    longer = immunized(model, settings(tmp_path, steps=2), checkpoint=tmp_path / "c", resume=True)
+    assert_same(unet(longer), unet(immunized(model, settings(tmp_path, steps=2))))
+    # a run that a callback ended stays ended
+    immunized(model, settings(tmp_path, steps=3), checkpoint=tmp_path / "d", callbacks=[stop])
+    ended = immunized(model, settings(tmp_path, steps=3), checkpoint=tmp_path / "d", resume=True)
+    assert len(ended.history) == 1
+
+
+def test_another_run_is_not_continued(model, tmp_path):
+    first = settings(tmp_path)
+    immunized(model, first, checkpoint=tmp_path / "c")
+    with pytest.raises(MimaError, match=r"unfinished run.*resume"):
+        immunized(model, first, checkpoint=tmp_path / "c")
+    other = settings(tmp_path, seed=3, lower={"lr": 2e-3})
+    with pytest.raises(MimaError, match=r"lower\.lr: 0\.001 then, 0\.002 now") as caught:
+        immunized(model, other, checkpoint=tmp_path / "c", resume=True)
+    assert "seed: 0 then, 3 now" in str(caught.value)
+    assert "steps" not in str(caught.value)
+    with pytest.raises(MimaError, match=r"concepts\.1\.name: dog then, None now"):
+        immunize(model, concepts(1), first, checkpoint=tmp_path / "c", resume=True)
+    elsewhere = tiny.save_tiny_stable_diffusion(tmp_path / "other", seed=1)
+    with pytest.raises(MimaError, match="differs in model"):
+        immunized(elsewhere, first, checkpoint=tmp_path / "c", resume=True)
+    # overwrite starts anew
+    again = immunized(model, other, checkpoint=tmp_path / "c", overwrite=True)
+    assert_same(unet(again), unet(immunized(model, other)))
+
+
+def test_class_pictures_are_drawn_once(model, tmp_path, monkeypatch):
+    bare = [c.__class__(c.name, c.prompt, c.images, class_prompt="a picture") for c in concepts()]
+    config = settings(tmp_path, steps=1, num_class_images=2)
+    first = immunize(model, bare, config, checkpoint=tmp_path / "c")
+    monkeypatch.setattr("mima.immunization.encoding.encode", None)
+    monkeypatch.setattr("mima.immunization.encoding._generate_class_images", None)
+    again = immunize(model, bare, config, checkpoint=tmp_path / "c", resume=True)
+    assert_same(unet(again), unet(first))
+
+
+def test_large_encodings_are_mapped(model, tmp_path, monkeypatch):
+    config = settings(tmp_path, steps=1)
+    small = immunized(model, config)
+    monkeypatch.setattr("mima.immunization.encoding.LARGE", 0)
+    assert_same(unet(immunized(model, config)), unet(small))
+    assert_same(unet(immunized(model, config, checkpoint=tmp_path / "c")), unet(small))
+
+
+def break_losses(monkeypatch, factor):
+    """Let `factor(step)` multiply every upper loss."""
+    upper_level = Problem.upper_level
+
+    def broken(self, concepts, step):
+        part = upper_level(self, concepts, step)
+        return UpperLevel(part.terms, lambda p: [x * factor(step) for x in part.losses(p)])
+
+    monkeypatch.setattr(Problem, "upper_level", broken)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_is_left_out(model, tmp_path, monkeypatch, caplog, value):
+    config = settings(tmp_path, steps=3, max_skipped=1)
+    break_losses(monkeypatch, lambda step: value if step == 1 else 1.0)
+    seen = {}
+
+    def keep(report):
+        state = CheckpointFolder(tmp_path / "c").latest()
+        seen[report.step] = state
+
+    with caplog.at_level(logging.WARNING, "mima"):
+        result = immunized(
+            model,
+            config.model_copy(update={"checkpoint_every": 1}),
+            checkpoint=tmp_path / "c",
+            callbacks=[keep],
+        )
+    assert [report.skipped for report in result.history] == [0, 1, 1]
+    assert "step 2 left out, not finite" in caplog.text
+    # checkpoints after steps 1 and 2 hold the same weights
+    assert_same(
+        *(
+            {n: v for n, v in seen[step].tensors.items() if n.startswith("theta.")}
+            for step in (2, 3)
+        )
+    )
+    assert all(torch.isfinite(value).all() for value in unet(result).values())
+    lines = (tmp_path / "c" / "metrics.jsonl").read_text().splitlines()
+    assert [StepReport.from_dict(json.loads(line)).step for line in lines] == [1, 2, 3]
+
+
+def test_too_many_steps_that_are_not_finite_end_the_run(model, tmp_path, monkeypatch):
+    config = settings(tmp_path, steps=6, max_skipped=1, checkpoint_every=1)
+    break_losses(monkeypatch, lambda step: math.nan if step >= 2 else 1.0)
+    with pytest.raises(MimaError, match=r"2 steps in a row were not finite.*upper\.lr") as caught:
+        immunized(model, config, checkpoint=tmp_path / "c")
+    assert str(tmp_path / "c") in str(caught.value)
+    kept = CheckpointFolder(tmp_path / "c").latest()
+    assert kept.step == 3
+    assert all(torch.isfinite(value).all() for value in kept.tensors.values())
+
+
+def test_a_level_that_always_fails_ends_the_run(model, tmp_path):
+    """Of the published pairs' steps, where the other level's are finite."""
+    lower = {"lr": 1e30}
+    config = settings(
+        tmp_path,
+        hypergradient="alternating",
+        steps=9,
+        max_skipped=2,
+        lower=lower,
+        checkpoint_every=1,
+    )
+    interrupted = config.model_copy(update={"steps": 2})
+    immunized(model, interrupted, checkpoint=tmp_path / "c")
+    with pytest.raises(MimaError, match=r"3 steps in a row were not finite.* step 5 "):
+        immunized(model, config, checkpoint=tmp_path / "c", resume=True)
+
+
+def test_divergence_ends_the_run(model, tmp_path, monkeypatch):
+    break_losses(monkeypatch, lambda step: 100.0 if step >= 12 else 1.0)
+    config = settings(tmp_path, steps=30, divergence=20)
+    with pytest.raises(MimaError, match=r"step 2\d.*more than 20 times.*prior_weight"):
+        immunized(model, config)
+
+
+def checkpoint(step, size=8):
+    return Checkpoint(step, {"x": torch.full((size,), float(step))}, {"note": f"step {step}"})
+
+
+def test_only_the_last_checkpoint_is_kept(tmp_path):
+    folder = CheckpointFolder(tmp_path / "c")
+    assert folder.latest() is None
+    for step in (1, 9, 10):
+        folder.write(checkpoint(step))
+    kept = folder.latest()
+    assert (kept.step, kept.state) == (10, {"note": "step 10"})
+    assert torch.equal(kept.tensors["x"], torch.full((8,), 10.0))
+    assert [path.name for path in folder.path.iterdir()] == ["step-00000010"]
+
+
+@contextmanager
+def small_files(limit):
+    """No file can grow beyond `limit` bytes: what a full disk looks like."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    folder = CheckpointFolder(tmp_path / "c")
+    folder.write(checkpoint(1))
+    with small_files(4096), pytest.raises(MimaError, match=r"cannot write .*step-00000001 is int"):
+        folder.write(checkpoint(2, size=10_000))
+    assert folder.latest().step == 1
+    assert [path.name for path in folder.path.iterdir()] == ["step-00000001"]
+    folder.write(checkpoint(2, size=10_000))
+    assert folder.latest().step == 2
+
+
+def test_a_disk_that_fills_during_a_run_ends_it_with_a_message(model, tmp_path):
+    config = settings(tmp_path, steps=3, checkpoint_every=1)
+
+    def fill(report):
+        if report.step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(MimaError, match=r"checkpoint: cannot write .*step-00000001 is intact"):
+            immunized(model, config, checkpoint=tmp_path / "c", callbacks=[fill])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resumed = immunized(model, config, checkpoint=tmp_path / "c", resume=True)
+    assert_same(unet(resumed), unet(immunized(model, config)))
+
+
+def test_a_disk_that_is_full_at_the_end_costs_no_step(model, tmp_path):
+    config, output = settings(tmp_path, steps=1), tmp_path / "out"
+    # enough for the checkpoint, which holds cross-attention alone
+    with small_files(300_000), pytest.raises(MimaError, match=r"cannot write .*out: .*resume"):
+        immunized(model, config, output=output)
+    assert not output.exists()
+    resumed = immunized(model, config, output=output, resume=True)
+    assert_same(unet(resumed), unet(immunized(model, config)))
+    assert [path.name for path in tmp_path.glob("*out*")] == ["out"]
+
+
+def test_what_a_killed_writer_left_is_cleared(tmp_path):
+    folder = CheckpointFolder(tmp_path / "c")
+    folder.write(checkpoint(1))
+    for name in (".step-00000002.partial", ".step-00000007.partial"):
+        (folder.path / name).mkdir()
+        (folder.path / name / "state.safetensors").write_bytes(b"half")
+    assert folder.latest().step == 1
+    folder.write(checkpoint(2))
+    assert [path.name for path in folder.path.iterdir()] == ["step-00000002"]
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    folder = CheckpointFolder(tmp_path / "c")
+    folder.write(checkpoint(1))
+    (folder.path / "step-00000001" / "state.safetensors").write_bytes(b"half")
+    with pytest.raises(MimaError, match=r"cannot read .*step-00000001"):
+        folder.latest()

@@ -1,0 +1,226 @@
+"""Results as ordinary models: folders, deltas, cards."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support import tiny
+from support.immunizing import assert_same, concepts, settings
+
+import mima
+from mima._version import installed_versions
+from mima.errors import MimaError
+from mima.immunization.algorithm import immunize
+from mima.release.delta import DELTA_FILE, Delta, load_delta, read_delta
+
+WORD = "<new1>"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def result(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("captions")
+    return immunize(base, concepts(), settings(folder, steps=1, seed=5))
+
+
+@pytest.fixture(scope="module")
+def whole(result, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    result.save_pretrained(folder, metrics={"MSGR": 0.25}, license="openrail")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def delta(result, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("delta")
+    result.save_pretrained(folder, delta=True)
+    return folder
+
+
+def test_a_result_opens_without_mima(result, whole, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mima"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError):
+        __import__("mima.release.delta")
+    opened = DiffusionPipeline.from_pretrained(whole, local_files_only=True)
+    for part in ("unet", "text_encoder", "vae"):
+        written = getattr(opened, part).state_dict()
+        assert_same(written, getattr(result.pipeline, part).state_dict())
+
+
+def test_text_encoders_are_written_under_names_that_every_transformers_reads(whole):
+    """transformers 4 wants the prefix, and draws random weights where it is missing."""
+    names = load_file(whole / "text_encoder" / "model.safetensors")
+    assert names
+    assert all(name.startswith("text_model.") for name in names)
+
+
+def test_a_delta_holds_what_changed_and_nothing_else(base, result, delta):
+    stored = load_file(delta / DELTA_FILE)
+    before = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")
+    after = result.pipeline.unet.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert set(stored) == {f"unet.{name}" for name in changed}
+    assert_same(stored, {f"unet.{name}": after[name] for name in changed})
+    assert all(path.is_file() for path in delta.iterdir())
+    origin = read_delta(delta).origin
+    assert (origin["model"], origin["concepts"]) == (str(base), ["cat", "dog"])
+
+
+def test_a_delta_makes_the_model_again(base, result, delta):
+    pipeline = DiffusionPipeline.from_pretrained(base)
+    before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
+    again = load_delta(pipeline, delta)
+    assert_same(again.unet.state_dict(), result.pipeline.unet.state_dict())
+    assert_same(pipeline.unet.state_dict(), before)
+
+
+def snippet(folder):
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    return code
+
+
+def test_the_lines_on_a_deltas_card_work(result, delta, monkeypatch):
+    monkeypatch.chdir(delta)
+    namespace = {}
+    exec(snippet(delta), namespace)
+    assert_same(namespace["pipeline"].unet.state_dict(), result.pipeline.unet.state_dict())
+
+
+def test_the_lines_on_a_delta_of_the_embedded_model_work(result, tmp_path, monkeypatch):
+    pipeline = mima.load_embedded()
+    pipeline.unet.conv_in.bias.data += 1
+    changes = {"pipeline": pipeline, "model": "embedded", "changed": ["unet.conv_in.bias"]}
+    type(result)(**{**vars(result), **changes}).save_pretrained(tmp_path, delta=True)
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    exec(snippet(tmp_path), namespace)
+    assert_same(namespace["pipeline"].unet.state_dict(), pipeline.unet.state_dict())
+
+
+def test_the_lines_on_a_card_with_new_words_work(base, tmp_path, monkeypatch):
+    rows = torch.arange(64.0).view(2, 32)
+    save_file({WORD: rows}, tmp_path / "word.safetensors")
+    merged = mima.merge_adapters(base, [tmp_path / "word.safetensors"], method="weighted")
+    merged.save_pretrained(tmp_path / "delta", delta=True)
+    monkeypatch.chdir(tmp_path / "delta")
+    namespace = {}
+    exec(snippet(tmp_path / "delta"), namespace)
+    for pipeline in (
+        namespace["pipeline"],
+        load_delta(DiffusionPipeline.from_pretrained(base), tmp_path / "delta"),
+    ):
+        tokens = pipeline.tokenizer.convert_tokens_to_ids([WORD, f"{WORD}_1"])
+        assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight[tokens], rows)
+
+
+def test_the_card_says_how_it_was_made(base, result, whole, delta):
+    card = ModelCard.load(whole / "README.md")
+    assert card.data.library_name == "diffusers"
+    assert card.data.license == "openrail"
+    assert set(card.data.tags) == {"mima", "model-immunization"}
+    (config,) = re.findall(r"```yaml\n(.*?)```", card.text, flags=re.DOTALL)
+    assert yaml.safe_load(config) == result.config.model_dump(mode="json")
+    for said in (
+        *("| cat | a cat in red |", "| dog | a dog in red |", "| MSGR | 0.25 |", "Seed 5;"),
+        *(f"{name} {version}" for name, version in installed_versions().items()),
+        "| outer steps | 1 |",
+    ):
+        assert said in card.text
+    # a folder is not a repository of the hub
+    assert card.data.base_model is None
+    assert "huggingface.co" not in card.text
+    assert "delta" in ModelCard.load(delta / "README.md").data.tags
+
+
+@pytest.mark.parametrize(
+    ("method", "one", "two"),
+    [
+        ("imma", "against one concept by bi-level optimisation", None),
+        ("joint", "against one concept by its objective", "2 concepts at once by their summed"),
+        ("compose", "against one concept alone.", "against each concept alone; the results were"),
+        ("mima", "against one concept through", "against 2 concepts at once through"),
+        ("none", "Nothing was immunized", "Nothing was immunized"),
+    ],
+)
+def test_the_card_counts_its_concepts(result, method, one, two):
+    for number, said in enumerate((one, two), start=1):
+        if said is None:
+            continue
+        config = result.config.model_copy(update={"method": method, "erase_first": True})
+        names = {"concepts": result.concepts[:number], "prompts": result.prompts[:number]}
+        text = type(result)(**{**vars(result), **names, "config": config}).card().text
+        concepts, were = ("the concept", "was") if number == 1 else ("the concepts", "were")
+        assert said in text
+        assert f"Before that, {concepts} {were} erased." in text
+        claimed = method != "none"
+        assert (f"these weights on {concepts} below is meant to fail" in text) == claimed
+        assert ("# Immunized model" in text) == claimed
+
+
+def test_a_base_model_of_the_hub_is_linked_and_odd_names_stay_text(result):
+    result = type(result)(**{**vars(result), "model": "owner/a_model", "concepts": ["*|x", "<b>"]})
+    card = result.card()
+    assert card.data.base_model == "owner/a_model"
+    assert "](https://huggingface.co/owner/a_model)" in card.text
+    assert r"| \*\|x | a cat in red |" in card.text
+    assert "| &lt;b&gt; | a dog in red |" in card.text
+
+
+def test_the_card_says_how_the_base_model_was_opened(result):
+    opened = {"revision": "v/1", "variant": "fp16"}
+    result = type(result)(**{**vars(result), "model": "owner/name", "opened_with": opened})
+    text = str(result.card(delta=True))
+    assert "Made from [owner/name](https://huggingface.co/owner/name/tree/v%2F1) at " in text
+    assert 'from_pretrained("owner/name", revision="v/1", variant="fp16")' in text
+
+
+def test_a_delta_of_nothing_is_refused(tmp_path):
+    with pytest.raises(MimaError, match="nothing was changed"):
+        Delta({}).save(tmp_path)
+
+
+def foreign(path):
+    save_file({"unet.conv_in.weight": torch.zeros(1)}, path / DELTA_FILE)
+
+
+BAD = {
+    "absent": (lambda path: None, "does not exist"),
+    "damaged": (lambda path: (path / DELTA_FILE).write_bytes(b"x" * 40), "is damaged"),
+    "foreign": (foreign, "is no delta that mima wrote"),
+    "other-shape": (
+        lambda path: Delta({"unet.conv_in.weight": torch.zeros(2)}).save(path),
+        r"it holds unet.conv_in.weight \[2\], the model has a \[16, 4, 3, 3\]",
+    ),
+    "other-part": (
+        lambda path: Delta({"transformer.x.weight": torch.zeros(2)}).save(path),
+        "the model has nothing there",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_delta_that_does_not_fit(base, tmp_path, case):
+    make, message = BAD[case]
+    make(tmp_path)
+    with pytest.raises(MimaError, match=message):
+        load_delta(DiffusionPipeline.from_pretrained(base), tmp_path)
+
+
+def test_a_deltas_origin_is_in_the_files_metadata(delta):
+    with safe_open(delta / DELTA_FILE, framework="pt") as file:
+        assert file.metadata()["format"] == "pt"

@@ -1,0 +1,154 @@
+"""Publishing to a hub and opening models from one, as a person does; only HTTP is faked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from huggingface_hub import constants, utils
+from PIL import Image
+from safetensors.torch import load, save_file
+from support import hub, tiny
+from support.immunizing import assert_same
+
+import mima
+from mima.errors import MimaError
+from mima.release.delta import DELTA_FILE
+from mima.release.repository import Repository
+
+
+@pytest.fixture
+def served() -> Iterator[hub.Hub]:
+    with hub.serve() as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def online(monkeypatch, served):
+    """This process may use the network, where it finds the hub of the test."""
+    monkeypatch.setattr(constants, "ENDPOINT", served.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    if hasattr(utils, "reset_sessions"):
+        # huggingface_hub 0 keeps what offline sessions were told
+        utils.reset_sessions()
+
+
+def command(*arguments: object, cwd: Path, **environment: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "mima", *map(str, arguments)],
+        env={**os.environ, "COLUMNS": "200", **environment},
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout.strip()
+
+
+def test_push_then_open_a_revision_and_a_variant(served, model, tmp_path):
+    served.token = "hf_me"
+    other = StableDiffusionPipeline.from_pretrained(model).to(torch.float16)
+    other.unet.conv_out.bias.data.fill_(0.5)
+    other.save_pretrained(tmp_path / "other", variant="fp16")
+    served.add("me/model", "v1", tmp_path / "other")
+    result = tmp_path / "result"
+    shutil.copytree(model, result)
+    (result / "mima.json").write_text("{}")
+    environment = served.environment(tmp_path / "cache")
+
+    code, said = command("push", result, "me/model", "--private", cwd=tmp_path, **environment)
+    assert (code, said) == (0, f"published {result}: {served.address}/me/model/commit/{hub.COMMIT}")
+    created = next(body for _, path, body in served.requests if path.endswith("repos/create"))
+    assert (created["organization"], created["name"]) == ("me", "model")
+    # huggingface_hub has said it in two ways
+    assert created.get("visibility") == "private" or created.get("private") is True
+    files = {path for path in result.rglob("*") if path.is_file()}
+    assert served.files["me/model", "main"] == {
+        str(path.relative_to(result)): path.read_bytes() for path in files
+    }
+
+    drawing = ["sample", "a cat", "--steps", 2, "--model"]
+    pictures = {}
+    for name, arguments in {
+        "main": ["me/model"],
+        "v1": ["me/model", "--revision", "v1", "--variant", "fp16"],
+        "local": [tmp_path / "other", "--variant", "fp16"],
+    }.items():
+        code, said = command(*drawing, *arguments, "-o", f"{name}.png", cwd=tmp_path, **environment)
+        assert (code, said) == (0, f"{name}.png")
+        pictures[name] = Image.open(tmp_path / f"{name}.png").tobytes()
+    assert pictures["v1"] == pictures["local"] != pictures["main"]
+
+    code, said = command(*drawing, "me/model", "--revision", "v9", cwd=tmp_path, **environment)
+    assert (code, said) == (2, "error: model: me/model has no revision 'v9'")
+    environment["HF_TOKEN"] = "hf_stranger"
+    code, said = command("push", result, "me/model", cwd=tmp_path, **environment)
+    assert code == 2
+    assert said.startswith("error: hub: cannot publish 'me/model': ")
+    assert "401" in said
+    assert "\n" not in said
+
+
+def test_a_hub_that_cannot_be_reached_is_one_error_at_once(model, tmp_path):
+    """huggingface_hub alone tries for a minute, and says so each time."""
+    with hub.serve() as gone:
+        environment = gone.environment(tmp_path / "cache")
+    began = time.monotonic()
+    code, said = command("sample", "x", "--model", "me/absent", cwd=tmp_path, **environment)
+    assert code == 2
+    assert said.startswith("error: model: there is no folder 'me/absent'")
+    assert "the hub cannot be reached: 127.0.0.1: " in said
+    assert "\n" not in said
+    assert time.monotonic() - began < 45
+
+
+@pytest.mark.usefixtures("online")
+def test_a_result_is_published_as_it_is_saved(served, model, tmp_path):
+    save_file({"<new1>": torch.ones(32)}, tmp_path / "word.safetensors")
+    result = mima.merge_adapters(model, [tmp_path / "word.safetensors"], method="weighted")
+    result.save_pretrained(tmp_path / "saved", delta=True)
+    address = result.push_to_hub("me/delta", revision="dev", delta=True, token="hf_me")
+    assert address == f"{served.address}/me/delta/commit/{hub.COMMIT}"
+    published = served.files["me/delta", "dev"]
+    saved = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+    assert published.keys() == saved.keys()
+    # safetensors writes its metadata in any order
+    tensors = load(published.pop(DELTA_FILE)), load(saved.pop(DELTA_FILE))
+    assert_same(*tensors)
+    assert published == saved
+
+
+@pytest.mark.usefixtures("online")
+@pytest.mark.parametrize("repo", ["me/model", "not a name", "a/b/c"])
+def test_what_cannot_be_published_is_said(served, repo):
+    served.token = "hf_owner"
+    with pytest.raises(MimaError, match=f"cannot publish '{repo}'") as caught:
+        Repository(repo, token="hf_stranger")
+    assert "\n" not in str(caught.value)
+
+
+def test_offline_nothing_is_published():
+    with pytest.raises(MimaError, match="cannot publish 'me/model': offline mode is on"):
+        Repository("me/model")
+
+
+@pytest.mark.usefixtures("online")
+def test_an_endpoint_that_is_no_address(monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "nowhere")
+    with pytest.raises(MimaError, match="'nowhere' is no address"):
+        Repository("me/model")

@@ -1,0 +1,249 @@
+"""Tiny randomly initialised pipelines of the families other than Stable Diffusion.
+
+Like `tiny`: deterministic in the seed, built from diffusers' and transformers' own classes, and
+written to a folder, so that tests run the code that loads real models. Nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from support.tiny import MAX_TOKENS, WORDS, tiny_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+T5_WIDTH = 32
+T5_TOKENS = 12
+
+
+def clip(tokenizer: Any, width: int, *, projection: int | None = None) -> Any:
+    """A CLIP text model of two layers, with a projection of the pooled output if asked for."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        projection_dim=projection or 16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+
+
+def t5_tokenizer(folder: Path) -> T5TokenizerFast:
+    """A T5 tokenizer that knows each of `tiny.WORDS` as one token."""
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = [f"▁{word}" for word in WORDS] + ["▁", *"abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    vocabulary += [(piece, -float(rank)) for rank, piece in enumerate(dict.fromkeys(letters), 1)]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "T5Tokenizer",
+        "model_max_length": T5_TOKENS,
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "extra_ids": 0,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return T5TokenizerFast.from_pretrained(folder)
+
+
+def t5(tokenizer: Any) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=T5_WIDTH,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config).eval()
+
+
+def vae(*, channels: int = 4, blocks: int = 3, **options: Any) -> AutoencoderKL:
+    """A VAE whose side factor is 2 ** (blocks - 1)."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(8,) * blocks,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=channels,
+        **options,
+    ).eval()
+
+
+def sdxl(folder: Path) -> StableDiffusionXLPipeline:
+    tokenizer = tiny_tokenizer(folder / "one")
+    tokenizer_2 = tiny_tokenizer(folder / "two")
+    tokenizer_2.pad_token = "!"
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=48,
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=20 + 6 * 8,
+    )
+    return StableDiffusionXLPipeline(
+        vae=vae(scaling_factor=0.13025),
+        text_encoder=clip(tokenizer, 16),
+        text_encoder_2=clip(tokenizer_2, 32, projection=20),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=unet.eval(),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
+        add_watermarker=False,
+    )
+
+
+def pixart(
+    folder: Path, *, sigma: bool = False, sample_size: int = 8, patch: int = 2
+) -> PixArtAlphaPipeline | PixArtSigmaPipeline:
+    """PixArt; α with 128² latents is the one that is told the picture's size."""
+    tokenizer = t5_tokenizer(folder / "t5")
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=24,
+        sample_size=sample_size,
+        patch_size=patch,
+        caption_channels=T5_WIDTH,
+        interpolation_scale=1,
+        use_additional_conditions=sample_size == 128,
+    )
+    kind = PixArtSigmaPipeline if sigma else PixArtAlphaPipeline
+    return kind(
+        tokenizer=tokenizer,
+        text_encoder=t5(tokenizer),
+        vae=vae(),
+        transformer=transformer.eval(),
+        scheduler=DPMSolverMultistepScheduler(beta_schedule="linear"),
+    )
+
+
+def sd3(folder: Path, *, with_t5: bool = True) -> StableDiffusion3Pipeline:
+    tokenizer = tiny_tokenizer(folder / "one")
+    tokenizer_2 = tiny_tokenizer(folder / "two")
+    tokenizer_2.pad_token = "!"
+    tokenizer_3 = t5_tokenizer(folder / "three") if with_t5 else None
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        joint_attention_dim=T5_WIDTH,
+        caption_projection_dim=24,
+        pooled_projection_dim=12 + 20,
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(scaling_factor=1.5305, shift_factor=0.0609),
+        text_encoder=clip(tokenizer, 12, projection=12),
+        tokenizer=tokenizer,
+        text_encoder_2=clip(tokenizer_2, 20, projection=20),
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=t5(tokenizer_3) if with_t5 else None,
+        tokenizer_3=tokenizer_3,
+    )
+
+
+def flux(folder: Path, *, guidance: bool = True) -> FluxPipeline:
+    tokenizer = tiny_tokenizer(folder / "one")
+    tokenizer_2 = t5_tokenizer(folder / "two")
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=1,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        joint_attention_dim=T5_WIDTH,
+        pooled_projection_dim=16,
+        guidance_embeds=guidance,
+        axes_dims_rope=(4, 4, 4),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    pipeline = FluxPipeline(
+        scheduler=scheduler if guidance else FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=clip(tokenizer, 16),
+        tokenizer=tokenizer,
+        text_encoder_2=t5(tokenizer_2),
+        tokenizer_2=tokenizer_2,
+        transformer=transformer.eval(),
+    )
+    return pipeline
+
+
+def save(kind: Any, folder: Path, *, seed: int = 0, **options: Any) -> Path:
+    """Build a pipeline with one of the functions above and write it to `folder`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        pipeline = kind(folder.with_name(f"{folder.name}-tokenizers"), **options)
+    # adaptive norms and output layers start at zero in some of these models: then text and time
+    # would have no effect
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(seed)
+        denoiser = pipeline.components.get("transformer") or pipeline.components["unet"]
+        for parameter in denoiser.parameters():
+            if not parameter.any():
+                parameter.normal_(0, 0.1, generator=generator)
+    pipeline.save_pretrained(folder)
+    return folder

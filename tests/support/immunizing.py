@@ -1,0 +1,67 @@
+"""A run of `immunize` that takes seconds, for the tests of runs, processes and benchmarks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from support import tiny
+
+from mima.concepts import Concept
+from mima.immunization.algorithm import immunize
+from mima.immunization.config import ImmunizeConfig, LowerConfig
+from mima.immunization.result import ImmunizeResult
+
+WORDS = ("cat", "dog", "bird", "fish", "castle")
+
+
+def concepts(count: int = 2) -> list[Concept]:
+    return [
+        Concept(
+            name,
+            f"a {name} in red",
+            [tiny.picture("red", "round", seed=10 * n + i) for i in range(4)],
+            class_prompt="a picture",
+            class_images=[tiny.picture("blue", "square", seed=100 + n + i) for i in range(3)],
+        )
+        for n, name in enumerate(WORDS[:count])
+    ]
+
+
+def captions(folder: Path) -> Path:
+    path = folder / "captions.txt"
+    lines = [f"a {c} {o}" for c in ("red", "green", "blue") for o in ("tree", "house", "castle")]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def settings(folder: Path, **changes: Any) -> ImmunizeConfig:
+    """Two steps of `first_order` with fast learning, unless `changes` says otherwise."""
+    defaults = {
+        "hypergradient": "first_order",
+        "steps": 2,
+        "captions": captions(folder),
+        "lower": LowerConfig(lr=1e-3),
+    }
+    return ImmunizeConfig(**(defaults | changes))
+
+
+def run(model: Path, config: ImmunizeConfig, count: int = 2, **options: Any) -> ImmunizeResult:
+    """For processes of their own: one thread, so that results can be compared bit by bit."""
+    torch.set_num_threads(1)
+    return immunize(model, concepts(count), config, **options)
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    """The denoiser of an output folder."""
+    (file,) = (output / "unet").glob("*.safetensors")
+    return load_file(file)
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """Bit by bit."""
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, different

@@ -1,0 +1,252 @@
+"""The operators' cases for the native kernels, and the tolerance that they are held to.
+
+A case runs the raw operators of the native backend on one list of inputs, and the reference on the
+same inputs twice: as they are, and in float64, which is the truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from mima import reference
+from mima.ops.backends import extension
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+DTYPE_IDS = ["f32", "f64", "bf16", "f16"]
+
+# unit roundoff: half of what separates 1 from the next number
+ROUNDOFF = {
+    torch.float32: 2.0**-24,
+    torch.float64: 2.0**-53,
+    torch.bfloat16: 2.0**-9,
+    torch.float16: 2.0**-12,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator on inputs: flat lists in, flat lists out."""
+
+    inputs: list[Tensor]
+    """Every differentiable input, in the order of the gradients."""
+    run: Callable[[Sequence[Tensor]], list[Tensor]]
+    """The raw forward."""
+    reference: Callable[[Sequence[Tensor]], list[Tensor]]
+    backward: Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
+    """The raw backward: (d_outputs, inputs) -> one gradient per input."""
+    length: int
+    """Terms of the longest sum."""
+
+
+def vector_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of weights and scales."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check(actual: Tensor, same_dtype: Tensor, truth: Tensor, length: int) -> None:
+    """Hold a result to at most twice the error of PyTorch in the same dtype.
+
+    The floor is for results that PyTorch happens to hit: one rounding of the stored value, and the
+    roundings of a sum of `length` terms in the accumulator, which grow with its square root.
+    """
+    assert actual.shape == truth.shape
+    assert actual.dtype == same_dtype.dtype
+    if not actual.numel():
+        return
+    assert torch.isfinite(actual).all()
+    error = (actual.double() - truth).abs().max()
+    base = (same_dtype.double() - truth).abs().max()
+    accumulator = ROUNDOFF[torch.float64 if actual.dtype == torch.float64 else torch.float32]
+    largest = truth.abs().max() + 1
+    floor = largest * (ROUNDOFF[actual.dtype] + 8 * accumulator * max(length, 1) ** 0.5)
+    assert error <= 2 * base + floor, f"{error:.2e} > 2 * {base:.2e} + {floor:.2e}"
+
+
+def check_forward(case: Case) -> None:
+    """Compare every output with the reference."""
+    actual = case.run(case.inputs)
+    same = case.reference(case.inputs)
+    truth = case.reference([x.double() for x in case.inputs])
+    assert len(actual) == len(truth)
+    for a, s, t in zip(actual, same, truth, strict=True):
+        check(a, s, t, case.length)
+
+
+def check_backward(case: Case) -> None:
+    """Compare every gradient with autograd through the reference."""
+
+    def gradients(inputs: Sequence[Tensor], upstream: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        return torch.autograd.grad(
+            case.reference(leaves), leaves, upstream, materialize_grads=True, allow_unused=True
+        )
+
+    upstream = [torch.randn(x.shape).to(x.dtype) for x in case.run(case.inputs)]
+    actual = case.backward(upstream, case.inputs)
+    same = gradients(case.inputs, upstream)
+    truth = gradients([x.double() for x in case.inputs], [x.double() for x in upstream])
+    assert len(actual) == len(truth)
+    for a, s, t in zip(actual, same, truth, strict=True):
+        check(a, s, t, case.length)
+
+
+def weighted_merge(shapes: Sequence[tuple[int, ...]], N: int, dtype: torch.dtype) -> Case:
+    """Tensors of these shapes, N concepts."""
+    P = len(shapes)
+    tensors = [torch.randn(shape).to(dtype) for _ in range(N + 1) for shape in shapes]
+    weights = torch.rand(N, dtype=vector_dtype(dtype))
+
+    def split(xs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        return list(xs[:P]), list(xs[P:-1]), xs[-1]
+
+    def run(xs: Sequence[Tensor]) -> list[Tensor]:
+        return extension.weighted_merge_forward(*split(xs))
+
+    def through_reference(xs: Sequence[Tensor]) -> list[Tensor]:
+        base, thetas, w = split(xs)
+        return reference.weighted_merge(base, [thetas[n * P : n * P + P] for n in range(N)], w)
+
+    def backward(d_out: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
+        d_base, d_thetas, d_w = extension.weighted_merge_backward(
+            d_out, *split(xs), True, True, True
+        )
+        assert d_w is not None
+        return [*d_base, *d_thetas, d_w]
+
+    length = sum(x.numel() for x in tensors[:P])
+    return Case([*tensors, weights], run, through_reference, backward, length)
+
+
+def projected_merge(rows: Sequence[int], tokens: Sequence[int], d: int, dtype: torch.dtype) -> Case:
+    """Layers of these numbers of rows, concepts of these numbers of tokens."""
+    L, N = len(rows), len(tokens)
+    weights = [torch.randn(o, d).to(dtype) for _ in range(N + 1) for o in rows]
+    C = [torch.randn(s, d).to(dtype) for s in tokens]
+    # a plan undoes the length of C: outputs stay of the size of the weights
+    M = [(torch.randn(s, d) / max(d, 1)).to(dtype) for s in tokens]
+
+    def split(xs: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
+        ends = [0, L, L * (N + 1), L * (N + 1) + N, len(xs)]
+        return tuple(list(xs[a:b]) for a, b in pairwise(ends))
+
+    def run(xs: Sequence[Tensor]) -> list[Tensor]:
+        return extension.projected_merge_forward(*split(xs))
+
+    def through_reference(xs: Sequence[Tensor]) -> list[Tensor]:
+        W0, W, C, M = split(xs)
+        return reference.projected_merge(W0, [W[n * L : n * L + L] for n in range(N)], C, M)
+
+    def backward(d_out: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
+        parts = extension.projected_merge_backward(d_out, *split(xs), True, True, True, True)
+        return [x for part in parts for x in part]
+
+    return Case([*weights, *C, *M], run, through_reference, backward, sum(rows) * max(d, 1))
+
+
+def batched_lora(
+    b: int, t: int, d: int, o: int, ranks: Sequence[int], dtype: torch.dtype, bias: bool = True
+) -> Case:
+    """A batch in which every adapter, and no adapter, is used."""
+    N = len(ranks)
+    x = torch.randn(b, t, d).to(dtype)
+    weight = (torch.randn(o, d) / max(d, 1) ** 0.5).to(dtype)
+    A = [(torch.randn(r, d) / max(d, 1) ** 0.5).to(dtype) for r in ranks]
+    B = [torch.randn(o, r).to(dtype) for r in ranks]
+    scale = torch.rand(N, dtype=vector_dtype(dtype)) + 0.5
+    biases = [torch.randn(o).to(dtype)] if bias else []
+    index = (torch.arange(b) % (N + 1)) - 1
+    kept: list[Tensor] = []
+
+    def split(xs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor | None]:
+        A, B = list(xs[2 : 2 + N]), list(xs[2 + N : 2 + 2 * N])
+        return A, B, xs[2 + 2 * N], xs[-1] if bias else None
+
+    def run(xs: Sequence[Tensor]) -> list[Tensor]:
+        A, B, scale, bias_o = split(xs)
+        kept.clear()
+        return [extension.batched_lora_forward(xs[0], xs[1], A, B, scale, index, bias_o, kept)]
+
+    def through_reference(xs: Sequence[Tensor]) -> list[Tensor]:
+        A, B, scale, bias_o = split(xs)
+        return [reference.batched_lora(xs[0], xs[1], A, B, scale, index, bias_o)]
+
+    def backward(d_out: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
+        A, B, scale, _ = split(xs)
+        needs = (True, True, True, True, True, bias)
+        d_x, d_weight, d_A, d_B, d_scale, d_bias = extension.batched_lora_backward(
+            d_out[0], xs[0], xs[1], A, B, scale, index, kept[0] if kept else None, *needs
+        )
+        singles = [d_x, d_weight, *d_A, *d_B, d_scale, *([d_bias] if bias else [])]
+        return [x for x in singles if x is not None]
+
+    inputs = [x, weight, *A, *B, scale, *biases]
+    return Case(inputs, run, through_reference, backward, b * t * max(d, o))
+
+
+def merge_lora(o: int, d: int, ranks: Sequence[int], dtype: torch.dtype) -> Case:
+    """One weight and adapters of these ranks."""
+    N = len(ranks)
+    weight = torch.randn(o, d).to(dtype)
+    A = [torch.randn(r, d).to(dtype) for r in ranks]
+    B = [torch.randn(o, r).to(dtype) for r in ranks]
+    vectors = [torch.rand(N, dtype=vector_dtype(dtype)) for _ in range(2)]
+
+    def split(xs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
+        return xs[0], list(xs[1 : 1 + N]), list(xs[1 + N : 1 + 2 * N]), xs[-2], xs[-1]
+
+    def run(xs: Sequence[Tensor]) -> list[Tensor]:
+        return [extension.merge_lora_forward(*split(xs))]
+
+    def through_reference(xs: Sequence[Tensor]) -> list[Tensor]:
+        return [reference.merge_lora(*split(xs))]
+
+    def backward(d_out: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
+        needs = (True, True, True, True, True)
+        d_weight, d_A, d_B, d_scale, d_weights = extension.merge_lora_backward(
+            d_out[0], *split(xs), *needs
+        )
+        assert d_weight is not None
+        assert d_scale is not None
+        assert d_weights is not None
+        return [d_weight, *d_A, *d_B, d_scale, d_weights]
+
+    inputs = [weight, *A, *B, *vectors]
+    return Case(inputs, run, through_reference, backward, o * d * (sum(ranks) + 1))
+
+
+# Sizes around every vector width and unrolling; zero rows, tokens, elements and concepts.
+CASES = {
+    "weighted_merge-awkward": lambda dtype: weighted_merge(
+        [(0,), (), (1,), (63,), (1023,), (17, 33), (3, 0), (257, 300)], 3, dtype
+    ),
+    "weighted_merge-one": lambda dtype: weighted_merge([(1023,)], 1, dtype),
+    "weighted_merge-none": lambda dtype: weighted_merge([(63,), (5, 7)], 0, dtype),
+    "projected_merge-768": lambda dtype: projected_merge([320, 0, 63], [9, 1, 4], 768, dtype),
+    "projected_merge-1023": lambda dtype: projected_merge([1, 17], [3, 0], 1023, dtype),
+    "projected_merge-63": lambda dtype: projected_merge([63, 5], [7], 63, dtype),
+    "projected_merge-1": lambda dtype: projected_merge([2, 1], [1, 2], 1, dtype),
+    "projected_merge-none": lambda dtype: projected_merge([63, 1], [], 64, dtype),
+    "projected_merge-no-rows": lambda dtype: projected_merge([0, 0], [3], 64, dtype),
+    "projected_merge-wide": lambda dtype: projected_merge([9], [5], 5000, dtype),
+    "batched_lora-whole-vectors": lambda dtype: batched_lora(5, 33, 64, 48, [4, 16, 64], dtype),
+    "batched_lora-63-1023": lambda dtype: batched_lora(3, 17, 63, 1023, [1, 5], dtype),
+    "batched_lora-1023-63": lambda dtype: batched_lora(3, 18, 1023, 63, [2], dtype, bias=False),
+    # tokens enough for the adapters to be merged into the weight
+    "batched_lora-merged": lambda dtype: batched_lora(9, 110, 64, 48, [4, 16, 64, 70], dtype),
+    "batched_lora-merged-63-33": lambda dtype: batched_lora(4, 90, 63, 33, [3, 130], dtype),
+    "batched_lora-ones": lambda dtype: batched_lora(2, 1, 1, 1, [1], dtype),
+    "batched_lora-one-token": lambda dtype: batched_lora(5, 1, 24, 40, [2, 7], dtype),
+    "batched_lora-none": lambda dtype: batched_lora(2, 3, 5, 7, [], dtype),
+    "batched_lora-empty-batch": lambda dtype: batched_lora(0, 3, 5, 7, [2], dtype),
+    "batched_lora-no-tokens": lambda dtype: batched_lora(2, 0, 5, 7, [2], dtype),
+    "merge_lora-mixed": lambda dtype: merge_lora(63, 1023, [1, 4, 64], dtype),
+    "merge_lora-square": lambda dtype: merge_lora(64, 64, [16], dtype),
+    "merge_lora-none": lambda dtype: merge_lora(5, 7, [], dtype),
+    "merge_lora-empty": lambda dtype: merge_lora(0, 7, [2], dtype),
+    "merge_lora-narrow": lambda dtype: merge_lora(7, 1, [3], dtype),
+}

@@ -1,0 +1,52 @@
+import logging
+
+import pytest
+import torch
+from support import tiny
+
+from mima import console
+from mima.families import family_of
+from mima.families.stable_diffusion import StableDiffusion
+from mima.training.class_images import ClassPictures
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return tiny.tiny_stable_diffusion(tmp_path_factory.mktemp("tokenizer"))
+
+
+def test_class_images_go_on_after_the_last_batch_that_is_kept(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("mima.training.class_images.CHUNK", 2)
+    family = family_of(pipeline)
+    prompts = ["a cat", "a dog", "a cat", "a dog", "a cat"]
+
+    def draw(folder, count=5):
+        monkeypatch.setenv("MIMA_CACHE", str(tmp_path / folder))
+        generator = torch.Generator().manual_seed(0)
+        return ClassPictures(family).latents(prompts[:count], generator), generator.get_state()
+
+    at_once, state = draw("one")
+    first, _ = draw("two", count=4)
+    sample = StableDiffusion.sample_latents
+    drawn = []
+
+    def count(self, prompts, generator):
+        drawn.append(list(prompts))
+        return sample(self, prompts, generator)
+
+    monkeypatch.setattr(StableDiffusion, "sample_latents", count)
+    both, later_state = draw("two")
+    assert drawn == [["a cat"]]
+    assert torch.equal(both, at_once)
+    assert torch.equal(both[:4], first)
+    assert torch.equal(state, later_state)
+    # the same words twice are two pictures
+    assert len({latent.numpy().tobytes() for latent in both}) == 5
+
+
+def test_commands_say_how_far_the_drawing_is(pipeline, tmp_path, monkeypatch, caplog, capsys):
+    monkeypatch.setenv("MIMA_CACHE", str(tmp_path))
+    caplog.set_level(logging.INFO, "mima.training.class_images")
+    monkeypatch.setattr(logging.getLogger("mima"), "handlers", [console._OneLine()])
+    ClassPictures(family_of(pipeline)).latents(["a cat"] * 2, torch.Generator())
+    assert capsys.readouterr().err == "class pictures: 2 of 2\n"
