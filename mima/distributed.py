@@ -47,7 +47,7 @@ class Ranks:
         """The concepts, of ``count``, that this process does."""
         return range(self.rank, count, self.size)
 
-    def sum(
+    def all_reduce(
         self, mine: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Add up named tensors over all processes, in one all-reduce.
@@ -63,7 +63,7 @@ class Ranks:
         dist.all_reduce(flat, group=self.group)
         return dict(zip(like, _unflatten_dense_tensors(flat, parts), strict=True))
 
-    def gather(self, mine: T) -> list[T]:
+    def all_gather(self, mine: T) -> list[T]:
         """Every process' object, by rank, in every process."""
         if self.size == 1:
             return [mine]
@@ -71,13 +71,17 @@ class Ranks:
         dist.all_gather_object(everyone, mine, group=self.group)
         return everyone
 
-    def from_main(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The main process' value, in every process."""
-        return self.gather(value if self.main else None)[0]  # type: ignore[return-value]
+        if self.size == 1:
+            return value
+        held: list[Any] = [value if self.main else None]
+        dist.broadcast_object_list(held, src=0, group=self.group)
+        return held[0]  # type: ignore[no-any-return]
 
     def interleave(self, mine: Sequence[T], count: int) -> list[T]:
         """What each process has for its ``share(count)``, put together in order."""
-        everyone = self.gather(list(mine))
+        everyone = self.all_gather(list(mine))
         return [everyone[self.owner(n)][n // self.size] for n in range(count)]
 
     def together(self, action: Callable[[], None]) -> None:
@@ -94,7 +98,7 @@ class Ranks:
                 if self.size == 1:
                     raise
                 problem = error
-        problem = self.from_main(problem)
+        problem = self.broadcast(problem)
         if problem is not None:
             raise problem
 

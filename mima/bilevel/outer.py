@@ -137,7 +137,7 @@ def outer_gradient(
     if merge.trained_tokens:
         merge = _plan_anew(merge, tokens, len(tasks), ranks)
     moved |= merge.spread(asked, {name: theta[name] for name in names})
-    moved = ranks.sum(moved, theta)
+    moved = ranks.all_reduce(moved, theta)
     missed = merge.missed(asked, {name: moved[name] for name in names})
 
     phi = {n: v + moved[n] if n in moved else v for n, v in theta.items()}
@@ -163,7 +163,7 @@ def outer_gradient(
         for n in mine:
             task = tasks[n]
             accumulate(second, pullback(mode, task, theta, wrt, partial(cotangent, n, task)))
-        accumulate(total, ranks.sum(second, total))
+        accumulate(total, ranks.all_reduce(second, total))
     return OuterGradient(total, losses, drift(theta, moved), residual(missed, ranks))
 
 
@@ -196,7 +196,7 @@ def upper_gradient(
         seen.append(losses)
     # read at the end: each reading waits for the device
     values = ranks.interleave([_values(losses) for losses in seen], len(upper))
-    return ranks.sum(phi_bar, leaves), words_bar, union(values)
+    return ranks.all_reduce(phi_bar, leaves), words_bar, union(values)
 
 
 def part_gradient(part: UpperLevel, leaves: Params) -> tuple[Tensors, Tensors]:
@@ -274,7 +274,7 @@ def unmerged_gradient(
         seen.append((one.losses, one.drift))
     everyone = ranks.interleave(seen, len(tasks))
     return OuterGradient(
-        ranks.sum(gradient, {name: theta[name] for name in wrt}),
+        ranks.all_reduce(gradient, {name: theta[name] for name in wrt}),
         union(losses for losses, _ in everyone),
         max(drift for _, drift in everyone),
     )
@@ -326,5 +326,5 @@ def drift(theta: Params, moved: Params) -> float:
 
 def residual(missed: tuple[float, float], ranks: Ranks) -> float:
     """The constraint's residual from what ``MergeLayer.missed`` says of this process' concepts."""
-    gaps, asked = map(sum, zip(*ranks.gather(missed), strict=True))
+    gaps, asked = map(sum, zip(*ranks.all_gather(missed), strict=True))
     return float((gaps / asked) ** 0.5) if asked else 0.0

@@ -89,7 +89,7 @@ def merge_step(
         asked[n] = merge.asked(change, merge.plan.C[n])
         rest = {name: g for name, g in gradient.items() if name not in merge.projected}
         accumulate(total, {name: g / len(tasks) for name, g in rest.items()})
-    summed = ranks.sum({**moved, **total}, {n: theta[n] for n in tasks[0].start(theta)})
+    summed = ranks.all_reduce({**moved, **total}, {n: theta[n] for n in tasks[0].start(theta)})
     moved = {name: value for name, value in summed.items() if name in merge.projected}
     mean = {name: value for name, value in summed.items() if name not in merge.projected}
     missed = merge.missed(asked, moved)

@@ -149,7 +149,7 @@ class Ascent:
         self._check_divergence()
         # every callback is called, also after one that wants to stop
         answers = [callback(report) for callback in self._callbacks]
-        self._stopped = self._problem.ranks.from_main(True in answers)
+        self._stopped = self._problem.ranks.broadcast(True in answers)
         every = self._config.checkpoint_every
         if every is not None and report.step % every == 0:
             self._write()
@@ -234,7 +234,7 @@ class Ascent:
     def _restore(self) -> None:
         ranks = self._problem.ranks
         kept = self._folder.latest() if self._folder and ranks.main else None
-        kept = ranks.from_main(kept)
+        kept = ranks.broadcast(kept)
         if kept is None:
             return
         for name, value in self.theta.items():
