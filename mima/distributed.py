@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from mima.errors import MimaError
+from mima.errors import MimaError, nearest
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
@@ -138,11 +138,24 @@ def join(device: torch.device | None = None) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
 
 
-def local_device() -> torch.device:
-    """The device for this process: its own GPU where there is one."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+def device_of(name: str | torch.device | None) -> torch.device:
+    """The named device; without a name, this process' own GPU where there is one, else the CPU.
+
+    Raises:
+        MimaError: torch knows no such device, or this machine has none.
+    """
+    if name is None:
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        hint = nearest(str(name), ["cpu", "cuda"])
+        raise MimaError(f"device {name!r} is unknown; {hint}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise MimaError(f"device {name}: this machine has no usable CUDA device")
+    return device
 
 
 def _leave() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -28,6 +28,7 @@ from mima.errors import MimaError
 from mima.families import family_of, load_pipeline
 from mima.families.pipelines import component_name, shared_copy, with_modules
 from mima.release.delta import DELTA_FILE, is_delta, read_delta
+from mima.storage.record import prompt_of
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_CONFIG = "adapter_config.json"
@@ -428,12 +429,6 @@ def _words(path: Path, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 def _prompt(path: Path) -> str | None:
     """What ``mima adapt`` wrote down."""
     try:
-        text = (path / "mima.json").read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    try:
-        origin = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise MimaError(f"adapter {path}: mima.json is damaged: {error}") from error
-    prompts: Sequence[Any] = origin.get("prompts", ()) if isinstance(origin, dict) else ()
-    return str(prompts[0]) if len(prompts) == 1 else None
+        return prompt_of(path)
+    except MimaError as error:
+        raise MimaError(f"adapter {path}: {error}") from error

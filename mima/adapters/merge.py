@@ -82,6 +82,7 @@ class MergedAdapters(Released):
             metrics["condition of the captions"] = self.condition
         prompts = self.prompts or [""] * len(self.adapters)
         return CardFacts(
+            command="merge",
             title="Merged adapters",
             method=f"{len(self.adapters)} adapters in one model, by the {self.method} merge. "
             "A residual of 0 means that the model answers an adapter's prompt as the adapter did.",

@@ -21,10 +21,8 @@ from mima.cli.options import (
     described_concepts,
     given_settings,
     model_source,
-    open_device,
-    slug,
-    torch_dtype,
-    write_record,
+    open_pipeline,
+    record,
 )
 from mima.errors import MimaError
 
@@ -110,10 +108,10 @@ def adapt(
     from mima.adaptation import LoRA, Together, configure
     from mima.adaptation.resumable import SAMPLES, learn
     from mima.console import command, progress, stderr, stdout
-    from mima.families import family_of, load_pipeline
+    from mima.families import family_of
     from mima.sampling import Sampler
     from mima.storage.checkpoint import CheckpointFolder
-    from mima.storage.output import check_folder, fresh_folder
+    from mima.storage.output import check_folder, fresh_folder, slug
     from mima.storage.runs import claim, default_folder, describe_run
 
     options = {
@@ -156,7 +154,7 @@ def adapt(
     check_folder(folder, overwrite=overwrite)
 
     source = model_source(model, revision, variant, single_file_config)
-    pipeline = load_pipeline(source, dtype=torch_dtype(dtype), device=open_device(device))
+    pipeline = open_pipeline(source, dtype, device)
     runs = [chosen.start(pipeline, one) for one in learned]
     learner = runs[0] if len(runs) == 1 else Together(runs)
     kept = CheckpointFolder(default_folder(folder))
@@ -189,11 +187,9 @@ def adapt(
     with fresh_folder(folder, overwrite=overwrite) as staging:
         for run, name in zip(runs, names, strict=True):
             inside = run.save(staging / name if len(runs) > 1 else staging)
-            write_record(
-                inside, "adapt", source, [run.concept], method=method, settings=asdict(chosen)
-            )
+            record(inside, "adapt", source, [run.concept], method=method, settings=asdict(chosen))
         if len(runs) > 1:
-            write_record(staging, "adapt", source, learned, method=method, settings=asdict(chosen))
+            record(staging, "adapt", source, learned, method=method, settings=asdict(chosen))
         if (kept.path / SAMPLES).is_dir():
             shutil.copytree(kept.path / SAMPLES, staging / SAMPLES)
     kept.remove()

@@ -21,9 +21,8 @@ from mima.cli.options import (
     given_settings,
     model_source,
     name_of,
-    open_device,
-    torch_dtype,
-    write_record,
+    open_pipeline,
+    record,
 )
 from mima.errors import MimaError
 
@@ -82,7 +81,6 @@ def erase(
     from mima.console import progress, stdout
     from mima.erasure import VARIANTS
     from mima.erasure import erase as run_erase
-    from mima.families import load_pipeline
     from mima.release.repository import save_pipeline
     from mima.settings import checked
     from mima.storage.output import check_folder, fresh_folder
@@ -106,7 +104,7 @@ def erase(
     if method != "uce":
         preset = VARIANTS[method]
         esd = checked(type(preset), f"method {method}", asdict(preset) | {"seed": seed, **given})
-        pipeline = load_pipeline(source, dtype=torch_dtype(dtype), device=open_device(device))
+        pipeline = open_pipeline(source, dtype, device)
         with progress() as bars:
             task = bars.add_task(f"erasing by {method}", total=esd.steps, note="")
             result = esd.erase(
@@ -122,12 +120,12 @@ def erase(
         kept: list[str | Concept] = [*ordinary_captions(None)]
         for item in preserve or []:
             kept += load_concepts(item) if _names_concepts(item) else [item]
-        pipeline = load_pipeline(source, dtype=torch_dtype(dtype), device=open_device(device))
+        pipeline = open_pipeline(source, dtype, device)
         result = run_erase(pipeline, erased, preserve=kept, target=target, technique=technique)
         said = {"technique": technique}
     with fresh_folder(output, overwrite=overwrite) as staging:
         save_pipeline(result, staging)
-        write_record(staging, "erase", source, erased, method=method, target=target, **said)
+        record(staging, "erase", source, erased, method=method, target=target, **said)
     stdout().print(f"erased {', '.join(map(name_of, erased))}: {output}")
 
 

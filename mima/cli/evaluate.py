@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,9 +16,7 @@ from mima.cli.options import (
     Variant,
     given_settings,
     model_source,
-    open_device,
 )
-from mima.errors import MimaError
 
 
 @app.command()
@@ -102,9 +100,9 @@ def evaluate(
                 similarities=similarity or [default],
                 protocol=protocol,
                 processes=processes,
-                device=None if device is None else open_device(device),
+                device=device,
                 name=name,
-                method=method or _method_of(immunized),
+                method=method,
                 captions=captions,
                 overwrite=overwrite,
                 progress=show,
@@ -122,19 +120,6 @@ def evaluate(
             f"{mean.mean:+.3f} (95% over seeds: {mean.low:+.3f} to {mean.high:+.3f})"
         )
     stdout().print(f"pictures and all numbers: {output}\nas a page: {command('report', output)}")
-
-
-def _method_of(model: str) -> Any:
-    """How a folder that `mima immunize` wrote was immunized, or None."""
-    import json
-
-    path = Path(model) / "mima.json"
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get("config", {}).get("method")
-    except (OSError, ValueError, AttributeError) as error:
-        raise MimaError(f"cannot read {path}: {error}") from error
 
 
 @app.command()

@@ -17,7 +17,6 @@ from mima.cli.options import (
     SingleFileConfig,
     Variant,
     model_source,
-    open_device,
     parse_setting,
 )
 from mima.errors import MimaError, nearest
@@ -106,7 +105,7 @@ def immunize(
                 overwrite=overwrite,
                 resume=resume,
                 delta=delta,
-                device=None if device is None else open_device(device),
+                device=device,
                 callbacks=[bar],
             )
     except KeyboardInterrupt:

@@ -19,7 +19,6 @@ from mima.cli.options import (
     SingleFileConfig,
     Variant,
     model_source,
-    open_device,
     torch_dtype,
 )
 from mima.errors import MimaError
@@ -69,6 +68,7 @@ def merge(
 
     from mima.adapters.merge import merge_adapters
     from mima.console import stdout
+    from mima.distributed import device_of
     from mima.storage.output import fresh_folder
 
     merged = merge_adapters(
@@ -80,7 +80,7 @@ def merge(
         captions=captions,
         lam=lam,
         seed=seed,
-        device=open_device(device),
+        device=device_of(device),
         dtype=torch_dtype(dtype),
     )
     with fresh_folder(output, overwrite=overwrite) as staging:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mima._version import __version__
-from mima.errors import MimaError, nearest
+from mima.errors import MimaError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,6 +67,14 @@ def model_source(
     return ModelSource(model, revision, variant, config)
 
 
+def open_pipeline(source: ModelSource, dtype: str, device: str | None) -> Any:
+    """A model as the options name it, opened in that dtype on that device."""
+    from mima.distributed import device_of
+    from mima.families import load_pipeline
+
+    return load_pipeline(source, dtype=torch_dtype(dtype), device=device_of(device))
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """By its name."""
     import torch
@@ -118,51 +124,27 @@ def described_concepts(sources: list[str], told: dict[str, Any]) -> list[Concept
     return [replace(found[0], **told)]
 
 
-def write_record(
+def record(
     folder: Path,
     command: str,
     source: ModelSource,
     concepts: Sequence[Concept | str],
-    **settings: Any,
+    **details: Any,
 ) -> None:
-    """Say in `mima.json` where a folder came from; it also marks the folder as mima's own."""
-    import json
+    """Say in a folder's record what a command made it from."""
+    from mima.storage.record import write_record
 
-    origin = {
-        "command": command,
-        "version": __version__,
-        "model": str(source.model),
-        **source.options,
-        "concepts": [name_of(concept) for concept in concepts],
-        "prompts": [c if isinstance(c, str) else c.prompt for c in concepts],
-        **settings,
-    }
-    text = json.dumps(origin, indent=2, ensure_ascii=False)
-    (folder / "mima.json").write_text(text + "\n", encoding="utf-8")
+    write_record(
+        folder,
+        command,
+        model=str(source.model),
+        opened_with=source.options,
+        concepts=[name_of(concept) for concept in concepts],
+        prompts=[c if isinstance(c, str) else c.prompt for c in concepts],
+        details=details,
+    )
 
 
 def name_of(concept: Concept | str) -> str:
     """Of a concept, or of one that is no more than a name."""
     return concept if isinstance(concept, str) else concept.name
-
-
-def open_device(name: str | None) -> str:
-    """The named device, or the best there is."""
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise MimaError(f"device {name!r} is unknown; {nearest(name, ['cpu', 'cuda'])}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise MimaError(f"device {name}: this machine has no usable CUDA device")
-    return str(device)
-
-
-def slug(text: str) -> str:
-    """A file name from words, of at most 80 bytes."""
-    name = re.sub(r"[^\w]+", "-", text.strip().lower()).strip("-")
-    # a character cut in half is left out
-    return name.encode()[:80].decode(errors="ignore") or "picture"

@@ -16,8 +16,8 @@ from mima.cli.options import (
     SingleFileConfig,
     Variant,
     model_source,
-    torch_dtype,
-    write_record,
+    open_pipeline,
+    record,
 )
 from mima.errors import MimaError
 
@@ -40,17 +40,16 @@ def apply(
 
     # only now what takes seconds to import
     from mima.console import stdout
-    from mima.families import load_pipeline
     from mima.release.delta import load_delta, read_delta
     from mima.release.repository import save_pipeline
     from mima.storage.output import fresh_folder
 
     origin = read_delta(delta).origin
     source = model_source(model, revision, variant, single_file_config)
-    whole = load_delta(load_pipeline(source, dtype=torch_dtype(dtype)), delta)
+    whole = load_delta(open_pipeline(source, dtype, "cpu"), delta)
     with fresh_folder(output, overwrite=overwrite) as staging:
         save_pipeline(whole, staging)
-        write_record(staging, "apply", source, [], delta=str(delta), origin=origin)
+        record(staging, "apply", source, [], delta=str(delta), origin=origin)
     stdout().print(f"applied {delta} to {source.label}: {output}")
 
 

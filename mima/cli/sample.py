@@ -18,9 +18,7 @@ from mima.cli.options import (
     SingleFileConfig,
     Variant,
     model_source,
-    open_device,
-    slug,
-    torch_dtype,
+    open_pipeline,
 )
 from mima.errors import MimaError
 
@@ -55,9 +53,9 @@ def sample(
     """Draw pictures."""
     from mima.adapters.merge import merge_adapters
     from mima.console import progress, stdout
-    from mima.families import family_of, load_pipeline
+    from mima.families import family_of
     from mima.sampling import Sampler
-    from mima.storage.output import check_file
+    from mima.storage.output import check_file, slug
 
     if not prompt.strip():
         raise MimaError("the prompt is empty")
@@ -70,13 +68,11 @@ def sample(
     for one in paths:
         check_file(one, overwrite=overwrite)
     source = model_source(model, revision, variant, single_file_config)
-    pipeline = load_pipeline(source, dtype=torch_dtype(dtype), device=open_device(device))
+    pipeline = open_pipeline(source, dtype, device)
     # refuses what does not fit
     size = family_of(pipeline, resolution=resolution).resolution
     if adapter is not None:
-        pipeline = merge_adapters(
-            pipeline, [adapter], weights=[1.0], method="weighted", device=open_device(device)
-        ).pipeline
+        pipeline = merge_adapters(pipeline, [adapter], weights=[1.0], method="weighted").pipeline
     seeds = range(seed, seed + num)
     with progress() as bars:
         task = bars.add_task("drawing", total=num, note="")

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from mima._version import installed_versions
 from mima.concepts import Concept
 from mima.concepts.reading import load_concepts
-from mima.distributed import local_device
+from mima.distributed import device_of
 from mima.errors import MimaError
 from mima.evaluation.encoders import PictureProtocol
 from mima.evaluation.grid import Attack, GridConfig, attack_grid, grid_config
@@ -32,6 +31,9 @@ from mima.evaluation.worker import Bench, Outcome, Task, Worker
 from mima.families import family_of, source_of
 from mima.sampling import Sampler
 from mima.settings import Method
+from mima.storage.lock import locked
+from mima.storage.output import slug
+from mima.storage.record import read_record
 from mima.training.captions import ordinary_captions, spread
 
 Progress = Callable[[int, int, str], None]
@@ -86,7 +88,8 @@ def evaluate(
             GPU or for pipelines in memory, in this process and with its threads.
         device: where to compute; by default a GPU where there is one.
         name: label of the run; default ``method``, or the immunized model's name.
-        method: how the model was immunized, for comparisons.
+        method: how the model was immunized, for comparisons; by default what ``mima.json`` in the
+            folder of ``immunized`` says.
         captions: a file of ordinary prompts, one per line; default those that ship with mima.
         overwrite: discard what an earlier evaluation left in `output`.
         progress: called with work done, all work (training steps and pictures), and the name of an
@@ -113,9 +116,10 @@ def evaluate(
     }
     if "target" not in roles.values():
         raise MimaError("evaluate: needs a concept that the model was immunized against")
+    method = method or _method_of(immunized)
     names = _similarity_names(similarities)
     in_memory = [source_of(model) is None for model in (original, immunized)]
-    device = str(local_device()) if device is None else device
+    device = str(device_of(device))
     if processes is None:
         single = any(in_memory) or torch.device(device).type != "cpu"
         processes = 1 if single else len(os.sched_getaffinity(0))
@@ -176,37 +180,38 @@ def evaluate(
         versions=installed_versions(),
         complete=False,
     )
-    # everything could be opened: only now are earlier results discarded
-    claim(folder, overwrite=overwrite)
-    refuse_other_settings(folder, evaluation)
-    ledger = Ledger(folder, evaluation, grid)
-    tasks: list[Task] = [side for side in SIDES if not bench.benign_done(side)]
-    tasks += ledger.pending()
-    bench.write_references()
-    ledger.write()
-    total = sum(bench.work(task) for task in tasks)
-    done = 0
+    with locked(folder.path):
+        # everything could be opened: only now are earlier results discarded
+        claim(folder, overwrite=overwrite)
+        refuse_other_settings(folder, evaluation)
+        ledger = Ledger(folder, evaluation, grid)
+        tasks: list[Task] = [side for side in SIDES if not bench.benign_done(side)]
+        tasks += ledger.pending()
+        bench.write_references()
+        ledger.write()
+        total = sum(bench.work(task) for task in tasks)
+        done = 0
 
-    def advance(amount: int, finished: str = "") -> None:
-        nonlocal done
-        done += amount
-        if progress is not None:
-            progress(done, total, finished)
+        def advance(amount: int, finished: str = "") -> None:
+            nonlocal done
+            done += amount
+            if progress is not None:
+                progress(done, total, finished)
 
-    advance(0)
-    if processes == 1 or len(tasks) <= 1:
-        worker.advance = advance
-        results: Iterator[tuple[Task, Outcome | None]] = (
-            (task, worker.run(task)) for task in tasks
-        )
-    else:
-        results = in_parallel(bench, tasks, min(processes, len(tasks)), advance)
-    for task, outcome in results:
-        if isinstance(task, Attack):
-            assert outcome is not None
-            ledger.add(outcome)
-            advance(0, task.id)
-    return ledger.finish(worker.benign())
+        advance(0)
+        if processes == 1 or len(tasks) <= 1:
+            worker.advance = advance
+            results: Iterator[tuple[Task, Outcome | None]] = (
+                (task, worker.run(task)) for task in tasks
+            )
+        else:
+            results = in_parallel(bench, tasks, min(processes, len(tasks)), advance)
+        for task, outcome in results:
+            if isinstance(task, Attack):
+                assert outcome is not None
+                ledger.add(outcome)
+                advance(0, task.id)
+        return ledger.finish(worker.benign())
 
 
 def _sampler(config: GridConfig) -> Sampler:
@@ -222,13 +227,22 @@ def _with_slugs(concepts: Sequence[Concept]) -> dict[str, Concept]:
     for concept in concepts:
         if concept.name in [other.name for other in named.values()]:
             raise MimaError(f"evaluate: two concepts are named {concept.name!r}")
-        base = slug = re.sub(r"[^a-z0-9]+", "-", concept.name.lower()).strip("-")[:40] or "concept"
+        base = name = slug(concept.name, longest=40, default="concept")
         number = 1
-        while slug in named:
+        while name in named:
             number += 1
-            slug = f"{base}-{number}"
-        named[slug] = concept
+            name = f"{base}-{number}"
+        named[name] = concept
     return named
+
+
+def _method_of(model: Any) -> Method | None:
+    """How a folder that ``immunize`` wrote was immunized, where its record says so."""
+    source = source_of(model)
+    record = None if source is None else read_record(Path(source.model).expanduser())
+    config = (record or {}).get("config")
+    found = config.get("method") if isinstance(config, dict) else None
+    return next((method for method in get_args(Method) if method == found), None)
 
 
 def _similarity_names(sources: Sequence[str | Path]) -> tuple[str, ...]:

@@ -36,8 +36,8 @@ from mima.evaluation.records import (
 from mima.evaluation.trajectory import trajectory
 from mima.families import family_of, load_pipeline
 from mima.sampling import Job, Sampler
-from mima.storage.checkpoint import fingerprint
 from mima.storage.output import write_picture
+from mima.storage.tensor_files import fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -11,17 +11,17 @@ s.t.  θ'[n] = argmin_{θ ∈ S_l} L(x_l[n], c[n]; θ)  for all n
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from mima.adaptation import TextualInversion
 from mima.concepts import Concept
 from mima.concepts.reading import load_concepts
-from mima.distributed import ALONE, join, local_device
+from mima.distributed import ALONE, Ranks, device_of, join
 from mima.erasure import edits_of, erase, load_erased
 from mima.errors import MimaError
 from mima.families import ModelSource, family_of, load_pipeline, origin_of, source_of
@@ -35,7 +35,8 @@ from mima.immunization.outer_loop import Ascent
 from mima.immunization.progress import Callback, StepReport
 from mima.immunization.result import ImmunizeResult
 from mima.immunization.trained_words import Word
-from mima.storage.checkpoint import CheckpointFolder, reason_of
+from mima.storage.checkpoint import CheckpointFolder
+from mima.storage.lock import locked
 from mima.storage.output import check_folder, fresh_folder
 from mima.storage.runs import claim, default_folder, describe_run
 from mima.training.captions import ordinary_captions
@@ -124,59 +125,61 @@ def immunize(
     _check(pipeline, concepts, config)
     ranks = join(family.device)
     folder = CheckpointFolder(checkpoint) if checkpoint else None
-    if folder:
-        if overwrite and not resume:
-            ranks.together(folder.remove)
-        run = describe_run(config.model_dump(mode="json"), concepts, weights)
-        ranks.together(lambda: claim(folder, run, resume=resume))
+    written = [*([] if output is None else [Path(output)]), *([folder.path] if folder else [])]
+    with _locked(ranks, written):
+        if folder:
+            if overwrite and not resume:
+                ranks.together(folder.remove)
+            run = describe_run(config.model_dump(mode="json"), concepts, weights)
+            ranks.together(lambda: claim(folder, run, resume=resume))
 
-    vocabulary = {name: getattr(pipeline, name, None) for name in ("tokenizer", "text_encoder")}
-    if config.new_words:
-        pipeline = _with_new_words(pipeline, concepts, config)
-        family = family_of(pipeline, resolution=config.resolution)
-    data = encode_concepts(family, concepts, config, cache=folder, ranks=ranks)
-    if config.erase_first:
-        pipeline = erase(pipeline, concepts, preserve=captions)
-        family = family_of(pipeline, resolution=config.resolution)
-    merge = merge_layer(family, concepts, config)
-    words = [Word.of(family, c) for c in concepts] if config.lower.trains_words else []
-    problem = Problem(family, data, config, merge, ranks, words)
-    if config.method == "none":
-        history = []
-    elif config.method == "compose":
-        history = _compose(problem, callbacks, folder)
-    elif config.hypergradient == "alternating":
-        history = alternate(problem, callbacks, folder)
-    else:
-        history = ascend(problem, callbacks, folder)
+        vocabulary = {name: getattr(pipeline, name, None) for name in ("tokenizer", "text_encoder")}
+        if config.new_words:
+            pipeline = _with_new_words(pipeline, concepts, config)
+            family = family_of(pipeline, resolution=config.resolution)
+        data = encode_concepts(family, concepts, config, cache=folder, ranks=ranks)
+        if config.erase_first:
+            pipeline = erase(pipeline, concepts, preserve=captions)
+            family = family_of(pipeline, resolution=config.resolution)
+        merge = merge_layer(family, concepts, config)
+        words = [Word.of(family, c) for c in concepts] if config.lower.trains_words else []
+        problem = Problem(family, data, config, merge, ranks, words)
+        if config.method == "none":
+            history = []
+        elif config.method == "compose":
+            history = _compose(problem, callbacks, folder)
+        elif config.hypergradient == "alternating":
+            history = alternate(problem, callbacks, folder)
+        else:
+            history = ascend(problem, callbacks, folder)
 
-    if config.new_words:
-        pipeline = with_modules(pipeline, **vocabulary)
-    names: tuple[str, ...] = ()
-    if config.method != "none":
-        # the published update trains the lower level's parameters, too
-        published = config.hypergradient == "alternating"
-        names = problem.names if published else problem.upper_names
-    if config.erase_first:
-        edited = [name for reader in family.text_readers() for name in reader.names]
-        names = tuple(dict.fromkeys((*names, *edited)))
-    part = component_name(pipeline, family.denoiser)
-    result = ImmunizeResult(
-        pipeline,
-        [concept.name for concept in concepts],
-        config,
-        history,
-        prompts=[concept.prompt for concept in concepts],
-        model=origin_of(model),
-        opened_with=source.options if source else {},
-        changed=list(dict.fromkeys((*changed, *(f"{part}.{name}" for name in names)))),
-        erased=None if erased is None else str(erased),
-    )
-    if output is not None:
-        ranks.together(
-            lambda: _write(result, Path(output), folder, overwrite=overwrite, delta=delta)
+        if config.new_words:
+            pipeline = with_modules(pipeline, **vocabulary)
+        names: tuple[str, ...] = ()
+        if config.method != "none":
+            # the published update trains the lower level's parameters, too
+            published = config.hypergradient == "alternating"
+            names = problem.names if published else problem.upper_names
+        if config.erase_first:
+            edited = [name for reader in family.text_readers() for name in reader.names]
+            names = tuple(dict.fromkeys((*names, *edited)))
+        part = component_name(pipeline, family.denoiser)
+        result = ImmunizeResult(
+            pipeline,
+            [concept.name for concept in concepts],
+            config,
+            history,
+            prompts=[concept.prompt for concept in concepts],
+            model=origin_of(model),
+            opened_with=source.options if source else {},
+            changed=list(dict.fromkeys((*changed, *(f"{part}.{name}" for name in names)))),
+            erased=None if erased is None else str(erased),
         )
-    return result
+        if output is not None:
+            ranks.together(
+                lambda: _write(result, Path(output), folder, overwrite=overwrite, delta=delta)
+            )
+        return result
 
 
 def ascend(
@@ -256,14 +259,27 @@ def _with_new_words(pipeline: Any, concepts: Sequence[Concept], config: Immunize
     return pipeline
 
 
+@contextmanager
+def _locked(ranks: Ranks, paths: Sequence[Path]) -> Iterator[None]:
+    """Keep other runs from what this one writes; the main process has the locks."""
+    with ExitStack() as locks:
+
+        def lock() -> None:
+            for path in paths:
+                locks.enter_context(locked(path))
+
+        ranks.together(lock)
+        yield
+
+
 def _own_copy(model: Any, device: str | torch.device | None) -> Any:
     """Open a model; of a pipeline in memory, copy the denoiser, which is what changes."""
     if isinstance(model, ModelSource):
-        return load_pipeline(model, device=local_device() if device is None else device)
+        return load_pipeline(model, device=device_of(device))
     denoiser = family_of(model).denoiser
     own = copy.deepcopy(denoiser).float().requires_grad_(False).eval()
     pipeline = with_modules(model, **{component_name(model, denoiser): own})
-    return pipeline if device is None else pipeline.to(device)
+    return pipeline if device is None else pipeline.to(device_of(device))
 
 
 def _write(
@@ -277,8 +293,8 @@ def _write(
     try:
         with fresh_folder(output, overwrite=overwrite) as staging:
             result.save_pretrained(staging, delta=delta)
-    except (OSError, SafetensorError) as error:
+    except MimaError as error:
         kept = f"; {folder.path} is intact: resume" if folder else ""
-        raise MimaError(f"output: cannot write {output}: {reason_of(error)}{kept}") from error
+        raise MimaError(f"{error}{kept}") from error
     if folder:
         folder.remove()

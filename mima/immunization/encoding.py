@@ -11,7 +11,8 @@ from mima.concepts import Concept
 from mima.distributed import ALONE, Ranks
 from mima.families import Family
 from mima.immunization.config import ImmunizeConfig
-from mima.storage.checkpoint import CheckpointFolder, spill
+from mima.storage.checkpoint import CheckpointFolder
+from mima.storage.tensor_files import spill
 from mima.training.batches import Encoded, encode, seeded
 from mima.training.captions import ordinary_captions
 from mima.training.class_images import ClassPictures

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,13 +42,12 @@ class ImmunizeResult(Released):
     erased: str | None = None
     opened_with: dict[str, str] = field(default_factory=dict)
 
-    def _run(self) -> dict[str, Any]:
-        run = {"concepts": self.concepts, "config": self.config.model_dump(mode="json")}
-        return run if self.erased is None else {**run, "erased": self.erased}
+    def _details(self) -> dict[str, Any]:
+        config = {"config": self.config.model_dump(mode="json")}
+        return config if self.erased is None else {**config, "erased": self.erased}
 
     def _write_records(self, folder: Path) -> None:
-        text = json.dumps(self._run(), indent=2, ensure_ascii=False)
-        (folder / "mima.json").write_text(text + "\n", encoding="utf-8")
+        super()._write_records(folder)
         MetricsFile(folder / "metrics.jsonl", self.history)
 
     def _facts(self) -> CardFacts:
@@ -84,6 +82,7 @@ class ImmunizeResult(Released):
             metrics["outer steps"] = float(last.step)
             metrics |= {f"loss at the last step: {k}": v for k, v in last.losses.items()}
         return CardFacts(
+            command="immunize",
             title="Immunized model" if immunized else "Model without immunization",
             method=how,
             base_model=self.model,
@@ -96,4 +95,5 @@ class ImmunizeResult(Released):
         )
 
     def _delta(self) -> Delta:
-        return Delta.of(self.pipeline, self.changed, origin={"model": self.model, **self._run()})
+        origin = {"model": self.model, "concepts": self.concepts, **self._details()}
+        return Delta.of(self.pipeline, self.changed, origin=origin)

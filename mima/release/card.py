@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from mima._version import installed_versions
 from mima.families.hub import is_hub_id
-from mima.release.delta import _WORD, DELTA_FILE
+from mima.release.delta import DELTA_FILE, NEW_WORDS
 
 CARD_FILE = "README.md"
 
@@ -25,6 +25,8 @@ CARD_FILE = "README.md"
 class CardFacts:
     """What a model card says."""
 
+    command: str
+    """What made it, as the command line calls it."""
     title: str
     method: str
     """Sentences on what was done, by mima's own hand: Markdown."""
@@ -40,9 +42,17 @@ class CardFacts:
     tags: Sequence[str]
 
 
-def _card(
+def model_card(
     facts: CardFacts, metrics: Mapping[str, float], license: str | None, delta: bool
 ) -> ModelCard:
+    """A model card that says all of the facts.
+
+    Args:
+        facts: what was done.
+        metrics: measured values by name.
+        license: the hub's identifier of the licence, where the publisher gives one.
+        delta: whether the card stands beside a delta rather than a whole model.
+    """
     base = facts.base_model or "a model in memory"
     # a folder may be called owner/name, too
     hub = facts.base_model is not None and is_hub_id(base) and not Path(base).exists()
@@ -95,7 +105,7 @@ def _usage(base: str | None, opened_with: Mapping[str, str], delta: bool) -> str
         f"pipeline = {opened}({where})",
         f'for name, value in load_file("{DELTA_FILE}").items():',
         '    component, parameter = name.split(".", 1)',
-        f'    if component == "{_WORD[:-1]}":',
+        f'    if component == "{NEW_WORDS}":',
         "        pipeline.load_textual_inversion({parameter: value})",
         "    else:",
         "        getattr(pipeline, component).get_parameter(parameter).data.copy_(value)",

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from mima.errors import MimaError
 from mima.families.new_words import with_words
 from mima.families.pipelines import with_values
+from mima.storage.tensor_files import save_tensors
 
 DELTA_FILE = "model_delta.safetensors"
 _HEADER = "mima_delta"
-_WORD = "new_words."
+NEW_WORDS = "new_words"
+"""What stands in a delta's file where others have the component's name, before a new word."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,16 @@ class Delta:
         Raises:
             MimaError: nothing changed.
         """
-        tensors = {**self.values, **{_WORD + word: rows for word, rows in self.words.items()}}
+        tensors = {
+            **self.values,
+            **{f"{NEW_WORDS}.{word}": rows for word, rows in self.words.items()},
+        }
         if not tensors:
             raise MimaError("delta: nothing was changed, so there is nothing to write")
-        stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {"format": "pt", _HEADER: json.dumps(dict(self.origin), ensure_ascii=False)}
-        save_file(stored, folder / DELTA_FILE, metadata=metadata)
+        save_tensors(folder / DELTA_FILE, tensors, metadata)
         return folder / DELTA_FILE
 
 
@@ -84,10 +87,11 @@ def read_delta(path: str | Path) -> Delta:
             origin = json.loads(header)
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise MimaError(f"delta {path} is damaged or no safetensors file: {error}") from error
+    prefix = f"{NEW_WORDS}."
     words = {
-        key.removeprefix(_WORD): value for key, value in tensors.items() if key.startswith(_WORD)
+        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
     }
-    values = {key: value for key, value in tensors.items() if not key.startswith(_WORD)}
+    values = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
     return Delta(values, words, origin)
 
 

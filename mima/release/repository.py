@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -13,11 +12,11 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-from mima._version import __version__
 from mima.errors import MimaError
 from mima.families.hub import unreachable
-from mima.release.card import CARD_FILE, CardFacts, _card
+from mima.release.card import CARD_FILE, CardFacts, model_card
 from mima.release.delta import Delta
+from mima.storage.record import write_record
 
 # RuntimeError: a large file that was not taken
 REFUSALS = (
@@ -127,11 +126,22 @@ class Released(ABC):
     @abstractmethod
     def _delta(self) -> Delta: ...
 
+    def _details(self) -> Mapping[str, Any]:
+        """What the record says beside model and concepts."""
+        return self._facts().settings
+
     def _write_records(self, folder: Path) -> None:
-        """Write `mima.json`, which marks a folder as mima's, and what else the run leaves."""
-        origin = {"version": __version__, **self._facts().settings}
-        text = json.dumps(origin, indent=2, ensure_ascii=False)
-        (folder / "mima.json").write_text(text + "\n", encoding="utf-8")
+        """Write the folder's record, and what else the run leaves."""
+        facts = self._facts()
+        write_record(
+            folder,
+            facts.command,
+            model=facts.base_model,
+            opened_with=facts.opened_with,
+            concepts=[name for name, _ in facts.concepts],
+            prompts=[prompt for _, prompt in facts.concepts],
+            details=self._details(),
+        )
 
     def card(
         self,
@@ -149,7 +159,7 @@ class Released(ABC):
                 card says that the base model's applies.
         """
         facts = self._facts()
-        return _card(facts, {**facts.metrics, **(metrics or {})}, license, delta)
+        return model_card(facts, {**facts.metrics, **(metrics or {})}, license, delta)
 
     def save_pretrained(
         self,

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import os
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from mima.report.runs import Run, Setting, load_runs, setting
 from mima.report.svg import inline
 from mima.report.verdict import verdict
 from mima.report.wording import PREPARATIONS, VARIANTS, method_name, number, percent, setting_text
+from mima.storage.output import write_whole
 from mima.storage.plain_data import flat
 
 MARK = '<meta name="generator" content="mima '
@@ -105,9 +105,7 @@ def write_report(
     figures = path.with_name(f"{path.stem}-figures")
     figures.mkdir(parents=True, exist_ok=True)
     page = _render(Report(runs, figures, picture_budget))
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page, encoding="utf-8", newline="\n")
-    os.replace(partial, path)
+    write_whole(path, page.encode())
     return path
 
 

@@ -1,23 +1,29 @@
-"""Checkpoints that are whole or not there: written aside, flushed to disk, then renamed."""
+"""Checkpoints that are whole or not there, each with checksums; the one before is kept, too."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import logging
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from mima.errors import MimaError
+from mima.storage.atomic import WRITING_ERRORS, reason_of, recover, sha256_of, staged
+from mima.storage.plain_data import read_json
+from mima.storage.tensor_files import mapped, save_tensors
+
+logger = logging.getLogger(__name__)
+
+SUMS_FILE = "SHA256SUMS"
+"""Checksums of a checkpoint's files, in the form that ``sha256sum -c`` reads."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +42,10 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """A folder with the last checkpoint of a run, and what is costly to compute again.
+    """A folder with the last two checkpoints of a run, and what is costly to compute again.
 
     Nothing in it is ever half-written: a process may be killed, or the disk may fill, at any
-    moment. The last checkpoint is removed only once the next one is on disk.
+    moment. Every checkpoint has checksums; where the last one is damaged, the one before is used.
 
     Args:
         path: made when something is first written.
@@ -47,6 +53,7 @@ class CheckpointFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser().absolute()
+        self._intact: Path | None = None
 
     def __truediv__(self, name: str) -> CheckpointFolder:
         """A folder inside, for one part of a run."""
@@ -61,65 +68,74 @@ class CheckpointFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint in place of the last one.
+        """Write a checkpoint; of the earlier ones, the last is kept.
 
         Raises:
-            MimaError: the disk is full or the folder is not writable; the last checkpoint, if any,
-                is as it was.
+            MimaError: the disk is full or the folder is not writable; the checkpoints that are
+                there are as they were.
         """
         final = self.path / f"step-{checkpoint.step:08d}"
-        if final.exists():
+        if final == self._intact:
             return
         # of steps that a killed process did not finish writing
         for stale in self.path.glob(".step-*.partial"):
-            _remove(stale)
+            recover(self.path / stale.name.removeprefix(".").removesuffix(".partial"))
 
         def fill(folder: Path) -> None:
             folder.mkdir()
-            _save_tensors(folder / "state.safetensors", checkpoint.tensors)
+            save_tensors(folder / "state.safetensors", checkpoint.tensors)
             text = json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1)
-            _save_text(folder / "state.json", text)
+            _write_text(folder / "state.json", text)
+            sums = [f"{sha256_of(file)}  {file.name}" for file in sorted(folder.iterdir())]
+            _write_text(folder / SUMS_FILE, "\n".join(sums))
 
         self._put(final, fill)
-        for older in self._steps()[:-1]:
-            shutil.rmtree(older)
+        before = [] if self._intact is None else [self._intact]
+        self._intact = final
+        # a checkpoint that could not be read is not the one to keep
+        for other in self._steps():
+            if other not in (final, *before):
+                shutil.rmtree(other)
 
     def latest(self) -> Checkpoint | None:
-        """The last checkpoint, or None.
+        """The last checkpoint that is intact, or None where there is none at all.
+
+        A damaged one is named in a warning.
 
         Raises:
-            MimaError: it is damaged.
+            MimaError: all are damaged.
         """
-        steps = self._steps()
-        if not steps:
-            return None
-        try:
-            tensors = load_file(steps[-1] / "state.safetensors")
-            state = json.loads((steps[-1] / "state.json").read_text(encoding="utf-8"))
-        except (OSError, SafetensorError, json.JSONDecodeError) as error:
-            raise MimaError(f"checkpoint: cannot read {steps[-1]}: {error}") from error
-        # copies: a mapped file must not be what an optimizer writes into
-        return Checkpoint(
-            state.pop("step"), {name: value.clone() for name, value in tensors.items()}, state
-        )
+        problems = []
+        for step in reversed(self._steps()):
+            try:
+                found = _read(step)
+            except MimaError as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                logger.warning("%s; going on from %s", problem, step.name)
+            self._intact = step
+            return found
+        if problems:
+            raise MimaError(f"{problems[0]}; remove {self.path} to begin anew (overwrite)")
+        return None
 
     def write_json(self, name: str, value: object) -> None:
         """Write plain data to a file of this folder."""
-        self._put(self.path / name, lambda path: _save_text(path, json.dumps(value, indent=1)))
+        self._put(self.path / name, lambda path: _write_text(path, json.dumps(value, indent=1)))
 
-    def read_json(self, name: str) -> Any:
-        """What ``write_json`` wrote, or None."""
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """What ``write_json`` wrote of a mapping, or None.
+
+        Raises:
+            MimaError: it cannot be read, or is no mapping.
+        """
         path = self.path / name
-        if not path.is_file():
-            return None
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise MimaError(f"checkpoint: cannot read {path}: {error}") from error
+        return _read_mapping(path) if path.is_file() else None
 
     def write_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write tensors to a file of this folder."""
-        self._put(self.path / name, lambda path: _save_tensors(path, tensors))
+        self._put(self.path / name, lambda path: save_tensors(path, tensors))
 
     def read_tensors(self, name: str) -> dict[str, torch.Tensor] | None:
         """What ``write_tensors`` wrote, mapped from the file rather than read, or None."""
@@ -132,19 +148,10 @@ class CheckpointFolder:
         return sorted(p for p in self.path.iterdir() if re.fullmatch(r"step-\d{8,}", p.name))
 
     def _put(self, final: Path, fill: Callable[[Path], None]) -> None:
-        """Make ``final`` appear whole: what ``fill`` writes aside is flushed, then renamed."""
-        partial = final.with_name(f".{final.name}.partial")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            # left by a process that was killed
-            _remove(partial)
-            fill(partial)
-            if partial.is_dir():
-                _flush(partial)
-            partial.replace(final)
-            _flush(self.path)
-        except (OSError, SafetensorError) as error:
-            _remove(partial)
+            with staged(final) as partial:
+                fill(partial)
+        except WRITING_ERRORS as error:
             kept = self._steps()
             hint = f"; {kept[-1].name} is intact" if kept else ""
             raise MimaError(
@@ -152,69 +159,41 @@ class CheckpointFolder:
             ) from error
 
 
-def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
-    """A hash of names and values."""
-    digest = hashlib.sha256()
-    for name, value in weights.items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def mapped(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file, mapped: pages are read when they are first used.
+def _read(step: Path) -> Checkpoint:
+    """Read a checkpoint whose files are what was written.
 
     Raises:
-        MimaError: unreadable or damaged.
+        MimaError: they are not, or cannot be read.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise MimaError(f"cannot read {path}: {error}") from error
+        lines = (step / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+        wanted = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        for name in ("state.json", "state.safetensors"):
+            if sha256_of(step / name) != wanted.get(name):
+                raise MimaError(f"checkpoint: {step / name} is damaged: its checksum is another")
+        tensors = load_file(step / "state.safetensors")
+    except (OSError, UnicodeDecodeError, SafetensorError) as error:
+        raise MimaError(f"checkpoint: cannot read {step}: {reason_of(error)}") from error
+    state = _read_mapping(step / "state.json")
+    if state.get("step") != int(step.name.removeprefix("step-")):
+        raise MimaError(f"checkpoint: {step / 'state.json'} is of another step")
+    # copies: a mapped file must not be what an optimizer writes into
+    return Checkpoint(
+        state.pop("step"), {name: value.clone() for name, value in tensors.items()}, state
+    )
 
 
-def spill(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Move tensors to a file without a name, and map it: it goes when they do.
-
-    Raises:
-        MimaError: the disk of temporary files is full.
-    """
-    with tempfile.TemporaryDirectory(prefix="mima-") as folder:
-        path = Path(folder) / "spilled.safetensors"
-        try:
-            _save_tensors(path, tensors)
-        except (OSError, SafetensorError) as error:
-            raise MimaError(f"cannot write {path}: {reason_of(error)}") from error
-        return mapped(path)
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        value = read_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise MimaError(f"checkpoint: cannot read {path}: {reason_of(error)}") from error
+    except MimaError as error:
+        raise MimaError(f"checkpoint: cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise MimaError(f"checkpoint: {path} is damaged: expected a mapping")
+    return value
 
 
-def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
-    _flush(path)
-
-
-def _save_text(path: Path, text: str) -> None:
+def _write_text(path: Path, text: str) -> None:
     path.write_text(text + "\n", encoding="utf-8")
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def reason_of(error: Exception) -> str:
-    """Why something could not be read or written, without the file's name."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mima.errors import MimaError
+from mima.storage.atomic import WRITING_ERRORS, is_of_the_disk, reason_of, recover, staged
+from mima.storage.lock import locked
+from mima.storage.record import RECORD_FILE
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,7 +28,7 @@ OUR_FILES = (
     "pytorch_lora_weights.safetensors",
     "learned_embeds.safetensors",
     "model_delta.safetensors",
-    "mima.json",
+    RECORD_FILE,
 )
 
 
@@ -82,9 +85,8 @@ def _check_writable(path: Path, parent: Path) -> None:
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".mima-", dir=parent))
     except OSError as error:
-        reason = error.strerror or error
         raise MimaError(
-            f"output {path} cannot be made: {parent} is not writable: {reason}"
+            f"output {path} cannot be made: {parent} is not writable: {reason_of(error)}"
         ) from error
 
 
@@ -94,13 +96,11 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         MimaError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(path)
+        with staged(path) as partial:
+            partial.write_bytes(data)
     except OSError as error:
-        raise MimaError(f"cannot write {path}: {error.strerror}") from error
+        raise MimaError(f"cannot write {path}: {reason_of(error)}") from error
 
 
 def write_picture(path: Path, image: Image.Image) -> None:
@@ -114,7 +114,8 @@ def write_picture(path: Path, image: Image.Image) -> None:
 def fresh_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """A folder to write results to, which takes its place when the block ends without an error.
 
-    What was at `path` stays there until then, and stays for good if the block raises.
+    What was at `path` stays there until then, and stays for good if the block raises. No other run
+    can write there meanwhile.
 
     Args:
         path: where the results go in the end.
@@ -124,25 +125,33 @@ def fresh_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         An empty folder beside `path`.
 
     Raises:
-        MimaError: as for `check_folder`.
+        MimaError: as for `check_folder`; another run is writing there; or the disk is full.
     """
-    check_folder(path, overwrite=overwrite)
     # a link to a folder stays one
     path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
-    staging.mkdir()
-    try:
-        yield staging
-        if path.exists():
-            path.rename(replaced)
+    check_folder(path, overwrite=overwrite)
+    with locked(path):
+        # a killed run may have moved the folder away
+        recover(path)
+        check_folder(path, overwrite=overwrite)
         try:
-            staging.rename(path)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(path)
-            raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
+            with staged(path) as staging:
+                staging.mkdir()
+                yield staging
+        except WRITING_ERRORS as error:
+            if not is_of_the_disk(error):
+                raise
+            raise MimaError(f"output: cannot write {path}: {reason_of(error)}") from error
+
+
+def slug(text: str, *, longest: int = 80, default: str = "picture") -> str:
+    """A file name from words: letters and digits of any script, and dashes.
+
+    Args:
+        text: the words.
+        longest: bytes that the name may have.
+        default: the name where nothing is left.
+    """
+    name = re.sub(r"[^\w]+", "-", text.strip().lower()).strip("-")
+    # a character cut in half is left out
+    return name.encode()[:longest].decode(errors="ignore").strip("-") or default

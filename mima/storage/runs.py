@@ -14,8 +14,9 @@ import torch
 
 from mima._version import installed_versions
 from mima.errors import MimaError
-from mima.storage.checkpoint import CheckpointFolder, fingerprint
+from mima.storage.checkpoint import CheckpointFolder
 from mima.storage.plain_data import flat
+from mima.storage.tensor_files import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,11 @@ def claim(folder: CheckpointFolder, run: Mapping[str, Any], *, resume: bool) -> 
             f"checkpoint: {folder.path} holds an unfinished run; go on with it (resume), "
             "or remove it (overwrite)"
         )
+    if not _is_description(earlier):
+        raise MimaError(
+            f"checkpoint: {folder.path / 'run.json'} is damaged: it describes no run; remove the "
+            "folder to begin anew (overwrite)"
+        )
     before, now = ({"model": r["model"], **_settings(r)} for r in (earlier, run))
     problems = [
         f"{name}: {_short(before.get(name))} then, {_short(now.get(name))} now"
@@ -84,6 +90,11 @@ def claim(folder: CheckpointFolder, run: Mapping[str, Any], *, resume: bool) -> 
             "resuming under other versions: %s, now %s", *(r["versions"] for r in (earlier, run))
         )
     folder.write_json("run.json", run)
+
+
+def _is_description(run: Mapping[str, Any]) -> bool:
+    kinds = {"config": dict, "concepts": list, "model": str, "versions": dict}
+    return all(isinstance(run.get(name), kind) for name, kind in kinds.items())
 
 
 def _settings(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,8 @@ import torch
 from diffusers import __version__ as diffusers_version
 
 from mima.families import Family
-from mima.storage.checkpoint import CheckpointFolder, fingerprint
+from mima.storage.checkpoint import CheckpointFolder
+from mima.storage.tensor_files import fingerprint
 from mima.training.batches import CHUNK
 
 logger = logging.getLogger(__name__)

@@ -8,11 +8,11 @@ import random
 import resource
 import signal
 import time
-from contextlib import contextmanager
 
 import pytest
 import torch
 from support import immunizing, tiny
+from support.faults import small_files
 from support.immunizing import assert_same, concepts, settings, weights
 
 from mima.bilevel.outer import UpperLevel
@@ -20,7 +20,7 @@ from mima.errors import MimaError
 from mima.immunization.algorithm import immunize
 from mima.immunization.levels import Problem
 from mima.immunization.progress import StepReport
-from mima.storage.checkpoint import Checkpoint, CheckpointFolder
+from mima.storage.checkpoint import CheckpointFolder
 from mima.storage.runs import default_folder, uninterrupted
 
 
@@ -251,43 +251,6 @@ def test_divergence_ends_the_run(model, tmp_path, monkeypatch):
         immunized(model, config)
 
 
-def checkpoint(step, size=8):
-    return Checkpoint(step, {"x": torch.full((size,), float(step))}, {"note": f"step {step}"})
-
-
-def test_only_the_last_checkpoint_is_kept(tmp_path):
-    folder = CheckpointFolder(tmp_path / "c")
-    assert folder.latest() is None
-    for step in (1, 9, 10):
-        folder.write(checkpoint(step))
-    kept = folder.latest()
-    assert (kept.step, kept.state) == (10, {"note": "step 10"})
-    assert torch.equal(kept.tensors["x"], torch.full((8,), 10.0))
-    assert [path.name for path in folder.path.iterdir()] == ["step-00000010"]
-
-
-@contextmanager
-def small_files(limit):
-    """No file can grow beyond `limit` bytes: what a full disk looks like."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
-    folder = CheckpointFolder(tmp_path / "c")
-    folder.write(checkpoint(1))
-    with small_files(4096), pytest.raises(MimaError, match=r"cannot write .*step-00000001 is int"):
-        folder.write(checkpoint(2, size=10_000))
-    assert folder.latest().step == 1
-    assert [path.name for path in folder.path.iterdir()] == ["step-00000001"]
-    folder.write(checkpoint(2, size=10_000))
-    assert folder.latest().step == 2
-
-
 def test_a_disk_that_fills_during_a_run_ends_it_with_a_message(model, tmp_path):
     config = settings(tmp_path, steps=3, checkpoint_every=1)
 
@@ -314,22 +277,3 @@ def test_a_disk_that_is_full_at_the_end_costs_no_step(model, tmp_path):
     resumed = immunized(model, config, output=output, resume=True)
     assert_same(unet(resumed), unet(immunized(model, config)))
     assert [path.name for path in tmp_path.glob("*out*")] == ["out"]
-
-
-def test_what_a_killed_writer_left_is_cleared(tmp_path):
-    folder = CheckpointFolder(tmp_path / "c")
-    folder.write(checkpoint(1))
-    for name in (".step-00000002.partial", ".step-00000007.partial"):
-        (folder.path / name).mkdir()
-        (folder.path / name / "state.safetensors").write_bytes(b"half")
-    assert folder.latest().step == 1
-    folder.write(checkpoint(2))
-    assert [path.name for path in folder.path.iterdir()] == ["step-00000002"]
-
-
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    folder = CheckpointFolder(tmp_path / "c")
-    folder.write(checkpoint(1))
-    (folder.path / "step-00000001" / "state.safetensors").write_bytes(b"half")
-    with pytest.raises(MimaError, match=r"cannot read .*step-00000001"):
-        folder.latest()

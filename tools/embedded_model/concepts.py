@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from mima.storage.output import slug
 from PIL import Image
 
 from augment import move
@@ -29,11 +30,6 @@ STYLE_TRAIN_PICTURES, STYLE_HELD_OUT_PICTURES = 14, 8
 
 # file stem -> (pixels, caption)
 Files = dict[str, tuple[np.ndarray, str]]
-
-
-def slug(text: str) -> str:
-    """A file name for a name."""
-    return text.replace(" ", "-")
 
 
 class Library:

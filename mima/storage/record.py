@@ -1,0 +1,77 @@
+"""`mima.json`: what made a folder, which also marks the folder as mima's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mima._version import __version__
+from mima.errors import MimaError
+from mima.storage.plain_data import read_json
+
+RECORD_FILE = "mima.json"
+
+
+def write_record(
+    folder: Path,
+    command: str,
+    *,
+    model: str | None,
+    opened_with: Mapping[str, str],
+    concepts: Sequence[str],
+    prompts: Sequence[str],
+    details: Mapping[str, Any],
+) -> None:
+    """Write down where a folder came from.
+
+    Args:
+        folder: that was just written.
+        command: what made it, as the command line calls it.
+        model: what it was made from; None for a pipeline that was built in memory.
+        opened_with: what else was said of the model, see ``ModelSource.options``.
+        concepts: their names.
+        prompts: what asks for them, in the same order.
+        details: what the command alone has to say, as plain data.
+    """
+    record = {
+        "command": command,
+        "version": __version__,
+        "model": model,
+        **opened_with,
+        "concepts": list(concepts),
+        "prompts": list(prompts),
+        **details,
+    }
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    (folder / RECORD_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What ``write_record`` wrote to a folder; None where there is nothing.
+
+    Raises:
+        MimaError: the file is damaged.
+    """
+    path = folder / RECORD_FILE
+    try:
+        record = read_json(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise MimaError(f"cannot read {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, MimaError) as error:
+        raise MimaError(f"{path} is damaged: {error}") from error
+    if not isinstance(record, dict):
+        raise MimaError(f"{path} is damaged: expected a mapping")
+    return record
+
+
+def prompt_of(folder: Path) -> str | None:
+    """The prompt of the one concept that a folder is about, where its record says so."""
+    prompts = (read_record(folder) or {}).get("prompts")
+    match prompts:
+        case [str(prompt)]:
+            return prompt
+    return None

@@ -1,0 +1,84 @@
+"""Tensors as files: safetensors whose bytes depend on what they hold alone, hashes, and mapping."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mima.errors import MimaError
+from mima.storage.atomic import WRITING_ERRORS, reason_of
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file whose bytes depend on its contents alone.
+
+    Args:
+        path: the file.
+        tensors: by name, on any device.
+        metadata: texts by name, for the file's header.
+    """
+    stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    save_file(stored, path, None if metadata is None else dict(metadata))
+    order_metadata(path)
+
+
+def order_metadata(path: Path) -> None:
+    """Sort the texts in a safetensors file's header, which safetensors writes in any order."""
+    with path.open("r+b") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+        if len(header.get("__metadata__", {})) < 2:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        # the same characters in another order; spaces fill up, as safetensors' own do
+        assert len(text) <= size
+        file.seek(8)
+        file.write(text.ljust(size))
+
+
+def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
+    """A hash of names and values."""
+    digest = hashlib.sha256()
+    for name, value in weights.items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def mapped(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file, mapped: pages are read when they are first used.
+
+    Raises:
+        MimaError: unreadable or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise MimaError(f"cannot read {path}: {error}") from error
+
+
+def spill(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Move tensors to a file without a name, and map it: it goes when they do.
+
+    Raises:
+        MimaError: the disk of temporary files is full.
+    """
+    with tempfile.TemporaryDirectory(prefix="mima-") as folder:
+        path = Path(folder) / "spilled.safetensors"
+        try:
+            save_tensors(path, tensors)
+        except WRITING_ERRORS as error:
+            raise MimaError(f"cannot write {path}: {reason_of(error)}") from error
+        return mapped(path)

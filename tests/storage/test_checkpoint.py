@@ -1,0 +1,135 @@
+"""Checkpoints are whole; a damaged one is noticed, and the one before is used."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+
+import pytest
+import torch
+from support.faults import small_files
+
+from mima.errors import MimaError
+from mima.storage.checkpoint import Checkpoint, CheckpointFolder
+from mima.storage.runs import claim
+
+
+def checkpoint(step, size=8):
+    return Checkpoint(step, {"x": torch.full((size,), float(step))}, {"note": f"step {step}"})
+
+
+def names(folder):
+    return sorted(os.listdir(folder.path))
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A folder with two checkpoints, as another process finds it."""
+    for step in (1, 9, 10):
+        folder = CheckpointFolder(tmp_path / "c")
+        folder.latest()
+        folder.write(checkpoint(step))
+    return CheckpointFolder(tmp_path / "c")
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path):
+    folder = CheckpointFolder(tmp_path / "c")
+    assert folder.latest() is None
+    for step in (1, 9, 10):
+        folder.write(checkpoint(step))
+    kept = folder.latest()
+    assert (kept.step, kept.state) == (10, {"note": "step 10"})
+    assert torch.equal(kept.tensors["x"], torch.full((8,), 10.0))
+    assert names(folder) == ["step-00000009", "step-00000010"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    folder = CheckpointFolder(tmp_path / "c")
+    folder.write(checkpoint(1))
+    with small_files(4096), pytest.raises(MimaError, match=r"cannot write .*step-00000001 is int"):
+        folder.write(checkpoint(2, size=10_000))
+    assert folder.latest().step == 1
+    assert names(folder) == ["step-00000001"]
+    folder.write(checkpoint(2, size=10_000))
+    assert folder.latest().step == 2
+
+
+def test_what_a_killed_writer_left_is_cleared(tmp_path):
+    folder = CheckpointFolder(tmp_path / "c")
+    folder.write(checkpoint(1))
+    for name in (".step-00000002.partial", ".step-00000007.partial"):
+        (folder.path / name).mkdir()
+        (folder.path / name / "state.safetensors").write_bytes(b"half")
+    assert folder.latest().step == 1
+    folder.write(checkpoint(2))
+    assert names(folder) == ["step-00000001", "step-00000002"]
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "halved": halve,
+    "empty": lambda path: path.write_bytes(b""),
+    "one bit": flip,
+    "gone": lambda path: path.unlink(),
+    "binary": lambda path: path.write_bytes(b"\xff\xfe" * 99),
+    "other json": lambda path: path.write_text("[1, 2]"),
+}
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "state.json", "SHA256SUMS"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_checkpoint_before_a_damaged_one_is_used(two, caplog, file, damage):
+    DAMAGES[damage](two.path / "step-00000010" / file)
+    with caplog.at_level(logging.WARNING, "mima"):
+        kept = two.latest()
+    assert (kept.step, kept.state) == (9, {"note": "step 9"})
+    (warning,) = caplog.messages
+    assert "step-00000010" in warning
+    assert warning.endswith("going on from step-00000009")
+    # the step comes again, and is written in the damaged one's place
+    two.write(checkpoint(10))
+    assert CheckpointFolder(two.path).latest().step == 10
+    assert names(two) == ["step-00000009", "step-00000010"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_where_all_are_damaged_one_line_says_so(two, damage):
+    for step in (9, 10):
+        DAMAGES[damage](two.path / f"step-{step:08d}" / "state.safetensors")
+    with pytest.raises(MimaError, match=r"step-00000010.*to begin anew \(overwrite\)") as caught:
+        two.latest()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_step_is_damaged(two):
+    (two.path / "step-00000010").rename(two.path / "step-00000011")
+    assert two.latest().step == 9
+
+
+RUN = {"config": {"steps": 1}, "concepts": [], "model": "x", "versions": {}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "3", "null", "{}", "[" * 100_000, '{"config": 1, "config": 2}']
+    + [json.dumps({**RUN, name: 3}) for name in RUN]
+    + [json.dumps({name: value for name, value in RUN.items() if name != left}) for left in RUN],
+)
+def test_a_damaged_description_of_the_run_is_one_line(tmp_path, content):
+    folder = CheckpointFolder(tmp_path / "c")
+    claim(folder, RUN, resume=False)
+    claim(folder, RUN, resume=True)
+    (folder.path / "run.json").write_text(content)
+    with pytest.raises(MimaError, match=r"checkpoint: .*run\.json") as caught:
+        claim(folder, RUN, resume=True)
+    assert "\n" not in str(caught.value)
