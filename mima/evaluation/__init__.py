@@ -16,13 +16,16 @@ from mima.evaluation.grid import PRESETS, GridConfig
 from mima.evaluation.metrics import (
     GapCurve,
     GapSummary,
-    bootstrap_interval,
+    HalfRise,
     mrsgr,
     msgr,
+    rise_left,
     rsgr,
+    run_interval,
     sgr,
 )
 from mima.evaluation.records import Evaluation, EvaluationFolder
+from mima.evaluation.summary import paired_difference
 from mima.evaluation.trajectory import AttackCurve, attack, compare
 from mima.sampling import Sampler
 
@@ -36,12 +39,12 @@ __all__ = [
     "GapCurve",
     "GapSummary",
     "GridConfig",
+    "HalfRise",
     "ImageEncoder",
     "Lpips",
     "Sampler",
     "TextImageEncoder",
     "attack",
-    "bootstrap_interval",
     "cmmd",
     "compare",
     "evaluate",
@@ -49,8 +52,11 @@ __all__ = [
     "load_similarity",
     "mrsgr",
     "msgr",
+    "paired_difference",
     "prompt_alignment",
+    "rise_left",
     "rsgr",
+    "run_interval",
     "sgr",
     "similarity",
 ]

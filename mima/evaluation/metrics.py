@@ -8,6 +8,12 @@ concept, x_A what the adapted original model generates, x_I what the adapted imm
     RSGR  = SGR(target) − SGR(other)                        likewise
     MRSGR = mean of RSGR                                    likewise
 
+SGR also counts what the immunized model lacked before anybody attacked it. What an attack adds is
+counted beside it, from each model's own similarity before the attack, M_A(0) and M_I(0):
+
+    rise left     = (M_I(t) − M_I(0)) / (M_A(t) − M_A(0))   1: learned as fast as before, 0: nothing
+    steps ratio   = steps to half of the original's rise, immunized over original
+
 Everything here works on numbers alone and never returns NaN: each docstring defines what happens at
 the edges. A mean hides a concept that came back, so report `worst` and `final` beside it.
 """
@@ -17,7 +23,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -69,6 +77,71 @@ def has_learned(similarities: Sequence[float]) -> bool:
     return best > start and best - start >= LEARNED * (1 - start)
 
 
+def rise_left(
+    before_original: float, original: float, before_immunized: float, immunized: float
+) -> float | None:
+    """Share of the similarity that an attack adds on the original that it adds on the immunized.
+
+    ``(immunized − before_immunized) / (original − before_original)``, each model counted from its
+    own start, so that an immunized model that merely starts lower gains nothing by it.
+
+    Args:
+        before_original: similarity of the original model before the attack.
+        original: similarity of the original model after it.
+        before_immunized: the same of the immunized model.
+        immunized: likewise.
+
+    Returns:
+        1 where the immunized model learned as much, 0 nothing, above 1 more; negative where the
+        attack led it away from the concept. An attack that taught the original model less than
+        `LEARNED` of what it lacked is divided by that much instead: the result is then a lower
+        bound, and finite. None if the attack taught neither model: a share of nothing.
+
+    Example:
+        >>> rise_left(0.4, 0.8, 0.2, 0.3)
+        0.25
+    """
+    rise = original - before_original
+    if not has_learned([before_original, original]):
+        if not has_learned([before_immunized, immunized]):
+            return None
+        rise = LEARNED * (1 - before_original)
+    return (immunized - before_immunized) / rise if rise > 0 else None
+
+
+class HalfRise(NamedTuple):
+    """Adaptation steps until half of the original model's highest rise is reached.
+
+    Each model is counted from its own similarity before the attack; between measured steps,
+    similarity is taken to change along straight lines.
+    """
+
+    original: float
+    """Steps of the original model, above 0."""
+    immunized: float | None
+    """Steps of the immunized model; None if no measured step reached the half."""
+    last: int
+    """The last measured step."""
+
+    @property
+    def ratio(self) -> float:
+        """Immunized over original: how many times as long it took, or, if `at_least`, no less."""
+        return (self.last if self.immunized is None else self.immunized) / self.original
+
+    @property
+    def at_least(self) -> bool:
+        """Whether `ratio` is a lower bound, because the half was never reached."""
+        return self.immunized is None
+
+
+def _crossing(steps: Sequence[int], gains: Sequence[float], level: float) -> float | None:
+    """Where gains first reach a level, straight lines drawn between the steps."""
+    for (step, gain), (later, more) in pairwise(zip(steps, gains, strict=True)):
+        if more >= level > gain:
+            return step + (later - step) * (level - gain) / (more - gain)
+    return None
+
+
 def rsgr(target: float, other: float) -> float:
     """Relative similarity gap ratio: SGR of a target minus SGR of a concept to be kept learnable.
 
@@ -109,7 +182,9 @@ class GapCurve:
     """Similarities and SGR of one concept along an adaptation.
 
     Step 0, before any adaptation, may be part of the curve; it is left out of `mean`, `worst` and
-    `best`, because nothing has been learned there yet.
+    `best`, because nothing has been learned there yet. What counts from it (`before`, the rises and
+    whether a model learned) is None or False where it is missing. Under Textual Inversion, whose
+    new word no model knows before the attack, step 0 is the word as it was initialised.
 
     Attributes:
         concept: its name.
@@ -165,13 +240,77 @@ class GapCurve:
         """Highest SGR over the steps after 0."""
         return max(self.by_step.values())
 
+    @property
+    def before(self) -> tuple[float, float] | None:
+        """Similarities of the original and the immunized model before the attack."""
+        return (self.original[0], self.immunized[0]) if self.steps[0] == 0 else None
+
+    @property
+    def sgr_before(self) -> float | None:
+        """SGR before the attack: what is not owed to a harder adaptation."""
+        return self.sgr[0] if self.before else None
+
+    @property
+    def rises_left(self) -> dict[int, float | None]:
+        """`rise_left` by step, without step 0."""
+        if self.before is None:
+            return dict.fromkeys(self.by_step)
+        start_a, start_i = self.before
+        return {
+            step: rise_left(start_a, a, start_i, i)
+            for step, a, i in zip(self.steps, self.original, self.immunized, strict=True)
+            if step > 0
+        }
+
+    @property
+    def rise_left(self) -> float | None:
+        """`rise_left` at the last step."""
+        return self.rises_left[self.steps[-1]]
+
+    @property
+    def best_rise_left(self) -> float | None:
+        """`rise_left` with each model at the step at which it got furthest."""
+        if self.before is None:
+            return None
+        start_a, start_i = self.before
+        return rise_left(start_a, max(self.original[1:]), start_i, max(self.immunized[1:]))
+
+    @property
+    def learned_original(self) -> bool:
+        """Whether the attack taught the original model the concept, see `has_learned`."""
+        return self.before is not None and has_learned(self.original)
+
+    @property
+    def learned_immunized(self) -> bool:
+        """Whether the attack taught the immunized model the concept, see `has_learned`."""
+        return self.before is not None and has_learned(self.immunized)
+
+    @property
+    def half_rise(self) -> HalfRise | None:
+        """Steps to half of the original's highest rise; None if it did not learn."""
+        if not self.learned_original:
+            return None
+        gains_a = [value - self.original[0] for value in self.original]
+        gains_i = [value - self.immunized[0] for value in self.immunized]
+        half = max(gains_a) / 2
+        original = _crossing(self.steps, gains_a, half)
+        # gains begin at 0 and their highest is above half of it
+        assert original is not None
+        return HalfRise(original, _crossing(self.steps, gains_i, half), self.steps[-1])
+
     def to_dict(self) -> dict[str, object]:
         """Plain values for a JSON file; steps become strings, as JSON keys are."""
+        half = self.half_rise
         return {
             "sgr": {str(step): gap for step, gap in self.by_step.items()},
             "mean": self.mean,
             "final": self.final,
             "worst": self.worst,
+            "before": self.sgr_before,
+            "rise_left": self.rise_left,
+            "steps_ratio": half and half.ratio,
+            "steps_ratio_at_least": half is not None and half.at_least,
+            "steps_to_half": half and {"original": half.original, "immunized": half.immunized},
             "similarity": {
                 "steps": list(self.steps),
                 "original": list(self.original),
@@ -220,29 +359,77 @@ class GapSummary:
         return mrsgr([curve.mean for curve in self.targets], [curve.mean for curve in self.others])
 
 
-def bootstrap_interval(
-    values: Sequence[float], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap confidence interval of the mean, over seeds or concepts.
+IntervalKind = Literal["t", "range"]
+FEW = 5
+"""Fewer runs than this have a range, for an interval of confidence would be wider than what it is
+to tell apart, or claim more than it holds."""
+
+
+def run_interval(values: Sequence[float]) -> tuple[float, float, IntervalKind]:
+    """What independent runs say of their mean.
+
+    From five runs on, the 95 % interval ``mean ± t · s / √n`` of Student's t with n − 1 degrees of
+    freedom, which holds the true mean in 95 of 100 such studies if runs vary as a normal
+    distribution does (less if they are skewed). Of fewer runs, the lowest and the highest: a range,
+    which claims nothing of the mean.
 
     Args:
-        values: independent measurements. One value gives an interval of no width.
-        confidence: between 0 and 1.
-        resamples: number of bootstrap samples.
-        seed: of the resampling.
+        values: one per run (seed); runs must be independent of each other.
 
     Returns:
-        Lower and upper end.
+        Lower end, upper end, and which of the two it is.
 
     Raises:
-        ValueError: no values, or a confidence outside (0, 1).
+        ValueError: no values.
+
+    Example:
+        >>> run_interval([0.2, 0.5, 0.3])
+        (0.2, 0.5, 'range')
     """
     if not len(values):
-        raise ValueError("bootstrap_interval: values is empty")
-    if not 0 < confidence < 1:
-        raise ValueError(f"bootstrap_interval: confidence must lie in (0, 1), got {confidence}")
+        raise ValueError("run_interval: values is empty")
     sample = np.asarray(values, dtype=np.float64)
-    draws = np.random.default_rng(seed).integers(len(sample), size=(resamples, len(sample)))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(sample[draws].mean(axis=1), [tail, 1 - tail])
-    return float(low), float(high)
+    if len(sample) < FEW:
+        return float(sample.min()), float(sample.max()), "range"
+    half = t_quantile(len(sample) - 1) * float(sample.std(ddof=1)) / math.sqrt(len(sample))
+    mean = float(sample.mean())
+    return mean - half, mean + half, "t"
+
+
+@lru_cache
+def t_quantile(freedom: int, confidence: float = 0.95) -> float:
+    """The t for which a Student's t variable lies in (−t, t) with some probability.
+
+    Args:
+        freedom: degrees of freedom, at least 1.
+        confidence: that probability, in (0, 1).
+
+    Raises:
+        ValueError: out of these ranges.
+    """
+    if freedom < 1 or not 0 < confidence < 1:
+        raise ValueError(
+            f"t_quantile: needs freedom >= 1 and 0 < confidence < 1, got {freedom}, {confidence}"
+        )
+    low, high = 0.0, 1.0
+    while _t_within(high, freedom) < confidence:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_within(middle, freedom) < confidence else (low, middle)
+    return high
+
+
+def _t_within(t: float, freedom: int) -> float:
+    """P(|T| < t), the finite sum for whole degrees of freedom (Abramowitz and Stegun, 26.7.3)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = freedom % 2
+    if freedom == 1:
+        return 2 * angle / math.pi
+    term = cosine if odd else 1.0
+    total = term
+    for k in range(3 if odd else 2, freedom - 1, 2):
+        term *= (k - 1) / k * cosine**2
+        total += term
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total

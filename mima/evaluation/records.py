@@ -17,10 +17,11 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mima.errors import MimaError
+from mima.evaluation.metrics import GapCurve, IntervalKind
 from mima.settings import Method
 from mima.storage.output import write_whole
 
-FORMAT: Literal[1] = 1
+FORMAT: Literal[2] = 2
 EVALUATION_FILE = "evaluation.json"
 ATTACKS_FILE = "attacks.csv"
 CURVES_FILE = "curves.csv"
@@ -69,17 +70,37 @@ class ConceptRecord(_Record):
 
 
 class Interval(_Record):
-    """A mean and its bootstrap confidence interval over seeds."""
+    """A mean over runs with different seeds, and what they say of it."""
 
-    mean: float | None
-    low: float | None
-    high: float | None
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+    runs: int = 0
+    """How many seeds there are values of."""
+    kind: IntervalKind | None = None
+    """``t``: low and high are the 95 % interval of the mean; ``range``: the lowest and the highest
+    run, which claims nothing of the mean; see `metrics.run_interval`."""
+
+
+class Ratio(Interval):
+    """A mean over runs of numbers some of which may be lower bounds."""
+
+    at_least: bool = False
+    """Whether the mean is a lower bound, because one of its numbers is."""
 
 
 class WorstAttack(_Record):
-    """The target attack with the lowest SGR among those that learned on the original model."""
+    """The target attack with the lowest SGR among those that taught either model."""
 
     sgr: float | None
+    attack: str | None
+
+
+class WorstRise(_Record):
+    """The target attack that regained the largest share among those that taught either model."""
+
+    rise_left: float | None
+    """`metrics.GapCurve.best_rise_left`: each model at the step at which it got furthest."""
     attack: str | None
 
 
@@ -90,23 +111,48 @@ class WorstConcept(_Record):
     concept: str | None
 
 
-class ConceptGap(Interval):
-    """SGR of one concept over its attacks: means of their mean, final and highest SGR."""
+class Gap(Interval):
+    """What attacks found, by concept and seed alike; its own mean and ends are those of SGR."""
 
-    final: float | None
-    max: float | None
+    sgr_before: Interval = Interval()
+    """SGR before any attack: what is not owed to a harder adaptation."""
+    before: ScorePair = ScorePair()
+    """Similarity to the references before any attack."""
+    final: float | None = None
+    """SGR at the last step."""
+    max: float | None = None
+    """Highest SGR."""
+    rise_left: Interval = Interval()
+    """Share of what the attack adds on the original that it adds on the immunized model, at the
+    last step; see `metrics.rise_left`."""
+    steps_ratio: Ratio = Ratio()
+    """How many times as long the immunized model takes to half of the original's rise."""
+
+
+class ConceptGap(Gap):
+    """What the attacks on one concept found."""
+
+    methods: dict[str, Gap] = Field(default_factory=dict)
+    """The same by method of adaptation."""
 
 
 class SimilaritySummary(_Record):
     """The headline numbers by one similarity model."""
 
-    msgr: Interval
+    targets: Gap = Gap()
+    """Means over the target concepts; that of SGR is MSGR."""
     worst_attack: WorstAttack
+    worst_rise: WorstRise = WorstRise(rise_left=None, attack=None)
     worst_concept: WorstConcept
     mrsgr: float | None
     """MSGR minus the mean SGR of the others; None without any."""
     sgr: dict[str, ConceptGap]
     """By concept, others included."""
+
+    @property
+    def msgr(self) -> Interval:
+        """MSGR, the mean SGR of the target concepts."""
+        return self.targets
 
 
 class Benign(_Record):
@@ -123,7 +169,7 @@ class Benign(_Record):
 class Evaluation(_Record):
     """``evaluation.json``."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[2] = FORMAT
     name: str
     """Label of the run."""
     method: Method | None
@@ -134,6 +180,10 @@ class Evaluation(_Record):
     similarities: tuple[str, ...]
     """The first is the primary one."""
     seeds: tuple[int, ...]
+    """Seeds of the attacks, which varied between the runs that intervals are over. The immunized
+    model is one: how much another seed of the immunization changes is not in them."""
+    immunization_seed: int | None = None
+    """The seed that the immunized model was made with, where that is known."""
     concepts: tuple[ConceptRecord, ...]
     benign: Benign = Benign()
     summary: dict[str, SimilaritySummary] = Field(default_factory=dict)
@@ -147,8 +197,8 @@ class Evaluation(_Record):
 class AttackRow(_Record):
     """One attack, seen by one similarity model.
 
-    The three SGRs are None where neither model could be compared: the adaptation diverged before
-    the first evaluated step.
+    SGRs and rises are None where nothing could be compared: the adaptation diverged before the
+    first evaluated step.
     """
 
     attack: str
@@ -172,6 +222,28 @@ class AttackRow(_Record):
     """At the last step."""
     sgr_max: float | None
     """Highest over the steps after 0."""
+    sgr_before: float | None
+    """Before the attack, at step 0."""
+    before_original: float | None
+    """Similarity of the original model's pictures to the references before the attack. Under
+    Textual Inversion, of what the new word asks for as it was initialised."""
+    before_immunized: float | None
+    """The same of the immunized model."""
+    rise_left: float | None
+    """Share of what the attack adds on the original model that it adds on the immunized one, at the
+    last step; None where it taught neither: see `metrics.rise_left`."""
+    rise_left_best: float | None
+    """The same with each model at the step at which it got furthest."""
+    half_original: float | None
+    """Steps until the original model gained half of its highest rise; None if it learned
+    nothing."""
+    half_immunized: float | None
+    """Steps until the immunized model gained as much; None if it never did."""
+    steps_ratio: float | None
+    """`half_immunized` over `half_original`."""
+    steps_ratio_at_least: bool
+    """Whether `steps_ratio` is a lower bound: the last step over `half_original`, because the
+    immunized model never gained as much."""
     nearest_original: float | None
     """Mean over the last step's pictures of min(1 − M) to the training pictures: near 0, they are
     copies of them."""
@@ -180,6 +252,13 @@ class AttackRow(_Record):
     seconds: float
     learned: bool
     """Whether the attack taught the original model the concept: see `metrics.has_learned`."""
+    learned_immunized: bool
+    """Whether it taught the immunized model the concept."""
+
+    @property
+    def taught_either(self) -> bool:
+        """Whether the attack says anything: one that teaches neither model does not."""
+        return self.learned or self.learned_immunized
 
     @field_validator("*", mode="before")
     @classmethod
@@ -197,6 +276,57 @@ class CurvePoint(_Record):
     """Mean similarity to the references."""
     immunized: float
     sgr: float
+    rise_left: float | None
+    """Share of the rise since step 0; None at step 0, and where the attack taught neither model."""
+
+    @field_validator("rise_left", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return None if value == "" else value
+
+
+def measured(curve: GapCurve | None) -> dict[str, Any]:
+    """The fields of an `AttackRow` that its curve determines.
+
+    Args:
+        curve: both models along the attack; None if it ended before the first evaluated step.
+    """
+    half = curve and curve.half_rise
+    before = (curve and curve.before) or (None, None)
+    return {
+        "sgr_mean": curve and curve.mean,
+        "sgr_final": curve and curve.final,
+        "sgr_max": curve and curve.best,
+        "sgr_before": curve and curve.sgr_before,
+        "before_original": before[0],
+        "before_immunized": before[1],
+        "rise_left": curve and curve.rise_left,
+        "rise_left_best": curve and curve.best_rise_left,
+        "half_original": half and half.original,
+        "half_immunized": half and half.immunized,
+        "steps_ratio": half and half.ratio,
+        "steps_ratio_at_least": half is not None and half.at_least,
+        "learned": curve is not None and curve.learned_original,
+        "learned_immunized": curve is not None and curve.learned_immunized,
+    }
+
+
+def points_of(attack: str, similarity: str, curve: GapCurve) -> list[CurvePoint]:
+    """A curve as rows of ``curves.csv``."""
+    return [
+        CurvePoint(
+            attack=attack,
+            similarity=similarity,
+            step=step,
+            original=original,
+            immunized=immunized,
+            sgr=gap,
+            rise_left=curve.rises_left.get(step),
+        )
+        for step, original, immunized, gap in zip(
+            curve.steps, curve.original, curve.immunized, curve.sgr, strict=True
+        )
+    ]
 
 
 RowT = TypeVar("RowT", AttackRow, CurvePoint)

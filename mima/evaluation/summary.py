@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from mima.evaluation.metrics import bootstrap_interval, mrsgr
+from mima.evaluation.metrics import mrsgr, run_interval
 from mima.evaluation.records import (
     AttackRow,
     ConceptGap,
     ConceptRecord,
+    Gap,
     Interval,
+    Ratio,
+    ScorePair,
     SimilaritySummary,
     WorstAttack,
     WorstConcept,
+    WorstRise,
 )
 
 
@@ -23,12 +27,14 @@ def summarize(
 ) -> SimilaritySummary:
     """The headline numbers by one similarity model.
 
-    A concept's SGR is the mean of its attacks' mean SGR; MSGR the mean over target concepts.
-    Intervals are bootstrapped over seeds: of a concept, the values of its seeds are the means over
-    the attacks with that seed; of MSGR, the means over target concepts of these. With one seed they
-    have no width. The worst attack is the one with the lowest mean SGR on a target concept among
-    those that taught the original model the concept (among all, if none did): where nothing is
-    learned anyway, a low SGR says nothing.
+    Every number of a concept is first a mean over its attacks with one seed, then over its seeds;
+    that of the targets a mean over the target concepts at each seed, then over the seeds that all
+    of them have (MSGR is that of SGR). Intervals are over seeds, see `metrics.run_interval`. Rises
+    and ratios are means over the attacks that have them: one that taught neither model has none.
+
+    The worst attacks are those with the lowest mean SGR, and with the largest share of the rise
+    left, among the attacks on target concepts that taught either model (among all, if none did):
+    where nothing is learned anyway, a low SGR says nothing.
 
     Args:
         rows: of all similarity models; attacks without an SGR are left out.
@@ -39,19 +45,20 @@ def summarize(
         None stands for whatever has no row yet.
     """
     mine = [row for row in rows if row.similarity == similarity and row.sgr_mean is not None]
-    targets = [concept.name for concept in concepts if concept.role == "target"]
-    others = [concept.name for concept in concepts if concept.role == "other"]
-    gaps = {
-        concept.name: _gap([row for row in mine if row.concept == concept.name])
-        for concept in concepts
+    by_concept = {
+        concept.name: [row for row in mine if row.concept == concept.name] for concept in concepts
     }
+    gaps = {name: _concept_gap(found) for name, found in by_concept.items()}
+    targets = [concept.name for concept in concepts if concept.role == "target"]
     means = {name: gap.mean for name, gap in gaps.items() if gap.mean is not None}
     target_means = {name: means[name] for name in targets if name in means}
-    other_means = [means[name] for name in others if name in means]
+    other_means = [mean for name, mean in means.items() if name not in targets]
     worst = min(target_means, key=lambda name: target_means[name], default=None)
+    on_targets = [row for name in targets for row in by_concept[name]]
     return SimilaritySummary(
-        msgr=_msgr(mine, target_means),
-        worst_attack=_worst_attack([row for row in mine if row.role == "target"]),
+        targets=gap_of([by_concept[name] for name in targets]),
+        worst_attack=_worst_attack(on_targets),
+        worst_rise=_worst_rise(on_targets),
         worst_concept=WorstConcept(
             sgr=None if worst is None else target_means[worst], concept=worst
         ),
@@ -62,44 +69,114 @@ def summarize(
     )
 
 
-def _gap(rows: Sequence[AttackRow]) -> ConceptGap:
-    if not rows:
-        return ConceptGap(mean=None, low=None, high=None, final=None, max=None)
-    low, high = bootstrap_interval(list(_by_seed(rows).values()))
-    return ConceptGap(
-        mean=_mean([row.sgr_mean for row in rows]),
-        low=low,
-        high=high,
-        final=_mean([row.sgr_final for row in rows]),
-        max=_mean([row.sgr_max for row in rows]),
+def gap_of(groups: Sequence[Sequence[AttackRow]]) -> Gap:
+    """Means over concepts, and over seeds.
+
+    Args:
+        groups: one for each concept, the rows of its attacks by one similarity model.
+    """
+    ratios = [row for rows in groups for row in rows if row.steps_ratio is not None]
+    at_least = any(row.steps_ratio_at_least for row in ratios)
+    return Gap(
+        **over_seeds(groups, "sgr_mean").model_dump(),
+        sgr_before=over_seeds(groups, "sgr_before"),
+        before=ScorePair(
+            original=over_seeds(groups, "before_original").mean,
+            immunized=over_seeds(groups, "before_immunized").mean,
+        ),
+        final=over_seeds(groups, "sgr_final").mean,
+        max=over_seeds(groups, "sgr_max").mean,
+        rise_left=over_seeds(groups, "rise_left"),
+        steps_ratio=Ratio(**over_seeds(groups, "steps_ratio").model_dump(), at_least=at_least),
     )
 
 
-def _msgr(rows: Sequence[AttackRow], target_means: dict[str, float]) -> Interval:
-    if not target_means:
-        return Interval(mean=None, low=None, high=None)
-    seeds = [_by_seed([row for row in rows if row.concept == name]) for name in target_means]
-    common = set.intersection(*(set(one) for one in seeds))
-    values = [float(np.mean([one[seed] for one in seeds])) for seed in sorted(common)]
-    low, high = bootstrap_interval(values) if values else (None, None)
-    return Interval(mean=_mean(list(target_means.values())), low=low, high=high)
+def over_seeds(groups: Iterable[Sequence[AttackRow]], name: str) -> Interval:
+    """Mean of one field of the rows, and its interval over seeds.
+
+    Args:
+        groups: one for each concept, its rows. Concepts without any value are left out.
+        name: a field with numbers or None.
+
+    Returns:
+        Without ends where no seed has a value of every concept.
+    """
+    by_seed = [found for rows in groups if (found := _by_seed(rows, name))]
+    if not by_seed:
+        return Interval()
+    common = sorted(set.intersection(*map(set, by_seed)))
+    if not common:
+        return Interval(mean=_mean([_mean([*one.values()]) for one in by_seed]))
+    values = [_mean([one[seed] for one in by_seed]) for seed in common]
+    low, high, kind = run_interval(values)
+    return Interval(mean=_mean(values), low=low, high=high, runs=len(values), kind=kind)
 
 
-def _by_seed(rows: Sequence[AttackRow]) -> dict[int, float]:
-    """Mean SGR of the attacks with each seed."""
-    groups: dict[int, list[float | None]] = {}
+def paired_difference(
+    rows: Sequence[AttackRow], baseline: Sequence[AttackRow], name: str = "sgr_mean"
+) -> Interval:
+    """Mean difference of two evaluations, attack by attack, and its interval over seeds.
+
+    Only attacks that both evaluations hold are compared, each with its twin: the same concept,
+    setting and seed by the same similarity model. What makes an attack easy or hard for both then
+    cancels, which it would not in a difference of two means with an interval each.
+
+    Args:
+        rows: attacks on target concepts by one similarity model.
+        baseline: those of the other evaluation.
+        name: a field with numbers or None.
+
+    Returns:
+        Of ``rows`` minus ``baseline``; empty where no attack is in both.
+    """
+    twins = {(row.attack, row.similarity): row for row in baseline}
+    differences: dict[str, list[AttackRow]] = {}
     for row in rows:
-        groups.setdefault(row.seed, []).append(row.sgr_mean)
+        twin = twins.get((row.attack, row.similarity))
+        if twin is None:
+            continue
+        one, other = getattr(row, name), getattr(twin, name)
+        if one is not None and other is not None:
+            changed = row.model_copy(update={name: one - other})
+            differences.setdefault(row.concept, []).append(changed)
+    return over_seeds(differences.values(), name)
+
+
+def _concept_gap(rows: Sequence[AttackRow]) -> ConceptGap:
+    methods: dict[str, list[AttackRow]] = {}
+    for row in rows:
+        methods.setdefault(row.method, []).append(row)
+    return ConceptGap(
+        **gap_of([rows]).model_dump(),
+        methods={method: gap_of([found]) for method, found in methods.items()},
+    )
+
+
+def _by_seed(rows: Sequence[AttackRow], name: str) -> dict[int, float]:
+    """Mean of a field over the attacks with each seed that have it."""
+    groups: dict[int, list[float]] = {}
+    for row in rows:
+        value = getattr(row, name)
+        if value is not None:
+            groups.setdefault(row.seed, []).append(value)
     return {seed: _mean(values) for seed, values in groups.items()}
 
 
 def _worst_attack(rows: Sequence[AttackRow]) -> WorstAttack:
-    candidates = [row for row in rows if row.learned] or list(rows)
+    candidates = [row for row in rows if row.taught_either] or list(rows)
     worst = min(candidates, key=lambda row: (row.sgr_mean, row.attack), default=None)
     if worst is None:
         return WorstAttack(sgr=None, attack=None)
     return WorstAttack(sgr=worst.sgr_mean, attack=worst.attack)
 
 
-def _mean(values: Sequence[float | None]) -> float:
-    return float(np.mean([value for value in values if value is not None]))
+def _worst_rise(rows: Sequence[AttackRow]) -> WorstRise:
+    measured = {row.attack: row.rise_left_best for row in rows if row.rise_left_best is not None}
+    if not measured:
+        return WorstRise(rise_left=None, attack=None)
+    attack, rise = max(measured.items(), key=lambda item: (item[1], item[0]))
+    return WorstRise(rise_left=rise, attack=attack)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))

@@ -22,7 +22,7 @@ from mima.evaluation.benign import cmmd, text_features
 from mima.evaluation.encoders import PictureProtocol, TextImageEncoder, load_similarity
 from mima.evaluation.feature_cache import CachedSimilarity
 from mima.evaluation.grid import Attack, GridConfig, material
-from mima.evaluation.metrics import GapCurve, has_learned, sgr
+from mima.evaluation.metrics import GapCurve
 from mima.evaluation.records import (
     SIDES,
     AttackRow,
@@ -32,6 +32,8 @@ from mima.evaluation.records import (
     Role,
     ScorePair,
     Side,
+    measured,
+    points_of,
 )
 from mima.evaluation.trajectory import trajectory
 from mima.families import family_of, load_pipeline
@@ -262,19 +264,8 @@ class Worker:
             last = folder.images(attack.id, side, steps[-1])
             table_BR = similarity.table(last, self.bench.training_files(attack))
             nearest[side] = float((1 - table_BR).amin(dim=1).mean())
-        pairs = list(zip(steps, curves["original"], curves["immunized"], strict=True))
-        points = [
-            CurvePoint(
-                attack=attack.id,
-                similarity=similarity.name,
-                step=step,
-                original=a,
-                immunized=b,
-                sgr=sgr(a, b),
-            )
-            for step, a, b in pairs
-        ]
         gap = None
+        points = []
         if steps[-1] > 0:
             gap = GapCurve(
                 concept=attack.concept,
@@ -282,6 +273,7 @@ class Worker:
                 original=tuple(curves["original"]),
                 immunized=tuple(curves["immunized"]),
             )
+            points = points_of(attack.id, similarity.name, gap)
         row = AttackRow(
             attack=attack.id,
             concept=attack.concept,
@@ -295,13 +287,10 @@ class Worker:
             preparation=attack.preparation,
             seed=attack.seed,
             similarity=similarity.name,
-            sgr_mean=gap and gap.mean,
-            sgr_final=gap and gap.final,
-            sgr_max=gap and gap.best,
+            **measured(gap),
             nearest_original=nearest["original"],
             nearest_immunized=nearest["immunized"],
             seconds=seconds,
-            learned=has_learned(curves["original"]),
         )
         return row, points
 

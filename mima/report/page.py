@@ -18,8 +18,9 @@ from PIL import Image
 from mima._version import __version__
 from mima.concepts.pictures import Picture
 from mima.errors import MimaError
-from mima.evaluation.metrics import bootstrap_interval
+from mima.evaluation.metrics import run_interval
 from mima.evaluation.records import AttackRow, ConceptRecord, Side
+from mima.evaluation.summary import over_seeds
 from mima.report.figures import (
     CEILING,
     INK,
@@ -223,26 +224,25 @@ class Report:
                         groups.setdefault(method_name(row.method), []).append(row)
                     if len(groups) == 2:
                         groups.popitem()
-                summary = run.evaluation.summary.get(similarity)
-                for place, (label, group) in enumerate(groups.items()):
+                for label, group in groups.items():
                     values = [row.sgr_mean for row in group if row.sgr_mean is not None]
                     if not values:
                         continue
-                    # an attack that teaches the original model nothing is no measure
-                    learned = [index for index, row in enumerate(group) if row.learned]
-                    mean: float | None = sum(values) / len(values)
-                    interval: tuple[float, float] | None = bootstrap_interval(values)
-                    if place == 0 and summary is not None:
-                        mean, interval = summary.msgr.mean, None
-                        if summary.msgr.low is not None and summary.msgr.high is not None:
-                            interval = (summary.msgr.low, summary.msgr.high)
+                    # an attack that teaches neither model is no measure
+                    taught = [index for index, row in enumerate(group) if row.taught_either]
+                    names = dict.fromkeys(row.concept for row in group)
+                    over = over_seeds(
+                        [[row for row in group if row.concept == name] for name in names],
+                        "sgr_mean",
+                    )
+                    ends = None if over.low is None or over.high is None else (over.low, over.high)
                     strips.append(
                         Strip(
                             label=label,
                             values=values,
-                            worst=min(learned or range(len(values)), key=values.__getitem__),
-                            mean=mean,
-                            interval=interval,
+                            worst=min(taught or range(len(values)), key=values.__getitem__),
+                            mean=over.mean,
+                            interval=ends,
                             colour=run.colour,
                         )
                     )
@@ -463,16 +463,16 @@ def _line(
     colour: str,
     marker: str,
 ) -> Line:
-    """Mean over seeds and its 95 % bootstrap interval, at every step that a seed reached."""
+    """Mean over seeds and its `run_interval`, at every step that a seed reached."""
     steps = sorted({step for curve in curves for step in curve})
     values = [[curve[step][side] for curve in curves if step in curve] for step in steps]
-    bands = [bootstrap_interval(v, resamples=2000) if len(v) > 1 else (v[0], v[0]) for v in values]
+    bands = [run_interval(v) for v in values]
     return Line(
         label=label,
         steps=steps,
         values=[sum(v) / len(v) for v in values],
-        low=[low for low, _ in bands],
-        high=[high for _, high in bands],
+        low=[low for low, _, _ in bands],
+        high=[high for _, high, _ in bands],
         colour=colour,
         marker=marker,
     )

@@ -1,6 +1,5 @@
 """The attack grid on two models, from end to end on tiny ones."""
 
-import copy
 import dataclasses
 import logging
 import sys
@@ -18,7 +17,7 @@ from mima.errors import MimaError
 from mima.evaluation import Sampler, cmmd, evaluate, load_encoder
 from mima.evaluation.grid import PRESETS, attack_grid, grid_config, material, without_name
 from mima.evaluation.records import AttackRow, ConceptRecord, EvaluationFolder
-from mima.evaluation.summary import summarize
+from mima.evaluation.summary import paired_difference, summarize
 from mima.evaluation.trajectory import score, trajectory
 from mima.families import ModelSource
 from mima.families.pipelines import with_modules
@@ -160,6 +159,9 @@ def test_evaluation_writes_what_its_pictures_say(folders, tmp_path):
     assert row.sgr_mean == pytest.approx((mine[1].sgr + mine[2].sgr) / 2)
     assert row.sgr_final == pytest.approx(mine[2].sgr)
     assert row.sgr_max == pytest.approx(max(mine[1].sgr, mine[2].sgr))
+    assert (row.before_original, row.before_immunized) == (mine[0].original, mine[0].immunized)
+    assert row.sgr_before == mine[0].sgr
+    assert row.rise_left == mine[2].rise_left
     last = encoder.embed([Image.open(folder.images(row.attack, "immunized", 4)[0])])
     assert row.nearest_immunized == pytest.approx(1 - float((last @ training.T).max()), abs=1e-6)
     assert result.benign.cmmd > 0
@@ -347,42 +349,93 @@ def test_cmmd_is_the_kernel_distance():
         cmmd(a[:0], b)
 
 
-def row(concept, seed, mean, *, role="target", learned=True, similarity="clip", name=""):
+def row(concept, seed, mean, *, role="target", learned=True, similarity="clip", name="", **more):
+    measured = dict.fromkeys(
+        ("sgr_before", "before_original", "before_immunized", "rise_left", "rise_left_best",
+         "half_original", "half_immunized", "steps_ratio")
+    ) | {"steps_ratio_at_least": False, "learned_immunized": False} | more  # fmt: skip
     return AttackRow(
         attack=f"{concept}{seed}{name}", concept=concept, role=role, method="lora", lr=1,
         lr_factor=1, steps=1, prompt_variant="name", images="same", preparation="none", seed=seed,
         similarity=similarity, sgr_mean=mean, sgr_final=mean and mean - 0.1,
         sgr_max=mean and mean + 0.1, nearest_original=None, nearest_immunized=None, seconds=1,
-        learned=learned,
+        learned=learned, **measured,
     )  # fmt: skip
 
 
+CONCEPTS = [
+    ConceptRecord(name=name, slug=name, kind="object", prompt=name, role=role)
+    for name, role in (("a", "target"), ("b", "target"), ("c", "other"), ("d", "other"))
+]
+
+
 def test_summary_of_rows():
-    concepts = [
-        ConceptRecord(name=name, slug=name, kind="object", prompt=name, role=role)
-        for name, role in (("a", "target"), ("b", "target"), ("c", "other"), ("d", "other"))
-    ]
     rows = [
         row("a", 0, 0.2), row("a", 0, 0.4, name="x"), row("a", 1, 0.6), row("b", 0, 0.1),
         row("b", 1, 0.3), row("b", 1, -0.5, learned=False, name="failed"),
         row("c", 0, 0.05, role="other"), row("a", 0, 0.9, similarity="dino"),
         row("b", 0, None, name="diverged"),
     ]  # fmt: skip
-    summary = summarize(rows, concepts, "clip")
+    summary = summarize(rows, CONCEPTS, "clip")
     a, b = summary.sgr["a"], summary.sgr["b"]
-    assert (a.mean, a.final, a.max) == pytest.approx((0.4, 0.3, 0.5))
     # of the seeds' means 0.3 and 0.6
-    assert (a.low, a.high) == pytest.approx((0.3, 0.6))
-    assert b.mean == pytest.approx(-0.1 / 3)
+    assert (a.mean, a.final, a.max) == pytest.approx((0.45, 0.35, 0.55))
+    assert (a.low, a.high, a.runs, a.kind) == (pytest.approx(0.3), pytest.approx(0.6), 2, "range")
+    assert b.mean == pytest.approx(0)
+    assert a.methods["lora"].mean == a.mean
     assert summary.sgr["d"].mean is None
-    assert summary.msgr.mean == pytest.approx((0.4 - 0.1 / 3) / 2)
     # of the seeds' means over concepts, (0.3 + 0.1) / 2 and (0.6 − 0.1) / 2
+    assert summary.msgr.mean == pytest.approx(0.225)
     assert (summary.msgr.low, summary.msgr.high) == pytest.approx((0.2, 0.25))
-    # the attack with −0.5 learned nothing on the original model either
+    # the attack with −0.5 taught neither model anything
     assert (summary.worst_attack.attack, summary.worst_attack.sgr) == ("b0", 0.1)
     assert summary.worst_concept.concept == "b"
     assert summary.mrsgr == pytest.approx(summary.msgr.mean - 0.05)
-    empty = summarize([], concepts, "clip")
+    empty = summarize([], CONCEPTS, "clip")
     assert empty.msgr.mean is empty.worst_attack.attack is empty.worst_concept.sgr is None
-    unlearned = [copy.copy(r).model_copy(update={"learned": False}) for r in rows]
-    assert summarize(unlearned, concepts, "clip").worst_attack.sgr == -0.5
+    assert empty.worst_rise.attack is empty.targets.rise_left.mean is None
+    unlearned = [r.model_copy(update={"learned": False}) for r in rows]
+    assert summarize(unlearned, CONCEPTS, "clip").worst_attack.sgr == -0.5
+
+
+def test_an_attack_that_succeeds_on_the_immunized_model_alone_is_the_worst():
+    alone = {"learned": False, "learned_immunized": True, "rise_left_best": 1.6}
+    rows = [
+        row("a", 0, 0.4, rise_left_best=0.5),
+        row("a", 0, -0.3, name="alone", **alone),
+        row("b", 0, 0.2, rise_left_best=0.9),
+    ]
+    summary = summarize(rows, CONCEPTS, "clip")
+    assert (summary.worst_attack.attack, summary.worst_attack.sgr) == ("a0alone", -0.3)
+    assert (summary.worst_rise.attack, summary.worst_rise.rise_left) == ("a0alone", 1.6)
+
+
+def test_rises_are_means_over_what_has_them_and_bounds_stay_bounds():
+    rows = [
+        row("a", 0, 0.4, rise_left=0.5, steps_ratio=2.0, sgr_before=0.1),
+        row("a", 1, 0.4, rise_left=0.3, steps_ratio=4.0, sgr_before=0.3),
+        row("b", 0, 0.2, rise_left=0.9, steps_ratio=8.0, steps_ratio_at_least=True),
+        row("b", 1, 0.2, rise_left=None),
+        # another concept without any rise
+        row("c", 0, 0.0, role="other", learned=False),
+    ]
+    summary = summarize(rows, CONCEPTS, "clip")
+    rise, ratio = summary.targets.rise_left, summary.targets.steps_ratio
+    # seed 1 has none for b: the seed that both have
+    assert (rise.mean, rise.runs) == (pytest.approx(0.7), 1)
+    assert (ratio.mean, ratio.at_least) == (5.0, True)
+    assert (summary.sgr["a"].steps_ratio.mean, summary.sgr["a"].steps_ratio.at_least) == (3, False)
+    assert summary.targets.sgr_before.mean == pytest.approx(0.2)
+    assert summary.sgr["c"].rise_left.mean is None
+
+
+def test_differences_are_paired_attack_by_attack():
+    # attacks differ much, methods little: the same little at every attack
+    hard = [0.1, 0.5, 0.9, 0.3, 0.7, 0.2]
+    base = [row("a", seed, value) for seed, value in enumerate(hard)]
+    better = [row("a", seed, value + 0.05) for seed, value in enumerate(hard)]
+    better.append(row("a", 9, 0.9))
+    difference = paired_difference(better, base)
+    assert (difference.mean, difference.runs, difference.kind) == (pytest.approx(0.05), 6, "t")
+    assert difference.low == pytest.approx(difference.high) == pytest.approx(0.05)
+    assert paired_difference(better, []).mean is None

@@ -12,7 +12,9 @@ from mima.evaluation.records import (
     CurvePoint,
     Evaluation,
     EvaluationFolder,
+    Gap,
     Interval,
+    Ratio,
     SimilaritySummary,
     WorstAttack,
     WorstConcept,
@@ -34,13 +36,29 @@ ROW = AttackRow(
     sgr_mean=0.1,
     sgr_final=None,
     sgr_max=-0.25,
+    sgr_before=0.5,
+    before_original=0.3,
+    before_immunized=0.15,
+    rise_left=0.75,
+    rise_left_best=None,
+    half_original=12.5,
+    half_immunized=None,
+    steps_ratio=4.0,
+    steps_ratio_at_least=True,
     nearest_original=0.5,
     nearest_immunized=None,
     seconds=1.5,
     learned=True,
+    learned_immunized=False,
 )
 POINT = CurvePoint(
-    attack="red-cat-lora-0", similarity="clip", step=50, original=0.8, immunized=0.6, sgr=0.25
+    attack="red-cat-lora-0",
+    similarity="clip",
+    step=50,
+    original=0.8,
+    immunized=0.6,
+    sgr=0.25,
+    rise_left=None,
 )
 EVALUATION = Evaluation(
     name="mima",
@@ -54,11 +72,18 @@ EVALUATION = Evaluation(
     benign=Benign(cmmd=0.25, adaptability={"dog": None}),
     summary={
         "clip": SimilaritySummary(
-            msgr=Interval(mean=0.1, low=0.0, high=0.2),
+            targets=Gap(
+                mean=0.1,
+                low=0.0,
+                high=0.2,
+                runs=2,
+                kind="range",
+                steps_ratio=Ratio(mean=4, at_least=True),
+            ),
             worst_attack=WorstAttack(sgr=0.1, attack="red-cat-lora-0"),
             worst_concept=WorstConcept(sgr=0.1, concept="red cat"),
             mrsgr=None,
-            sgr={"red cat": ConceptGap(mean=0.1, low=0, high=0.2, final=None, max=0.3)},
+            sgr={"red cat": ConceptGap(mean=0.1, max=0.3, methods={"lora": Gap(mean=0.1)})},
         )
     },
     config={"grid": [1, 2]},
@@ -88,10 +113,13 @@ def test_the_json_is_plain_and_has_no_nan(tmp_path):
     folder = EvaluationFolder(tmp_path)
     folder.write_evaluation(EVALUATION)
     plain = json.loads((tmp_path / "evaluation.json").read_text())
-    assert plain["format"] == 1
-    assert plain["summary"]["clip"]["sgr"]["red cat"] == {
-        "mean": 0.1, "low": 0.0, "high": 0.2, "final": None, "max": 0.3
-    }  # fmt: skip
+    assert plain["format"] == 2
+    targets = plain["summary"]["clip"]["targets"]
+    assert [targets[key] for key in ("mean", "low", "high", "runs", "kind", "final")] == [
+        *(0.1, 0.0, 0.2, 2, "range", None)
+    ]
+    assert targets["steps_ratio"]["at_least"] is True
+    assert targets["rise_left"]["mean"] is None
     with pytest.raises(ValidationError, match="finite"):
         Interval(mean=float("nan"), low=0, high=0)
 
@@ -114,9 +142,9 @@ def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(MimaError, match=r"holds no evaluation.json: mima evaluate"):
         folder.evaluation()
     (tmp_path / "evaluation.json").write_text('{"format": 9}')
-    with pytest.raises(MimaError, match="has format 9; this version reads 1"):
+    with pytest.raises(MimaError, match="has format 9; this version reads 2"):
         folder.evaluation()
-    (tmp_path / "evaluation.json").write_text('{"format": 1}')
+    (tmp_path / "evaluation.json").write_text('{"format": 2}')
     with pytest.raises(MimaError, match="is damaged"):
         folder.evaluation()
     (tmp_path / "attacks.csv").write_text("attack,lr\na,b\n")

@@ -240,7 +240,9 @@ def test_what_was_not_measured_is_a_dash(tmp_path):
     source = EvaluationFolder(folder)
     (row,) = source.attacks()
     nothing = {"sgr_mean": None, "sgr_final": None, "sgr_max": None}
-    diverged = row.model_copy(update=nothing | {"attack": "diverged", "learned": False})
+    diverged = row.model_copy(
+        update=nothing | {"attack": "diverged", "learned": False, "learned_immunized": False}
+    )
     source.write_rows([row, diverged], source.curves())
     page = Page(write_report([folder]))
     (cells,) = (cells for cells in page.rows if cells[0] == "tiger not learned")
@@ -264,7 +266,10 @@ def test_the_headline_hides_no_concept_that_came_back(small, tmp_path):
         )
         other = EvaluationFolder(tmp_path / f"{worst}{concept}")
         other.write_evaluation(evaluation.model_copy(update={"summary": {"clip": changed}}))
-        rows = [row.model_copy(update={"learned": worst < 0}) for row in source.attacks()]
+        rows = [
+            row.model_copy(update={"learned": worst < 0, "learned_immunized": worst < 0})
+            for row in source.attacks()
+        ]
         other.write_rows(rows, source.curves())
         page = Page(write_report([other.path]))
         told.append(re.findall("<h1>(.*?)</h1>", page.source)[0])

@@ -16,11 +16,12 @@ from mima.evaluation.records import (
     AttackRow,
     Benign,
     ConceptRecord,
-    CurvePoint,
     Evaluation,
     EvaluationFolder,
     ModelPair,
     ScorePair,
+    measured,
+    points_of,
 )
 from mima.evaluation.summary import summarize
 
@@ -108,21 +109,13 @@ def write_evaluation(
                     preparation="none",
                     seed=seed,
                     similarity=similarity,
-                    sgr_mean=gap.mean,
-                    sgr_final=gap.final,
-                    sgr_max=gap.best,
+                    **measured(gap),
                     nearest_original=0.12 + wobble,
                     nearest_immunized=None if seed == 0 else 0.3 + wobble,
                     seconds=1.5,
-                    learned=True,
                 )
             )
-            points += [
-                CurvePoint(
-                    attack=attack, similarity=similarity, step=step, original=a, immunized=b, sgr=c
-                )
-                for step, a, b, c in zip(STEPS, gap.original, gap.immunized, gap.sgr, strict=True)
-            ]
+            points += points_of(attack, similarity, gap)
         for side, step in product(SIDES, STEPS):
             place = folder.image_folder(attack, side, step)
             _save([painter(concept.name, side, step, i) for i in range(num_pictures)], place)
