@@ -46,7 +46,6 @@ SHARED = 4
 HYPERGRADIENTS = {
     "naive": "exact",
     "TorchOpt": "exact",
-    "published": "alternating",
     AT_ONCE: "first_order",
 }
 UNITS = {
@@ -151,13 +150,11 @@ def torchopt_gradient(problem: Problem) -> dict[str, torch.Tensor]:
 
 
 def step_of(mode: str, model: str, device: torch.device):
-    problem = make_problem(
-        CONCEPTS,
-        batch=1,
-        device=device,
-        model=model,
-        hypergradient=HYPERGRADIENTS.get(mode, mode),
-    )
+    if mode == "published":
+        settings = {"method": "alternating"}
+    else:
+        settings = {"hypergradient": HYPERGRADIENTS.get(mode, mode)}
+    problem = make_problem(CONCEPTS, batch=1, device=device, model=model, **settings)
     if mode == AT_ONCE:
         upper = problem.config.upper.model_copy(update={"concepts_per_forward": CONCEPTS})
         problem.config = problem.config.model_copy(update={"upper": upper})

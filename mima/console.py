@@ -6,13 +6,17 @@ import logging
 import os
 import shlex
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+
+    Bars: TypeAlias = "Progress | Lines"
+    """Tasks under way: bars on a terminal, lines elsewhere."""
 
 LONG_WAITS = ("mima.training.class_images",)
 """Loggers whose notices show that a long wait is no hang; others only warn on a terminal."""
@@ -99,9 +103,68 @@ def quiet_third_parties() -> None:
             logging.getLogger(name).setLevel(logging.INFO)
 
 
+@dataclass
+class _Task:
+    description: str
+    total: float | None
+    note: str
+    tenths: int = 0
+
+
+class Lines:
+    """Progress where output is no terminal: a line for each tenth of a task.
+
+    Args:
+        console: where to print.
+    """
+
+    FEWEST = 10
+    """Tasks of fewer parts are over before their lines would tell anything."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._tasks: list[_Task] = []
+
+    def add_task(self, description: str, *, total: float | None = None, note: str = "") -> Any:
+        """As rich's ``Progress``."""
+        self._tasks.append(_Task(description, total, note))
+        return len(self._tasks) - 1
+
+    def update(
+        self,
+        task_id: int,
+        *,
+        completed: float | None = None,
+        total: float | None = None,
+        note: str | None = None,
+    ) -> None:
+        """As rich's ``Progress``."""
+        shown = self._tasks[task_id]
+        shown.total = shown.total if total is None else total
+        shown.note = shown.note if note is None else note
+        if completed is None or shown.total is None or shown.total < self.FEWEST:
+            return
+        tenths = int(10 * completed / shown.total)
+        if tenths > shown.tenths:
+            shown.tenths = tenths
+            said = f"{shown.description}: {completed:g} of {shown.total:g}"
+            self._console.print(f"{said} · {shown.note}" if shown.note else said)
+
+
+def fitting(parts: Sequence[str], width: int) -> str:
+    """As many of the parts, from the first on, as have room in a line."""
+    text = ""
+    for part in parts:
+        longer = f"{text} · {part}" if text else part
+        if len(longer) > width:
+            break
+        text = longer
+    return text
+
+
 @contextmanager
-def progress() -> Iterator[Progress]:
-    """Progress bars with work done and time left, on stderr; nothing where that is no terminal."""
+def progress() -> Iterator[Bars]:
+    """Progress with work done and time left on stderr, or a line for each tenth of the work."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -111,6 +174,10 @@ def progress() -> Iterator[Progress]:
         TimeRemainingColumn,
     )
 
+    console = stderr()
+    if not console.is_terminal:
+        yield Lines(console)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -120,6 +187,5 @@ def progress() -> Iterator[Progress]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    console = stderr()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console) as bars:
         yield bars

@@ -37,7 +37,6 @@ from mima.storage.output import fresh_folder
 from mima.training.captions import ordinary_captions, spread
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as RichProgress
     from rich.table import Table
 
 logger = logging.getLogger(__name__)
@@ -158,7 +157,7 @@ def show(results: dict[str, Any]) -> Table:
 class Demo:
     """One demonstration under way."""
 
-    def __init__(self, settings: DemoSettings, folder: Path, bars: RichProgress) -> None:
+    def __init__(self, settings: DemoSettings, folder: Path, bars: console.Bars) -> None:
         self.settings = settings
         self.folder = folder
         self.bars = bars

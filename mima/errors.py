@@ -40,9 +40,9 @@ def check_settings(settings: object, checks: Mapping[str, tuple[bool, str]]) -> 
         checks: by name, whether the value is good, and what was wanted of it.
 
     Raises:
-        ValueError: names the settings' class, the setting, what was wanted and the value.
+        MimaError: names the settings' class, the setting, what was wanted and the value.
     """
     for name, (good, wanted) in checks.items():
         if not good:
             value = getattr(settings, name)
-            raise ValueError(f"{type(settings).__name__}: {name} must be {wanted}, got {value}")
+            raise MimaError(f"{type(settings).__name__}: {name} must be {wanted}, got {value}")

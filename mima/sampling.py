@@ -62,9 +62,9 @@ class Sampler:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"Sampler: {name} must be at least 1, got {getattr(self, name)}")
+                raise MimaError(f"Sampler: {name} must be at least 1, got {getattr(self, name)}")
         if self.scheduler not in ("own", "dpm++"):
-            raise ValueError(f"Sampler: scheduler must be own or dpm++, got {self.scheduler!r}")
+            raise MimaError(f"Sampler: scheduler must be own or dpm++, got {self.scheduler!r}")
 
     def __call__(
         self,

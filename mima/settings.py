@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -14,8 +14,6 @@ from pydantic import (
 )
 
 from mima.errors import MimaError, ProblemList, nearest
-
-Method = Literal["none", "imma", "joint", "compose", "mima"]
 
 
 class Settings(BaseModel):

@@ -8,3 +8,23 @@ def test_text_is_printed_as_it_is(capsys):
 
 def test_a_command_can_be_pasted_into_a_shell():
     assert console.command("report", "a 'b") == """mima report 'a '"'"'b'"""
+
+
+def test_lines_come_at_each_tenth_and_not_for_a_few_parts(capsys):
+    lines = console.Lines(console.stdout())
+    few, many = lines.add_task("few", total=9), lines.add_task("many")
+    for done in range(1, 10):
+        lines.update(few, completed=done)
+    lines.update(many, completed=0, total=25)
+    for done in range(1, 26):
+        lines.update(many, completed=done, note=f"note {done}")
+        lines.update(many, completed=done)
+    assert capsys.readouterr().out.splitlines() == [
+        f"many: {done} of 25 · note {done}" for done in (3, 5, 8, 10, 13, 15, 18, 20, 23, 25)
+    ]
+
+
+def test_only_parts_that_have_room_are_shown():
+    assert console.fitting(["one", "two", "three"], 12) == "one · two"
+    assert console.fitting(["one", "a longer part", "x"], 9) == "one"
+    assert console.fitting(["much too long"], 3) == ""

@@ -16,12 +16,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
 from mima import ops
 from mima.adapters.files import Adapter, AdapterReader
+from mima.choices import MergeMethod
 from mima.errors import MimaError, nearest
 from mima.families import Family, family_of, load_pipeline, origin_of, source_of
 from mima.families.new_words import with_words
@@ -31,8 +32,6 @@ from mima.release.card import CardFacts
 from mima.release.delta import Delta
 from mima.release.repository import Released
 from mima.training.captions import ordinary_captions, regular_tokens
-
-MergeMethod = Literal["projected", "weighted"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,12 +270,12 @@ class _Merge:
         """Where the text leads, as the merged model will read it."""
         spoken = self.weighted([name for name in self.names if name.startswith("text_encoder")])
         reader: Family = family_of(with_words(with_values(self.pipeline, spoken), self.words))
-        return MergePlan.from_embeddings(
-            [reader.token_embeddings(prompt) for prompt in prompts],
-            regular_tokens(reader, captions, num_captions, seed),
-            lam=lam,
-            weights=self.weights,
-        )
+        C = [reader.token_embeddings(prompt) for prompt in prompts]
+        regular = regular_tokens(reader, captions, num_captions, seed)
+        try:
+            return MergePlan.from_embeddings(C, regular, lam=lam, weights=self.weights)
+        except ValueError as error:
+            raise MimaError(f"merge: {error}") from error
 
     def projected(self, plan: MergePlan) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """``φ = W0 + Σ_n (W_n − W0) C_nᵀ M_n`` where text is read, the average elsewhere."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn.utils import get_total_norm
@@ -21,12 +22,12 @@ class UpperTerm:
     """One summand of the upper objective, which is minimised: ``weight · min(loss, cap)``.
 
     Attributes:
-        name: what reports call it.
+        name: what reports call it, anything that can be a key.
         weight: −1 for a concept that is to become hard to learn, > 0 for what is to be kept.
         cap: losses above it no longer pull; None for no cap.
     """
 
-    name: str
+    name: Any
     weight: float
     cap: float | None = None
 
@@ -68,7 +69,7 @@ class OuterGradient:
     """
 
     gradient: Tensors
-    losses: dict[str, float]
+    losses: dict[Any, float]
     drift: float
     residual: float = 0.0
 

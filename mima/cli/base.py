@@ -35,30 +35,21 @@ class _Commands(TyperGroup):
         # typer ends quietly where `| head` has read enough
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
+        except MimaError as error:
+            if debug:
+                traceback.print_exc()
+            show_error(str(error))
+            raise typer.Exit(USAGE_ERROR) from error
         # this is the outermost frame: whatever went wrong is reported here and nowhere else
         except Exception as error:
             # usage errors know how to show themselves
             if hasattr(error, "format_message"):
                 raise
-            if debug:
-                traceback.print_exc()
-            if _is_ours(error):
-                show_error(str(error))
-                raise typer.Exit(USAGE_ERROR) from error
-            hint = "" if debug else "\nThis should not happen; --debug shows where it did."
-            show_error(f"{type(error).__name__}: {error}{hint}")
+            traceback.print_exc()
+            show_error(
+                "this is a bug in mima, not a mistake of yours; please report the lines above"
+            )
             raise typer.Exit(UNEXPECTED_ERROR) from error
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether an exception is mima's own word about its input, not an accident further down."""
-    if isinstance(error, MimaError):
-        return True
-    if not isinstance(error, (ValueError, TypeError)):
-        return False
-    frames = list(traceback.walk_tb(error.__traceback__))
-    module = str(frames[-1][0].f_globals.get("__name__", ""))
-    return module == "mima" or module.startswith("mima.")
 
 
 app = typer.Typer(
@@ -90,7 +81,10 @@ def _options(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks and other libraries' messages.")
+        bool,
+        typer.Option(
+            "--debug", help="Show tracebacks of all errors, and other libraries' messages."
+        ),
     ] = False,
 ) -> None:
     from mima.console import quiet_third_parties

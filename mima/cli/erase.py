@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mima.choices import ErasureMethod, Technique
 from mima.cli.base import app
 from mima.cli.options import (
     Device,
@@ -46,7 +47,7 @@ def erase(
     single_file_config: SingleFileConfig = None,
     dtype: Dtype = "float32",
     method: Annotated[
-        Literal["uce", "esd-x", "esd-u", "esd-full"],
+        ErasureMethod,
         typer.Option(
             help="A closed-form edit of what reads text, or fine-tuning against the model's own "
             "knowledge: of cross-attention, of all but it, or of everything."
@@ -61,7 +62,7 @@ def erase(
     ] = None,
     target: Annotated[str, typer.Option(help="Words that take the place of a name.")] = "",
     technique: Annotated[
-        Literal["replace", "tensor"],
+        Technique,
         typer.Option(help="For uce: move values to the target's, or also remove the old ones."),
     ] = "replace",
     steps: Annotated[int | None, typer.Option(help="For esd: training steps.")] = None,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from mima.choices import Method, PictureProtocol
 from mima.cli.base import app
 from mima.cli.options import (
     Device,
@@ -38,7 +39,7 @@ def evaluate(
         typer.Option(help="clip, dino, lpips, embedded, a hub id or a folder; may be repeated."),
     ] = None,
     protocol: Annotated[
-        Literal["standard", "published"],
+        PictureProtocol,
         typer.Option(help="How pictures are prepared; 'published' repeats IMMA's script."),
     ] = "standard",
     processes: Annotated[
@@ -46,7 +47,7 @@ def evaluate(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Label of the run.")] = None,
     method: Annotated[
-        Literal["none", "imma", "joint", "compose", "mima"] | None,
+        Method | None,
         typer.Option(help="How it was immunized; by default what its mima.json says."),
     ] = None,
     settings: Annotated[

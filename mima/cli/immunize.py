@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mima.choices import Task
 from mima.cli.base import app
 from mima.cli.options import (
     Device,
@@ -34,7 +35,7 @@ def immunize(
         Path | None, typer.Option("--output", "-o", help="Folder for the immunized model.")
     ] = None,
     task: Annotated[
-        Literal["relearn", "personalize"] | None,
+        Task | None,
         typer.Option(
             help="A recipe beneath the file's settings: erase the concepts first, or add their new "
             "words."

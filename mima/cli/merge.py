@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from mima.choices import MergeMethod
 from mima.cli.base import app
 from mima.cli.options import (
     Device,
@@ -36,7 +37,7 @@ def merge(
     single_file_config: SingleFileConfig = None,
     dtype: Dtype = "float32",
     method: Annotated[
-        Literal["projected", "weighted"],
+        MergeMethod,
         typer.Option(help="Keys and values by the text they answer to, or a plain average."),
     ] = "projected",
     weights: Annotated[

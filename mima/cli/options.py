@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mima.choices import Precision
 from mima.errors import MimaError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ SingleFileConfig = Annotated[
 ]
 
 Dtype = Annotated[
-    Literal["float32", "float16", "bfloat16"],
+    Precision,
     typer.Option(help="Of the model's weights; what is written has it, too."),
 ]
 

@@ -27,10 +27,11 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from mima.choices import Technique
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import Family, family_of
@@ -39,7 +40,6 @@ from mima.families.pipelines import component_name, with_modules
 
 logger = logging.getLogger(__name__)
 
-Technique = Literal["replace", "tensor"]
 ENCODING_BATCH = 64
 
 

@@ -11,11 +11,11 @@ from typing import Any, get_args
 import torch
 
 from mima._version import installed_versions
+from mima.choices import Method, PictureProtocol
 from mima.concepts import Concept
 from mima.concepts.reading import load_concepts
 from mima.distributed import device_of
 from mima.errors import MimaError
-from mima.evaluation.encoders import PictureProtocol
 from mima.evaluation.grid import Attack, GridConfig, attack_grid, grid_config
 from mima.evaluation.ledger import Ledger, check, claim, refuse_other_settings
 from mima.evaluation.processes import in_parallel, one_thread
@@ -30,7 +30,6 @@ from mima.evaluation.records import (
 from mima.evaluation.worker import Bench, Outcome, Task, Worker
 from mima.families import family_of, source_of
 from mima.sampling import Sampler
-from mima.settings import Method
 from mima.storage.lock import locked
 from mima.storage.output import slug
 from mima.storage.record import read_record

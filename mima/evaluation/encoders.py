@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 from urllib.error import URLError
 
 import numpy as np
@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from mima.choices import PictureProtocol
 from mima.errors import MimaError, nearest
 from mima.families.hub import is_hub_id, unreachable
 
@@ -38,8 +39,6 @@ OFFLINE = "embedded (--similarity embedded), which ships with mima and knows onl
 """What can be used where nothing can be fetched."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-PictureProtocol = Literal["standard", "published"]
 
 
 @runtime_checkable

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mima.choices import PictureProtocol
 from mima.concepts.pictures import Picture
-from mima.evaluation.encoders import ImageEncoder, PairwiseSimilarity, PictureProtocol, similarity
+from mima.evaluation.encoders import ImageEncoder, PairwiseSimilarity, similarity
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 

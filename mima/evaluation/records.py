@@ -16,9 +16,9 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from mima.choices import Method, PictureProtocol
 from mima.errors import MimaError
 from mima.evaluation.metrics import GapCurve, IntervalKind
-from mima.settings import Method
 from mima.storage.output import write_whole
 
 FORMAT: Literal[2] = 2
@@ -176,7 +176,7 @@ class Evaluation(_Record):
     """How the model was immunized, where that is known."""
     models: ModelPair
     preset: str
-    protocol: Literal["standard", "published"]
+    protocol: PictureProtocol
     similarities: tuple[str, ...]
     """The first is the primary one."""
     seeds: tuple[int, ...]

@@ -16,10 +16,11 @@ from PIL import Image
 
 from mima.adaptation import LoRA, configure
 from mima.adapters.mixed_batch import Adapter, merged
+from mima.choices import PictureProtocol
 from mima.concepts import Concept
 from mima.concepts.pictures import Picture, by_prompt
 from mima.evaluation.benign import cmmd, text_features
-from mima.evaluation.encoders import PictureProtocol, TextImageEncoder, load_similarity
+from mima.evaluation.encoders import TextImageEncoder, load_similarity
 from mima.evaluation.feature_cache import CachedSimilarity
 from mima.evaluation.grid import Attack, GridConfig, material
 from mima.evaluation.metrics import GapCurve

@@ -95,10 +95,9 @@ def immunize(
     config = config or ImmunizeConfig()
     concepts = load_concepts(concepts)
     wordless = [c.name for c in concepts if c.token is None]
-    if config.lower.trains_words and wordless:
+    if config.lower.train_token and wordless:
         raise MimaError(
-            f"lower.parameters: {config.lower.parameters!r} trains each concept's new word; no "
-            f"token: {', '.join(wordless)}"
+            f"lower.train_token: trains each concept's new word; no token: {', '.join(wordless)}"
         )
     if config.method == "imma" and len(concepts) != 1:
         raise MimaError(
@@ -142,13 +141,13 @@ def immunize(
             pipeline = erase(pipeline, concepts, preserve=captions)
             family = family_of(pipeline, resolution=config.resolution)
         merge = merge_layer(family, concepts, config)
-        words = [Word.of(family, c) for c in concepts] if config.lower.trains_words else []
+        words = [Word.of(family, c) for c in concepts] if config.lower.train_token else []
         problem = Problem(family, data, config, merge, ranks, words)
         if config.method == "none":
             history = []
         elif config.method == "compose":
             history = _compose(problem, callbacks, folder)
-        elif config.hypergradient == "alternating":
+        elif config.method == "alternating":
             history = alternate(problem, callbacks, folder)
         else:
             history = ascend(problem, callbacks, folder)
@@ -158,7 +157,7 @@ def immunize(
         names: tuple[str, ...] = ()
         if config.method != "none":
             # the published update trains the lower level's parameters, too
-            published = config.hypergradient == "alternating"
+            published = config.method == "alternating"
             names = problem.names if published else problem.upper_names
         if config.erase_first:
             edited = [name for reader in family.text_readers() for name in reader.names]

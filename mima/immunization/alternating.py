@@ -14,6 +14,9 @@ It computes no second derivatives, and does not solve the bi-level problem. Step
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import torch
 
 from mima.bilevel import lower
 from mima.bilevel.hypergradient import accumulate
@@ -22,7 +25,7 @@ from mima.bilevel.outer import OuterGradient, drift, residual, upper_gradient
 from mima.distributed import ALONE, Ranks, union
 from mima.immunization.levels import Problem
 from mima.immunization.outer_loop import Ascent
-from mima.immunization.progress import Callback, StepReport
+from mima.immunization.progress import Callback, LossName, StepReport
 from mima.merging import MergeLayer
 from mima.storage.checkpoint import CheckpointFolder
 
@@ -40,7 +43,7 @@ def alternate(
         for step in run.steps():
             if step % 2 == 0:
                 tasks = problem.lower_levels(step)
-                names = [data.name for data in problem.data]
+                names = [LossName(data.name) for data in problem.data]
                 outer, merged = merge_step(
                     run.theta, tasks, merge, names, lr=problem.config.lower.lr, ranks=ranks
                 )
@@ -57,7 +60,7 @@ def merge_step(
     theta: Params,
     tasks: Sequence[lower.LowerLevel],
     merge: MergeLayer,
-    names: Sequence[str],
+    names: Sequence[LossName],
     *,
     lr: float,
     ranks: Ranks = ALONE,
@@ -80,7 +83,8 @@ def merge_step(
     assert merge.plan is not None
     moved: Tensors = {}
     total: Tensors = {}
-    asked, losses = {}, []
+    asked: dict[int, torch.Tensor] = {}
+    losses: list[dict[Any, float]] = []
     for n in mine:
         loss, gradient = lower.loss_and_gradient(tasks[n], lower.start(tasks[n], theta), theta, 0)
         losses.append({names[n]: float(loss)})

@@ -9,27 +9,20 @@ import yaml
 from pydantic import (
     BaseModel,
     Field,
+    field_validator,
     model_validator,
 )
 
+from mima.choices import Hypergradient, MergeRule, Method, Precision, Task
 from mima.errors import MimaError, nearest
-from mima.settings import Method, Settings, parse_config
+from mima.settings import Settings, parse_config
 from mima.storage.plain_data import read_yaml
-
-MergeRule = Literal["projected", "average", "none"]
-Hypergradient = Literal["exact", "finite_difference", "first_order", "alternating"]
-Precision = Literal["float32", "bfloat16", "float16"]
-Task = Literal["relearn", "personalize"]
 
 RECIPES: dict[str, dict[str, Any]] = {
     "relearn": {"erase_first": True, "upper": {"lr": 3e-5}},
     "personalize": {"new_words": True, "token_steps": 100, "upper": {"lr": 2e-5}},
 }
 """What a task sets where nothing else does: the published learning rates of the upper level."""
-
-
-TOKEN = "token"
-"""The part of ``lower.parameters`` that stands for new words."""
 
 
 class LowerConfig(Settings):
@@ -43,11 +36,13 @@ class LowerConfig(Settings):
     """Step size."""
     batch_size: int = Field(1, ge=1)
     """Pictures per step."""
-    parameters: str = "cross_attention"
+    parameters: str | None = "cross_attention"
     """S_l: ``cross_attention``, ``cross_attention_kv``, ``attention``, ``denoiser``, ``lora``
-    (factors on every attention projection), or a regular expression on parameter names. ``token``
-    trains the embedding of the concept's new word, as Textual Inversion does; behind another of
-    these and a plus (``cross_attention_kv+token``, as Custom Diffusion does), it trains both."""
+    (factors on every attention projection), or a regular expression on parameter names; None for
+    no weights, where ``train_token`` trains something."""
+    train_token: bool = False
+    """Train the embedding of the concept's new word: alone (``parameters`` None), as Textual
+    Inversion does, or beside weights (``cross_attention_kv``), as Custom Diffusion does."""
     token_lr: float | None = Field(None, gt=0)
     """Step size of the new words' embeddings. Default: ``lr``."""
     rank: int = Field(8, ge=1)
@@ -57,16 +52,22 @@ class LowerConfig(Settings):
     prior_weight: float = Field(0.0, ge=0)
     """Weight of the loss on class pictures."""
 
-    @property
-    def trains_words(self) -> bool:
-        """Whether new words are trained."""
-        return self.parameters == TOKEN or self.parameters.endswith(f"+{TOKEN}")
+    @field_validator("parameters")
+    @classmethod
+    def _is_no_former_spelling(cls, value: str | None) -> str | None:
+        weights, plus, token = (value or "").rpartition("+")
+        if token == "token":
+            now = f"'{weights}'" if plus else "null"
+            raise ValueError(f"new words are trained by train_token: true, with parameters: {now}")
+        return value
 
-    @property
-    def weights(self) -> str | None:
-        """S_l without new words; None where there is nothing else."""
-        weights = self.parameters.removesuffix(TOKEN).removesuffix("+")
-        return (weights or None) if self.trains_words else self.parameters
+    @model_validator(mode="after")
+    def _trains_something(self) -> LowerConfig:
+        if self.parameters is None and not self.train_token:
+            raise ValueError("parameters: null leaves nothing to train without train_token")
+        if self.token_lr is not None and not self.train_token:
+            raise ValueError("token_lr: without train_token no new word is trained")
+        return self
 
 
 class UpperConfig(Settings):
@@ -97,13 +98,16 @@ class ImmunizeConfig(Settings):
     """One immunization. Defaults follow the published re-learning experiments."""
 
     method: Method = "mima"
-    """``mima``, or a baseline: ``none``, ``imma`` (one concept), ``joint``, ``compose``."""
+    """``mima``, or a baseline: ``none``, ``imma`` (one concept), ``joint`` (no merge), ``compose``
+    (each concept alone, merged at the end). ``alternating`` is MIMA's published update
+    (``mima.immunization.alternating``), in which every other step commits a merge: it takes plain
+    gradient steps whatever ``lower.optimizer``, differentiates through no step whatever
+    ``hypergradient``, and has a hard constraint whatever ``lam``."""
     merge: MergeRule = "projected"
-    """Projected for keys and values and averaged elsewhere; averaged everywhere; or no merge."""
+    """Of ``mima`` and ``compose``: projected for keys and values and averaged elsewhere, or
+    averaged everywhere."""
     hypergradient: Hypergradient = "exact"
-    """How the lower level is differentiated; see ``mima.bilevel.hypergradient``. ``alternating`` is
-    the published update (``mima.alternating``), in which every other step commits a merge: it takes
-    plain gradient steps whatever ``lower.optimizer``, and a hard constraint whatever ``lam``."""
+    """How the lower level is differentiated; see ``mima.bilevel.hypergradient``."""
     resolution: int | None = Field(None, ge=1)
     """Side in pixels that the pictures are scaled and cropped to. Default: what the model was
     trained on."""
@@ -130,7 +134,7 @@ class ImmunizeConfig(Settings):
     """Add each concept's ``token`` to tokenizer and text encoder, as one word that starts from its
     ``initializer``, while the model is immunized (the personalization task). The result has the
     vocabulary that the model came with, so that anyone may add the word again. To train the words
-    in each lower level, and differentiate through it, add ``token`` to ``lower.parameters``."""
+    in each lower level, and differentiate through it, set ``lower.train_token``."""
     token_steps: int = Field(0, ge=0)
     """Steps of Textual Inversion that train each new word's embedding, and nothing else, before
     the model is immunized; 0 leaves the initializer's."""
@@ -143,7 +147,7 @@ class ImmunizeConfig(Settings):
     and when it is interrupted."""
     max_skipped: int = Field(10, ge=0)
     """Steps in a row that may be left out because a loss or gradient was not finite; with
-    ``alternating``, even ones in a row, or odd ones."""
+    method ``alternating``, even ones in a row, or odd ones."""
     divergence: float | None = Field(10.0, gt=1)
     """Stop when the mean loss on class pictures over the last ten steps exceeds this many times
     that over the first ten: the model is being destroyed, not immunized. None: never."""
@@ -155,36 +159,59 @@ class ImmunizeConfig(Settings):
         """The recipe of a task, ``relearn`` or ``personalize``, with settings that win over it."""
         return cls.model_validate(with_recipe(task, settings))
 
+    def read(self) -> dict[str, Any]:
+        """The settings that a run of this method reads, as plain data: what its card may say."""
+        plain = self.model_dump(mode="json")
+        if self.method == "none":
+            return {
+                name: plain[name]
+                for name in ("method", "resolution", "seed", "captions", "erase_first")
+            }
+        unread = set()
+        if self.method in ("imma", "joint"):
+            unread |= {"merge"}
+        if self.method in ("imma", "joint") or self.merge == "average":
+            unread |= {"lam", "num_captions"}
+        if self.method == "alternating":
+            unread |= {"hypergradient", "lam"}
+            del plain["lower"]["optimizer"]
+        if self.lower.parameters != "lora":
+            del plain["lower"]["rank"], plain["lower"]["alpha"]
+        return {name: value for name, value in plain.items() if name not in unread}
+
+    @field_validator("merge", mode="before")
+    @classmethod
+    def _merge_is_no_method(cls, value: object) -> object:
+        if value == "none":
+            raise ValueError("to merge nothing is a method of its own: write method: joint")
+        return value
+
+    @field_validator("hypergradient", mode="before")
+    @classmethod
+    def _hypergradient_is_no_method(cls, value: object) -> object:
+        if value == "alternating":
+            raise ValueError("the published update is a method: write method: alternating")
+        return value
+
     @model_validator(mode="after")
     def _cross_checks(self) -> ImmunizeConfig:
         if self.upper.parameters == "lora":
             raise ValueError("upper.parameters: 'lora' is an adapter; the defender changes weights")
-        if self.lower.trains_words and not self.new_words:
+        if self.lower.train_token and not self.new_words:
+            raise ValueError("lower.train_token: there are no new words without new_words")
+        if self.lower.train_token and self.upper.concepts_per_forward > 1:
             raise ValueError(
-                f"lower.parameters: {self.lower.parameters!r} trains new words, and there are none "
-                "without new_words"
+                "upper.concepts_per_forward: with lower.train_token each concept's text is encoded "
+                "with its own new word; it is 1"
             )
-        if self.lower.token_lr is not None and not self.lower.trains_words:
-            raise ValueError(
-                f"lower.token_lr: lower.parameters {self.lower.parameters!r} trains no new word"
-            )
-        if self.lower.trains_words and self.upper.concepts_per_forward > 1:
-            raise ValueError(
-                "upper.concepts_per_forward: where lower.parameters trains new words, each "
-                "concept's text is encoded with its own; it is 1"
-            )
-        if self.method == "compose" and self.merge == "none":
-            raise ValueError("merge: 'none' leaves method 'compose' without its last step")
         if self.token_steps and not self.new_words:
             raise ValueError("token_steps: there are no new words to train without new_words")
-        if self.upper.concepts_per_forward > 1 and (
-            self.method in ("imma", "joint", "compose") or self.merge == "none"
-        ):
+        if self.upper.concepts_per_forward > 1 and self.method in ("imma", "joint", "compose"):
             raise ValueError(
                 "upper.concepts_per_forward: only merged weights are the same for all concepts; "
-                f"with method {self.method!r}, merge {self.merge!r} it is 1"
+                f"with method {self.method!r} it is 1"
             )
-        if self.hypergradient == "alternating":
+        if self.method == "alternating":
             self._check_alternating()
         if self.precision == "float16":
             raise ValueError(
@@ -199,15 +226,15 @@ class ImmunizeConfig(Settings):
         return self
 
     def _check_alternating(self) -> None:
-        what = "hypergradient: 'alternating' is the published MIMA update"
-        if self.method not in ("mima", "none"):
-            raise ValueError(f"{what}, not for method {self.method!r}")
+        what = "method: 'alternating' is the published MIMA update"
         if self.merge != "projected":
             raise ValueError(f"{what}, which merges keys and values; not for merge {self.merge!r}")
-        if self.lower.weights in ("lora", None) or self.lower.trains_words or self.lower.steps != 1:
+        lower = self.lower
+        if lower.parameters in ("lora", None) or lower.train_token or lower.steps != 1:
             raise ValueError(
                 f"{what}: one lower step on the weights; got lower.parameters "
-                f"{self.lower.parameters!r}, lower.steps {self.lower.steps}"
+                f"{lower.parameters!r}, lower.train_token {lower.train_token}, "
+                f"lower.steps {lower.steps}"
             )
 
 

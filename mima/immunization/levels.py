@@ -26,10 +26,11 @@ from mima.bilevel.outer import (
 from mima.bilevel.tasks import FullWeights, LoraFactors, NewWord, StepLoss
 from mima.concepts import Concept
 from mima.distributed import ALONE, Ranks
+from mima.errors import MimaError
 from mima.families import Family, Params
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import ConceptData
-from mima.immunization.progress import PRIOR
+from mima.immunization.progress import LossName
 from mima.immunization.trained_words import Word
 from mima.merging import MergeLayer, MergePlan
 from mima.training.batches import Batch, losses, seeded
@@ -74,7 +75,7 @@ class Problem:
         self.merge = merge
         self.ranks = ranks
         self.upper_names = tuple(family.parameter_names(config.upper.parameters))
-        weights = config.lower.weights
+        weights = config.lower.parameters
         if weights == "lora":
             lower_names = family.lora_targets()
         else:
@@ -125,7 +126,7 @@ class Problem:
     def _lower_weights(self, loss: StepLoss, draws: torch.Generator) -> LowerLevel:
         config = self.config.lower
         rule = self._optimizer(config.lr)
-        if config.weights != "lora":
+        if config.parameters != "lora":
             return FullWeights(loss, self.lower_names, steps=config.steps, optimizer=rule)
         theta = self.theta()
         return LoraFactors(
@@ -159,12 +160,12 @@ class Problem:
             data, (_, other) = self.data[n], self._split(n, step)
             draws = seeded(self.config.seed, step, n, "upper")
             batches.append(Batch.draw(self.family, data.images, config.batch_size, draws, other))
-            terms.append(UpperTerm(data.name, -1.0, config.loss_cap))
+            terms.append(UpperTerm(LossName(data.name), -1.0, config.loss_cap))
             if config.prior_weight:
                 assert data.class_images is not None
                 size = config.prior_batch_size or config.batch_size
                 batches.append(Batch.draw(self.family, data.class_images, size, draws))
-                terms.append(UpperTerm(data.name + PRIOR, config.prior_weight))
+                terms.append(UpperTerm(LossName(data.name, prior=True), config.prior_weight))
         # a word is read by its own concept's pictures alone, in a part of their own
         return UpperLevel(terms, lambda phi: self.losses(*self._read(concepts[0], batches, phi)))
 
@@ -242,8 +243,8 @@ class _Drawn(Sequence[T]):
 def merge_layer(
     family: Family, concepts: Sequence[Concept], config: ImmunizeConfig
 ) -> MergeLayer | None:
-    """The merge of a run: None for the methods and the rule that do not merge."""
-    if config.method in ("imma", "joint") or config.merge == "none":
+    """The merge of a run: None for the methods that do not merge."""
+    if config.method in ("imma", "joint"):
         return None
     weights = torch.full((len(concepts),), 1 / len(concepts), device=family.device)
     if config.merge == "average":
@@ -254,12 +255,13 @@ def merge_layer(
         regular_tokens(family, config.captions, config.num_captions, config.seed),
         weights=weights,
     )
-    if config.hypergradient != "alternating":
-        plan = make_plan(lam=config.lam)
-    else:
-        plan = _hard_plan(make_plan)
+    try:
+        published = config.method == "alternating"
+        plan = _hard_plan(make_plan) if published else make_plan(lam=config.lam)
+    except ValueError as error:
+        raise MimaError(f"merge: {error}") from error
     return MergeLayer(
-        weights, plan, family.text_projections(), trained_tokens=config.lower.trains_words
+        weights, plan, family.text_projections(), trained_tokens=config.lower.train_token
     )
 
 

@@ -173,10 +173,11 @@ class Ascent:
         return StepReport(
             done,
             steps,
-            outer.losses,
+            {name.concept: x for name, x in outer.losses.items() if not name.prior},
             outer.drift,
             norm,
             outer.residual,
+            prior_losses={name.concept: x for name, x in outer.losses.items() if name.prior},
             seconds=seconds,
             eta=sum(recent) / len(recent) * (steps - done),
             memory=peak_memory(self._problem.family.device),
@@ -185,8 +186,10 @@ class Ascent:
         )
 
     def _skip(self, report: StepReport, in_a_row: int) -> None:
-        losses = ", ".join(f"{name} {value:g}" for name, value in report.losses.items())
-        what = f"losses {losses}; gradient norm {report.gradient_norm:g}; drift {report.drift:g}"
+        seen = [f"{name} {value:g}" for name, value in report.losses.items()]
+        seen += [f"class of {name} {value:g}" for name, value in report.prior_losses.items()]
+        seen += [f"gradient norm {report.gradient_norm:g}", f"drift {report.drift:g}"]
+        what = f"losses {', '.join(seen)}"
         if in_a_row <= self._config.max_skipped:
             logger.warning("step %d left out, not finite: %s", report.step, what)
             return

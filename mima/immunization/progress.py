@@ -7,13 +7,14 @@ import math
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from mima.console import Lines, fitting
 from mima.errors import MimaError
 from mima.storage.plain_data import flat
 
@@ -21,8 +22,14 @@ if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker  # type: ignore[import-untyped]
     from rich.console import Console
 
-PRIOR = " (prior)"
-"""Ends the name of an upper term that keeps the model useful."""
+    from mima.console import Bars
+
+
+class LossName(NamedTuple):
+    """Which loss of the upper level: a concept's, or that of its class pictures."""
+
+    concept: str
+    prior: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,10 +39,11 @@ class StepReport:
     Attributes:
         step: steps done, from 1.
         steps: steps in all.
-        losses: loss of each upper term at the merged weights: a concept's is wanted high, a prior's
-            low. The name of a prior's ends in ``" (prior)"``.
+        losses: loss of each concept at the merged weights: wanted high.
         drift: ‖φ − θ‖ / ‖θ‖.
         gradient_norm: length of the hypergradient before clipping.
+        prior_losses: loss on each concept's class pictures, which keep the model useful: wanted
+            low. Empty without priors, and in the steps of ``alternating`` that commit a merge.
         residual: how far the merged keys and values miss what the concepts' adaptations asked of
             them, ``‖(φ − W_n) C_nᵀ‖ / ‖(W_n − W0) C_nᵀ‖``; 0 without a projected merge.
         seconds: time of this step.
@@ -56,16 +64,12 @@ class StepReport:
     memory: int = 0
     skipped: int = 0
     stage: str = ""
-
-    @property
-    def concept_losses(self) -> dict[str, float]:
-        """Loss of each concept: wanted high."""
-        return {name: v for name, v in self.losses.items() if not name.endswith(PRIOR)}
+    prior_losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def prior_loss(self) -> float | None:
-        """Mean loss on class pictures, wanted low; None without priors."""
-        priors = [value for name, value in self.losses.items() if name.endswith(PRIOR)]
+        """Mean of ``prior_losses``; None where there are none."""
+        priors = self.prior_losses.values()
         return sum(priors) / len(priors) if priors else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,7 +77,8 @@ class StepReport:
         plain = asdict(self)
         for name in ("drift", "gradient_norm", "residual"):
             plain[name] = _to_json(plain[name])
-        plain["losses"] = {name: _to_json(value) for name, value in self.losses.items()}
+        for losses in ("losses", "prior_losses"):
+            plain[losses] = {name: _to_json(value) for name, value in plain[losses].items()}
         return plain
 
     @classmethod
@@ -82,12 +87,14 @@ class StepReport:
         values = dict(plain)
         for name in ("drift", "gradient_norm", "residual"):
             values[name] = float(values[name])
-        values["losses"] = {name: float(value) for name, value in values["losses"].items()}
+        for losses in ("losses", "prior_losses"):
+            values[losses] = {name: float(value) for name, value in values[losses].items()}
         return cls(**values)
 
     def to_scalars(self) -> dict[str, float]:
         """Numbers by name, as trackers want them."""
         scalars = {f"loss/{name}": value for name, value in self.losses.items()}
+        scalars |= {f"prior_loss/{name}": value for name, value in self.prior_losses.items()}
         if self.prior_loss is not None:
             scalars["prior_loss"] = self.prior_loss
         for name in ("drift", "gradient_norm", "residual", "seconds", "eta", "memory", "skipped"):
@@ -193,33 +200,41 @@ def open_trackers(
 
 
 class ProgressBar:
-    """A callback that draws one line: step, losses, drift, residual, memory, time left.
+    """A callback that shows step, speed, time left, losses and memory, in one line of any width.
+
+    Where output is no terminal, it prints a line for each tenth of the steps.
 
     Args:
-        console: where to draw; by default stderr, and only if it is a terminal.
+        console: where to draw; by default stderr.
 
     Example:
         >>> with ProgressBar() as bar:
         ...     immunize("embedded", concepts, callbacks=[bar])
     """
 
+    LABEL, BAR = 24, 10
+    """Cells of the longest label, and of the bar."""
+
     def __init__(self, console: Console | None = None) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        console = console or Console(stderr=True)
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._console = console or Console(stderr=True)
+        self._bars: Progress | None = None
+        self._shown: Bars = Lines(self._console)
+        if self._console.is_terminal:
+            self._bars = self._shown = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=self.BAR),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}", markup=False),
+                console=self._console,
+            )
         self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> ProgressBar:
-        self._bars.start()
+        if self._bars is not None:
+            self._bars.start()
         return self
 
     def __exit__(
@@ -228,33 +243,41 @@ class ProgressBar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bars.stop()
+        if self._bars is not None:
+            self._bars.stop()
 
     def __call__(self, report: StepReport) -> None:
+        label = f"immunizing {report.stage}".strip()
+        if len(label) > self.LABEL:
+            label = f"{label[: self.LABEL - 1]}…"
         if report.stage not in self._tasks:
-            label = f"immunizing {report.stage}".strip()
-            self._tasks[report.stage] = self._bars.add_task(label, total=report.steps, note="")
-        self._bars.update(
+            self._tasks[report.stage] = self._shown.add_task(label, total=report.steps, note="")
+        # a blank between columns, and the count of steps
+        taken = len(label) + self.BAR + 2 * len(str(report.steps)) + 1 + 3
+        self._shown.update(
             self._tasks[report.stage],
             completed=report.step,
             total=report.steps,
-            note=describe(report),
+            note=fitting(described(report), self._console.width - taken),
         )
 
 
-def describe(report: StepReport) -> str:
-    """A report in one line, without the step."""
-    parts = [f"{name} {value:.3f}" for name, value in report.concept_losses.items()]
-    if report.prior_loss is not None:
-        parts.append(f"prior {report.prior_loss:.3f}")
-    parts.append(f"drift {report.drift:.1e}")
-    if report.residual:
-        parts.append(f"residual {report.residual:.1e}")
+def described(report: StepReport) -> list[str]:
+    """A report in parts, without the step, the most wanted first; concepts by their mean loss."""
+    minutes, seconds = divmod(round(report.eta), 60)
+    parts = [
+        f"{report.seconds:.2f} s/step",
+        f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left",
+        f"loss {sum(report.losses.values()) / len(report.losses):.3f}",
+    ]
     if report.skipped:
         parts.append(f"{report.skipped} skipped")
-    parts += [f"{report.seconds:.2f} s/step", f"{report.memory / 2**30:.1f} GiB"]
-    minutes, seconds = divmod(round(report.eta), 60)
-    return " · ".join([*parts, f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"])
+    if report.prior_loss is not None:
+        parts.append(f"prior {report.prior_loss:.3f}")
+    parts += [f"drift {report.drift:.1e}", f"{report.memory / 2**30:.1f} GiB"]
+    if report.residual:
+        parts.append(f"residual {report.residual:.1e}")
+    return parts
 
 
 def _line(report: StepReport) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.progress import MetricsFile, StepReport
-from mima.release.card import CardFacts
+from mima.release.card import CardFacts, as_text
 from mima.release.delta import Delta
 from mima.release.repository import Released
+
+MIMA_PAPER = "[MIMA](https://arxiv.org/abs/2412.15320)"
 
 
 @dataclass
@@ -50,45 +53,60 @@ class ImmunizeResult(Released):
         super()._write_records(folder)
         MetricsFile(folder / "metrics.jsonl", self.history)
 
-    def _facts(self) -> CardFacts:
+    def _story(self) -> Iterator[str]:
+        """What was done, in the order in which it was done."""
+        config = self.config
         one = len(self.concepts) == 1
+        the_concepts, were = ("the concept", "was") if one else ("the concepts", "were")
         target = "one concept" if one else f"{len(self.concepts)} concepts at once"
-        the_concepts = "the concept" if one else "the concepts"
-        summed = "its objective" if one else "their summed objectives"
-        how = {
-            "none": "Nothing was immunized; this is a baseline.",
-            "imma": "Immunized against one concept by bi-level optimisation (IMMA).",
-            "joint": f"Immunized against {target} by {summed}.",
-            "compose": "Immunized against one concept alone."
-            if one
-            else "Immunized against each concept alone; the results were merged.",
-            "mima": f"Immunized against {target} through differentiable merging "
-            "([MIMA](https://arxiv.org/abs/2412.15320)).",
-        }[self.config.method]
-        if self.config.erase_first:
-            how += f" Before that, {the_concepts} {'was' if one else 'were'} erased."
         if self.erased is not None:
-            how += f" It began with the erased checkpoint `{self.erased}`."
+            yield f"Begun with the erased checkpoint {as_text(self.erased)}."
+        if config.erase_first:
+            yield f"{the_concepts.capitalize()} {were} erased by a closed-form edit (UCE)."
+        if config.method == "none":
+            yield "Nothing was immunized; this is a baseline."
+            return
+        if config.new_words:
+            yield f"The new words of {the_concepts} were known to the model while it was immunized."
+        by_text = "keys and values by the text they answer to, other weights by their mean"
+        rule = by_text if config.merge == "projected" else "by the mean of all weights"
+        yield {
+            "imma": "Immunized against one concept by bi-level optimisation (IMMA).",
+            "joint": f"Immunized against {target} by "
+            + ("its objective." if one else "their summed objectives, without a merge."),
+            "compose": "Immunized against each concept alone, from the same start; the immunized "
+            f"models were merged, {rule}.",
+            "mima": f"Immunized against {target} through differentiable merging, {rule} "
+            f"({MIMA_PAPER}).",
+            "alternating": f"Immunized against {target} by the update that MIMA's authors "
+            f"published ({MIMA_PAPER}): steps that commit a merge of the adapted weights, {rule}, "
+            "alternate with steps of ascent.",
+        }[config.method]
+        yield (
+            f"Fine-tuning these weights on {the_concepts} below is meant to fail for longer than "
+            "it does from the base model. Immunity is a matter of degree: it costs an attacker "
+            "steps, and does not stop one with time, data and another model."
+        )
+
+    def _facts(self) -> CardFacts:
         immunized = self.config.method != "none"
-        if immunized:
-            how += (
-                f" Fine-tuning these weights on {the_concepts} below is meant to fail for longer "
-                "than it does from the base model. Immunity is a matter of degree: it costs an "
-                "attacker steps, and does not stop one with time, data and another model."
-            )
         metrics = {}
-        if self.history:
-            last = self.history[-1]
+        # of each concept's own run, where each is immunized alone
+        for last in {report.stage: report for report in self.history}.values():
             metrics["outer steps"] = float(last.step)
             metrics |= {f"loss at the last step: {k}": v for k, v in last.losses.items()}
+            metrics |= {
+                f"loss on class pictures at the last step: {k}": v
+                for k, v in last.prior_losses.items()
+            }
         return CardFacts(
             command="immunize",
             title="Immunized model" if immunized else "Model without immunization",
-            method=how,
+            method=" ".join(self._story()),
             base_model=self.model,
             opened_with=self.opened_with,
             concepts=list(zip(self.concepts, self.prompts, strict=True)) if self.prompts else [],
-            settings=self.config.model_dump(mode="json"),
+            settings=self.config.read(),
             seed=self.config.seed,
             metrics=metrics,
             tags=["model-immunization"],

@@ -65,18 +65,18 @@ def model_card(
     )
     at = facts.opened_with.get("revision")
     tree = "" if at is None else f"/tree/{quote(at, safe='')}"
-    origin = f"[{_text(base)}](https://huggingface.co/{base}{tree})" if hub else _text(base)
+    origin = f"[{as_text(base)}](https://huggingface.co/{base}{tree})" if hub else as_text(base)
     parts = [
         f"# {facts.title}",
         facts.method,
-        f"Made from {origin}" + (f" at revision {_text(at)}." if at else "."),
+        f"Made from {origin}" + (f" at revision {as_text(at)}." if at else "."),
         _usage(facts.base_model, facts.opened_with, delta),
     ]
     if facts.concepts:
-        rows = [f"| {_text(name)} | {_text(prompt)} |" for name, prompt in facts.concepts]
+        rows = [f"| {as_text(name)} | {as_text(prompt)} |" for name, prompt in facts.concepts]
         parts += ["## Concepts", "\n".join(["| concept | prompt |", "|---|---|", *rows])]
     if metrics:
-        rows = [f"| {_text(name)} | {value:.4g} |" for name, value in metrics.items()]
+        rows = [f"| {as_text(name)} | {value:.4g} |" for name, value in metrics.items()]
         parts += ["## Measurements", "\n".join(["| | |", "|---|---|", *rows])]
     parts += ["## How it was made", _fenced(_yaml(facts.settings), "yaml")]
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
@@ -127,7 +127,7 @@ def _fenced(text: str, language: str) -> str:
     return f"{ticks}{language}\n{text}\n{ticks}"
 
 
-def _text(value: str) -> str:
+def as_text(value: str) -> str:
     """A user's words as Markdown that shows them as they are, on one line."""
     flat = html.escape(" ".join(value.split()), quote=False)
     return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", flat)

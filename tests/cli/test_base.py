@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ from typer.testing import CliRunner
 
 import mima
 from mima.cli import app
+from mima.errors import MimaError
 
 
 def test_version():
@@ -67,28 +67,32 @@ def failing(monkeypatch, error: BaseException) -> None:
     monkeypatch.setattr("mima.cli.diagnosis.show", fail)
 
 
-def test_an_accident_is_short_unless_debug_is_asked_for(monkeypatch, capfd):
-    failing(monkeypatch, RuntimeError("no [such] thing"))
-    result = CliRunner().invoke(app, ["doctor"])
+BUGS = [RuntimeError("no [such] thing"), ValueError("ours"), TypeError("ours"), KeyError("x")]
+
+
+@pytest.mark.parametrize("error", BUGS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("arguments", [["doctor"], ["--debug", "doctor"]], ids=["plain", "debug"])
+def test_a_bug_is_a_traceback_and_a_line_that_says_so(monkeypatch, error, arguments):
+    failing(monkeypatch, error)
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
-    assert "RuntimeError: no [such] thing" in result.output
-    assert "--debug shows where" in result.output
-    assert "Traceback" not in result.output
+    *trace, last = result.output.splitlines()
+    assert trace[0] == "Traceback (most recent call last):"
+    assert trace[-1] == f"{type(error).__name__}: {error}"
+    assert any("in fail" in line for line in trace)
+    assert last.startswith("error: this is a bug in mima")
+
+
+def test_a_users_mistake_is_a_line_and_with_debug_a_traceback_too(monkeypatch):
+    failing(monkeypatch, MimaError("no [such] thing"))
+    result = CliRunner().invoke(app, ["doctor"])
+    assert (result.exit_code, result.output) == (2, "error: no [such] thing\n")
+    # people append it to the command that has just failed
     for arguments in (["--debug", "doctor"], ["doctor", "--debug"]):
         result = CliRunner().invoke(app, arguments)
-        assert result.exit_code == 1
-        assert "Traceback" in result.output
+        assert result.exit_code == 2
         assert "in fail" in result.output
-
-
-def test_another_librarys_value_error_is_an_accident(monkeypatch):
-    def fail() -> None:
-        json.loads("{")
-
-    monkeypatch.setattr("mima.cli.diagnosis.show", fail)
-    result = CliRunner().invoke(app, ["doctor"])
-    assert result.exit_code == 1
-    assert "--debug" in result.output
+        assert result.output.endswith("error: no [such] thing\n")
 
 
 def test_an_interrupt(monkeypatch):

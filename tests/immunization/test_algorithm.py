@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 
 import pytest
@@ -94,7 +95,7 @@ def test_losses_computed_in_one_forward_are_those_of_one_each(
     free = make(model, settings(tmp_path, upper=upper), 3)
     theta = free.theta()
     _, _, losses = upper_gradient(theta, free.upper_levels(0))
-    own = [x for name, x in losses.items() if not name.endswith("(prior)")]
+    own = [x for name, x in losses.items() if not name.prior]
     # a cap for some of them, whatever weights this version of diffusers draws
     cap = (min(own) + max(own)) / 2
     problem = make(model, settings(tmp_path, upper=upper | {"loss_cap": cap}), 3)
@@ -115,7 +116,7 @@ def test_losses_computed_in_one_forward_are_those_of_one_each(
         grads = torch.autograd.grad(term.objective(loss), list(leaves.values()))
         for name, grad in zip(leaves, grads, strict=True):
             total[name] += grad
-    capped = [x > cap for name, x in losses.items() if not name.endswith("(prior)")]
+    capped = [x > cap for name, x in losses.items() if not name.prior]
     assert any(capped)
     assert not all(capped)
     assert gap(ours, total) < 1e-5
@@ -176,15 +177,18 @@ def test_bfloat16_is_near_float32(model, tmp_path, mode, checkpointing):
     [
         ({"precision": "float16"}, "float16 gradients underflow"),
         ({"precision": "bfloat16", "hypergradient": "finite_difference"}, "more coarsely"),
-        ({"method": "compose", "merge": "none"}, "without its last step"),
+        ({"merge": "none"}, "write method: joint"),
+        ({"hypergradient": "alternating"}, "write method: alternating"),
         ({"method": "joint", "upper": {"concepts_per_forward": 2}}, "only merged weights"),
-        ({"merge": "none", "upper": {"concepts_per_forward": 2}}, "only merged weights"),
-        ({"lower": {"parameters": "lora+token"}}, "there are none without new_words"),
-        ({"lower": {"token_lr": 1e-3}}, "trains no new word"),
+        ({"lower": {"train_token": True}}, "no new words without new_words"),
+        ({"lower": {"token_lr": 1e-3}}, "no new word is trained"),
+        ({"lower": {"parameters": None}}, "leaves nothing to train"),
+        ({"lower": {"parameters": "lora+token"}}, "train_token: true, with parameters: 'lora'"),
+        ({"lower": {"parameters": "token"}}, "train_token: true, with parameters: null"),
         (
             {
                 "new_words": True,
-                "lower": {"parameters": "token"},
+                "lower": {"train_token": True},
                 "upper": {"concepts_per_forward": 2},
             },
             "encoded with its own",
@@ -203,9 +207,8 @@ def test_a_run_reports_what_it_does(model, tmp_path):
     assert seen == result.history
     last = seen[-1]
     assert (last.step, last.steps, last.eta) == (2, 2, 0)
-    assert sorted(last.concept_losses) == ["cat", "dog"]
-    priors = [value for name, value in last.losses.items() if name.endswith("(prior)")]
-    assert last.prior_loss == pytest.approx(sum(priors) / 2)
+    assert sorted(last.losses) == sorted(last.prior_losses) == ["cat", "dog"]
+    assert last.prior_loss == pytest.approx(sum(last.prior_losses.values()) / 2)
     assert last.seconds > 0
     assert last.memory > 2**20
     assert 0 < last.residual < 1
@@ -293,9 +296,12 @@ def test_tensorboard_gets_the_same_numbers(model, tmp_path):
             for value in event.summary.value:
                 shown[value.tag, event.step] = value.simple_value
     for report in result.history:
-        for name, loss in report.losses.items():
+        losses = {f"loss/{name}": loss for name, loss in report.losses.items()}
+        losses |= {f"prior_loss/{name}": loss for name, loss in report.prior_losses.items()}
+        assert len(losses) == 4
+        for name, loss in losses.items():
             # TensorBoard's names have neither blanks nor brackets
-            tag = re.sub(r"[^-/.\w]", "_", f"loss/{name}")
+            tag = re.sub(r"[^-/.\w]", "_", name)
             assert shown[tag, report.step] == pytest.approx(loss, rel=1e-6)
 
 
@@ -313,15 +319,10 @@ def with_new_words():
     version("transformers").startswith("4."), reason="its text encoder cannot mask in float64"
 )
 @pytest.mark.parametrize(
-    ("parameters", "merge"),
-    [
-        ("token", "projected"),
-        ("cross_attention_kv+token", "projected"),
-        ("lora+token", "projected"),
-        ("lora+token", "none"),
-    ],
+    ("parameters", "method"),
+    [(None, "mima"), ("cross_attention_kv", "mima"), ("lora", "mima"), ("lora", "joint")],
 )
-def test_trained_words_agree_with_central_differences(tmp_path, monkeypatch, parameters, merge):
+def test_trained_words_agree_with_central_differences(tmp_path, monkeypatch, parameters, method):
     """The gradient that a run takes, through text encoder, plan and steps, in float64."""
     module = sys.modules["mima.immunization.algorithm"]
     problems = []
@@ -334,10 +335,11 @@ def test_trained_words_agree_with_central_differences(tmp_path, monkeypatch, par
     config = settings(
         tmp_path,
         hypergradient="exact",
-        merge=merge,
+        method=method,
         new_words=True,
         lower={
             "lr": 0.05, "token_lr": 0.3, "steps": 2, "optimizer": "sgd", "parameters": parameters,
+            "train_token": True,
         },
         upper={"parameters": "cross_attention_kv"},
     )  # fmt: skip
@@ -349,7 +351,7 @@ def test_trained_words_agree_with_central_differences(tmp_path, monkeypatch, par
 
     def objective(theta):
         losses = problem.hypergradient(theta, *levels).losses
-        return sum((1 if name.endswith("(prior)") else -1) * x for name, x in losses.items())
+        return sum((1 if name.prior else -1) * x for name, x in losses.items())
 
     outer = problem.hypergradient(theta, *levels)
     draws = torch.Generator().manual_seed(0)
@@ -373,7 +375,8 @@ def test_trained_words_agree_with_central_differences(tmp_path, monkeypatch, par
 @pytest.mark.parametrize("mode", ["exact", "finite_difference"])
 def test_a_run_trains_new_words_in_its_lower_level(tmp_path, mode):
     pipeline = tiny.tiny_stable_diffusion(tmp_path / "tokenizer")
-    lower = {"parameters": "lora+token", "lr": 1e-3, "token_lr": 1e-2, "prior_weight": 0.5}
+    lower = {"parameters": "lora", "lr": 1e-3, "prior_weight": 0.5}
+    lower |= {"train_token": True, "token_lr": 1e-2}
     config = settings(tmp_path, hypergradient=mode, new_words=True, lower=lower)
     result = immunize(pipeline, with_new_words(), config)
     assert all(math.isfinite(report.gradient_norm) for report in result.history)
@@ -383,19 +386,47 @@ def test_a_run_trains_new_words_in_its_lower_level(tmp_path, mode):
         immunize(pipeline, concepts(), config)
 
 
+def report_of(count, step=3, steps=10):
+    losses = {f"concept {n}": 1.25 for n in range(count)}
+    return StepReport(
+        step, steps, losses, 1e-3, 0.7, 0.02, 1.5, 3661.0, 2**30, 2, prior_losses={"x": 0.5}
+    )
+
+
 def test_the_progress_bar_says_what_matters():
     out = io.StringIO()
-    report = StepReport(
-        3, 10, {"cat": 1.25, "cat (prior)": 0.5}, 1e-3, 0.7, 0.02, 1.5, 3661.0, 2**30, 2
-    )
     with ProgressBar(Console(file=out, force_terminal=True, width=200)) as bar:
-        bar(report)
+        bar(report_of(2))
     shown = out.getvalue()
     for part in (
-        *("3/10", "cat 1.250", "prior 0.500", "drift 1.0e-03", "residual 2.0e-02"),
+        *("3/10", "loss 1.250", "prior 0.500", "drift 1.0e-03", "residual 2.0e-02"),
         *("2 skipped", "1.50 s/step", "1.0 GiB", "1:01:01 left"),
     ):
         assert part in shown
+
+
+@pytest.mark.parametrize("count", [1, 2, 50])
+@pytest.mark.parametrize("stage", ["", "a concept of a very long name [red]"])
+def test_progress_has_room_in_80_columns(count, stage):
+    out = io.StringIO()
+    with ProgressBar(Console(file=out, force_terminal=True, width=80, color_system=None)) as bar:
+        bar(replace(report_of(count, 999, 1000), stage=stage))
+    (line,) = {line for line in re.split(r"[\r\n]|\x1b\[[?\d]*[A-Za-z]", out.getvalue()) if line}
+    assert len(line.rstrip()) <= 80
+    for part in (" 999/1000 ", "1.50 s/step", "1:01:01 left"):
+        assert part in line
+
+
+def test_where_output_is_no_terminal_there_is_a_line_for_each_tenth():
+    out = io.StringIO()
+    with ProgressBar(Console(file=out, width=80)) as bar:
+        for step in range(1, 41):
+            bar(report_of(3, step, 40))
+    lines = out.getvalue().splitlines()
+    assert [line.split(" · ")[0] for line in lines] == [
+        f"immunizing: {step} of 40" for step in range(4, 41, 4)
+    ]
+    assert all("1.50 s/step · 1:01:01 left" in line for line in lines)
 
 
 def test_new_words_are_words_while_the_model_is_immunized(tmp_path, monkeypatch):

@@ -33,7 +33,8 @@ FULL = {
         "optimizer": "sgd",
         "lr": 1e-2,
         "batch_size": 3,
-        "parameters": "lora+token",
+        "parameters": "lora",
+        "train_token": True,
         "token_lr": 0.1,
         "rank": 2,
         "alpha": 4.0,
@@ -98,10 +99,10 @@ def test_settings_cannot_be_changed_by_accident():
         ("checkpoint_every", 0, "greater than or equal to 1"),
         ("max_skipped", -1, "greater than or equal to 0"),
         ("divergence", 1, "greater than 1"),
-        ("method", "mimi", "'none', 'imma', 'joint', 'compose' or 'mima'"),
-        ("merge", "sum", "'projected', 'average' or 'none'"),
-        ("hypergradient", "implicit", "'exact', 'finite_difference', 'first_order'"),
-        ("precision", "int8", "'float32', 'bfloat16' or 'float16'"),
+        ("method", "mimi", "'joint', 'compose', 'mima' or 'alternating'"),
+        ("merge", "sum", "'projected' or 'average'"),
+        ("hypergradient", "implicit", "'exact', 'finite_difference' or 'first_order'"),
+        ("precision", "int8", "'float32', 'float16' or 'bfloat16'"),
         ("trackers", "wandb", "valid tuple"),
         ("lower.steps", 0, "greater than or equal to 1"),
         ("lower.optimizer", "lion", "'sgd' or 'adam'"),
@@ -167,19 +168,24 @@ def test_every_problem_is_told_at_once():
     ("settings", "reason"),
     [
         ({"upper": {"parameters": "lora"}}, "upper.parameters: 'lora' is an adapter"),
-        ({"lower": {"parameters": "token"}}, "lower.parameters: 'token' trains new words"),
-        ({"token_steps": 3}, "token_steps: there are no new words"),
-        ({"lower": {"token_lr": 1.0}}, "lower.token_lr"),
+        ({"lower": {"train_token": True}}, "lower.train_token: there are no new words"),
+        ({"lower": {"parameters": None}}, "parameters: null leaves nothing to train"),
         (
-            {
-                "hypergradient": "alternating",
-                "new_words": True,
-                "lower": {"parameters": "lora+token"},
-            },
-            "hypergradient: 'alternating'",
+            {"lower": {"parameters": "cross_attention_kv+token"}},
+            "lower.parameters: Value error, new words are trained by train_token: true, with "
+            "parameters: 'cross_attention_kv'",
         ),
-        ({"hypergradient": "alternating", "method": "compose"}, "not for method 'compose'"),
-        ({"hypergradient": "alternating", "lower": {"steps": 2}}, "lower.steps 2"),
+        ({"lower": {"parameters": "token"}}, "train_token: true, with parameters: null"),
+        ({"merge": "none"}, "merge: Value error, to merge nothing is a method of its own"),
+        ({"hypergradient": "alternating"}, "write method: alternating"),
+        ({"token_steps": 3}, "token_steps: there are no new words"),
+        ({"lower": {"token_lr": 1.0}}, "token_lr: without train_token"),
+        (
+            {"method": "alternating", "new_words": True, "lower": {"train_token": True}},
+            "method: 'alternating' is the published MIMA update: one lower step",
+        ),
+        ({"method": "alternating", "merge": "average"}, "not for merge 'average'"),
+        ({"method": "alternating", "lower": {"steps": 2}}, "lower.steps 2"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, reason):
@@ -187,20 +193,9 @@ def test_settings_that_contradict_each_other_are_refused(settings, reason):
         parse_config(ImmunizeConfig, settings, source="run.yaml")
 
 
-@pytest.mark.parametrize(
-    ("parameters", "weights", "words"),
-    [
-        ("cross_attention", "cross_attention", False),
-        ("cross_attention_kv+token", "cross_attention_kv", True),
-        ("lora+token", "lora", True),
-        ("token", None, True),
-        (r"\.(to_k|to_v)+\.weight", r"\.(to_k|to_v)+\.weight", False),
-        ("mytoken", "mytoken", False),
-    ],
-)
-def test_lower_parameters_are_weights_and_words(parameters, weights, words):
-    lower = LowerConfig(parameters=parameters)
-    assert (lower.weights, lower.trains_words) == (weights, words)
+@pytest.mark.parametrize("parameters", [r"\.(to_k|to_v)+\.weight", "mytoken", "+tokens", None])
+def test_a_pattern_that_looks_like_a_former_spelling_is_none(parameters):
+    assert LowerConfig(parameters=parameters, train_token=True).parameters == parameters
 
 
 @pytest.mark.parametrize("task", list(RECIPES))

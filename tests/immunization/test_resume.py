@@ -42,9 +42,17 @@ def steps_in(output):
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-@pytest.mark.parametrize("hypergradient", ["exact", "finite_difference", "alternating"])
-def test_killed_at_random_points_it_resumes_bit_by_bit(model, tmp_path, processes, hypergradient):
-    config = settings(tmp_path, steps=7, checkpoint_every=2, hypergradient=hypergradient)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hypergradient": "exact"},
+        {"hypergradient": "finite_difference"},
+        {"method": "alternating"},
+    ],
+    ids=["exact", "finite_difference", "alternating"],
+)
+def test_killed_at_random_points_it_resumes_bit_by_bit(model, tmp_path, processes, changes):
+    config = settings(tmp_path, steps=7, checkpoint_every=2, **changes)
 
     def start(output):
         process = processes.Process(
@@ -232,7 +240,7 @@ def test_a_level_that_always_fails_ends_the_run(model, tmp_path):
     lower = {"lr": 1e30}
     config = settings(
         tmp_path,
-        hypergradient="alternating",
+        method="alternating",
         steps=9,
         max_skipped=2,
         lower=lower,

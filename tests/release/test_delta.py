@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
+from typing import get_args
 
 import pytest
 import torch
@@ -17,8 +19,10 @@ from support.immunizing import assert_same, concepts, settings
 
 import mima
 from mima._version import installed_versions
+from mima.choices import MergeRule, Method
 from mima.errors import MimaError
 from mima.immunization.algorithm import immunize
+from mima.immunization.config import ImmunizeConfig
 from mima.release.delta import DELTA_FILE, Delta, load_delta, read_delta
 
 WORD = "<new1>"
@@ -134,7 +138,7 @@ def test_the_card_says_how_it_was_made(base, result, whole, delta):
     assert card.data.license == "openrail"
     assert set(card.data.tags) == {"mima", "model-immunization"}
     (config,) = re.findall(r"```yaml\n(.*?)```", card.text, flags=re.DOTALL)
-    assert yaml.safe_load(config) == result.config.model_dump(mode="json")
+    assert yaml.safe_load(config) == result.config.read()
     for said in (
         *("| cat | a cat in red |", "| dog | a dog in red |", "| MSGR | 0.25 |", "Seed 5;"),
         *(f"{name} {version}" for name, version in installed_versions().items()),
@@ -147,29 +151,68 @@ def test_the_card_says_how_it_was_made(base, result, whole, delta):
     assert "delta" in ModelCard.load(delta / "README.md").data.tags
 
 
-@pytest.mark.parametrize(
-    ("method", "one", "two"),
-    [
-        ("imma", "against one concept by bi-level optimisation", None),
-        ("joint", "against one concept by its objective", "2 concepts at once by their summed"),
-        ("compose", "against one concept alone.", "against each concept alone; the results were"),
-        ("mima", "against one concept through", "against 2 concepts at once through"),
-        ("none", "Nothing was immunized", "Nothing was immunized"),
-    ],
-)
-def test_the_card_counts_its_concepts(result, method, one, two):
-    for number, said in enumerate((one, two), start=1):
-        if said is None:
+def cards(result):
+    """A card for every combination of what a card speaks of, with what was combined."""
+    for method, merge, erase_first, erased, new_words, number in itertools.product(
+        get_args(Method),
+        get_args(MergeRule),
+        (False, True),
+        (None, "esd.pt"),
+        (False, True),
+        (1, 2),
+    ):
+        if (erased and erase_first) or (method == "imma" and number == 2):
             continue
-        config = result.config.model_copy(update={"method": method, "erase_first": True})
+        if method == "alternating" and merge == "average":
+            continue
+        settings = {"method": method, "merge": merge, "erase_first": erase_first}
+        config = ImmunizeConfig(new_words=new_words, hypergradient="first_order", **settings)
         names = {"concepts": result.concepts[:number], "prompts": result.prompts[:number]}
-        text = type(result)(**{**vars(result), **names, "config": config}).card().text
-        concepts, were = ("the concept", "was") if number == 1 else ("the concepts", "were")
-        assert said in text
-        assert f"Before that, {concepts} {were} erased." in text
-        claimed = method != "none"
-        assert (f"these weights on {concepts} below is meant to fail" in text) == claimed
-        assert ("# Immunized model" in text) == claimed
+        changed = {"config": config, "erased": erased, **names}
+        yield type(result)(**{**vars(result), **changed}).card().text, config, erased, number
+
+
+def test_a_card_is_true_of_every_combination(result):
+    seen = set()
+    for text, config, erased, number in cards(result):
+        story, _, rest = text.partition("Made from")
+        (block,) = re.findall(r"```yaml\n(.*?)```", rest, flags=re.DOTALL)
+        settings = yaml.safe_load(block)
+        method, immunized = config.method, config.method != "none"
+        merged = method in ("mima", "compose", "alternating")
+        assert ("# Immunized model" in story) == ("meant to fail" in story) == immunized
+        assert ("Nothing was immunized" in story) == (not immunized)
+        assert ("erased by a closed-form edit" in story) == config.erase_first
+        assert ("Begun with the erased checkpoint esd.pt" in story) == (erased is not None)
+        assert ("new words" in story) == (config.new_words and immunized)
+        # a merge is spoken of where there was one, by the rule that it had
+        assert ("keys and values by the text" in story) == (merged and config.merge == "projected")
+        assert ("the mean of all weights" in story) == (merged and config.merge == "average")
+        assert ("merge" in settings) == (method in ("mima", "compose", "alternating"))
+        assert ("lam" in settings) == (
+            method in ("mima", "compose") and config.merge == "projected"
+        )
+        assert ("differentiable merging" in story) == (method == "mima")
+        assert ("MIMA" in story) == (method in ("mima", "alternating"))
+        assert ("authors published" in story) == (method == "alternating")
+        assert ("(IMMA)" in story) == (method == "imma")
+        assert ("against each concept alone" in story) == (method == "compose")
+        assert ("without a merge" in story) == (method == "joint" and number == 2)
+        assert ("hypergradient" in settings) == (immunized and method != "alternating")
+        assert ("lower" in settings) == ("upper" in settings) == immunized
+        if immunized:
+            assert ("optimizer" in settings["lower"]) == (method != "alternating")
+            assert "rank" not in settings["lower"]
+        counted = ("2 concepts at once", "one concept")[number == 1]
+        if method in ("mima", "joint", "alternating"):
+            assert f"Immunized against {counted}" in story
+        assert settings["seed"] == config.seed
+        assert ("the concept below" in story) == (immunized and number == 1)
+        assert ("the concepts below" in story) == (immunized and number == 2)
+        assert text.count("| a cat in red |") == 1
+        seen.add(story)
+    # every combination is told apart, but for settings that change nothing
+    assert len(seen) > 60
 
 
 def test_a_base_model_of_the_hub_is_linked_and_odd_names_stay_text(result):

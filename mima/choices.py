@@ -1,0 +1,32 @@
+"""The names that settings choose from, for the library and the commands; imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Method = Literal["none", "imma", "joint", "compose", "mima", "alternating"]
+"""How a model is immunized: see ``ImmunizeConfig.method``."""
+
+MergeRule = Literal["projected", "average"]
+"""How adapted weights are merged within a step: see ``ImmunizeConfig.merge``."""
+
+Hypergradient = Literal["exact", "finite_difference", "first_order"]
+"""How the lower level is differentiated: see ``mima.bilevel.hypergradient``."""
+
+Precision = Literal["float32", "float16", "bfloat16"]
+"""Of weights, or of what is computed with them."""
+
+Task = Literal["relearn", "personalize"]
+"""What an attacker wants: see ``mima.immunization.config.RECIPES``."""
+
+ErasureMethod = Literal["uce", "esd-x", "esd-u", "esd-full"]
+"""UCE, or one of ``mima.erasure.VARIANTS`` of ESD."""
+
+Technique = Literal["replace", "tensor"]
+"""What UCE does to values: see ``mima.erasure.erase``."""
+
+MergeMethod = Literal["projected", "weighted"]
+"""How finished adapters are merged: see ``mima.merge_adapters``."""
+
+PictureProtocol = Literal["standard", "published"]
+"""How pictures are prepared for an encoder: see ``mima.evaluation.encoders``."""
