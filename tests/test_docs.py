@@ -14,6 +14,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from mima.cli import app
+from mima.cli.diagnosis import VARIABLES
 from mima.concepts import embedded_names
 from mima.immunization.config import ImmunizeConfig, ImmunizeRun
 from mima.ops.backends.choice import BACKENDS
@@ -111,3 +112,9 @@ def test_relative_links_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
     missing = [link for link in links if not (page.parent / link).exists()]
     assert not missing
+
+
+def test_doctor_shows_every_variable_that_the_guide_names():
+    named = re.findall(r"\bMIMA_[A-Z_]+\b", GUIDE)
+    assert len(set(named)) > 6
+    assert set(named) <= set(VARIABLES)

@@ -22,6 +22,7 @@ from mima.families import Conditioning, Family, family_of
 from mima.families.base import cast
 from mima.families.pipelines import with_modules
 from mima.storage.checkpoint import Checkpoint
+from mima.storage.tensor_files import order_metadata
 from mima.training.batches import encode_images, seeded
 from mima.training.class_images import ClassPictures
 from mima.training.loss import diffusion_loss
@@ -290,6 +291,8 @@ class Run:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._injection.save(folder)
+        for file in folder.rglob("*.safetensors"):
+            order_metadata(file)
         return folder
 
     def checkpoint(self) -> Checkpoint:

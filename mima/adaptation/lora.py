@@ -84,6 +84,8 @@ class LoRA(Adaptation):
         adapted = with_modules(pipeline, **{name: denoiser})
 
         def save(folder: Path) -> None:
+            # peft keeps a set, whose order differs between processes
+            config.target_modules = sorted(config.target_modules or ())
             layers = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
             if name == "unet":
                 # the names that other programs know, too; transformers' files keep peft's

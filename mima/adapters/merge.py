@@ -80,11 +80,15 @@ class MergedAdapters(Released):
         if self.condition is not None:
             metrics["condition of the captions"] = self.condition
         prompts = self.prompts or [""] * len(self.adapters)
+        many = len(self.adapters) > 1
+        count = f"{len(self.adapters)} adapters" if many else "One adapter"
         return CardFacts(
             command="merge",
-            title="Merged adapters",
-            method=f"{len(self.adapters)} adapters in one model, by the {self.method} merge. "
-            "A residual of 0 means that the model answers an adapter's prompt as the adapter did.",
+            title="Merged adapters" if many else "Model with an adapter",
+            method=f"{count} in one model, by the {self.method} merge. A residual of 0 means that "
+            "the model answers an adapter's prompt as the adapter did."
+            if many
+            else f"{count} in its model.",
             base_model=self.model,
             opened_with=self.opened_with,
             concepts=list(zip(self.adapters, prompts, strict=True)),

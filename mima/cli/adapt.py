@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,13 +20,13 @@ from mima.cli.options import (
     described_concepts,
     given_settings,
     model_source,
-    open_pipeline,
-    record,
+    torch_dtype,
 )
-from mima.errors import MimaError
 
 if TYPE_CHECKING:
-    from mima.adaptation import Adaptation
+    from collections.abc import Sequence
+
+    from mima.adaptation import Run
 
 
 @app.command()
@@ -86,6 +85,9 @@ def adapt(
     fp16_vae: Annotated[
         bool, typer.Option("--fp16-vae", help="Encode the pictures in float16.")
     ] = False,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Write a whole model instead of the adapter.")
+    ] = False,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of the method."),
@@ -103,16 +105,9 @@ def adapt(
     overwrite: Overwrite = False,
 ) -> None:
     """Teach a model a concept, as its owner would, or an attacker."""
-    from dataclasses import asdict
-
-    from mima.adaptation import LoRA, Together, configure
-    from mima.adaptation.resumable import SAMPLES, learn
+    from mima.adaptation import configure
+    from mima.adaptation.resumable import adapt as run_adapt
     from mima.console import command, progress, stderr, stdout
-    from mima.families import family_of
-    from mima.sampling import Sampler
-    from mima.storage.checkpoint import CheckpointFolder
-    from mima.storage.output import check_folder, fresh_folder, slug
-    from mima.storage.runs import claim, default_folder, describe_run
 
     options = {
         "steps": steps,
@@ -138,78 +133,44 @@ def adapt(
     learned = described_concepts(
         concept, {key: said for key, said in told.items() if said is not None}
     )
-    if len(learned) > 1 and not isinstance(chosen, LoRA):
-        raise MimaError(
-            f"method {method} learns one concept at a time, got {len(learned)} "
-            f"({', '.join(one.name for one in learned)}); lora and dreambooth-lora learn several"
-        )
-    names = [slug(one.name) for one in learned]
-    alike = [one.name for one, name in zip(learned, names, strict=True) if names.count(name) > 1]
-    if alike:
-        raise MimaError(
-            f"concepts {', '.join(map(repr, alike))} would be written to one folder; "
-            "give them names that differ in letters or digits"
-        )
-    folder = output or Path(f"{slug('-'.join(names))}-{method}")
-    check_folder(folder, overwrite=overwrite)
-
     source = model_source(model, revision, variant, single_file_config)
-    pipeline = open_pipeline(source, dtype, device)
-    runs = [chosen.start(pipeline, one) for one in learned]
-    learner = runs[0] if len(runs) == 1 else Together(runs)
-    kept = CheckpointFolder(default_folder(folder))
-    if overwrite and not resume:
-        kept.remove()
-    weights = dict(family_of(pipeline).denoiser.state_dict())
-    claim(kept, describe_run(_plain(chosen), learned, weights), resume=resume)
-    if sample_every is None:
-        sample_every = -(-chosen.steps // 5)
+    said = ", ".join(one.name for one in learned)
     with progress() as bars:
-        task = bars.add_task(f"learning {', '.join(names)}", total=chosen.steps, note="")
+        task = bars.add_task(f"learning {said}", total=chosen.steps, note="")
 
-        def on_step() -> None:
+        def on_step(runs: Sequence[Run]) -> None:
             losses = " ".join(f"{run.loss:.3f}" for run in runs)
             bars.update(task, completed=runs[0].step, note=f"loss {losses}")
 
         try:
-            learn(
-                learner,
-                kept,
+            done = run_adapt(
+                source,
+                learned,
+                chosen,
+                output,
                 checkpoint_every=checkpoint_every,
                 sample_every=sample_every,
-                sampler=Sampler(),
+                whole=whole,
+                resume=resume,
+                overwrite=overwrite,
+                dtype=torch_dtype(dtype),
+                device=device,
                 on_step=on_step,
                 on_pictures=lambda step, place: stderr().print(f"step {step}: pictures in {place}"),
             )
         except KeyboardInterrupt:
             stderr().print("what was done is kept; the same command with --resume goes on from it")
             raise
-    with fresh_folder(folder, overwrite=overwrite) as staging:
-        for run, name in zip(runs, names, strict=True):
-            inside = run.save(staging / name if len(runs) > 1 else staging)
-            record(inside, "adapt", source, [run.concept], method=method, settings=asdict(chosen))
-        if len(runs) > 1:
-            record(staging, "adapt", source, learned, method=method, settings=asdict(chosen))
-        if (kept.path / SAMPLES).is_dir():
-            shutil.copytree(kept.path / SAMPLES, staging / SAMPLES)
-    kept.remove()
-    said = ", ".join(one.name for one in learned)
-    stdout().print(f"learned {said} by {method} in {chosen.steps} steps: {folder}")
-    for one, name in zip(learned, names, strict=True):
-        where = folder / name if len(learned) > 1 else folder
-        opened = [part for key, value in source.options.items() for part in (f"--{key}", value)]
-        if single_file_config is not None:
-            opened += ["--single-file-config", single_file_config]
-        if resolution is not None:
-            opened += ["--resolution", str(resolution)]
-        look = command("sample", one.prompt, "--model", model, *opened, "--adapter", where)
-        stdout().print(f"look: {look}")
-
-
-def _plain(adaptation: Adaptation) -> dict[str, Any]:
-    """A method and its settings, as a JSON file gives them back."""
-    import json
-    from dataclasses import asdict
-
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(adaptation)))
-    return {"method": adaptation.method, **plain}
+    where = done.folders[0] if len(learned) == 1 else done.folders[0].parent
+    stdout().print(f"learned {said} by {method} in {done.steps} steps: {where}")
+    opened = [part for key, value in source.options.items() for part in (f"--{key}", value)]
+    if single_file_config is not None:
+        opened += ["--single-file-config", single_file_config]
+    size = [] if resolution is None else ["--resolution", str(resolution)]
+    for one, folder in zip(learned, done.folders, strict=True):
+        told_to = (
+            ["--model", folder, *size]
+            if whole
+            else ["--model", model, *opened, *size, "--adapter", folder]
+        )
+        stdout().print(f"look: {command('sample', one.prompt, *told_to)}")

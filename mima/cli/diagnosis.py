@@ -26,7 +26,12 @@ PACKAGES = (
     "numpy",
     "pillow",
 )
-VARIABLES = ("MIMA_BACKEND", "MIMA_STRICT", "TRITON_INTERPRET", "HF_HUB_OFFLINE")
+VARIABLES = (
+    *("MIMA_BACKEND", "MIMA_STRICT", "MIMA_CACHE"),
+    *("MIMA_BUILD_NATIVE", "MIMA_BUILD_CUDA", "MIMA_CUDA_ARCHS"),
+    *("MIMA_TEST_DEVICES", "MIMA_REQUIRE_CHROMIUM", "MIMA_TEST_ARTEFACTS"),
+    *("TRITON_INTERPRET", "HF_HUB_OFFLINE", "HF_ENDPOINT"),
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,8 @@ class Diagnosis:
     devices: Sequence[str]
     native: Mapping[str, str]
     services: Sequence[Service]
-    variables: Mapping[str, str] = field(default_factory=dict)
+    variables: Mapping[str, str | None] = field(default_factory=dict)
+    """Environment variables by name; None where one is not set."""
 
 
 def diagnose() -> Diagnosis:
@@ -67,7 +73,7 @@ def diagnose() -> Diagnosis:
         devices=_devices(),
         native=_native(),
         services=[service for kind in device_types for service in _services(kind)],
-        variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
+        variables={name: os.environ.get(name) for name in VARIABLES},
     )
 
 
@@ -85,8 +91,8 @@ def show() -> None:
     console.print(_pairs("versions", found.versions))
     console.print(_pairs("devices", dict.fromkeys(found.devices, "")))
     console.print(_pairs("native code", found.native))
-    if found.variables:
-        console.print(_pairs("environment", found.variables))
+    shown = {name: "not set" if value is None else value for name, value in found.variables.items()}
+    console.print(_pairs("environment", shown))
     for device in dict.fromkeys(service.device for service in found.services):
         services = [service for service in found.services if service.device == device]
         console.print(_table(device, services))

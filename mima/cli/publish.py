@@ -16,8 +16,7 @@ from mima.cli.options import (
     SingleFileConfig,
     Variant,
     model_source,
-    open_pipeline,
-    record,
+    torch_dtype,
 )
 from mima.errors import MimaError
 
@@ -40,16 +39,13 @@ def apply(
 
     # only now what takes seconds to import
     from mima.console import stdout
-    from mima.release.delta import load_delta, read_delta
-    from mima.release.repository import save_pipeline
+    from mima.release.repository import apply_delta
     from mima.storage.output import fresh_folder
 
-    origin = read_delta(delta).origin
     source = model_source(model, revision, variant, single_file_config)
-    whole = load_delta(open_pipeline(source, dtype, "cpu"), delta)
+    whole = apply_delta(source, delta, dtype=torch_dtype(dtype))
     with fresh_folder(output, overwrite=overwrite) as staging:
-        save_pipeline(whole, staging)
-        record(staging, "apply", source, [], delta=str(delta), origin=origin)
+        whole.save_pretrained(staging)
     stdout().print(f"applied {delta} to {source.label}: {output}")
 
 

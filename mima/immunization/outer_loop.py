@@ -95,9 +95,13 @@ class Ascent:
         if self._problem.ranks.main:
             folder = self._folder.path if self._folder else None
             if folder is not None:
-                self._callbacks.append(MetricsFile(folder / "metrics.jsonl", self.history))
+                metrics = MetricsFile(folder / "metrics.jsonl", self.history)
+                metrics.start()
+                self._callbacks.append(metrics)
             config = self._config.model_dump(mode="json")
             self._trackers = open_trackers(self._config.trackers, folder, config)
+            for tracker in self._trackers:
+                tracker.start()
             self._callbacks += self._trackers
         self._clock = time.perf_counter()
         return self

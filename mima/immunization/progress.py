@@ -116,26 +116,48 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def write_metrics(path: Path, history: Sequence[StepReport]) -> None:
+    """Write reports as JSON Lines, without time and memory: what the same run gives again."""
+    lines = []
+    for report in history:
+        plain = report.to_dict()
+        for name in ("seconds", "eta", "memory"):
+            del plain[name]
+        lines.append(_line(plain))
+    path.write_text("".join(lines), encoding="utf-8")
+
+
 class MetricsFile:
     """A callback that appends each report to a JSON Lines file.
 
     Args:
-        path: the file; its folder is made.
+        path: the file; its folder is made when the first report comes.
         history: reports of the steps before, with which the file starts.
     """
 
     def __init__(self, path: str | Path, history: Sequence[StepReport] = ()) -> None:
         self.path = Path(path)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(map(_line, history)), encoding="utf-8")
-        except OSError as error:
-            raise MimaError(f"metrics: cannot write {self.path}: {error.strerror}") from error
+        self._before: Sequence[StepReport] | None = tuple(history)
+
+    def start(self) -> None:
+        """Write the reports of the steps before.
+
+        Raises:
+            MimaError: the file cannot be written.
+        """
+        self._write("w", self._before or ())
+        self._before = None
 
     def __call__(self, report: StepReport) -> None:
+        if self._before is not None:
+            self.start()
+        self._write("a", [report])
+
+    def _write(self, mode: str, reports: Sequence[StepReport]) -> None:
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line(report))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open(mode, encoding="utf-8") as file:
+                file.write("".join(_line(report.to_dict()) for report in reports))
         except OSError as error:
             raise MimaError(f"metrics: cannot write {self.path}: {error.strerror}") from error
 
@@ -153,17 +175,26 @@ class Tracker:
 
     def __init__(self, tracker: GeneralTracker, config: Mapping[str, Any] | None = None) -> None:
         self.tracker = tracker
-        tracker.start()
-        if config:
-            settings = flat(config)
-            tracker.store_init_configuration({k: _to_tracker(v) for k, v in settings.items()})
+        self._config = flat(config or {})
+        self._started = False
+
+    def start(self) -> None:
+        """Start the tracker, and store the settings."""
+        self._started = True
+        self.tracker.start()
+        if self._config:
+            values = {name: _to_tracker(value) for name, value in self._config.items()}
+            self.tracker.store_init_configuration(values)
 
     def __call__(self, report: StepReport) -> None:
+        if not self._started:
+            self.start()
         self.tracker.log(report.to_scalars(), step=report.step)
 
     def finish(self) -> None:
         """Flush and close."""
-        self.tracker.finish()
+        if self._started:
+            self.tracker.finish()
 
 
 def open_trackers(
@@ -280,8 +311,8 @@ def described(report: StepReport) -> list[str]:
     return parts
 
 
-def _line(report: StepReport) -> str:
-    return json.dumps(report.to_dict(), ensure_ascii=False, allow_nan=False) + "\n"
+def _line(plain: Mapping[str, Any]) -> str:
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _to_json(value: float) -> float | str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mima.immunization.config import ImmunizeConfig
-from mima.immunization.progress import MetricsFile, StepReport
+from mima.immunization.progress import StepReport, write_metrics
 from mima.release.card import CardFacts, as_text
 from mima.release.delta import Delta
 from mima.release.repository import Released
@@ -21,7 +21,8 @@ class ImmunizeResult(Released):
     """An immunized model and how it came about.
 
     Beside the model, ``save_pretrained`` writes ``mima.json`` (settings and concepts) and
-    ``metrics.jsonl``.
+    ``metrics.jsonl`` (one report per step, without time and memory, so that the same run writes
+    the same bytes).
 
     Attributes:
         pipeline: an ordinary diffusers pipeline.
@@ -51,7 +52,7 @@ class ImmunizeResult(Released):
 
     def _write_records(self, folder: Path) -> None:
         super()._write_records(folder)
-        MetricsFile(folder / "metrics.jsonl", self.history)
+        write_metrics(folder / "metrics.jsonl", self.history)
 
     def _story(self) -> Iterator[str]:
         """What was done, in the order in which it was done."""
@@ -113,5 +114,5 @@ class ImmunizeResult(Released):
         )
 
     def _delta(self) -> Delta:
-        origin = {"model": self.model, "concepts": self.concepts, **self._details()}
-        return Delta.of(self.pipeline, self.changed, origin=origin)
+        origin = {"model": self.model, "concepts": self.concepts, "prompts": self.prompts}
+        return Delta.of(self.pipeline, self.changed, origin={**origin, **self._details()})

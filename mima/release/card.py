@@ -43,7 +43,11 @@ class CardFacts:
 
 
 def model_card(
-    facts: CardFacts, metrics: Mapping[str, float], license: str | None, delta: bool
+    facts: CardFacts,
+    metrics: Mapping[str, float],
+    license: str | None,
+    delta: bool,
+    sums: Mapping[str, str],
 ) -> ModelCard:
     """A model card that says all of the facts.
 
@@ -52,6 +56,7 @@ def model_card(
         metrics: measured values by name.
         license: the hub's identifier of the licence, where the publisher gives one.
         delta: whether the card stands beside a delta rather than a whole model.
+        sums: SHA-256 of the files with weights, by their name in the folder.
     """
     base = facts.base_model or "a model in memory"
     # a folder may be called owner/name, too
@@ -79,6 +84,9 @@ def model_card(
         rows = [f"| {as_text(name)} | {value:.4g} |" for name, value in metrics.items()]
         parts += ["## Measurements", "\n".join(["| | |", "|---|---|", *rows])]
     parts += ["## How it was made", _fenced(_yaml(facts.settings), "yaml")]
+    if sums:
+        lines = "\n".join(f"{digest}  {name}" for name, digest in sums.items())
+        parts += ["SHA-256, as `sha256sum --check` reads it:", _fenced(lines, "text")]
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
     seed = "" if facts.seed is None else f"Seed {facts.seed}; "
     parts += [f"{seed}{versions}.", "## Licence"]

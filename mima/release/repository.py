@@ -6,16 +6,20 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from mima.errors import MimaError
+from mima.families import ModelSource, load_pipeline
 from mima.families.hub import unreachable
-from mima.release.card import CARD_FILE, CardFacts, model_card
-from mima.release.delta import Delta
+from mima.release.card import CARD_FILE, CardFacts, as_text, model_card
+from mima.release.delta import Delta, load_delta, read_delta
+from mima.storage.atomic import sha256_of
 from mima.storage.record import write_record
 
 # RuntimeError: a large file that was not taken
@@ -158,8 +162,17 @@ class Released(ABC):
             license: the hub's identifier of the licence, such as ``"openrail"``. Without one the
                 card says that the base model's applies.
         """
+        return self._card(delta, metrics, license, {})
+
+    def _card(
+        self,
+        delta: bool,
+        metrics: Mapping[str, float] | None,
+        license: str | None,
+        sums: Mapping[str, str],
+    ) -> ModelCard:
         facts = self._facts()
-        return model_card(facts, {**facts.metrics, **(metrics or {})}, license, delta)
+        return model_card(facts, {**facts.metrics, **(metrics or {})}, license, delta, sums)
 
     def save_pretrained(
         self,
@@ -170,6 +183,8 @@ class Released(ABC):
         license: str | None = None,
     ) -> None:
         """Write a diffusers folder, which opens without mima, with a model card.
+
+        The card lists the SHA-256 of the files with weights.
 
         Args:
             folder: made where it does not exist; files of the same names are replaced.
@@ -183,7 +198,9 @@ class Released(ABC):
         else:
             save_pipeline(self.pipeline, folder)
         self._write_records(folder)
-        card = self.card(delta=delta, metrics=metrics, license=license)
+        weights = sorted(folder.rglob("*.safetensors"))
+        sums = {file.relative_to(folder).as_posix(): sha256_of(file) for file in weights}
+        card = self._card(delta, metrics, license, sums)
         (folder / CARD_FILE).write_text(str(card), encoding="utf-8")
 
     def push_to_hub(
@@ -226,3 +243,75 @@ class Released(ABC):
             return repository.upload(
                 folder, revision=revision, create_pr=create_pr, commit_message=commit_message
             )
+
+
+@dataclass
+class AppliedDelta(Released):
+    """A whole model, made of a delta and its base.
+
+    Attributes:
+        pipeline: the model.
+        delta: what was put into the base.
+        source: the base.
+    """
+
+    pipeline: Any
+    delta: Delta
+    source: ModelSource
+
+    def _facts(self) -> CardFacts:
+        origin = self.delta.origin
+        made = origin.get("model")
+        return CardFacts(
+            command="apply",
+            title="Model from a delta",
+            method="A delta's weights stand in the place of its base model's. The settings below "
+            "are what the delta says of itself."
+            + (f" It was made from {as_text(str(made))}." if made else ""),
+            base_model=str(self.source.model),
+            opened_with=self.source.options,
+            concepts=_named(origin.get("concepts"), origin.get("prompts")),
+            settings=origin,
+            seed=None,
+            metrics={},
+            tags=["delta-applied"],
+        )
+
+    def _details(self) -> Mapping[str, Any]:
+        return {"origin": self.delta.origin}
+
+    def _delta(self) -> Delta:
+        return self.delta
+
+
+def apply_delta(
+    model: Any,
+    delta: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> AppliedDelta:
+    """A delta's whole model, ready to be saved with a card: what ``mima apply`` writes.
+
+    Args:
+        model: the base: whatever ``ModelSource.model`` is, or a ``ModelSource``.
+        delta: as for ``read_delta``.
+        dtype: of the whole model.
+
+    Raises:
+        MimaError: not a delta, or one of another model.
+
+    Example:
+        >>> apply_delta("base", "immunized").save_pretrained("whole")
+    """
+    source = model if isinstance(model, ModelSource) else ModelSource(model)
+    read = read_delta(delta)
+    return AppliedDelta(load_delta(load_pipeline(source, dtype=dtype), delta), read, source)
+
+
+def _named(concepts: Any, prompts: Any) -> list[tuple[str, str]]:
+    """Names and prompts, as far as a delta of any origin says them."""
+    if not isinstance(concepts, list):
+        return []
+    said = prompts if isinstance(prompts, list) and len(prompts) == len(concepts) else []
+    said = said or [""] * len(concepts)
+    return [(str(name), str(prompt)) for name, prompt in zip(concepts, said, strict=True)]

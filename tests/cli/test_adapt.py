@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -48,6 +49,24 @@ def test_adapt_several_concepts_at_once(workdir, model):
     assert all(torch.allclose(alone[name], shared[name], atol=1e-3) for name in alone)
     run("adapt", "cat", "dog", *options, "--overwrite")
     run("sample", "a dog", "--model", model, "--steps", 2, "--lora", "cat-dog-lora/dog")
+
+
+@pytest.mark.parametrize("method", ["dreambooth", "lora"])
+def test_a_whole_model_can_be_written(workdir, model, method):
+    options = ["--model", model, "--method", method, "--steps", 1, "--lr", 0.01]
+    output = run("adapt", "cat", *options, "-o", "whole", "--whole")
+    assert "--model whole" in output
+    assert "--adapter" not in output
+    run("adapt", "cat", *options, "-o", "adapter")
+    drawing = ["sample", "a cat", "--steps", 2]
+    run(*drawing, "--model", "whole", "-o", "whole.png")
+    run(*drawing, "--model", model, "--adapter", "adapter", "-o", "adapter.png")
+    assert Path("whole.png").read_bytes() == Path("adapter.png").read_bytes()
+    assert json.loads(Path("whole/mima.json").read_text())["command"] == "adapt"
+    card = Path("whole/README.md").read_text()
+    assert "One adapter in its model." in card
+    digest = hashlib.sha256(Path("whole/unet/diffusion_pytorch_model.safetensors").read_bytes())
+    assert f"{digest.hexdigest()}  unet/diffusion_pytorch_model.safetensors" in card
 
 
 def test_concepts_that_would_share_a_folder_are_refused(workdir, model):

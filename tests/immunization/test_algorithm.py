@@ -213,7 +213,8 @@ def test_a_run_reports_what_it_does(model, tmp_path):
     assert last.memory > 2**20
     assert 0 < last.residual < 1
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    assert [StepReport.from_dict(json.loads(line)) for line in lines] == seen
+    lasting = [replace(report, seconds=0.0, eta=0.0, memory=0) for report in seen]
+    assert [StepReport.from_dict(json.loads(line)) for line in lines] == lasting
     saved = json.loads((tmp_path / "out" / "mima.json").read_text())
     assert ImmunizeConfig.model_validate(saved["config"]) == config
     # an ordinary diffusers folder
@@ -411,8 +412,10 @@ def test_progress_has_room_in_80_columns(count, stage):
     out = io.StringIO()
     with ProgressBar(Console(file=out, force_terminal=True, width=80, color_system=None)) as bar:
         bar(replace(report_of(count, 999, 1000), stage=stage))
-    (line,) = {line for line in re.split(r"[\r\n]|\x1b\[[?\d]*[A-Za-z]", out.getvalue()) if line}
-    assert len(line.rstrip()) <= 80
+    text = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", out.getvalue())
+    lines = [line.rstrip() for line in re.split(r"[\r\n]", text) if line.strip()]
+    assert max(map(len, lines)) <= 80
+    line = lines[-1]
     for part in (" 999/1000 ", "1.50 s/step", "1:01:01 left"):
         assert part in line
 
