@@ -105,6 +105,12 @@ def adapt(
     overwrite: Overwrite = False,
 ) -> None:
     """Teach a model a concept, as its owner would, or an attacker."""
+    from mima.storage.output import check_folder
+
+    if output is not None:
+        check_folder(output, overwrite=overwrite)
+
+    # only now what takes seconds to import
     from mima.adaptation import configure
     from mima.adaptation.resumable import adapt as run_adapt
     from mima.console import command, progress, stderr, stdout

@@ -76,16 +76,7 @@ def erase(
     overwrite: Overwrite = False,
 ) -> None:
     """Erase concepts from a model."""
-    from dataclasses import asdict
-
-    from mima.concepts.reading import load_concepts
-    from mima.console import progress, stdout
-    from mima.erasure import VARIANTS
-    from mima.erasure import erase as run_erase
-    from mima.release.repository import save_pipeline
-    from mima.settings import checked
-    from mima.storage.output import check_folder, fresh_folder
-    from mima.training.captions import ordinary_captions
+    from mima.storage.output import check_folder
 
     check_folder(output, overwrite=overwrite)
     options = {"steps": steps, "learning_rate": lr}
@@ -96,6 +87,19 @@ def erase(
         raise MimaError(f"--preserve and --technique are for method uce, not for {method}")
     if not concepts and not words:
         raise MimaError("erase: give concepts, or --words")
+
+    # only now what takes seconds to import
+    from dataclasses import asdict
+
+    from mima.concepts.reading import load_concepts
+    from mima.console import progress, stdout
+    from mima.erasure import VARIANTS
+    from mima.erasure import erase as run_erase
+    from mima.release.repository import save_pipeline
+    from mima.settings import checked
+    from mima.storage.output import fresh_folder
+    from mima.training.captions import ordinary_captions
+
     erased: list[Concept | str] = [*(words or [])]
     if concepts:
         erased += described_concepts(concepts, {} if prompt is None else {"prompt": prompt})

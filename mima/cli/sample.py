@@ -51,10 +51,6 @@ def sample(
     overwrite: Overwrite = False,
 ) -> None:
     """Draw pictures."""
-    from mima.adapters.merge import merge_adapters
-    from mima.console import progress, stdout
-    from mima.families import family_of
-    from mima.sampling import Sampler
     from mima.storage.output import check_file, slug
 
     if not prompt.strip():
@@ -67,6 +63,13 @@ def sample(
         paths = [path.with_stem(f"{path.stem}-{number}") for number in range(1, num + 1)]
     for one in paths:
         check_file(one, overwrite=overwrite)
+
+    # only now what takes seconds to import
+    from mima.adapters.merge import merge_adapters
+    from mima.console import progress, stdout
+    from mima.families import family_of
+    from mima.sampling import Sampler
+
     source = model_source(model, revision, variant, single_file_config)
     pipeline = open_pipeline(source, dtype, device)
     # refuses what does not fit

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from support.commands import run
+from support.commands import run, write_config
 from typer.testing import CliRunner
 
 import mima
@@ -37,6 +37,36 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+REFUSED = {
+    "immunize, no file": ["immunize", "absent.yaml"],
+    "immunize, a setting": ["immunize", "run.yaml", "--set", "stpes=3", "-o", "out"],
+    "immunize, a full folder": ["immunize", "run.yaml", "-o", "dog"],
+    "demo": ["demo", "--output", "dog"],
+    "adapt": ["adapt", "cat", "--output", "dog"],
+    "erase, nothing": ["erase", "-o", "out"],
+    "erase, a full folder": ["erase", "cat", "-o", "dog"],
+    "merge": ["merge", "a", "b", "-o", "out", "--weights", "half"],
+    "apply": ["apply", "delta", "-o", "dog"],
+    "push": ["push", "absent", "me/model"],
+    "sample": ["sample", "x", "-o", "x.gif"],
+    "an option": ["sample", "x", "--sedd", "3"],
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_arguments_are_refused_before_anything_heavy_is_imported(workdir, case):
+    write_config(workdir / "run.yaml")
+    code = (
+        "import sys\n"
+        "from mima.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print(sorted({'torch', 'diffusers', 'matplotlib'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, *REFUSED[case]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "[]\n"), done.stderr
 
 
 def test_the_module_runs_too():

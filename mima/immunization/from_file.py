@@ -1,0 +1,138 @@
+"""A run as a YAML file describes it: what `mima immunize run.yaml` does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mima.choices import Task
+from mima.errors import MimaError, nearest
+from mima.immunization.config import ImmunizeConfig, ImmunizeRun, load_config, with_recipe
+from mima.settings import parse_config, set_nested
+from mima.storage.output import check_folder
+
+if TYPE_CHECKING:
+    from mima.immunization.progress import Callback
+    from mima.immunization.result import ImmunizeResult
+
+
+def read_run(
+    path: str | Path,
+    *,
+    task: Task | None = None,
+    settings: Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
+    erased: str | Path | None = None,
+) -> ImmunizeRun:
+    """Read a run's file, with what is said beside it.
+
+    Args:
+        path: the file. Relative paths in it start from its folder, and come out resolved; those of
+            the other arguments start from the working directory.
+        task: a recipe that lies beneath what the file and ``settings`` say; where the concepts are
+            erased already, it erases nothing.
+        settings: dotted names and values that replace the file's: ``{"lower.steps": 8}``. A name
+            that only ``ImmunizeConfig`` has needs no ``immunize.`` before it.
+        output: takes the place of the file's.
+        erased: likewise.
+
+    Raises:
+        MimaError: the file cannot be read, a setting is unknown or contradicts another, or neither
+            the file nor ``output`` says where to write.
+    """
+    path = Path(path)
+    run = load_config(path)
+    raw = run.model_dump(exclude_unset=True)
+    known = {*ImmunizeRun.model_fields, *ImmunizeConfig.model_fields}
+    for name, value in (settings or {}).items():
+        first = name.partition(".")[0]
+        if first not in known:
+            raise MimaError(f"--set {name}: unknown setting; {nearest(first, known)}")
+        set_nested(raw, name if first in ImmunizeRun.model_fields else f"immunize.{name}", value)
+    if task is not None:
+        own = raw.get("immunize", {})
+        if erased is not None or raw.get("erased") is not None:
+            own = {"erase_first": False, **own}
+        raw["immunize"] = with_recipe(task, own)
+    if settings or task:
+        run = parse_config(ImmunizeRun, raw, source="--set")
+    run = _located(run, path.parent)
+    given = {"output": output, "erased": erased}
+    said = {name: Path(value) for name, value in given.items() if value is not None}
+    run = run.model_copy(update=said)
+    if run.output is None:
+        raise MimaError(f"nowhere to write: give --output, or output in {path}")
+    return run
+
+
+def immunize_file(
+    path: str | Path,
+    *,
+    task: Task | None = None,
+    settings: Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
+    erased: str | Path | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    single_file_config: str | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    delta: bool = False,
+    device: str | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> ImmunizeResult:
+    """Immunize a model as a file says: see ``read_run`` and ``immunize`` for the arguments.
+
+    Raises:
+        MimaError: as they do.
+
+    Example:
+        >>> immunize_file("run.yaml", task="relearn", settings={"steps": 100})
+    """
+    run = read_run(path, task=task, settings=settings, output=output, erased=erased)
+    assert run.output is not None
+    check_folder(run.output, overwrite=overwrite)
+
+    # only now what takes seconds to import
+    from mima.concepts.reading import load_concepts
+    from mima.families import ModelSource
+    from mima.immunization.algorithm import immunize
+
+    return immunize(
+        ModelSource(
+            run.model,
+            revision or run.revision,
+            variant or run.variant,
+            single_file_config or run.single_file_config,
+        ),
+        load_concepts(run.concepts, base=Path(path).parent),
+        run.immunize,
+        erased=run.erased,
+        output=run.output,
+        overwrite=overwrite,
+        resume=resume,
+        delta=delta,
+        device=device,
+        callbacks=callbacks,
+    )
+
+
+def _located(run: ImmunizeRun, folder: Path) -> ImmunizeRun:
+    """A run with its paths resolved from the folder of its file."""
+
+    def beside(model: str) -> str:
+        """A model may be a hub id or a name, too."""
+        return str(folder / model) if (folder / model).exists() else model
+
+    changes: dict[str, Any] = {"model": beside(run.model)}
+    if run.single_file_config is not None:
+        changes["single_file_config"] = beside(run.single_file_config)
+    if run.output is not None:
+        changes["output"] = folder / run.output
+    if run.erased is not None:
+        changes["erased"] = folder / run.erased.expanduser()
+    if run.immunize.captions is not None:
+        captions = folder / run.immunize.captions
+        changes["immunize"] = run.immunize.model_copy(update={"captions": captions})
+    return run.model_copy(update=changes)
