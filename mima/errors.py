@@ -22,6 +22,12 @@ class ProblemList(MimaError):  # noqa: N818 - reads as what it holds; MimaError 
         super().__init__("\n".join([summary, *(f"  - {problem}" for problem in self.problems)]))
 
 
+def one_line(error: object, longest: int = 200) -> str:
+    """An error or a value as one line that is not too long, whatever stands in it."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A suggestion to append to "unknown NAME": the closest valid name and the whole list."""
     known = sorted(valid)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,9 +18,9 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mima.choices import Method, PictureProtocol
-from mima.errors import MimaError
+from mima.errors import MimaError, one_line
 from mima.evaluation.metrics import GapCurve, IntervalKind
-from mima.storage.output import write_whole
+from mima.storage.output import LONGEST_NAME, write_whole
 
 FORMAT: Literal[2] = 2
 EVALUATION_FILE = "evaluation.json"
@@ -366,16 +367,17 @@ class EvaluationFolder:
             raise MimaError(
                 f"{self.path} holds no {EVALUATION_FILE}: mima evaluate writes such folders"
             ) from error
-        except (OSError, ValueError) as error:
-            raise MimaError(f"evaluation: cannot read {path}: {error}") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise MimaError(f"evaluation: cannot read {path}: {one_line(error)}") from error
         if isinstance(raw, dict) and raw.get("format") != FORMAT:
             raise MimaError(
-                f"evaluation: {path} has format {raw.get('format')!r}; this version reads {FORMAT}"
+                f"evaluation: {path} has format {one_line(raw.get('format'))}; "
+                f"this version reads {FORMAT}"
             )
         try:
             return Evaluation.model_validate(raw)
         except ValidationError as error:
-            raise MimaError(f"evaluation: {path} is damaged: {error}") from error
+            raise MimaError(f"evaluation: {path} is damaged: {one_line(error)}") from error
 
     def attacks(self) -> list[AttackRow]:
         """Read ``attacks.csv``; no file, no rows."""
@@ -399,11 +401,11 @@ class EvaluationFolder:
 
     def image_folder(self, attack: str, side: Side, step: int) -> Path:
         """Where `images` are."""
-        return self.path / "images" / attack / side / f"{step:05d}"
+        return self.path / "images" / self._name(attack) / side / f"{step:05d}"
 
     def reference_folder(self, slug: str) -> Path:
         """Where `references` are."""
-        return self.path / "images" / "references" / slug
+        return self.path / "images" / "references" / self._name(slug)
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
         """Write ``evaluation.json``."""
@@ -422,12 +424,20 @@ class EvaluationFolder:
         try:
             with path.open(encoding="utf-8", newline="") as file:
                 return [kind.model_validate(row) for row in csv.DictReader(file)]
-        except (OSError, csv.Error, ValidationError) as error:
-            raise MimaError(f"evaluation: cannot read {path}: {error}") from error
+        except (OSError, csv.Error, ValueError) as error:
+            raise MimaError(f"evaluation: cannot read {path}: {one_line(error)}") from error
+
+    def _name(self, name: str) -> str:
+        """A folder's name, which leads nowhere else."""
+        too_long = len(name.encode(errors="replace")) > LONGEST_NAME
+        if name in ("", ".", "..") or "/" in name or not name.isprintable() or too_long:
+            raise MimaError(f"evaluation: {self.path} names a folder {one_line(name)!r}")
+        return name
 
     @staticmethod
     def _pictures(folder: Path) -> list[Path]:
-        return sorted(folder.glob("*.png"), key=lambda path: int(path.stem))
+        own = [path for path in folder.glob("*.png") if re.fullmatch("[0-9]{1,9}", path.stem)]
+        return sorted(own, key=lambda path: int(path.stem))
 
 
 def _table(kind: type[BaseModel], rows: Iterable[BaseModel]) -> str:

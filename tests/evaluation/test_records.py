@@ -1,7 +1,9 @@
 import json
+import random
 
 import pytest
 from pydantic import ValidationError
+from support.evaluations import write_evaluation
 
 from mima.errors import MimaError
 from mima.evaluation.records import (
@@ -150,3 +152,68 @@ def test_what_cannot_be_read_is_named(tmp_path):
     (tmp_path / "attacks.csv").write_text("attack,lr\na,b\n")
     with pytest.raises(MimaError, match="cannot read"):
         folder.attacks()
+
+
+@pytest.fixture(scope="module")
+def evaluation_files(tmp_path_factory):
+    """The files of a small evaluation, by name."""
+    path = write_evaluation(
+        tmp_path_factory.mktemp("e") / "run", seeds=(0,), similarities=("clip",)
+    )
+    names = ("evaluation.json", "attacks.csv", "curves.csv")
+    return {name: (path / name).read_bytes() for name in names}
+
+
+def mutated(content, chance):
+    """Some bytes cut, doubled, or replaced by what readers stumble over."""
+    at = chance.randrange(len(content))
+    end = min(len(content), at + chance.choice([1, 5, 100]))
+    hostile = [b"", b"\0", b"\xff\xfe", b'"', b"{", b"[" * 50_000, b"1e999", b"NaN", b"null"]
+    hostile += [b"../../..", b",", b"\n", "\u2028".encode(), b"9" * 5000, content[at:end] * 3]
+    return content[:at] + chance.choice(hostile) + content[end:]
+
+
+def refusal(folder):
+    """What reading a folder says against it; None where it is read."""
+    try:
+        for row in folder.attacks():
+            folder.images(row.attack, "original", row.steps)
+        for concept in folder.evaluation().concepts:
+            folder.references(concept.slug)
+        folder.curves()
+    except MimaError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "attacks.csv", "curves.csv"])
+def test_a_damaged_folder_is_read_or_refused_in_one_line(tmp_path, evaluation_files, name):
+    for other, content in evaluation_files.items():
+        (tmp_path / other).write_bytes(content)
+    refused = 0
+    for seed in range(150):
+        content = mutated(evaluation_files[name], random.Random(seed))
+        (tmp_path / name).write_bytes(content)
+        folder = EvaluationFolder(tmp_path)
+        said = refusal(folder)
+        if said is not None:
+            refused += 1
+            assert "\n" not in said
+            assert len(said) < 500
+    assert refused > 30
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "a\0b", "", "/etc", "x" * 300, "\ud800"])
+def test_names_lead_out_of_no_folder(tmp_path, name):
+    for read in (lambda f: f.images(name, "original", 1), lambda f: f.references(name)):
+        with pytest.raises(MimaError, match="names a folder"):
+            read(EvaluationFolder(tmp_path))
+
+
+def test_pictures_of_others_are_not_ours(tmp_path):
+    folder = EvaluationFolder(tmp_path)
+    place = folder.image_folder("a", "original", 1)
+    place.mkdir(parents=True)
+    for name in ("10", "9", "x", "-1", "1.5"):
+        (place / f"{name}.png").write_bytes(b"")
+    assert [path.name for path in folder.images("a", "original", 1)] == ["9.png", "10.png"]
