@@ -292,7 +292,7 @@ def measured(curve: GapCurve | None) -> dict[str, Any]:
     Args:
         curve: both models along the attack; None if it ended before the first evaluated step.
     """
-    half = curve and curve.half_rise
+    half = None if curve is None else curve.half_rise
     before = (curve and curve.before) or (None, None)
     return {
         "sgr_mean": curve and curve.mean,
