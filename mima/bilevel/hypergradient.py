@@ -11,9 +11,9 @@ Hessian-vector product. The gradient modes differ in that product alone:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,6 +26,8 @@ from mima.bilevel.optimizers import Vector
 Product = Callable[[Params], tuple[Tensors, Tensors]]
 """``u ↦ (∂²L/∂z∂z · u, ∂²L/∂θ∂z · u)``, the second for those of the θ names that were asked for
 on which L depends beside z."""
+Cotangent = Callable[[Callable[[], Params]], Params]
+"""The gradient at one state's change θ'_k − θ, for a function that returns z_k."""
 Linearise = Callable[[LowerLevel, State, Params, tuple[str, ...], int], tuple[Tensors, Product]]
 """Gradient of step k's loss at a state, and its Hessian product there."""
 
@@ -123,45 +125,52 @@ def pullback(
     task: LowerLevel,
     theta: Params,
     wrt: tuple[str, ...],
-    cotangent: Callable[[Callable[[], Params]], Params],
+    cotangents: Mapping[int, Cotangent],
 ) -> Tensors:
-    """Vector-Jacobian product of ``θ ↦ θ'[n](θ) − θ``.
+    """Vector-Jacobian product of ``θ ↦ (θ'_k[n](θ) − θ)``, k the states of the path asked for.
 
     Args:
         mode: ``exact``, ``finite_difference`` or ``first_order``.
         task: the lower-level problem.
         theta: θ, by name.
         wrt: the names of θ to differentiate by.
-        cotangent: gives the gradient at the change θ'[n] − θ, and at new words. Its argument
-            returns z_K, for one that depends on it.
+        cotangents: for states k in 1 … K after k steps, what gives the gradient at the change
+            θ'_k[n] − θ, and at new words. Its argument returns z_k, for one that depends on z_k.
 
     Returns:
         Gradient at θ, by name (names without any are absent). Memory: K states, one graph.
     """
     if mode == "first_order":
         return {}
-    linearise, last = LINEARISE[mode], task.steps - 1
+    linearise, last = LINEARISE[mode], max(cotangents) - 1
     # exact computes them anew, with their graph
     keep = mode != "exact" and task.optimizer.reads_gradient
     states = lower.descend(task, theta, last, keep_gradients=keep)
-    g, product = linearise(task, states[last], theta, wrt, last)
-
-    @cache
-    def final() -> Params:
-        known = g or lower.gradient(task, states[last], theta, last)
-        return lower.advance(task, states[last], known, last).z
-
-    z_bar, total = task.change_pullback(final, theta, wrt, cotangent(final))
+    z_bar: Tensors = {}
+    total: Tensors = {}
     memory_bar: dict[str, Vector] | None = None
-    for k in reversed(range(task.steps)):
-        if k != last:
-            g, product = linearise(task, states[k], theta, wrt, k)
+    for k in reversed(range(last + 1)):
+        g, product = linearise(task, states[k], theta, wrt, k)
+        if k + 1 in cotangents:
+            after = partial(_after, task, states, theta, g, k)
+            bar = cotangents[k + 1](after)
+            here, at_theta = task.change_pullback(after, theta, wrt, bar)
+            accumulate(z_bar, here)
+            accumulate(total, at_theta)
         z_bar, g_bar, memory_bar = _rule_pullback(task, states[k], g, k, z_bar, memory_bar)
         hz, htheta = product(g_bar)
         z_bar = {name: value + hz[name] for name, value in z_bar.items()}
         accumulate(total, htheta)
     accumulate(total, {n: v for n, v in task.start_pullback(z_bar).items() if n in wrt})
     return total
+
+
+def _after(task: LowerLevel, states: Sequence[State], theta: Params, g: Params, k: int) -> Params:
+    """What is trained, after step k. The path's last step is taken here, when its end is asked."""
+    if k + 1 < len(states):
+        return states[k + 1].z
+    known = g or lower.gradient(task, states[k], theta, k)
+    return lower.advance(task, states[k], known, k).z
 
 
 def _rule_pullback(
@@ -182,7 +191,7 @@ def _rule_pullback(
         gradient = gradient.detach().requires_grad_()
         memory = tuple(m.detach().requires_grad_() for m in state.memory[name])
         with torch.enable_grad():
-            z_next, memory_next = task.rule(name).step(z, gradient, memory, k)
+            z_next, memory_next = task.rule(name).step(z, gradient, memory, task.age + k)
         bars = memory_bar[name] if memory_bar else tuple(torch.zeros_like(m) for m in memory)
         out = torch.autograd.grad(
             [z_next, *memory_next], [z, gradient, *memory], [z_bar[name], *bars]

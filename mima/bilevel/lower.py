@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,10 +25,16 @@ class LowerLevel(ABC):
     Attributes:
         steps: K ≥ 1.
         optimizer: the update rule.
+        age: steps that were taken before these K, for rules that count them.
+        memory: the optimizer's state after those steps; None where there were none.
+        continues: whether another K steps are to go on from the last state.
     """
 
     steps: int
     optimizer: Optimizer
+    age: int = 0
+    memory: Mapping[str, Vector] | None = None
+    continues: bool = False
 
     def rule(self, name: str) -> Optimizer:
         """The update rule of one of z's tensors: ``optimizer``, or one like it but for its step."""
@@ -69,6 +76,10 @@ class LowerLevel(ABC):
             cotangent: gradient at ``change``.
         """
 
+    def stop(self, state: State, theta: Params) -> Carried:
+        """What another lower level of this kind needs to go on from the last state."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be continued")
+
     @abstractmethod
     def start_pullback(self, cotangent: Params) -> Tensors:
         """Adjoint of ``start``, by name of θ."""
@@ -89,16 +100,34 @@ class State:
     gradient: Tensors | None = None
 
 
+@dataclass(frozen=True)
+class Carried:
+    """An attack that is to go on after θ has changed.
+
+    Attributes:
+        moved: what it trained: z − θ where z is a part of the network, z itself where z is beside
+            the network (LoRA's factors).
+        memory: the optimizer's state for each tensor.
+        age: steps taken.
+    """
+
+    moved: Tensors
+    memory: Mapping[str, Vector]
+    age: int
+
+
 def start(task: LowerLevel, theta: Params) -> State:
     """State before the first step."""
     z = task.start(theta)
+    if task.memory is not None:
+        return State(z, dict(task.memory))
     return State(z, {name: task.rule(name).init(value) for name, value in z.items()})
 
 
 def advance(task: LowerLevel, state: State, gradient: Params, k: int) -> State:
     """State after step k."""
     stepped = {
-        name: task.rule(name).step(value, gradient[name], state.memory[name], k)
+        name: task.rule(name).step(value, gradient[name], state.memory[name], task.age + k)
         for name, value in state.z.items()
     }
     return State(
@@ -138,22 +167,29 @@ def descend(
     return states
 
 
-def adapt(task: LowerLevel, theta: Params) -> Tensors:
-    """z_K(θ) without a graph, in the memory of one step."""
+def path(task: LowerLevel, theta: Params) -> Iterator[State]:
+    """The K states after each step, without a graph, in the memory of one step."""
     state = start(task, theta)
     for k in range(task.steps):
         state = advance(task, state, gradient(task, state, theta, k), k)
-    return state.z
+        yield state
 
 
-def unroll(task: LowerLevel, theta: Params) -> Tensors:
-    """z_K(θ) with the whole graph kept: differentiable, in memory that grows with K."""
+def adapt(task: LowerLevel, theta: Params) -> Tensors:
+    """z_K(θ) without a graph, in the memory of one step."""
+    return deque(path(task, theta), maxlen=1)[0].z
+
+
+def unroll(task: LowerLevel, theta: Params) -> list[Tensors]:
+    """z_1(θ) … z_K(θ) with the whole graph kept: differentiable, in memory that grows with K."""
     first = start(task, theta)
     z = {n: v if v.requires_grad else v.detach().requires_grad_() for n, v in first.z.items()}
     state = State(z, first.memory)
+    states = []
     for k in range(task.steps):
         loss = task.loss(state.z, theta, k)
         leaves = list(state.z.values())
         grads = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
         state = advance(task, state, dict(zip(state.z, grads, strict=True)), k)
-    return state.z
+        states.append(state.z)
+    return states

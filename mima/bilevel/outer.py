@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.nn.utils import get_total_norm
 
 from mima.bilevel import lower
 from mima.bilevel.hypergradient import accumulate, pullback
-from mima.bilevel.lower import LowerLevel, Params, Tensors
+from mima.bilevel.lower import Carried, LowerLevel, Params, Tensors
 from mima.distributed import ALONE, Ranks, union
 from mima.merging import MergeLayer
 
@@ -66,12 +66,16 @@ class OuterGradient:
         drift: ``‖φ − θ‖ / ‖θ‖``, how far the merge moved the weights.
         residual: ``‖(φ − W_n) C_nᵀ‖ / ‖(W_n − W0) C_nᵀ‖`` over all projected weights and concepts:
             how far they miss the merge's constraint; 0 where nothing is projected.
+        ends: where the lower levels that are to go on have stopped, by concept.
+
+    Losses, drift and residual are those of the path's last state.
     """
 
     gradient: Tensors
     losses: dict[Any, float]
     drift: float
     residual: float = 0.0
+    ends: dict[int, Carried] = field(default_factory=dict)
 
     @property
     def norm(self) -> float:
@@ -84,19 +88,19 @@ def outer_gradient(
     theta: Params,
     tasks: Sequence[LowerLevel],
     merge: MergeLayer,
-    upper: Sequence[UpperLevel],
+    upper: Upper,
     *,
     mode: str,
     wrt: tuple[str, ...],
     ranks: Ranks = ALONE,
 ) -> OuterGradient:
-    """Gradient of ``J(θ) = Σ upper(Merge({θ'[n](θ)}))``.
+    """Gradient of ``J(θ) = Σ_k Σ upper_k(Merge({θ'_k[n](θ)}))``, k the states of the path.
 
     Merge is linear, so the first pass needs each concept's contribution only, and the second asks
     each concept for one vector-Jacobian product:
 
-        φ = θ + Σ_n delta_n(θ'[n] − θ)
-        dJ/dθ = φ̄ + Σ_n (∂(θ'[n] − θ)/∂θ)ᵀ pullback_n(φ̄)
+        φ_k = θ + Σ_n delta_n(θ'_k[n] − θ)
+        dJ/dθ = Σ_k φ̄_k + Σ_n Σ_k (∂(θ'_k[n] − θ)/∂θ)ᵀ pullback_n(φ̄_k)
 
     Where lower levels train new words, each keeps its own embeddings beside φ, and the merge plan
     is made anew from them: delta depends on all, and dJ/dθ goes through the plan's solve to each
@@ -108,64 +112,131 @@ def outer_gradient(
 
     Args:
         theta: θ by name, every parameter that any concept or the defender changes.
-        tasks: the lower level of each concept.
+        tasks: the lower level of each concept. Their paths are merged state by state, so where
+            there are several, all take the same number of steps.
         merge: the merge layer, its concepts in the order of ``tasks``.
         upper: the upper level in parts that are summed, each differentiated by itself: one for
-            each concept or, where no lower level trains new words, for several.
+            each concept or, where no lower level trains new words, for several. A mapping gives
+            such parts for some states of the path, by the steps k in 1 … K that lead to them;
+            otherwise they are those of the last state.
         mode: ``exact``, ``finite_difference`` or ``first_order``.
         wrt: the names that the defender may change.
-        ranks: the processes that share the concepts out. Each sum over concepts is one all-reduce.
+        ranks: the processes that share the concepts out. Each sum over concepts is one all-reduce
+            for each state.
 
     Returns:
         The gradient, the same in every process; equal to that of ``naive_outer_gradient`` up to
-        rounding.
+        rounding. Memory: that of one concept, and φ_k − θ for each state k.
     """
     theta = {name: value.detach() for name, value in theta.items()}
+    parts = along_path(upper, tasks)
     mine = ranks.share(len(tasks))
-    moved: Tensors = {}
+    points = {k: _Point() for k in parts}
     names: tuple[str, ...] = ()
-    asked: dict[int, torch.Tensor] = {}
-    tokens: dict[int, torch.Tensor] = {}
-    words: dict[int, Tensors] = {}
+    ends: dict[int, Carried] = {}
     for n in mine:
         task = tasks[n]
-        change, words[n] = apart(task.change(lower.adapt(task, theta), theta), theta)
-        names = tuple(change)
-        accumulate(moved, merge.averaged(n, change))
-        if merge.plan is not None:
-            tokens[n] = task.tokens(words[n]) if merge.trained_tokens else merge.plan.C[n]
-            asked[n] = merge.asked(change, tokens[n])
-    if merge.trained_tokens:
-        merge = _plan_anew(merge, tokens, len(tasks), ranks)
-    moved |= merge.spread(asked, {name: theta[name] for name in names})
-    moved = ranks.all_reduce(moved, theta)
-    missed = merge.missed(asked, {name: moved[name] for name in names})
-
-    phi = {n: v + moved[n] if n in moved else v for n, v in theta.items()}
-    phi_bar, words_bar, losses = upper_gradient(phi, upper, ranks, words)
-
-    total = {name: phi_bar[name] for name in wrt}
-    if mode != "first_order":
-        changed_bar = {name: phi_bar[name] for name in names}
-        tokens_bar: list[torch.Tensor] = []
+        for k, state in enumerate(lower.path(task, theta), start=1):
+            if k in points:
+                names = points[k].add(n, task, task.change(state.z, theta), merge, theta)
+        if task.continues:
+            ends[n] = task.stop(state, theta)
+    bars: dict[int, _Bar] = {}
+    total: Tensors = {}
+    losses: dict[str, float] = {}
+    for k, point in points.items():
         if merge.trained_tokens:
-            tokens_bar = _plan_pullback(merge, asked, changed_bar, len(tasks), ranks)
-
-        def cotangent(n: int, task: LowerLevel, final: Callable[[], Params]) -> Tensors:
-            bar = merge.pullback(n, phi_bar)
+            point.merge = _plan_anew(merge, point.tokens, len(tasks), ranks)
+        else:
+            point.merge = merge
+        moved = point.moved | point.merge.spread(point.asked, {name: theta[name] for name in names})
+        moved = ranks.all_reduce(moved, theta)
+        missed = point.merge.missed(point.asked, {name: moved[name] for name in names})
+        phi = {n: v + moved[n] if n in moved else v for n, v in theta.items()}
+        bar, words_bar, losses = upper_gradient(phi, parts[k], ranks, point.words)
+        accumulate(total, {name: bar[name] for name in wrt})
+        if mode != "first_order":
+            bars[k] = _Bar({name: bar[name] for name in names}, words_bar)
             if merge.trained_tokens:
-                change, _ = apart(task.change(final(), theta), theta)
-                C_bar = tokens_bar[n] + merge.token_pullback(n, change, changed_bar)
-                accumulate(bar, _tokens_pullback(task, words[n], C_bar))
-            accumulate(bar, words_bar.get(n, {}))
-            return bar
+                bars[k].tokens = _plan_pullback(
+                    point.merge, point.asked, bars[k].changed, len(tasks), ranks
+                )
+    if mode != "first_order":
+
+        def cotangent(n: int, task: LowerLevel, k: int, state: Callable[[], Params]) -> Tensors:
+            point, bar = points[k], bars[k]
+            back = point.merge.pullback(n, bar.changed)
+            if merge.trained_tokens:
+                change, _ = apart(task.change(state(), theta), theta)
+                C_bar = bar.tokens[n] + point.merge.token_pullback(n, change, bar.changed)
+                accumulate(back, _tokens_pullback(task, point.words[n], C_bar))
+            accumulate(back, bar.words.get(n, {}))
+            return back
 
         second: Tensors = {}
         for n in mine:
             task = tasks[n]
-            accumulate(second, pullback(mode, task, theta, wrt, partial(cotangent, n, task)))
-        accumulate(total, ranks.all_reduce(second, total))
-    return OuterGradient(total, losses, drift(theta, moved), residual(missed, ranks))
+            cotangents = {k: partial(cotangent, n, task, k) for k in points}
+            accumulate(second, pullback(mode, task, theta, wrt, cotangents))
+        accumulate(total, ranks.all_reduce(second, {name: theta[name] for name in wrt}))
+    everyone = _gathered(ends, ranks)
+    return OuterGradient(total, losses, drift(theta, moved), residual(missed, ranks), everyone)
+
+
+Upper = Sequence[UpperLevel] | Mapping[int, Sequence[UpperLevel]]
+"""The upper level's parts at the last state of the path, or at some states by their steps."""
+
+
+def along_path(upper: Upper, tasks: Sequence[LowerLevel]) -> Mapping[int, Sequence[UpperLevel]]:
+    """The parts by state, in the order of the path.
+
+    Raises:
+        ValueError: no state, one that the path does not have, or paths of different lengths.
+    """
+    lengths = {tasks[n].steps for n in range(len(tasks))}
+    if len(lengths) != 1:
+        raise ValueError(f"upper level: paths that are merged differ in length: {sorted(lengths)}")
+    (steps,) = lengths
+    parts = dict(upper) if isinstance(upper, Mapping) else {steps: upper}
+    if not parts or not all(1 <= k <= steps for k in parts):
+        raise ValueError(f"upper level: states must lie in 1 … {steps}, got {sorted(parts)}")
+    return {k: parts[k] for k in sorted(parts)}
+
+
+def _gathered(ends: dict[int, Carried], ranks: Ranks) -> dict[int, Carried]:
+    """What each process' concepts carry on, in every process: another may draw them next."""
+    return {n: end for part in ranks.all_gather(ends) for n, end in part.items()}
+
+
+@dataclass
+class _Point:
+    """What the concepts of this process bring to one state of the path, and how it is merged."""
+
+    moved: Tensors = field(default_factory=dict)
+    asked: dict[int, torch.Tensor] = field(default_factory=dict)
+    tokens: dict[int, torch.Tensor] = field(default_factory=dict)
+    words: dict[int, Tensors] = field(default_factory=dict)
+    merge: MergeLayer = field(init=False)
+
+    def add(
+        self, n: int, task: LowerLevel, change: Params, merge: MergeLayer, theta: Params
+    ) -> tuple[str, ...]:
+        """Take concept n's change in; the names that are merged."""
+        merged, self.words[n] = apart(change, theta)
+        accumulate(self.moved, merge.averaged(n, merged))
+        if merge.plan is not None:
+            self.tokens[n] = task.tokens(self.words[n]) if merge.trained_tokens else merge.plan.C[n]
+            self.asked[n] = merge.asked(merged, self.tokens[n])
+        return tuple(merged)
+
+
+@dataclass
+class _Bar:
+    """The gradient at one state of the path: at the merged names, at new words, at tokens."""
+
+    changed: Tensors
+    words: dict[int, Tensors]
+    tokens: list[torch.Tensor] = field(default_factory=list)
 
 
 def upper_gradient(
@@ -256,7 +327,7 @@ def _everyones(
 def unmerged_gradient(
     theta: Params,
     tasks: Sequence[LowerLevel],
-    upper: Sequence[UpperLevel],
+    upper: Upper,
     *,
     mode: str,
     wrt: tuple[str, ...],
@@ -264,20 +335,29 @@ def unmerged_gradient(
 ) -> OuterGradient:
     """Gradient of ``Σ_n upper_n(θ'[n](θ))``: each concept faces its own adaptation, no merge.
 
-    IMMA's objective (Zheng & Yeh, ECCV 2024), summed over concepts.
+    IMMA's objective (Zheng & Yeh, ECCV 2024), summed over concepts, here along their paths.
     """
     alone = MergeLayer(torch.ones(1))
     gradient: Tensors = {}
     seen: list[tuple[dict[str, float], float]] = []
+    ends: dict[int, Carried] = {}
     for n in ranks.share(len(tasks)):
-        one = outer_gradient(theta, [tasks[n]], alone, [upper[n]], mode=mode, wrt=wrt)
+        own: Upper
+        if isinstance(upper, Mapping):
+            own = {k: [parts[n]] for k, parts in upper.items() if k <= tasks[n].steps}
+        else:
+            own = [upper[n]]
+        one = outer_gradient(theta, [tasks[n]], alone, own, mode=mode, wrt=wrt)
         accumulate(gradient, one.gradient)
         seen.append((one.losses, one.drift))
+        if one.ends:
+            ends[n] = one.ends[0]
     everyone = ranks.interleave(seen, len(tasks))
     return OuterGradient(
         ranks.all_reduce(gradient, {name: theta[name] for name in wrt}),
         union(losses for losses, _ in everyone),
         max(drift for _, drift in everyone),
+        ends=_gathered(ends, ranks),
     )
 
 
@@ -285,7 +365,7 @@ def naive_outer_gradient(
     theta: Params,
     tasks: Sequence[LowerLevel],
     merge: MergeLayer,
-    upper: Sequence[UpperLevel],
+    upper: Upper,
     *,
     wrt: tuple[str, ...],
 ) -> OuterGradient:
@@ -294,22 +374,22 @@ def naive_outer_gradient(
     Run it inside ``twice_differentiable_attention`` if the loss has attention.
     """
     leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
-    adapted, words, C = [], [], []
-    for task in tasks:
-        change, own = apart(task.change(lower.unroll(task, leaves), leaves), leaves)
-        adapted.append({n: v + change[n] if n in change else v for n, v in leaves.items()})
-        words.append(own)
-        if merge.trained_tokens:
-            C.append(task.tokens(own))
-    if merge.trained_tokens:
-        merge = merge.for_tokens(C)
-    phi = merge(leaves, adapted)
-    losses: Tensors = {}
+    paths = [lower.unroll(task, leaves) for task in tasks]
     objective = torch.zeros((), device=merge.weights.device)
-    for own, level in zip(words, upper, strict=True):
-        part, found = level({**phi, **own})
-        objective = objective + part
-        losses |= found
+    for k, parts in along_path(upper, tasks).items():
+        adapted, words, C = [], [], []
+        for task, path in zip(tasks, paths, strict=True):
+            change, own = apart(task.change(path[k - 1], leaves), leaves)
+            adapted.append({n: v + change[n] if n in change else v for n, v in leaves.items()})
+            words.append(own)
+            if merge.trained_tokens:
+                C.append(task.tokens(own))
+        phi = (merge.for_tokens(C) if merge.trained_tokens else merge)(leaves, adapted)
+        losses: Tensors = {}
+        for own, level in zip(words, parts, strict=True):
+            part, found = level({**phi, **own})
+            objective = objective + part
+            losses |= found
     inputs = [leaves[name] for name in wrt]
     grads = torch.autograd.grad(objective, inputs, materialize_grads=True)
     return OuterGradient(

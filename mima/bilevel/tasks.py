@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from mima.bilevel.lower import LowerLevel, Params, Tensors
+from mima.bilevel.lower import Carried, LowerLevel, Params, State, Tensors
 from mima.bilevel.optimizers import Optimizer
 
 StepLoss = Callable[[Params, int], torch.Tensor]
@@ -23,18 +23,35 @@ class FullWeights(LowerLevel):
         names: the trained parameters.
         steps: K.
         optimizer: the update rule.
+        carried: where an earlier attack stopped, which these K steps continue from the weights as
+            they are now; None starts from θ.
     """
 
     def __init__(
-        self, loss: StepLoss, names: Sequence[str], *, steps: int, optimizer: Optimizer
+        self,
+        loss: StepLoss,
+        names: Sequence[str],
+        *,
+        steps: int,
+        optimizer: Optimizer,
+        carried: Carried | None = None,
     ) -> None:
         self._loss = loss
         self.names = tuple(names)
         self.steps = steps
         self.optimizer = optimizer
+        self._moved: Params = {}
+        if carried is not None:
+            self._moved, self.memory, self.age = carried.moved, carried.memory, carried.age
 
     def start(self, theta: Params) -> Tensors:
-        return {name: theta[name] for name in self.names}
+        if not self._moved:
+            return {name: theta[name] for name in self.names}
+        return {name: theta[name] + self._moved[name] for name in self.names}
+
+    def stop(self, state: State, theta: Params) -> Carried:
+        moved = {name: state.z[name] - theta[name] for name in self.names}
+        return Carried(moved, state.memory, self.age + self.steps)
 
     def loss(self, z: Params, theta: Params, k: int) -> torch.Tensor:
         return self._loss({**theta, **z}, k)
@@ -63,6 +80,8 @@ class LoraFactors(LowerLevel):
         generator: draws A as peft does, uniform in ±1/√D.
         steps: K.
         optimizer: the update rule.
+        like: a tensor whose dtype and device the factors have.
+        carried: where an earlier attack stopped, which these K steps continue.
     """
 
     def __init__(
@@ -76,6 +95,7 @@ class LoraFactors(LowerLevel):
         steps: int,
         optimizer: Optimizer,
         like: torch.Tensor,
+        carried: Carried | None = None,
     ) -> None:
         self._loss = loss
         self.names = tuple(shapes)
@@ -88,9 +108,18 @@ class LoraFactors(LowerLevel):
             A_RD = (2 * draw - 1) / in_features**0.5
             self._factors[f"{name}.lora_A"] = A_RD.to(like)
             self._factors[f"{name}.lora_B"] = like.new_zeros(out_features, rank)
+        if carried is not None:
+            self._factors, self.memory, self.age = (
+                dict(carried.moved),
+                carried.memory,
+                carried.age,
+            )
 
     def start(self, theta: Params) -> Tensors:
         return dict(self._factors)
+
+    def stop(self, state: State, theta: Params) -> Carried:
+        return Carried(state.z, state.memory, self.age + self.steps)
 
     def change(self, z: Params, theta: Params) -> Tensors:
         return {
