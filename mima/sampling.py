@@ -124,11 +124,10 @@ class Sampler:
         if adapters:
             pipeline, rows = with_adapters(pipeline, adapters)
         drawer = self._drawer(pipeline)
-        device = family_of(pipeline).device
         for start in range(0, len(jobs), self.batch_size):
             batch = jobs[start : start + self.batch_size]
             if rows is not None:
-                rows.index = torch.tensor([job.adapter for job in batch], device=device)
+                rows.choose(job.adapter for job in batch)
             yield from self._draw(drawer, batch)
 
     def _drawer(self, pipeline: Any) -> Any:

@@ -9,8 +9,11 @@ constexpr, without which loads and stores would be one element each.
 from __future__ import annotations
 
 import functools
+import math
+import operator
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -58,6 +61,17 @@ def store_narrow(ptrs, value, mask, FULL: tl.constexpr):
 
 
 @triton.jit
+def load_matrix(pointer, offs_i, offs_j, num_i, num_j, ld, TRANSPOSED: tl.constexpr = False):
+    """Load X[i, j], or X[j, i] if TRANSPOSED, of an X with rows of length ld; zero outside."""
+    mask = (offs_i < num_i)[:, None] & (offs_j < num_j)[None, :]
+    if TRANSPOSED:
+        offs = offs_j.to(tl.int64)[None, :] * ld + offs_i[:, None]
+    else:
+        offs = offs_i.to(tl.int64)[:, None] * ld + offs_j[None, :]
+    return tl.load(pointer + offs, mask, other=0.0)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """Return a b + acc.
 
@@ -69,15 +83,22 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
+def block_size(length: int, limit: int) -> int:
+    """Return a power of 2 for products over a length: 16 at least, as tl.dot needs."""
+    return min(max(triton.next_power_of_2(length), 16), limit)
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """Return how tl.dot multiplies float32 operands.
 
-    Three TF32 products keep float32's accuracy on NVIDIA's tensor cores; one is more accurate than
-    float16 and bfloat16 inputs are. AMD's matrix cores multiply float32 as it is.
+    On NVIDIA's tensor cores three TF32 products keep float32's accuracy. One is enough for float16
+    and bfloat16 inputs, which are less accurate, and for float32 where PyTorch's own products are
+    allowed TF32 (`torch.backends.cuda.matmul`). AMD's matrix cores multiply float32 as it is.
     """
     if torch.version.hip:
         return "ieee"
-    return "tf32x3" if dtype == torch.float32 else "tf32"
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed or dtype != torch.float32 else "tf32x3"
 
 
 def launch_options() -> dict[str, int]:
@@ -89,36 +110,98 @@ def launch_options() -> dict[str, int]:
     return {} if torch.version.hip else {"maxnreg": 255}
 
 
-def pointer_table(tensors: Sequence[Tensor | None]) -> Tensor:
-    """Return the tensors' addresses, int64 [len(tensors)], on their device; 0 for None."""
-    device = next(x.device for x in tensors if x is not None)
-    return to_device([0 if x is None else x.data_ptr() for x in tensors], torch.int64, device)
+def ceil_div(a: int, b: int) -> int:
+    """Return ⌈a / b⌉; `triton.cdiv` takes 3 µs on the host, and lists have hundreds of tensors."""
+    return -(-a // b)
 
 
-@functools.lru_cache(maxsize=64)
+@dataclass(frozen=True)
+class PointerTable:
+    """The addresses of a list of tensors, on their device."""
+
+    pointers: Tensor
+    """int64 [len(tensors)]; 0 for None."""
+    aligned: bool
+    """Whether every address is a multiple of `ALIGNMENT`."""
+
+
+def pointer_table(tensors: Sequence[Tensor | None], device: torch.device) -> PointerTable:
+    """Return the tensors' addresses; copied once for as long as the same addresses come again."""
+    addresses = tuple([0 if x is None else x.data_ptr() for x in tensors])
+    return _pointer_table(addresses, device, _stream(device))
+
+
 def sizes_on_device(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return int64 [len(sizes)]."""
-    return to_device(sizes, torch.int64, device)
+    """Return int64 [len(sizes)], copied once."""
+    return _sizes_on_device(sizes, device, _stream(device))
 
 
-def to_device(
-    values: Sequence[int] | Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Copy integers to the device without waiting for it."""
-    host = torch.tensor(values, dtype=dtype)
-    if device.type == "cpu":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)
+def block_map(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
+    """Return int32 [num_programs, 2]: the tensor of each program and the block within it, once."""
+    return _block_map(sizes, block, device, _stream(device))
+
+
+# Each cache is one of content: what a list of numbers is on a device. Its entries belong to the
+# stream that copied them, whose order makes the copy precede every launch that reads it, and the
+# reuse of an evicted entry's memory follow them. The bound covers a table per adapted layer of the
+# largest models; if every entry were a table of a merge, 24 KB for 3000 tensors, it were 50 MB.
+_ENTRIES = 2048
+
+
+@functools.lru_cache(maxsize=_ENTRIES)
+def _pointer_table(addresses: tuple[int, ...], device: torch.device, stream: int) -> PointerTable:
+    aligned = functools.reduce(operator.or_, addresses, 0) % ALIGNMENT == 0
+    return PointerTable(_integers(addresses, device), aligned)
+
+
+@functools.lru_cache(maxsize=_ENTRIES)
+def _sizes_on_device(sizes: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    return _integers(sizes, device)
 
 
 @functools.lru_cache(maxsize=64)
-def block_map(num_blocks: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return int32 [sum(num_blocks), 2]: the tensor of each program and the block within it."""
-    counts = torch.tensor(num_blocks)
-    tensor = torch.repeat_interleave(torch.arange(len(num_blocks)), counts)
-    first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    block = torch.arange(len(tensor)) - first
-    return torch.stack([tensor, block], dim=1).to(device, torch.int32)
+def _block_map(sizes: tuple[int, ...], block: int, device: torch.device, stream: int) -> Tensor:
+    with torch.device("cpu"):
+        counts = torch.tensor([ceil_div(size, block) for size in sizes], dtype=torch.int64)
+        tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+        first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+        rows = torch.stack([tensor, torch.arange(len(tensor)) - first], dim=1)
+    return _copied(rows.to(torch.int32), device)
+
+
+def _stream(device: torch.device) -> int:
+    """Return the current stream; refuse one that is being captured into a CUDA graph.
+
+    A graph keeps the addresses of the tables that its kernels read, and the tables themselves stay
+    only as long as a cache keeps them. `torch.compile` leaves the operators out of its graphs by
+    their tag `cudagraph_unsafe`.
+    """
+    if device.type != "cuda":
+        return 0
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("mima.kernels cannot be captured into a CUDA graph")
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def _integers(values: Sequence[int], device: torch.device) -> Tensor:
+    """Return int64 [len(values)] on a device."""
+    # not on the default device, which torch.set_default_device may have made the GPU
+    return _copied(torch.tensor(values, dtype=torch.int64, device="cpu"), device)
+
+
+def _copied(host: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device without waiting for it."""
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=64)
+def rank_multiple(ranks: tuple[int, ...]) -> int:
+    """Return the largest power of 2 up to 16 that divides every rank.
+
+    A kernel that knows it reads rows of B [o, r] in words as wide as they allow: 128 bits where a
+    row is a multiple of 16 bytes.
+    """
+    return math.gcd(16, *ranks)
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[None]:
@@ -129,8 +212,3 @@ def on_device_of(x: Tensor) -> AbstractContextManager[None]:
 def contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the tensors, copied where they are not contiguous."""
     return [x.contiguous() for x in tensors]
-
-
-def are_aligned(tensors: Sequence[Tensor | None]) -> bool:
-    """Return whether every tensor starts on a 16-byte boundary."""
-    return all(x is None or x.data_ptr() % ALIGNMENT == 0 for x in tensors)

@@ -10,6 +10,7 @@ Bytes: one read and one write of the weight. FLOPs: 2 o d Σ r_n.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,14 +21,17 @@ from torch import Tensor
 
 from mima.kernels._common import (
     TRITON_DTYPE,
-    are_aligned,
+    block_size,
+    ceil_div,
     contiguous,
     dot,
     dot_precision,
     launch_options,
+    load_matrix,
     load_pointer,
     on_device_of,
     pointer_table,
+    rank_multiple,
     sizes_on_device,
 )
 
@@ -46,6 +50,7 @@ class Settings:
     num_stages: int
 
 
+@functools.cache
 def settings(dtype: torch.dtype, rank: int) -> Settings:
     """Return the settings for a dtype and the largest rank.
 
@@ -57,18 +62,10 @@ def settings(dtype: torch.dtype, rank: int) -> Settings:
     return Settings(
         block_o=64,
         block_d=64,
-        block_r=min(max(triton.next_power_of_2(rank), 16), 16 if wide else 32),
+        block_r=block_size(rank, 16 if wide else 32),
         num_warps=8 if wide else 4,
         num_stages=2,
     )
-
-
-@triton.jit
-def _load_tile(pointer, offs_i, offs_j, num_i, num_j):
-    """Load X[i, j] of a contiguous [num_i, num_j] matrix, zero outside."""
-    mask = (offs_i < num_i)[:, None] & (offs_j < num_j)[None, :]
-    ptrs = pointer + offs_i.to(tl.int64)[:, None] * num_j + offs_j[None, :]
-    return tl.load(ptrs, mask, other=0.0)
 
 
 @triton.jit
@@ -81,8 +78,7 @@ def _store_tile(pointer, tile, offs_i, offs_j, num_i, num_j):
 @triton.jit
 def _merge_lora_fwd_kernel(
     weight_ptr,  # [o, d] in
-    A_ptr,  # [N] in, int64: addresses of A_n [r_n, d]
-    B_ptr,  # [N] in, int64: addresses of B_n [o, r_n]
+    table_ptr,  # [2 N] in, int64: addresses of A_n [r_n, d], then of B_n [o, r_n]
     rank_ptr,  # [N] in, int64
     coefficient_ptr,  # [N] in, fp32: w_n s_n
     out_ptr,  # [o, d] out, aliases nothing
@@ -91,6 +87,7 @@ def _merge_lora_fwd_kernel(
     num_adapters,  # N
     DTYPE: tl.constexpr,  # of all but the coefficients
     ALIGNED: tl.constexpr,  # every adapter's address is a multiple of 16 bytes
+    RANK_MULTIPLE: tl.constexpr,  # divides every rank
     PRECISION: tl.constexpr,  # of tl.dot on float32
     BLOCK_O: tl.constexpr,  # rows per program
     BLOCK_D: tl.constexpr,  # columns per program
@@ -98,16 +95,16 @@ def _merge_lora_fwd_kernel(
 ):
     offs_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    merged = _load_tile(weight_ptr, offs_o, offs_d, o, d).to(tl.float32)
+    merged = load_matrix(weight_ptr, offs_o, offs_d, o, d, d).to(tl.float32)
     for n in range(num_adapters):
-        A_n = load_pointer(A_ptr, n, DTYPE, ALIGNED)
-        B_n = load_pointer(B_ptr, n, DTYPE, ALIGNED)
-        rank = tl.load(rank_ptr + n).to(tl.int32)
+        A_n = load_pointer(table_ptr, n, DTYPE, ALIGNED)
+        B_n = load_pointer(table_ptr, num_adapters + n, DTYPE, ALIGNED)
+        rank = tl.multiple_of(tl.load(rank_ptr + n).to(tl.int32), RANK_MULTIPLE)
         BA = tl.zeros((BLOCK_O, BLOCK_D), tl.float32)
         for start in range(0, rank, BLOCK_R):
             offs_r = start + tl.arange(0, BLOCK_R)
-            B = _load_tile(B_n, offs_o, offs_r, o, rank)
-            A = _load_tile(A_n, offs_r, offs_d, rank, d)
+            B = load_matrix(B_n, offs_o, offs_r, o, rank, rank)
+            A = load_matrix(A_n, offs_r, offs_d, rank, d, d)
             BA = dot(B, A, BA, PRECISION)
         merged += tl.load(coefficient_ptr + n) * BA
     _store_tile(out_ptr, merged, offs_o, offs_d, o, d)
@@ -116,12 +113,9 @@ def _merge_lora_fwd_kernel(
 @triton.jit
 def _merge_lora_bwd_kernel(
     d_out_ptr,  # [o, d] in
-    A_ptr,  # [N] in, int64: addresses of A_n [r_n, d]
-    B_ptr,  # [N] in, int64: addresses of B_n [o, r_n]
+    table_ptr,  # [4 N] in, int64: addresses of A_n [r_n, d], B_n [o, r_n], d_A_n, d_B_n
     rank_ptr,  # [N] in, int64
     coefficient_ptr,  # [N] in, fp32: w_n s_n
-    d_A_ptr,  # [N] in, int64: addresses of d_A_n
-    d_B_ptr,  # [N] in, int64: addresses of d_B_n
     inner_ptr,  # [N, chunks, blocks_d] out, fp32: shares of ⟨d_out, B_n A_n⟩
     o,
     d,
@@ -131,6 +125,7 @@ def _merge_lora_bwd_kernel(
     NEED_INNER: tl.constexpr,  # write inner
     DTYPE: tl.constexpr,  # of all but the coefficients
     ALIGNED: tl.constexpr,  # every adapter's address is a multiple of 16 bytes
+    RANK_MULTIPLE: tl.constexpr,  # divides every rank
     PRECISION: tl.constexpr,  # of tl.dot on float32
     BLOCK_O: tl.constexpr,  # rows per program or step
     BLOCK_D: tl.constexpr,  # columns per program or step
@@ -140,25 +135,26 @@ def _merge_lora_bwd_kernel(
     chunk = tl.program_id(1)
     n = tl.program_id(2)
     offs_r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
-    rank = tl.load(rank_ptr + n)
+    num_adapters = tl.num_programs(2)
+    rank = tl.multiple_of(tl.load(rank_ptr + n), RANK_MULTIPLE)
     coefficient = tl.load(coefficient_ptr + n)
-    A_n = load_pointer(A_ptr, n, DTYPE, ALIGNED)
-    B_n = load_pointer(B_ptr, n, DTYPE, ALIGNED)
+    A_n = load_pointer(table_ptr, n, DTYPE, ALIGNED)
+    B_n = load_pointer(table_ptr, num_adapters + n, DTYPE, ALIGNED)
     if pid < blocks_d:
         if NEED_A or NEED_INNER:
             offs_d = pid * BLOCK_D + tl.arange(0, BLOCK_D)
             d_A = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
             for start in range(0, o, BLOCK_O):
                 offs_o = start + tl.arange(0, BLOCK_O)
-                B = _load_tile(B_n, offs_o, offs_r, o, rank)
-                d_out = _load_tile(d_out_ptr, offs_o, offs_d, o, d)
+                B = load_matrix(B_n, offs_o, offs_r, o, rank, rank)
+                d_out = load_matrix(d_out_ptr, offs_o, offs_d, o, d, d)
                 d_A = dot(tl.trans(B), d_out, d_A, PRECISION)
             if NEED_INNER:
-                A = _load_tile(A_n, offs_r, offs_d, rank, d).to(tl.float32)
+                A = load_matrix(A_n, offs_r, offs_d, rank, d, d).to(tl.float32)
                 i = (n * tl.num_programs(1) + chunk) * blocks_d + pid
                 tl.store(inner_ptr + i, tl.sum(d_A * A))
             if NEED_A:
-                d_A_n = load_pointer(d_A_ptr, n, DTYPE, ALIGNED)
+                d_A_n = load_pointer(table_ptr, 2 * num_adapters + n, DTYPE, ALIGNED)
                 _store_tile(d_A_n, coefficient * d_A, offs_r, offs_d, rank, d)
     else:
         if NEED_B:
@@ -166,10 +162,10 @@ def _merge_lora_bwd_kernel(
             d_B = tl.zeros((BLOCK_O, BLOCK_R), tl.float32)
             for start in range(0, d, BLOCK_D):
                 columns = start + tl.arange(0, BLOCK_D)
-                d_strip = _load_tile(d_out_ptr, rows, columns, o, d)
-                A_strip = _load_tile(A_n, offs_r, columns, rank, d)
+                d_strip = load_matrix(d_out_ptr, rows, columns, o, d, d)
+                A_strip = load_matrix(A_n, offs_r, columns, rank, d, d)
                 d_B = dot(d_strip, tl.trans(A_strip), d_B, PRECISION)
-            d_B_n = load_pointer(d_B_ptr, n, DTYPE, ALIGNED)
+            d_B_n = load_pointer(table_ptr, 3 * num_adapters + n, DTYPE, ALIGNED)
             _store_tile(d_B_n, coefficient * d_B, rows, offs_r, o, rank)
 
 
@@ -180,15 +176,15 @@ def merge_lora_forward(
     weight, A, B = weight.contiguous(), contiguous(A), contiguous(B)
     out = torch.empty_like(weight)
     o, d = weight.shape
-    ranks = tuple(len(A_n) for A_n in A)
+    ranks = tuple([A_n.shape[0] for A_n in A])
     if not A or out.numel() == 0:
         return weight.clone()
     chosen = settings(weight.dtype, max(ranks))
     with on_device_of(weight):
-        _merge_lora_fwd_kernel[(triton.cdiv(d, chosen.block_d), triton.cdiv(o, chosen.block_o))](
+        table = pointer_table([*A, *B], weight.device)
+        _merge_lora_fwd_kernel[(ceil_div(d, chosen.block_d), ceil_div(o, chosen.block_o))](
             weight_ptr=weight,
-            A_ptr=pointer_table(A),
-            B_ptr=pointer_table(B),
+            table_ptr=table.pointers,
             rank_ptr=sizes_on_device(ranks, weight.device),
             coefficient_ptr=scale * weights,
             out_ptr=out,
@@ -196,7 +192,8 @@ def merge_lora_forward(
             d=d,
             num_adapters=len(A),
             DTYPE=TRITON_DTYPE[weight.dtype],
-            ALIGNED=are_aligned([*A, *B]),
+            ALIGNED=table.aligned,
+            RANK_MULTIPLE=rank_multiple(ranks),
             PRECISION=dot_precision(weight.dtype),
             BLOCK_O=chosen.block_o,
             BLOCK_D=chosen.block_d,
@@ -225,29 +222,28 @@ def merge_lora_backward(
     d_out, A, B = d_out.contiguous(), contiguous(A), contiguous(B)
     need_inner = need_scale or need_weights
     o, d = d_out.shape
-    ranks = tuple(len(A_n) for A_n in A)
+    ranks = tuple([A_n.shape[0] for A_n in A])
     d_A = [torch.zeros_like(A_n) for A_n in A] if need_A else []
     d_B = [torch.zeros_like(B_n) for B_n in B] if need_B else []
     inner = torch.zeros_like(scale)
     if d_out.numel() > 0 and max(ranks, default=0) > 0 and (need_A or need_B or need_inner):
         chosen = settings(d_out.dtype, max(ranks))
-        blocks_d = triton.cdiv(d, chosen.block_d)
-        blocks_o = triton.cdiv(o, chosen.block_o) if need_B else 0
-        chunks = triton.cdiv(max(ranks), chosen.block_r)
+        blocks_d = ceil_div(d, chosen.block_d)
+        blocks_o = ceil_div(o, chosen.block_o) if need_B else 0
+        chunks = ceil_div(max(ranks), chosen.block_r)
         shares = torch.zeros(
             (len(A) if need_inner else 0, chunks, blocks_d),
             dtype=torch.float32,
             device=d_out.device,
         )
         with on_device_of(d_out):
+            nothing: list[Tensor | None] = [None] * len(A)
+            table = pointer_table([*A, *B, *(d_A or nothing), *(d_B or nothing)], d_out.device)
             _merge_lora_bwd_kernel[(blocks_d + blocks_o, chunks, len(A))](
                 d_out_ptr=d_out,
-                A_ptr=pointer_table(A),
-                B_ptr=pointer_table(B),
+                table_ptr=table.pointers,
                 rank_ptr=sizes_on_device(ranks, d_out.device),
                 coefficient_ptr=scale * weights,
-                d_A_ptr=pointer_table(d_A or A),
-                d_B_ptr=pointer_table(d_B or B),
                 inner_ptr=shares,
                 o=o,
                 d=d,
@@ -256,7 +252,8 @@ def merge_lora_backward(
                 NEED_B=need_B,
                 NEED_INNER=need_inner,
                 DTYPE=TRITON_DTYPE[d_out.dtype],
-                ALIGNED=are_aligned([*A, *B, *d_A, *d_B]),
+                ALIGNED=table.aligned,
+                RANK_MULTIPLE=rank_multiple(ranks),
                 PRECISION=dot_precision(d_out.dtype),
                 BLOCK_O=chosen.block_o,
                 BLOCK_D=chosen.block_d,

@@ -5,8 +5,9 @@ the concept's tokens, A_n = (W_n − W0) C_nᵀ, then writes W0 + Σ_n A_n M_n. 
 C and M swapped: B_n = φ̄ M_nᵀ, then W̄_n = B_n C_n. The projections [BLOCK_O, s_n] pass through a
 scratch buffer, because a program cannot index registers by concept.
 
-Bytes: forward reads N + 1 weights and writes one; W0 is read again by the same program, from the
-cache. FLOPs: 4 o d s per concept, in float32 accuracy on the tensor cores.
+Bytes: forward reads N + 1 weights and writes one. W0 is read once for several concepts, two in
+float32 and four otherwise, and once more at the end, from the cache, which is told to prefer it to
+W_n. FLOPs: 4 o d s per concept, in float32 accuracy on the tensor cores.
 """
 
 # N = concepts, L = layers, o, d = rows and columns of a weight; flat lists are concept-major
@@ -14,6 +15,7 @@ cache. FLOPs: 4 o d s per concept, in float32 accuracy on the tensor cores.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,8 +26,9 @@ from torch import Tensor
 
 from mima.kernels._common import (
     TRITON_DTYPE,
-    are_aligned,
     block_map,
+    block_size,
+    ceil_div,
     contiguous,
     dot_precision,
     launch_options,
@@ -54,6 +57,7 @@ class Settings:
     num_stages: int
 
 
+@functools.cache
 def settings(dtype: torch.dtype, longest: int) -> Settings:
     """Return the settings for a dtype and the longest concept.
 
@@ -61,7 +65,7 @@ def settings(dtype: torch.dtype, longest: int) -> Settings:
     line; twice that spills registers in float32 (compiled for sm_90 with triton 3.8). Not measured
     on a GPU.
     """
-    block_s = min(max(triton.next_power_of_2(longest), 16), 64)
+    block_s = block_size(longest, 64)
     return Settings(
         block_o=32, block_s=block_s, block_d=128 // dtype.itemsize, num_warps=4, num_stages=2
     )
@@ -74,11 +78,14 @@ def _tile_pointer(table_ptr, i, first, d, DTYPE: tl.constexpr, ALIGNED: tl.const
 
 
 @triton.jit
-def _load_tile(pointer, offs_d, rows, d, BLOCK_O: tl.constexpr):
-    """Load a tile of rows as float32, zero outside."""
+def _load_tile(
+    pointer, offs_d, rows, d, BLOCK_O: tl.constexpr, EVICTION: tl.constexpr = ""
+):  # fmt: skip
+    """Load a tile of rows as float32, zero outside; EVICTION tells the cache what comes next."""
     offs_o = tl.arange(0, BLOCK_O)
     mask = (offs_o < rows)[:, None] & (offs_d < d)[None, :]
-    return tl.load(pointer + offs_o[:, None] * d + offs_d[None, :], mask, other=0.0).to(tl.float32)
+    ptrs = pointer + offs_o[:, None] * d + offs_d[None, :]
+    return tl.load(ptrs, mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)
 
 
 @triton.jit
@@ -108,24 +115,81 @@ def _scratch(scratch_ptr, tile, n, j, num_concepts,
 
 
 @triton.jit
-def _project_difference(
-    table_ptr, C_ptr, A_ptr, layer, tile, first, rows, d, num_layers, num_concepts,
-    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, SLOTS: tl.constexpr,
+def _add_product(
+    product, rows_of_base, W_ptr, text_ptr, i, offs_d, rows, d,
+    DIFFERENCE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Write A_n = (W_n − W0) C_nᵀ of a tile of rows to the scratch buffer."""
-    W0_ptr = _tile_pointer(table_ptr, layer, first, d, DTYPE, ALIGNED)
-    for n in range(num_concepts):
-        W_ptr = _tile_pointer(table_ptr, (n + 1) * num_layers + layer, first, d, DTYPE, ALIGNED)
-        for j in range(SLOTS):
-            A = tl.zeros((BLOCK_O, BLOCK_S), tl.float32)
-            for start in range(0, d, BLOCK_D):
-                offs_d = start + tl.arange(0, BLOCK_D)
-                D = _load_tile(W_ptr, offs_d, rows, d, BLOCK_O)
-                D -= _load_tile(W0_ptr, offs_d, rows, d, BLOCK_O)
-                C = _load_text(C_ptr, n, j, offs_d, d, BLOCK_S, SLOTS)
-                A = tl.dot(D, tl.trans(C), A, input_precision=PRECISION)
-            tl.store(_scratch(A_ptr, tile, n, j, num_concepts, BLOCK_O, BLOCK_S, SLOTS), A)
+    """Return the i-th product plus a step's columns of (W_n − base) Tᵀ, or of base Tᵀ."""
+    tile = rows_of_base
+    if DIFFERENCE:
+        # each W_n is read here and nowhere else
+        tile = _load_tile(W_ptr, offs_d, rows, d, BLOCK_O, "evict_first") - rows_of_base
+    text = _load_text(text_ptr, i, 0, offs_d, d, BLOCK_S, 1)
+    return tl.dot(tile, tl.trans(text), product, input_precision=PRECISION)
+
+
+@triton.jit
+def _project(
+    table_ptr, base, text_ptr, scratch_ptr, layer, tile, first, rows, d, num_layers, num_concepts,
+    DIFFERENCE: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    SLOTS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Write the products of a tile of rows with the concepts' tokens to the scratch buffer.
+
+    Of the rows of W_n − base if DIFFERENCE, else of base, the table's `base`-th list. A step's
+    columns of base are read once for GROUP products, those of one concept and of several alike; the
+    cache is asked to keep them, for base is needed again at the end.
+    """
+    base_ptr = _tile_pointer(table_ptr, base * num_layers + layer, first, d, DTYPE, ALIGNED)
+    num_products = num_concepts * SLOTS
+    for i in range(0, num_products, GROUP):
+        # a last group that is too large does the last product again
+        i1 = tl.minimum(i + 1, num_products - 1)
+        i2 = tl.minimum(i + 2, num_products - 1)
+        i3 = tl.minimum(i + 3, num_products - 1)
+        W_i = (i // SLOTS + 1) * num_layers + layer
+        W_i1 = (i1 // SLOTS + 1) * num_layers + layer
+        W_i2 = (i2 // SLOTS + 1) * num_layers + layer
+        W_i3 = (i3 // SLOTS + 1) * num_layers + layer
+        W_ptr = _tile_pointer(table_ptr, W_i, first, d, DTYPE, ALIGNED)
+        W_ptr1 = _tile_pointer(table_ptr, W_i1, first, d, DTYPE, ALIGNED)
+        W_ptr2 = _tile_pointer(table_ptr, W_i2, first, d, DTYPE, ALIGNED)
+        W_ptr3 = _tile_pointer(table_ptr, W_i3, first, d, DTYPE, ALIGNED)
+        A = tl.zeros((BLOCK_O, BLOCK_S), tl.float32)
+        A1 = tl.zeros((BLOCK_O, BLOCK_S), tl.float32)
+        A2 = tl.zeros((BLOCK_O, BLOCK_S), tl.float32)
+        A3 = tl.zeros((BLOCK_O, BLOCK_S), tl.float32)
+        for start in range(0, d, BLOCK_D):
+            offs_d = start + tl.arange(0, BLOCK_D)
+            rows_of_base = _load_tile(base_ptr, offs_d, rows, d, BLOCK_O, "evict_last")
+            A = _add_product(
+                A, rows_of_base, W_ptr, text_ptr, i, offs_d, rows, d,
+                DIFFERENCE, PRECISION, BLOCK_O, BLOCK_S,
+            )  # fmt: skip
+            if GROUP > 1:
+                A1 = _add_product(
+                    A1, rows_of_base, W_ptr1, text_ptr, i1, offs_d, rows, d,
+                    DIFFERENCE, PRECISION, BLOCK_O, BLOCK_S,
+                )  # fmt: skip
+            if GROUP > 2:
+                A2 = _add_product(
+                    A2, rows_of_base, W_ptr2, text_ptr, i2, offs_d, rows, d,
+                    DIFFERENCE, PRECISION, BLOCK_O, BLOCK_S,
+                )  # fmt: skip
+            if GROUP > 3:
+                A3 = _add_product(
+                    A3, rows_of_base, W_ptr3, text_ptr, i3, offs_d, rows, d,
+                    DIFFERENCE, PRECISION, BLOCK_O, BLOCK_S,
+                )  # fmt: skip
+        tl.store(_scratch(scratch_ptr, tile, i, 0, num_products, BLOCK_O, BLOCK_S, 1), A)
+        if GROUP > 1:
+            tl.store(_scratch(scratch_ptr, tile, i1, 0, num_products, BLOCK_O, BLOCK_S, 1), A1)
+        if GROUP > 2:
+            tl.store(_scratch(scratch_ptr, tile, i2, 0, num_products, BLOCK_O, BLOCK_S, 1), A2)
+        if GROUP > 3:
+            tl.store(_scratch(scratch_ptr, tile, i3, 0, num_products, BLOCK_O, BLOCK_S, 1), A3)
 
 
 @triton.jit
@@ -146,15 +210,16 @@ def _projected_merge_fwd_kernel(
     BLOCK_S: tl.constexpr,  # tokens per product
     BLOCK_D: tl.constexpr,  # columns per step
     SLOTS: tl.constexpr,  # products per concept
+    GROUP: tl.constexpr,  # products per pass over the rows, 4 at most
 ):
     # int64: offsets into weights and scratch may pass 2**31
     tile = tl.program_id(0).to(tl.int64)
     layer = tl.load(block_map_ptr + 2 * tile)
     first = tl.load(block_map_ptr + 2 * tile + 1).to(tl.int64) * BLOCK_O
     rows = tl.minimum(tl.load(rows_ptr + layer) - first, BLOCK_O).to(tl.int32)
-    _project_difference(
-        table_ptr, C_ptr, A_ptr, layer, tile, first, rows, d, num_layers, num_concepts,
-        DTYPE, ALIGNED, PRECISION, BLOCK_O, BLOCK_S, BLOCK_D, SLOTS,
+    _project(
+        table_ptr, 0, C_ptr, A_ptr, layer, tile, first, rows, d, num_layers, num_concepts,
+        True, DTYPE, ALIGNED, PRECISION, BLOCK_O, BLOCK_S, BLOCK_D, SLOTS, GROUP,
     )  # fmt: skip
     # The projections were written by other threads of this program.
     tl.debug_barrier()
@@ -196,29 +261,25 @@ def _projected_merge_bwd_kernel(
     BLOCK_S: tl.constexpr,  # tokens per product
     BLOCK_D: tl.constexpr,  # columns per step
     SLOTS: tl.constexpr,  # products per concept
+    GROUP: tl.constexpr,  # products per pass over the rows, 4 at most
 ):
     tile = tl.program_id(0).to(tl.int64)
     layer = tl.load(block_map_ptr + 2 * tile)
     first = tl.load(block_map_ptr + 2 * tile + 1).to(tl.int64) * BLOCK_O
     rows = tl.minimum(tl.load(rows_ptr + layer) - first, BLOCK_O).to(tl.int32)
     if NEED_A:
-        _project_difference(
-            table_ptr, C_ptr, A_ptr, layer, tile, first, rows, d, num_layers, num_concepts,
-            DTYPE, ALIGNED, PRECISION, BLOCK_O, BLOCK_S, BLOCK_D, SLOTS,
+        _project(
+            table_ptr, 0, C_ptr, A_ptr, layer, tile, first, rows, d, num_layers, num_concepts,
+            True, DTYPE, ALIGNED, PRECISION, BLOCK_O, BLOCK_S, BLOCK_D, SLOTS, GROUP,
+        )  # fmt: skip
+    if NEED_B:
+        _project(
+            table_ptr, num_concepts + 1, M_ptr, B_ptr, layer, tile, first, rows, d, num_layers,
+            num_concepts, False, DTYPE, ALIGNED, PRECISION, BLOCK_O, BLOCK_S, BLOCK_D, SLOTS, GROUP,
         )  # fmt: skip
     d_out_ptr = _tile_pointer(
         table_ptr, (num_concepts + 1) * num_layers + layer, first, d, DTYPE, ALIGNED
     )
-    if NEED_B:
-        for n in range(num_concepts):
-            for j in range(SLOTS):
-                B = tl.zeros((BLOCK_O, BLOCK_S), tl.float32)
-                for start in range(0, d, BLOCK_D):
-                    offs_d = start + tl.arange(0, BLOCK_D)
-                    d_out = _load_tile(d_out_ptr, offs_d, rows, d, BLOCK_O)
-                    M = _load_text(M_ptr, n, j, offs_d, d, BLOCK_S, SLOTS)
-                    B = tl.dot(d_out, tl.trans(M), B, input_precision=PRECISION)
-                tl.store(_scratch(B_ptr, tile, n, j, num_concepts, BLOCK_O, BLOCK_S, SLOTS), B)
     if NEED_W0 or NEED_W:
         # The projections were written by other threads of this program.
         tl.debug_barrier()
@@ -299,6 +360,16 @@ def _projected_merge_bwd_text_kernel(
         tl.store(d_M_ptr + offs, d_M, mask)
 
 
+def _group(num_products: int, dtype: torch.dtype, *, both: bool = False) -> int:
+    """Return how many products share a pass over the rows: evenly, and no more than fit.
+
+    float32, whose products are three, spills registers with three; with two where a kernel makes
+    both projections, of W_n − W0 and of the gradient (compiled for sm_100 with triton 3.8).
+    """
+    largest = 4 if dtype != torch.float32 else 1 if both else 2
+    return ceil_div(num_products, ceil_div(num_products, largest))
+
+
 def _pack(text: Sequence[Tensor], padded: int) -> Tensor:
     """Return [N, padded, d], each concept's tokens followed by zero rows."""
     packed = text[0].new_zeros(len(text), padded, text[0].shape[1])
@@ -324,15 +395,16 @@ def projected_merge_forward(
     everything = [*W0, *W, *out]
     d = W0[0].shape[1]
     chosen = settings(W0[0].dtype, longest)
-    slots = triton.cdiv(longest, chosen.block_s)
-    rows = tuple(len(x) for x in W0)
-    tiles = block_map(tuple(triton.cdiv(o, chosen.block_o) for o in rows), W0[0].device)
+    slots = ceil_div(longest, chosen.block_s)
+    rows = tuple([x.shape[0] for x in W0])
+    tiles = block_map(rows, chosen.block_o, W0[0].device)
     if len(tiles) == 0 or d == 0:
         return out
     size = len(tiles) * len(C) * slots * chosen.block_o * chosen.block_s
     with on_device_of(W0[0]):
+        table = pointer_table(everything, W0[0].device)
         _projected_merge_fwd_kernel[(len(tiles),)](
-            table_ptr=pointer_table(everything),
+            table_ptr=table.pointers,
             rows_ptr=sizes_on_device(rows, W0[0].device),
             block_map_ptr=tiles,
             C_ptr=_pack(C, slots * chosen.block_s),
@@ -342,12 +414,13 @@ def projected_merge_forward(
             num_layers=len(W0),
             num_concepts=len(C),
             DTYPE=TRITON_DTYPE[W0[0].dtype],
-            ALIGNED=are_aligned(everything),
+            ALIGNED=table.aligned,
             PRECISION=dot_precision(W0[0].dtype),
             BLOCK_O=chosen.block_o,
             BLOCK_S=chosen.block_s,
             BLOCK_D=chosen.block_d,
             SLOTS=slots,
+            GROUP=_group(len(C) * slots, W0[0].dtype),
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
             **launch_options(),
@@ -370,7 +443,7 @@ def projected_merge_backward(
     d_out = contiguous(d_out)
     device, dtype, d = d_out[0].device, d_out[0].dtype, d_out[0].shape[1]
     longest = max((len(C_n) for C_n in C), default=0)
-    rows = tuple(len(x) for x in d_out)
+    rows = tuple([x.shape[0] for x in d_out])
     if longest == 0 or d == 0 or sum(rows) == 0:
         return (
             [x.clone() for x in d_out] if need_W0 else [],
@@ -391,17 +464,16 @@ def projected_merge_backward(
         *d_W,
     ]
     chosen = settings(dtype, longest)
-    slots = triton.cdiv(longest, chosen.block_s)
+    slots = ceil_div(longest, chosen.block_s)
     padded = slots * chosen.block_s
-    tiles = block_map(tuple(triton.cdiv(o, chosen.block_o) for o in rows), device)
+    tiles = block_map(rows, chosen.block_o, device)
     size = len(tiles) * len(C) * chosen.block_o * padded
     A = torch.empty(size if need_M else 0, dtype=torch.float32, device=device)
     B = torch.empty(size, dtype=torch.float32, device=device)
-    table = pointer_table(everything)
-    aligned = are_aligned(everything)
     with on_device_of(d_out[0]):
+        table = pointer_table(everything, device)
         _projected_merge_bwd_kernel[(len(tiles),)](
-            table_ptr=table,
+            table_ptr=table.pointers,
             rows_ptr=sizes_on_device(rows, device),
             block_map_ptr=tiles,
             C_ptr=_pack(C, padded),
@@ -416,12 +488,13 @@ def projected_merge_backward(
             NEED_A=need_M,
             NEED_B=need_W0 or need_W or need_C,
             DTYPE=TRITON_DTYPE[dtype],
-            ALIGNED=aligned,
+            ALIGNED=table.aligned,
             PRECISION=dot_precision(dtype),
             BLOCK_O=chosen.block_o,
             BLOCK_S=chosen.block_s,
             BLOCK_D=chosen.block_d,
             SLOTS=slots,
+            GROUP=_group(len(C) * slots, dtype, both=need_M),
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
             **launch_options(),
@@ -435,8 +508,8 @@ def projected_merge_backward(
         shares_M = torch.empty(
             (splits if need_M else 0, len(C), padded, d), dtype=torch.float32, device=device
         )
-        _projected_merge_bwd_text_kernel[(triton.cdiv(d, chosen.block_d), len(C) * slots, splits)](
-            table_ptr=table,
+        _projected_merge_bwd_text_kernel[(ceil_div(d, chosen.block_d), len(C) * slots, splits)](
+            table_ptr=table.pointers,
             rows_ptr=sizes_on_device(rows, device),
             block_map_ptr=tiles,
             A_ptr=A,
@@ -450,7 +523,7 @@ def projected_merge_backward(
             NEED_C=need_C,
             NEED_M=need_M,
             DTYPE=TRITON_DTYPE[dtype],
-            ALIGNED=aligned,
+            ALIGNED=table.aligned,
             PRECISION=dot_precision(dtype),
             BLOCK_O=chosen.block_o,
             BLOCK_S=chosen.block_s,

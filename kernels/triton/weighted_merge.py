@@ -8,6 +8,7 @@ writes up to N + 1. A multiply and an add per value read: memory is the only lim
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from mima.kernels._common import (
     TRITON_DTYPE,
-    are_aligned,
     block_map,
     contiguous,
     launch_options,
@@ -40,6 +40,7 @@ class Settings:
     num_warps: int
 
 
+@functools.cache
 def settings(dtype: torch.dtype) -> Settings:
     """Return the settings for a dtype: each thread makes two 16-byte accesses per tensor.
 
@@ -162,14 +163,6 @@ def _weighted_merge_bwd_kernel(
         )  # fmt: skip
 
 
-def _blocks(tensors: Sequence[Tensor], block: int) -> tuple[Tensor, Tensor]:
-    """Return the tensors' sizes and the block map, on their device."""
-    sizes = tuple(x.numel() for x in tensors)
-    device = tensors[0].device
-    counts = tuple(triton.cdiv(size, block) for size in sizes)
-    return sizes_on_device(sizes, device), block_map(counts, device)
-
-
 def weighted_merge_forward(
     base: Sequence[Tensor], thetas: Sequence[Tensor], weights: Tensor
 ) -> list[Tensor]:
@@ -177,19 +170,21 @@ def weighted_merge_forward(
     base, thetas, weights = contiguous(base), contiguous(thetas), weights.contiguous()
     out = [torch.empty_like(b) for b in base]
     everything = [*base, *thetas, *out]
-    chosen = settings(base[0].dtype)
-    sizes, blocks = _blocks(base, chosen.block)
+    chosen, device = settings(base[0].dtype), base[0].device
+    sizes = tuple([x.numel() for x in base])
+    blocks = block_map(sizes, chosen.block, device)
     if len(blocks) > 0:
+        table = pointer_table(everything, device)
         with on_device_of(base[0]):
             _weighted_merge_fwd_kernel[(len(blocks),)](
-                table_ptr=pointer_table(everything),
-                sizes_ptr=sizes,
+                table_ptr=table.pointers,
+                sizes_ptr=sizes_on_device(sizes, device),
                 block_map_ptr=blocks,
                 weights_ptr=weights,
                 num_tensors=len(base),
                 NUM_CONCEPTS=len(weights),
                 DTYPE=TRITON_DTYPE[base[0].dtype],
-                ALIGNED=are_aligned(everything),
+                ALIGNED=table.aligned,
                 BLOCK=chosen.block,
                 num_warps=chosen.num_warps,
                 **launch_options(),
@@ -219,14 +214,16 @@ def weighted_merge_backward(
         *(d_base or [None] * len(base)),
         *d_thetas,
     ]
-    chosen = settings(d_out[0].dtype)
-    sizes, blocks = _blocks(d_out, chosen.block)
+    chosen, device = settings(d_out[0].dtype), d_out[0].device
+    sizes = tuple([x.numel() for x in d_out])
+    blocks = block_map(sizes, chosen.block, device)
     shares = weights.new_empty(len(blocks) if need_weights else 0, len(weights))
     if len(blocks) > 0 and (need_base or need_thetas or need_weights):
+        table = pointer_table(everything, device)
         with on_device_of(d_out[0]):
             _weighted_merge_bwd_kernel[(len(blocks),)](
-                table_ptr=pointer_table(everything),
-                sizes_ptr=sizes,
+                table_ptr=table.pointers,
+                sizes_ptr=sizes_on_device(sizes, device),
                 block_map_ptr=blocks,
                 weights_ptr=weights,
                 d_weights_ptr=shares,
@@ -236,7 +233,7 @@ def weighted_merge_backward(
                 NEED_WEIGHTS=need_weights,
                 NUM_CONCEPTS=len(weights),
                 DTYPE=TRITON_DTYPE[d_out[0].dtype],
-                ALIGNED=are_aligned(everything),
+                ALIGNED=table.aligned,
                 BLOCK=chosen.block,
                 num_warps=chosen.num_warps,
                 **launch_options(),

@@ -87,10 +87,7 @@ class Together:
             owners, weights, batches = zip(*parts, strict=True)
             latents, conditionings, timesteps, noise = zip(*batches, strict=True)
             sizes = [len(part) for part in latents]
-            device = self._family.device
-            self._rows.index = torch.tensor(owners, device=device).repeat_interleave(
-                torch.tensor(sizes, device=device)
-            )
+            self._rows.choose(n for n, size in zip(owners, sizes, strict=True) for _ in range(size))
             conditioning = {
                 name: torch.cat([part[name] for part in conditionings]) for name in conditionings[0]
             }

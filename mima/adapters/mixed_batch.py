@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from mima.errors import MimaError
 from mima.families import family_of
 from mima.families.pipelines import component_name, shared_copy, with_modules
 from mima.ops import merge_lora
+from mima.ops._checks import known_in_range
 from mima.ops.batched_lora import batched_lora
 
 ADAPTER = "default"
@@ -32,11 +34,43 @@ class Factors:
 class Rows:
     """Which adapter each picture of the present batch has.
 
-    Attributes:
-        index: [n] int64, −1 for none.
+    Every layer reads the same few numbers in every forward. They are known on the host, so they are
+    checked there and copied once a batch: no layer waits for the device.
     """
 
-    index: torch.Tensor
+    def __init__(self) -> None:
+        self._adapters: tuple[int, ...] = ()
+        self._indices: dict[tuple[object, ...], torch.Tensor] = {}
+
+    def choose(self, adapters: Iterable[int]) -> None:
+        """Say which adapter each picture of the next batch has, −1 for none."""
+        self._adapters = tuple(adapters)
+        self._indices = {}
+
+    def index(
+        self, places: tuple[int, ...], num_factors: int, num_rows: int, device: torch.device
+    ) -> torch.Tensor:
+        """Return the place of each row's adapter among a layer's factors: [num_rows] int64.
+
+        Args:
+            places: of each adapter among the layer's factors, −1 where it leaves the layer alone;
+                and −1 at the end, for pictures without an adapter.
+            num_factors: of the layer.
+            num_rows: a multiple of the pictures; under guidance the batch of pictures comes twice.
+            device: of the result.
+        """
+        key = places, num_rows, device
+        if key not in self._indices:
+            count = len(self._adapters)
+            assert num_rows % count == 0, f"{num_rows} rows for {count} pictures"
+            rows = [places[adapter] for adapter in self._adapters] * (num_rows // count)
+            host = torch.tensor(rows, dtype=torch.int64, device="cpu")
+            if device.type == "cuda":
+                host = host.pin_memory()
+            index = host.to(device, non_blocking=True)
+            known_in_range(index, num_factors)
+            self._indices[key] = index
+        return self._indices[key]
 
 
 class MixedLinear(torch.nn.Module):
@@ -58,17 +92,16 @@ class MixedLinear(torch.nn.Module):
         # in lists, which hide parameters: they belong to whoever trains them
         self._A = [f.A for f in present]
         self._B = [f.B for f in present]
-        self._scale = [f.scale for f in present]
-        # one place more: picture index −1 finds the −1 at the end
-        places = torch.full((len(factors) + 1,), -1)
-        places[[i for i, f in enumerate(factors) if f is not None]] = torch.arange(len(present))
-        self._places = places.to(base.weight.device)
+        # as the operator takes it, on the device: a list would be copied there in every forward
+        self._scale = torch.tensor(
+            [f.scale for f in present], dtype=torch.float32, device=base.weight.device
+        )
+        following = itertools.count()
+        self._places = (*(-1 if f is None else next(following) for f in factors), -1)
         self._rows = rows
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[b, ..., d] -> [b, ..., o]; under guidance the batch of pictures comes twice."""
-        index = self._rows.index
-        assert len(x) % len(index) == 0, f"{len(x)} rows for {len(index)} pictures"
+        """[b, ..., d] -> [b, ..., o]."""
         kind = x.device.type
         # as peft does under autocast, and as it does not without: the adapters follow the input
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -78,7 +111,7 @@ class MixedLinear(torch.nn.Module):
             [A.to(dtype) for A in self._A],
             [B.to(dtype) for B in self._B],
             self._scale,
-            self._places[index].repeat(len(x) // len(index)),
+            self._rows.index(self._places, len(self._A), len(x), x.device),
             bias=None if self.bias is None else self.bias.to(dtype),
         )
         return y.reshape(*x.shape[:-1], -1)

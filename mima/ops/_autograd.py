@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
 _functions: dict[CustomOpDef, Callable[..., Any]] = {}
+_TAGS = (torch.Tag.cudagraph_unsafe,)
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 
@@ -28,11 +29,14 @@ class Operator(torch.autograd.Function):
 
 
 def raw_operator(name: str, *, schema: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """Register a function as an operator of torch.library that changes none of its arguments."""
+    """Register a function as an operator of torch.library that changes none of its arguments.
+
+    A backend may copy tables of addresses to the device, which a CUDA graph cannot repeat.
+    """
 
     def register(function: Callable[..., Any]) -> CustomOpDef:
         function = _without_autocast(function)
-        op = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
+        op = torch.library.custom_op(name, function, mutates_args=(), schema=schema, tags=_TAGS)
         _functions[op] = function
         return op
 

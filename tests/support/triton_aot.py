@@ -6,7 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 
 SM80 = GPUTarget("cuda", 80, 32)
 SM90 = GPUTarget("cuda", 90, 32)
+SM100 = GPUTarget("cuda", 100, 32)
 GFX942 = GPUTarget("hip", "gfx942", 64)
 
 _POINTERS = {
@@ -52,15 +53,17 @@ class _Recorder:
 
 
 @contextmanager
-def recorded_launches(module: ModuleType) -> Iterator[list[Launch]]:
-    """Keep the launches of a module's kernels instead of running them."""
+def recorded_launches(*modules: ModuleType) -> Iterator[list[Launch]]:
+    """Keep the launches of the modules' kernels instead of running them."""
     launches: list[Launch] = []
-    kernels = {
-        name: _Recorder(value, launches)
-        for name, value in vars(module).items()
-        if isinstance(value, JITFunction) and name.endswith("_kernel")
-    }
-    with mock.patch.multiple(module, **kernels):
+    with ExitStack() as stack:
+        for module in modules:
+            kernels = {
+                name: _Recorder(value, launches)
+                for name, value in vars(module).items()
+                if isinstance(value, JITFunction) and name.endswith("_kernel")
+            }
+            stack.enter_context(mock.patch.multiple(module, **kernels))
         yield launches
 
 
@@ -89,22 +92,41 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options=options)
 
 
-def spills(compiled: Any) -> int:
-    """Bytes (CUDA) or registers (HIP) that a kernel keeps in memory for want of registers."""
+@dataclass(frozen=True)
+class Resources:
+    """What a program of a compiled kernel takes of a multiprocessor."""
+
+    registers: int
+    """Of a thread; on AMD, vector registers."""
+    spilled: int
+    """Bytes (CUDA) or registers (HIP) that live in memory for want of registers."""
+    shared: int
+    """Bytes of shared memory."""
+
+
+def resources(compiled: Any) -> Resources:
+    """Read a compiled kernel's use of registers and shared memory."""
     if "amdgcn" in compiled.asm:
-        counts = re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
-        assert counts
-        return sum(int(count) for count in counts)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True
-        ).stdout
-    counts = re.findall(r"(?:STACK|LOCAL):(\d+)", usage)
-    assert counts, usage
-    return sum(int(count) for count in counts)
+        text = compiled.asm["amdgcn"]
+        registers = re.findall(r"\.vgpr_count:\s*(\d+)", text)
+        spilled = re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder, "kernel.cubin")
+            cubin.write_bytes(compiled.asm["cubin"])
+            tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+            text = subprocess.run(
+                [tool, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True
+            ).stdout
+        registers = re.findall(r"REG:(\d+)", text)
+        spilled = re.findall(r"(?:STACK|LOCAL):(\d+)", text)
+    assert registers, text[:1000]
+    assert spilled, text[:1000]
+    return Resources(
+        registers=max(int(count) for count in registers),
+        spilled=sum(int(count) for count in spilled),
+        shared=compiled.metadata.shared,
+    )
 
 
 def widest_accesses(compiled: Any) -> tuple[int, int]:
@@ -117,3 +139,11 @@ def widest_accesses(compiled: Any) -> tuple[int, int]:
         loads = r"ld\.global[.\w:]*\.v4\.[bf]32|cp\.async\.cg\.shared\.global .*0x10"
         stores = r"st\.global[.\w:]*\.v4\.[bf]32"
     return len(re.findall(loads, text)), len(re.findall(stores, text))
+
+
+def narrow_loads(compiled: Any) -> int:
+    """Number of global loads of 16 bits: single elements of half-precision matrices."""
+    if "amdgcn" in compiled.asm:
+        pattern = r"(?:global|buffer)_load_(?:ushort|short|u16|d16)"
+        return len(re.findall(pattern, compiled.asm["amdgcn"]))
+    return len(re.findall(r"ld\.global[.\w:]*\.[bus]16", compiled.asm["ptx"]))
