@@ -43,6 +43,25 @@ def twice_differentiable_attention() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Multiply float32 as it is on a GPU, where convolutions are in TF32 unless told otherwise.
+
+    A difference of gradients is a few roundings of float32 large, TF32 rounds a thousand times as
+    coarsely.
+    """
+    convolution = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # made at import
+    operators = torch.backends.cuda.matmul, convolution
+    lowered = [operator for operator in operators if operator.fp32_precision == "tf32"]
+    for operator in lowered:
+        operator.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for operator in lowered:
+            operator.fp32_precision = "tf32"
+
+
 def exact(
     task: LowerLevel, state: State, theta: Params, wrt: tuple[str, ...], k: int
 ) -> tuple[Tensors, Product]:
@@ -80,10 +99,11 @@ def finite_difference(
         moved = {name: torch.add(z.detach(), u[name], alpha=step) for name, z in state.z.items()}
         leaves = {name: value.detach().requires_grad_() for name, value in moved.items()}
         shared = {name: theta[name].detach().requires_grad_() for name in wrt}
-        with torch.enable_grad():
-            loss = task.loss(leaves, {**theta, **shared}, k)
         inputs = [*leaves.values(), *shared.values()]
-        return torch.autograd.grad(loss, inputs, allow_unused=True)
+        with full_float32():
+            with torch.enable_grad():
+                loss = task.loss(leaves, {**theta, **shared}, k)
+            return torch.autograd.grad(loss, inputs, allow_unused=True)
 
     def product(u: Params) -> tuple[Tensors, Tensors]:
         h = difference_step(state.z, u)

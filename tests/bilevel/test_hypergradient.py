@@ -173,6 +173,32 @@ def test_finite_difference_holds_in_float32(theta):
     assert_close(estimate, second, 1e-3)
 
 
+@pytest.mark.parametrize("mode", ["exact", "finite_difference"])
+def test_differences_of_gradients_are_never_in_tf32(theta, mode):
+    tasks, layer, upper = problem(theta, steps=1)
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    seen = []
+
+    def settings():
+        return products.fp32_precision, convolutions.fp32_precision
+
+    for task in tasks:
+        loss_of = task._loss
+        task._loss = lambda params, k, loss_of=loss_of: (
+            seen.append(settings()) or loss_of(params, k)
+        )
+    before = settings()
+    try:
+        products.fp32_precision = convolutions.fp32_precision = "tf32"
+        outer_gradient(theta, tasks, layer, upper, mode=mode, wrt=tuple(theta))
+        assert settings() == ("tf32", "tf32")
+    finally:
+        products.fp32_precision, convolutions.fp32_precision = before
+    differences = 2 * CONCEPTS if mode == "finite_difference" else 0
+    assert seen.count(("ieee", "ieee")) == differences
+    assert seen.count(("tf32", "tf32")) == len(seen) - differences > 0
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize(
     ("mode", "optimizer", "again"),
