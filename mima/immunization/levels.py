@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -97,7 +97,23 @@ class Problem:
         if self.config.precision == "float32":
             return losses(self.family, batches, params)
         with torch.autocast(self.family.device.type, getattr(torch, self.config.precision)):
-            return losses(self.family, batches, params)
+            return losses(self.family, batches, {**self._frozen, **params})
+
+    @cached_property
+    def _frozen(self) -> dict[str, torch.Tensor]:
+        """Weights that the run leaves alone, in its precision, by name.
+
+        Of the layers whose weights autocast would cast in every forward; norms stay in float32.
+        """
+        dtype = getattr(torch, self.config.precision)
+        layers = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d)
+        return {
+            name: value.detach().to(dtype)
+            for path, layer in self.family.denoiser.named_modules()
+            if isinstance(layer, layers)
+            for name, value in layer.named_parameters(path, recurse=False)
+            if name not in self.names
+        }
 
     def lower_level(self, n: int, step: int) -> LowerLevel:
         """The lower level of concept n at one outer step, its K batches drawn."""
