@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -42,12 +42,12 @@ class Machine:
     device: torch.device
     bytes_per_second: float
     """Bytes read and written by a large copy."""
-    flops_per_second: float
-    """Of a large float32 matrix product."""
+    flops_per_second: Mapping[torch.dtype, float]
+    """Of a large matrix product, by its dtype."""
 
-    def floor(self, num_bytes: float, flops: float) -> float:
+    def floor(self, num_bytes: float, flops: float, dtype: torch.dtype = torch.float32) -> float:
         """Return the seconds below which moving and computing this much cannot take."""
-        return max(num_bytes / self.bytes_per_second, flops / self.flops_per_second)
+        return max(num_bytes / self.bytes_per_second, flops / self.flops_per_second[dtype])
 
 
 class Clock:
@@ -72,6 +72,8 @@ class Comparison:
     """That must be read and written: the formula is a comment where it is computed."""
     flops: float = 0.0
     """0 like `num_bytes`: no floor is known."""
+    dtype: torch.dtype = torch.float32
+    """Of the products that `flops` counts."""
     rounds: int = 9
     tolerance: float = 1e-4
     """Largest difference of any answer, relative to the largest number in it."""
@@ -80,35 +82,50 @@ class Comparison:
     slow: tuple[str, ...] = ()
     """Variants that take seconds: three rounds."""
     samples: dict[str, list[float]] = field(default_factory=dict)
+    wall: dict[str, float] = field(default_factory=dict)
+    """On a GPU, seconds from call to result of a call that finds the device idle."""
+    failed: dict[str, Exception] = field(default_factory=dict)
+    """What kept a variant from being measured; its own benchmark raises it."""
 
     def measure(self, device: torch.device) -> None:
-        """Assert equal answers, then fill `samples`, all variants in turns."""
-        if self.samples:
+        """Check answers, then fill `samples`, all variants that computed the right one in turns."""
+        if self.samples or self.failed:
             return
-        expected: list[Tensor] = []
+        expected: list[Tensor] | None = None
         repeats = {}
         # the baseline first, for the others to be compared with
         for name in sorted(self.variants, key=lambda name: name != self.baseline):
             run = self.variants[name]
-            answer = _tensors(run())  # also the warm-up, and the compilation
-            if name == self.baseline:
-                expected = answer
-            elif name not in self.unchecked:
-                self._check(name, answer, expected)
-            del answer
-            repeats[name] = 1
-            if device.type != "cuda" and name not in self.slow:
-                once = _seconds(run, 1, device)
-                repeats[name] = max(1, math.ceil(SHORTEST_SAMPLE / max(once, 1e-7)))
+            try:
+                answer = _tensors(run())  # also the warm-up, and the compilation
+                if name == self.baseline:
+                    expected = answer
+                elif name not in self.unchecked:
+                    self._check(name, answer, expected)
+                del answer
+                repeats[name] = 1
+                if device.type != "cuda" and name not in self.slow:
+                    once = _seconds(run, 1, device)
+                    repeats[name] = max(1, math.ceil(SHORTEST_SAMPLE / max(once, 1e-7)))
+                elif device.type == "cuda":
+                    self.wall[name] = min(_wall_seconds(run, device) for _ in range(3))
+            # of any kind: it is raised where this variant is asked for, and costs no other's figure
+            except Exception as error:
+                self.failed[name] = error
+                continue
             self.samples[name] = []
         del expected
         with _without_collector():
             for round_ in range(self.rounds):
-                for name, run in self.variants.items():
+                for name in self.samples:
                     if name not in self.slow or round_ < 3:
+                        run = self.variants[name]
                         self.samples[name].append(_seconds(run, repeats[name], device))
 
-    def _check(self, name: str, answer: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    def _check(
+        self, name: str, answer: Sequence[Tensor], expected: Sequence[Tensor] | None
+    ) -> None:
+        assert expected is not None, f"{self.group}: the baseline, {self.baseline}, failed"
         assert len(answer) == len(expected), f"{self.group}: {name} returns {len(answer)} tensors"
         for got, want in zip(answer, expected, strict=True):
             if not want.numel():
@@ -189,6 +206,17 @@ def _seconds(run: Thunk, repeat: int, device: torch.device) -> float:
     return total / repeat
 
 
+def _wall_seconds(run: Thunk, device: torch.device) -> float:
+    """Seconds from the call until its result is there: what the host takes counts, too."""
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = run()
+    torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
 @functools.cache
 def measure_machine(device: torch.device) -> Machine:
     """Measure the bandwidth of a copy and the rate of a product, medians of a few."""
@@ -201,13 +229,18 @@ def measure_machine(device: torch.device) -> Machine:
     source, target = (torch.zeros(size, device=device) for _ in range(2))
     copy = median(lambda: target.copy_(source), 9)
     n = 4096 if device.type == "cuda" else 1536
-    a, b = (torch.randn(n, n, device=device) for _ in range(2))
-    product = median(lambda: a @ b, 9)
+
+    def product(dtype: torch.dtype) -> float:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        return median(lambda: a @ b, 9)
+
+    # the CPU's benchmarks are float32's
+    dtypes = (torch.float32, *((torch.bfloat16,) if device.type == "cuda" else ()))
     return Machine(
         device=device,
         # a read and a write of float32
         bytes_per_second=2 * 4 * size / copy,
-        flops_per_second=2 * n**3 / product,
+        flops_per_second={dtype: 2 * n**3 / product(dtype) for dtype in dtypes},
     )
 
 
@@ -236,6 +269,8 @@ def replay(benchmark: Any, comparison: Comparison, variant: str, machine: Machin
     if variant not in comparison.variants:
         pytest.skip(f"{variant} cannot run here")
     comparison.measure(machine.device)
+    if variant in comparison.failed:
+        raise comparison.failed[variant]
     samples = comparison.samples[variant]
     clock = Clock()
     remaining = iter(samples)
@@ -245,7 +280,7 @@ def replay(benchmark: Any, comparison: Comparison, variant: str, machine: Machin
 
     benchmark._timer = clock
     benchmark.group = comparison.group
-    floor = machine.floor(comparison.num_bytes, comparison.flops)
+    floor = machine.floor(comparison.num_bytes, comparison.flops, comparison.dtype)
     median = sorted(samples)[len(samples) // 2]
     benchmark.extra_info.update(
         variant=variant,
@@ -258,9 +293,11 @@ def replay(benchmark: Any, comparison: Comparison, variant: str, machine: Machin
         device=_name(machine.device),
         threads=torch.get_num_threads(),
         copy_GBps=machine.bytes_per_second / 1e9,
-        matmul_GFLOPS=machine.flops_per_second / 1e9,
+        matmul_GFLOPS=machine.flops_per_second[comparison.dtype] / 1e9,
+        matmul_dtype=str(comparison.dtype).removeprefix("torch."),
     )
     if machine.device.type == "cuda":
+        benchmark.extra_info["wall_ms"] = comparison.wall[variant] * 1e3
         benchmark.extra_info["peak_MB"] = _peak_memory(comparison.variants[variant]) / 1e6
     benchmark.pedantic(advance, rounds=len(samples), iterations=1, warmup_rounds=0)
 

@@ -99,10 +99,12 @@ def table(results: Results) -> str:
     """One line per variant, those of a comparison under each other.
 
     `of baseline`: median time relative to the comparison's baseline. `of floor`: the floor, the
-    larger of bytes / copy bandwidth and FLOPs / rate of a matrix product, over the median time.
+    larger of bytes / copy bandwidth and FLOPs / rate of a matrix product of the same dtype, over
+    the median time. `wall ms`, on a GPU: from the call to its result, with the host's part, which
+    the median leaves out.
     """
     header = (
-        *("comparison", "variant", "median ms", "± %", "of baseline"),
+        *("comparison", "variant", "median ms", "± %", "of baseline", "wall ms"),
         *("GB/s", "GFLOP/s", "floor ms", "of floor"),
     )
     lines = ["| " + " | ".join(header) + " |", "| --- | --- |" + " ---: |" * (len(header) - 2)]
@@ -115,6 +117,7 @@ def table(results: Results) -> str:
                 _number(row.seconds * 1e3),
                 f"{row.spread:.0%}".removesuffix("%"),
                 _number(row.seconds / baseline) if baseline else "",
+                _number(row.info["wall_ms"]) if "wall_ms" in row.info else "",
                 _rate(row.info.get("bytes"), row.seconds),
                 _rate(row.info.get("flops"), row.seconds),
                 _number(row.info["floor_ms"]) if row.info.get("floor_ms") else "",
@@ -140,7 +143,9 @@ def document(results: Results, plot: str) -> str:
     if first:
         facts = [first["device"], f"{first['threads']} threads", *facts]
         facts.append(f"copy {first['copy_GBps']:.0f} GB/s")
-        facts.append(f"float32 product {first['matmul_GFLOPS']:.0f} GFLOP/s")
+        facts.append(
+            f"{first.get('matmul_dtype', 'float32')} product {first['matmul_GFLOPS']:.0f} GFLOP/s"
+        )
     lines = ["# Benchmarks", "", "; ".join(facts) + ".", ""]
     samples = {
         group: {row.variant: row.samples for row in rows} for group, rows in results.groups()

@@ -156,6 +156,7 @@ def forward(shape: tuple[int, int, int], r: int, device: torch.device) -> Compar
         baseline="reference",
         num_bytes=num_bytes,
         flops=flops,
+        dtype=dtype,
         tolerance=1e-4 if dtype == torch.float32 else 3e-2,
         unchecked=("base layer", "native N=1", "triton N=1"),
         rounds=15,
@@ -199,6 +200,7 @@ def forward_backward(shape: tuple[int, int, int], r: int, device: torch.device) 
         num_bytes=3 * num_bytes,
         # the base product twice, the low-rank ones three times
         flops=2 * N * shape[2] * (2 * shape[0] * shape[1] + 3 * r * (shape[0] + shape[1])),
+        dtype=dtype,
         tolerance=1e-4 if dtype == torch.float32 else 5e-2,
         unchecked=("base layer",),
         rounds=7,

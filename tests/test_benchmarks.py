@@ -72,9 +72,150 @@ def test_table_has_a_line_per_variant(merges):
     header, rule, *lines = report.table(report.read([merges])).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert len(rule.split("|")) == len(header.split("|"))
-    assert cells[0] == [WEIGHTED, "eager", "10", "15", "1", "0.8", "0.1", "0.4", "4%"]
-    assert cells[1] == ["", "native", "2", "25", "0.2", "4", "0.5", "0.4", "20%"]
+    assert cells[0] == [WEIGHTED, "eager", "10", "15", "1", "", "0.8", "0.1", "0.4", "4%"]
+    assert cells[1] == ["", "native", "2", "25", "0.2", "", "4", "0.5", "0.4", "20%"]
     assert cells[2][:5] == ["", "foreach", "4", "44", "0.4"]
+
+
+def test_a_failed_variant_costs_its_own_figure_only():
+    from benchmarks.harness import Comparison
+
+    def broken():
+        raise RuntimeError("no such kernel")
+
+    right = torch.ones(3)
+    comparison = Comparison(
+        group="g",
+        variants={
+            "broken": broken,
+            "plain": lambda: right,
+            "wrong": lambda: right + 1,
+            "ours": lambda: right.clone(),
+        },
+        baseline="plain",
+        rounds=2,
+        slow=("plain", "ours"),
+    )
+    comparison.measure(torch.device("cpu"))
+    assert {name: len(times) for name, times in comparison.samples.items()} == {
+        "plain": 2,
+        "ours": 2,
+    }
+    assert isinstance(comparison.failed["broken"], RuntimeError)
+    assert "wrong differs by 1.00e+00" in str(comparison.failed["wrong"])
+
+
+def test_without_a_baseline_nothing_is_taken_for_right():
+    from benchmarks.harness import Comparison
+
+    variants = {"plain": lambda: torch.ones(3)[7], "ours": lambda: torch.ones(3)}
+    comparison = Comparison(group="g", variants=variants, baseline="plain", rounds=1)
+    comparison.measure(torch.device("cpu"))
+    assert not comparison.samples
+    assert isinstance(comparison.failed["plain"], IndexError)
+    assert "the baseline, plain, failed" in str(comparison.failed["ours"])
+
+
+def test_floors_are_of_the_products_dtype():
+    from benchmarks.harness import Machine
+
+    rates = {torch.float32: 1e12, torch.bfloat16: 4e12}
+    machine = Machine(device=torch.device("cpu"), bytes_per_second=1e12, flops_per_second=rates)
+    assert machine.floor(1e9, 8e9) == 8e-3
+    assert machine.floor(1e9, 8e9, torch.bfloat16) == 2e-3
+    assert machine.floor(5e9, 8e9, torch.bfloat16) == 5e-3
+
+
+def test_a_roofline_counts_what_an_outer_step_launches():
+    from benchmarks import roofline
+
+    first, double = (
+        roofline.count("tiny", mode="first_order", concepts=n, steps=1, device="h100")
+        for n in (1, 2)
+    )
+    # each concept has its own lower and upper level, and the weights are merged
+    assert double.parts["products"].launches == 2 * first.parts["products"].launches
+    assert double.parts["products"].flops == 2 * first.parts["products"].flops
+    # first_order keeps the fused attention, exact the matrices
+    assert "attention matrices" not in first.parts
+    exact = roofline.count("tiny", mode="exact", concepts=1, steps=1, precision="float32")
+    assert exact.parts["attention matrices"].launches > 0
+    assert exact.total.launches > 3 * first.total.launches
+    assert exact.peak_bytes > first.peak_bytes
+    # the device cannot be done before it has worked, nor before the host has asked
+    assert first.seconds >= first.total.seconds
+    assert first.seconds >= first.total.launches * roofline.HOST_BACKWARD
+
+
+def test_a_roofline_knows_a_product():
+    from benchmarks import roofline
+
+    counter = roofline.Counter(roofline.GPUS["h100"], "bfloat16", [torch.Size([64, 32])], [49], [2])
+    x, weight = (torch.empty(s, device="meta") for s in ((48, 32), (64, 32)))
+    with counter:
+        y = x @ weight.mT
+        weight * 2
+        y.relu()
+        torch.empty(2, 49, 49, device="meta").exp()
+        torch.empty(3, 49, 49, device="meta").exp()
+    parts = counter.counts.parts
+    assert parts["products"].flops == 2 * 48 * 64 * 32
+    assert parts["products"].num_bytes == 4 * (48 * 32 + 64 * 32 + 48 * 64)
+    assert {name: part.launches for name, part in parts.items()} == {
+        "products": 1,
+        "weights": 1,
+        "norms, activations": 2,
+        "attention matrices": 1,
+    }
+    assert parts["weights"].num_bytes == 2 * 4 * 64 * 32
+
+
+@pytest.mark.parametrize("model", ["sd14", "sdxl", "sd3", "flux"])
+def test_a_roofline_builds_the_published_architectures(model):
+    from benchmarks import roofline
+
+    with torch.device("meta"):
+        denoiser = roofline.ARCHITECTURES[model].build()
+    millions = sum(x.numel() for x in denoiser.parameters()) / 1e6
+    published = {"sd14": 859.5, "sdxl": 2567.5, "sd3": 2028.3, "flux": 11901.4}
+    assert millions == pytest.approx(published[model], rel=0.03)
+    assert any(re.search(roofline.ARCHITECTURES[model].trained, n) for n in denoiser.state_dict())
+
+
+def test_weights_are_cast_once_in_a_run_of_half_precision():
+    from benchmarks.outer_step import make_problem
+
+    casts = []
+
+    class Casts(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket is torch.ops.aten._to_copy:
+                casts.append(args[0].data_ptr())
+            return func(*args, **(kwargs or {}))
+
+    problem = make_problem(1, model="sd1-tiny", precision="bfloat16")
+    level, theta = problem.lower_levels(0)[0], problem.theta()
+    layers = (torch.nn.Linear, torch.nn.Conv2d)
+    trained = {value.data_ptr() for value in theta.values()}
+    frozen = {
+        x.data_ptr()
+        for layer in problem.family.denoiser.modules()
+        if isinstance(layer, layers)
+        for x in layer.parameters()
+    } - trained
+    assert frozen
+    with torch.no_grad(), Casts():
+        first = level.loss(level.start(theta), theta, 0)
+        assert frozen <= set(casts)
+        casts.clear()
+        again = level.loss(level.start(theta), theta, 0)
+    assert not frozen & set(casts)
+    assert trained & set(casts)
+    assert torch.equal(first, again)
+    # what autocast computes from the weights themselves
+    problem.__dict__["_frozen"] = {}
+    with torch.no_grad():
+        assert torch.equal(first, level.loss(level.start(theta), theta, 0))
 
 
 def test_targets_compare_round_by_round(merges):
@@ -187,6 +328,34 @@ def test_the_gpu_run_goes_through_its_stages_without_a_gpu(tmp_path):
     with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:
         names = {Path(name).name for name in archive.getnames()}
     assert "merge_lora.json" in names
+
+
+def test_the_gpu_run_lists_the_wheels_to_carry():
+    done = subprocess.run(
+        ["bash", ROOT / "benchmarks/gpu/run.sh", "--list-wheels"],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names = {line.split("==")[0] for line in done.stdout.split()}
+    assert {"diffusers", "pydantic", "pydantic-core", "transformers"} <= names
+    assert not {"torch", "triton", "numpy", "mima"} & names
+
+
+def test_an_interrupted_gpu_run_leaves_what_it_has(tmp_path):
+    run = subprocess.Popen(
+        ["bash", ROOT / "benchmarks/gpu/run.sh", tmp_path, "--dry-run"],
+        env={**os.environ, "PYTHON": sys.executable},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdout is not None
+    assert "| install | ok |" in run.stdout.readline()
+    run.terminate()
+    run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert "| install | ok |" in (tmp_path / "summary.md").read_text()
 
 
 def test_the_gpu_run_says_what_failed(tmp_path):

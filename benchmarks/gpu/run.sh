@@ -3,21 +3,66 @@
 # and the benchmarks, and writes a summary.
 #
 #   benchmarks/gpu/run.sh OUT [--wheels DIR] [--seconds 530] [--dry-run]
+#   benchmarks/gpu/run.sh --list-wheels
 #
 # OUT gets summary.md, report.md, report.png, memory.txt, results.tar.gz (one JSON file per benchmark)
-# and log.txt with what the stages printed. Nothing is installed outside a temporary folder, and
-# nothing is fetched: packages that the machine lacks are taken from the wheels in DIR. PYTHON names
-# the interpreter (default: python3; 3.11 or newer), with torch, triton, pytest, pytest-benchmark, setuptools, pybind11 and ninja.
+# and log.txt with what the stages printed, all of it anew after each stage: whatever ends the run,
+# what was measured until then is there. A stage that fails, or is cut off, costs only itself.
+#
+# Nothing is installed outside a temporary folder, and nothing is fetched: packages that the machine
+# lacks are taken from the wheels in DIR. --list-wheels, where mima runs, prints those to carry, as
+# arguments for `pip download --no-deps -d DIR`: mima's dependencies, but for torch, triton and what
+# comes with them. PYTHON names the interpreter (default: python3; 3.11 or newer), with torch and
+# triton. Without setuptools, pybind11, ninja or a compiler there is no native code; Triton's kernels
+# run as well.
+#
 # --dry-run goes through the same stages on a CPU, with the installed mima and few benchmarks.
 set -euo pipefail
 
-usage() { sed -n '5,5p' "$0" | cut -c5-; }
+usage() { sed -n '5,6p' "$0" | cut -c5-; }
+
+# the installed dependencies of mima and of its tests, and theirs
+list_wheels() {
+  "${PYTHON:-python3}" - <<'PYTHON'
+import re
+from importlib.metadata import PackageNotFoundError, distribution
+
+from packaging.requirements import Requirement
+
+# a machine for torch has these, and no browser is needed
+THERE = re.compile(
+    r"mima|torch|torchvision|triton|nvidia-.*|cuda-.*|numpy|sympy|mpmath|networkx|jinja2|markupsafe"
+    r"|playwright|greenlet"
+)
+todo, found = [("mima", extra) for extra in ("", "test", "bench")], {}
+while todo:
+    name, extra = todo.pop()
+    try:
+        package = distribution(name)
+    except PackageNotFoundError:  # of an extra that is not installed here
+        continue
+    for line in package.requires or ():
+        need = Requirement(line)
+        key = re.sub(r"[-_.]+", "-", need.name).lower()
+        if need.marker and not need.marker.evaluate({"extra": extra}) or THERE.fullmatch(key):
+            continue
+        if key not in found:
+            found[key] = None
+            todo += [(key, ""), *((key, more) for more in need.extras)]
+for name in sorted(found):
+    try:
+        print(f"{name}=={distribution(name).version}")
+    except PackageNotFoundError:
+        continue
+PYTHON
+}
 out='' wheels='' budget=530 dry=''
 while (($#)); do
   case $1 in
     --wheels) wheels=$(realpath "$2") && shift ;;
     --seconds) budget=$2 && shift ;;
     --dry-run) dry=1 ;;
+    --list-wheels) list_wheels && exit ;;
     -*) usage >&2 && exit 2 ;;
     *) out=$1 ;;
   esac
@@ -31,8 +76,9 @@ out=$(realpath "$out")
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
 mkdir "$work/site" "$work/json"
+touch "$work/stages"
+shopt -s nullglob
 
 export PYTHONPATH="$work/site" PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 export HF_HUB_OFFLINE=1 MIMA_STRICT=1
@@ -47,6 +93,7 @@ stage() {
   if ((limit < 5)); then
     echo "| $name | not started, no time was left | |" >>"$work/stages"
     failed=1
+    summarise
     return
   fi
   printf '\n=== %s\n' "$name" >>"$out/log.txt"
@@ -59,7 +106,51 @@ stage() {
     *) verdict="failed with $status" && failed=1 ;;
   esac
   echo "| $name | $verdict | $((SECONDS - started)) |" | tee -a "$work/stages"
+  summarise
 }
+
+# everything that there is so far, in OUT
+summarise() {
+  local file results=()
+  for file in "$work"/json/*.json; do
+    # pytest-benchmark creates the file before the first result
+    if [[ -s $file ]]; then results+=("$file"); fi
+  done
+  if ((${#results[@]})); then
+    tar -czf "$out/results.tar.gz" -C "$work/json" .
+    env -u PYTHONSAFEPATH "$python" -m benchmarks.report "${results[@]}" --output "$out" \
+      >/dev/null 2>>"$out/log.txt" || echo "no report" >>"$out/log.txt"
+  fi
+  {
+    echo "# GPU run"
+    echo
+    date -u +"%Y-%m-%d %H:%M UTC, $SECONDS s in all"
+    echo
+    echo "| stage | result | seconds |"
+    echo "| --- | --- | --- |"
+    cat "$work/stages"
+    echo
+    if [[ -s $work/installed ]]; then cat "$work/installed" && echo; fi
+    grep -E '^(FAILED|ERROR)|[0-9]+ (passed|failed|errors?|tests collected)' "$out/log.txt" |
+      sed 's/^/    /' || true # nothing to say where nothing has run
+    echo
+    if [[ -s $out/memory.txt ]]; then
+      echo "Peak memory of an outer step:"
+      echo
+      sed 's/^/    /' "$out/memory.txt"
+      echo
+    fi
+    if [[ -f $out/report.md ]]; then sed -n '/^Targets/,/^|/{/^|/!p}' "$out/report.md"; fi
+  } >"$out/summary.md"
+}
+
+# shellcheck disable=SC2329
+finish() {
+  summarise
+  rm -rf "$work"
+}
+trap finish EXIT
+trap 'exit 1' INT TERM
 
 # shellcheck disable=SC2329
 describe() {
@@ -85,10 +176,25 @@ install() {
   if [[ -n $dry ]]; then return; fi
   local arch
   arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
-  # --target of a folder that has packages already would warn and leave them
-  MIMA_BUILD_NATIVE=1 MIMA_BUILD_CUDA=1 MIMA_CUDA_ARCHS=$arch "$python" -m pip install \
-    --no-index --no-deps --no-build-isolation --no-compile --quiet --target "$work/mima" .
+  if MIMA_BUILD_NATIVE=1 MIMA_BUILD_CUDA=1 MIMA_CUDA_ARCHS=$arch build; then
+    echo "mima was installed with its native code."
+  elif MIMA_BUILD_NATIVE=0 MIMA_BUILD_CUDA=0 build; then
+    echo "mima was installed without native code, which could not be built: see log.txt."
+  else
+    # as setup.py would lay it out
+    mkdir "$work/mima"
+    cp -r mima "$work/mima/mima" && cp -r kernels/triton "$work/mima/mima/kernels"
+    echo "mima was copied, not installed: see log.txt. It has no native code."
+  fi >"$work/installed"
   cp -r "$work"/mima/* "$work/site/"
+}
+
+# --target of a folder that has packages already would warn and leave them
+# shellcheck disable=SC2329
+build() {
+  rm -rf "$work/mima"
+  "$python" -m pip install --no-index --no-deps --no-build-isolation --no-compile --quiet \
+    --target "$work/mima" . >&2
 }
 
 # workers compile Triton kernels side by side
@@ -118,61 +224,29 @@ memory() {
   env -u PYTHONSAFEPATH "$python" benchmarks/memory.py "${few[@]}" | tee "$out/memory.txt"
 }
 
-export -f describe install gpu_tests memory
+export -f describe install build gpu_tests memory
 export python wheels work dry out
 
 stage install 120 bash -ec install
-stage machine 60 bash -ec describe
-stage tests 150 bash -ec gpu_tests
+stage machine 40 bash -ec describe
+# the most important first: values, a whole step, then operators
+stage tests 130 bash -ec gpu_tests
 if [[ -n $dry ]]; then
   export MIMA_BENCH_DEVICE=cpu MIMA_BENCH_COMPILE=0
   benchmark merge_lora 120 -k "forward-320x768-r4 and (native or eager)"
   stage memory 120 bash -ec memory
 else
   export MIMA_BENCH_DEVICE=cuda
-  # the most important first
-  benchmark weighted_merge 60
-  benchmark projected_merge 60
-  benchmark batched_lora 120
   benchmark step 120
-  stage memory 120 bash -ec memory
+  benchmark batched_lora 100
+  benchmark weighted_merge 45
+  benchmark projected_merge 45
   benchmark merge_lora 40
+  stage memory 100 bash -ec memory
   benchmark sampling 60
 fi
 
-shopt -s nullglob
-results=()
-for file in "$work"/json/*.json; do
-  # pytest-benchmark creates the file before the first result
-  if [[ -s $file ]]; then results+=("$file"); fi
-done
-if ((${#results[@]})); then
-  tar -czf "$out/results.tar.gz" -C "$work/json" .
-  env -u PYTHONSAFEPATH "$python" -m benchmarks.report "${results[@]}" --output "$out" >/dev/null ||
-    failed=1
-else
-  failed=1
-fi
-
-{
-  echo "# GPU run"
-  echo
-  date -u +"%Y-%m-%d %H:%M UTC, $SECONDS s in all"
-  echo
-  echo "| stage | result | seconds |"
-  echo "| --- | --- | --- |"
-  cat "$work/stages"
-  echo
-  grep -E '^(FAILED|ERROR)|[0-9]+ (passed|failed|errors?|tests collected)' "$out/log.txt" |
-    sed 's/^/    /' || true # nothing to say where nothing has run
-  echo
-  if [[ -s $out/memory.txt ]]; then
-    echo "Peak memory of an outer step:"
-    echo
-    sed 's/^/    /' "$out/memory.txt"
-    echo
-  fi
-  if [[ -f $out/report.md ]]; then sed -n '/^Targets/,/^|/{/^|/!p}' "$out/report.md"; fi
-} >"$out/summary.md"
+if [[ ! -s $out/report.md ]]; then failed=1; fi
+summarise
 cat "$out/summary.md"
 exit "$failed"
