@@ -38,7 +38,7 @@ from mima.report.runs import Run, Setting, load_runs, setting
 from mima.report.svg import inline
 from mima.report.verdict import verdict
 from mima.report.wording import PREPARATIONS, VARIANTS, method_name, number, percent, setting_text
-from mima.storage.output import write_whole
+from mima.storage.output import check_file, write_whole
 from mima.storage.plain_data import flat
 
 MARK = '<meta name="generator" content="mima '
@@ -111,10 +111,9 @@ def write_report(
 
 
 def _check_output(path: Path) -> None:
-    if path.is_dir():
-        raise MimaError(f"report: output {path} is a folder, expected a file")
-    if not path.absolute().parent.is_dir():
-        raise MimaError(f"report: there is no folder {path.absolute().parent}")
+    check_file(path, overwrite=True)
+    if path.exists() and not path.is_file():
+        raise MimaError(f"report: output {path} is no ordinary file")
     if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:4000]:
         raise MimaError(f"report: {path} is not a report of mima's; choose another output")
 

@@ -357,6 +357,12 @@ def test_what_cannot_be_written_or_read_is_refused_before_any_work(small, tmp_pa
         ([tmp_path], None, "holds no evaluation.json"),
         ([small], diary, "not a report of mima's"),
         ([small], tmp_path, "is a folder"),
+        (
+            [small],
+            Path("/proc/report.html"),
+            "output /proc/report.html cannot be made: /proc is not",
+        ),
+        ([small], Path("/dev/null"), "is no ordinary file"),
         ([small], tmp_path / "no" / "x.html", "there is no folder"),
     ):
         with pytest.raises(MimaError, match=message):
