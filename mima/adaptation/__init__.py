@@ -9,6 +9,7 @@ from mima.adaptation.base import Adaptation, Diverged, Injection, Run
 from mima.adaptation.custom_diffusion import CustomDiffusion
 from mima.adaptation.dreambooth import DreamBooth, DreamBoothLoRA
 from mima.adaptation.lora import LoRA
+from mima.adaptation.pivotal import Pivotal
 from mima.adaptation.textual_inversion import TextualInversion
 from mima.adaptation.together import Together
 from mima.errors import MimaError, nearest
@@ -16,7 +17,14 @@ from mima.settings import checked
 
 METHODS: dict[str, type[Adaptation]] = {
     method.method: method
-    for method in (LoRA, DreamBooth, DreamBoothLoRA, TextualInversion, CustomDiffusion)
+    for method in (
+        LoRA,
+        DreamBooth,
+        DreamBoothLoRA,
+        TextualInversion,
+        CustomDiffusion,
+        Pivotal,
+    )
 }
 """Every adaptation method by its name on the command line and in configurations."""
 
@@ -29,6 +37,7 @@ __all__ = [
     "DreamBoothLoRA",
     "Injection",
     "LoRA",
+    "Pivotal",
     "Run",
     "TextualInversion",
     "Together",

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from mima.adaptation.steps import Optimizer, Schedule, build_optimizers, rate_factor
 from mima.concepts import Concept
 from mima.concepts.pictures import Picture
 from mima.errors import MimaError, check_settings
@@ -51,14 +52,22 @@ class Adaptation(ABC):
     steps: int = 500
     """Optimiser steps of a whole adaptation."""
     learning_rate: float = 1e-4
-    """Constant learning rate of AdamW."""
+    """Learning rate of the optimiser, at its highest."""
+    optimizer: Optimizer = "adamw"
+    """``adamw``; ``sgd``, with momentum 0.9, which wants rates some hundred times as high; or
+    ``muon``, which does not depend on the scale of gradients: see `mima.adaptation.steps`."""
+    schedule: Schedule = "constant"
+    """Of the learning rate: ``constant``, or ``cosine``, with a warm-up, over `steps`."""
+    restart_every: int | None = None
+    """After each so many steps the optimiser and the schedule begin anew, as those of a training
+    that goes on from saved weights; None never does."""
     resolution: int | None = None
     """Side in pixels that the pictures are scaled and cropped to; by default what the model was
     trained on."""
     batch_size: int = 1
     """Pictures of the concept per step; prior preservation adds as many of its class."""
     weight_decay: float = 1e-2
-    """Decoupled weight decay of AdamW."""
+    """Weight decay; that of AdamW and Muon is decoupled."""
     max_grad_norm: float | None = 1.0
     """Clip the gradient to this norm; None does not clip."""
     prior_weight: float = 0.0
@@ -92,6 +101,11 @@ class Adaptation(ABC):
             "weight_decay": (self.weight_decay >= 0, "at least 0"),
             "max_grad_norm": (self.max_grad_norm is None or self.max_grad_norm > 0, "above 0"),
             "prior_weight": (self.prior_weight >= 0, "at least 0"),
+            "restart_every": (self.restart_every is None or self.restart_every >= 1, "at least 1"),
+            "use_8bit_adam": (
+                not self.use_8bit_adam or self.optimizer == "adamw",
+                "left out with another optimizer than adamw",
+            ),
         }
         check_settings(self, checks)
 
@@ -133,34 +147,11 @@ class Injection:
     """Write the trained part to a folder, in the format that diffusers reads."""
     encode_prompts: Callable[[Family, Sequence[str]], Conditioning] | None = None
     """Text encoding with a graph, for methods that train tokens; None if text is frozen."""
+    before_step: Callable[[int], None] | None = None
+    """Called before each optimiser step, with the number of steps done; it may set gradients to
+    None, and the step leaves their parameters as they are."""
     after_step: Callable[[], None] | None = None
     """Called after each optimiser step."""
-
-
-def adamw(
-    parameters: Sequence[torch.nn.Parameter],
-    *,
-    learning_rate: float,
-    weight_decay: float,
-    use_8bit: bool = False,
-) -> torch.optim.Optimizer:
-    """AdamW, or bitsandbytes' with moments in 8 bits.
-
-    Raises:
-        MimaError: 8 bits were asked for and bitsandbytes cannot be imported.
-    """
-    kind: Any = torch.optim.AdamW
-    if use_8bit:
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise MimaError(
-                "use_8bit_adam: needs bitsandbytes, which cannot be imported "
-                f"({error}); pip install bitsandbytes, or leave the setting out"
-            ) from error
-        kind = AdamW8bit
-    optimizer: torch.optim.Optimizer = kind(parameters, lr=learning_rate, weight_decay=weight_decay)
-    return optimizer
 
 
 def require_full_precision(pipeline: Any, method: str) -> None:
@@ -208,12 +199,7 @@ class Run:
         self._injection = injection
         self._family = family_of(injection.pipeline, resolution=adaptation.resolution)
         # before the pictures are encoded: it may be missing
-        self._optimizer = adamw(
-            injection.parameters,
-            learning_rate=adaptation.learning_rate,
-            weight_decay=adaptation.weight_decay,
-            use_8bit=adaptation.use_8bit_adam,
-        )
+        self._optimizers = self._new_optimizers()
         if adaptation.gradient_checkpointing:
             self._family.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
         self._generator = torch.Generator().manual_seed(adaptation.seed)
@@ -235,6 +221,16 @@ class Run:
             self._class_images = self._stream_of(latents, prompts)
         self._scaler = torch.amp.GradScaler(
             self._family.device.type, enabled=self._family.dtype == torch.float16
+        )
+
+    def _new_optimizers(self) -> list[torch.optim.Optimizer]:
+        settings = self.adaptation
+        return build_optimizers(
+            self._injection.parameters,
+            optimizer=settings.optimizer,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            use_8bit=settings.use_8bit_adam,
         )
 
     @property
@@ -303,13 +299,17 @@ class Run:
         tensors["generator"] = self._generator.get_state()
         # bitsandbytes keeps numbers beside its tensors
         numbers: dict[str, Any] = {}
-        for n, values in self._optimizer.state_dict()["state"].items():
-            for key, value in values.items():
-                name = f"optimizer.{n}.{key}"
-                if isinstance(value, torch.Tensor):
-                    tensors[name] = value
-                else:
-                    numbers[name] = value
+        first = 0
+        for optimizer in self._optimizers:
+            kept = optimizer.state_dict()
+            for n, values in kept["state"].items():
+                for key, value in values.items():
+                    name = f"optimizer.{first + n}.{key}"
+                    if isinstance(value, torch.Tensor):
+                        tensors[name] = value
+                    else:
+                        numbers[name] = value
+            first += _num_parameters(kept)
         state = {
             "losses": self.losses,
             "queues": [stream.queue for stream in self._streams()],
@@ -332,8 +332,13 @@ class Run:
             if kind == "optimizer":
                 n, _, key = rest.partition(".")
                 moments.setdefault(int(n), {})[key] = value
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        first = 0
+        for optimizer in self._optimizers:
+            fresh = optimizer.state_dict()
+            count = _num_parameters(fresh)
+            mine = {n: moments[first + n] for n in range(count) if first + n in moments}
+            optimizer.load_state_dict({"state": mine, "param_groups": fresh["param_groups"]})
+            first += count
         if kept.state["scaler"]:
             self._scaler.load_state_dict(kept.state["scaler"])
         for stream, queue in zip(self._streams(), kept.state["queues"], strict=True):
@@ -383,12 +388,24 @@ class Run:
     def _update(self, loss: float) -> None:
         """One step of the optimiser along the gradients that have been accumulated."""
         settings = self.adaptation
-        self._scaler.unscale_(self._optimizer)
+        period = settings.restart_every or settings.steps
+        if settings.restart_every is not None and self.step and self.step % period == 0:
+            self._optimizers = self._new_optimizers()
+        if self._injection.before_step is not None:
+            self._injection.before_step(self.step)
+        done = self.step % period if settings.restart_every is not None else self.step
+        rate = settings.learning_rate * rate_factor(settings.schedule, done, period)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            self._scaler.unscale_(optimizer)
         if settings.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._injection.parameters, settings.max_grad_norm)
-        self._scaler.step(self._optimizer)
+        for optimizer in self._optimizers:
+            self._scaler.step(optimizer)
         self._scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
         if self._injection.after_step is not None:
             self._injection.after_step()
         self.step += 1
@@ -415,6 +432,11 @@ class Run:
         finally:
             for module, device in waiting:
                 module.to(device)
+
+
+def _num_parameters(state: dict[str, Any]) -> int:
+    """How many parameters an optimiser trains, by its state."""
+    return sum(len(group["params"]) for group in state["param_groups"])
 
 
 @contextlib.contextmanager

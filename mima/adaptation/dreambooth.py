@@ -1,4 +1,4 @@
-"""DreamBooth: the whole denoiser is fine-tuned, or LoRA adapters on it with the same recipe."""
+"""DreamBooth: the denoiser is fine-tuned, or LoRA adapters on it with the same recipe."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 from mima.adaptation.base import Adaptation, Injection, require_full_precision
 from mima.adaptation.lora import LoRA
 from mima.concepts import Concept
+from mima.errors import MimaError, nearest
 from mima.families import family_of
 from mima.families.pipelines import component_name, with_modules
 
 
 @dataclass(frozen=True, kw_only=True)
 class DreamBooth(Adaptation):
-    """Fine-tune every weight of the denoiser; with `prior_weight=1`, with prior preservation.
+    """Fine-tune the weights of the denoiser; with `prior_weight=1`, with prior preservation.
 
     After Ruiz et al., arXiv 2208.12242; the text encoder is frozen. `Run.save` writes the denoiser
     as a diffusers model folder (`unet/`), for `UNet2DConditionModel.from_pretrained`.
@@ -26,20 +27,32 @@ class DreamBooth(Adaptation):
 
     steps: int = 1000
     learning_rate: float = 5e-6
+    frozen: tuple[str, ...] = ()
+    """Names of the denoiser's parameters that are not trained."""
 
     def inject(self, pipeline: Any, concept: Concept) -> Injection:
-        """Copy the denoiser and free all of it."""
+        """Copy the denoiser and free all of it, but for what is `frozen`."""
         require_full_precision(pipeline, self.method)
         family = family_of(pipeline)
         name = component_name(pipeline, family.denoiser)
         denoiser: Any = copy.deepcopy(family.denoiser).requires_grad_(True)
+        parameters = dict(denoiser.named_parameters())
+        for parameter in self.frozen:
+            if parameter not in parameters:
+                raise MimaError(
+                    f"frozen: the denoiser has no parameter {parameter}; "
+                    f"{nearest(parameter, parameters)}"
+                )
+            parameters.pop(parameter).requires_grad_(False)
+        if not parameters:
+            raise MimaError("frozen: names every parameter of the denoiser; nothing is trained")
 
         def save(folder: Path) -> None:
             denoiser.save_pretrained(folder / name)
 
         return Injection(
             pipeline=with_modules(pipeline, **{name: denoiser}),
-            parameters=list(denoiser.parameters()),
+            parameters=list(parameters.values()),
             save=save,
         )
 

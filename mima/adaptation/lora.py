@@ -1,7 +1,8 @@
-"""LoRA on the denoiser's attention, as diffusers' text-to-image script trains it."""
+"""LoRA on the denoiser's attention, as diffusers' text-to-image script trains it, and beyond."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,13 +17,16 @@ from mima.adaptation.base import Adaptation, Injection
 from mima.adapters.mixed_batch import ADAPTER
 from mima.concepts import Concept
 from mima.errors import MimaError
-from mima.families import family_of
+from mima.families import Conditioning, Family, family_of
 from mima.families.pipelines import component_name, shared_copy, with_modules
+
+TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""Attention projections of a CLIP text encoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Adaptation):
-    """Text-to-image LoRA through peft; only the adapter is trained, the text encoder is frozen.
+    """Text-to-image LoRA through peft; only the adapter is trained, on the denoiser by default.
 
     The defaults are those of the published immunization experiments (rank 4, learning rate 1e-4).
     `Run.save` writes a file for diffusers' `load_lora_weights`; for pipelines that have none
@@ -39,6 +43,10 @@ class LoRA(Adaptation):
     """Dropout before A."""
     target_modules: tuple[str, ...] | None = None
     """Endings of the names of the adapted layers; None means every attention projection."""
+    convolutions: bool = False
+    """Adapt every linear and convolutional layer of the denoiser instead (LoCon)."""
+    text_encoder: bool = False
+    """Adapt the attention of the text encoder, too; of pipelines with one text encoder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,6 +56,8 @@ class LoRA(Adaptation):
             raise ValueError(f"LoRA: dropout must lie in [0, 1), got {self.dropout}")
         if self.target_modules == ():
             raise ValueError("LoRA: target_modules is empty")
+        if self.convolutions and self.target_modules is not None:
+            raise ValueError("LoRA: convolutions adapts every layer; leave target_modules out")
 
     def inject(self, pipeline: Any, concept: Concept) -> Injection:
         """Put a fresh adapter into a denoiser that shares the pipeline's weights."""
@@ -58,16 +68,10 @@ class LoRA(Adaptation):
             )
         name = component_name(pipeline, family.denoiser)
         denoiser: Any = shared_copy(family.denoiser)
-        targets = self.target_modules or [
-            target.removesuffix(".weight") for target in family.lora_targets()
-        ]
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.rank if self.alpha is None else self.alpha,  # type: ignore[arg-type]
-            lora_dropout=self.dropout,
-            init_lora_weights="gaussian",
-            target_modules=list(targets),
-        )
+        config = self._config(self._targets(family))
+        modules: dict[str, Any] = {name: denoiser}
+        if self.text_encoder:
+            modules["text_encoder"] = self._text_encoder(pipeline)
         devices = [family.device] if family.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.seed)
@@ -76,12 +80,20 @@ class LoRA(Adaptation):
                     denoiser.add_adapter(config, adapter_name=ADAPTER)
                 else:
                     inject_adapter_in_model(config, denoiser, ADAPTER)
+                if self.text_encoder:
+                    text_config = self._config(TEXT_PROJECTIONS)
+                    inject_adapter_in_model(text_config, modules["text_encoder"], ADAPTER)
             except ValueError as error:
                 raise MimaError(f"lora: {error}") from error
-        parameters = [weight for weight in denoiser.parameters() if weight.requires_grad]
+        parameters = [
+            weight
+            for module in modules.values()
+            for weight in module.parameters()
+            if weight.requires_grad
+        ]
         for parameter in parameters:
             parameter.data = parameter.data.float()
-        adapted = with_modules(pipeline, **{name: denoiser})
+        adapted = with_modules(pipeline, **modules)
 
         def save(folder: Path) -> None:
             # peft keeps a set, whose order differs between processes
@@ -91,16 +103,57 @@ class LoRA(Adaptation):
                 # the names that other programs know, too; transformers' files keep peft's
                 layers = convert_state_dict_to_diffusers(layers)
             if hasattr(adapted, "save_lora_weights"):
-                adapted.save_lora_weights(
-                    folder,
-                    **{
-                        f"{name}_lora_layers": layers,
-                        f"{name}_lora_adapter_metadata": config.to_dict(),
-                    },
-                )
+                parts = {
+                    f"{name}_lora_layers": layers,
+                    f"{name}_lora_adapter_metadata": config.to_dict(),
+                }
+                if self.text_encoder:
+                    state = get_peft_model_state_dict(adapted.text_encoder, adapter_name=ADAPTER)
+                    parts["text_encoder_lora_layers"] = convert_state_dict_to_diffusers(state)
+                    parts["text_encoder_lora_adapter_metadata"] = text_config.to_dict()
+                adapted.save_lora_weights(folder, **parts)
             else:
                 config.save_pretrained(str(folder))
                 prefixed = {f"base_model.model.{key}": value for key, value in layers.items()}
                 save_file(prefixed, folder / SAFETENSORS_WEIGHTS_NAME)
 
-        return Injection(pipeline=adapted, parameters=parameters, save=save)
+        return Injection(
+            pipeline=adapted,
+            parameters=parameters,
+            save=save,
+            encode_prompts=encode_with_graph if self.text_encoder else None,
+        )
+
+    def _targets(self, family: Family) -> list[str]:
+        """Names, or their endings, of the adapted layers of the denoiser."""
+        if self.target_modules is not None:
+            return list(self.target_modules)
+        if self.convolutions:
+            kinds = (torch.nn.Linear, torch.nn.Conv2d)
+            return [n for n, m in family.denoiser.named_modules() if isinstance(m, kinds)]
+        return [target.removesuffix(".weight") for target in family.lora_targets()]
+
+    def _config(self, targets: Sequence[str]) -> LoraConfig:
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.rank if self.alpha is None else self.alpha,  # type: ignore[arg-type]
+            lora_dropout=self.dropout,
+            init_lora_weights="gaussian",
+            target_modules=list(targets),
+        )
+
+    def _text_encoder(self, pipeline: Any) -> Any:
+        """A copy of the text encoder around the same weights, for an adapter of its own."""
+        if getattr(pipeline, "text_encoder_2", None) is not None or not hasattr(
+            pipeline, "save_lora_weights"
+        ):
+            raise MimaError(
+                "lora: text_encoder needs a pipeline with one text encoder that LoRAs are loaded "
+                f"for, got {type(pipeline).__name__}"
+            )
+        return shared_copy(pipeline.text_encoder)
+
+
+def encode_with_graph(family: Family, prompts: Sequence[str]) -> Conditioning:
+    """Encode prompts with a graph into the text encoder."""
+    return family.encode_prompts(prompts, differentiable=True)

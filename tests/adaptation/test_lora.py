@@ -7,10 +7,14 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from safetensors.torch import load_file
 from support import tiny
 
-from mima.adaptation import LoRA
+from mima.adaptation import LoRA, Pivotal
+from mima.adapters.mixed_batch import lora_layers
+from mima.concepts import Concept
 from mima.errors import MimaError
+from mima.families import family_of
 from mima.families.pipelines import component_name, shared_copy, with_modules
 from mima.families.stable_diffusion import StableDiffusion
 from mima.training.loss import diffusion_loss
@@ -211,13 +215,13 @@ def test_gradients_accumulate_over_batches(pipeline):
     losses = [diffusion_loss(parts._family, *batch) for batch in (first, second)]
     expected = torch.autograd.grad((losses[0] + losses[1]) / 2, parts._injection.parameters)
     seen = []
-    step = run._optimizer.step
+    step = run._optimizers[0].step
 
     def record(*args, **keywords):
         seen.extend(value.grad.clone() for value in run._injection.parameters)
         return step(*args, **keywords)
 
-    run._optimizer.step = record
+    run._optimizers[0].step = record
     run.advance(1)
     for got, wanted in zip(seen, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
@@ -325,3 +329,66 @@ def test_shared_copy_keeps_storage_and_separates_structure(pipeline):
     assert isinstance(pipeline.unet.conv_in, torch.nn.Conv2d)
     with pytest.raises(ValueError, match="does not hold"):
         component_name(pipeline, copy)
+
+
+def test_locon_adapts_convolutions_too(pipeline):
+    run = dataclasses.replace(FAST, convolutions=True).start(pipeline, tiny.concept())
+    layers = lora_layers(run.pipeline.unet)
+    kinds = {type(layer.get_base_layer()) for layer in layers.values()}
+    assert kinds == {torch.nn.Linear, torch.nn.Conv2d}
+    plain = [m for m in pipeline.unet.modules() if isinstance(m, tuple(kinds))]
+    assert len(layers) == len(plain)
+    before = tiny.training_loss(run.pipeline, tiny.concept())
+    run.advance(5)
+    assert tiny.training_loss(run.pipeline, tiny.concept()) < before
+    with pytest.raises(ValueError, match="leave target_modules out"):
+        LoRA(convolutions=True, target_modules=("to_k",))
+
+
+def test_a_text_encoder_learns_too_and_is_saved(pipeline, tmp_path):
+    run = dataclasses.replace(FAST, text_encoder=True).start(pipeline, tiny.concept())
+    given = pipeline.text_encoder
+    run.advance(4)
+    assert run.pipeline.text_encoder is not given
+    assert not lora_layers(given)
+    adapters = {
+        name: value
+        for name, value in run.pipeline.text_encoder.named_parameters()
+        if "lora_B" in name
+    }
+    # two layers with four projections each, all of them away from where they began
+    assert len(adapters) == 8
+    assert all(bool(value.any()) for value in adapters.values())
+    text = family_of(run.pipeline).encode_prompts(["a red round emoji"])["encoder_hidden_states"]
+    old = family_of(pipeline).encode_prompts(["a red round emoji"])["encoder_hidden_states"]
+    assert (text - old).abs().max() > 1e-4
+    run.save(tmp_path)
+    written = load_file(tmp_path / LORA_WEIGHT_NAME_SAFE)
+    assert (
+        sum(name.startswith("unet.") for name in written) == len(lora_layers(run.pipeline.unet)) * 2
+    )
+    saved = [value for name, value in written.items() if name.startswith("text_encoder.")]
+    live = [v for n, v in run.pipeline.text_encoder.named_parameters() if "lora_" in n]
+    assert sorted(v.norm().item() for v in saved) == pytest.approx(
+        sorted(v.norm().item() for v in live)
+    )
+
+
+def test_pivotal_trains_the_word_and_then_the_lora(pipeline):
+    images = [tiny.picture("red", "round", seed=seed) for seed in range(4)]
+    concept = Concept("thing", "a <new1> emoji", images, token="<new1>", initializer="cat")
+    run = Pivotal(steps=6, learning_rate=1e-2, rank=2).start(pipeline, concept)
+    row, *lora = run._injection.parameters
+
+    def now():
+        return [parameter.detach().clone() for parameter in (row, *lora)]
+
+    start = now()
+    run.advance(3)
+    middle = now()
+    assert not torch.equal(middle[0], start[0])
+    assert all(map(torch.equal, middle[1:], start[1:]))
+    run.advance(3)
+    end = now()
+    assert torch.equal(end[0], middle[0])
+    assert not any(torch.equal(a, b) for a, b in zip(end[2::2], middle[2::2], strict=True))

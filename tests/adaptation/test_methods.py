@@ -230,3 +230,13 @@ def test_half_precision_weights_are_not_trained(folder, instance, method):
     half = StableDiffusionPipeline.from_pretrained(folder).to(dtype=torch.bfloat16)
     with pytest.raises(MimaError, match=r"float32 .* the denoiser is in bfloat16"):
         method().start(half, instance)
+
+
+def test_dreambooth_leaves_what_is_frozen(pipeline, instance):
+    names = [name for name, _ in pipeline.unet.named_parameters() if ".attn2." in name]
+    before = weights(pipeline.unet)
+    run = DreamBooth(learning_rate=1e-3, frozen=tuple(names)).start(pipeline, instance)
+    run.advance(2)
+    assert changed(run.pipeline.unet, before) == set(before) - set(names)
+    with pytest.raises(MimaError, match=r"frozen: the denoiser has no parameter conv_on\.weight"):
+        DreamBooth(frozen=("conv_on.weight",)).start(pipeline, instance)

@@ -1,0 +1,59 @@
+"""Pivotal tuning: a new word first, then a LoRA around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mima.adaptation.base import Injection, require_full_precision
+from mima.adaptation.lora import LoRA
+from mima.concepts import Concept
+from mima.families.new_words import add_token
+from mima.families.pipelines import with_modules
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pivotal(LoRA):
+    """Learn the embedding of `concept.token`, keep it, and train a LoRA on prompts with it.
+
+    After pivotal tuning (Roich et al., arXiv 2106.05744), as LoRA trainers have it. `Run.save`
+    writes the files of both: `load_textual_inversion` and `load_lora_weights` of diffusers.
+    """
+
+    method: ClassVar[str] = "pivotal"
+
+    word_share: float = 0.5
+    """The share of `steps` that trains the word; the rest trains the LoRA."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.word_share < 1:
+            raise ValueError(f"Pivotal: word_share must lie in (0, 1), got {self.word_share}")
+        if self.text_encoder:
+            raise ValueError("Pivotal: text_encoder is not adapted; the word is trained instead")
+
+    def inject(self, pipeline: Any, concept: Concept) -> Injection:
+        """Add the word to copies of tokenizer and text encoder, and a LoRA to the denoiser."""
+        require_full_precision(pipeline, self.method)
+        new = add_token(pipeline, concept)
+        with_word = with_modules(pipeline, tokenizer=new.tokenizer, text_encoder=new.text_encoder)
+        lora = super().inject(with_word, concept)
+        word_steps = round(self.word_share * self.steps)
+
+        def leave_the_other(done: int) -> None:
+            for parameter in lora.parameters if done < word_steps else [new.row]:
+                parameter.grad = None
+
+        def save(folder: Path) -> None:
+            lora.save(folder)
+            new.save(folder)
+
+        return Injection(
+            pipeline=lora.pipeline,
+            parameters=[new.row, *lora.parameters],
+            save=save,
+            encode_prompts=new.encode_prompts,
+            before_step=leave_the_other,
+            after_step=new.commit,
+        )

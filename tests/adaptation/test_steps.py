@@ -1,0 +1,118 @@
+"""Optimisers, schedules and restarts of an adaptation, against steps that are done by hand."""
+
+import dataclasses
+
+import pytest
+import torch
+from support import tiny
+
+from mima.adaptation import DreamBooth, LoRA
+from mima.adaptation.steps import build_optimizers, rate_factor
+
+FAST = DreamBooth(learning_rate=1e-3, steps=10, batch_size=2, max_grad_norm=None)
+
+
+def trained(run):
+    return [parameter.detach().clone() for parameter in run._injection.parameters]
+
+
+def record_rates(run):
+    rates = []
+    run.advance(
+        run.adaptation.steps,
+        on_step=lambda run: rates.append(run._optimizers[0].param_groups[0]["lr"]),
+    )
+    return rates
+
+
+def test_sgd_follows_the_gradient_with_momentum(pipeline):
+    settings = dataclasses.replace(FAST, optimizer="sgd", weight_decay=0.0, learning_rate=0.1)
+    run, twin = (settings.start(pipeline, tiny.concept()) for _ in range(2))
+    run.advance(2)
+    velocity = None
+    for _ in range(2):
+        ((_, batch),) = twin._batches()
+        loss = tiny.diffusion_loss(twin._family, *batch)
+        gradients = torch.autograd.grad(loss, twin._injection.parameters)
+        velocity = (
+            [g.clone() for g in gradients]
+            if velocity is None
+            else [0.9 * v + g for v, g in zip(velocity, gradients, strict=True)]
+        )
+        with torch.no_grad():
+            for parameter, v in zip(twin._injection.parameters, velocity, strict=True):
+                parameter -= 0.1 * v
+    for got, wanted in zip(trained(run), trained(twin), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_muon_steps_do_not_depend_on_the_scale_of_gradients():
+    torch.manual_seed(0)
+    gradients = [torch.randn(6, 4), torch.randn(3, 3, 2, 2), torch.randn(5)]
+    moved = []
+    for scale in (1.0, 1e-3):
+        parameters = [torch.nn.Parameter(torch.zeros_like(g)) for g in gradients]
+        pair = build_optimizers(parameters, optimizer="muon", learning_rate=0.1, weight_decay=0.0)
+        # matrices by Muon, the rest by AdamW
+        assert [type(o).__name__ for o in pair] == ["Muon", "AdamW"]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = scale * gradient
+        for optimizer in pair:
+            optimizer.step()
+        moved.append([p.detach() for p in parameters])
+    # Muon computes in bfloat16, with 8 bits
+    torch.testing.assert_close(moved[0][0], moved[1][0], rtol=5e-2, atol=1e-3)
+    # orthogonal: near equal singular values, unlike the gradient's
+    values = torch.linalg.svdvals(moved[0][0])
+    assert values.max() / values.min() < 2 < (s := torch.linalg.svdvals(gradients[0]))[0] / s[-1]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_optimizers_learn_and_go_on_from_a_checkpoint(pipeline, optimizer):
+    rate = 0.3 if optimizer == "sgd" else 1e-3
+    settings = dataclasses.replace(
+        FAST, optimizer=optimizer, learning_rate=rate, schedule="cosine", max_grad_norm=1.0
+    )
+    whole = settings.start(pipeline, tiny.concept())
+    before = tiny.training_loss(whole.pipeline, tiny.concept())
+    whole.advance(10)
+    assert tiny.training_loss(whole.pipeline, tiny.concept()) < before - 1e-3
+    first, second = (settings.start(pipeline, tiny.concept()) for _ in range(2))
+    first.advance(4)
+    second.restore(first.checkpoint())
+    second.advance(6)
+    assert all(map(torch.equal, trained(second), trained(whole)))
+
+
+def test_a_cosine_rises_and_falls_to_the_last_step(pipeline):
+    rates = record_rates(
+        dataclasses.replace(FAST, schedule="cosine", steps=20).start(pipeline, tiny.concept())
+    )
+    assert rates == pytest.approx([1e-3 * rate_factor("cosine", step, 20) for step in range(20)])
+    assert rates[:2] == pytest.approx([5e-4, 1e-3])
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert 0 < rates[-1] < 1e-5
+    assert set(record_rates(FAST.start(pipeline, tiny.concept()))) == {1e-3}
+
+
+def test_a_restart_forgets_the_optimisers_state_and_keeps_the_weights(pipeline):
+    settings = LoRA(learning_rate=1e-3, steps=6, batch_size=2)
+    concept = tiny.concept()
+    run = dataclasses.replace(settings, restart_every=3).start(pipeline, concept)
+    plain = settings.start(pipeline, concept)
+    for learner in (run, plain):
+        learner.advance(3)
+    assert all(map(torch.equal, trained(run), trained(plain)))
+    # by hand: a new optimiser
+    plain._optimizers = plain._new_optimizers()
+    for learner in (run, plain):
+        learner.advance(3)
+    assert all(map(torch.equal, trained(run), trained(plain)))
+    undisturbed = settings.start(pipeline, concept)
+    undisturbed.advance(6)
+    assert not all(map(torch.equal, trained(run), trained(undisturbed)))
+
+
+def test_8_bits_are_for_adamw():
+    with pytest.raises(ValueError, match="use_8bit_adam must be left out with another optimizer"):
+        LoRA(optimizer="sgd", use_8bit_adam=True)
