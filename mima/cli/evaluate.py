@@ -32,11 +32,21 @@ def evaluate(
         list[str] | None, typer.Option("--others", help="Must stay learnable; may be repeated.")
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="quick (minutes), standard (as published), adversarial (all).")
+        str,
+        typer.Option(
+            help="quick (minutes), headline (attacks are tuned), standard (as published), "
+            "adversarial (all)."
+        ),
     ] = "quick",
     similarity: Annotated[
         list[str] | None,
         typer.Option(help="clip, dino, lpips, embedded, a hub id or a folder; may be repeated."),
+    ] = None,
+    tune: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Trial runs by which each attack chooses its settings on each model."
+        ),
     ] = None,
     protocol: Annotated[
         PictureProtocol,
@@ -79,7 +89,7 @@ def evaluate(
     # only now what takes seconds to import
     from mima.evaluation import evaluate as run_evaluate
 
-    given = given_settings({}, settings)
+    given = given_settings({"tune.trials": tune}, settings)
     default = "embedded" if original == "embedded" else "clip"
     with progress() as bars:
         task = bars.add_task("attacking", total=None, note="")
@@ -107,6 +117,7 @@ def evaluate(
                 captions=captions,
                 overwrite=overwrite,
                 progress=show,
+                announce=lambda work: bars.console.print(str(work)),
             )
         except KeyboardInterrupt:
             stderr().print("finished attacks are kept; the same command goes on from them")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +18,11 @@ from mima.concepts import Concept
 from mima.concepts.reading import load_concepts
 from mima.distributed import device_of
 from mima.errors import MimaError
-from mima.evaluation.grid import Attack, GridConfig, attack_grid, grid_config
+from mima.evaluation.estimate import Estimate, estimate
+from mima.evaluation.grid import Attack, GridConfig, Trial, attack_grid, grid_config
 from mima.evaluation.ledger import Ledger, check, claim, refuse_other_settings
-from mima.evaluation.processes import in_parallel, one_thread
+from mima.evaluation.plan import Plan
+from mima.evaluation.processes import in_parallel, one_by_one, one_thread
 from mima.evaluation.records import (
     SIDES,
     ConceptRecord,
@@ -27,13 +31,16 @@ from mima.evaluation.records import (
     ModelPair,
     Role,
 )
-from mima.evaluation.worker import Bench, Outcome, Task, Worker
+from mima.evaluation.tuning import TrialRow, TuningLog
+from mima.evaluation.worker import Bench, Outcome, Result, Task, Worker
 from mima.families import family_of, source_of
 from mima.sampling import Sampler
 from mima.storage.lock import locked
 from mima.storage.output import slug
 from mima.storage.record import read_record
 from mima.training.captions import ordinary_captions, spread
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 """Called with work done, all work, and what was just finished, if anything."""
@@ -57,6 +64,7 @@ def evaluate(
     captions: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    announce: Callable[[Estimate], None] | None = None,
 ) -> Evaluation:
     """Attack a model before and after immunization, and measure how much harder learning became.
 
@@ -67,8 +75,7 @@ def evaluate(
     Degenerate cases. Where an attack fails on the original model, M(x_r, x_A) ≤ 0, SGR is 0. A
     concept without held-out pictures is compared with its training pictures, with a warning and a
     note in its record; one picture is a mean of one; a concept without pictures cannot be made. An
-    attack whose training diverges is compared up to the last step that both models reached, and has
-    no SGR if that is step 0.
+    attack whose training diverges on either model counts as not tried: it has no SGR.
 
     Args:
         original: the model before immunization: a diffusers folder, a .safetensors file, a hub id,
@@ -78,7 +85,7 @@ def evaluate(
             ``"benign"`` count as others.
         output: folder for the results: see `mima.evaluation.records`.
         others: concepts that must stay learnable; may be empty.
-        preset: ``"quick"``, ``"standard"`` or ``"adversarial"``.
+        preset: a name of `mima.evaluation.PRESETS`.
         settings: settings of `GridConfig` that replace the preset's.
         similarities: what `load_similarity` opens; the first is the primary one, and the first that
             embeds texts measures benign quality.
@@ -93,6 +100,8 @@ def evaluate(
         overwrite: discard what an earlier evaluation left in `output`.
         progress: called with work done, all work (training steps and pictures), and the name of an
             attack that was just finished, or "".
+        announce: called once before the work begins with how much there is, and about how long it
+            takes here, which two training steps and some pictures are timed for.
 
     Returns:
         What ``evaluation.json`` holds.
@@ -147,6 +156,9 @@ def evaluate(
     targets = {slug: c for slug, c in by_slug.items() if roles[slug] == "target"}
     rest = {slug: c for slug, c in by_slug.items() if roles[slug] == "other"}
     grid = attack_grid(config, targets, rest)
+    if any(attack.outside for attack in grid) and not worker.common_parameters():
+        logger.warning("families outside: immunization changed every parameter; left out")
+        grid = [attack for attack in grid if not attack.outside]
     for pipeline in worker.pipelines.values():
         for size in {sampler.size, *(attack.adaptation.resolution for attack in grid)}:
             # refuses what does not fit
@@ -184,11 +196,12 @@ def evaluate(
         claim(folder, overwrite=overwrite)
         refuse_other_settings(folder, evaluation)
         ledger = Ledger(folder, evaluation, grid)
-        tasks: list[Task] = [side for side in SIDES if not bench.benign_done(side)]
-        tasks += ledger.pending()
+        plan = Plan(TuningLog(folder.path, config.tune), ledger.pending())
+        tasks: deque[Task] = deque(side for side in SIDES if not bench.benign_done(side))
+        tasks += plan.first()
         bench.write_references()
         ledger.write()
-        total = sum(bench.work(task) for task in tasks)
+        total = sum(bench.work(task) for task in [*tasks, *plan.waiting])
         done = 0
 
         def advance(amount: int, finished: str = "") -> None:
@@ -197,19 +210,22 @@ def evaluate(
             if progress is not None:
                 progress(done, total, finished)
 
+        if announce is not None and tasks:
+            announce(estimate(bench, worker, [*tasks, *plan.waiting], processes))
         advance(0)
         if processes == 1 or len(tasks) <= 1:
             worker.advance = advance
-            results: Iterator[tuple[Task, Outcome | None]] = (
-                (task, worker.run(task)) for task in tasks
-            )
+            results: Iterator[tuple[Task, Result]] = one_by_one(worker, tasks)
         else:
             results = in_parallel(bench, tasks, min(processes, len(tasks)), advance)
-        for task, outcome in results:
+        for task, result in results:
             if isinstance(task, Attack):
-                assert outcome is not None
-                ledger.add(outcome)
+                assert isinstance(result, Outcome)
+                ledger.add(result)
                 advance(0, task.id)
+            elif isinstance(task, Trial):
+                assert isinstance(result, TrialRow)
+                tasks += plan.tried(result)
         return ledger.finish(worker.benign())
 
 

@@ -60,6 +60,12 @@ class CachedSimilarity:
             return similarity(self.features(a), self.features(b))
         return self._pairs(a, b)
 
+    def fresh(self, images: Sequence[Image.Image], b: Sequence[Path]) -> torch.Tensor:
+        """Similarities [A, B] of pictures that are not kept with picture files."""
+        if isinstance(self.model, ImageEncoder):
+            return similarity(self.model.embed(images), self.features(b))
+        return self.model.pairs(images, [_load(file) for file in b])
+
     def features(self, files: Sequence[Path]) -> torch.Tensor:
         """Normalised features [A, D] of picture files.
 

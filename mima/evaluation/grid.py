@@ -6,8 +6,8 @@ import itertools
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -15,23 +15,33 @@ from mima.adaptation import Adaptation, configure
 from mima.concepts import Concept
 from mima.concepts.pictures import Picture
 from mima.errors import MimaError, nearest
-from mima.evaluation.records import Pictures, Preparation, PromptVariant, Role
+from mima.evaluation.families import FAMILIES, AttackFamily
+from mima.evaluation.records import Pictures, Preparation, PromptVariant, Role, Side
+from mima.evaluation.tuning import Choice, Tuning
 from mima.settings import Settings, parse_config, set_nested
 
 logger = logging.getLogger(__name__)
 
 # trains the embedding of a word that the model does not know yet
 NEW_WORD = "<{}>"
-TRAINS_A_TOKEN = frozenset({"textual-inversion"})
+TRAINS_A_TOKEN = frozenset({"textual-inversion", "pivotal"})
+NEEDS_OTHERS = frozenset({"benign", "kick"})
+"""Preparations that train on the other concepts' pictures."""
 
 
 class GridConfig(Settings):
-    """What is attacked how, and how it is measured: ``quick``, ``standard``, ``adversarial``."""
+    """What is attacked how, and how it is measured; `PRESETS` has some by name."""
 
     preset: str = "custom"
     """Where the settings came from."""
     methods: dict[str, dict[str, Any]] = Field({"lora": {}}, min_length=1)
-    """Adaptation methods, each with settings that differ from its defaults."""
+    """Adaptation methods, each with settings that differ from its defaults. A method may come more
+    than once, under names of your own, with ``method`` among its settings."""
+    families: tuple[str, ...] = ()
+    """Besides, with everything else at its first value: families of attacks, by their names in
+    `mima.evaluation.families.FAMILIES`; see docs/attacks.md."""
+    tune: Tuning = Tuning()
+    """What every attack may try on each model before it begins; nothing by default."""
     lr_factors: tuple[float, ...] = Field((1.0,), min_length=1)
     """Learning rates, as multiples of the method's."""
     step_factors: tuple[int, ...] = Field((1,), min_length=1)
@@ -40,14 +50,23 @@ class GridConfig(Settings):
     """What the attacker calls the concept: its captions as they are, the same without its name, or
     with a rare token in place of the name."""
     images: tuple[Pictures, ...] = Field(("same",), min_length=1)
-    """Train on the pictures that immunization saw, or on the held-out ones; the other set is then
-    what adapted models are compared with."""
+    """Pictures that are trained on, and that adapted models are compared with: ``same``, those that
+    immunization saw, and the held-out ones; ``other``, the held-out ones, and those that
+    immunization saw; ``fewer``, a quarter of the first; ``more``, the first and every second
+    held-out one, and the rest of these; ``mixed``, as many pictures of the other concepts among the
+    first."""
     preparations: tuple[Preparation, ...] = ()
-    """Besides, with everything else at its first value: ``merge``, train a LoRA on each target
-    concept and merge them into the weights, then attack; ``benign``, train a LoRA on the other
-    concepts and merge it, then attack."""
+    """Besides, with everything else at its first value: what is done to a model before the attack.
+    ``merge``, train a LoRA on each target concept and merge them into the weights; ``benign``,
+    train a LoRA on the other concepts and merge it; ``kick``, add noise to the weights, then
+    fine-tune all of them on the other concepts; ``undo``, take the strongest rank-8 part of what
+    immunization changed out of each weight; ``interpolate``, go half of the way back to the
+    original model; ``fp16`` and ``int8``, round the weights to so many bits."""
     preparation_steps: int = Field(50, ge=1)
-    """Training steps of each LoRA of a preparation."""
+    """Training steps of each LoRA or fine-tuning of a preparation."""
+    repair_steps: int = Field(0, ge=0)
+    """After each attack, fine-tune the attacked model for so many steps on the other concepts, and
+    measure once more: pictures that immunization broke may come back. 0 does not."""
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     """Each is one attack: its batches, noise and initial values, and the noise of its pictures."""
     evaluations: int = Field(4, ge=1)
@@ -70,6 +89,14 @@ class GridConfig(Settings):
             raise ValueError("must be above 0")
         return values
 
+    @field_validator("families")
+    @classmethod
+    def _known(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for name in values:
+            if name not in FAMILIES:
+                raise ValueError(f"{name!r} is unknown; {nearest(name, FAMILIES)}")
+        return values
+
     def steps_of(self, attack: Attack) -> tuple[int, ...]:
         """Steps at which an attack's models are sampled: 0 and `evaluations` equal parts."""
         parts = (round(attack.steps * i / self.evaluations) for i in range(self.evaluations + 1))
@@ -77,6 +104,8 @@ class GridConfig(Settings):
 
 
 _QUICK_LORA = {"rank": 8, "learning_rate": 5e-4, "batch_size": 4, "steps": 50}
+_QUICK_DREAMBOOTH = {"learning_rate": 1e-4, "batch_size": 4, "steps": 100}
+_QUICK_SAMPLER = {"steps": 12, "guidance": 3.0, "scheduler": "dpm++", "batch_size": 16}
 _ALL_METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "dreambooth": {},
@@ -92,8 +121,19 @@ PRESETS: dict[str, GridConfig] = {
         lr_factors=(1.0, 3.0),
         evaluations=2,
         max_prompts=6,
-        sampler={"steps": 12, "guidance": 3.0, "scheduler": "dpm++", "batch_size": 16},
+        sampler=_QUICK_SAMPLER,
         benign_prompts=32,
+    ),
+    # what headline numbers are made of: half an hour at most on the embedded model with two target
+    # concepts and an other, on two cores
+    "headline": GridConfig(
+        preset="headline",
+        methods={"lora": _QUICK_LORA | {"steps": 100}, "dreambooth": _QUICK_DREAMBOOTH},
+        tune=Tuning(trials=6, steps=50),
+        evaluations=4,
+        max_prompts=6,
+        sampler=_QUICK_SAMPLER,
+        benign_prompts=48,
     ),
     # the published experiments: each method with its published settings
     "standard": GridConfig(preset="standard", methods=_ALL_METHODS),
@@ -126,9 +166,29 @@ def grid_config(preset: str, settings: Mapping[str, Any] | None = None) -> GridC
     for name, value in (settings or {}).items():
         set_nested(raw, name, value)
     config = parse_config(GridConfig, raw, source=f"preset {preset}")
-    for method, given in config.methods.items():
-        configure(method, given)
+    for name in config.methods:
+        configured(config, name)
+    for name in config.families:
+        _of_family(config, name)
     return config
+
+
+def configured(config: GridConfig, name: str) -> Adaptation:
+    """A method of the grid with its settings there; of one that the grid lacks, its defaults.
+
+    Raises:
+        MimaError: no such method or setting, or a value that it cannot have.
+    """
+    settings = dict(config.methods.get(name, {}))
+    return configure(str(settings.pop("method", name)), settings)
+
+
+def _of_family(config: GridConfig, name: str) -> Adaptation:
+    family = FAMILIES[name]
+    if family.base == "pivotal" and "pivotal" not in config.methods:
+        lora = config.methods.get("lora", {})
+        return configure("pivotal", {k: v for k, v in lora.items() if k != "method"})
+    return family.adapt(configured(config, family.base))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,21 +199,29 @@ class Attack:
         concept: name of the attacked concept.
         slug: the same as a file name.
         role: what immunization wanted of the concept.
+        label: name of the method in the grid, or of the family.
         adaptation: method and settings, with this attack's rate, steps and seed.
         lr_factor: rate as a multiple of the method's.
         prompt_variant: what the concept is called.
         images: which pictures are trained on.
         preparation: what is done before.
+        transplant: trained on the original model only, and put into both.
+        outside: trains only the parameters that both models have in common.
+        tuned: settings that trials chose, by model; a model without any is attacked as configured.
     """
 
     concept: str
     slug: str
     role: Role
+    label: str
     adaptation: Adaptation
     lr_factor: float
     prompt_variant: PromptVariant
     images: Pictures
     preparation: Preparation
+    transplant: bool = False
+    outside: bool = False
+    tuned: Mapping[Side, Adaptation] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -168,17 +236,48 @@ class Attack:
     @property
     def id(self) -> str:
         """A name that is safe as a file name and says what the attack is."""
+        return f"{self.key}_seed{self.seed}"
+
+    @property
+    def key(self) -> str:
+        """The same without the seed."""
         parts = (
             self.slug,
-            self.adaptation.method,
+            self.label,
             f"x{self.lr_factor:g}",
             f"{self.steps}steps",
             self.prompt_variant,
             self.images,
             self.preparation,
-            f"seed{self.seed}",
         )
         return "_".join(parts)
+
+    def on(self, side: Side) -> Adaptation:
+        """Method and settings on one of the models."""
+        return self.tuned.get(side, self.adaptation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A trial run of an attack on one model.
+
+    Attributes:
+        attack: with its first seed.
+        side: the model.
+        number: of the choice, from 0.
+        adaptation: the attack's, as this trial has it.
+    """
+
+    attack: Attack
+    side: Side
+    number: int
+    adaptation: Adaptation
+
+    @classmethod
+    def of(cls, attack: Attack, side: Side, number: int, choice: Choice, tuning: Tuning) -> Trial:
+        """The trial of a choice."""
+        settings = replace(attack.adaptation, steps=tuning.steps or attack.steps)
+        return cls(attack=attack, side=side, number=number, adaptation=choice.apply(settings))
 
 
 def attack_grid(
@@ -189,7 +288,8 @@ def attack_grid(
     Target concepts get the whole grid; the others one attack per method and seed, with everything
     else at its first value. What a concept has no material for is left out, with a warning: other
     images without held-out pictures, other prompts where the concept's prompt does not hold its
-    name, ``benign`` without other concepts. Textual inversion calls every concept by a new word.
+    name, whatever trains on other concepts without any, prior preservation without a class. Methods
+    that train a word call every concept by a new one.
 
     Args:
         config: the grid.
@@ -211,12 +311,15 @@ def _on_target(
     config: GridConfig, slug: str, concept: Concept, seed: int, has_others: bool
 ) -> Iterator[Attack]:
     prompts = [v for v in config.prompts if v == "name" or _names(concept)]
-    images = [v for v in config.images if v == "same" or concept.held_out]
-    preparations = [v for v in config.preparations if v != "benign" or has_others]
+    images = [v for v in config.images if _has_pictures(v, concept, has_others)]
+    preparations = [v for v in config.preparations if v not in NEEDS_OTHERS or has_others]
+    has_class = bool(concept.class_prompt or concept.class_images)
+    families = [v for v in config.families if has_class or not FAMILIES[v].needs_class]
     left_out: dict[str, set[Any]] = {
         "prompts": set(config.prompts) - set(prompts),
         "images": set(config.images) - set(images),
         "preparations": set(config.preparations) - set(preparations),
+        "families": set(config.families) - set(families),
     }
     if seed == config.seeds[0]:
         for what, values in left_out.items():
@@ -239,6 +342,26 @@ def _on_target(
                 config, slug, concept, "target", method, seed, prompt=prompts[0], images=images[0]
             )
             yield replace(base, preparation=preparation)
+    for name in families:
+        yield _attack(
+            config, slug, concept, "target", name, seed, prompt=prompts[0], images=images[0],
+            family=FAMILIES[name],
+        )  # fmt: skip
+
+
+def _has_pictures(images: Pictures, concept: Concept, has_others: bool) -> bool:
+    """Whether a concept has what is trained on and compared with."""
+    match images:
+        case "other":
+            return bool(concept.held_out)
+        case "fewer":
+            return len(concept.images) > 1
+        case "more":
+            return len(concept.held_out) > 1
+        case "mixed":
+            return has_others
+        case "same":
+            return True
 
 
 def _attack(
@@ -252,16 +375,18 @@ def _attack(
     step_factor: int | None = None,
     prompt: PromptVariant = "name",
     images: Pictures = "same",
+    family: AttackFamily | None = None,
 ) -> Attack:
     lr_factor = config.lr_factors[0] if lr_factor is None else lr_factor
     step_factor = config.step_factors[0] if step_factor is None else step_factor
-    base = configure(method, config.methods[method])
-    if method in TRAINS_A_TOKEN and concept.token is None:
+    base = configured(config, method) if family is None else _of_family(config, method)
+    if base.method in TRAINS_A_TOKEN and concept.token is None:
         prompt = "token"
     return Attack(
         concept=concept.name,
         slug=slug,
         role=role,
+        label=method,
         adaptation=replace(
             base,
             learning_rate=base.learning_rate * lr_factor,
@@ -272,11 +397,39 @@ def _attack(
         prompt_variant=prompt,
         images=images,
         preparation="none",
+        transplant=family is not None and family.transplant,
+        outside=family is not None and family.outside,
     )
 
 
+Place = tuple[Literal["images", "held_out"], int]
+"""A picture of a concept, by where it stands."""
+
+
+def places(images: Pictures, concept: Concept) -> tuple[list[Place], list[Place]]:
+    """Which of a concept's pictures are trained on, and which adapted models are compared with.
+
+    A concept without held-out pictures is compared with those that it is trained on.
+    """
+    own: list[Place] = [("images", index) for index in range(len(concept.images))]
+    kept: list[Place] = [("held_out", index) for index in range(len(concept.held_out))]
+    match images:
+        case "other":
+            return kept, own
+        case "fewer":
+            return own[:: 4 if len(own) >= 4 else 2], kept or own
+        case "more":
+            return own + kept[::2], kept[1::2]
+        case "same" | "mixed":
+            return own, kept or own
+
+
 def material(
-    attack: Attack, concept: Concept, *, rare_token: str = "sks"
+    attack: Attack,
+    concept: Concept,
+    *,
+    rare_token: str = "sks",
+    others: Sequence[Picture] = (),
 ) -> tuple[Concept, tuple[Picture, ...]]:
     """What an attack trains on, and what its pictures are compared with.
 
@@ -285,15 +438,21 @@ def material(
         concept: the attacked concept.
         rare_token: stands for the name in attacks with a rare token; methods that train a token get
             ``<sks>``, which no vocabulary holds.
+        others: pictures of other concepts; attacks with mixed pictures train on as many of these as
+            of the concept's, under their own captions.
 
     Returns:
         The concept as the attacker describes it, and the references, whose prompts are those that
-        the adapted model is asked for. A concept without held-out pictures is compared with those
-        that it is trained on.
+        the adapted model is asked for.
     """
-    train, references = concept.images, concept.held_out or concept.images
-    if attack.images == "other":
-        train, references = concept.held_out, concept.images
+    train, references = (
+        [getattr(concept, kind)[index] for kind, index in part]
+        for part in places(attack.images, concept)
+    )
+    more: tuple[Picture, ...] = ()
+    if attack.images == "mixed":
+        count = min(len(train), len(others))
+        more = tuple(others[i * len(others) // count] for i in range(count))
     token = concept.token
     word = rare_token
     if attack.prompt_variant == "token":
@@ -319,7 +478,7 @@ def material(
         concept,
         prompt=rename(concept.prompt),
         validation_prompt=rename(concept.validation_prompt),
-        images=renamed(train),
+        images=(*renamed(train), *more),
         held_out=(),
         token=token,
     )

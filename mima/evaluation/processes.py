@@ -6,7 +6,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for
@@ -14,7 +15,8 @@ from typing import Any
 
 import torch
 
-from mima.evaluation.worker import Advance, Bench, Outcome, Task, Worker
+from mima.distributed import Ranks
+from mima.evaluation.worker import Advance, Bench, Result, Task, Worker
 
 
 class _Stopped(Exception):  # noqa: N818 - no error: the main process asked for it
@@ -46,14 +48,47 @@ def _start_process(bench: Bench, queue: Any, stop: Any) -> None:
     _worker = Worker(bench, advance)
 
 
-def _run_task(task: Task) -> Outcome | None:
+def _run_task(task: Task) -> Result:
     return _worker.run(task)
 
 
+def one_by_one(worker: Worker, tasks: deque[Task]) -> Iterator[tuple[Task, Result]]:
+    """Run tasks here, and give back each with its result; more may be appended meanwhile."""
+    while tasks:
+        task = tasks.popleft()
+        yield task, worker.run(task)
+
+
+def among_ranks(
+    ranks: Ranks, worker: Worker, tasks: deque[Task], advance: Advance
+) -> Iterator[tuple[Task, Result]]:
+    """Run tasks in the processes that ``torchrun`` started, one each at a time.
+
+    Every process gives back every task with its result, in the same order, so that all of them
+    append the same tasks meanwhile. Progress of all is told to the main process after each round.
+    """
+    while tasks:
+        round_ = [tasks.popleft() for _ in range(min(ranks.size, len(tasks)))]
+        done = 0
+
+        def count(amount: int) -> None:
+            nonlocal done
+            done += amount
+
+        worker.advance = count
+        mine = [worker.run(round_[n]) for n in ranks.share(len(round_))]
+        results = ranks.interleave(mine, len(round_))
+        advance(sum(ranks.all_gather(done)))
+        yield from zip(round_, results, strict=True)
+
+
 def in_parallel(
-    bench: Bench, tasks: Sequence[Task], processes: int, advance: Advance
-) -> Iterator[tuple[Task, Outcome | None]]:
-    """Run tasks in processes, and give back each with its outcome as it ends."""
+    bench: Bench, tasks: deque[Task], processes: int, advance: Advance
+) -> Iterator[tuple[Task, Result]]:
+    """Run tasks in processes, and give back each with its result as it ends.
+
+    Whoever iterates may append more tasks meanwhile.
+    """
     # not fork: torch and CUDA have threads by now
     context = multiprocessing.get_context("forkserver")
     queue, stop = context.SimpleQueue(), context.Event()
@@ -66,11 +101,12 @@ def in_parallel(
             advance(queue.get())
 
     try:
-        with one_thread(True):
-            pending: dict[Future[Outcome | None], Task] = {
-                pool.submit(_run_task, task): task for task in tasks
-            }
-        while pending:
+        pending: dict[Future[Result], Task] = {}
+        while tasks or pending:
+            with one_thread(True):
+                while tasks:
+                    task = tasks.popleft()
+                    pending[pool.submit(_run_task, task)] = task
             ended, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             report()
             for future in ended:

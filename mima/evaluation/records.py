@@ -31,8 +31,8 @@ Role = Literal["target", "other"]
 Side = Literal["original", "immunized"]
 SIDES: tuple[Side, Side] = ("original", "immunized")
 PromptVariant = Literal["name", "description", "token"]
-Pictures = Literal["same", "other"]
-Preparation = Literal["none", "merge", "benign"]
+Pictures = Literal["same", "other", "fewer", "more", "mixed"]
+Preparation = Literal["none", "merge", "benign", "kick", "undo", "interpolate", "fp16", "int8"]
 
 
 class _Record(BaseModel):
@@ -212,7 +212,7 @@ class AttackRow(_Record):
     steps: int
     prompt_variant: PromptVariant
     images: Pictures
-    """Trained on the pictures that immunization saw, or on others of the concept."""
+    """Trained on the pictures that immunization saw, or on others: see `GridConfig.images`."""
     preparation: Preparation
     """What was done to both models before the attack."""
     seed: int
@@ -255,6 +255,20 @@ class AttackRow(_Record):
     """Whether the attack taught the original model the concept: see `metrics.has_learned`."""
     learned_immunized: bool
     """Whether it taught the immunized model the concept."""
+    tuned_original: str | None = None
+    """Rate, schedule, batch and optimiser that trials chose for the original model; None where
+    nothing was tried, or every trial diverged."""
+    tuned_immunized: str | None = None
+    """The same of the immunized model."""
+    objects_original: float | None = None
+    """The share of the last step's pictures whose object an encoder of texts names rightly, among
+    all that the evaluation asks for; None where the similarity embeds no texts."""
+    objects_immunized: float | None = None
+    """The same of the immunized model: where it falls, pictures are broken, not only unlike."""
+    repaired_original: float | None = None
+    """Mean similarity to the references after the attack and benign repair steps; None without."""
+    repaired_immunized: float | None = None
+    """The same of the immunized model."""
 
     @property
     def taught_either(self) -> bool:

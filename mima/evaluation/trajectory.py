@@ -70,12 +70,14 @@ class Trajectory:
         images: the pictures of each, in the order of the jobs.
         losses: training loss of every step done.
         diverged: why the last steps are missing.
+        pipeline: the adapted pipeline, after the last step.
     """
 
     steps: tuple[int, ...]
     images: tuple[tuple[Image.Image, ...], ...]
     losses: tuple[float, ...]
     diverged: Diverged | None
+    pipeline: Any
 
 
 def trajectory(
@@ -86,6 +88,7 @@ def trajectory(
     jobs: Sequence[Job],
     sampler: Sampler,
     *,
+    drawn_by: Any = None,
     advance: Callable[[int], None] = lambda _: None,
     on_picture: Callable[[int, int, Image.Image], None] = lambda *_: None,
 ) -> Trajectory:
@@ -101,8 +104,13 @@ def trajectory(
         steps: when to sample, ascending.
         jobs: what to draw.
         sampler: how to draw.
+        drawn_by: another model of the same architecture that draws the pictures with the adapters
+            trained on `pipeline`; for LoRA on linear layers of the denoiser alone.
         advance: called with the amount of work just done, in steps and pictures.
         on_picture: called with step, index of the job and picture as soon as it is drawn.
+
+    Raises:
+        MimaError: adapters of another kind were to be drawn by another model.
     """
     run = adaptation.start(pipeline, concept)
     adapters: list[Adapter] = []
@@ -118,7 +126,14 @@ def trajectory(
     try:
         for step in run.until(*steps, on_step=lambda _: advance(1)):
             reached.append(step)
-            if can_share_batches(run.pipeline):
+            text_is_frozen = run.pipeline.text_encoder is pipeline.text_encoder
+            shared = text_is_frozen and can_share_batches(run.pipeline)
+            if drawn_by is not None and not shared:
+                raise MimaError(
+                    f"method {adaptation.method}: only a LoRA on linear layers of the denoiser can "
+                    "be drawn by another model"
+                )
+            if shared:
                 adapters.append(Adapter.of(run.pipeline))
                 continue
             images.append([])
@@ -128,12 +143,16 @@ def trajectory(
         diverged = error
     if adapters:
         mixed = [Job(job.prompt, job.seed, n) for n in range(len(reached)) for job in jobs]
-        for number, image in enumerate(sampler.draw(pipeline, mixed, adapters)):
+        for number, image in enumerate(
+            sampler.draw(pipeline if drawn_by is None else drawn_by, mixed, adapters)
+        ):
             n, index = divmod(number, len(jobs))
             if index == 0:
                 images.append([])
             keep(reached[n], index, image)
-    return Trajectory(tuple(reached), tuple(map(tuple, images)), tuple(run.losses), diverged)
+    return Trajectory(
+        tuple(reached), tuple(map(tuple, images)), tuple(run.losses), diverged, run.pipeline
+    )
 
 
 def attack(

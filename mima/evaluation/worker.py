@@ -14,15 +14,25 @@ from typing import Any, TypeAlias
 import torch
 from PIL import Image
 
-from mima.adaptation import LoRA, configure
+from mima.adaptation import Adaptation, DreamBooth, LoRA, Run
 from mima.adapters.mixed_batch import Adapter, merged
 from mima.choices import PictureProtocol
 from mima.concepts import Concept
 from mima.concepts.pictures import Picture, by_prompt
+from mima.evaluation import preparations
 from mima.evaluation.benign import cmmd, text_features
 from mima.evaluation.encoders import TextImageEncoder, load_similarity
 from mima.evaluation.feature_cache import CachedSimilarity
-from mima.evaluation.grid import Attack, GridConfig, material
+from mima.evaluation.grid import (
+    Attack,
+    GridConfig,
+    Place,
+    Trial,
+    configured,
+    material,
+    places,
+    without_name,
+)
 from mima.evaluation.metrics import GapCurve
 from mima.evaluation.records import (
     SIDES,
@@ -36,7 +46,8 @@ from mima.evaluation.records import (
     measured,
     points_of,
 )
-from mima.evaluation.trajectory import trajectory
+from mima.evaluation.trajectory import Trajectory, trajectory
+from mima.evaluation.tuning import TrialRow
 from mima.families import family_of, load_pipeline
 from mima.sampling import Job, Sampler
 from mima.storage.output import write_picture
@@ -49,8 +60,8 @@ FEATURES_FILE = "features.sqlite"
 SEED_STRIDE = 1000
 
 Advance = Callable[[int], None]
-Task: TypeAlias = Attack | Side
-"""An attack, or the pictures that one model draws of ordinary prompts."""
+Task: TypeAlias = Attack | Trial | Side
+"""An attack, a trial before it, or the pictures that one model draws of ordinary prompts."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,10 @@ class Outcome:
 
     rows: list[AttackRow]
     points: list[CurvePoint]
+
+
+Result: TypeAlias = Outcome | TrialRow | None
+"""What is known after an attack, after a trial, or after ordinary pictures were drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +98,67 @@ class Bench:
     def material(self, attack: Attack) -> tuple[Concept, dict[str, list[Picture]]]:
         """What an attack trains on, and its references by prompt, as the files written of them."""
         concept = self.concepts[attack.slug]
-        described, references = material(attack, concept, rare_token=self.config.rare_token)
-        other = attack.images == "other"
-        place = self.training_folder if other else self.folder.reference_folder
-        files = _numbered(place(attack.slug), len(references))
-        pictures = [Picture(f, p.prompt) for f, p in zip(files, references, strict=True)]
+        others = self.ordinary(attack.slug) if attack.images == "mixed" else ()
+        described, references = material(
+            attack, concept, rare_token=self.config.rare_token, others=others
+        )
+        _, where = places(attack.images, concept)
+        pictures = [
+            Picture(self._file_of(attack.slug, place), picture.prompt)
+            for place, picture in zip(where, references, strict=True)
+        ]
         return described, by_prompt(pictures, self.config.max_prompts)
 
+    def ordinary(self, slug: str = "") -> tuple[Picture, ...]:
+        """Pictures of the concepts that must stay learnable, without those of one of them."""
+        return tuple(
+            picture
+            for other, concept in self.concepts.items()
+            if self.roles[other] == "other" and other != slug
+            for picture in concept.images
+        )
+
     def training_files(self, attack: Attack) -> list[Path]:
-        """The files of what an attack trains on."""
+        """The files of the concept's pictures that an attack trains on."""
+        where, _ = places(attack.images, self.concepts[attack.slug])
+        return [self._file_of(attack.slug, place) for place in where]
+
+    def _file_of(self, slug: str, place: Place) -> Path:
+        kind, index = place
+        held_out = bool(self.concepts[slug].held_out) and kind == "held_out"
+        folder = self.folder.reference_folder(slug) if held_out else self.training_folder(slug)
+        return folder / f"{index}.png"
+
+    def training_jobs(self, attack: Attack) -> tuple[list[Job], list[list[Path]]]:
+        """What a trial draws, and the training pictures of each prompt."""
+        described, _ = self.material(attack)
+        files = self.training_files(attack)
+        own = [
+            Picture(file, picture.prompt)
+            for file, picture in zip(files, described.images, strict=False)
+        ]
+        groups = by_prompt(own, self.config.max_prompts)
+        jobs = [Job(prompt, attack.seed * SEED_STRIDE) for prompt in groups]
+        return jobs, [[_file(picture) for picture in group] for group in groups.values()]
+
+    def objects(self, attack: Attack) -> dict[str, str]:
+        """What each prompt of an attack shows, in words that do not name a style."""
         concept = self.concepts[attack.slug]
-        if attack.images == "other":
-            return _numbered(self.folder.reference_folder(attack.slug), len(concept.held_out))
-        return _numbered(self.training_folder(attack.slug), len(concept.images))
+        _, where = places(attack.images, concept)
+        _, references = material(attack, concept, rare_token=self.config.rare_token)
+        return {
+            picture.prompt: _object_in(concept, getattr(concept, kind)[index])
+            for (kind, index), picture in zip(where, references, strict=True)
+        }
+
+    def all_objects(self) -> list[str]:
+        """What the references of all concepts show."""
+        shown = [
+            _object_in(concept, picture)
+            for concept in self.concepts.values()
+            for picture in concept.held_out or concept.images
+        ]
+        return list(dict.fromkeys(shown))
 
     def jobs(self, attack: Attack) -> list[Job]:
         """What is drawn at each evaluated step."""
@@ -107,16 +170,39 @@ class Bench:
 
     def work(self, task: Task) -> int:
         """Training steps and pictures of a task."""
+        return self.steps(task) + self.drawn(task)
+
+    def steps(self, task: Task) -> int:
+        """Training steps of a task."""
+        if isinstance(task, Trial):
+            return task.adaptation.steps + self._steps_before(task.attack)
+        if not isinstance(task, Attack):
+            return 0
+        repair = self.config.repair_steps if self._repairs else 0
+        return 2 * (task.steps + repair + self._steps_before(task))
+
+    def drawn(self, task: Task) -> int:
+        """Pictures of a task."""
+        if isinstance(task, Trial):
+            jobs, _ = self.training_jobs(task.attack)
+            return len(jobs) if self.config.tune.by == "similarity" else 0
         if not isinstance(task, Attack):
             return len(self.prompts)
-        pictures = len(self.config.steps_of(task)) * len(self.jobs(task))
-        preparation = self.config.preparation_steps * self.loras_before(task)
-        return 2 * (task.steps + pictures + preparation)
+        times = len(self.config.steps_of(task)) + self._repairs
+        return 2 * times * len(self.jobs(task))
 
-    def loras_before(self, attack: Attack) -> int:
-        """How many LoRAs its preparation trains."""
+    @property
+    def _repairs(self) -> bool:
+        return self.config.repair_steps > 0 and bool(self.ordinary())
+
+    def _steps_before(self, attack: Attack) -> int:
+        """Training steps of its preparation on one model."""
+        return self.config.preparation_steps * self.trainings_before(attack)
+
+    def trainings_before(self, attack: Attack) -> int:
+        """How many trainings its preparation consists of."""
         targets = len(self.with_role("target"))
-        return {"none": 0, "merge": targets, "benign": 1}[attack.preparation]
+        return {"merge": targets, "benign": 1, "kick": 1}.get(attack.preparation, 0)
 
     def training_folder(self, slug: str) -> Path:
         """Where a concept's training pictures are written."""
@@ -171,6 +257,7 @@ class Worker:
             for name, source in bench.similarities.items()
         ]
         self._prepared: dict[Side, tuple[object, Any]] = {}
+        self._changed: list[str] | None = None
 
     def fingerprints(self) -> dict[str, str]:
         """A hash of each model's denoiser."""
@@ -179,10 +266,12 @@ class Worker:
             for side, pipeline in self.pipelines.items()
         }
 
-    def run(self, task: Task) -> Outcome | None:
-        """Run an attack, or draw one model's pictures of ordinary prompts."""
+    def run(self, task: Task) -> Result:
+        """Run an attack or a trial, or draw one model's pictures of ordinary prompts."""
         if isinstance(task, Attack):
             return self._attack(task)
+        if isinstance(task, Trial):
+            return self._try(task)
         jobs = [Job(prompt, index) for index, prompt in enumerate(self.bench.prompts)]
         files = self.bench.benign_files(task)
         pictures = self.bench.sampler.draw(self.pipelines[task], jobs)
@@ -209,36 +298,164 @@ class Worker:
 
     def _attack(self, attack: Attack) -> Outcome:
         started = time.perf_counter()
-        bench, jobs = self.bench, self.bench.jobs(attack)
-        concept, references = bench.material(attack)
-        reached = {}
+        bench = self.bench
+        _, references = bench.material(attack)
+        whole, repaired = True, {}
         for side in SIDES:
-
-            def keep(step: int, index: int, image: Image.Image, side: Side = side) -> None:
-                place = bench.folder.image_folder(attack.id, side, step)
-                write_picture(place / f"{index}.png", image)
-
-            drawn = trajectory(
-                self._start(side, attack),
-                concept,
-                attack.adaptation,
-                bench.config.steps_of(attack),
-                jobs,
-                bench.sampler,
-                advance=self.advance,
-                on_picture=keep,
-            )
+            drawn = self._train(attack, side, attack.on(side), bench.jobs(attack))
             if drawn.diverged is not None:
                 logger.warning("%s, %s model: %s", attack.id, side, drawn.diverged)
-            reached[side] = drawn.steps
-        steps = [step for step in reached["original"] if step in reached["immunized"]]
+                whole = False
+            elif bench.config.repair_steps and bench.ordinary():
+                repaired[side] = self._repair(attack, side, drawn.pipeline)
+        # an attack that diverged on either model counts as not tried: it shows the start alone
+        steps = bench.config.steps_of(attack) if whole else (0,)
         seconds = time.perf_counter() - started
         rows, points = [], []
         for similarity in self.similarities:
             row, curve = self._measure(attack, similarity, steps, references, seconds)
+            if len(repaired) == len(SIDES):
+                row = row.model_copy(
+                    update={
+                        f"repaired_{side}": self._mean(similarity, files, references)
+                        for side, files in repaired.items()
+                    }
+                )
             rows.append(row)
             points += curve
         return Outcome(rows, points)
+
+    def _train(
+        self,
+        attack: Attack,
+        side: Side,
+        adaptation: Adaptation,
+        jobs: Sequence[Job],
+        *,
+        steps: Sequence[int] | None = None,
+        keep: bool = True,
+    ) -> Trajectory:
+        """Train one model as an attack does, and draw on the way."""
+        bench = self.bench
+        concept, _ = bench.material(attack)
+        if attack.outside:
+            assert isinstance(adaptation, DreamBooth)
+            adaptation = replace(adaptation, frozen=tuple(self.immunized_parameters()))
+        start = self._start(side, attack)
+
+        def write(step: int, index: int, image: Image.Image) -> None:
+            if keep:
+                place = bench.folder.image_folder(attack.id, side, step)
+                write_picture(place / f"{index}.png", image)
+
+        return trajectory(
+            self.pipelines["original"] if attack.transplant else start,
+            concept,
+            adaptation,
+            bench.config.steps_of(attack) if steps is None else steps,
+            jobs,
+            bench.sampler,
+            drawn_by=start if attack.transplant else None,
+            advance=self.advance,
+            on_picture=write,
+        )
+
+    def _try(self, trial: Trial) -> TrialRow:
+        """Train as a trial says, and see how like the training pictures its pictures become."""
+        bench, adaptation = self.bench, trial.adaptation
+        jobs, files = bench.training_jobs(trial.attack)
+        looked = bench.config.tune.by == "similarity"
+        drawn = self._train(
+            trial.attack,
+            trial.side,
+            adaptation,
+            jobs if looked else [],
+            steps=(adaptation.steps,),
+            keep=False,
+        )
+        diverged = drawn.diverged is not None
+        score = None
+        if looked and not diverged:
+            tables = [
+                self.similarities[0].fresh([image], group)
+                for image, group in zip(drawn.images[-1], files, strict=True)
+            ]
+            score = float(torch.stack([table.mean() for table in tables]).mean())
+        last = drawn.losses[-max(1, len(drawn.losses) // 4) :]
+        return TrialRow(
+            attack=trial.attack.key,
+            side=trial.side,
+            trial=trial.number,
+            lr=adaptation.learning_rate,
+            schedule=adaptation.schedule,
+            batch_size=adaptation.batch_size,
+            optimizer=adaptation.optimizer,
+            similarity=score,
+            loss=None if diverged else sum(last) / len(last),
+            diverged=diverged,
+        )
+
+    def _repair(self, attack: Attack, side: Side, attacked: Any) -> list[Path]:
+        """Fine-tune an attacked model on ordinary pictures, and draw the attack's prompts again."""
+        bench = self.bench
+        pictures = bench.ordinary(attack.slug) or bench.ordinary()
+        run = self._benign(attacked, pictures, bench.config.repair_steps, attack.seed)
+        files = _numbered(
+            bench.folder.path / "images" / "repaired" / attack.id / side, len(bench.jobs(attack))
+        )
+        drawn = bench.sampler.draw(run.pipeline, bench.jobs(attack))
+        for file, image in zip(files, drawn, strict=True):
+            write_picture(file, image)
+            self.advance(1)
+        return files
+
+    def _benign(self, pipeline: Any, pictures: Sequence[Picture], steps: int, seed: int) -> Run:
+        """Fine-tune every weight on ordinary pictures, with the grid's settings of DreamBooth."""
+        method = configured(self.bench.config, "dreambooth")
+        settings = replace(method, steps=steps, seed=seed, prior_weight=0.0)
+        concept = Concept("benign", pictures[0].prompt, pictures)
+        return settings.adapt(pipeline, concept, on_step=lambda _: self.advance(1))
+
+    def immunized_parameters(self) -> list[str]:
+        """Names of the denoiser's parameters in which the two models differ."""
+        if self._changed is None:
+            self._changed = preparations.changed_parameters(*map(self.pipelines.get, SIDES))
+        return self._changed
+
+    def common_parameters(self) -> list[str]:
+        """Names of those in which they do not."""
+        changed = set(self.immunized_parameters())
+        weights = preparations.denoiser_weights(self.pipelines["original"])
+        return [name for name in weights if name not in changed]
+
+    def _mean(
+        self,
+        similarity: CachedSimilarity,
+        files: Sequence[Path],
+        references: Mapping[str, Sequence[Picture]],
+    ) -> float:
+        """Mean over prompts of the pictures' similarity to their prompt's references."""
+        width = self.bench.config.pictures_per_prompt
+        means = [
+            similarity.table(
+                files[place * width : (place + 1) * width], [_file(picture) for picture in group]
+            ).mean()
+            for place, group in enumerate(references.values())
+        ]
+        return float(torch.stack(means).double().mean())
+
+    def _recognised(
+        self, attack: Attack, similarity: CachedSimilarity, files: Sequence[Path]
+    ) -> float | None:
+        """The share of pictures whose object the encoder names rightly among all objects."""
+        names = self.bench.all_objects()
+        if not isinstance(similarity.model, TextImageEncoder) or len(names) < 2:
+            return None
+        shown = self.bench.objects(attack)
+        right = [names.index(shown[job.prompt]) for job in self.bench.jobs(attack)]
+        texts_ND = text_features(names, similarity.model)
+        guesses = (similarity.features(files) @ texts_ND.mT).argmax(dim=1)
+        return float((guesses == torch.tensor(right)).double().mean())
 
     def _measure(
         self,
@@ -248,23 +465,18 @@ class Worker:
         references: Mapping[str, Sequence[Picture]],
         seconds: float,
     ) -> tuple[AttackRow, list[CurvePoint]]:
-        folder, width = self.bench.folder, self.bench.config.pictures_per_prompt
+        folder = self.bench.folder
         curves: dict[Side, list[float]] = {side: [] for side in SIDES}
         nearest: dict[Side, float] = {}
+        objects: dict[Side, float | None] = {}
         for side in SIDES:
             for step in steps:
                 files = folder.images(attack.id, side, step)
-                means = [
-                    similarity.table(
-                        files[place * width : (place + 1) * width],
-                        [_file(picture) for picture in group],
-                    ).mean()
-                    for place, group in enumerate(references.values())
-                ]
-                curves[side].append(float(torch.stack(means).double().mean()))
+                curves[side].append(self._mean(similarity, files, references))
             last = folder.images(attack.id, side, steps[-1])
             table_BR = similarity.table(last, self.bench.training_files(attack))
             nearest[side] = float((1 - table_BR).amin(dim=1).mean())
+            objects[side] = self._recognised(attack, similarity, last)
         gap = None
         points = []
         if steps[-1] > 0:
@@ -279,7 +491,7 @@ class Worker:
             attack=attack.id,
             concept=attack.concept,
             role=attack.role,
-            method=attack.adaptation.method,
+            method=attack.label,
             lr=attack.adaptation.learning_rate,
             lr_factor=attack.lr_factor,
             steps=attack.steps,
@@ -292,6 +504,10 @@ class Worker:
             nearest_original=nearest["original"],
             nearest_immunized=nearest["immunized"],
             seconds=seconds,
+            tuned_original=_described(attack.tuned.get("original")),
+            tuned_immunized=_described(attack.tuned.get("immunized")),
+            objects_original=objects["original"],
+            objects_immunized=objects["immunized"],
         )
         return row, points
 
@@ -302,30 +518,66 @@ class Worker:
             return pipeline
         key = (attack.preparation, attack.seed)
         if side not in self._prepared or self._prepared[side][0] != key:
-            self._prepared[side] = key, self._prepare(pipeline, attack)
+            self._prepared[side] = key, self._prepare(side, attack)
         else:
             # work that was announced and need not be done
-            self.advance(self.bench.loras_before(attack) * self.bench.config.preparation_steps)
+            self.advance(self.bench.trainings_before(attack) * self.bench.config.preparation_steps)
         return self._prepared[side][1]
 
-    def _prepare(self, pipeline: Any, attack: Attack) -> Any:
+    def _prepare(self, side: Side, attack: Attack) -> Any:
+        """Do to a model what comes before the attack; what undoes leaves the original as it is."""
+        config, pipeline, original = self.bench.config, *map(self.pipelines.get, (side, SIDES[0]))
+        match attack.preparation:
+            case "none":
+                return pipeline
+            case "fp16":
+                return preparations.rounded(pipeline, 16)
+            case "int8":
+                return preparations.rounded(pipeline, 8)
+            case "undo":
+                return pipeline if side == "original" else preparations.undone(pipeline, original)
+            case "interpolate":
+                if side == "original":
+                    return pipeline
+                return preparations.interpolated(pipeline, original)
+            case "kick":
+                start = preparations.kicked(pipeline, attack.seed)
+                steps = config.preparation_steps
+                return self._benign(start, self.bench.ordinary(), steps, attack.seed).pipeline
+            case "merge" | "benign":
+                return self._with_loras(pipeline, attack)
+
+    def _with_loras(self, pipeline: Any, attack: Attack) -> Any:
         """Merge LoRAs of all targets, or of the other concepts' pictures, into the weights."""
         config = self.bench.config
-        lora = replace(
-            configure("lora", config.methods.get("lora", {})),
-            steps=config.preparation_steps,
-            seed=attack.seed,
-        )
+        lora = replace(configured(config, "lora"), steps=config.preparation_steps, seed=attack.seed)
         assert isinstance(lora, LoRA)
         subjects = self.bench.with_role("target")
         if attack.preparation == "benign":
-            pictures = [p for concept in self.bench.with_role("other") for p in concept.images]
+            pictures = self.bench.ordinary()
             subjects = [Concept("benign", pictures[0].prompt, pictures)]
         adapters = []
         for subject in subjects:
             run = lora.adapt(pipeline, subject, on_step=lambda _: self.advance(1))
             adapters.append(Adapter.of(run.pipeline))
         return merged(pipeline, adapters)
+
+
+def _object_in(concept: Concept, picture: Picture) -> str:
+    """What a picture shows: its caption, of a style's pictures without the style."""
+    if concept.kind == "style":
+        return without_name(picture.prompt, concept)
+    return picture.prompt
+
+
+def _described(adaptation: Adaptation | None) -> str | None:
+    """What trials chose, in words."""
+    if adaptation is None:
+        return None
+    return (
+        f"rate {adaptation.learning_rate:g}, {adaptation.schedule}, "
+        f"batch {adaptation.batch_size}, {adaptation.optimizer}"
+    )
 
 
 def _numbered(folder: Path, count: int) -> list[Path]:

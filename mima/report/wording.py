@@ -20,6 +20,11 @@ PREPARATIONS = {
     "none": "none",
     "merge": "merged with another model first",
     "benign": "adapted to ordinary data first",
+    "kick": "kicked by noise and settled first",
+    "undo": "rid of the strongest part of the change first",
+    "interpolate": "half of the way back to the original first",
+    "fp16": "rounded to 16 bits first",
+    "int8": "rounded to 8 bits first",
 }
 
 

@@ -1,0 +1,94 @@
+"""How much work an evaluation is, and about how long it takes here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mima.evaluation.grid import Attack, Trial
+from mima.evaluation.worker import Bench, Task, Worker
+
+TIMED_STEPS = 2
+TIMED_PICTURES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """The work of an evaluation that begins.
+
+    Attributes:
+        attacks: how many, each on both models.
+        trials: trial runs before them.
+        steps: training steps, of trials, preparations, attacks and repairs.
+        pictures: how many are drawn.
+        seconds: about how long it takes; two processes on two cores count as twice as fast as one.
+    """
+
+    attacks: int
+    trials: int
+    steps: int
+    pictures: int
+    seconds: float
+
+    def __str__(self) -> str:
+        trials = f" and {self.trials} trials" if self.trials else ""
+        minutes = self.seconds / 60
+        about = f"{self.seconds:.0f} seconds" if minutes < 2 else f"{minutes:.0f} minutes"
+        return (
+            f"{self.attacks} attacks{trials}: {self.steps} training steps and {self.pictures} "
+            f"pictures, about {about}"
+        )
+
+
+def estimate(bench: Bench, worker: Worker, tasks: Sequence[Task], processes: int) -> Estimate:
+    """Count the work, and time a few steps and pictures of it.
+
+    A step is taken to cost what one of the first attack or trial on the original model does, in
+    proportion to the batch.
+
+    Args:
+        bench: what is attacked.
+        worker: has the models.
+        tasks: all that is to be done.
+        processes: how many share it.
+    """
+    pictures = sum(map(bench.drawn, tasks))
+    runs = [task for task in tasks if isinstance(task, (Attack, Trial))]
+    seconds = 0.0
+    if runs:
+        first = runs[0].attack if isinstance(runs[0], Trial) else runs[0]
+        per_row, per_picture = _timed(bench, worker, first)
+        rows = sum(bench.steps(task) * _batch(task) for task in tasks)
+        seconds = (rows * per_row + pictures * per_picture) / processes
+    return Estimate(
+        attacks=sum(isinstance(task, Attack) for task in tasks),
+        trials=sum(isinstance(task, Trial) for task in tasks),
+        steps=sum(map(bench.steps, tasks)),
+        pictures=pictures,
+        seconds=seconds,
+    )
+
+
+def _batch(task: Task) -> int:
+    """Pictures that one training step of a task reads."""
+    if not isinstance(task, (Attack, Trial)):
+        return 0
+    settings = task.adaptation
+    both = 2 if settings.prior_weight > 0 else 1
+    return settings.batch_size * settings.gradient_accumulation_steps * both
+
+
+def _timed(bench: Bench, worker: Worker, attack: Attack) -> tuple[float, float]:
+    """Seconds of one picture in a training step, and of one that is drawn."""
+    pipeline, (concept, _) = worker.pipelines["original"], bench.material(attack)
+    run = attack.adaptation.start(pipeline, concept)
+    # the first step allocates
+    run.advance(1)
+    started = time.perf_counter()
+    run.advance(TIMED_STEPS)
+    trained = time.perf_counter()
+    jobs = bench.jobs(attack)[:TIMED_PICTURES]
+    drawn = len(list(bench.sampler.draw(pipeline, jobs)))
+    ended = time.perf_counter()
+    return (trained - started) / (TIMED_STEPS * _batch(attack)), (ended - trained) / drawn

@@ -1,0 +1,92 @@
+"""What an attacker may do to a model's weights before training: noise, rounding, undoing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mima.families import family_of
+from mima.families.pipelines import component_name, with_values
+
+KICK = 0.1
+"""Noise of a kick, as a share of each weight's own standard deviation."""
+UNDO_RANK = 8
+"""Rank of what ``undo`` takes out of each weight: the size of a LoRA file."""
+INTERPOLATION = 0.5
+"""The share of the way back to the original model that ``interpolate`` goes."""
+
+Weights = dict[str, torch.Tensor]
+
+
+def denoiser_weights(pipeline: Any) -> Weights:
+    """The denoiser's parameters by name."""
+    return {name: value.detach() for name, value in family_of(pipeline).denoiser.named_parameters()}
+
+
+def changed_parameters(original: Any, immunized: Any) -> list[str]:
+    """Names of the denoiser's parameters in which two models of one architecture differ."""
+    before, after = denoiser_weights(original), denoiser_weights(immunized)
+    return [name for name, value in after.items() if not torch.equal(value, before[name].to(value))]
+
+
+def with_weights(pipeline: Any, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Any:
+    """The pipeline with every parameter of its denoiser changed; the given one stays.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        change: gives a new value for a name and an old value.
+    """
+    place = component_name(pipeline, family_of(pipeline).denoiser)
+    weights = denoiser_weights(pipeline)
+    return with_values(pipeline, {f"{place}.{n}": change(n, value) for n, value in weights.items()})
+
+
+def kicked(pipeline: Any, seed: int) -> Any:
+    """With noise of a tenth of its own standard deviation on each weight, the same for one seed."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def kick(_: str, weight: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(weight.shape, generator=generator).to(weight)
+        return weight + KICK * weight.std(correction=0) * noise
+
+    return with_weights(pipeline, kick)
+
+
+def rounded(pipeline: Any, bits: int) -> Any:
+    """With weights rounded to 16 bits (float16), or to 8 (int8 with a scale for each output)."""
+
+    def fewer(_: str, weight: torch.Tensor) -> torch.Tensor:
+        if bits == 16:
+            return weight.half().to(weight)
+        rows = weight.reshape(len(weight), -1) if weight.ndim > 1 else weight.reshape(1, -1)
+        scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny) / 127
+        near: torch.Tensor = (rows / scale).round() * scale
+        return near.reshape(weight.shape)
+
+    return with_weights(pipeline, fewer)
+
+
+def undone(immunized: Any, original: Any) -> Any:
+    """The immunized model without the strongest part, of rank 8, of each weight's change."""
+    before = denoiser_weights(original)
+
+    def undo(name: str, weight: torch.Tensor) -> torch.Tensor:
+        change = (weight - before[name].to(weight)).float()
+        if change.ndim < 2:
+            return weight - change.to(weight)
+        U, S, Vh = torch.linalg.svd(change.reshape(len(change), -1), full_matrices=False)
+        strongest: torch.Tensor = (U[:, :UNDO_RANK] * S[:UNDO_RANK]) @ Vh[:UNDO_RANK]
+        return weight - strongest.reshape(weight.shape).to(weight)
+
+    return with_weights(immunized, undo)
+
+
+def interpolated(immunized: Any, original: Any) -> Any:
+    """The model half of the way from the immunized to the original one."""
+    before = denoiser_weights(original)
+    return with_weights(
+        immunized,
+        lambda name, weight: torch.lerp(weight, before[name].to(weight), INTERPOLATION),
+    )

@@ -1,0 +1,216 @@
+"""How an attacker chooses rate, schedule, batch and optimiser: by trials on the model at hand."""
+
+from __future__ import annotations
+
+import csv
+import io
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from mima.adaptation import Adaptation
+from mima.adaptation.steps import Optimizer, Schedule
+from mima.errors import MimaError
+from mima.evaluation.records import Side, _Record
+from mima.settings import Settings
+from mima.storage.output import write_whole
+
+TUNING_FILE = "tuning.csv"
+
+SGD_RATE = 100.0
+"""SGD's rate as a multiple of AdamW's: it follows a gradient that is clipped to norm 1, where AdamW
+moves every weight by about its rate."""
+
+
+class Tuning(Settings):
+    """What every attack may try, on each model for itself, before it begins."""
+
+    trials: int = Field(0, ge=0)
+    """Trial runs of each attack on each model; its seeds share them. 0 tries nothing. The first
+    trial is the attack as it is configured."""
+    lr_factors: tuple[float, ...] = Field((0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), min_length=1)
+    """Learning rates, as multiples of the attack's."""
+    schedules: tuple[Schedule, ...] = Field(("constant", "cosine"), min_length=1)
+    """Schedules of the rate, unless the attack has one of its own."""
+    batch_factors: tuple[float, ...] = Field((0.5, 1.0, 2.0), min_length=1)
+    """Batch sizes, as multiples of the attack's."""
+    optimizers: tuple[Optimizer, ...] = Field(("adamw", "sgd", "muon"), min_length=1)
+    """Optimisers, unless the attack has one of its own; the rate of SGD is a hundred times as
+    high."""
+    by: Literal["similarity", "loss"] = "similarity"
+    """What a trial is judged by: ``similarity`` of its last pictures to the pictures that it trains
+    on, by the primary similarity model, or ``loss``, the mean training loss of its last quarter.
+    Never by the held-out pictures that judge the attack. A model may be made so that its loss falls
+    while its pictures stay wrong: the loss would then choose what helps the attacker least."""
+    steps: int | None = Field(None, ge=1)
+    """Training steps of a trial; None, as many as the attack's."""
+
+    @field_validator("lr_factors", "batch_factors")
+    @classmethod
+    def _positive(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if min(values) <= 0:
+            raise ValueError("must be above 0")
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One setting of the attacker's knobs; None and 1 leave an attack as it is configured."""
+
+    lr_factor: float = 1.0
+    schedule: Schedule | None = None
+    batch_factor: float = 1.0
+    optimizer: Optimizer | None = None
+
+    def apply(self, adaptation: Adaptation) -> Adaptation:
+        """The adaptation with these settings; an optimiser or schedule of its own stays."""
+        optimizer, schedule = adaptation.optimizer, adaptation.schedule
+        rate = adaptation.learning_rate * self.lr_factor
+        if self.optimizer is not None and optimizer == "adamw":
+            optimizer = self.optimizer
+            rate *= SGD_RATE if optimizer == "sgd" else 1
+        if self.schedule is not None and schedule == "constant":
+            schedule = self.schedule
+        return replace(
+            adaptation,
+            learning_rate=rate,
+            schedule=schedule,
+            optimizer=optimizer,
+            batch_size=max(1, round(adaptation.batch_size * self.batch_factor)),
+            use_8bit_adam=adaptation.use_8bit_adam and optimizer == "adamw",
+        )
+
+
+def choices(tuning: Tuning) -> list[Choice]:
+    """What is tried, the same for every attack and model.
+
+    The first is the attack as it is. The others draw their rates from all factors in turn, so that
+    none comes twice before each came once; schedule, batch and optimiser are drawn freely.
+    """
+    draws = random.Random("tuning")
+    found = [Choice()]
+    rates: list[float] = []
+    while len(found) < tuning.trials:
+        if not rates:
+            rates = draws.sample(tuning.lr_factors, len(tuning.lr_factors))
+        found.append(
+            Choice(
+                lr_factor=rates.pop(),
+                schedule=draws.choice(tuning.schedules),
+                batch_factor=draws.choice(tuning.batch_factors),
+                optimizer=draws.choice(tuning.optimizers),
+            )
+        )
+    return found[: tuning.trials]
+
+
+class TrialRow(_Record):
+    """One trial, in ``tuning.csv``."""
+
+    attack: str
+    """The attack without its seed, which all of its seeds share."""
+    side: Side
+    trial: int
+    """From 0; 0 is the attack as it is configured."""
+    lr: float
+    schedule: Schedule
+    batch_size: int
+    optimizer: Optimizer
+    similarity: float | None
+    """Of its last pictures to the training pictures; None where it diverged, or was not looked
+    at."""
+    loss: float | None
+    """Mean training loss of its last quarter; None where it diverged."""
+    diverged: bool
+    """A trial that diverged is not chosen."""
+    chosen: bool = False
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return None if value == "" else value
+
+
+def best(rows: Iterable[TrialRow], by: Literal["similarity", "loss"]) -> TrialRow | None:
+    """The trial that an attacker goes on with; the earlier of two equal ones.
+
+    Returns:
+        None if every trial diverged.
+    """
+    left = [row for row in rows if not row.diverged]
+
+    def badness(row: TrialRow) -> tuple[float, int]:
+        value = row.loss if by == "loss" else row.similarity
+        assert value is not None
+        return (value if by == "loss" else -value), row.trial
+
+    return min(left, key=badness, default=None)
+
+
+@dataclass
+class TuningLog:
+    """The trials so far, on disk after each of them.
+
+    Attributes:
+        folder: of the evaluation.
+        tuning: says what is tried, and by what it is chosen.
+        rows: finished trials.
+    """
+
+    folder: Path
+    tuning: Tuning
+    rows: list[TrialRow] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Take over what an earlier call has tried.
+
+        Raises:
+            MimaError: the file cannot be read.
+        """
+        path = self.folder / TUNING_FILE
+        if path.is_file():
+            try:
+                with path.open(encoding="utf-8", newline="") as file:
+                    self.rows = [TrialRow.model_validate(row) for row in csv.DictReader(file)]
+            except (OSError, csv.Error, ValidationError) as error:
+                raise MimaError(f"evaluation: cannot read {path}: {error}") from error
+
+    def missing(self, attack: str, side: Side) -> list[int]:
+        """Numbers of the trials of an attack on a model that have not been done."""
+        done = {row.trial for row in self.of(attack, side)}
+        return [number for number in range(self.tuning.trials) if number not in done]
+
+    def of(self, attack: str, side: Side) -> list[TrialRow]:
+        """The finished trials of an attack on a model."""
+        return [row for row in self.rows if (row.attack, row.side) == (attack, side)]
+
+    def best(self, attack: str, side: Side) -> TrialRow | None:
+        """The chosen trial of an attack on a model; None if all diverged."""
+        return best(self.of(attack, side), self.tuning.by)
+
+    def add(self, row: TrialRow) -> None:
+        """Write down a finished trial."""
+        self.rows.append(row)
+        self.write()
+
+    def write(self) -> None:
+        """Write all trials, and which of them is the best of its attack and model."""
+        pairs = dict.fromkeys((row.attack, row.side) for row in self.rows)
+        winners = [self.best(*pair) for pair in pairs]
+        self.rows = sorted(
+            (row.model_copy(update={"chosen": row in winners}) for row in self.rows),
+            key=lambda row: (row.attack, row.side, row.trial),
+        )
+        write_whole(self.folder / TUNING_FILE, _table(self.rows).encode())
+
+
+def _table(rows: Sequence[TrialRow]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(TrialRow.model_fields), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row.model_dump() for row in rows)
+    return text.getvalue()

@@ -1,0 +1,150 @@
+"""What an attacker tries before an attack, and what comes of it."""
+
+import csv
+import dataclasses
+
+import pytest
+from support import tiny
+
+from mima.adaptation import LoRA
+from mima.evaluation import EvaluationFolder, evaluate
+from mima.evaluation.grid import attack_grid, grid_config
+from mima.evaluation.plan import Plan
+from mima.evaluation.tuning import SGD_RATE, Choice, TrialRow, Tuning, TuningLog, best, choices
+
+GRID = {
+    "methods": {"lora": {"learning_rate": 1e-2, "batch_size": 2, "steps": 4}},
+    "lr_factors": [1],
+    "sampler": {"steps": 1, "batch_size": 8},
+    "evaluations": 1,
+    "max_prompts": 1,
+    "benign_prompts": 1,
+    "seeds": [0, 1],
+}
+
+
+def row(trial, **changes):
+    plain = {
+        "attack": "red", "side": "original", "trial": trial, "lr": 1.0, "schedule": "constant",
+        "batch_size": 1, "optimizer": "adamw", "similarity": 0.5, "loss": 0.5, "diverged": False,
+    }  # fmt: skip
+    return TrialRow(**(plain | changes))
+
+
+def test_choices_begin_with_the_attack_itself_and_try_every_rate_once():
+    tuning = Tuning(trials=8)
+    found = choices(tuning)
+    assert found == choices(tuning)
+    assert found[0] == Choice()
+    assert sorted(choice.lr_factor for choice in found[1:]) == sorted(tuning.lr_factors)
+    assert choices(Tuning(trials=3)) == found[:3]
+    assert choices(Tuning()) == []
+
+
+def test_a_choice_changes_rate_schedule_batch_and_optimiser():
+    settings = LoRA(learning_rate=1e-3, batch_size=4)
+    assert Choice().apply(settings) == settings
+    choice = Choice(lr_factor=3, schedule="cosine", batch_factor=0.5, optimizer="sgd")
+    found = choice.apply(settings)
+    assert found.learning_rate == pytest.approx(3e-3 * SGD_RATE)
+    expected = LoRA(batch_size=2, schedule="cosine", optimizer="sgd")
+    assert dataclasses.replace(found, learning_rate=expected.learning_rate) == expected
+    # what an attack is about is not tuned away
+    muon = dataclasses.replace(settings, optimizer="muon")
+    assert choice.apply(muon).optimizer == "muon"
+    assert choice.apply(muon).learning_rate == pytest.approx(3e-3)
+
+
+def test_the_best_trial_is_no_diverged_one():
+    rows = [
+        row(0, similarity=0.4, loss=0.2),
+        row(1, similarity=None, loss=None, diverged=True),
+        row(2, similarity=0.6, loss=0.3),
+        row(3, similarity=0.6, loss=0.2),
+    ]
+    assert best(rows, "similarity").trial == 2
+    assert best(rows, "loss").trial == 0
+    assert best(rows[1:2], "similarity") is None
+
+
+def test_attacks_wait_for_their_own_trials_only(tmp_path):
+    config = grid_config("quick", GRID | {"tune.trials": 2})
+    grid = attack_grid(config, {"red": tiny.concept()}, {"blue": tiny.concept("blue")})
+    plan = Plan(TuningLog(tmp_path, config.tune), grid)
+    first = plan.first()
+    # two concepts, two models, two trials; the seeds share them
+    assert len(first) == 8
+    assert {trial.attack.seed for trial in first} == {0}
+    assert len(plan.waiting) == 4
+    freed = []
+    for trial in first:
+        if trial.attack.slug == "red":
+            settings = trial.adaptation
+            score = {"original": 0.1, "immunized": 0.9}[trial.side] * (1 - 2 * trial.number)
+            freed += plan.tried(
+                row(
+                    trial.number,
+                    attack=trial.attack.key,
+                    side=trial.side,
+                    lr=settings.learning_rate,
+                    schedule=settings.schedule,
+                    optimizer=settings.optimizer,
+                    batch_size=settings.batch_size,
+                    similarity=score,
+                    diverged=trial.side == "immunized" and trial.number == 0,
+                )
+            )
+    assert [attack.seed for attack in freed] == [0, 1]
+    assert {attack.slug for attack in plan.waiting} == {"blue"}
+    second = choices(config.tune)[1].apply(freed[0].adaptation)
+    # each model is attacked with what was best on it, and the first trial diverged on one
+    assert freed[0].on("original") == freed[0].adaptation
+    assert freed[0].on("immunized") == second
+    # another call goes on from the file
+    again = Plan(TuningLog(tmp_path, config.tune), grid).first()
+    assert [task.slug for task in again if hasattr(task, "slug")] == ["red", "red"]
+    assert sum(not hasattr(task, "slug") for task in again) == 4
+    with (tmp_path / "tuning.csv").open(newline="") as file:
+        chosen = [(r["side"], r["trial"]) for r in csv.DictReader(file) if r["chosen"] == "True"]
+    assert sorted(chosen) == [("immunized", "1"), ("original", "0")]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    tiny.save_tiny_stable_diffusion(root / "model")
+    tiny.save_tiny_stable_diffusion(root / "immunized", seed=1)
+    tiny.save_tiny_clip(root / "clip")
+    return root
+
+
+@pytest.mark.parametrize("by", ["similarity", "loss"])
+def test_every_attack_is_tuned_on_each_model(by, folders, tmp_path):
+    calls = []
+    evaluate(
+        folders / "model",
+        folders / "immunized",
+        [tiny.concept()],
+        output=tmp_path,
+        settings=GRID | {"tune": {"trials": 3, "by": by, "optimizers": ["adamw", "muon"]}},
+        similarities=[folders / "clip"],
+        processes=1,
+        progress=lambda *call: calls.append(call),
+    )
+    assert calls[-1][0] == calls[-1][1]
+    log = TuningLog(tmp_path, Tuning(trials=3, by=by))
+    assert len(log.rows) == 2 * 3
+    rows = EvaluationFolder(tmp_path).attacks()
+    assert len(rows) == 2
+    for side in ("original", "immunized"):
+        tried = log.of(rows[0].attack.removesuffix("_seed0"), side)
+        winner = log.best(tried[0].attack, side)
+        assert [trial.chosen for trial in tried] == [trial == winner for trial in tried]
+        value = "loss" if by == "loss" else "similarity"
+        scores = [getattr(trial, value) for trial in tried]
+        assert getattr(winner, value) == (min if by == "loss" else max)(scores)
+        assert len(set(scores)) == 3
+        said = {getattr(found, f"tuned_{side}") for found in rows}
+        assert said == {
+            f"rate {winner.lr:g}, {winner.schedule}, batch {winner.batch_size}, {winner.optimizer}"
+        }
