@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from mima.distributed import Ranks
 from mima.evaluation.worker import Advance, Bench, Result, Task, Worker
 
 
@@ -57,29 +56,6 @@ def one_by_one(worker: Worker, tasks: deque[Task]) -> Iterator[tuple[Task, Resul
     while tasks:
         task = tasks.popleft()
         yield task, worker.run(task)
-
-
-def among_ranks(
-    ranks: Ranks, worker: Worker, tasks: deque[Task], advance: Advance
-) -> Iterator[tuple[Task, Result]]:
-    """Run tasks in the processes that ``torchrun`` started, one each at a time.
-
-    Every process gives back every task with its result, in the same order, so that all of them
-    append the same tasks meanwhile. Progress of all is told to the main process after each round.
-    """
-    while tasks:
-        round_ = [tasks.popleft() for _ in range(min(ranks.size, len(tasks)))]
-        done = 0
-
-        def count(amount: int) -> None:
-            nonlocal done
-            done += amount
-
-        worker.advance = count
-        mine = [worker.run(round_[n]) for n in ranks.share(len(round_))]
-        results = ranks.interleave(mine, len(round_))
-        advance(sum(ranks.all_gather(done)))
-        yield from zip(round_, results, strict=True)
 
 
 def in_parallel(

@@ -148,3 +148,13 @@ def test_every_attack_is_tuned_on_each_model(by, folders, tmp_path):
         assert said == {
             f"rate {winner.lr:g}, {winner.schedule}, batch {winner.batch_size}, {winner.optimizer}"
         }
+
+
+def test_the_headline_preset_is_tuned_and_counted():
+    config = grid_config("headline")
+    targets = {name: tiny.concept(name) for name in ("red", "blue")}
+    grid = attack_grid(config, targets, {"green": tiny.concept("green")})
+    # methods × concepts × seeds, on two models
+    assert len(grid) == 2 * 3 * 3
+    trials = 2 * 3 * 2 * config.tune.trials
+    assert 2 * sum(attack.steps for attack in grid) + trials * config.tune.steps == 16_800
