@@ -33,7 +33,7 @@ from mima.evaluation.grid import (
     places,
     without_name,
 )
-from mima.evaluation.metrics import GapCurve
+from mima.evaluation.metrics import GapCurve, sgr
 from mima.evaluation.records import (
     SIDES,
     AttackRow,
@@ -478,8 +478,18 @@ class Worker:
             nearest[side] = float((1 - table_BR).amin(dim=1).mean())
             objects[side] = self._recognised(attack, similarity, last)
         gap = None
-        points = []
-        if steps[-1] > 0:
+        if steps[-1] == 0:
+            before = curves["original"][0], curves["immunized"][0]
+            point = CurvePoint(
+                attack=attack.id,
+                similarity=similarity.name,
+                step=0,
+                original=before[0],
+                immunized=before[1],
+                sgr=sgr(*before),
+            )
+            points = [point]
+        else:
             gap = GapCurve(
                 concept=attack.concept,
                 steps=tuple(steps),
