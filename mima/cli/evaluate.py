@@ -117,7 +117,7 @@ def evaluate(
                 captions=captions,
                 overwrite=overwrite,
                 progress=show,
-                announce=lambda work: bars.console.print(str(work)),
+                announce=lambda work: stderr().print(str(work)),
             )
         except KeyboardInterrupt:
             stderr().print("finished attacks are kept; the same command goes on from them")

@@ -487,6 +487,7 @@ class Worker:
                 original=before[0],
                 immunized=before[1],
                 sgr=sgr(*before),
+                rise_left=None,
             )
             points = [point]
         else:
