@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
+from mima.ops.backends import choice
+
 _functions: dict[CustomOpDef, Callable[..., Any]] = {}
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 _PLAIN = {Tensor, torch.nn.Parameter}
@@ -28,19 +30,91 @@ class Operator(torch.autograd.Function):
         cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
 
-def raw_operator(name: str, *, schema: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """Register a function as an operator of torch.library that changes none of its arguments.
+def raw_operators(
+    name: str,
+    inputs: str,
+    output: str,
+    *,
+    fake: Callable[..., Any],
+    like: Callable[..., Sequence[Any]],
+    saved: str | None = None,
+    check: Callable[..., None] | None = None,
+) -> tuple[CustomOpDef, CustomOpDef]:
+    """Register an operator and its backward with torch.library, from arguments written once.
 
-    A backend may copy tables of addresses to the device, which a CUDA graph cannot repeat.
+    A backend serves them by ``<name>_forward(*inputs)`` and ``<name>_backward(d_out, *saved,
+    *needs)``, which returns a tensor or a list for each gradient.
+
+    Args:
+        name: one of `choice.OPERATORS`.
+        inputs: the arguments as in a schema, ``"Tensor x, Tensor[] A"``.
+        output: ``"Tensor"`` or ``"Tensor[]"``.
+        fake: inputs -> tensors like the output.
+        like: (d_out, *saved) -> for each gradient a tensor, or a list of them, of its shape.
+        saved: what the backward reads; by default `inputs`.
+        check: refuses values of the inputs that only a running operator can see.
+
+    Returns:
+        The operator ``(*inputs, backend)`` and its backward ``(d_out, *saved, needs, backend)``,
+        which gives the gradients that `needs` names, one after the other.
     """
 
-    def register(function: Callable[..., Any]) -> CustomOpDef:
-        function = _without_autocast(function)
-        op = torch.library.custom_op(name, function, mutates_args=(), schema=schema, tags=_TAGS)
-        _functions[op] = function
-        return op
+    def forward(*args: Any, **directly: Any) -> Any:
+        *given, backend = args
+        if check is not None:
+            check(*given)
+        module = choice.resolve(name, _first(given), backend)
+        return getattr(module, f"{name}_forward")(*given, **directly)
 
-    return register
+    def backward(*args: Any) -> list[Tensor]:
+        *given, needs, backend = args
+        module = choice.resolve(name, _first(given), backend)
+        return flat(getattr(module, f"{name}_backward")(*given, *needs), needs)
+
+    def fake_backward(*args: Any) -> list[Tensor]:
+        *given, needs, _ = args
+        return [x.new_empty(x.shape) for x in flat(like(*given), needs)]
+
+    ops = (
+        _register(f"mima::{name}", forward, f"({inputs}, str backend) -> {output}"),
+        _register(
+            f"mima::{name}_backward",
+            backward,
+            f"({output} d_out, {saved or inputs}, bool[] needs, str backend) -> Tensor[]",
+        ),
+    )
+    ops[0].register_fake(lambda *args: fake(*args[:-1]))
+    ops[1].register_fake(fake_backward)
+    return ops
+
+
+def _register(name: str, function: Callable[..., Any], schema: str) -> CustomOpDef:
+    # the tag: a backend may copy tables of addresses to the device, which a graph cannot repeat
+    function = _without_autocast(function)
+    op = torch.library.custom_op(name, function, mutates_args=(), schema=schema, tags=_TAGS)
+    _functions[op] = function
+    return op
+
+
+def flat(groups: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
+    """List the needed ones of some tensors and lists of tensors."""
+    out: list[Tensor] = []
+    for group, need in zip(groups, needs, strict=True):
+        if need:
+            out += [group] if isinstance(group, Tensor) else group
+    return out
+
+
+def split(tensors: Sequence[Any], sizes: Sequence[int | None], needs: Sequence[bool]) -> list[Any]:
+    """Undo `flat`: a list of each size, or one tensor for None; filled with None if not needed."""
+    rest = list(tensors)
+    out: list[Any] = []
+    for size, need in zip(sizes, needs, strict=True):
+        count = 1 if size is None else size
+        group = rest[:count] if need else [None] * count
+        rest = rest[count:] if need else rest
+        out.append(group[0] if size is None else group)
+    return out
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,11 +19,12 @@ from mima.ops._autograd import (
     apply_backward,
     call,
     filled,
-    raw_operator,
+    flat,
+    raw_operators,
+    split,
     total,
     vmap_formula,
 )
-from mima.ops.backends import choice
 from mima.ops.backends import reference as reference_backend
 
 _OP = "batched_lora"
@@ -116,116 +117,28 @@ def _require_agreement(
         )
 
 
-@raw_operator(
-    f"mima::{_OP}",
-    schema=(
-        "(Tensor x, Tensor weight, Tensor[] A, Tensor[] B, Tensor scale, Tensor index, "
-        "Tensor? bias, str backend) -> Tensor"
+_forward, _backward = raw_operators(
+    _OP,
+    "Tensor x, Tensor weight, Tensor[] A, Tensor[] B, Tensor scale, Tensor index, Tensor? bias",
+    "Tensor",
+    saved=(
+        "Tensor x, Tensor weight, Tensor[] A, Tensor[] B, Tensor scale, Tensor index, "
+        "Tensor? projection"
+    ),
+    fake=lambda x, weight, *rest: x.new_empty(*x.shape[:2], weight.shape[0]),
+    like=lambda d_y, x, weight, A, B, scale, index, projection: (
+        *(x, weight, A, B, scale),
+        d_y.new_empty(d_y.shape[2:]),
+    ),
+    check=lambda x, weight, A, B, scale, index, bias: _checks.require_in_range(
+        _OP, "index", index, len(A)
     ),
 )
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    A: list[Tensor],
-    B: list[Tensor],
-    scale: Tensor,
-    index: Tensor,
-    bias: Tensor | None,
-    backend: str,
-    kept: list[Tensor] | None = None,
-) -> Tensor:
-    _checks.require_in_range(_OP, "index", index, len(A))
-    module = choice.resolve(_OP, x, backend)
-    return cast(Tensor, module.batched_lora_forward(x, weight, A, B, scale, index, bias, kept))
 
 
-@_forward.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    A: list[Tensor],
-    B: list[Tensor],
-    scale: Tensor,
-    index: Tensor,
-    bias: Tensor | None,
-    backend: str,
-) -> Tensor:
-    return x.new_empty(*x.shape[:2], weight.shape[0])
-
-
-@raw_operator(
-    f"mima::{_OP}_backward",
-    schema=(
-        "(Tensor d_y, Tensor x, Tensor weight, Tensor[] A, Tensor[] B, Tensor scale, Tensor index, "
-        "Tensor? projection, bool need_x, bool need_weight, bool need_A, bool need_B, "
-        "bool need_scale, bool need_bias, str backend) -> Tensor[]"
-    ),
-)
-def _backward(
-    d_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    A: list[Tensor],
-    B: list[Tensor],
-    scale: Tensor,
-    index: Tensor,
-    projection: Tensor | None,
-    need_x: bool,
-    need_weight: bool,
-    need_A: bool,
-    need_B: bool,
-    need_scale: bool,
-    need_bias: bool,
-    backend: str,
-) -> list[Tensor]:
-    module = choice.resolve(_OP, x, backend)
-    needs = need_x, need_weight, need_A, need_B, need_scale, need_bias
-    grads = module.batched_lora_backward(d_y, x, weight, A, B, scale, index, projection, *needs)
-    return _flat(grads, needs)
-
-
-@_backward.register_fake
-def _(
-    d_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    A: list[Tensor],
-    B: list[Tensor],
-    scale: Tensor,
-    index: Tensor,
-    projection: Tensor | None,
-    need_x: bool,
-    need_weight: bool,
-    need_A: bool,
-    need_B: bool,
-    need_scale: bool,
-    need_bias: bool,
-    backend: str,
-) -> list[Tensor]:
-    needs = need_x, need_weight, need_A, need_B, need_scale, need_bias
-    like = _flat((x, weight, A, B, scale, d_y.new_empty(d_y.shape[2:])), needs)
-    return [x.new_empty(x.shape) for x in like]
-
-
-def _flat(grads: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
-    """List the needed ones of x, weight, A, B, scale, bias."""
-    out: list[Tensor] = []
-    for grad, need in zip(grads, needs, strict=True):
-        if need:
-            out += [grad] if isinstance(grad, Tensor) else grad
-    return out
-
-
-def _split(grads: Sequence[Any], N: int, needs: Sequence[bool]) -> tuple[Any, ...]:
-    """Undo `_flat`: x, weight, A, B, scale, bias, None where absent."""
-    rest = list(grads)
-    out: list[Any] = []
-    for need, size in zip(needs, (1, 1, N, N, 1, 1), strict=True):
-        group = rest[:size] if need else [None] * size
-        rest = rest[size:] if need else rest
-        out.append(group)
-    x, weight, A, B, scale, bias = out
-    return x[0], weight[0], A, B, scale[0], bias[0]
+def _sizes(N: int) -> tuple[int | None, ...]:
+    """How many tensors the gradients of x, weight, A, B, scale and bias are."""
+    return None, None, N, N, None, None
 
 
 def _forward_formula(
@@ -247,7 +160,7 @@ def _backward_formula(N: int, backend: str, *args: Any) -> list[Tensor]:
     grads = reference_backend.batched_lora_backward(
         d_y, x, weight, AB[:N], AB[N:], scale, index, projection, *needs
     )
-    return _flat(grads, needs)
+    return flat(grads, needs)
 
 
 class BatchedLora(Operator):
@@ -277,7 +190,7 @@ class BatchedLora(Operator):
         grads = apply_backward(
             BatchedLoraBackward, N, ctx.backend, *needs, *d_out, *ctx.saved_tensors
         )
-        d_x, d_weight, d_A, d_B, d_scale, d_bias = _split(grads, N, needs)
+        d_x, d_weight, d_A, d_B, d_scale, d_bias = split(grads, _sizes(N), needs)
         return None, None, None, d_x, d_weight, d_bias, d_scale, None, *d_A, *d_B
 
     @staticmethod
@@ -305,7 +218,7 @@ class BatchedLoraBackward(Operator):
     def forward(*args: Any) -> tuple[Tensor, ...]:
         N, backend, *needs = args[:8]
         d_y, x, weight, scale, index, projection, *AB = args[8:]
-        args = d_y, x, weight, AB[:N], AB[N:], scale, index, projection, *needs, backend
+        args = d_y, x, weight, AB[:N], AB[N:], scale, index, projection, needs, backend
         return tuple(call(_backward, *args))
 
     @staticmethod
@@ -319,7 +232,7 @@ class BatchedLoraBackward(Operator):
         N, backend = ctx.N, ctx.backend
         d_y, x, weight, scale, index, _, *AB = ctx.saved_tensors
         A, B = AB[:N], AB[N:]
-        u_x, u_weight, u_A, u_B, u_scale, u_bias = _split(u, N, ctx.needs)
+        u_x, u_weight, u_A, u_B, u_scale, u_bias = split(u, _sizes(N), ctx.needs)
         need_d_y, need_x, need_weight, need_scale, _, _, *need_AB = ctx.needs_input_grad[8:]
         need_A, need_B = any(need_AB[:N]), any(need_AB[N:])
         dd_y: list[Tensor | None] = []
@@ -336,7 +249,7 @@ class BatchedLoraBackward(Operator):
             if any(needs):
                 args = d_y, u_x, weight, scale, index, None, *AB
                 grads = apply_backward(BatchedLoraBackward, N, backend, *needs, *args)
-                _, d_weight, first_A, first_B, first_scale, _ = _split(grads, N, needs)
+                _, d_weight, first_A, first_B, first_scale, _ = split(grads, _sizes(N), needs)
                 d_A.append(first_A)
                 d_B.append(first_B)
                 d_scale.append(first_scale)

@@ -17,11 +17,12 @@ from mima.ops._autograd import (
     apply_backward,
     call,
     filled,
-    raw_operator,
+    flat,
+    raw_operators,
+    split,
     total,
     vmap_formula,
 )
-from mima.ops.backends import choice
 from mima.ops.backends import reference as reference_backend
 
 _OP = "merge_lora"
@@ -75,102 +76,19 @@ def merge_lora(
     return cast(Tensor, phi)
 
 
-@raw_operator(
-    f"mima::{_OP}",
-    schema=(
-        "(Tensor weight, Tensor[] A, Tensor[] B, Tensor scale, Tensor weights, str backend) "
-        "-> Tensor"
-    ),
+_forward, _backward = raw_operators(
+    _OP,
+    "Tensor weight, Tensor[] A, Tensor[] B, Tensor scale, Tensor weights",
+    "Tensor",
+    fake=lambda weight, A, B, scale, weights: weight.new_empty(weight.shape),
+    like=lambda d_out, *inputs: inputs,
+    check=lambda weight, A, B, scale, weights: _checks.require_finite(_OP, "weights", weights),
 )
-def _forward(
-    weight: Tensor,
-    A: list[Tensor],
-    B: list[Tensor],
-    scale: Tensor,
-    weights: Tensor,
-    backend: str,
-) -> Tensor:
-    _checks.require_finite(_OP, "weights", weights)
-    module = choice.resolve(_OP, weight, backend)
-    return cast(Tensor, module.merge_lora_forward(weight, A, B, scale, weights))
 
 
-@_forward.register_fake
-def _(
-    weight: Tensor,
-    A: list[Tensor],
-    B: list[Tensor],
-    scale: Tensor,
-    weights: Tensor,
-    backend: str,
-) -> Tensor:
-    return weight.new_empty(weight.shape)
-
-
-@raw_operator(
-    f"mima::{_OP}_backward",
-    schema=(
-        "(Tensor d_out, Tensor weight, Tensor[] A, Tensor[] B, Tensor scale, Tensor weights, "
-        "bool need_weight, bool need_A, bool need_B, bool need_scale, bool need_weights, "
-        "str backend) -> Tensor[]"
-    ),
-)
-def _backward(
-    d_out: Tensor,
-    weight: Tensor,
-    A: list[Tensor],
-    B: list[Tensor],
-    scale: Tensor,
-    weights: Tensor,
-    need_weight: bool,
-    need_A: bool,
-    need_B: bool,
-    need_scale: bool,
-    need_weights: bool,
-    backend: str,
-) -> list[Tensor]:
-    module = choice.resolve(_OP, weight, backend)
-    needs = need_weight, need_A, need_B, need_scale, need_weights
-    return _flat(module.merge_lora_backward(d_out, weight, A, B, scale, weights, *needs), needs)
-
-
-@_backward.register_fake
-def _(
-    d_out: Tensor,
-    weight: Tensor,
-    A: list[Tensor],
-    B: list[Tensor],
-    scale: Tensor,
-    weights: Tensor,
-    need_weight: bool,
-    need_A: bool,
-    need_B: bool,
-    need_scale: bool,
-    need_weights: bool,
-    backend: str,
-) -> list[Tensor]:
-    needs = need_weight, need_A, need_B, need_scale, need_weights
-    return [x.new_empty(x.shape) for x in _flat((weight, A, B, scale, weights), needs)]
-
-
-def _flat(grads: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
-    """List the needed ones of weight, A, B, scale, weights."""
-    out: list[Tensor] = []
-    for grad, need in zip(grads, needs, strict=True):
-        if need:
-            out += [grad] if isinstance(grad, Tensor) else grad
-    return out
-
-
-def _split(grads: Sequence[Any], N: int, needs: Sequence[bool]) -> tuple[Any, ...]:
-    """Undo `_flat`: weight, A, B, scale, weights, None where absent."""
-    rest = list(grads)
-    out: list[Any] = []
-    for need, size in zip(needs, (1, N, N, 1, 1), strict=True):
-        out.append(rest[:size] if need else [None] * size)
-        rest = rest[size:] if need else rest
-    weight, A, B, scale, weights = out
-    return weight[0], A, B, scale[0], weights[0]
+def _sizes(N: int) -> tuple[int | None, ...]:
+    """How many tensors the gradients of weight, A, B, scale and weights are."""
+    return None, N, N, None, None
 
 
 def _forward_formula(
@@ -184,7 +102,7 @@ def _backward_formula(N: int, backend: str, *args: Any) -> list[Tensor]:
     grads = reference_backend.merge_lora_backward(
         d_out, weight, AB[:N], AB[N:], scale, weights, *needs
     )
-    return _flat(grads, needs)
+    return flat(grads, needs)
 
 
 class MergeLora(Operator):
@@ -208,7 +126,7 @@ class MergeLora(Operator):
         grads = apply_backward(
             MergeLoraBackward, N, ctx.backend, *needs, *d_out, *ctx.saved_tensors
         )
-        d_weight, d_A, d_B, d_scale, d_weights = _split(grads, N, needs)
+        d_weight, d_A, d_B, d_scale, d_weights = split(grads, _sizes(N), needs)
         return None, None, d_weight, d_scale, d_weights, *d_A, *d_B
 
     @staticmethod
@@ -231,9 +149,7 @@ class MergeLoraBackward(Operator):
     def forward(*args: Any) -> tuple[Tensor, ...]:
         N, backend, *needs = args[:7]
         d_out, weight, scale, weights, *AB = args[7:]
-        return tuple(
-            call(_backward, d_out, weight, AB[:N], AB[N:], scale, weights, *needs, backend)
-        )
+        return tuple(call(_backward, d_out, weight, AB[:N], AB[N:], scale, weights, needs, backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -246,7 +162,7 @@ class MergeLoraBackward(Operator):
         N, backend = ctx.N, ctx.backend
         d_out, weight, scale, weights, *AB = ctx.saved_tensors
         A, B = AB[:N], AB[N:]
-        u_weight, u_A, u_B, u_scale, u_weights = _split(u, N, ctx.needs)
+        u_weight, u_A, u_B, u_scale, u_weights = split(u, _sizes(N), ctx.needs)
         need_d_out, _, need_scale, need_weights, *need_AB = ctx.needs_input_grad[7:]
         need_A, need_B = any(need_AB[:N]), any(need_AB[N:])
         dd_out: Tensor | None = u_weight
@@ -273,7 +189,7 @@ class MergeLoraBackward(Operator):
                 grads = apply_backward(
                     MergeLoraBackward, N, backend, *needs, d_out, weight, ones, ones, *A2, *B2
                 )
-                _, d_A2, d_B2, _, _ = _split(grads, N, needs)
+                _, d_A2, d_B2, _, _ = split(grads, _sizes(N), needs)
                 if need_A:
                     d_A = [d[: len(A_n)] for d, A_n in zip(d_A2, A, strict=True)]
                 if need_B2:

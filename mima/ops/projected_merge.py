@@ -1,11 +1,11 @@
 """projected_merge: φ = W0 + Σ_n (W_n − W0) C_nᵀ M_n, every layer that reads text in one call."""
 
-# N = concepts, L = layers; flat lists are concept-major, W[n * L + l]
+# N = concepts, L = layers; given lists are concept-major, W[n * L + l]
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +17,12 @@ from mima.ops._autograd import (
     apply_backward,
     call,
     filled,
-    raw_operator,
+    flat,
+    raw_operators,
+    split,
     total,
     vmap_formula,
 )
-from mima.ops.backends import choice
 from mima.ops.backends import reference as reference_backend
 
 _OP = "projected_merge"
@@ -67,8 +68,8 @@ def projected_merge(
     _require_agreement(W0, W, C, M)
     if not W0:
         return []
-    flat = [W_nl for row in W for W_nl in row]
-    return list(apply(ProjectedMerge, len(W0), len(W), backend or "", *W0, *flat, *C, *M))
+    given = [W_nl for row in W for W_nl in row]
+    return list(apply(ProjectedMerge, len(W0), len(W), backend or "", *W0, *given, *C, *M))
 
 
 def _require_agreement(
@@ -107,82 +108,34 @@ def _require_agreement(
         _checks.require_like(_OP, f"M[{n}]", M_n, C_n, f"C[{n}]", C_n.shape)
 
 
-@raw_operator(
-    f"mima::{_OP}",
-    schema="(Tensor[] W0, Tensor[] W, Tensor[] C, Tensor[] M, str backend) -> Tensor[]",
+_forward, _backward = raw_operators(
+    _OP,
+    "Tensor[] W0, Tensor[] W, Tensor[] C, Tensor[] M",
+    "Tensor[]",
+    fake=lambda W0, W, C, M: [x.new_empty(x.shape) for x in W0],
+    like=lambda d_out, W0, W, C, M: (W0, W, C, M),
 )
-def _forward(
-    W0: list[Tensor], W: list[Tensor], C: list[Tensor], M: list[Tensor], backend: str
-) -> list[Tensor]:
-    module = choice.resolve(_OP, W0[0], backend)
-    return cast("list[Tensor]", module.projected_merge_forward(W0, W, C, M))
 
 
-@_forward.register_fake
-def _(
-    W0: list[Tensor], W: list[Tensor], C: list[Tensor], M: list[Tensor], backend: str
-) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in W0]
+def _sizes(L: int, N: int) -> tuple[int, int, int, int]:
+    """How many tensors W0, W, C and M are."""
+    return L, N * L, N, N
 
 
-@raw_operator(
-    f"mima::{_OP}_backward",
-    schema=(
-        "(Tensor[] d_out, Tensor[] W0, Tensor[] W, Tensor[] C, Tensor[] M, "
-        "bool need_W0, bool need_W, bool need_C, bool need_M, str backend) -> Tensor[]"
-    ),
-)
-def _backward(
-    d_out: list[Tensor],
-    W0: list[Tensor],
-    W: list[Tensor],
-    C: list[Tensor],
-    M: list[Tensor],
-    need_W0: bool,
-    need_W: bool,
-    need_C: bool,
-    need_M: bool,
-    backend: str,
-) -> list[Tensor]:
-    module = choice.resolve(_OP, W0[0], backend)
-    d_W0, d_W, d_C, d_M = module.projected_merge_backward(
-        d_out, W0, W, C, M, need_W0, need_W, need_C, need_M
-    )
-    return [*d_W0, *d_W, *d_C, *d_M]
+def _groups(given: Sequence[Any], L: int, N: int) -> list[list[Any]]:
+    """Cut a given list into W0, W, C, M."""
+    return split(given, _sizes(L, N), (True,) * 4)
 
 
-@_backward.register_fake
-def _(
-    d_out: list[Tensor],
-    W0: list[Tensor],
-    W: list[Tensor],
-    C: list[Tensor],
-    M: list[Tensor],
-    need_W0: bool,
-    need_W: bool,
-    need_C: bool,
-    need_M: bool,
-    backend: str,
-) -> list[Tensor]:
-    groups = (W0, need_W0), (W, need_W), (C, need_C), (M, need_M)
-    return [x.new_empty(x.shape) for group, need in groups if need for x in group]
-
-
-def _groups(flat: Sequence[Any], L: int, N: int) -> tuple[list[Any], ...]:
-    """Cut a flat list into W0, W, C, M."""
-    ends = L, L + N * L, L + N * L + N, L + N * L + 2 * N
-    return tuple(list(flat[a:b]) for a, b in zip((0, *ends[:-1]), ends, strict=True))
-
-
-def _forward_formula(L: int, N: int, backend: str, *flat: Tensor) -> list[Tensor]:
-    return reference_backend.projected_merge_forward(*_groups(flat, L, N))
+def _forward_formula(L: int, N: int, backend: str, *given: Tensor) -> list[Tensor]:
+    return reference_backend.projected_merge_forward(*_groups(given, L, N))
 
 
 def _backward_formula(L: int, N: int, backend: str, *args: Any) -> list[Tensor]:
-    needs, d_out, flat = args[:4], args[4 : 4 + L], args[4 + L :]
-    W0, W, C, M = _groups(flat, L, N)
+    needs, d_out, given = args[:4], args[4 : 4 + L], args[4 + L :]
+    W0, W, C, M = _groups(given, L, N)
     grads = reference_backend.projected_merge_backward(d_out, W0, W, C, M, *needs)
-    return [x for group in grads for x in group]
+    return flat(grads, needs)
 
 
 class ProjectedMerge(Operator):
@@ -190,13 +143,13 @@ class ProjectedMerge(Operator):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        L, N, backend, *flat = args
-        return tuple(call(_forward, *_groups(flat, L, N), backend))
+        L, N, backend, *given = args
+        return tuple(call(_forward, *_groups(given, L, N), backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.L, ctx.N, ctx.backend, *flat = inputs
-        ctx.save_for_backward(*flat)
+        ctx.L, ctx.N, ctx.backend, *given = inputs
+        ctx.save_for_backward(*given)
 
     @staticmethod
     def backward(ctx: Any, *d_out: Tensor) -> tuple[Any, ...]:
@@ -205,7 +158,7 @@ class ProjectedMerge(Operator):
         grads = apply_backward(
             ProjectedMergeBackward, L, N, ctx.backend, *needs, *d_out, *ctx.saved_tensors
         )
-        return *(None,) * 3, *(x for group in _split(grads, L, N, needs) for x in group)
+        return *(None,) * 3, *(x for group in split(grads, _sizes(L, N), needs) for x in group)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -226,8 +179,8 @@ class ProjectedMergeBackward(Operator):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         L, N, backend, *needs = args[:7]
-        d_out, flat = list(args[7 : 7 + L]), args[7 + L :]
-        return tuple(call(_backward, d_out, *_groups(flat, L, N), *needs, backend))
+        d_out, given = list(args[7 : 7 + L]), args[7 + L :]
+        return tuple(call(_backward, d_out, *_groups(given, L, N), needs, backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -238,9 +191,9 @@ class ProjectedMergeBackward(Operator):
     @staticmethod
     def backward(ctx: Any, *u: Tensor | None) -> tuple[Any, ...]:
         L, N, backend = ctx.L, ctx.N, ctx.backend
-        d_out, flat = ctx.saved_tensors[:L], ctx.saved_tensors[L:]
-        W0, W, C, M = _groups(flat, L, N)
-        u_W0, u_W, u_C, u_M = _split(u, L, N, ctx.needs)
+        d_out, given = ctx.saved_tensors[:L], ctx.saved_tensors[L:]
+        W0, W, C, M = _groups(given, L, N)
+        u_W0, u_W, u_C, u_M = split(u, _sizes(L, N), ctx.needs)
         need_d_out = any(ctx.needs_input_grad[7 : 7 + L])
         need_W0, need_W, need_C, need_M = (
             any(group) for group in _groups(ctx.needs_input_grad[7 + L :], L, N)
@@ -261,7 +214,7 @@ class ProjectedMergeBackward(Operator):
                 grads = apply_backward(
                     ProjectedMergeBackward, L, N, backend, *needs, *d_out, *direction, *C, *M
                 )
-                _, _, d_C, d_M = _split(grads, L, N, needs)
+                _, _, d_C, d_M = split(grads, _sizes(L, N), needs)
 
         if any(x is not None for x in (*u_C, *u_M)):
             # From zero, not from W0: a low precision W0 + δ has lost digits of δ.
@@ -277,7 +230,7 @@ class ProjectedMergeBackward(Operator):
                 grads = apply_backward(
                     ProjectedMergeBackward, L, N, backend, *needs, *d_out, *zeros, *D, *C2, *M2
                 )
-                _, d_W, d_C2, d_M2 = _split(grads, L, N, needs)
+                _, d_W, d_C2, d_M2 = split(grads, _sizes(L, N), needs)
                 if need_C:
                     first = [x[: len(C_n)] for x, C_n in zip(d_C2, C, strict=True)]
                     d_C = [total(pair) for pair in zip(d_C, first, strict=True)]
@@ -292,16 +245,3 @@ class ProjectedMergeBackward(Operator):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         return vmap_formula(_backward_formula, info, in_dims, args)
-
-
-def _split(
-    grads: Sequence[Any], L: int, N: int, needs: Sequence[bool]
-) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
-    """Cut a list of the needed gradients into W0's, W's, C's and M's, None where absent."""
-    rest = list(grads)
-    out = []
-    for need, size in zip(needs, (L, N * L, N, N), strict=True):
-        out.append(rest[:size] if need else [None] * size)
-        rest = rest[size:] if need else rest
-    d_W0, d_W, d_C, d_M = out
-    return d_W0, d_W, d_C, d_M

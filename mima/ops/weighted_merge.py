@@ -17,11 +17,12 @@ from mima.ops._autograd import (
     apply_backward,
     call,
     filled,
-    raw_operator,
+    flat,
+    raw_operators,
+    split,
     total,
     vmap_formula,
 )
-from mima.ops.backends import choice
 from mima.ops.backends import reference as reference_backend
 
 _OP = "weighted_merge"
@@ -89,8 +90,8 @@ def weighted_merge(
     if not base:
         return []
     vector = _checks.as_vector(_OP, "weights", weights, len(rows), base[0])
-    flat = [theta for row in rows for theta in row]
-    return list(apply(WeightedMerge, len(base), backend or "", vector, *base, *flat))
+    given = [theta for row in rows for theta in row]
+    return list(apply(WeightedMerge, len(base), backend or "", vector, *base, *given))
 
 
 def _require_agreement(base: Sequence[Tensor], thetas: Sequence[Sequence[Tensor]]) -> None:
@@ -119,81 +120,25 @@ def _require_agreement(base: Sequence[Tensor], thetas: Sequence[Sequence[Tensor]
                 _checks.require_like(_OP, f"thetas[{n}][{p}]", t, b, f"base[{p}]", shape)
 
 
-@raw_operator(
-    f"mima::{_OP}",
-    schema="(Tensor[] base, Tensor[] thetas, Tensor weights, str backend) -> Tensor[]",
+_forward, _backward = raw_operators(
+    _OP,
+    "Tensor[] base, Tensor[] thetas, Tensor weights",
+    "Tensor[]",
+    fake=lambda base, thetas, weights: [b.new_empty(b.shape) for b in base],
+    like=lambda d_out, base, thetas, weights: (base, thetas, weights),
+    check=lambda base, thetas, weights: _checks.require_finite(_OP, "weights", weights),
 )
-def _forward(
-    base: list[Tensor], thetas: list[Tensor], weights: Tensor, backend: str
-) -> list[Tensor]:
-    _checks.require_finite(_OP, "weights", weights)
-    module = choice.resolve(_OP, base[0], backend)
-    return cast("list[Tensor]", module.weighted_merge_forward(base, thetas, weights))
 
 
-@_forward.register_fake
-def _(base: list[Tensor], thetas: list[Tensor], weights: Tensor, backend: str) -> list[Tensor]:
-    return [b.new_empty(b.shape) for b in base]
+def _forward_formula(P: int, backend: str, weights: Tensor, *given: Tensor) -> list[Tensor]:
+    return reference_backend.weighted_merge_forward(given[:P], given[P:], weights)
 
 
-@raw_operator(
-    f"mima::{_OP}_backward",
-    schema=(
-        "(Tensor[] d_out, Tensor[] base, Tensor[] thetas, Tensor weights, "
-        "bool need_base, bool need_thetas, bool need_weights, str backend) -> Tensor[]"
-    ),
-)
-def _backward(
-    d_out: list[Tensor],
-    base: list[Tensor],
-    thetas: list[Tensor],
-    weights: Tensor,
-    need_base: bool,
-    need_thetas: bool,
-    need_weights: bool,
-    backend: str,
-) -> list[Tensor]:
-    module = choice.resolve(_OP, base[0], backend)
-    d_base, d_thetas, d_weights = module.weighted_merge_backward(
-        d_out, base, thetas, weights, need_base, need_thetas, need_weights
-    )
-    return [*d_base, *d_thetas, *([d_weights] if need_weights else [])]
-
-
-@_backward.register_fake
-def _(
-    d_out: list[Tensor],
-    base: list[Tensor],
-    thetas: list[Tensor],
-    weights: Tensor,
-    need_base: bool,
-    need_thetas: bool,
-    need_weights: bool,
-    backend: str,
-) -> list[Tensor]:
-    like = [*(base if need_base else []), *(thetas if need_thetas else [])]
-    grads = [x.new_empty(x.shape) for x in like]
-    return [*grads, weights.new_empty(weights.shape)] if need_weights else grads
-
-
-def _forward_formula(P: int, backend: str, weights: Tensor, *flat: Tensor) -> list[Tensor]:
-    return reference_backend.weighted_merge_forward(flat[:P], flat[P:], weights)
-
-
-def _backward_formula(
-    P: int,
-    backend: str,
-    need_base: bool,
-    need_thetas: bool,
-    need_weights: bool,
-    weights: Tensor,
-    *flat: Tensor,
-) -> list[Tensor]:
-    d_out, base, thetas = flat[:P], flat[P : 2 * P], flat[2 * P :]
-    d_base, d_thetas, d_weights = reference_backend.weighted_merge_backward(
-        d_out, base, thetas, weights, need_base, need_thetas, need_weights
-    )
-    return [*d_base, *d_thetas, *([] if d_weights is None else [d_weights])]
+def _backward_formula(P: int, backend: str, *args: Any) -> list[Tensor]:
+    needs, (weights, *given) = args[:3], args[3:]
+    d_out, base, thetas = given[:P], given[P : 2 * P], given[2 * P :]
+    grads = reference_backend.weighted_merge_backward(d_out, base, thetas, weights, *needs)
+    return flat(grads, needs)
 
 
 class WeightedMerge(Operator):
@@ -201,8 +146,8 @@ class WeightedMerge(Operator):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        P, backend, weights, *flat = args
-        return tuple(call(_forward, flat[:P], flat[P:], weights, backend))
+        P, backend, weights, *given = args
+        return tuple(call(_forward, given[:P], given[P:], weights, backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -212,14 +157,14 @@ class WeightedMerge(Operator):
     @staticmethod
     def backward(ctx: Any, *d_out: Tensor) -> tuple[Any, ...]:
         P = ctx.P
-        weights, *flat = ctx.saved_tensors
+        weights, *given = ctx.saved_tensors
         _, _, need_weights, *need_flat = ctx.needs_input_grad
         need_base, need_thetas = any(need_flat[:P]), any(need_flat[P:])
         needs = need_base, need_thetas, need_weights
         grads = apply_backward(
-            WeightedMergeBackward, P, ctx.backend, *needs, weights, *d_out, *flat
+            WeightedMergeBackward, P, ctx.backend, *needs, weights, *d_out, *given
         )
-        d_base, d_thetas, d_weights = _split(grads, P, len(flat) - P, *needs)
+        d_base, d_thetas, d_weights = split(grads, (P, len(given) - P, None), needs)
         return None, None, d_weights, *d_base, *d_thetas
 
     @staticmethod
@@ -237,9 +182,9 @@ class WeightedMergeBackward(Operator):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         P, backend, *needs = args[:5]
-        weights, *flat = args[5:]
-        d_out, base, thetas = flat[:P], flat[P : 2 * P], flat[2 * P :]
-        return tuple(call(_backward, d_out, base, thetas, weights, *needs, backend))
+        weights, *given = args[5:]
+        d_out, base, thetas = given[:P], given[P : 2 * P], given[2 * P :]
+        return tuple(call(_backward, d_out, base, thetas, weights, needs, backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -250,9 +195,9 @@ class WeightedMergeBackward(Operator):
     @staticmethod
     def backward(ctx: Any, *u: Tensor | None) -> tuple[Any, ...]:
         P, backend = ctx.P, ctx.backend
-        weights, *flat = ctx.saved_tensors
-        d_out, base, thetas = flat[:P], flat[P : 2 * P], flat[2 * P :]
-        u_base, u_thetas, u_weights = _split(u, P, len(thetas), *ctx.needs)
+        weights, *given = ctx.saved_tensors
+        d_out, base, thetas = given[:P], given[P : 2 * P], given[2 * P :]
+        u_base, u_thetas, u_weights = split(u, (P, len(thetas), None), ctx.needs)
         need_weights = ctx.needs_input_grad[5]
         need_d_out = any(ctx.needs_input_grad[6 : 6 + P])
         need_x = any(ctx.needs_input_grad[6 + P :])
@@ -285,13 +230,3 @@ class WeightedMergeBackward(Operator):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         return vmap_formula(_backward_formula, info, in_dims, args)
-
-
-def _split(
-    grads: Sequence[Any], P: int, NP: int, need_base: bool, need_thetas: bool, need_weights: bool
-) -> tuple[list[Any], list[Any], Any]:
-    """Cut a list of the needed gradients into base's, thetas' and weights', None where absent."""
-    rest = list(grads)
-    d_base = [rest.pop(0) for _ in range(P)] if need_base else [None] * P
-    d_thetas = rest[:NP] if need_thetas else [None] * NP
-    return d_base, d_thetas, rest[-1] if need_weights else None

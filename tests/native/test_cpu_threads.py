@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import native_cases
 
-from mima.ops.backends import extension
+from mima.ops.backends import cpu
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_low_rank_part_has_same_bits_for_any_number_of_threads():
 
 @pytest.mark.parametrize("tokens", [200, 700], ids=["one by one", "merged"])
 def test_a_sample_has_the_same_bits_whatever_is_beside_it(tokens):
-    if extension.cpu_level() == "generic":
+    if cpu.cpu_level() == "generic":
         pytest.skip("the base product is PyTorch's, which promises nothing")
     torch.manual_seed(0)
     x, weight = torch.randn(6, tokens, 320), torch.randn(320, 320)
@@ -76,21 +76,21 @@ def test_a_sample_has_the_same_bits_whatever_is_beside_it(tokens):
     index = torch.tensor([1, -1, 0, 1, 1, 0])
     scale = torch.tensor([0.5, 2.0])
     kept: list[torch.Tensor] = []
-    together = extension.batched_lora_forward(x, weight, A, B, scale, index, None, kept)
+    together = cpu.batched_lora_forward(x, weight, A, B, scale, index, None, kept)
     assert [h.shape for h in kept] == ([(6, 200, 64)] if tokens == 200 else [])
     for b in range(6):
         args = x[b : b + 1], weight, A, B, scale, index[b : b + 1], None
-        assert torch.equal(extension.batched_lora_forward(*args)[0], together[b])
+        assert torch.equal(cpu.batched_lora_forward(*args)[0], together[b])
 
 
 def test_concurrent_callers():
     torch.manual_seed(0)
     base, theta = torch.randn(400_000), torch.randn(400_000)
     w = torch.tensor([0.5])
-    expected = extension.weighted_merge_forward([base], [theta], w)[0]
+    expected = cpu.weighted_merge_forward([base], [theta], w)[0]
 
     def call(_: int) -> bool:
-        return torch.equal(extension.weighted_merge_forward([base], [theta], w)[0], expected)
+        return torch.equal(cpu.weighted_merge_forward([base], [theta], w)[0], expected)
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(call, range(64)))
@@ -100,13 +100,13 @@ def test_concurrent_callers():
 def test_pool_works_in_a_forked_child(pool, tmp_path):
     code = """
 import os, torch
-from mima.ops.backends import extension
+from mima.ops.backends import cpu
 torch.set_num_threads(2)
 base, theta, w = torch.zeros(500_000), torch.ones(500_000), torch.tensor([0.5])
-assert extension.weighted_merge_forward([base], [theta], w)[0].sum() == 250_000
+assert cpu.weighted_merge_forward([base], [theta], w)[0].sum() == 250_000
 child = os.fork()
 # no PyTorch operator that uses OpenMP here: its threads do not survive a fork
-out = extension.weighted_merge_forward([base], [theta], w)[0]
+out = cpu.weighted_merge_forward([base], [theta], w)[0]
 value = out[::100_000].tolist()
 if child == 0:
     os._exit(0 if value == [0.5] * 5 else 1)
@@ -131,12 +131,12 @@ def test_own_pool_gives_the_same_bits(tmp_path):
     code = """
 import torch
 from concurrent.futures import ThreadPoolExecutor
-from mima.ops.backends import extension
+from mima.ops.backends import cpu
 torch.manual_seed(0)
 base, theta, w = torch.randn(700_001), torch.randn(700_001), torch.tensor([0.3])
 def call(_):
     flags = False, False, True
-    return extension.weighted_merge_backward([base], [base], [theta], w, *flags)[2].item()
+    return cpu.weighted_merge_backward([base], [base], [theta], w, *flags)[2].item()
 values = set()
 for threads in (1, 2, 3, 8):
     torch.set_num_threads(threads)
@@ -161,7 +161,7 @@ def test_the_lock_of_the_interpreter_is_released():
     base = torch.zeros(30_000_000)
     ticks = 0
     with ThreadPoolExecutor(1) as pool:
-        work = pool.submit(extension.weighted_merge_forward, [base], [base], torch.tensor([0.5]))
+        work = pool.submit(cpu.weighted_merge_forward, [base], [base], torch.tensor([0.5]))
         while not work.done():
             ticks += 1
     assert ticks > 100

@@ -18,7 +18,7 @@ from support import native_cases
 from support.native_cases import DTYPE_IDS, DTYPES, check_backward, check_forward
 
 from mima._version import __version__
-from mima.ops.backends import extension
+from mima.ops.backends import cuda, extension
 
 ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parent / "emulation"
@@ -27,15 +27,17 @@ EMULATION = Path(__file__).parent / "emulation"
 # at once, empty layers and concepts.
 CASES = {
     "weighted_merge": lambda dtype: native_cases.weighted_merge(
-        [(0,), (1,), (63,), (17, 241), (3, 3001)], 3, dtype
+        [(0,), (1,), (63,), (17, 241), (3, 3001)], 3, dtype, cuda
     ),
-    "weighted_merge-none": lambda dtype: native_cases.weighted_merge([(1023,)], 0, dtype),
+    "weighted_merge-none": lambda dtype: native_cases.weighted_merge([(1023,)], 0, dtype, cuda),
     "projected_merge-64": lambda dtype: native_cases.projected_merge(
-        [21, 0, 4], [3, 17], 64, dtype
+        [21, 0, 4], [3, 17], 64, dtype, cuda
     ),
-    "projected_merge-37": lambda dtype: native_cases.projected_merge([5], [9, 0], 37, dtype),
-    "projected_merge-none": lambda dtype: native_cases.projected_merge([5], [], 24, dtype),
-    "projected_merge-no-rows": lambda dtype: native_cases.projected_merge([0], [2], 24, dtype),
+    "projected_merge-37": lambda dtype: native_cases.projected_merge([5], [9, 0], 37, dtype, cuda),
+    "projected_merge-none": lambda dtype: native_cases.projected_merge([5], [], 24, dtype, cuda),
+    "projected_merge-no-rows": lambda dtype: native_cases.projected_merge(
+        [0], [2], 24, dtype, cuda
+    ),
 }
 
 
@@ -70,16 +72,16 @@ def emulated(tmp_path_factory):
 
 @pytest.fixture
 def _on_emulation(emulated, monkeypatch):
-    """Send CPU tensors down the adapter's CUDA path."""
+    """Let the functions for CUDA launch the emulated kernels on CPU tensors."""
 
     @contextlib.contextmanager
     def launching(call, device):
         # a copy at another address, as on a device
         yield torch.frombuffer(call.table(), dtype=torch.uint8).clone(), 0
 
-    monkeypatch.setattr(extension, "_module", lambda device_type: emulated)
-    monkeypatch.setattr(extension, "_launching", launching)
-    monkeypatch.setattr(extension, "_on_cuda", lambda x: True)
+    for module in (cuda, extension):
+        monkeypatch.setattr(module, "loaded", lambda device_type: emulated)
+    monkeypatch.setattr(cuda, "_launching", launching)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
@@ -93,9 +95,9 @@ def test_values_in_emulation(name, dtype):
 @pytest.mark.usefixtures("_on_emulation")
 def test_views_off_the_16_byte_grid():
     base, theta = torch.randn(5001)[1:], torch.randn(5002)[2:]
-    (actual,) = extension.weighted_merge_forward([base], [theta[:5000]], torch.tensor([0.25]))
+    (actual,) = cuda.weighted_merge_forward([base], [theta[:5000]], torch.tensor([0.25]))
     torch.testing.assert_close(actual, base + 0.25 * (theta[:5000] - base))
-    case = native_cases.projected_merge([9], [3], 64, torch.float32)
+    case = native_cases.projected_merge([9], [3], 64, torch.float32, cuda)
     off = [torch.cat([x.new_zeros(x.shape[0], 1), x], 1)[:, 1:] for x in case.inputs]
     for a, b in zip(case.run(off), case.reference(off), strict=True):
         torch.testing.assert_close(a, b)
@@ -165,8 +167,6 @@ def test_current_stream_and_device():
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)
         theta = torch.full_like(base, 4.0)
-        (out,) = extension.weighted_merge_forward(
-            [base], [theta], torch.tensor([0.5], device="cuda")
-        )
+        (out,) = cuda.weighted_merge_forward([base], [theta], torch.tensor([0.5], device="cuda"))
     stream.synchronize()
     assert bool((out == 2).all())

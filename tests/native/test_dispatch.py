@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mima.ops.backends import extension
+from mima.ops.backends import cpu, extension
 
 
 def test_unknown_level_is_an_error(monkeypatch):
@@ -13,9 +13,9 @@ def test_unknown_level_is_an_error(monkeypatch):
     with pytest.raises(
         ValueError, match="MIMA_CPU_LEVEL must be generic, avx2 or avx512, got sse9"
     ):
-        extension.cpu_level()
+        cpu.cpu_level()
     with pytest.raises(ValueError, match="MIMA_CPU_LEVEL"):
-        extension.weighted_merge_forward([torch.ones(3)], [], torch.empty(0))
+        cpu.weighted_merge_forward([torch.ones(3)], [], torch.empty(0))
 
 
 @pytest.mark.parametrize("op", extension.OPS["cpu"])
@@ -43,7 +43,7 @@ def test_missing_module_gives_the_reason_that_the_installation_wrote_down(monkey
         (reason,) = extension.unsupported_reasons("merge_lora", torch.empty(0))
         assert reason == "mima._native was not built: no C++ compiler: install g++"
         with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
-            extension.weighted_merge_forward([torch.ones(3)], [], torch.empty(0))
+            cpu.weighted_merge_forward([torch.ones(3)], [], torch.empty(0))
     finally:
         extension._load.cache_clear()
 
@@ -59,7 +59,7 @@ def test_module_of_another_version_is_refused(monkeypatch):
 
 
 def test_bindings_refuse_what_would_be_a_wild_read():
-    module = extension._module("cpu")
+    module = extension.loaded("cpu")
     one, x, wide = torch.zeros(1, 1), torch.zeros(1, 1, 1), torch.zeros(2, 3).mT
     zero = torch._efficientzerotensor((1, 1))
     with pytest.raises(ValueError, match="out: expected 2 tensors, got 1"):

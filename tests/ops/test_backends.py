@@ -23,7 +23,10 @@ def _fresh_choices() -> Any:
 
 
 def _clear() -> None:
-    for cached in (choice._choose, choice._reasons, choice._load_error, choice._module):
+    for cached in (
+        *(choice._choose, choice._reasons, choice._load_error),
+        *(choice._module, choice._launchers),
+    ):
         cached.cache_clear()
 
 
@@ -85,9 +88,9 @@ def test_an_unserved_dtype_is_a_reason() -> None:
 
 
 def test_the_argument_and_the_environment_choose(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choice.resolve("weighted_merge", x, "reference").__name__.endswith("reference_backend")
+    assert choice.resolve("weighted_merge", x, "reference").__name__.endswith("backends.reference")
     monkeypatch.setenv("MIMA_BACKEND", "reference")
-    assert choice.resolve("weighted_merge", x).__name__.endswith("reference_backend")
+    assert choice.resolve("weighted_merge", x).__name__.endswith("backends.reference")
     assert _served_by(monkeypatch) == "reference"
     monkeypatch.setenv("MIMA_BACKEND", "nativ")
     with pytest.raises(choice.BackendError, match=r"unknown backend 'nativ'; .*native"):
@@ -101,7 +104,7 @@ def test_a_backend_that_was_asked_for_never_falls_back(monkeypatch: pytest.Monke
     _break(monkeypatch, "native")
     monkeypatch.setenv("MIMA_STRICT", "0")
     with pytest.raises(
-        choice.BackendError, match=r"native cannot serve .*cannot be loaded \(mima.ops.native"
+        choice.BackendError, match=r"native cannot serve .*cannot be loaded \(mima.ops.backends"
     ):
         ops.weighted_merge(x, [x], [1.0], backend="native")
 

@@ -28,34 +28,34 @@ def _raw_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "weighted_merge": (raw.weighted_merge, (base, thetas, weights, "")),
         "weighted_merge_backward": (
             raw.weighted_merge_backward,
-            (base, base, thetas, weights, yes, yes, yes, ""),
+            (base, base, thetas, weights, [yes] * 3, ""),
         ),
         "weighted_merge_backward-partly": (
             raw.weighted_merge_backward,
-            (base, base, thetas, weights, no, yes, no, ""),
+            (base, base, thetas, weights, [no, yes, no], ""),
         ),
         "projected_merge": (raw.projected_merge, (W0, W, C, M, "")),
         "projected_merge_backward": (
             raw.projected_merge_backward,
-            (W0, W0, W, C, M, yes, yes, yes, yes, ""),
+            (W0, W0, W, C, M, [yes] * 4, ""),
         ),
         "projected_merge_backward-partly": (
             raw.projected_merge_backward,
-            (W0, W0, W, C, M, no, yes, yes, no, ""),
+            (W0, W0, W, C, M, [no, yes, yes, no], ""),
         ),
         "batched_lora": (raw.batched_lora, (x, weight, A, B, scale, index, bias, "")),
         "batched_lora_backward": (
             raw.batched_lora_backward,
-            (r(3, 2, 5), x, weight, A, B, scale, index, None, yes, yes, yes, yes, yes, yes, ""),
+            (r(3, 2, 5), x, weight, A, B, scale, index, None, [yes] * 6, ""),
         ),
         "batched_lora_backward-partly": (
             raw.batched_lora_backward,
-            (r(3, 2, 5), x, weight, A, B, scale, index, None, no, no, yes, no, no, yes, ""),
+            (r(3, 2, 5), x, weight, A, B, scale, index, None, [no, no, yes, no, no, yes], ""),
         ),
         "merge_lora": (raw.merge_lora, (weight, A, B, scale, scale, "")),
         "merge_lora_backward": (
             raw.merge_lora_backward,
-            (weight, weight, A, B, scale, scale, yes, yes, yes, yes, yes, ""),
+            (weight, weight, A, B, scale, scale, [yes] * 5, ""),
         ),
     }
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from mima import reference
-from mima.ops.backends import extension
+from mima.ops.backends import cpu, cuda
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 DTYPE_IDS = ["f32", "f64", "bf16", "f16"]
@@ -95,7 +96,14 @@ def check_backward(case: Case) -> None:
         check(a, s, t, case.length)
 
 
-def weighted_merge(shapes: Sequence[tuple[int, ...]], N: int, dtype: torch.dtype) -> Case:
+def _half(tensors: Sequence[Tensor], native: ModuleType | None) -> ModuleType:
+    """The module for the tensors' device, unless one is named."""
+    return native or (cuda if tensors[0].is_cuda else cpu)
+
+
+def weighted_merge(
+    shapes: Sequence[tuple[int, ...]], N: int, dtype: torch.dtype, native: ModuleType | None = None
+) -> Case:
     """Tensors of these shapes, N concepts."""
     P = len(shapes)
     tensors = [torch.randn(shape).to(dtype) for _ in range(N + 1) for shape in shapes]
@@ -105,14 +113,14 @@ def weighted_merge(shapes: Sequence[tuple[int, ...]], N: int, dtype: torch.dtype
         return list(xs[:P]), list(xs[P:-1]), xs[-1]
 
     def run(xs: Sequence[Tensor]) -> list[Tensor]:
-        return extension.weighted_merge_forward(*split(xs))
+        return _half(xs, native).weighted_merge_forward(*split(xs))
 
     def through_reference(xs: Sequence[Tensor]) -> list[Tensor]:
         base, thetas, w = split(xs)
         return reference.weighted_merge(base, [thetas[n * P : n * P + P] for n in range(N)], w)
 
     def backward(d_out: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
-        d_base, d_thetas, d_w = extension.weighted_merge_backward(
+        d_base, d_thetas, d_w = _half(xs, native).weighted_merge_backward(
             d_out, *split(xs), True, True, True
         )
         assert d_w is not None
@@ -122,7 +130,13 @@ def weighted_merge(shapes: Sequence[tuple[int, ...]], N: int, dtype: torch.dtype
     return Case([*tensors, weights], run, through_reference, backward, length)
 
 
-def projected_merge(rows: Sequence[int], tokens: Sequence[int], d: int, dtype: torch.dtype) -> Case:
+def projected_merge(
+    rows: Sequence[int],
+    tokens: Sequence[int],
+    d: int,
+    dtype: torch.dtype,
+    native: ModuleType | None = None,
+) -> Case:
     """Layers of these numbers of rows, concepts of these numbers of tokens."""
     L, N = len(rows), len(tokens)
     weights = [torch.randn(o, d).to(dtype) for _ in range(N + 1) for o in rows]
@@ -135,14 +149,16 @@ def projected_merge(rows: Sequence[int], tokens: Sequence[int], d: int, dtype: t
         return tuple(list(xs[a:b]) for a, b in pairwise(ends))
 
     def run(xs: Sequence[Tensor]) -> list[Tensor]:
-        return extension.projected_merge_forward(*split(xs))
+        return _half(xs, native).projected_merge_forward(*split(xs))
 
     def through_reference(xs: Sequence[Tensor]) -> list[Tensor]:
         W0, W, C, M = split(xs)
         return reference.projected_merge(W0, [W[n * L : n * L + L] for n in range(N)], C, M)
 
     def backward(d_out: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
-        parts = extension.projected_merge_backward(d_out, *split(xs), True, True, True, True)
+        parts = _half(xs, native).projected_merge_backward(
+            d_out, *split(xs), True, True, True, True
+        )
         return [x for part in parts for x in part]
 
     return Case([*weights, *C, *M], run, through_reference, backward, sum(rows) * max(d, 1))
@@ -169,7 +185,7 @@ def batched_lora(
     def run(xs: Sequence[Tensor]) -> list[Tensor]:
         A, B, scale, bias_o = split(xs)
         kept.clear()
-        return [extension.batched_lora_forward(xs[0], xs[1], A, B, scale, index, bias_o, kept)]
+        return [cpu.batched_lora_forward(xs[0], xs[1], A, B, scale, index, bias_o, kept)]
 
     def through_reference(xs: Sequence[Tensor]) -> list[Tensor]:
         A, B, scale, bias_o = split(xs)
@@ -178,7 +194,7 @@ def batched_lora(
     def backward(d_out: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
         A, B, scale, _ = split(xs)
         needs = (True, True, True, True, True, bias)
-        d_x, d_weight, d_A, d_B, d_scale, d_bias = extension.batched_lora_backward(
+        d_x, d_weight, d_A, d_B, d_scale, d_bias = cpu.batched_lora_backward(
             d_out[0], xs[0], xs[1], A, B, scale, index, kept[0] if kept else None, *needs
         )
         singles = [d_x, d_weight, *d_A, *d_B, d_scale, *([d_bias] if bias else [])]
@@ -200,14 +216,14 @@ def merge_lora(o: int, d: int, ranks: Sequence[int], dtype: torch.dtype) -> Case
         return xs[0], list(xs[1 : 1 + N]), list(xs[1 + N : 1 + 2 * N]), xs[-2], xs[-1]
 
     def run(xs: Sequence[Tensor]) -> list[Tensor]:
-        return [extension.merge_lora_forward(*split(xs))]
+        return [cpu.merge_lora_forward(*split(xs))]
 
     def through_reference(xs: Sequence[Tensor]) -> list[Tensor]:
         return [reference.merge_lora(*split(xs))]
 
     def backward(d_out: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
         needs = (True, True, True, True, True)
-        d_weight, d_A, d_B, d_scale, d_weights = extension.merge_lora_backward(
+        d_weight, d_A, d_B, d_scale, d_weights = cpu.merge_lora_backward(
             d_out[0], *split(xs), *needs
         )
         assert d_weight is not None

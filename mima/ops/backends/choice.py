@@ -1,7 +1,8 @@
 """Which code serves an operator, and why other code does not.
 
-The only place that loads native and Triton code. A backend is a module with the functions
-`<op>_forward` and `<op>_backward` and `unsupported_reasons(op, *tensors) -> list[str]`.
+The only place that loads native and Triton code. A backend is a module with the
+functions `<op>_forward` and `<op>_backward` and `unsupported_reasons(op, *tensors) -> list[str]`;
+the native one has the first two in a module for each type of device.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ _MODULES = {
     "reference": "mima.ops.backends.reference",
     "triton": "mima.kernels",
     "native": "mima.ops.backends.extension",
+}
+# the halves of the native backend
+_LAUNCHERS = {
+    ("native", "cpu"): "mima.ops.backends.cpu",
+    ("native", "cuda"): "mima.ops.backends.cuda",
 }
 BACKENDS = tuple(_MODULES)
 
@@ -74,7 +80,8 @@ def resolve(op: str, tensor: torch.Tensor, requested: str = "") -> ModuleType:
     if not requested:
         requested = os.environ.get("MIMA_BACKEND", "")
     strict = os.environ.get("MIMA_STRICT", "") == "1"
-    return _module(_choose(op, tensor.device, tensor.dtype, requested, strict))
+    backend = _choose(op, tensor.device, tensor.dtype, requested, strict)
+    return _launchers(backend, tensor.device.type)
 
 
 def report(
@@ -164,3 +171,9 @@ def _load_error(backend: str) -> str:
 @functools.cache
 def _module(backend: str) -> ModuleType:
     return import_module(_MODULES[backend])
+
+
+@functools.cache
+def _launchers(backend: str, device_type: str) -> ModuleType:
+    """Return the module with a backend's functions for a type of device."""
+    return import_module(_LAUNCHERS.get((backend, device_type), _MODULES[backend]))

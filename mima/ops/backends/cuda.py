@@ -1,0 +1,171 @@
+"""The native backend on CUDA: passes tensors to the kernels of csrc/cuda.
+
+Raw operators for float32, float64, bfloat16 and float16, as in `mima.ops.backends.cpu`.
+
+Letters: N concepts, P tensors, L layers, [o, d] one weight. Flat lists are concept-major.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mima.ops.backends.extension import DTYPE_CODES, contiguous, empty_like, loaded
+
+
+@contextmanager
+def _launching(call: Any, device: torch.device) -> Iterator[tuple[Tensor, int]]:
+    """Make the device current, copy a call's table to it, and name the current stream."""
+    with torch.cuda.device(device):
+        table = torch.frombuffer(call.table(), dtype=torch.uint8).to(device, non_blocking=True)
+        yield table, torch.cuda.current_stream(device).cuda_stream
+
+
+def weighted_merge_forward(
+    base: Sequence[Tensor], thetas: Sequence[Tensor], weights: Tensor
+) -> list[Tensor]:
+    """Return base_p + Σ_n w_n (θ_np − base_p) for each p."""
+    out = empty_like(base)
+    if not base:
+        return out
+    base, thetas = contiguous(base), contiguous(thetas)
+    code = DTYPE_CODES[base[0].dtype]
+    tensors = base, thetas, weights.tolist(), out
+    call = loaded("cuda").WeightedMerge(code, *tensors, [], [], [])
+    with _launching(call, base[0].device) as (table, stream):
+        call.forward(table.data_ptr(), stream)
+    return out
+
+
+def weighted_merge_backward(
+    d_out: Sequence[Tensor],
+    base: Sequence[Tensor],
+    thetas: Sequence[Tensor],
+    weights: Tensor,
+    need_base: bool,
+    need_thetas: bool,
+    need_weights: bool,
+) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    """Return (1 − Σ w) d_out, w_n d_out and ⟨d_out, θ_n − base⟩, each where needed."""
+    d_base = empty_like(base) if need_base else []
+    d_thetas = empty_like(thetas) if need_thetas else []
+    if not base:
+        return d_base, d_thetas, torch.zeros_like(weights) if need_weights else None
+    d_out, base, thetas = contiguous(d_out), contiguous(base), contiguous(thetas)
+    code = DTYPE_CODES[base[0].dtype]
+    inputs = base, thetas, weights.tolist()
+    d_weights = None
+    call = loaded("cuda").WeightedMerge(code, *inputs, [], d_out, d_base, d_thetas)
+    with _launching(call, base[0].device) as (table, stream):
+        # a sum per piece, added in a fixed order: the same result each time
+        shape = (call.num_pieces if need_weights else 0, weights.shape[0])
+        partial = weights.new_empty(shape, dtype=torch.float64)
+        call.backward(table.data_ptr(), partial.data_ptr(), stream)
+        d_weights = partial.sum(0).to(weights.dtype) if need_weights else None
+    return d_base, d_thetas, d_weights
+
+
+def projected_merge_forward(
+    W0: Sequence[Tensor], W: Sequence[Tensor], C: Sequence[Tensor], M: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return W0_l + Σ_n (W_nl − W0_l) C_nᵀ M_n for each l."""
+    if not W0:
+        return []
+    d = W0[0].shape[1]
+    width = _vector_multiple(d, W0[0])
+    out = _padded_like(W0, width)
+    inputs = [_pad_rows(x, width) for x in (W0, W, C, M)]
+    call = _projected_merge_call(inputs, out=out)
+    with _launching(call, W0[0].device) as (table, stream):
+        call.forward(table.data_ptr(), 0, stream)
+    return _cut(out, d)
+
+
+def projected_merge_backward(
+    d_out: Sequence[Tensor],
+    W0: Sequence[Tensor],
+    W: Sequence[Tensor],
+    C: Sequence[Tensor],
+    M: Sequence[Tensor],
+    need_W0: bool,
+    need_W: bool,
+    need_C: bool,
+    need_M: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Return the gradients of `projected_merge_forward`, an empty list where not needed."""
+    d = W0[0].shape[1]
+    width = _vector_multiple(d, W0[0])
+    d_W0 = _padded_like(W0, width) if need_W0 else []
+    d_W = _padded_like(W, width) if need_W else []
+    inputs = [_pad_rows(x, width) for x in (W0, W, C, M)]
+    upstream = _pad_rows(d_out, width)
+    call = _projected_merge_call(inputs, d_out=upstream, d_W0=d_W0, d_W=d_W)
+    acc = torch.float64 if W0[0].dtype == torch.float64 else torch.float32
+    # [all rows, tokens]: d_out M^T for d_C, (W - W0) C^T for d_M
+    coefficients = W0[0].new_empty((call.all_rows, call.num_tokens), dtype=acc)
+    with _launching(call, W0[0].device) as (table, stream):
+
+        def row_sums(like: Sequence[Tensor], differences: bool) -> list[Tensor]:
+            shape = (call.num_chunks, call.num_tokens, width)
+            partial = coefficients.new_empty(shape)
+            address = coefficients.data_ptr()
+            call.sums(table.data_ptr(), address, differences, partial.data_ptr(), stream)
+            total = partial.sum(0)[:, :d].to(W0[0].dtype)
+            return [x.contiguous() for x in total.split([x.shape[0] for x in like])]
+
+        kept = coefficients.data_ptr() if need_C else 0
+        call.backward(table.data_ptr(), kept, stream)
+        d_C = row_sums(C, True) if need_C else []
+        d_M = []
+        if need_M:
+            call.forward(table.data_ptr(), coefficients.data_ptr(), stream)
+            d_M = row_sums(M, False)
+    return _cut(d_W0, d), _cut(d_W, d), d_C, d_M
+
+
+def _pad_rows(tensors: Sequence[Tensor], width: int) -> list[Tensor]:
+    """Matrices of at least `width` columns whose rows start at multiples of 16 bytes.
+
+    Views where they are so already, copies, padded with zeros, where not: the CUDA kernels access
+    16 bytes at a time. For d a multiple of 8, as in every model there is, nothing is copied.
+    """
+    padded = []
+    for x in tensors:
+        fits = x.shape[1] == width and (x.stride(1) == 1 or width == 1)
+        if not fits or (x.data_ptr() | x.stride(0) * x.element_size()) % 16:
+            x = F.pad(x, (0, width - x.shape[1])).contiguous()
+            x = x.clone() if x.data_ptr() % 16 else x
+        padded.append(x)
+    return padded
+
+
+def _padded_like(tensors: Sequence[Tensor], width: int) -> list[Tensor]:
+    return [x.new_empty((x.shape[0], width)) for x in tensors]
+
+
+def _cut(tensors: Sequence[Tensor], d: int) -> list[Tensor]:
+    """Undo the padding of outputs."""
+    return [x if x.shape[1] == d else x[:, :d].contiguous() for x in tensors]
+
+
+def _vector_multiple(d: int, like: Tensor) -> int:
+    """Columns padded to whole 16-byte vectors."""
+    lanes = 16 // like.element_size()
+    return -(-d // lanes) * lanes
+
+
+def _projected_merge_call(
+    inputs: Sequence[Sequence[Tensor]],
+    *,
+    out: Sequence[Tensor] = (),
+    d_out: Sequence[Tensor] = (),
+    d_W0: Sequence[Tensor] = (),
+    d_W: Sequence[Tensor] = (),
+) -> Any:
+    code = DTYPE_CODES[inputs[0][0].dtype]
+    return loaded("cuda").ProjectedMerge(code, *inputs, out, d_out, d_W0, d_W)
