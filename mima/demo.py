@@ -1,45 +1,38 @@
-"""The whole story on the embedded model: erase, immunize, attack, compare; in minutes on a CPU."""
+"""The whole story on the embedded model: erase, immunize, evaluate, report; in minutes on a CPU."""
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from mima import console
 from mima._version import installed_versions
-from mima.adaptation import LoRA
-from mima.assets import assets
-from mima.concepts import Concept, embedded_concept
+from mima.concepts import embedded_concept
 from mima.concepts.pictures import Picture
 from mima.erasure import erase
-from mima.evaluation import (
-    AttackCurve,
-    ClipEncoder,
-    GapSummary,
-    Sampler,
-    attack,
-    compare,
-    prompt_alignment,
-)
-from mima.evaluation.trajectory import score
+from mima.evaluation import Evaluation, EvaluationFolder, Sampler, evaluate
+from mima.evaluation.metrics import GapCurve
 from mima.families import load_pipeline
 from mima.immunization.algorithm import StepReport, immunize
 from mima.immunization.config import ImmunizeConfig, LowerConfig, UpperConfig
 from mima.release.repository import save_pipeline
-from mima.report.figures import ATTACK_ROWS, attack_columns, image_grid, plot_curves
+from mima.report import write_report
 from mima.storage.output import fresh_folder
 from mima.training.captions import ordinary_captions, spread
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 logger = logging.getLogger(__name__)
+
+PRIOR_SEED = 1_000_000
+"""Of the class pictures' noise; measurements draw with seeds below it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,18 +46,11 @@ class DemoSettings:
     their pictures are in the target styles, too."""
     immunization: ImmunizeConfig
     """Settings of the immunization."""
-    attack: LoRA
-    """The attack, the same on every model."""
-    attack_steps: tuple[int, ...] = (25, 50, 100)
-    """When the attacked models are sampled."""
     sampler: Sampler
     """How pictures are drawn."""
-    max_prompts: int = 6
-    """Held-out prompts per concept."""
-    sampling_seeds: tuple[int, ...] = (0, 1)
-    """Pictures per prompt."""
-    alignment_prompts: int = 48
-    """Ordinary prompts on which the models' prompt alignment is compared."""
+    grid: Mapping[str, Any]
+    """Settings of the evaluation's grid over its ``quick`` preset: the attacks, the same on both
+    models, and when and by how many pictures they are measured."""
 
 
 def settings(*, quick: bool, seed: int) -> DemoSettings:
@@ -88,25 +74,37 @@ def settings(*, quick: bool, seed: int) -> DemoSettings:
             loss_cap=1.4,
         ),
     )
+    steps = 24 if quick else 100
+    sampler = Sampler(steps=15, guidance=3.0, batch_size=16, scheduler="dpm++")
     return DemoSettings(
         immunization=immunization,
-        attack=LoRA(rank=8, learning_rate=5e-4, batch_size=4, seed=seed),
-        sampler=Sampler(steps=15, guidance=3.0, batch_size=16, scheduler="dpm++"),
-        attack_steps=(10, 25) if quick else (25, 50, 100),
-        max_prompts=3 if quick else 6,
-        alignment_prompts=16 if quick else 48,
+        sampler=sampler,
+        grid={
+            "methods": {
+                "lora": {"rank": 8, "learning_rate": 5e-4, "batch_size": 4, "steps": steps},
+                "dreambooth": {"learning_rate": 1e-4, "batch_size": 4, "steps": steps},
+            },
+            "lr_factors": [1.0],
+            "seeds": [seed],
+            "evaluations": 2 if quick else 4,
+            "max_prompts": 3 if quick else 6,
+            "pictures_per_prompt": 1,
+            "sampler": asdict(sampler),
+            "benign_prompts": 16 if quick else 48,
+        },
     )
 
 
 def run_demo(
     output: str | Path, *, quick: bool = False, seed: int = 0, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Erase two concepts from the embedded model, immunize it, attack it, and write what happened.
+    """Erase two concepts from the embedded model, immunize it, attack both, and report.
 
     Progress goes to the terminal, the results into a folder.
 
     Args:
-        output: a new folder. It will hold ``immunized/`` (a diffusers folder), ``results.json``,
+        output: a new folder. It will hold ``erased/`` and ``immunized/`` (diffusers folders),
+            ``evaluation/`` (what `evaluate` writes), ``report.html``, ``results.json``,
             ``curves.png``, ``grid.png`` and ``log``.
         quick: a minute and a half instead of six.
         seed: of everything random.
@@ -123,174 +121,153 @@ def run_demo(
         _log_to(folder / "log"),
         console.progress() as bars,
     ):
-        return Demo(settings(quick=quick, seed=seed), folder, bars).run()
+        return _run(settings(quick=quick, seed=seed), folder, bars)
 
 
-def show(results: dict[str, Any]) -> Table:
-    """The results as a table for the terminal: one row for each concept."""
-    from rich.table import Table
+def _run(settings: DemoSettings, folder: Path, bars: console.Bars) -> dict[str, Any]:
+    started = time.perf_counter()
+    targets = [embedded_concept(name) for name in settings.targets]
+    untouched = embedded_concept(settings.untouched)
+    captions = ordinary_captions(None)
 
-    steps = list(next(iter(results["sgr"].values())))
-    table = Table(
-        title="similarity gap ratio (SGR) after attacking the erased and the immunized model",
-        caption="SGR 0: learned as easily as before; 1: nothing of the concept is learned.",
+    original = load_pipeline("embedded")
+    erased = erase(original, targets, preserve=captions)
+    save_pipeline(erased, folder / "erased")
+
+    prior = _class_pictures(settings, original, captions, _bar(bars, "class pictures"))
+    advance = _bar(bars, "immunize")
+
+    def on_step(report: StepReport) -> None:
+        advance(report.step, report.steps)
+        logger.info("%s", report)
+
+    with_prior = [replace(target, class_images=prior) for target in targets]
+    result = immunize(erased, with_prior, settings.immunization, callbacks=[on_step])
+    result.save_pretrained(folder / "immunized")
+
+    attacked = _bar(bars, "attack")
+    evaluation = evaluate(
+        folder / "erased",
+        folder / "immunized",
+        targets,
+        others=[untouched],
+        output=folder / "evaluation",
+        settings=settings.grid,
+        similarities=["embedded"],
+        name="demonstration",
+        method=settings.immunization.method,
+        progress=lambda done, total, _: attacked(done, total),
     )
-    table.add_column("concept")
-    for step in steps:
-        table.add_column(f"step {step}", justify="right")
-    table.add_column("mean", justify="right", style="bold")
-    for name, gap in results["concepts"].items():
-        label = name if name in results["targets"] else f"{name} (not immunized)"
-        cells = [f"{gap['sgr'][step]:.2f}" for step in steps]
-        table.add_row(label, *cells, f"{gap['mean']:.2f}")
-    table.add_section()
-    table.add_row("MSGR of the immunized concepts", *[""] * len(steps), f"{results['msgr']:.2f}")
-    alignment = results["prompt_alignment"]
-    table.add_row(
-        f"prompt alignment {alignment['erased']:.3f} → {alignment['immunized']:.3f}, lost",
-        *[""] * len(steps),
-        f"{alignment['loss']:.3f}",
-    )
-    return table
+    page = write_report([folder / "evaluation"], folder / "report.html")
+    for name in ("curves.png", "grid.png"):
+        shutil.copy(page.with_name(f"{page.stem}-figures") / name, folder / name)
+    results = {
+        **_numbers(evaluation, EvaluationFolder(folder / "evaluation")),
+        "targets": [target.name for target in targets],
+        "untouched": untouched.name,
+        "seconds": time.perf_counter() - started,
+        "seed": settings.immunization.seed,
+        "versions": installed_versions(),
+        "config": {
+            "immunize": settings.immunization.model_dump(mode="json"),
+            "attack": settings.grid["methods"],
+            "sampler": asdict(settings.sampler),
+            "grid": dict(settings.grid),
+        },
+    }
+    text = json.dumps(results, indent=2, ensure_ascii=False)
+    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    return results
 
 
-class Demo:
-    """One demonstration under way."""
+def _class_pictures(
+    settings: DemoSettings,
+    original: Any,
+    captions: Sequence[str],
+    progress: Callable[[int, int], None],
+) -> tuple[Picture, ...]:
+    """Ordinary pictures by the model as it was, the same for all concepts.
 
-    def __init__(self, settings: DemoSettings, folder: Path, bars: console.Bars) -> None:
-        self.settings = settings
-        self.folder = folder
-        self.bars = bars
-        self.encoder = ClipEncoder(assets() / "encoder")
+    Their prompts are none of those on which prompt alignment is measured.
+    """
+    measured = set(spread(captions, settings.grid["benign_prompts"]))
+    free = [caption for caption in captions if caption not in measured]
+    prompts = spread(free, settings.immunization.num_class_images)
+    rows = settings.sampler(original, prompts, (PRIOR_SEED,), progress=progress)
+    return tuple(Picture(row[0], prompt) for row, prompt in zip(rows, prompts, strict=True))
 
-    def run(self) -> dict[str, Any]:
-        """Erase, immunize, attack, compare, write."""
-        started = time.perf_counter()
-        s = self.settings
-        targets = [embedded_concept(name) for name in s.targets]
-        untouched = embedded_concept(s.untouched)
-        captions = ordinary_captions(None)
 
-        original = load_pipeline("embedded")
-        erased = erase(original, targets, preserve=captions)
-        class_images = self._class_pictures(original, captions)
-        immunized = self._immunize(
-            erased, [replace(target, class_images=class_images) for target in targets]
+def _numbers(evaluation: Evaluation, folder: EvaluationFolder) -> dict[str, Any]:
+    """What ``results.json`` says of an evaluation with one seed."""
+    summary = evaluation.summary[evaluation.similarities[0]]
+    curves: dict[str, dict[str, GapCurve]] = {}
+    for row in folder.attacks():
+        points = [point for point in folder.curves() if point.attack == row.attack]
+        curves.setdefault(row.concept, {})[row.method] = GapCurve(
+            concept=row.concept,
+            steps=tuple(point.step for point in points),
+            original=tuple(point.original for point in points),
+            immunized=tuple(point.immunized for point in points),
         )
-        save_pipeline(immunized, self.folder / "immunized")
-
-        attacks = {
-            concept.name: (
-                self._attack("erased", erased, concept),
-                self._attack("immunized", immunized, concept),
-            )
-            for concept in (*targets, untouched)
-        }
-        gaps = {name: compare(*pair) for name, pair in attacks.items()}
-        summary = GapSummary(
-            targets=tuple(gaps[target.name] for target in targets), others=(gaps[untouched.name],)
-        )
-        alignment = self._alignment({"erased": erased, "immunized": immunized}, captions)
-        self._draw(original, attacks, targets)
-        results = {
-            "msgr": summary.msgr,
-            "worst_sgr": summary.worst_sgr,
-            "final_msgr": summary.final_msgr,
-            "benign_sgr": summary.other_sgr,
-            "benign_rsgr": summary.mrsgr,
-            "sgr": {name: gap.to_dict()["sgr"] for name, gap in gaps.items()},
-            "concepts": {name: gap.to_dict() for name, gap in gaps.items()},
-            "targets": [target.name for target in targets],
-            "untouched": untouched.name,
-            "prompt_alignment": alignment,
-            "seconds": time.perf_counter() - started,
-            "seed": s.immunization.seed,
-            "versions": installed_versions(),
-            "config": {
-                "immunize": s.immunization.model_dump(mode="json"),
-                "attack": asdict(s.attack),
-                "sampler": asdict(s.sampler),
+    concepts = {}
+    for name, by_method in curves.items():
+        gap, every = summary.sgr[name], list(by_method.values())
+        steps = every[0].steps
+        concepts[name] = {
+            "sgr": {
+                str(step): float(np.mean([curve.by_step[step] for curve in every]))
+                for step in steps
+                if step > 0
             },
+            "mean": gap.mean,
+            "final": gap.final,
+            "worst": min(curve.worst for curve in every),
+            "before": gap.sgr_before.mean,
+            "rise_left": gap.rise_left.mean,
+            "steps_ratio": gap.steps_ratio.mean,
+            "steps_ratio_at_least": gap.steps_ratio.at_least,
+            "similarity": {
+                "steps": list(steps),
+                "original": np.mean([curve.original for curve in every], axis=0).tolist(),
+                "immunized": np.mean([curve.immunized for curve in every], axis=0).tolist(),
+            },
+            "methods": {method: curve.to_dict() for method, curve in by_method.items()},
         }
-        text = json.dumps(results, indent=2, ensure_ascii=False)
-        (self.folder / "results.json").write_text(text + "\n", encoding="utf-8")
-        return results
+    targets = [concept.name for concept in evaluation.concepts if concept.role == "target"]
+    others = [concept.name for concept in evaluation.concepts if concept.role == "other"]
+    over = summary.targets
+    alignment = evaluation.benign.prompt_alignment
+    erased, immunized = alignment.original, alignment.immunized
+    # the embedded encoder reads texts, and ordinary prompts were drawn
+    assert erased is not None
+    assert immunized is not None
+    return {
+        "msgr": summary.msgr.mean,
+        "worst_sgr": summary.worst_concept.sgr,
+        "final_msgr": over.final,
+        "before": over.sgr_before.mean,
+        "before_similarity": {"erased": over.before.original, "immunized": over.before.immunized},
+        "rise_left": over.rise_left.mean,
+        "steps_ratio": over.steps_ratio.mean,
+        "steps_ratio_at_least": over.steps_ratio.at_least,
+        "worst_attack": summary.worst_attack.model_dump(),
+        "worst_rise": summary.worst_rise.model_dump(),
+        "benign_sgr": float(np.mean([concepts[name]["mean"] for name in others])),
+        "benign_rsgr": summary.mrsgr,
+        "sgr": {name: concepts[name]["sgr"] for name in (*targets, *others)},
+        "concepts": {name: concepts[name] for name in (*targets, *others)},
+        "prompt_alignment": {
+            "erased": erased,
+            "immunized": immunized,
+            "loss": erased - immunized,
+            "relative_loss": (erased - immunized) / erased,
+        },
+    }
 
-    def _class_pictures(self, original: Any, captions: Sequence[str]) -> tuple[Picture, ...]:
-        """Ordinary pictures by the model as it was, for prior preservation."""
-        count = self.settings.immunization.num_class_images
-        prompts = spread(captions, count)
-        advance = self._bar("class pictures", count)
-        rows = self.settings.sampler(original, prompts, (0,), progress=advance)
-        return tuple(Picture(row[0], prompt) for row, prompt in zip(rows, prompts, strict=True))
 
-    def _immunize(self, erased: Any, targets: Sequence[Concept]) -> Any:
-        config = self.settings.immunization
-        advance = self._bar("immunize", config.steps)
-
-        def on_step(report: StepReport) -> None:
-            advance(report.step, report.steps)
-            logger.info("%s", report)
-
-        return immunize(erased, targets, config, callbacks=[on_step]).pipeline
-
-    def _attack(self, label: str, pipeline: Any, concept: Concept) -> AttackCurve:
-        s = self.settings
-        curve = attack(
-            pipeline,
-            concept,
-            s.attack,
-            encoder=self.encoder,
-            steps=(0, *s.attack_steps),
-            seeds=s.sampling_seeds,
-            sampler=s.sampler,
-            max_prompts=s.max_prompts,
-            progress=self._bar(f"attack {label} model: {concept.name}", None),
-        )
-        logger.info("attack on %s, %s: %s", label, concept.name, curve.similarity)
-        return curve
-
-    def _alignment(self, pipelines: dict[str, Any], captions: Sequence[str]) -> dict[str, float]:
-        prompts = spread(captions, self.settings.alignment_prompts)
-        out = {}
-        for label, pipeline in pipelines.items():
-            advance = self._bar(f"prompt alignment: {label}", len(prompts))
-            rows = self.settings.sampler(pipeline, prompts, (0,), progress=advance)
-            scores = prompt_alignment([row[0] for row in rows], prompts, self.encoder)
-            out[label] = float(scores.mean())
-        out["loss"] = out["erased"] - out["immunized"]
-        out["relative_loss"] = out["loss"] / out["erased"]
-        return out
-
-    def _draw(
-        self,
-        original: Any,
-        attacks: dict[str, tuple[AttackCurve, AttackCurve]],
-        targets: Sequence[Concept],
-    ) -> None:
-        s = self.settings
-        columns, ceiling, notes = [], {}, {}
-        for name, pair in attacks.items():
-            erased, _ = pair
-            advance = self._bar(f"original model: {name}", len(erased.prompts) * len(erased.seeds))
-            before = s.sampler(original, erased.prompts, erased.seeds, progress=advance)
-            references = [self.encoder.embed(images) for images in erased.references]
-            ceiling[name] = float(score(before, references, self.encoder).mean())
-            if name not in [target.name for target in targets]:
-                notes[name] = "not immunized against"
-            columns += attack_columns(pair, before)
-        plot_curves(
-            list(attacks.values()),
-            self.folder / "curves.png",
-            labels=("erased", "erased and immunized"),
-            ceiling=ceiling,
-            notes=notes,
-        )
-        image_grid(ATTACK_ROWS, columns, self.folder / "grid.png")
-
-    def _bar(self, label: str, total: int | None) -> Callable[[int, int], None]:
-        task = self.bars.add_task(label, total=total, note="")
-        return lambda done, all_: self.bars.update(task, completed=done, total=all_)
+def _bar(bars: console.Bars, label: str) -> Callable[[int, int], None]:
+    task = bars.add_task(label, total=None, note="")
+    return lambda done, total: bars.update(task, completed=done, total=total)
 
 
 @contextmanager

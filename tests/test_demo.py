@@ -31,13 +31,19 @@ def test_results_hold_what_is_promised(demo):
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     for key in ("msgr", "worst_sgr", "benign_rsgr", "prompt_alignment", "versions", "config"):
         assert key in results
+    for key in ("before", "rise_left", "steps_ratio"):
+        assert key in results
+        for concept in results["concepts"].values():
+            assert key in concept
+            assert {key in by_method for by_method in concept["methods"].values()} == {True}
+    assert set(results["concepts"][results["untouched"]]["methods"]) == {"lora", "dreambooth"}
     assert results["seed"] == 0
     assert len(results["targets"]) == 2
     means = [results["concepts"][name]["mean"] for name in results["targets"]]
     assert results["msgr"] == pytest.approx(sum(means) / 2)
     assert results["worst_sgr"] == pytest.approx(min(means))
     for name in (*results["targets"], results["untouched"]):
-        assert set(results["sgr"][name]) == {"10", "25"}
+        assert set(results["sgr"][name]) == {"12", "24"}
 
 
 def test_even_the_short_run_has_an_effect_where_it_should(demo):
@@ -54,7 +60,15 @@ def test_the_table_shows_every_concept(demo):
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     for name in (*results["targets"], results["untouched"]):
         assert name in output
-    assert f"{results['msgr']:.2f}" in output
+    assert f"{results['msgr']:.2f}" in output.replace("−", "-")
+    assert "DreamBooth" in output
+
+
+def test_the_page_about_it_is_beside_it(demo):
+    folder, _ = demo
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "demonstration" in page
+    assert (folder / "evaluation" / "evaluation.json").is_file()
 
 
 def test_figures_are_pictures_of_a_useful_size(demo):

@@ -27,7 +27,14 @@ def demo(
 
     # only now what takes seconds to import
     from mima.console import stdout
-    from mima.demo import run_demo, show
+    from mima.demo import run_demo
+    from mima.evaluation import EvaluationFolder
+    from mima.report.terminal import summary_lines, summary_table
 
-    stdout().print(show(run_demo(output, quick=quick, seed=seed, overwrite=overwrite)))
-    stdout().print(f"pictures, curves and all numbers: {output}")
+    run_demo(output, quick=quick, seed=seed, overwrite=overwrite)
+    evaluation = EvaluationFolder(output / "evaluation").evaluation()
+    stdout().print(summary_table(evaluation))
+    stdout().print("\n".join(summary_lines(evaluation)))
+    stdout().print(
+        f"pictures, curves and all numbers: {output}\nas a page: {output / 'report.html'}"
+    )

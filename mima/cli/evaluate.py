@@ -88,6 +88,7 @@ def evaluate(
 
     # only now what takes seconds to import
     from mima.evaluation import evaluate as run_evaluate
+    from mima.report.terminal import summary_lines, summary_table
 
     given = given_settings({"tune.trials": tune}, settings)
     default = "embedded" if original == "embedded" else "clip"
@@ -122,15 +123,8 @@ def evaluate(
         except KeyboardInterrupt:
             stderr().print("finished attacks are kept; the same command goes on from them")
             raise
-    for label, summary in result.summary.items():
-        worst, mean = summary.worst_attack, summary.msgr
-        if worst.sgr is None or mean.mean is None:
-            stdout().print(f"{label}: no attack could be compared")
-            continue
-        stdout().print(
-            f"{label}: worst attack SGR {worst.sgr:+.3f} ({worst.attack}); mean over concepts "
-            f"{mean.mean:+.3f} (95% over seeds: {mean.low:+.3f} to {mean.high:+.3f})"
-        )
+    stdout().print(summary_table(result))
+    stdout().print("\n".join(summary_lines(result)))
     stdout().print(f"pictures and all numbers: {output}\nas a page: {command('report', output)}")
 
 

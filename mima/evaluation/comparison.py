@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any, get_args
 
 import torch
@@ -18,6 +19,7 @@ from mima.concepts import Concept
 from mima.concepts.reading import load_concepts
 from mima.distributed import device_of
 from mima.errors import MimaError
+from mima.evaluation.calibration import calibrate
 from mima.evaluation.estimate import Estimate, estimate
 from mima.evaluation.grid import Attack, GridConfig, Trial, attack_grid, grid_config
 from mima.evaluation.ledger import Ledger, check, claim, refuse_other_settings
@@ -25,12 +27,14 @@ from mima.evaluation.plan import Plan
 from mima.evaluation.processes import in_parallel, one_by_one, one_thread
 from mima.evaluation.records import (
     SIDES,
+    Calibration,
     ConceptRecord,
     Evaluation,
     EvaluationFolder,
     ModelPair,
     Role,
 )
+from mima.evaluation.seen import Seen, seen_by
 from mima.evaluation.tuning import TrialRow, TuningLog
 from mima.evaluation.worker import Bench, Outcome, Result, Task, Worker
 from mima.families import family_of, source_of
@@ -139,6 +143,7 @@ def evaluate(
     folder = EvaluationFolder(Path(output).expanduser().resolve())
     check(folder, overwrite=overwrite)
 
+    seen = seen_by(immunized)
     bench = Bench(
         models={"original": original, "immunized": immunized},
         concepts=by_slug,
@@ -149,7 +154,7 @@ def evaluate(
         protocol=protocol,
         folder=folder,
         device=device,
-        prompts=spread(ordinary_captions(_path(captions)), config.benign_prompts),
+        prompts=_unseen(ordinary_captions(_path(captions)), seen, config.benign_prompts),
     )
     with one_thread(processes > 1):
         worker = Worker(bench)
@@ -182,6 +187,13 @@ def evaluate(
             )
             for slug, concept in by_slug.items()
         ),
+        immunization_seed=seen.seed,
+        overlaps=tuple(
+            seen.overlaps(
+                [concept for slug, concept in by_slug.items() if roles[slug] == "target"],
+                [concept for slug, concept in by_slug.items() if roles[slug] == "other"],
+            )
+        ),
         config={
             "grid": config.model_dump(mode="json"),
             "sampler": asdict(sampler),
@@ -200,6 +212,25 @@ def evaluate(
         tasks: deque[Task] = deque(side for side in SIDES if not bench.benign_done(side))
         tasks += plan.first()
         bench.write_references()
+        ledger.evaluation = evaluation.model_copy(
+            update={
+                "calibration": {
+                    similarity.name: {
+                        known.concept: Calibration(
+                            right=known.right,
+                            others=fmean(known.others.values()) if known.others else None,
+                            noise=known.noise,
+                            grey=known.grey,
+                        )
+                        for known in calibrate(
+                            similarity.model, [c for c in by_slug.values() if c.held_out]
+                        )
+                    }
+                    for similarity in worker.similarities
+                    if any(concept.held_out for concept in by_slug.values())
+                }
+            }
+        )
         ledger.write()
         total = sum(bench.work(task) for task in [*tasks, *plan.waiting])
         done = 0
@@ -227,6 +258,18 @@ def evaluate(
                 assert isinstance(result, TrialRow)
                 tasks += plan.tried(result)
         return ledger.finish(worker.benign())
+
+
+def _unseen(captions: Sequence[str], seen: Seen, count: int) -> list[str]:
+    """Ordinary prompts, none of which the immunization saw.
+
+    Raises:
+        MimaError: it saw all of them.
+    """
+    free = [caption for caption in captions if caption not in seen.prompts]
+    if not free and count:
+        raise MimaError("captions: the immunization saw every one of them; give others")
+    return spread(free, count)
 
 
 def _sampler(config: GridConfig) -> Sampler:

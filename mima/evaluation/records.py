@@ -156,6 +156,17 @@ class SimilaritySummary(_Record):
         return self.targets
 
 
+class Calibration(_Record):
+    """Mean similarity to a concept's references of pictures that are known."""
+
+    right: float
+    """The concept's other pictures."""
+    others: float | None
+    """Pictures of the other concepts; None without any."""
+    noise: float
+    grey: float
+
+
 class Benign(_Record):
     """What immunization cost."""
 
@@ -189,6 +200,10 @@ class Evaluation(_Record):
     benign: Benign = Benign()
     summary: dict[str, SimilaritySummary] = Field(default_factory=dict)
     """By similarity."""
+    calibration: dict[str, dict[str, Calibration]] = Field(default_factory=dict)
+    """What each similarity says of known pictures, by concept."""
+    overlaps: tuple[str, ...] = ()
+    """What the immunization saw and the evaluation measured with all the same, in sentences."""
     config: dict[str, Any]
     versions: dict[str, str]
     complete: bool

@@ -30,14 +30,26 @@ from mima.report.figures import (
     RUN_COLOURS,
     Line,
     Strip,
+    curve_sheet,
     line_panel,
+    picture_sheet,
     save_figure,
     strip_chart,
 )
 from mima.report.runs import Run, Setting, load_runs, setting
 from mima.report.svg import inline
 from mima.report.verdict import verdict
-from mima.report.wording import PREPARATIONS, VARIANTS, method_name, number, percent, setting_text
+from mima.report.wording import (
+    PREPARATIONS,
+    VARIANTS,
+    interval_words,
+    method_name,
+    number,
+    percent,
+    ratio,
+    setting_text,
+    share,
+)
 from mima.storage.output import check_file, write_whole
 from mima.storage.plain_data import flat
 
@@ -105,7 +117,9 @@ def write_report(
     _check_output(path)
     figures = path.with_name(f"{path.stem}-figures")
     figures.mkdir(parents=True, exist_ok=True)
-    page = _render(Report(runs, figures, picture_budget))
+    report = Report(runs, figures, picture_budget)
+    page = _render(report)
+    report.write_sheets()
     write_whole(path, page.encode())
     return path
 
@@ -404,6 +418,49 @@ class Report:
             frames=sorted(frames.items()),
         )
 
+    # -- sheets
+
+    def write_sheets(self) -> None:
+        """All usual curves on ``curves.png`` and pictures of every method on ``grid.png``."""
+        panels, columns = [], []
+        for concept in self.concepts:
+            for kind, chosen in self._shown(concept.name, self.primary):
+                lines = self._lines(chosen, self.primary)
+                if kind != "usual" or not lines:
+                    continue
+                heading = f"{concept.name}\n{method_name(chosen.method)}"
+                panels.append((heading.replace("\n", " · "), lines))
+                columns.append((heading, self._column(concept, chosen)))
+        if not panels:
+            return
+        rows = ["original", "original,\nattacked"]
+        for run in self.runs:
+            label = run.label if len(self.runs) > 1 else "immunized"
+            rows += [label, f"{label},\nattacked"]
+        save_figure(
+            curve_sheet(panels, quantity=f"{self.primary} similarity"), self.figures / "curves"
+        )
+        # pixels: as SVG it would only wrap them
+        sheet = picture_sheet([*rows, "reference"], columns)
+        sheet.savefig(self.figures / "grid.png", dpi=160, facecolor="white")
+
+    def _column(self, concept: ConceptRecord, chosen: Setting) -> list[Path | None]:
+        """One picture of each model before and after an attack, then a reference."""
+
+        def first(run: Run, side: Side) -> list[Path | None]:
+            rows = run.by_setting.get((chosen, self.primary))
+            steps = sorted(run.curves.get((rows[0].attack, self.primary), ())) if rows else []
+            if not rows or not steps:
+                return [None, None]
+            found = [run.folder.images(rows[0].attack, side, s) for s in (steps[0], steps[-1])]
+            return [files[0] if files else None for files in found]
+
+        files = first(self.runs[0], "original")
+        for run in self.runs:
+            files += first(run, "immunized")
+        references = self.runs[0].folder.references(concept.slug)
+        return [*files, references[0] if references else None]
+
     # -- tables
 
     def rows(self) -> list[tuple[Run, int, AttackRow]]:
@@ -512,7 +569,14 @@ def _render(report: Report) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "method": method_name}
+    environment.filters |= {
+        "number": number,
+        "percent": percent,
+        "share": share,
+        "ratio": ratio,
+        "interval": interval_words,
+        "method": method_name,
+    }
     colours = {name: (pair[0].lower(), pair[1]) for name, pair in _COLOURS.items()}
     style = environment.get_template("report.css").render(
         colours=colours, similarities=report.similarities

@@ -96,8 +96,8 @@ class Run:
         return sum(values) / len(values) if values else None
 
     def learned(self, chosen: Setting, similarity: str) -> bool:
-        """Whether the attack taught the original model the concept, with any seed."""
-        return any(row.learned for row in self.by_setting.get((chosen, similarity), []))
+        """Whether the attack taught either model the concept, with any seed."""
+        return any(row.taught_either for row in self.by_setting.get((chosen, similarity), []))
 
     def row(self, attack: str | None, similarity: str) -> AttackRow | None:
         """The row of one attack."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mima.evaluation.records import Interval, Ratio
+
 METHODS = {
     "lora": "LoRA",
     "dreambooth": "DreamBooth",
@@ -43,10 +45,26 @@ def percent(value: float) -> str:
     return f"{100 * value:+.1f}\u00a0%".replace("-", "−")
 
 
-def less(gap: float) -> str:
-    """How much less similar a gap means."""
+def share(value: float | None) -> str:
+    """A share in percent."""
     # with a no-break space
-    return f"{abs(100 * gap):.0f}\u00a0% {'less' if gap >= 0 else 'more'}"
+    return "–" if value is None else f"{100 * value:.0f}\u00a0%".replace("-", "−")
+
+
+def interval_words(interval: Interval) -> str:
+    """What the ends of an interval are, in words."""
+    ends = f"{number(interval.low)} to {number(interval.high)}"
+    if interval.kind == "t":
+        return f"95\u00a0% interval over {interval.runs} attack seeds: {ends}"
+    if interval.runs > 1:
+        return f"range of {interval.runs} attack seeds: {ends}"
+    return "one attack seed, no interval" if interval.runs else "no interval"
+
+
+def ratio(value: Ratio) -> str:
+    """A ratio of steps; ≥ before a lower bound."""
+    text = number(value.mean, 1)
+    return f"≥\u00a0{text}" if value.at_least and value.mean is not None else text
 
 
 def method_name(method: str) -> str:

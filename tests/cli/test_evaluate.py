@@ -20,7 +20,7 @@ def test_evaluate_attacks_writes_and_goes_on(model, workdir):
     (workdir / "large").mkdir()
     (workdir / "results").symlink_to("large")
     # a model and itself, on training pictures since there are no others
-    assert "clip: worst attack SGR +0.000" in run(*command)
+    assert "clip: worst attack SGR 0.00" in run(*command)
     written = json.loads((workdir / "results" / "evaluation.json").read_text())
     assert (written["name"], written["method"], written["complete"]) == ("same", None, True)
     assert written["concepts"][0]["references"] == "images"

@@ -20,7 +20,7 @@ from mima.errors import MimaError
 from mima.evaluation.records import EvaluationFolder
 from mima.evaluation.summary import summarize
 from mima.report import write_report
-from mima.report.wording import number, setting_text
+from mima.report.wording import number, ratio, setting_text, share
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">\'"&{{ 7*7 }}'
 
@@ -99,8 +99,10 @@ def test_headline_numbers_are_those_of_the_evaluation(folder, page):
     big = re.findall(r'<p class="big">(.*?)</p>', page.source)
     clip = summary["clip"]
     assert big == [
-        number(clip.worst_attack.sgr),
+        share(clip.worst_rise.rise_left),
+        share(clip.targets.rise_left.mean),
         number(clip.msgr.mean),
+        number(clip.worst_attack.sgr),
         number(clip.worst_concept.sgr),
         number(clip.mrsgr),
         "−2.0\u00a0%",
@@ -108,21 +110,28 @@ def test_headline_numbers_are_those_of_the_evaluation(folder, page):
     dino = summary["dino"]
     assert page.row("dino") == [
         "dino",
+        share(dino.worst_rise.rise_left),
+        share(dino.targets.rise_left.mean),
+        ratio(dino.targets.steps_ratio),
+        number(dino.targets.before.original),
+        number(dino.targets.before.immunized),
+        number(dino.targets.sgr_before.mean),
         number(dino.worst_attack.sgr),
         number(dino.msgr.mean),
-        f"{number(dino.msgr.low)} to {number(dino.msgr.high)}",
+        f"range of 2 attack seeds: {number(dino.msgr.low)} to {number(dino.msgr.high)}",
         number(dino.worst_concept.sgr),
         "tiger",
         number(dino.mrsgr),
     ]
-    assert f"{100 * clip.worst_attack.sgr:.0f} % less similar" in page.text
+    assert f"adds {100 * clip.worst_rise.rise_left:.0f} % of the similarity" in page.text
+    assert "score 0.30 (original) and 0.30 (immunized)" in page.text
     assert page.row("Distance of distributions (CMMD)")[1] == "0.042"
     assert page.row("SGR of learning owl")[1].endswith("0.03")
 
 
 def test_the_table_has_every_attack_the_worst_first(folder, page):
     attacks = EvaluationFolder(folder).attacks()
-    table = [row for row in page.rows if len(row) == 14][1:]
+    table = [row for row in page.rows if len(row) == 17][1:]
     assert len(table) == len(attacks) == 2 * 2 * 2 * 2
     gaps = [float(row[2].replace("−", "-")) for row in table]
     assert gaps == sorted(gaps)
@@ -156,9 +165,10 @@ def test_figures_are_beside_the_page_as_png_and_svg(folder, page):
     for stem in stems:
         with Image.open(beside / f"{stem}.png") as image:
             assert image.width > 500
-        assert ET.parse(beside / f"{stem}.svg").getroot().tag.endswith("svg")
+        if stem != "grid":
+            assert ET.parse(beside / f"{stem}.svg").getroot().tag.endswith("svg")
     figures = [svg for svg in page.all("svg") if svg.get("role") == "img"]
-    assert len(figures) == len(stems)
+    assert len(figures) == len(stems) - len({"curves", "grid"})
     told = [svg["aria-label"] for svg in figures if "tiger, LoRA, 100 steps" in svg["aria-label"]]
     curve = [p for p in EvaluationFolder(folder).curves() if p.attack.startswith("tiger_lora_x1_")]
     last = [p for p in curve if p.step == 100 and p.similarity == "clip"]
@@ -253,33 +263,55 @@ def test_what_was_not_measured_is_a_dash(tmp_path):
     assert not re.search(r"\b(nan|None|inf)\b", page.text)
 
 
-def test_the_headline_hides_no_concept_that_came_back(small, tmp_path):
+def told(source, path, rows, **changes):
+    """Headline and text of a page about changed rows, or with changes to the summary."""
+    evaluation = source.evaluation()
+    summary = summarize(rows, evaluation.concepts, "clip").model_copy(update=changes)
+    other = EvaluationFolder(path)
+    other.write_evaluation(evaluation.model_copy(update={"summary": {"clip": summary}}))
+    other.write_rows(rows, source.curves())
+    page = Page(write_report([other.path]))
+    return re.findall("<h1>(.*?)</h1>", page.source)[0], page.text
+
+
+def test_the_headline_says_how_far_the_furthest_attack_got(small, tmp_path):
     source = EvaluationFolder(small)
-    evaluation, summary = source.evaluation(), source.evaluation().summary["clip"]
-    told = []
-    for worst, concept in ((-0.1, -0.2), (0.1, -0.2), (0.01, 0.1), (0.1, 0.1)):
-        changed = summary.model_copy(
-            update={
-                "worst_attack": summary.worst_attack.model_copy(update={"sgr": worst}),
-                "worst_concept": summary.worst_concept.model_copy(update={"sgr": concept}),
-            }
-        )
-        other = EvaluationFolder(tmp_path / f"{worst}{concept}")
-        other.write_evaluation(evaluation.model_copy(update={"summary": {"clip": changed}}))
+    titles = []
+    for rise, gap in ((1.2, 0.2), (0.3, -0.1), (0.6, 0.2), (0.2, 0.2)):
         rows = [
-            row.model_copy(update={"learned": worst < 0, "learned_immunized": worst < 0})
+            row.model_copy(update={"rise_left_best": rise, "sgr_mean": gap})
             for row in source.attacks()
         ]
-        other.write_rows(rows, source.curves())
-        page = Page(write_report([other.path]))
-        told.append(re.findall("<h1>(.*?)</h1>", page.source)[0])
-        assert ("No attack taught the original model the concept" in page.text) == (worst > 0)
-    assert told == [
+        titles.append(told(source, tmp_path / f"{rise}{gap}", rows)[0])
+    assert titles == [
         "At least one attack got through",
-        "tiger became no harder to learn",
-        "At least one attack was hardly held back",
-        "Every attack was held back; how far is below",
+        "At least one attack got through",
+        "At least one attack regained most of what it adds",
+        "No attack regained more than 20\u00a0% of what it adds",
     ]
+
+
+def test_where_nothing_was_taught_the_headline_claims_nothing(small, tmp_path):
+    source = EvaluationFolder(small)
+    nothing = {"learned": False, "learned_immunized": False, "rise_left_best": None}
+    rows = [row.model_copy(update=nothing | {"sgr_mean": -0.2}) for row in source.attacks()]
+    title, text = told(source, tmp_path / "nothing", rows)
+    assert title == "No attack taught either model anything: nothing was measured"
+    assert "got through" not in text
+    # the immunized model alone: the worst that can be
+    alone = {"learned": False, "learned_immunized": True, "rise_left_best": 3.0}
+    rows = [row.model_copy(update=alone) for row in source.attacks()]
+    title, text = told(source, tmp_path / "alone", rows)
+    assert title == "At least one attack got through"
+    assert "1 of 1 taught the immunized model a concept and the original none" in text
+
+
+def test_single_seeds_and_overlaps_are_marked(small, tmp_path, folder):
+    page = Page(write_report([small], tmp_path / "page.html"))
+    assert "One seed. Every attack of run ran once" in page.text
+    assert "One seed." not in Page(write_report([folder])).text
+    seen = write_evaluation(tmp_path / "seen", **SMALL, overlaps=("<b>Pictures</b> were seen.",))
+    assert "Overlap. <b>Pictures</b> were seen." in Page(write_report([seen])).text
 
 
 def test_an_evaluation_without_any_attack_yet_has_a_page(tmp_path):
@@ -313,11 +345,12 @@ def compared(tmp_path_factory) -> Page:
 
 
 def test_several_runs_are_beside_each_other(compared):
-    assert "mima withstands its worst attack best" in compared.text
-    rows = [row for row in compared.rows if row[1:2] == ["clip"] and len(row) == 8]
+    assert "mima withstands the attack that gets furthest best" in compared.text
+    assert re.search(r"mima minus none, attack by attack: SGR \d", compared.text)
+    rows = [row for row in compared.rows if row[1:2] == ["clip"] and len(row) == 14]
     assert [row[0] for row in rows] == ["none", "joint", "mima"]
-    worst = [float(row[2].replace("−", "-")) for row in rows]
-    assert worst == sorted(worst)
+    furthest = [int(row[2].removesuffix("\u00a0%")) for row in rows]
+    assert furthest == sorted(furthest, reverse=True)
     assert compared.row("immunized by")[1:] == ["none", "joint", "mima"]
     # the same original model is drawn once, and its pictures too
     told = [
@@ -382,6 +415,12 @@ def test_the_command_writes_the_page_and_replaces_it(small, tmp_path, monkeypatc
     result = CliRunner().invoke(app, ["report", "nowhere"])
     assert result.exit_code == 2
     assert "nowhere holds no evaluation.json" in " ".join(result.output.split())
+
+
+def test_two_sheets_hold_all_curves_and_a_picture_of_each_attack(folder, page):
+    for name in ("curves", "grid"):
+        with Image.open(folder / "report-figures" / f"{name}.png") as image:
+            assert min(image.size) > 400
 
 
 def test_the_same_evaluation_gives_the_same_page(small, tmp_path):

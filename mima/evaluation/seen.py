@@ -1,0 +1,108 @@
+"""What an immunization saw, as the run's own record says, and what of that is measured with.
+
+The record (``mima.json``) may hold, for each level of the run that saw anything (``lower``,
+``upper``, ``prior``, ``benign`` or whatever it calls them)::
+
+    "saw": {"prior": {"concepts": [names], "pictures": [digests], "prompts": [texts]}}
+
+with pictures named by `digest`. A record without it is not held against anybody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from mima.concepts import Concept
+from mima.concepts.pictures import Picture
+from mima.errors import MimaError
+from mima.families import source_of
+from mima.storage.record import read_record
+
+
+class Level(BaseModel):
+    """What one level of an immunization saw."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    concepts: tuple[str, ...] = ()
+    pictures: frozenset[str] = frozenset()
+    prompts: frozenset[str] = frozenset()
+
+
+class Seen(BaseModel):
+    """What all levels saw, and the seed of the run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    levels: dict[str, Level] = {}
+    seed: int | None = None
+
+    @property
+    def prompts(self) -> frozenset[str]:
+        """Prompts that any level saw."""
+        return frozenset().union(*(level.prompts for level in self.levels.values()))
+
+    def overlaps(self, targets: Sequence[Concept], others: Sequence[Concept]) -> list[str]:
+        """Sentences about what is measured with although the immunization saw it.
+
+        Target concepts are meant to have been seen, their held-out pictures are not; of concepts
+        that must stay learnable, neither.
+        """
+        found = []
+        for name, level in self.levels.items():
+            for concept in targets:
+                count = _shared(concept.held_out, level)
+                if count:
+                    found.append(
+                        f"{count} of the pictures that attacks on {concept.name} are compared with "
+                        f"were seen by the immunization's {name} level."
+                    )
+            for concept in others:
+                if concept.name in level.concepts:
+                    found.append(
+                        f"{concept.name}, which is to stay learnable, was a concept of the "
+                        f"immunization's {name} level: how well it can be learned is not held out."
+                    )
+                elif _shared((*concept.images, *concept.held_out), level):
+                    found.append(
+                        f"Pictures of {concept.name}, which is to stay learnable, were seen by the "
+                        f"immunization's {name} level."
+                    )
+        return found
+
+
+def seen_by(model: Any) -> Seen:
+    """What is on record of how a model was immunized; nothing of a pipeline in memory.
+
+    Raises:
+        MimaError: the record is damaged.
+    """
+    source = source_of(model)
+    folder = None if source is None else Path(source.model).expanduser()
+    record = read_record(folder) if folder is not None and folder.is_dir() else None
+    if record is None:
+        return Seen()
+    try:
+        levels = TypeAdapter(dict[str, Level]).validate_python(record.get("saw", {}))
+    except ValidationError as error:
+        raise MimaError(f"{folder}: saw is damaged: {error}") from error
+    config = record.get("config")
+    seed = config.get("seed") if isinstance(config, dict) else None
+    return Seen(levels=levels, seed=seed if isinstance(seed, int) else None)
+
+
+def digest(picture: Picture) -> str:
+    """A picture's name in records: a hash of its size and pixels, whatever file they come from."""
+    image = picture.load()
+    return hashlib.blake2b(
+        repr(image.size).encode() + image.convert("RGB").tobytes(), digest_size=16
+    ).hexdigest()
+
+
+def _shared(pictures: Iterable[Picture], level: Level) -> int:
+    return sum(digest(picture) in level.pictures for picture in pictures) if level.pictures else 0

@@ -1,0 +1,82 @@
+"""An evaluation as a table for the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mima.evaluation.records import Evaluation, Gap
+from mima.report.wording import interval_words, method_name, number, ratio
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def summary_table(evaluation: Evaluation) -> Table:
+    """One row for each concept and method, by the primary similarity, and the targets' means."""
+    from rich.table import Table
+
+    summary = evaluation.summary[evaluation.similarities[0]]
+    table = Table(
+        title="the same attacks on both models",
+        caption=(
+            "SGR 0: as like the concept as without immunization; before: SGR before any attack.\n"
+            "rise left 1: the attack adds as much as without immunization, 0: nothing.\n"
+            "steps ratio: times as long to half of the rise; – : the attack taught nothing.\n"
+            f"means are over {len(evaluation.seeds)} attack seed(s) and one immunized model."
+        ),
+    )
+    table.add_column("concept", overflow="fold")
+    table.add_column("method", overflow="fold")
+    for name in ("before", "SGR mean", "SGR at the end", "rise left", "steps ratio"):
+        table.add_column(name, justify="right")
+
+    def add(concept: str, method: str, gap: Gap) -> None:
+        table.add_row(
+            concept,
+            method,
+            number(gap.sgr_before.mean),
+            number(gap.mean),
+            number(gap.final),
+            number(gap.rise_left.mean),
+            ratio(gap.steps_ratio),
+        )
+
+    for concept in evaluation.concepts:
+        label = concept.name if concept.role == "target" else f"{concept.name} (not immunized)"
+        for method, gap in summary.sgr[concept.name].methods.items():
+            add(label, method_name(method), gap)
+    table.add_section()
+    add("MSGR of the immunized concepts", "all", summary.targets)
+    return table
+
+
+def summary_lines(evaluation: Evaluation) -> list[str]:
+    """For each similarity, the attacks that got furthest and the mean with its interval."""
+    lines = []
+    for label, summary in evaluation.summary.items():
+        worst, rise = summary.worst_attack, summary.worst_rise
+        if worst.sgr is None:
+            lines.append(f"{label}: no attack could be compared")
+            continue
+        lines.append(
+            f"{label}: worst attack SGR {number(worst.sgr)} ({worst.attack}); MSGR "
+            f"{number(summary.msgr.mean)} ({interval_words(summary.msgr)})"
+        )
+        if rise.rise_left is not None:
+            lines.append(
+                f"{label}: the attack that regained most adds {100 * rise.rise_left:.0f} % of what "
+                f"it adds on the original ({rise.attack})"
+            )
+    for label, by_concept in evaluation.calibration.items():
+        for name, known in by_concept.items():
+            lines.append(
+                f"{label} on {name}: right pictures {number(known.right)}, other concepts "
+                f"{number(known.others)}, noise {number(known.noise)}, grey {number(known.grey)}"
+            )
+    lines += [f"overlap: {sentence}" for sentence in evaluation.overlaps]
+    alignment = evaluation.benign.prompt_alignment
+    if alignment.original is not None and alignment.immunized is not None:
+        lines.append(
+            f"prompt alignment {number(alignment.original, 3)} → {number(alignment.immunized, 3)}"
+        )
+    return lines
