@@ -7,8 +7,14 @@ from typing import Literal
 Method = Literal["none", "imma", "joint", "compose", "mima", "alternating"]
 """How a model is immunized: see ``ImmunizeConfig.method``."""
 
-MergeRule = Literal["projected", "average"]
+MergeRule = Literal["projected", "average", "sum"]
 """How adapted weights are merged within a step: see ``ImmunizeConfig.merge``."""
+
+UpperObjective = Literal["neg", "log", "hinge", "anchor", "zero"]
+"""What the upper level wants of an attacked model: see ``mima.immunization.objectives``."""
+
+Retention = Literal["class_images", "distill"]
+"""How a model is kept useful: see ``UpperConfig.retain``."""
 
 Hypergradient = Literal["exact", "finite_difference", "first_order"]
 """How the lower level is differentiated: see ``mima.bilevel.hypergradient``."""

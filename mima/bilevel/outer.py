@@ -56,6 +56,10 @@ class UpperLevel:
         return torch.stack(summands).sum(), dict(zip(names, losses, strict=True))
 
 
+Level = Callable[[Params], tuple[torch.Tensor, dict[Any, torch.Tensor]]]
+"""A part of the upper level: φ ↦ its objective, and the losses that reports show, by name."""
+
+
 @dataclass(frozen=True)
 class OuterGradient:
     """dJ/dθ and what was seen on the way.
@@ -129,13 +133,18 @@ def outer_gradient(
         rounding. Memory: that of one concept, and φ_k − θ for each state k.
     """
     theta = {name: value.detach() for name, value in theta.items()}
-    parts = along_path(upper, tasks)
+    steps = tasks[0].steps
+    parts = along_path(upper, steps)
     mine = ranks.share(len(tasks))
     points = {k: _Point() for k in parts}
     names: tuple[str, ...] = ()
     ends: dict[int, Carried] = {}
     for n in mine:
         task = tasks[n]
+        if task.steps != steps:
+            raise ValueError(
+                f"upper level: paths that are merged differ in length: {steps} and {task.steps}"
+            )
         for k, state in enumerate(lower.path(task, theta), start=1):
             if k in points:
                 names = points[k].add(n, task, task.change(state.z, theta), merge, theta)
@@ -183,20 +192,16 @@ def outer_gradient(
     return OuterGradient(total, losses, drift(theta, moved), residual(missed, ranks), everyone)
 
 
-Upper = Sequence[UpperLevel] | Mapping[int, Sequence[UpperLevel]]
+Upper = Sequence[Level] | Mapping[int, Sequence[Level]]
 """The upper level's parts at the last state of the path, or at some states by their steps."""
 
 
-def along_path(upper: Upper, tasks: Sequence[LowerLevel]) -> Mapping[int, Sequence[UpperLevel]]:
+def along_path(upper: Upper, steps: int) -> Mapping[int, Sequence[Level]]:
     """The parts by state, in the order of the path.
 
     Raises:
-        ValueError: no state, one that the path does not have, or paths of different lengths.
+        ValueError: no state, or one that a path of so many steps does not have.
     """
-    lengths = {tasks[n].steps for n in range(len(tasks))}
-    if len(lengths) != 1:
-        raise ValueError(f"upper level: paths that are merged differ in length: {sorted(lengths)}")
-    (steps,) = lengths
     parts = dict(upper) if isinstance(upper, Mapping) else {steps: upper}
     if not parts or not all(1 <= k <= steps for k in parts):
         raise ValueError(f"upper level: states must lie in 1 … {steps}, got {sorted(parts)}")
@@ -241,7 +246,7 @@ class _Bar:
 
 def upper_gradient(
     phi: Params,
-    upper: Sequence[UpperLevel],
+    upper: Sequence[Level],
     ranks: Ranks = ALONE,
     words: Mapping[int, Params] | None = None,
 ) -> tuple[Tensors, dict[int, Tensors], dict[str, float]]:
@@ -271,7 +276,7 @@ def upper_gradient(
     return ranks.all_reduce(phi_bar, leaves), words_bar, union(values)
 
 
-def part_gradient(part: UpperLevel, leaves: Params) -> tuple[Tensors, Tensors]:
+def part_gradient(part: Level, leaves: Params) -> tuple[Tensors, Tensors]:
     """Losses of one part of the upper level, and its gradient at each leaf; no graph is left."""
     with torch.enable_grad():
         objective, losses = part(leaves)
@@ -376,7 +381,7 @@ def naive_outer_gradient(
     leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
     paths = [lower.unroll(task, leaves) for task in tasks]
     objective = torch.zeros((), device=merge.weights.device)
-    for k, parts in along_path(upper, tasks).items():
+    for k, parts in along_path(upper, tasks[0].steps).items():
         adapted, words, C = [], [], []
         for task, path in zip(tasks, paths, strict=True):
             change, own = apart(task.change(path[k - 1], leaves), leaves)

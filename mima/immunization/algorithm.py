@@ -194,11 +194,13 @@ def ascend(
             # θ'[n] = argmin L(x_l[n], c[n]; θ), K steps on batches drawn now
             lower = problem.lower_levels(step)
             # −L(x_u[n], c[n]; φ) + w · L(class; φ), on other pictures
-            upper = problem.upper_levels(step)
+            upper = problem.upper_path(step)
             # φ = Merge({θ'[n]}), and dJ/dθ through φ, through Merge, through the K steps
             outer = problem.hypergradient(run.theta, lower, upper)
-            # θ ← θ − η dJ/dθ on S_u, clipped, by AdamW
-            run.update(outer)
+            # w · L(class; θ), apart where the ascent is measured against it
+            retain = problem.retaining_gradient(run.theta, step)
+            # θ ← θ − η dJ/dθ on S_u, clipped or balanced, by AdamW
+            run.update(outer, retain=retain)
     return run.history
 
 

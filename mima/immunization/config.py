@@ -13,7 +13,15 @@ from pydantic import (
     model_validator,
 )
 
-from mima.choices import Hypergradient, MergeRule, Method, Precision, Task
+from mima.choices import (
+    Hypergradient,
+    MergeRule,
+    Method,
+    Precision,
+    Retention,
+    Task,
+    UpperObjective,
+)
 from mima.errors import MimaError, nearest
 from mima.settings import Settings, parse_config
 from mima.storage.plain_data import read_yaml
@@ -32,8 +40,8 @@ class LowerConfig(Settings):
     """K, unrolled steps per concept."""
     optimizer: Literal["sgd", "adam"] = "adam"
     """Update rule; Adam's state is unrolled too."""
-    lr: float = Field(5e-6, gt=0)
-    """Step size."""
+    lr: float | tuple[float, float] = 5e-6
+    """Step size; of two numbers, each attack draws its own log-uniformly between them."""
     batch_size: int = Field(1, ge=1)
     """Pictures per step."""
     parameters: str | None = "cross_attention"
@@ -59,6 +67,21 @@ class LowerConfig(Settings):
         if token == "token":
             now = f"'{weights}'" if plus else "null"
             raise ValueError(f"new words are trained by train_token: true, with parameters: {now}")
+        return value
+
+    @property
+    def highest_lr(self) -> float:
+        """The largest step size of any attack."""
+        return max(self.lr) if isinstance(self.lr, tuple) else self.lr
+
+    @field_validator("lr")
+    @classmethod
+    def _is_positive_and_in_order(
+        cls, value: float | tuple[float, float]
+    ) -> float | tuple[float, float]:
+        low, high = value if isinstance(value, tuple) else (value, value)
+        if not 0 < low <= high:
+            raise ValueError("must be > 0, and of two numbers the first must not be the larger")
         return value
 
     @model_validator(mode="after")
@@ -91,7 +114,23 @@ class UpperConfig(Settings):
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients longer than this are scaled down to it."""
     loss_cap: float | None = Field(None, gt=0)
-    """A concept whose loss exceeds this no longer pulls: it counts as immunized. None: no cap."""
+    """With ``neg``: a concept whose loss exceeds this no longer pulls: it counts as immunized.
+    None: no cap."""
+    objective: UpperObjective = "neg"
+    """What the attacked weights are to do on a concept's pictures: ``neg``, a large loss (the
+    paper's); ``log``, a large logarithm of it, whose gradient fades slowly; ``hinge``, a loss that
+    stays above that of the model as it was before immunization, and no more; ``anchor``, predict
+    what that model predicts; ``zero``, predict 0."""
+    path_every: int | None = Field(None, ge=1)
+    """m: the objective counts at every m-th state of each simulated attack, and at the last, with
+    other pictures at each. None: at the last alone."""
+    retain: Retention = "class_images"
+    """What keeps the model useful: a low loss on class pictures, or (``distill``) the predictions
+    on them of the model as it was before immunization."""
+    ascent_ratio: float | None = Field(None, gt=0)
+    """ρ: the objective's gradient is scaled to ρ times the running mean of the length of the
+    retaining one, which is taken at θ instead of φ, and nothing is clipped. None: both are summed
+    as they are, at φ, and clipped together."""
 
 
 class ImmunizeConfig(Settings):
@@ -104,8 +143,12 @@ class ImmunizeConfig(Settings):
     gradient steps whatever ``lower.optimizer``, differentiates through no step whatever
     ``hypergradient``, and has a hard constraint whatever ``lam``."""
     merge: MergeRule = "projected"
-    """Of ``mima`` and ``compose``: projected for keys and values and averaged elsewhere, or
-    averaged everywhere."""
+    """Of ``mima`` and ``compose``: projected for keys and values and averaged elsewhere; averaged
+    everywhere; or, within the steps of ``mima``, summed: φ = θ + Σ (θ'[n] − θ), since an average of
+    N attacks shows 1/N of each."""
+    concepts_per_step: int | None = Field(None, ge=1)
+    """Concepts, drawn anew each outer step, that the step immunizes against; with ``joint`` or
+    merge ``sum``. Its cost is then the same for any number of concepts. None: all."""
     hypergradient: Hypergradient = "exact"
     """How the lower level is differentiated; see ``mima.bilevel.hypergradient``."""
     resolution: int | None = Field(None, ge=1)
@@ -170,7 +213,7 @@ class ImmunizeConfig(Settings):
         unread = set()
         if self.method in ("imma", "joint"):
             unread |= {"merge"}
-        if self.method in ("imma", "joint") or self.merge == "average":
+        if self.method in ("imma", "joint") or self.merge != "projected":
             unread |= {"lam", "num_captions"}
         if self.method == "alternating":
             unread |= {"hypergradient", "lam"}
@@ -211,6 +254,7 @@ class ImmunizeConfig(Settings):
                 "upper.concepts_per_forward: only merged weights are the same for all concepts; "
                 f"with method {self.method!r} it is 1"
             )
+        self._check_path()
         if self.method == "alternating":
             self._check_alternating()
         if self.precision == "float16":
@@ -224,6 +268,45 @@ class ImmunizeConfig(Settings):
                 "the weights; use exact, first_order, or float32"
             )
         return self
+
+    def _check_path(self) -> None:
+        upper, every = self.upper, self.upper.path_every
+        if every is not None and every >= self.lower.steps:
+            raise ValueError(
+                f"upper.path_every: {every} asks for states on the way of lower.steps "
+                f"{self.lower.steps}; it must be smaller, or left out"
+            )
+        if upper.loss_cap is not None and upper.objective != "neg":
+            raise ValueError(f"upper.loss_cap: objective {upper.objective!r} has no use for a cap")
+        if upper.ascent_ratio is not None and not upper.prior_weight:
+            raise ValueError("upper.ascent_ratio: with prior_weight 0 nothing retains")
+        if upper.retain == "distill" and upper.ascent_ratio is None:
+            raise ValueError("upper.retain: 'distill' needs upper.ascent_ratio")
+        if upper.ascent_ratio is not None and upper.concepts_per_forward > 1:
+            raise ValueError("upper.concepts_per_forward: with upper.ascent_ratio it is 1")
+        extended = (
+            upper.objective != "neg",
+            every is not None,
+            upper.ascent_ratio is not None,
+            self.concepts_per_step is not None,
+            isinstance(self.lower.lr, tuple),
+        )
+        if self.method == "alternating" and any(extended):
+            raise ValueError(
+                "method: 'alternating' is the published MIMA update: it has no path, no objective "
+                "but neg, no ascent_ratio, all concepts in each step and one lower.lr"
+            )
+        if self.lower.train_token and self.merge == "sum":
+            raise ValueError("merge: 'sum' has no place for lower.train_token's new words")
+        if self.merge == "sum" and self.method != "mima":
+            raise ValueError(f"merge: 'sum' is of method 'mima', got method {self.method!r}")
+        if self.concepts_per_step is not None and not (
+            self.method == "joint" or self.merge == "sum"
+        ):
+            raise ValueError(
+                "concepts_per_step: the shares of a merge are of all concepts; use merge 'sum' or "
+                f"method 'joint', got method {self.method!r}, merge {self.merge!r}"
+            )
 
     def _check_alternating(self) -> None:
         what = "method: 'alternating' is the published MIMA update"

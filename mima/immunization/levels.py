@@ -5,23 +5,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from mima.bilevel.lower import LowerLevel
 from mima.bilevel.optimizers import SGD, Adam, Optimizer
 from mima.bilevel.outer import (
+    Level,
     OuterGradient,
+    Upper,
     UpperLevel,
     UpperTerm,
     outer_gradient,
     unmerged_gradient,
+    upper_gradient,
 )
 from mima.bilevel.tasks import FullWeights, LoraFactors, NewWord, StepLoss
 from mima.concepts import Concept
@@ -30,10 +34,11 @@ from mima.errors import MimaError
 from mima.families import Family, Params
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import ConceptData
+from mima.immunization.objectives import PENALTIES, READS_START, Seen
 from mima.immunization.progress import LossName
 from mima.immunization.trained_words import Word
 from mima.merging import MergeLayer, MergePlan
-from mima.training.batches import Batch, losses, seeded
+from mima.training.batches import Batch, predictions, seeded
 from mima.training.captions import regular_tokens
 
 logger = logging.getLogger(__name__)
@@ -85,6 +90,9 @@ class Problem:
         # found once: each step asks for them, and a network's modules are many
         parameters = dict(family.denoiser.named_parameters())
         self._theta = {name: parameters[name] for name in self.names}
+        self._start: dict[str, torch.Tensor] = {}
+        if config.upper.objective in READS_START or config.upper.retain == "distill":
+            self._start = {name: self._theta[name].detach().clone() for name in self.upper_names}
         if config.gradient_checkpointing:
             recompute_blocks(family.denoiser)
 
@@ -92,12 +100,32 @@ class Problem:
         """θ by name: the denoiser's own tensors, not copies."""
         return {name: value.detach() for name, value in self._theta.items()}
 
+    def predictions(
+        self, batches: Sequence[Batch], params: Params
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Prediction and target of each batch in the run's precision, all from one forward."""
+        if self.config.precision == "float32":
+            return predictions(self.family, batches, params)
+        with torch.autocast(self.family.device.type, getattr(torch, self.config.precision)):
+            return predictions(self.family, batches, {**self._frozen, **params})
+
     def losses(self, batches: Sequence[Batch], params: Params) -> list[torch.Tensor]:
         """L(batch; params) of each batch in the run's precision, all from one forward."""
-        if self.config.precision == "float32":
-            return losses(self.family, batches, params)
-        with torch.autocast(self.family.device.type, getattr(torch, self.config.precision)):
-            return losses(self.family, batches, {**self._frozen, **params})
+        return [F.mse_loss(*pair) for pair in self.predictions(batches, params)]
+
+    def concepts(self, step: int) -> list[int]:
+        """The concepts that one outer step is about, in order."""
+        count = self.config.concepts_per_step
+        if count is None or count >= len(self.data):
+            return list(range(len(self.data)))
+        order = torch.randperm(len(self.data), generator=seeded(self.config.seed, step, "concepts"))
+        return sorted(order[:count].tolist())
+
+    @cached_property
+    def states(self) -> tuple[int, ...]:
+        """The states of each attack, by their steps, at which the objective counts."""
+        steps, every = self.config.lower.steps, self.config.upper.path_every
+        return (steps,) if every is None else (*range(every, steps, every), steps)
 
     @cached_property
     def _frozen(self) -> dict[str, torch.Tensor]:
@@ -120,6 +148,7 @@ class Problem:
         config, data = self.config.lower, self.data[n]
         own, _ = self._split(n, step)
         draws = seeded(self.config.seed, step, n, "lower")
+        lr = self._rate(n, step)
         draw = partial(Batch.draw, self.family, size=config.batch_size, generator=draws)
         batches = [[draw(data.images, among=own)] for _ in range(config.steps)]
         if config.prior_weight:
@@ -131,17 +160,26 @@ class Problem:
             value, *prior = self.losses(*self._read(n, batches[k], params))
             return value + config.prior_weight * prior[0] if prior else value
 
-        weights = self._lower_weights(loss, draws)
+        weights = self._lower_weights(loss, draws, lr)
         if not self.words:
             return weights
         word = self.words[n]
-        rule = self._optimizer(config.token_lr or config.lr)
+        rule = self._optimizer(config.token_lr or lr)
         tokens = partial(word.tokens, self.family)
         return NewWord(weights, word.name, word.embedding, tokens, rule)
 
-    def _lower_weights(self, loss: StepLoss, draws: torch.Generator) -> LowerLevel:
+    def _rate(self, n: int, step: int) -> float:
+        """The step size of concept n's attack at one outer step."""
+        lr = self.config.lower.lr
+        if not isinstance(lr, tuple):
+            return lr
+        low, high = lr
+        draws = seeded(self.config.seed, step, n, "rate")
+        return low * (high / low) ** torch.rand((), generator=draws, dtype=torch.float64).item()
+
+    def _lower_weights(self, loss: StepLoss, draws: torch.Generator, lr: float) -> LowerLevel:
         config = self.config.lower
-        rule = self._optimizer(config.lr)
+        rule = self._optimizer(lr)
         if config.parameters != "lora":
             return FullWeights(loss, self.lower_names, steps=config.steps, optimizer=rule)
         theta = self.theta()
@@ -167,50 +205,122 @@ class Problem:
         rest = {name: value for name, value in params.items() if name != word.name}
         return [replace(own, conditioning=conditioning), *others], rest
 
-    def upper_level(self, concepts: Sequence[int], step: int) -> UpperLevel:
-        """Some concepts' part of the upper level, −L(x_u, c; φ) + w · L(class; φ) for each."""
+    def upper_level(self, concepts: Sequence[int], step: int, state: int | None = None) -> Level:
+        """Some concepts' part of the upper level, −L(x_u, c; φ) + w · L(class; φ) for each.
+
+        Args:
+            concepts: their indices.
+            step: the outer step.
+            state: of the attacks' paths, each with pictures of its own; None for the last.
+        """
         config = self.config.upper
         terms: list[UpperTerm] = []
         batches: list[Batch] = []
+        last = state in (None, self.config.lower.steps)
         for n in concepts:
             data, (_, other) = self.data[n], self._split(n, step)
-            draws = seeded(self.config.seed, step, n, "upper")
+            draws = seeded(self.config.seed, step, n, "upper", *(() if last else (state,)))
             batches.append(Batch.draw(self.family, data.images, config.batch_size, draws, other))
             terms.append(UpperTerm(LossName(data.name), -1.0, config.loss_cap))
-            if config.prior_weight:
+            if config.prior_weight and config.ascent_ratio is None:
                 assert data.class_images is not None
                 size = config.prior_batch_size or config.batch_size
                 batches.append(Batch.draw(self.family, data.class_images, size, draws))
                 terms.append(UpperTerm(LossName(data.name, prior=True), config.prior_weight))
+        if config.objective != "neg":
+            return partial(self._penalty, concepts, terms, batches)
         # a word is read by its own concept's pictures alone, in a part of their own
         return UpperLevel(terms, lambda phi: self.losses(*self._read(concepts[0], batches, phi)))
 
+    def _penalty(
+        self,
+        concepts: Sequence[int],
+        terms: Sequence[UpperTerm],
+        batches: Sequence[Batch],
+        phi: Params,
+    ) -> tuple[torch.Tensor, dict[LossName, torch.Tensor]]:
+        """The named objective of some concepts at φ, with the priors' losses; and each loss."""
+        objective = self.config.upper.objective
+        starts: list[torch.Tensor | None] = [None] * len(batches)
+        if objective in READS_START:
+            with torch.no_grad():
+                starts = [v for v, _ in self.predictions(batches, self._start)]
+        pairs = self.predictions(*self._read(concepts[0], batches, phi))
+        summands, losses = [], {}
+        for term, (prediction, target), start in zip(terms, pairs, starts, strict=True):
+            seen = Seen(prediction, target, start)
+            losses[term.name] = seen.loss
+            if term.name.prior:
+                summands.append(term.objective(seen.loss))
+            else:
+                summands.append(PENALTIES[objective](seen))
+        return torch.stack(summands).sum(), losses
+
     def lower_levels(self, step: int) -> Sequence[LowerLevel]:
-        """Every concept's lower level, each drawn when it is asked for and not kept."""
-        return _Drawn(partial(self.lower_level, step=step), len(self.data))
+        """The lower level of each of the step's concepts, drawn when asked for and not kept."""
+        chosen = self.concepts(step)
+        return _Drawn(lambda i: self.lower_level(chosen[i], step), len(chosen))
 
-    def upper_levels(self, step: int) -> Sequence[UpperLevel]:
-        """The upper level in parts of ``concepts_per_forward``, each drawn when it is asked for."""
-        count, size = len(self.data), self.config.upper.concepts_per_forward
+    def upper_levels(self, step: int, state: int | None = None) -> Sequence[Level]:
+        """The upper level at a state of the path, by default the last, in parts.
+
+        A part is of ``concepts_per_forward`` of the step's concepts, drawn when it is asked for.
+        """
+        chosen, size = self.concepts(step), self.config.upper.concepts_per_forward
         # no process is to wait for another that does its part as well
-        size = min(size, -(-count // self.ranks.size))
+        size = min(size, -(-len(chosen) // self.ranks.size))
 
-        def draw(part: int) -> UpperLevel:
-            return self.upper_level(range(count)[part * size : (part + 1) * size], step)
+        def draw(part: int) -> Level:
+            return self.upper_level(chosen[part * size : (part + 1) * size], step, state)
 
-        return _Drawn(draw, -(-count // size))
+        return _Drawn(draw, -(-len(chosen) // size))
+
+    def upper_path(self, step: int) -> Mapping[int, Sequence[Level]]:
+        """The upper level at each state of the path that counts, by the steps that lead to it."""
+        return {state: self.upper_levels(step, state) for state in self.states}
 
     def hypergradient(
         self,
         theta: Params,
         lower: Sequence[LowerLevel],
-        upper: Sequence[UpperLevel],
+        upper: Upper,
     ) -> OuterGradient:
         """dJ/dθ on S_u, merged or, where the run has no merge, for each concept by itself."""
         mode, wrt = self.config.hypergradient, self.upper_names
         if self.merge is None:
             return unmerged_gradient(theta, lower, upper, mode=mode, wrt=wrt, ranks=self.ranks)
-        return outer_gradient(theta, lower, self.merge, upper, mode=mode, wrt=wrt, ranks=self.ranks)
+        merge = self.merge
+        if self.config.merge == "sum":
+            merge = MergeLayer(merge.weights.new_ones(len(lower)))
+        return outer_gradient(theta, lower, merge, upper, mode=mode, wrt=wrt, ranks=self.ranks)
+
+    def retaining_gradient(self, theta: Params, step: int) -> OuterGradient | None:
+        """The gradient at θ that keeps the model useful, where it is apart from the objective's."""
+        config = self.config.upper
+        if config.ascent_ratio is None:
+            return None
+        chosen = self.concepts(step)
+        parts = _Drawn(lambda i: partial(self._retention, chosen[i], step), len(chosen))
+        gradient, _, losses = upper_gradient(theta, parts, self.ranks)
+        return OuterGradient({name: gradient[name] for name in self.upper_names}, losses, 0.0)
+
+    def _retention(
+        self, n: int, step: int, theta: Params
+    ) -> tuple[torch.Tensor, dict[LossName, torch.Tensor]]:
+        """``w · L(class; θ)``, or ``w · mean (v_θ − v_start)²`` on the same pictures; and L."""
+        config, data = self.config.upper, self.data[n]
+        assert data.class_images is not None
+        draws = seeded(self.config.seed, step, n, "retain")
+        size = config.prior_batch_size or config.batch_size
+        batch = Batch.draw(self.family, data.class_images, size, draws)
+        ((prediction, target),) = self.predictions([batch], theta)
+        loss = F.mse_loss(prediction, target)
+        penalty = loss
+        if config.retain == "distill":
+            with torch.no_grad():
+                ((start, _),) = self.predictions([batch], self._start)
+            penalty = F.mse_loss(prediction, start)
+        return config.prior_weight * penalty, {LossName(data.name, prior=True): loss}
 
     def _split(self, n: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Disjoint halves of a concept's pictures, new each step; a single picture serves both."""
@@ -263,7 +373,7 @@ def merge_layer(
     if config.method in ("imma", "joint"):
         return None
     weights = torch.full((len(concepts),), 1 / len(concepts), device=family.device)
-    if config.merge == "average":
+    if config.merge in ("average", "sum"):
         return MergeLayer(weights)
     make_plan = partial(
         MergePlan.from_embeddings,

@@ -6,12 +6,14 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 
 import torch
 
 from mima.bilevel.lower import Params, Tensors
 from mima.bilevel.outer import OuterGradient
+from mima.distributed import union
 from mima.errors import MimaError
 from mima.immunization.levels import Problem
 from mima.immunization.progress import (
@@ -29,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 ETA_STEPS = 20
 DIVERGENCE_STEPS = 10
+MEMORY = 0.9
+"""Decay of the running mean of the retaining gradient's length, per step."""
+FLOOR = 1e-4
+"""The least ratio of that mean to the ascent's length."""
 
 
 class Ascent:
@@ -80,12 +86,13 @@ class Ascent:
                 weight_decay=config.upper.weight_decay,
             )
             for (level, names), lr in zip(
-                self._names.items(), (config.upper.lr, config.lower.lr), strict=True
+                self._names.items(), (config.upper.lr, config.lower.highest_lr), strict=True
             )
             if names
         }
         # of each level: where they take turns, one that always fails is not to go unnoticed
         self._skipped_in_a_row = {"upper": 0, "lower": 0}
+        self._retained: float | None = None
         self._stopped = False
         self._trackers: list[Tracker] = []
         self._clock = time.perf_counter()
@@ -123,7 +130,11 @@ class Ascent:
             yield len(self.history)
 
     def update(
-        self, outer: OuterGradient, level: str = "upper", committed: Params | None = None
+        self,
+        outer: OuterGradient,
+        level: str = "upper",
+        committed: Params | None = None,
+        retain: OuterGradient | None = None,
     ) -> None:
         """Clip the gradient and take one AdamW step, unless it is not finite; then report.
 
@@ -131,17 +142,26 @@ class Ascent:
             outer: the gradient and what was seen on the way.
             level: ``upper``, or ``lower`` for the second optimizer.
             committed: new values of other parameters, taken over as they are.
+            retain: the gradient that keeps the model useful; ``outer`` is then scaled to ρ times
+                the running mean of its length, and nothing is clipped.
 
         Raises:
             MimaError: too many steps in a row were not finite, or the run diverges.
         """
         norm = outer.norm if outer.gradient else 0.0
-        seen = (norm, outer.drift, *outer.losses.values())
+        kept = 0.0
+        if retain is not None:
+            kept = retain.norm
+            outer = replace(outer, losses=union([outer.losses, retain.losses]))
+        seen = (norm, kept, outer.drift, *outer.losses.values())
         finite = all(map(math.isfinite, seen))
         with uninterrupted():
             if finite:
                 self._skipped_in_a_row[level] = 0
-                self._step(outer.gradient, norm, level)
+                if retain is None:
+                    self._step(self._clipped(outer.gradient, norm), level)
+                else:
+                    self._step(self._balanced(outer.gradient, norm, retain.gradient, kept), level)
                 for name, value in (committed or {}).items():
                     self.theta[name].copy_(value)
             else:
@@ -158,13 +178,29 @@ class Ascent:
         if every is not None and report.step % every == 0:
             self._write()
 
-    def _step(self, gradient: Tensors, norm: float, level: str) -> None:
-        if not gradient:
-            return
+    def _clipped(self, gradient: Tensors, norm: float) -> Tensors:
         longest = self._config.upper.max_grad_norm
         scale = 1.0 if longest is None or norm <= longest else longest / norm
+        return {name: value * scale for name, value in gradient.items()}
+
+    def _balanced(self, ascent: Tensors, norm: float, retain: Tensors, kept: float) -> Tensors:
+        """``retain + s · ascent``, ``s ‖ascent‖`` = ρ times the running mean of ``‖retain‖``.
+
+        At the first step distillation has no gradient: the mean is then ``FLOOR · ‖ascent‖``, of
+        which AdamW, whose step does not depend on a gradient's scale, sees the direction.
+        """
+        ratio = self._config.upper.ascent_ratio
+        assert ratio is not None
+        before = kept if self._retained is None else self._retained
+        self._retained = MEMORY * before + (1 - MEMORY) * kept
+        scale = ratio * max(self._retained / norm, FLOOR) if norm else 0.0
+        return {name: value + scale * ascent[name] for name, value in retain.items()}
+
+    def _step(self, gradient: Tensors, level: str) -> None:
+        if not gradient:
+            return
         for name in self._names[level]:
-            self.theta[name].grad = gradient[name] * scale
+            self.theta[name].grad = gradient[name]
         self._optimizers[level].step()
         self._optimizers[level].zero_grad(set_to_none=True)
 
@@ -200,7 +236,7 @@ class Ascent:
         raise MimaError(
             f"immunize: {in_a_row} steps in a row were not finite, the last being "
             f"step {report.step} ({what}); a smaller upper.lr ({self._config.upper.lr:g}) or "
-            f"lower.lr ({self._config.lower.lr:g}) may help{self._kept()}"
+            f"lower.lr ({self._config.lower.highest_lr:g}) may help{self._kept()}"
         )
 
     def _check_divergence(self) -> None:
@@ -234,6 +270,7 @@ class Ascent:
         state = {
             "stopped": self._stopped,
             "skipped_in_a_row": self._skipped_in_a_row,
+            "retained": self._retained,
             "history": [report.to_dict() for report in self.history],
         }
         self._folder.write(Checkpoint(len(self.history), tensors, state))
@@ -256,5 +293,6 @@ class Ascent:
                         optimizer.state[parameter][key] = moment.to(device)
         self.history = [StepReport.from_dict(plain) for plain in kept.state["history"]]
         self._skipped_in_a_row = kept.state["skipped_in_a_row"]
+        self._retained = kept.state["retained"]
         self._stopped = kept.state["stopped"]
         logger.info("going on after step %d", kept.step)

@@ -155,10 +155,10 @@ class Batch:
         )
 
 
-def losses(
+def predictions(
     family: Family, batches: Sequence[Batch], params: Params | None = None
-) -> list[torch.Tensor]:
-    """The diffusion training loss of each batch, a scalar, all from one forward."""
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Prediction and target [B, C, H, W] of each batch, all from one forward."""
     prediction, target = prediction_and_target(
         family,
         torch.cat([batch.latents for batch in batches]),
@@ -171,5 +171,11 @@ def losses(
         params,
     )
     sizes = [len(batch.latents) for batch in batches]
-    pairs = zip(prediction.split(sizes), target.split(sizes), strict=True)
-    return [F.mse_loss(*pair) for pair in pairs]
+    return list(zip(prediction.split(sizes), target.split(sizes), strict=True))
+
+
+def losses(
+    family: Family, batches: Sequence[Batch], params: Params | None = None
+) -> list[torch.Tensor]:
+    """The diffusion training loss of each batch, a scalar, all from one forward."""
+    return [F.mse_loss(*pair) for pair in predictions(family, batches, params)]

@@ -73,13 +73,13 @@ def test_only_what_is_differentiated_twice_gives_up_fused_attention(
     model, tmp_path, monkeypatch, mode
 ):
     problem = make(model, settings(tmp_path, hypergradient=mode, lower={"optimizer": "sgd"}), 2)
-    losses_of, fused = problem.losses, []
+    predictions_of, fused = problem.predictions, []
 
-    def losses(batches, params):
+    def predictions(batches, params):
         fused.append(torch.backends.cuda.flash_sdp_enabled())
-        return losses_of(batches, params)
+        return predictions_of(batches, params)
 
-    monkeypatch.setattr(problem, "losses", losses)
+    monkeypatch.setattr(problem, "predictions", predictions)
     problem.hypergradient(problem.theta(), problem.lower_levels(0), problem.upper_levels(0))
     # each concept's lower and upper level; then, of two concepts, what the mode asks for
     again = {"exact": [False] * 2, "finite_difference": [True] * 4, "first_order": []}[mode]

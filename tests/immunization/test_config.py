@@ -100,13 +100,13 @@ def test_settings_cannot_be_changed_by_accident():
         ("max_skipped", -1, "greater than or equal to 0"),
         ("divergence", 1, "greater than 1"),
         ("method", "mimi", "'joint', 'compose', 'mima' or 'alternating'"),
-        ("merge", "sum", "'projected' or 'average'"),
+        ("merge", "mean", "'projected', 'average' or 'sum'"),
         ("hypergradient", "implicit", "'exact', 'finite_difference' or 'first_order'"),
         ("precision", "int8", "'float32', 'float16' or 'bfloat16'"),
         ("trackers", "wandb", "valid tuple"),
         ("lower.steps", 0, "greater than or equal to 1"),
         ("lower.optimizer", "lion", "'sgd' or 'adam'"),
-        ("lower.lr", 0, "greater than 0"),
+        ("lower.lr", 0, "must be > 0"),
         ("lower.token_lr", 0, "greater than 0"),
         ("lower.batch_size", 0, "greater than or equal to 1"),
         ("lower.rank", 0, "greater than or equal to 1"),
@@ -147,7 +147,7 @@ def test_numbers_are_finite(name, value):
     [
         ({"stpes": 3}, "stpes", "did you mean 'steps'"),
         ({"lower": {"optimiser": "sgd"}}, "lower.optimiser", "did you mean 'optimizer'"),
-        ({"upper": {"qqq": 1}}, "upper.qqq", "Known: batch_size"),
+        ({"upper": {"qqq": 1}}, "upper.qqq", "Known: ascent_ratio, batch_size"),
     ],
 )
 def test_an_unknown_setting_is_named_with_the_nearest(raw, name, hint):

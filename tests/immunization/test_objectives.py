@@ -1,0 +1,226 @@
+"""The upper level's named objectives, paths, and what keeps the model useful."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support import immunizing, tiny
+
+from mima.bilevel.outer import upper_gradient
+from mima.families import family_of, load_pipeline
+from mima.immunization.algorithm import immunize
+from mima.immunization.config import ImmunizeConfig
+from mima.immunization.encoding import encode_concepts
+from mima.immunization.levels import Problem, merge_layer
+from mima.immunization.objectives import EPSILON, PENALTIES, READS_START, Seen
+
+OBJECTIVES = sorted(PENALTIES)
+PATH = {"steps": 4, "lr": (1e-4, 1e-2), "parameters": "denoiser"}
+UPPER = {
+    "parameters": "denoiser",
+    "path_every": 2,
+    "objective": "log",
+    "retain": "distill",
+    "ascent_ratio": 0.5,
+    "lr": 1e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "model"
+    tiny.save_tiny_stable_diffusion(folder)
+    return folder
+
+
+def make(model, config, count=2):
+    family = family_of(load_pipeline(str(model)))
+    concepts = immunizing.concepts(count)
+    data = encode_concepts(family, concepts, config)
+    return Problem(family, data, config, merge_layer(family, concepts, config))
+
+
+def settings(folder, **changes):
+    defaults = {"lower": PATH, "upper": UPPER, "merge": "sum"}
+    return immunizing.settings(folder, **(defaults | changes))
+
+
+def seen(seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    prediction, target, start = (
+        torch.randn(3, 2, 4, 4, generator=draw, dtype=torch.float64) for _ in range(3)
+    )
+    return Seen(prediction.requires_grad_(), target, start)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_is_its_formula(name):
+    s = seen()
+    v, y, w = (x.detach() for x in (s.prediction, s.target, s.start))
+    own, before = (((x - y) ** 2).mean((1, 2, 3)) for x in (v, w))
+    expected = {
+        "log": -math.log(float(((v - y) ** 2).mean()) + EPSILON),
+        "hinge": sum(
+            max(0.0, math.log(b + EPSILON) - math.log(o + EPSILON))
+            for o, b in zip(own.tolist(), before.tolist(), strict=True)
+        )
+        / 3,
+        "anchor": float(((v - w) ** 2).mean()),
+        "zero": float((v**2).mean()),
+    }[name]
+    assert PENALTIES[name](s).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objectives_gradient_agrees_with_central_differences(name):
+    s = seen(1)
+
+    def value(prediction):
+        return PENALTIES[name](Seen(prediction, s.target, s.start))
+
+    assert torch.autograd.gradcheck(value, s.prediction)
+
+
+def test_hinge_has_no_pull_where_an_attack_has_gained_nothing():
+    target = torch.zeros(2, 1, 2, 2)
+    prediction = torch.full((2, 1, 2, 2), 2.0, requires_grad=True)
+    penalty = PENALTIES["hinge"](Seen(prediction, target, torch.ones_like(target)))
+    (gradient,) = torch.autograd.grad(penalty, prediction)
+    assert penalty.item() == 0
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("objective", ["neg", *OBJECTIVES])
+def test_every_objective_runs_along_the_path_and_moves_what_it_may(model, tmp_path, objective):
+    config = settings(tmp_path, upper=UPPER | {"objective": objective})
+    problem = make(model, config)
+    before = {n: v.clone() for n, v in problem.theta().items()}
+    assert problem.states == (2, 4)
+    outer = problem.hypergradient(problem.theta(), problem.lower_levels(0), problem.upper_path(0))
+    assert outer.gradient.keys() == set(problem.upper_names)
+    assert outer.norm > 0
+    assert all(torch.equal(before[n], v) for n, v in problem.theta().items())
+    assert {name.concept for name in outer.losses} == {"cat", "dog"}
+
+
+def test_each_state_of_the_path_has_pictures_of_its_own(model, tmp_path):
+    problem = make(model, settings(tmp_path))
+    path = problem.upper_path(0)
+    values = [float(path[k][0](problem.theta())[0]) for k in path]
+    assert len(set(values)) == len(values)
+    again = [float(problem.upper_path(0)[k][0](problem.theta())[0]) for k in path]
+    assert again == values
+
+
+def test_distillation_is_zero_at_the_start_and_pulls_back_to_it(model, tmp_path):
+    problem = make(model, settings(tmp_path))
+    theta = problem.theta()
+    still = problem.retaining_gradient(theta, 0)
+    assert still.norm < 1e-6
+    name = max(problem.upper_names, key=lambda n: theta[n].numel())
+    moved = {**theta, name: theta[name] * 1.5}
+    back = problem.retaining_gradient(moved, 0)
+    assert float((back.gradient[name] * (moved[name] - theta[name])).sum()) > 0
+
+
+def test_class_pictures_retain_by_their_loss(model, tmp_path):
+    config = settings(tmp_path, upper=UPPER | {"retain": "class_images"})
+    problem = make(model, config)
+    theta = problem.theta()
+    retained = problem.retaining_gradient(theta, 3)
+    parts = [lambda phi, n=n: problem._retention(n, 3, phi) for n in range(2)]
+    gradient, _, losses = upper_gradient(theta, parts)
+    assert retained.losses == losses
+    assert all(torch.equal(retained.gradient[n], gradient[n]) for n in problem.upper_names)
+
+
+def test_attacks_draw_their_rates_log_uniformly_between_two(model, tmp_path):
+    problem = make(model, settings(tmp_path))
+    rates = [problem._rate(n, step) for n in range(2) for step in range(200)]
+    assert 1e-4 <= min(rates) < 1.3e-4
+    assert 0.8e-2 < max(rates) <= 1e-2
+    assert sum(rate < 1e-3 for rate in rates) / len(rates) == pytest.approx(0.5, abs=0.1)
+    assert problem.lower_level(1, 7).optimizer.lr == problem._rate(1, 7)
+
+
+def test_some_concepts_of_a_step_are_drawn_evenly(model, tmp_path):
+    problem = make(model, settings(tmp_path, concepts_per_step=2), 3)
+    drawn = [problem.concepts(step) for step in range(300)]
+    assert all(len(chosen) == 2 and chosen == sorted(set(chosen)) for chosen in drawn)
+    for n in range(3):
+        assert sum(n in chosen for chosen in drawn) == pytest.approx(200, abs=30)
+    outer = problem.hypergradient(problem.theta(), problem.lower_levels(0), problem.upper_path(0))
+    names = [problem.data[n].name for n in problem.concepts(0)]
+    assert [name.concept for name in outer.losses] == names
+
+
+def test_a_sum_shows_each_attack_whole(model, tmp_path):
+    lower = PATH | {"lr": 1e-3}
+    alone = make(model, settings(tmp_path, lower=lower), 1)
+    pair = make(model, settings(tmp_path, lower=lower), 2)
+    args = [(p.theta(), p.lower_levels(0), p.upper_path(0)) for p in (alone, pair)]
+    one, two = (p.hypergradient(*a) for p, a in zip((alone, pair), args, strict=True))
+    # two attacks from one point go their own ways: their sum is longer than either
+    assert two.drift > 1.2 * one.drift
+
+
+@pytest.mark.parametrize("method", ["mima", "joint"])
+def test_a_run_along_the_path_goes_on_bit_by_bit(model, tmp_path, method):
+    merge = {"merge": "sum"} if method == "mima" else {"merge": "projected"}
+    config = settings(tmp_path, steps=4, concepts_per_step=1, method=method, **merge)
+    whole = immunize(model, immunizing.concepts(), config)
+
+    def stop(report):
+        return report.step == 2
+
+    half = tmp_path / f"half-{method}"
+    immunize(model, immunizing.concepts(), config, checkpoint=half, callbacks=[stop])
+    kept = immunize(
+        model,
+        immunizing.concepts(),
+        config.model_copy(update={"steps": 4}),
+        checkpoint=half,
+        resume=True,
+    )
+    assert len(kept.history) == 2
+    # a run that a callback ended stays ended; the same steps must then be the same weights
+    short = immunize(model, immunizing.concepts(), config.model_copy(update={"steps": 2}))
+    immunizing.assert_same(kept.pipeline.unet.state_dict(), short.pipeline.unet.state_dict())
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(
+            whole.pipeline.unet.state_dict().values(),
+            short.pipeline.unet.state_dict().values(),
+            strict=True,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lower": PATH | {"steps": 1}}, "upper.path_every: 2 asks for states on the way"),
+        ({"lower": PATH | {"lr": (1e-3, 1e-4)}}, "the first must not be the larger"),
+        ({"lower": PATH | {"lr": 0}}, "must be > 0"),
+        ({"upper": UPPER | {"loss_cap": 1.0}}, "objective 'log' has no use for a cap"),
+        ({"upper": UPPER | {"prior_weight": 0}}, "with prior_weight 0 nothing retains"),
+        ({"upper": {"retain": "distill"}}, "'distill' needs upper.ascent_ratio"),
+        ({"upper": UPPER | {"concepts_per_forward": 2}}, "with upper.ascent_ratio it is 1"),
+        ({"merge": "average", "concepts_per_step": 1}, "the shares of a merge are of all concepts"),
+        ({"method": "compose"}, "merge: 'sum' is of method 'mima', got method 'compose'"),
+        ({"method": "alternating", "merge": "projected"}, "is the published MIMA update"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(tmp_path, changes, message):
+    defaults = {"lower": PATH, "upper": UPPER, "merge": "sum"}
+    with pytest.raises(ValueError, match=message):
+        ImmunizeConfig.model_validate(defaults | changes)
+
+
+def test_only_what_an_objective_reads_is_kept(model, tmp_path):
+    for objective in ("neg", "log", "zero", "hinge", "anchor"):
+        upper = {"objective": objective}
+        problem = make(model, settings(tmp_path, lower={}, upper=upper, merge="average"))
+        assert bool(problem._start) == (objective in READS_START)
