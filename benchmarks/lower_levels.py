@@ -21,7 +21,7 @@ from mima.adaptation import configure
 from mima.assets import assets
 from mima.cli.options import parse_setting
 from mima.concepts import Concept, embedded_concept
-from mima.concepts.pictures import Picture
+from mima.concepts.pictures import Picture, spread
 from mima.demo import settings
 from mima.erasure import erase
 from mima.evaluation import AttackCurve, ClipEncoder, attack, compare, prompt_alignment
@@ -29,7 +29,7 @@ from mima.evaluation.grid import Attack, material
 from mima.families import load_pipeline
 from mima.immunization.config import ImmunizeConfig
 from mima.settings import parse_config, set_nested
-from mima.training.captions import ordinary_captions, spread
+from mima.training.captions import ordinary_captions
 
 ATTACKS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "lora": ({"rank": 8, "learning_rate": 5e-4}, (0, 50, 100)),

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from benchmarks.harness import Comparison, Machine, replay
-from mima.adapters.files import Adapter, LowRank
+from mima.adapters.adapter import Adapter, LowRank
 from mima.adapters.merge import _Merge
 from mima.families.loading import load_embedded
 from mima.families.pipelines import shared_copy, with_modules
@@ -77,8 +77,7 @@ def with_peft(unet: UNet2DConditionModel) -> tuple[Any, list[Adapter], list[Lora
             A, B = layer.lora_A[str(n)].weight, layer.lora_B[str(n)].weight
             A.data.normal_(std=A.shape[1] ** -0.5)
             B.data.normal_(std=0.1 * RANK**-0.5)
-            shape = layer.get_base_layer().weight.shape
-            factors[f"unet.{name}.weight"] = LowRank(A.detach(), B.detach(), ALPHA / RANK, shape)
+            factors[f"unet.{name}.weight"] = LowRank(A.detach(), B.detach(), ALPHA / RANK)
         adapters.append(Adapter(str(n), factors=factors))
     return model, adapters, list(named.values())
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.harness import Comparison, Machine, replay
 from benchmarks.targets import ratio
 from mima.adaptation import LoRA
-from mima.adapters.mixed_batch import Adapter
+from mima.adapters.adapter import Adapter
 from mima.concepts import embedded_concept
 from mima.evaluation import Sampler
 from mima.families.loading import load_embedded
@@ -56,7 +56,7 @@ def comparison(machine: Machine, tmp_path_factory) -> Comparison:
     run = LoRA(rank=8, learning_rate=5e-4, batch_size=4).start(pipeline, concept)
     adapters, folders = [], []
     for step in run.until(*range(2, 2 * ADAPTERS + 1, 2)):
-        adapters.append(Adapter.of(run.pipeline))
+        adapters.append(Adapter.of(run.pipeline).copied())
         folders.append(run.save(tmp_path_factory.mktemp("adapters") / str(step)))
     jobs = [
         Job(picture.prompt, seed, adapter)

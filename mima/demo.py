@@ -17,7 +17,7 @@ import numpy as np
 from mima import console
 from mima._version import installed_versions
 from mima.concepts import embedded_concept
-from mima.concepts.pictures import Picture
+from mima.concepts.pictures import Picture, spread
 from mima.erasure import erase
 from mima.evaluation import Evaluation, EvaluationFolder, Sampler, evaluate
 from mima.evaluation.metrics import GapCurve
@@ -27,7 +27,7 @@ from mima.immunization.config import ImmunizeConfig, LowerConfig, UpperConfig
 from mima.release.repository import save_pipeline
 from mima.report import write_report
 from mima.storage.output import fresh_folder
-from mima.training.captions import ordinary_captions, spread
+from mima.training.captions import ordinary_captions
 
 logger = logging.getLogger(__name__)
 

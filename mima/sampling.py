@@ -14,7 +14,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
-from mima.adapters.mixed_batch import Adapter, with_adapters
+from mima.adapters.adapter import Adapter
+from mima.adapters.mixed_batch import with_adapters
 from mima.errors import MimaError
 from mima.families import family_of
 

@@ -1,7 +1,5 @@
 """One training loop for every adaptation method: what an attacker does, and what an owner does."""
 
-# B = batch, C H W = latent channels and size
-
 from __future__ import annotations
 
 import contextlib
@@ -9,7 +7,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,19 +15,14 @@ import torch
 
 from mima.adaptation.steps import Optimizer, Schedule, build_optimizers, rate_factor
 from mima.concepts import Concept
-from mima.concepts.pictures import Picture
 from mima.errors import MimaError, check_settings
 from mima.families import Conditioning, Family, family_of
 from mima.families.base import cast
 from mima.families.pipelines import with_modules
 from mima.storage.checkpoint import Checkpoint
 from mima.storage.tensor_files import order_metadata
-from mima.training.batches import encode_images, seeded
+from mima.training.batches import Batch, Encoded, encode_images, losses, seeded
 from mima.training.class_images import ClassPictures
-from mima.training.loss import diffusion_loss
-
-Batch = tuple[torch.Tensor, Conditioning, torch.Tensor, torch.Tensor]
-"""Latents [B, C, H, W], B rows of conditioning, timesteps [B] and noise [B, C, H, W]."""
 
 
 class Diverged(MimaError):  # noqa: N818 - reads as what happened; MimaError says it is an error
@@ -141,7 +134,7 @@ class Injection:
 
     pipeline: Any
     """A pipeline of the run's own; only trained modules differ from the caller's."""
-    parameters: Sequence[torch.nn.Parameter]
+    parameters: Sequence[torch.Tensor]
     """What the optimiser trains, in float32."""
     save: Callable[[Path], None]
     """Write the trained part to a folder, in the format that diffusers reads."""
@@ -209,16 +202,19 @@ class Run:
             cast(vae, torch.float16)
             lighter = with_modules(self.pipeline, vae=vae)
             encoder = family_of(lighter, resolution=adaptation.resolution)
-        self._images = self._stream(concept.images, encoder)
-        self._class_images: _Stream | None = None
-        if adaptation.prior_weight > 0 and concept.class_images:
-            self._class_images = self._stream(concept.class_images, encoder)
-        elif adaptation.prior_weight > 0:
-            prompts = [concept.class_prompt] * adaptation.num_class_images
-            # of the model as it was given, so that every method finds the same ones
-            draws = seeded(adaptation.seed, "class images")
-            latents = ClassPictures(given).latents(prompts, draws).to(self._family.device)
-            self._class_images = self._stream_of(latents, prompts)
+        prompts = [picture.prompt for picture in concept.images]
+        self._images = _Shuffled.of(self._family, encode_images(encoder, concept.images), prompts)
+        self._class_images: _Shuffled | None = None
+        if adaptation.prior_weight > 0:
+            prompts = [picture.prompt for picture in concept.class_images]
+            if prompts:
+                latents = encode_images(encoder, concept.class_images)
+            else:
+                prompts = [concept.class_prompt] * adaptation.num_class_images
+                # of the model as it was given, so that every method finds the same ones
+                draws = seeded(adaptation.seed, "class images")
+                latents = ClassPictures(given).latents(prompts, draws)
+            self._class_images = _Shuffled.of(self._family, latents, prompts)
         self._scaler = torch.amp.GradScaler(
             self._family.device.type, enabled=self._family.dtype == torch.float16
         )
@@ -312,7 +308,7 @@ class Run:
             first += _num_parameters(kept)
         state = {
             "losses": self.losses,
-            "queues": [stream.queue for stream in self._streams()],
+            "queues": [one.queue for one in self._shuffled()],
             "scaler": self._scaler.state_dict(),
             "numbers": numbers,
         }
@@ -341,31 +337,24 @@ class Run:
             first += count
         if kept.state["scaler"]:
             self._scaler.load_state_dict(kept.state["scaler"])
-        for stream, queue in zip(self._streams(), kept.state["queues"], strict=True):
-            stream.queue = list(queue)
+        for one, queue in zip(self._shuffled(), kept.state["queues"], strict=True):
+            one.queue = list(queue)
         self.step, self.losses = kept.step, list(kept.state["losses"])
 
-    def _streams(self) -> list[_Stream]:
-        return [s for s in (self._images, self._class_images) if s is not None]
-
-    def _stream(self, pictures: Sequence[Picture], encoder: Family) -> _Stream:
-        prompts = [picture.prompt for picture in pictures]
-        return self._stream_of(encode_images(encoder, pictures), prompts)
-
-    def _stream_of(self, latents: torch.Tensor, prompts: Sequence[str]) -> _Stream:
-        encode_prompts = self._injection.encode_prompts
-        return _Stream(latents, prompts, self._family, self._generator, encode_prompts)
+    def _shuffled(self) -> list[_Shuffled]:
+        return [one for one in (self._images, self._class_images) if one is not None]
 
     def _one_step(self) -> None:
         count = self.adaptation.gradient_accumulation_steps
         total = 0.0
         for _ in range(count):
             with autocast(self._family):
-                losses = [
-                    weight * diffusion_loss(self._family, *batch)
-                    for weight, batch in self._batches()
+                parts = [
+                    weight * losses(self._family, [batch])[0] for weight, batch in self._batches()
                 ]
-            total += self._backward(torch.stack(losses).sum() / count)
+            loss = torch.stack(parts).sum() / count
+            self._scaler.scale(loss).backward()
+            total += loss.item()
         self._update(total)
 
     def _batches(self) -> Iterator[tuple[float, Batch]]:
@@ -374,16 +363,17 @@ class Run:
         if self._class_images is not None:
             yield self.adaptation.prior_weight, self._draw(self._class_images)
 
-    def _draw(self, stream: _Stream) -> Batch:
-        latents, conditioning = stream.draw(self.adaptation.batch_size)
+    def _draw(self, pictures: _Shuffled) -> Batch:
+        chosen = pictures.draw(self.adaptation.batch_size, self._generator)
         # drawn on the CPU, so that a seed means the same on every device
-        noise = torch.randn(latents.shape, generator=self._generator).to(latents)
-        timesteps = self._family.sample_timesteps(len(latents), self._generator)
-        return latents, conditioning, timesteps, noise
-
-    def _backward(self, loss: torch.Tensor) -> float:
-        self._scaler.scale(loss).backward()
-        return loss.item()
+        noise = torch.randn(chosen.latents.shape, generator=self._generator)
+        timesteps = self._family.sample_timesteps(len(chosen), self._generator)
+        batch = Batch.of(self._family, chosen, timesteps, noise)
+        if self._injection.encode_prompts is None:
+            return batch
+        texts = [pictures.texts[row] for row in batch.prompt]
+        conditioning = self._injection.encode_prompts(self._family, texts)
+        return replace(batch, conditioning=conditioning)
 
     def _update(self, loss: float) -> None:
         """One step of the optimiser along the gradients that have been accumulated."""
@@ -456,40 +446,26 @@ def autocast(family: Family) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-class _Stream:
-    """An endless shuffle of encoded pictures.
+@dataclass
+class _Shuffled:
+    """Encoded pictures in an endless shuffle: every picture comes once per round.
 
     Attributes:
-        queue: what comes next, until it is empty.
+        pictures: P of them.
+        texts: their distinct prompts, in the order of ``pictures.prompts``.
+        queue: the indices that come next.
     """
 
-    def __init__(
-        self,
-        latents: torch.Tensor,
-        prompts: Sequence[str],
-        family: Family,
-        generator: torch.Generator,
-        encode_prompts: Callable[[Family, Sequence[str]], Conditioning] | None,
-    ) -> None:
-        self._latents = latents
-        self._family = family
-        self._generator = generator
-        self._prompts = list(prompts)
-        self._encode_prompts = encode_prompts
-        unique = list(dict.fromkeys(self._prompts))
-        self._rows = torch.tensor([unique.index(prompt) for prompt in self._prompts])
-        self._text = {} if encode_prompts is not None else family.encode_prompts(unique)
-        self.queue: list[int] = []
+    pictures: Encoded
+    texts: list[str]
+    queue: list[int] = field(default_factory=list)
 
-    def draw(self, batch_size: int) -> tuple[torch.Tensor, Conditioning]:
-        """Latents [B, C, H, W] and their conditioning; every picture comes once per round."""
+    @classmethod
+    def of(cls, family: Family, latents: torch.Tensor, prompts: Sequence[str]) -> _Shuffled:
+        return cls(Encoded.of(family, latents, prompts), list(dict.fromkeys(prompts)))
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> Encoded:
         while len(self.queue) < batch_size:
-            self.queue += torch.randperm(len(self._prompts), generator=self._generator).tolist()
+            self.queue += torch.randperm(len(self.pictures), generator=generator).tolist()
         chosen, self.queue = self.queue[:batch_size], self.queue[batch_size:]
-        if self._encode_prompts is not None:
-            prompts = [self._prompts[index] for index in chosen]
-            conditioning = self._encode_prompts(self._family, prompts)
-        else:
-            rows = self._rows[chosen]
-            conditioning = {name: value[rows] for name, value in self._text.items()}
-        return self._latents[chosen], conditioning
+        return self.pictures.rows(torch.tensor(chosen))

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from mima.adaptation.base import Adaptation, Injection, require_full_precision
-from mima.adapters.files import WEIGHTS_FILE
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import family_of
-from mima.families.new_words import add_token
+from mima.families.new_words import add_word
 from mima.families.pipelines import component_name, with_modules
+from mima.storage.names import CUSTOM_DIFFUSION_FILE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,22 +47,29 @@ class CustomDiffusion(Adaptation):
             name: denoiser.get_parameter(name).requires_grad_(True)
             for name in family.text_projections()
         }
-        modules: dict[str, Any] = {component_name(pipeline, family.denoiser): denoiser}
-        new = None if concept.token is None else add_token(pipeline, concept)
-        if new is not None:
-            modules |= {"tokenizer": new.tokenizer, "text_encoder": new.text_encoder}
+        name = component_name(pipeline, family.denoiser)
 
         def save(folder: Path) -> None:
-            save_file(_attention_state(denoiser, weights), folder / WEIGHTS_FILE)
-            if new is not None:
-                new.save(folder)
+            save_file(_attention_state(denoiser, weights), folder / CUSTOM_DIFFUSION_FILE)
+
+        if concept.token is None:
+            return Injection(
+                pipeline=with_modules(pipeline, **{name: denoiser}),
+                parameters=list(weights.values()),
+                save=save,
+            )
+        worded, word = add_word(pipeline, concept)
+
+        def save_both(folder: Path) -> None:
+            save(folder)
+            word.save(folder)
 
         return Injection(
-            pipeline=with_modules(pipeline, **modules),
-            parameters=[*weights.values(), *([] if new is None else [new.row])],
-            save=save,
-            encode_prompts=None if new is None else new.encode_prompts,
-            after_step=None if new is None else new.commit,
+            pipeline=with_modules(worded, **{name: denoiser}),
+            parameters=[*weights.values(), word.embedding],
+            save=save_both,
+            encode_prompts=word.encode,
+            after_step=lambda: word.commit(worded.text_encoder),
         )
 
 

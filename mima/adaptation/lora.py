@@ -14,7 +14,6 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from mima.adaptation.base import Adaptation, Injection
-from mima.adapters.mixed_batch import ADAPTER
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import Conditioning, Family, family_of
@@ -77,14 +76,16 @@ class LoRA(Adaptation):
             torch.manual_seed(self.seed)
             try:
                 if hasattr(denoiser, "add_adapter"):
-                    denoiser.add_adapter(config, adapter_name=ADAPTER)
+                    denoiser.add_adapter(config)
                 else:
-                    inject_adapter_in_model(config, denoiser, ADAPTER)
+                    inject_adapter_in_model(config, denoiser)
                 if self.text_encoder:
                     text_config = self._config(TEXT_PROJECTIONS)
-                    inject_adapter_in_model(text_config, modules["text_encoder"], ADAPTER)
+                    inject_adapter_in_model(text_config, modules["text_encoder"])
             except ValueError as error:
                 raise MimaError(f"lora: {error}") from error
+        # peft makes a set of the list, whose order differs from process to process in files
+        config.target_modules = sorted(config.target_modules or ())
         parameters = [
             weight
             for module in modules.values()
@@ -96,9 +97,7 @@ class LoRA(Adaptation):
         adapted = with_modules(pipeline, **modules)
 
         def save(folder: Path) -> None:
-            # peft keeps a set, whose order differs between processes
-            config.target_modules = sorted(config.target_modules or ())
-            layers = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
+            layers = get_peft_model_state_dict(denoiser)
             if name == "unet":
                 # the names that other programs know, too; transformers' files keep peft's
                 layers = convert_state_dict_to_diffusers(layers)
@@ -108,7 +107,7 @@ class LoRA(Adaptation):
                     f"{name}_lora_adapter_metadata": config.to_dict(),
                 }
                 if self.text_encoder:
-                    state = get_peft_model_state_dict(adapted.text_encoder, adapter_name=ADAPTER)
+                    state = get_peft_model_state_dict(adapted.text_encoder)
                     parts["text_encoder_lora_layers"] = convert_state_dict_to_diffusers(state)
                     parts["text_encoder_lora_adapter_metadata"] = text_config.to_dict()
                 adapted.save_lora_weights(folder, **parts)

@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 from mima.adaptation.base import Injection, require_full_precision
 from mima.adaptation.lora import LoRA
 from mima.concepts import Concept
-from mima.families.new_words import add_token
-from mima.families.pipelines import with_modules
+from mima.families.new_words import add_word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,24 +35,23 @@ class Pivotal(LoRA):
     def inject(self, pipeline: Any, concept: Concept) -> Injection:
         """Add the word to copies of tokenizer and text encoder, and a LoRA to the denoiser."""
         require_full_precision(pipeline, self.method)
-        new = add_token(pipeline, concept)
-        with_word = with_modules(pipeline, tokenizer=new.tokenizer, text_encoder=new.text_encoder)
+        with_word, word = add_word(pipeline, concept)
         lora = super().inject(with_word, concept)
         word_steps = round(self.word_share * self.steps)
 
         def leave_the_other(done: int) -> None:
-            for parameter in lora.parameters if done < word_steps else [new.row]:
+            for parameter in lora.parameters if done < word_steps else [word.embedding]:
                 parameter.grad = None
 
         def save(folder: Path) -> None:
             lora.save(folder)
-            new.save(folder)
+            word.save(folder)
 
         return Injection(
             pipeline=lora.pipeline,
-            parameters=[new.row, *lora.parameters],
+            parameters=[word.embedding, *lora.parameters],
             save=save,
-            encode_prompts=new.encode_prompts,
+            encode_prompts=word.encode,
             before_step=leave_the_other,
-            after_step=new.commit,
+            after_step=lambda: word.commit(with_word.text_encoder),
         )

@@ -19,7 +19,7 @@ WARM_UP = 0.1
 
 
 def build_optimizers(
-    parameters: Sequence[torch.nn.Parameter],
+    parameters: Sequence[torch.Tensor],
     *,
     optimizer: Optimizer,
     learning_rate: float,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from mima.adaptation.base import Adaptation, Injection, require_full_precision
 from mima.concepts import Concept
 from mima.families import family_of
-from mima.families.new_words import add_token
+from mima.families.new_words import add_word
 from mima.families.pipelines import component_name, shared_copy, with_modules
 
 
@@ -28,17 +28,14 @@ class TextualInversion(Adaptation):
     def inject(self, pipeline: Any, concept: Concept) -> Injection:
         """Add the word to copies of tokenizer and text encoder."""
         require_full_precision(pipeline, self.method)
-        new = add_token(pipeline, concept)
+        worded, word = add_word(pipeline, concept)
         denoiser = family_of(pipeline).denoiser
         # frozen, and its own object, so that the run does not touch the caller's flags and modes
         modules = {component_name(pipeline, denoiser): shared_copy(denoiser)}
-        adapted = with_modules(
-            pipeline, tokenizer=new.tokenizer, text_encoder=new.text_encoder, **modules
-        )
         return Injection(
-            pipeline=adapted,
-            parameters=[new.row],
-            save=new.save,
-            encode_prompts=new.encode_prompts,
-            after_step=new.commit,
+            pipeline=with_modules(worded, **modules),
+            parameters=[word.embedding],
+            save=word.save,
+            encode_prompts=word.encode,
+            after_step=lambda: word.commit(worded.text_encoder),
         )

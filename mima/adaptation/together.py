@@ -6,15 +6,14 @@ import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 
 from mima.adaptation.base import Run, autocast, training
 from mima.adaptation.lora import LoRA
-from mima.adapters.mixed_batch import Rows, factors_of, lora_layers, not_linear, with_mixed_layers
+from mima.adapters.adapter import Adapter
+from mima.adapters.mixed_batch import with_adapters
 from mima.errors import MimaError
 from mima.families import family_of
-from mima.families.pipelines import component_name, with_modules
-from mima.training.loss import prediction_and_target
+from mima.training.batches import losses
 
 
 class Together:
@@ -52,13 +51,11 @@ class Together:
             _check(run, runs[0])
         self.runs = tuple(runs)
         first = runs[0]._family
-        self._rows = Rows()
-        adapters = [factors_of(lora_layers(run._family.denoiser)) for run in runs]
-        denoiser = with_mixed_layers(first.denoiser, adapters, self._rows)
+        adapters = [Adapter.of(run.pipeline) for run in runs]
+        mixed, self._rows = with_adapters(first.pipeline, adapters)
+        self._family = family_of(mixed)
         if any(run.adaptation.gradient_checkpointing for run in runs):
-            denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-        name = component_name(first.pipeline, first.denoiser)
-        self._family = family_of(with_modules(first.pipeline, **{name: denoiser}))
+            self._family.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
 
     def advance(self, steps: int, *, on_step: Callable[[Together], None] | None = None) -> None:
         """Train every run some more steps.
@@ -83,27 +80,16 @@ class Together:
         count = self.runs[0].adaptation.gradient_accumulation_steps
         totals = [0.0] * len(self.runs)
         for _ in range(count):
-            parts = [(n, *part) for n, run in enumerate(self.runs) for part in run._batches()]
-            owners, weights, batches = zip(*parts, strict=True)
-            latents, conditionings, timesteps, noise = zip(*batches, strict=True)
-            sizes = [len(part) for part in latents]
-            self._rows.choose(n for n, size in zip(owners, sizes, strict=True) for _ in range(size))
-            conditioning = {
-                name: torch.cat([part[name] for part in conditionings]) for name in conditionings[0]
-            }
+            drawn = [(n, *part) for n, run in enumerate(self.runs) for part in run._batches()]
+            owners, weights, batches = zip(*drawn, strict=True)
+            self._rows.choose(
+                n for n, batch in zip(owners, batches, strict=True) for _ in batch.latents
+            )
             with autocast(self._family):
-                compared = prediction_and_target(
-                    self._family,
-                    torch.cat(latents),
-                    conditioning,
-                    torch.cat(timesteps),
-                    torch.cat(noise),
-                )
-                pairs = zip(*(side.split(sizes) for side in compared), strict=True)
-                losses = [F.mse_loss(*pair) for pair in pairs]
+                values = losses(self._family, batches)
             scaled = []
-            for n, weight, loss in zip(owners, weights, losses, strict=True):
-                part = weight * loss / count
+            for n, weight, value in zip(owners, weights, values, strict=True):
+                part = weight * value / count
                 totals[n] += part.item()
                 scaled.append(self.runs[n]._scaler.scale(part))
             # no adapter has a part in another's loss, so that the sum's gradients are theirs
@@ -136,7 +122,3 @@ def _check(run: Run, first: Run) -> None:
     bases = [next(one._family.denoiser.parameters()).data_ptr() for one in (run, first)]
     if bases[0] != bases[1]:
         raise MimaError("concepts that are trained at once must be learned by the same model")
-    for name, kind in not_linear(lora_layers(run._family.denoiser)).items():
-        raise MimaError(
-            f"target_modules: {name} is a {kind}; several concepts at once adapt linear layers only"
-        )

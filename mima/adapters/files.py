@@ -4,35 +4,35 @@ Whatever trained them, they come out as what they change: low-rank updates, new 
 parameters, and embeddings of new words.
 """
 
-# o, d = rows and columns of a weight, r = rank, K = vectors of a new word, D = text embedding
-
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from mima.adapters.adapter import Adapter, LowRank, low_rank_updates
 from mima.errors import MimaError
 from mima.families import family_of, load_pipeline
 from mima.families.pipelines import component_name, shared_copy, with_modules
-from mima.release.delta import DELTA_FILE, is_delta, read_delta
+from mima.release.delta import is_delta, read_delta
+from mima.storage.names import (
+    CUSTOM_DIFFUSION_FILE,
+    DELTA_FILE,
+    LORA_FILE,
+    MODEL_INDEX,
+    PEFT_CONFIG,
+)
 from mima.storage.record import prompt_of
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-PEFT_CONFIG = "adapter_config.json"
-WEIGHTS_FILE = "pytorch_custom_diffusion_weights.safetensors"
 # what diffusers and peft raise for files that are damaged or do not fit
 READING_ERRORS = (
     *(OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError),
@@ -41,58 +41,6 @@ READING_ERRORS = (
 )
 _LORA_DOWN = re.compile(r"(\.down|lora_A)(\.[^.]+)?\.weight$")
 _CUSTOM_DIFFUSION = re.compile(r"^(.*)\.processor\.(to_\w+)_custom_diffusion(\.\d+)?\.(\w+)$")
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """An update ``scale · B A`` of a weight.
-
-    Attributes:
-        A: [r, d].
-        B: [o, r].
-        scale: alpha / r, or alpha / √r for rank-stabilised LoRA.
-        shape: of the weight; o rows, and d = the product of the rest.
-    """
-
-    A: torch.Tensor
-    B: torch.Tensor
-    scale: float
-    shape: torch.Size
-
-    def delta(self) -> torch.Tensor:
-        """The update itself, computed as peft computes it when it merges."""
-        return ((self.B @ self.A) * self.scale).view(self.shape)
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What one adapter changes of a pipeline.
-
-    Parameters go by their component and name, as in ``unet.conv_in.weight``.
-
-    Attributes:
-        name: the folder's or file's name.
-        factors: low-rank updates.
-        values: new values of parameters.
-        words: new words, and their embeddings [K, D].
-        prompt: the prompt that asks for the concept, where its folder says so.
-    """
-
-    name: str
-    factors: Mapping[str, LowRank] = field(default_factory=dict)
-    values: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    words: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    prompt: str | None = None
-
-    def changes(self, name: str) -> bool:
-        """Whether it changes a parameter."""
-        return name in self.factors or name in self.values
-
-    def adapted(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The weight as this adapter has it; the given one where it leaves it alone."""
-        if name in self.factors:
-            return weight.clone().add_(self.factors[name].delta().to(weight.device))
-        return self.values[name].to(weight) if name in self.values else weight
 
 
 class AdapterReader:
@@ -151,18 +99,17 @@ class AdapterReader:
             return {"factors": self._peft(path)}
         if (path / DELTA_FILE).is_file():
             return self._read_file(path / DELTA_FILE)
-        if (path / "model_index.json").is_file():
+        if (path / MODEL_INDEX).is_file():
             return {"values": self._model(load_pipeline(str(path)))}
         for folder in (path / self.denoiser, path):
             if (folder / "config.json").is_file():
                 return {"values": self._denoiser_folder(folder)}
         found: dict[str, Any] = {}
         files = [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".bin", ".pt")]
-        if (path / WEIGHTS_FILE).is_file():
+        if (path / CUSTOM_DIFFUSION_FILE).is_file():
             # a training script may leave both forms
-            files = [
-                p for p in files if p.stem != Path(WEIGHTS_FILE).stem or p.name == WEIGHTS_FILE
-            ]
+            other = Path(CUSTOM_DIFFUSION_FILE).with_suffix(".bin").name
+            files = [file for file in files if file.name != other]
         for file in files:
             for kind, part in self._read_file(file).items():
                 twice = set(part) & set(found.get(kind, {}))
@@ -173,8 +120,8 @@ class AdapterReader:
                 found[kind] = {**found.get(kind, {}), **part}
         if not found:
             raise MimaError(
-                f"adapter {path} holds no adapter: no {LORA_FILE}, {WEIGHTS_FILE}, {PEFT_CONFIG}, "
-                f"{DELTA_FILE}, learned word, {self.denoiser}/ or model_index.json"
+                f"adapter {path} holds no adapter: no {LORA_FILE}, {CUSTOM_DIFFUSION_FILE}, "
+                f"{PEFT_CONFIG}, {DELTA_FILE}, learned word, {self.denoiser}/ or {MODEL_INDEX}"
             )
         return found
 
@@ -239,15 +186,10 @@ class AdapterReader:
         state = state[0] if isinstance(state, tuple) else state
         _refuse_others(path, state)
         scratch.load_lora_weights(str(path.parent), adapter_name=name, **place)
-        components = {
-            key: module for key, module in scratch.components.items()
-            if isinstance(module, torch.nn.Module)
-        }  # fmt: skip
-        factors = {
-            f"{component}.{key}": value
-            for component, module in components.items()
-            for key, value in _factors(module, name, path).items()
-        }
+        factors: dict[str, LowRank] = {}
+        for component, module in scratch.components.items():
+            if isinstance(module, torch.nn.Module):
+                factors |= _copied(component, low_rank_updates(module, name, f"adapter {path}"))
         expected = sum(bool(_LORA_DOWN.search(key)) for key in state)
         if len(factors) != expected:
             raise MimaError(
@@ -269,7 +211,7 @@ class AdapterReader:
         module = getattr(scratch, self.denoiser)
         inject_adapter_in_model(config, module, name)
         report: Any = set_peft_model_state_dict(module, weights, adapter_name=name)
-        factors = _factors(module, name, path)
+        factors = low_rank_updates(module, name, f"adapter {path}")
         expected = sum(bool(_LORA_DOWN.search(key)) for key in weights)
         if report.unexpected_keys or len(factors) != expected:
             raise MimaError(
@@ -277,7 +219,7 @@ class AdapterReader:
                 f"configuration and it holds {expected}"
                 + "".join(f"; {key} is unknown" for key in report.unexpected_keys[:1])
             )
-        return {f"{self.denoiser}.{key}": value for key, value in factors.items()}
+        return _copied(self.denoiser, factors)
 
     def _custom_diffusion(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         values = {}
@@ -325,7 +267,7 @@ class AdapterReader:
 
     def _check(self, path: Path, found: Mapping[str, Any]) -> None:
         """Refuse what the pipeline has no place for."""
-        for name, value in {**found.get("values", {}), **found.get("factors", {})}.items():
+        for name, value in found.get("values", {}).items():
             component, _, parameter = name.partition(".")
             try:
                 own = getattr(self.pipeline, component).get_parameter(parameter)
@@ -364,6 +306,10 @@ class AdapterReader:
                 )
 
 
+def _copied(component: str, updates: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    return {f"{component}.{name}": update.copied() for name, update in updates.items()}
+
+
 def _reading_modules(pipeline: Any, denoiser: str) -> dict[str, torch.nn.Module]:
     """The denoiser and the text encoders: what adapters change."""
     names = [denoiser, *(name for name in pipeline.components if name.startswith("text_encoder"))]
@@ -378,36 +324,6 @@ def _refuse_others(path: Path, state: Mapping[str, Any]) -> None:
             f"adapter {path} holds {others[0]} beside the low-rank matrices ({len(others)} such "
             "names); this is not supported"
         )
-
-
-def _factors(module: torch.nn.Module, adapter: str, path: Path) -> dict[str, LowRank]:
-    """One adapter's low-rank updates of a module that peft has loaded it into."""
-    factors = {}
-    for name, found in module.named_modules():
-        if not isinstance(found, LoraLayer):
-            continue
-        layer: Any = found
-        if adapter in layer.lora_embedding_A:
-            raise MimaError(f"adapter {path}: LoRA of embeddings ({name}) is not supported")
-        if adapter not in layer.lora_A:
-            continue
-        A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        problem = None
-        if layer.use_dora.get(adapter):
-            problem = "DoRA, whose update is not a low-rank matrix"
-        elif layer.lora_B[adapter].bias is not None:
-            problem = "a bias beside the low-rank matrices"
-        elif getattr(layer, "fan_in_fan_out", False) or math.prod(B.shape[2:]) != 1:
-            problem = f"a {type(layer.get_base_layer()).__name__} of this kind"
-        if problem:
-            raise MimaError(f"adapter {path}: {name} has {problem}; this is not supported")
-        factors[f"{name}.weight"] = LowRank(
-            A.detach().flatten(1),
-            B.detach().flatten(1),
-            float(layer.scaling[adapter]),
-            layer.get_base_layer().weight.shape,
-        )
-    return factors
 
 
 def _words(path: Path, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -21,7 +21,8 @@ from typing import Any, get_args
 import torch
 
 from mima import ops
-from mima.adapters.files import Adapter, AdapterReader
+from mima.adapters.adapter import Adapter
+from mima.adapters.files import AdapterReader
 from mima.choices import MergeMethod
 from mima.errors import MimaError, nearest
 from mima.families import Family, family_of, load_pipeline, origin_of, source_of
@@ -220,6 +221,23 @@ def merge_adapters(
         drift_bound=report.get("drift_bound", blank),
         condition=report.get("condition"),
     )
+
+
+@torch.no_grad()
+def apply(pipeline: Any, adapters: Sequence[Adapter], weights: Sequence[float] = ()) -> Any:
+    """A pipeline with adapters in its weights: ``W0 + Σ_n w_n (W_n − W0)``, and with their words.
+
+    Args:
+        pipeline: the model under the adapters, which stays as it is.
+        adapters: N adapters.
+        weights: N numbers; default 1/N each.
+
+    Raises:
+        MimaError: two adapters bring the same word with different meanings.
+    """
+    words = _all_words(adapters)
+    merge = _Merge(pipeline, adapters, weights or [1 / len(adapters)] * len(adapters), words)
+    return with_words(with_values(pipeline, merge.weighted(merge.names)), words)
 
 
 class _Merge:

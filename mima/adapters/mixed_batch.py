@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 
+from mima.adapters.adapter import Adapter, LowRank, lora_layers
 from mima.errors import MimaError
 from mima.families import family_of
 from mima.families.pipelines import component_name, shared_copy, with_modules
-from mima.ops import merge_lora
 from mima.ops._checks import known_in_range
 from mima.ops.batched_lora import batched_lora
-
-ADAPTER = "default"
-"""What peft calls the adapter that is being trained: its own default."""
-
-
-@dataclass(frozen=True)
-class Factors:
-    """One layer's update: scale · B A, with A [r, d] and B [o, r]."""
-
-    A: torch.Tensor
-    B: torch.Tensor
-    scale: float
 
 
 class Rows:
@@ -84,7 +70,7 @@ class MixedLinear(torch.nn.Module):
     """
 
     def __init__(
-        self, base: torch.nn.Linear, factors: Sequence[Factors | None], rows: Rows
+        self, base: torch.nn.Linear, factors: Sequence[LowRank | None], rows: Rows
     ) -> None:
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
@@ -117,128 +103,40 @@ class MixedLinear(torch.nn.Module):
         return y.reshape(*x.shape[:-1], -1)
 
 
-def lora_layers(denoiser: torch.nn.Module) -> dict[str, Any]:
-    """The LoRA layers of peft in a denoiser, by name."""
-    return {name: m for name, m in denoiser.named_modules() if isinstance(m, LoraLayer)}
-
-
-def not_linear(layers: Mapping[str, Any]) -> dict[str, str]:
-    """Those that adapt other layers than linear ones, which cannot be mixed, with their kind."""
-    bases = {name: layer.get_base_layer() for name, layer in layers.items()}
-    return {
-        name: type(base).__name__
-        for name, base in bases.items()
-        if not isinstance(base, torch.nn.Linear)
-    }
-
-
-def factors_of(layers: Mapping[str, Any]) -> dict[str, Factors]:
-    """The trainable factors of LoRA layers themselves, not copies."""
-    return {
-        name: Factors(
-            layer.lora_A[ADAPTER].weight,
-            layer.lora_B[ADAPTER].weight,
-            float(layer.scaling[ADAPTER]),
-        )
-        for name, layer in layers.items()
-    }
-
-
-def with_mixed_layers(
-    denoiser: torch.nn.Module, adapters: Sequence[Mapping[str, Factors]], rows: Rows
-) -> torch.nn.Module:
-    """A denoiser that shares another's weights and takes each row through its own adapter.
-
-    Args:
-        denoiser: with linear layers, or LoRA layers on them, wherever `adapters` say.
-        adapters: N updates by layer; they may differ in rank and in the layers that they change.
-        rows: where to say before each call which picture has which adapter.
-    """
-    mixed = shared_copy(denoiser)
-    for name in dict.fromkeys(name for adapter in adapters for name in adapter):
-        base = mixed.get_submodule(name)
-        if isinstance(base, LoraLayer):
-            base = base.get_base_layer()
-        assert isinstance(base, torch.nn.Linear)
-        parent, _, child = name.rpartition(".")
-        layer = MixedLinear(base, [adapter.get(name) for adapter in adapters], rows)
-        setattr(mixed.get_submodule(parent), child, layer)
-    return mixed
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA as it was at one moment, apart from the model that it was trained in.
-
-    Attributes:
-        layers: by name of the denoiser's linear layer.
-    """
-
-    layers: Mapping[str, Factors]
-
-    @classmethod
-    def of(cls, pipeline: Any) -> Adapter:
-        """Copy the adapter that `mima.adaptation.LoRA` is training in a pipeline.
-
-        Raises:
-            MimaError: it adapts other layers than linear ones, or there is none.
-        """
-        layers = lora_layers(family_of(pipeline).denoiser)
-        for name, kind in not_linear(layers).items():
-            raise MimaError(f"lora: {name} is a {kind}; only linear layers share a batch")
-        if not layers:
-            raise MimaError("lora: the pipeline holds no adapter")
-        live = factors_of(layers)
-        return cls(
-            {
-                name: Factors(f.A.detach().clone(), f.B.detach().clone(), f.scale)
-                for name, f in live.items()
-            }
-        )
-
-
 def can_share_batches(pipeline: Any) -> bool:
     """Whether a pipeline holds a LoRA, and on linear layers only."""
-    layers = lora_layers(family_of(pipeline).denoiser)
-    return bool(layers) and not not_linear(layers)
+    layers = lora_layers(family_of(pipeline).denoiser).values()
+    linear = [isinstance(layer.get_base_layer(), torch.nn.Linear) for layer in layers]
+    return bool(linear) and all(linear)
 
 
 def with_adapters(pipeline: Any, adapters: Sequence[Adapter]) -> tuple[Any, Rows]:
     """A pipeline that shares the weights of another and draws each picture with its own adapter.
 
     Args:
-        pipeline: the model under the adapters, itself without any.
-        adapters: may differ in rank and in the layers that they change.
+        pipeline: the model under the adapters. Of a LoRA that its denoiser holds, the layers that
+            `adapters` name are taken off.
+        adapters: LoRA of the denoiser, which may differ in rank and in the layers that they
+            change. Their factors are used as they are whenever a batch comes.
 
     Returns:
         The pipeline, and where to say before each call which picture has which adapter.
+
+    Raises:
+        MimaError: an adapter changes another layer than a linear one.
     """
     denoiser = family_of(pipeline).denoiser
-    rows = Rows()
-    mixed = with_mixed_layers(denoiser, [adapter.layers for adapter in adapters], rows)
-    return with_modules(pipeline, **{component_name(pipeline, denoiser): mixed}), rows
-
-
-@torch.no_grad()
-def merged(pipeline: Any, adapters: Sequence[Adapter]) -> Any:
-    """The pipeline with the adapters' mean update merged into its weights.
-
-    W + Σ_n s_n B_n A_n / N by `mima.ops.merge_lora`; all adapters change the same layers.
-    """
-    denoiser = family_of(pipeline).denoiser
-    copy = deepcopy(denoiser)
-    weights = [1 / len(adapters)] * len(adapters)
-    for name in adapters[0].layers:
-        layer = copy.get_submodule(name)
-        assert isinstance(layer, torch.nn.Linear)
-        factors = [adapter.layers[name] for adapter in adapters]
-        layer.weight.copy_(
-            merge_lora(
-                layer.weight,
-                [f.A.to(layer.weight) for f in factors],
-                [f.B.to(layer.weight) for f in factors],
-                [f.scale for f in factors],
-                weights,
-            )
-        )
-    return with_modules(pipeline, **{component_name(pipeline, denoiser): copy})
+    part = component_name(pipeline, denoiser)
+    mixed, rows = shared_copy(denoiser), Rows()
+    for weight in dict.fromkeys(name for adapter in adapters for name in adapter.factors):
+        name = weight.removeprefix(f"{part}.").removesuffix(".weight")
+        base: Any = mixed.get_submodule(name)
+        if isinstance(base, LoraLayer):
+            base = base.get_base_layer()
+        if not isinstance(base, torch.nn.Linear):
+            kind = type(base).__name__
+            raise MimaError(f"lora: {name} is a {kind}; only linear layers share a batch")
+        parent, _, child = name.rpartition(".")
+        layer = MixedLinear(base, [adapter.factors.get(weight) for adapter in adapters], rows)
+        setattr(mixed.get_submodule(parent), child, layer)
+    return with_modules(pipeline, **{part: mixed}), rows

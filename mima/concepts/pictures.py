@@ -404,13 +404,16 @@ def _add_row(
         rows.append((place, name.strip(), caption.strip()))
 
 
-def by_prompt(pictures: Sequence[Picture], limit: int | None) -> dict[str, list[Picture]]:
+def by_prompt(pictures: Sequence[Picture], limit: int | None = None) -> dict[str, list[Picture]]:
     """Pictures by prompt in order of appearance, thinned evenly to `limit` prompts."""
     groups: dict[str, list[Picture]] = {}
     for picture in pictures:
         groups.setdefault(picture.prompt, []).append(picture)
-    if limit is None or limit >= len(groups):
-        return groups
-    prompts = list(groups)
-    chosen = [prompts[index * len(prompts) // limit] for index in range(limit)]
-    return {prompt: groups[prompt] for prompt in chosen}
+    kept = list(groups) if limit is None else spread(list(groups), limit)
+    return {prompt: groups[prompt] for prompt in kept}
+
+
+def spread(items: Sequence[str], count: int) -> list[str]:
+    """At most `count` items, evenly spread."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]

@@ -16,6 +16,7 @@ import torch
 from mima._version import installed_versions
 from mima.choices import Method, PictureProtocol
 from mima.concepts import Concept
+from mima.concepts.pictures import spread
 from mima.concepts.reading import load_concepts
 from mima.distributed import device_of
 from mima.errors import MimaError
@@ -42,7 +43,7 @@ from mima.sampling import Sampler
 from mima.storage.lock import locked
 from mima.storage.output import slug
 from mima.storage.record import read_record
-from mima.training.captions import ordinary_captions, spread
+from mima.training.captions import ordinary_captions
 
 logger = logging.getLogger(__name__)
 

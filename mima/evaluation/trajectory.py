@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from mima.adaptation.base import Adaptation, Diverged
-from mima.adapters.mixed_batch import Adapter, can_share_batches
+from mima.adapters.adapter import Adapter
+from mima.adapters.mixed_batch import can_share_batches
 from mima.concepts import Concept
 from mima.concepts.pictures import Picture, by_prompt
 from mima.errors import MimaError
@@ -134,7 +135,7 @@ def trajectory(
                     "be drawn by another model"
                 )
             if shared:
-                adapters.append(Adapter.of(run.pipeline))
+                adapters.append(Adapter.of(run.pipeline).copied())
                 continue
             images.append([])
             for index, image in enumerate(sampler.draw(run.pipeline, jobs)):

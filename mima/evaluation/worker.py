@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from mima.adaptation import Adaptation, DreamBooth, LoRA, Run
-from mima.adapters.mixed_batch import Adapter, merged
+from mima.adapters.adapter import Adapter
+from mima.adapters.merge import apply
 from mima.choices import PictureProtocol
 from mima.concepts import Concept
 from mima.concepts.pictures import Picture, by_prompt
@@ -571,7 +572,7 @@ class Worker:
         for subject in subjects:
             run = lora.adapt(pipeline, subject, on_step=lambda _: self.advance(1))
             adapters.append(Adapter.of(run.pipeline))
-        return merged(pipeline, adapters)
+        return apply(pipeline, adapters)
 
 
 def _object_in(concept: Concept, picture: Picture) -> str:

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import torch
@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
+from mima.assets import assets
 from mima.errors import MimaError
 from mima.families.base import Family, cast
 from mima.families.flux import Flux
@@ -34,11 +35,7 @@ from mima.families.pixart import PixArt
 from mima.families.sd3 import StableDiffusion3
 from mima.families.sdxl import StableDiffusionXL
 from mima.families.stable_diffusion import StableDiffusion
-
-if TYPE_CHECKING:
-    import torch
-    from diffusers import StableDiffusionPipeline
-from mima.assets import assets
+from mima.storage.names import MODEL_INDEX
 
 FAMILIES: tuple[type[Family], ...] = (
     *(StableDiffusion, StableDiffusionXL, PixArt, StableDiffusion3, Flux),
@@ -63,7 +60,6 @@ OLD_NAMES = {
 }
 
 VARIANT = re.compile(r"^[^.]+\.([^.]+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)$")
-INDEX = "model_index.json"
 
 # single checkpoint files by a prefix of their keys: how to open them, or why not
 SINGLE_FILES: tuple[tuple[str, Any], ...] = (
@@ -227,11 +223,11 @@ def _open(source: ModelSource, dtype: torch.dtype) -> Any:
 def _open_hub(model: str, dtype: torch.dtype, revision: str | None, variant: str | None) -> Any:
     try:
         # before huggingface_hub tries six times
-        known = isinstance(try_to_load_from_cache(model, INDEX, revision=revision), str)
+        known = isinstance(try_to_load_from_cache(model, MODEL_INDEX, revision=revision), str)
         problem = None if known else unreachable()
         if problem:
             raise MimaError(f"model: {_absent_offline(model, revision)}: {problem}")
-        file = hf_hub_download(model, INDEX, revision=revision)
+        file = hf_hub_download(model, MODEL_INDEX, revision=revision)
     except MimaError:
         raise
     except HUB_ERRORS as error:
@@ -268,7 +264,7 @@ def _explain(model: str, revision: str | None, error: Exception) -> str:
         case RevisionNotFoundError():
             return f"{model} has no revision {revision or 'main'!r}"
         case EntryNotFoundError():
-            return f"{model} has no model_index.json: not a diffusers pipeline"
+            return f"{model} has no {MODEL_INDEX}: not a diffusers pipeline"
         case RepositoryNotFoundError():
             return f"neither a folder nor a public model of the hub is called {model!r}"
         case _:
@@ -276,11 +272,11 @@ def _explain(model: str, revision: str | None, error: Exception) -> str:
 
 
 def _open_folder(path: Path, dtype: torch.dtype, variant: str | None) -> Any:
-    if not (path / INDEX).is_file():
-        raise MimaError(f"model: {path} has no model_index.json: not a diffusers folder")
-    index = _read_json(path / INDEX)
+    if not (path / MODEL_INDEX).is_file():
+        raise MimaError(f"model: {path} has no {MODEL_INDEX}: not a diffusers folder")
+    index = _read_json(path / MODEL_INDEX)
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
-        raise MimaError(f"model: {path / 'model_index.json'} names no diffusers pipeline")
+        raise MimaError(f"model: {path / MODEL_INDEX} names no diffusers pipeline")
     _family_class(index["_class_name"], str(path))
     for name, kind in index.items():
         if isinstance(kind, list) and all(isinstance(part, str) for part in kind):
@@ -456,7 +452,7 @@ def load_embedded(
         MimaError: this installation came without its assets.
     """
     folder = assets() / "model"
-    if not (folder / "model_index.json").is_file():
+    if not (folder / MODEL_INDEX).is_file():
         raise MimaError(f"the embedded model is missing from this installation ({folder})")
     loaded = load_pipeline(str(folder), dtype=dtype or torch.float32, device=device)
     # as diffusers gives it: ready to be trained, though in evaluation mode

@@ -17,69 +17,54 @@ from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import Conditioning, Family
 from mima.families.pipelines import with_modules
-
-EMBEDDING_FILE = "learned_embeds.safetensors"
+from mima.storage.names import WORD_FILE
 
 
 @dataclass(frozen=True, kw_only=True)
-class NewToken:
-    """A word added to copies of a tokenizer and a text encoder, with one trainable embedding.
+class Word:
+    """A new word that a pipeline's tokenizer knows, and the embedding that stands for it.
 
     Attributes:
-        token: the word.
+        text: the word.
         index: its token id.
-        tokenizer: knows the word.
-        text_encoder: holds the embedding; call `commit` after `row` has changed.
-        row: the embedding [D] in float32, the only thing that is trained.
+        embedding: [D]; a parameter where it is trained in place.
     """
 
-    token: str
+    text: str
     index: int
-    tokenizer: Any
-    text_encoder: Any
-    row: torch.nn.Parameter
+    embedding: torch.Tensor
 
-    def encode_prompts(self, family: Family, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts with a graph back to `row`.
+    def encode(
+        self, family: Family, prompts: Sequence[str], embedding: torch.Tensor | None = None
+    ) -> Conditioning:
+        """Encode prompts with a graph to the word's embedding.
 
         Args:
-            family: a pipeline with this tokenizer and text encoder.
+            family: a pipeline with one text encoder, whose tokenizer knows the word.
             prompts: B texts.
+            embedding: [D] in place of the word's own.
         """
-        return encode_with(family, self.index, self.row, prompts)
+        row = self.embedding if embedding is None else embedding
+
+        def use_row(_: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> Any:
+            here = (inputs[0] == self.index).unsqueeze(-1)
+            return torch.where(here, row.to(output.dtype), output)
+
+        embeddings = family.pipeline.text_encoder.get_input_embeddings()
+        hook = embeddings.register_forward_hook(use_row)
+        try:
+            return family.encode_prompts(prompts, differentiable=True)
+        finally:
+            hook.remove()
 
     @torch.no_grad()
-    def commit(self) -> None:
-        """Write `row` into the text encoder."""
-        self.text_encoder.get_input_embeddings().weight[self.index] = self.row
+    def commit(self, text_encoder: Any) -> None:
+        """Write the embedding into a text encoder."""
+        text_encoder.get_input_embeddings().weight[self.index] = self.embedding
 
     def save(self, folder: Path) -> None:
         """Write the embedding for diffusers' `load_textual_inversion`."""
-        save_file({self.token: self.row.detach().cpu().contiguous()}, folder / EMBEDDING_FILE)
-
-
-def encode_with(
-    family: Family, index: int, row: torch.Tensor, prompts: Sequence[str]
-) -> Conditioning:
-    """Encode prompts with an embedding in place of the text encoder's own, with a graph to it.
-
-    Args:
-        family: a pipeline with one text encoder.
-        index: the token id that the embedding stands for.
-        row: [D].
-        prompts: B texts.
-    """
-
-    def use_row(_: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> Any:
-        here = (inputs[0] == index).unsqueeze(-1)
-        return torch.where(here, row.to(output.dtype), output)
-
-    embeddings = family.pipeline.text_encoder.get_input_embeddings()
-    hook = embeddings.register_forward_hook(use_row)
-    try:
-        return family.encode_prompts(prompts, differentiable=True)
-    finally:
-        hook.remove()
+        save_file({self.text: self.embedding.detach().cpu().contiguous()}, folder / WORD_FILE)
 
 
 def with_words(pipeline: Any, words: Mapping[str, torch.Tensor]) -> Any:
@@ -108,11 +93,15 @@ def with_words(pipeline: Any, words: Mapping[str, torch.Tensor]) -> Any:
     return adapted
 
 
-def add_token(pipeline: Any, concept: Concept) -> NewToken:
+def add_word(pipeline: Any, concept: Concept) -> tuple[Any, Word]:
     """Add a concept's new word to copies of a pipeline's tokenizer and text encoder.
 
     Its embedding starts from that of `concept.initializer`, or, without one, from the mean of all
     embeddings.
+
+    Returns:
+        The pipeline with the copies, nothing of whose text encoder is trained, and the word, whose
+        embedding is a parameter in float32; `commit` it after it has changed.
 
     Raises:
         MimaError: as for `check_token`.
@@ -124,16 +113,13 @@ def add_token(pipeline: Any, concept: Concept) -> NewToken:
     index = tokenizer.convert_tokens_to_ids(token)
     old_VD = text_encoder.get_input_embeddings().weight.detach()
     start_D = (old_VD.float().mean(dim=0) if initial is None else old_VD[initial].float()).clone()
-    row = torch.nn.Parameter(start_D)
     if index >= len(old_VD):
-        # without mean_resizing, which draws from the global random state, as the row is set below
+        # without mean_resizing, which draws from the global random state: commit sets the row
         text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     text_encoder.requires_grad_(False)
-    new = NewToken(
-        token=token, index=index, tokenizer=tokenizer, text_encoder=text_encoder, row=row
-    )
-    new.commit()
-    return new
+    word = Word(text=token, index=index, embedding=torch.nn.Parameter(start_D))
+    word.commit(text_encoder)
+    return with_modules(pipeline, tokenizer=tokenizer, text_encoder=text_encoder), word
 
 
 def check_token(pipeline: Any, concept: Concept) -> tuple[str, int | None]:

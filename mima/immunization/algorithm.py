@@ -34,7 +34,7 @@ from mima.immunization.levels import Problem, merge_layer
 from mima.immunization.outer_loop import Ascent
 from mima.immunization.progress import Callback, StepReport
 from mima.immunization.result import ImmunizeResult
-from mima.immunization.trained_words import Word
+from mima.immunization.trained_words import TrainedWord
 from mima.storage.checkpoint import CheckpointFolder
 from mima.storage.lock import locked
 from mima.storage.output import check_folder, fresh_folder
@@ -141,7 +141,7 @@ def immunize(
             pipeline = erase(pipeline, concepts, preserve=captions)
             family = family_of(pipeline, resolution=config.resolution)
         merge = merge_layer(family, concepts, config)
-        words = [Word.of(family, c) for c in concepts] if config.lower.train_token else []
+        words = [TrainedWord.of(family, c) for c in concepts] if config.lower.train_token else []
         problem = Problem(family, data, config, merge, ranks, words)
         if config.method == "none":
             history = []

@@ -36,7 +36,7 @@ from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import ConceptData
 from mima.immunization.objectives import PENALTIES, READS_START, Seen
 from mima.immunization.progress import LossName
-from mima.immunization.trained_words import Word
+from mima.immunization.trained_words import TrainedWord
 from mima.merging import MergeLayer, MergePlan
 from mima.training.batches import Batch, predictions, seeded
 from mima.training.captions import regular_tokens
@@ -71,7 +71,7 @@ class Problem:
         config: ImmunizeConfig,
         merge: MergeLayer | None,
         ranks: Ranks = ALONE,
-        words: Sequence[Word] = (),
+        words: Sequence[TrainedWord] = (),
     ) -> None:
         self.family = family
         self.data = list(data)
@@ -166,7 +166,7 @@ class Problem:
         word = self.words[n]
         rule = self._optimizer(config.token_lr or lr)
         tokens = partial(word.tokens, self.family)
-        return NewWord(weights, word.name, word.embedding, tokens, rule)
+        return NewWord(weights, word.text, word.embedding, tokens, rule)
 
     def _rate(self, n: int, step: int) -> float:
         """The step size of concept n's attack at one outer step."""
@@ -201,8 +201,8 @@ class Problem:
         if not self.words:
             return batches, params
         word, (own, *others) = self.words[n], batches
-        conditioning = word.encode(self.family, own.prompt.tolist(), params[word.name])
-        rest = {name: value for name, value in params.items() if name != word.name}
+        conditioning = word.read(self.family, own.prompt.tolist(), params[word.text])
+        rest = {name: value for name, value in params.items() if name != word.text}
         return [replace(own, conditioning=conditioning), *others], rest
 
     def upper_level(self, concepts: Sequence[int], step: int, state: int | None = None) -> Level:

@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from mima._version import installed_versions
 from mima.families.hub import is_hub_id
-from mima.release.delta import DELTA_FILE, NEW_WORDS
+from mima.release.delta import NEW_WORDS
+from mima.storage.names import DELTA_FILE
 
 CARD_FILE = "README.md"
 

@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from mima.errors import MimaError
 from mima.families.new_words import with_words
 from mima.families.pipelines import with_values
+from mima.storage.names import DELTA_FILE
 from mima.storage.tensor_files import save_tensors
 
-DELTA_FILE = "model_delta.safetensors"
 _HEADER = "mima_delta"
 NEW_WORDS = "new_words"
 """What stands in a delta's file where others have the component's name, before a new word."""

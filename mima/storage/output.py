@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from mima.errors import MimaError
 from mima.storage.atomic import WRITING_ERRORS, is_of_the_disk, reason_of, recover, staged
 from mima.storage.lock import locked
+from mima.storage.names import DELTA_FILE, LORA_FILE, MODEL_INDEX, WORD_FILE
 from mima.storage.record import RECORD_FILE
 
 if TYPE_CHECKING:
@@ -22,13 +23,8 @@ if TYPE_CHECKING:
 LONGEST_NAME = 200
 # a folder with none of these is not ours to replace
 OUR_FILES = (
-    "model_index.json",
-    "results.json",
-    "evaluation.json",
-    "pytorch_lora_weights.safetensors",
-    "learned_embeds.safetensors",
-    "model_delta.safetensors",
-    RECORD_FILE,
+    *(MODEL_INDEX, LORA_FILE, WORD_FILE, DELTA_FILE, RECORD_FILE),
+    *("results.json", "evaluation.json"),
 )
 
 

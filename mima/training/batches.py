@@ -52,10 +52,9 @@ class Encoded:
         distinct = list(dict.fromkeys(prompts))
         chunks = [distinct[start : start + CHUNK] for start in range(0, len(distinct), CHUNK)]
         encoded = [family.encode_prompts(chunk) for chunk in chunks]
-        # a file forgets strides, and with other strides a network rounds otherwise
         return cls(
-            latents.cpu().contiguous(),
-            {n: torch.cat([part[n] for part in encoded]).cpu().contiguous() for n in encoded[0]},
+            latents.cpu(),
+            {name: torch.cat([part[name] for part in encoded]).cpu() for name in encoded[0]},
             torch.tensor([distinct.index(prompt) for prompt in prompts]),
         )
 
@@ -74,7 +73,9 @@ class Encoded:
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """As named tensors, for a file."""
         named = {f"prompts.{name}": value for name, value in self.prompts.items()}
-        return {"latents": self.latents, "prompt": self.prompt, **named}
+        tensors = {"latents": self.latents, "prompt": self.prompt, **named}
+        # safetensors does not store strides, and a convolution's rounding depends on its input's
+        return {name: value.contiguous() for name, value in tensors.items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Encoded:
@@ -145,20 +146,36 @@ class Batch:
         chosen = pictures.rows(order if among is None else among[order])
         timesteps = family.sample_timesteps(size, generator)
         noise = torch.randn(chosen.latents.shape, generator=generator, dtype=torch.float32)
+        return cls.of(family, chosen, timesteps, noise)
+
+    @classmethod
+    def of(
+        cls, family: Family, pictures: Encoded, timesteps: torch.Tensor, noise: torch.Tensor
+    ) -> Batch:
+        """All of ``pictures`` at given noise levels, on the model's device."""
         device = family.device
         return cls(
-            chosen.latents.to(device),
-            {name: value.to(device) for name, value in chosen.conditioning.items()},
+            pictures.latents.to(device),
+            {name: value.to(device) for name, value in pictures.conditioning.items()},
             timesteps.to(device),
-            noise.to(device, chosen.latents.dtype),
-            chosen.prompt,
+            noise.to(device, pictures.latents.dtype),
+            pictures.prompt,
         )
 
 
 def predictions(
     family: Family, batches: Sequence[Batch], params: Params | None = None
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Prediction and target [B, C, H, W] of each batch, all from one forward."""
+    """Prediction and target [B, C, H, W] of each batch, all from one forward.
+
+    Args:
+        family: the model.
+        batches: of any sizes.
+        params: denoiser parameters that replace its own, differentiable.
+
+    Returns:
+        A pair for each batch, in float32 at least.
+    """
     prediction, target = prediction_and_target(
         family,
         torch.cat([batch.latents for batch in batches]),
@@ -177,5 +194,5 @@ def predictions(
 def losses(
     family: Family, batches: Sequence[Batch], params: Params | None = None
 ) -> list[torch.Tensor]:
-    """The diffusion training loss of each batch, a scalar, all from one forward."""
+    """L(x, c; θ) of each batch, the mean squared error, a scalar; arguments of `predictions`."""
     return [F.mse_loss(*pair) for pair in predictions(family, batches, params)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,12 +10,6 @@ from mima.assets import assets
 from mima.errors import MimaError
 from mima.families import Family
 from mima.training.batches import CHUNK, seeded
-
-
-def spread(items: Sequence[str], count: int) -> list[str]:
-    """At most ``count`` items, evenly spread."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 def ordinary_captions(path: Path | None) -> list[str]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from mima.families.base import Conditioning, Family, Params
@@ -41,15 +40,15 @@ def pixels(pictures: Sequence[Picture], resolution: int) -> torch.Tensor:
     return torch.stack(squares).permute(0, 3, 1, 2).contiguous() / 127.5 - 1
 
 
-def diffusion_loss(
+def prediction_and_target(
     family: Family,
     latents: torch.Tensor,
     conditioning: Conditioning,
     timesteps: torch.Tensor,
     noise: torch.Tensor,
     params: Params | None = None,
-) -> torch.Tensor:
-    """L(x, c; θ): mean squared error of the denoiser at given noise levels.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two sides of the training loss at given noise levels.
 
     Args:
         family: the model.
@@ -60,22 +59,8 @@ def diffusion_loss(
         params: denoiser parameters that replace its own, differentiable.
 
     Returns:
-        Scalar, in float32 whatever the model's dtype.
+        What the denoiser predicts and what it should, each [B, C, H, W], in float32 at least.
     """
-    return F.mse_loss(
-        *prediction_and_target(family, latents, conditioning, timesteps, noise, params)
-    )
-
-
-def prediction_and_target(
-    family: Family,
-    latents: torch.Tensor,
-    conditioning: Conditioning,
-    timesteps: torch.Tensor,
-    noise: torch.Tensor,
-    params: Params | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ``diffusion_loss`` compares, each [B, C, H, W] in float32 at least; same arguments."""
     noisy = family.add_noise(latents, noise, timesteps)
     prediction = family.predict(noisy, timesteps, conditioning, params)
     target = family.target(latents, noise, timesteps)

@@ -17,7 +17,7 @@ from mima.errors import MimaError
 from mima.families import family_of
 from mima.families.pipelines import component_name, shared_copy, with_modules
 from mima.families.stable_diffusion import StableDiffusion
-from mima.training.loss import diffusion_loss
+from mima.training.batches import losses as batch_losses
 
 FAST = LoRA(learning_rate=1e-2, batch_size=4)
 
@@ -125,7 +125,7 @@ def test_missing_class_images_are_drawn_once_and_kept(pipeline, tmp_path, monkey
     assert drawn == [[concept.class_prompt] * 2]
     second = settings.start(pipeline, concept)
     assert len(drawn) == 1
-    assert torch.equal(first._class_images._latents, second._class_images._latents)
+    assert torch.equal(first._class_images.pictures.latents, second._class_images.pictures.latents)
     for run in (first, second):
         run.advance(2)
     assert first.losses == second.losses
@@ -212,7 +212,7 @@ def test_gradients_accumulate_over_batches(pipeline):
     parts = settings.start(pipeline, one)
     # the same two draws, their losses differentiated together
     first, second = (parts._draw(parts._images) for _ in range(2))
-    losses = [diffusion_loss(parts._family, *batch) for batch in (first, second)]
+    losses = [batch_losses(parts._family, [batch])[0] for batch in (first, second)]
     expected = torch.autograd.grad((losses[0] + losses[1]) / 2, parts._injection.parameters)
     seen = []
     step = run._optimizers[0].step
@@ -259,7 +259,7 @@ def test_fp16_vae_encodes_and_the_given_one_stays(pipeline):
         dataclasses.replace(FAST, fp16_vae=half).start(pipeline, tiny.concept())
         for half in (False, True)
     ]
-    full, half = (run._images._latents for run in runs)
+    full, half = (run._images.pictures.latents for run in runs)
     assert half.dtype == torch.float32
     assert 0 < (half - full).norm() < 1e-2 * full.norm()
     assert {value.dtype for value in pipeline.vae.parameters()} == {torch.float32}

@@ -11,7 +11,8 @@ from PIL import Image
 from support import tiny
 
 from mima.adaptation import LoRA, TextualInversion
-from mima.adapters.mixed_batch import Adapter, merged
+from mima.adapters.adapter import Adapter
+from mima.adapters.merge import apply
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.evaluation import Sampler, cmmd, evaluate, load_encoder
@@ -70,7 +71,7 @@ def test_one_batch_of_many_adapters_draws_what_each_adapter_draws(pipeline):
     run_ = LoRA(learning_rate=1e-2, rank=3, alpha=6.0).start(pipeline, tiny.concept())
     adapters, expected = [], []
     for _ in run_.until(2, 6):
-        adapters.append(Adapter.of(run_.pipeline))
+        adapters.append(Adapter.of(run_.pipeline).copied())
         expected.append(SAMPLER(run_.pipeline, ["a cat"], (0, 1))[0])
     expected.append(SAMPLER(pipeline, ["a cat"], (0, 1))[0])
     jobs = [Job("a cat", seed, adapter) for seed in (0, 1) for adapter in (1, -1, 0)]
@@ -91,12 +92,11 @@ def test_merged_adds_the_mean_update(pipeline):
         run_.advance(2)
         adapters.append(Adapter.of(run_.pipeline))
     before = pipeline.unet.state_dict()
-    after = merged(pipeline, adapters).unet.state_dict()
-    changed = {f"{name}.weight" for name in adapters[0].layers}
+    after = apply(pipeline, adapters).unet.state_dict()
     for name, value in before.items():
         expected = value
-        if name in changed:
-            factors = [a.layers[name.removesuffix(".weight")] for a in adapters]
+        if adapters[0].changes(f"unet.{name}"):
+            factors = [adapter.factors[f"unet.{name}"] for adapter in adapters]
             expected = value + sum(f.scale * f.B @ f.A for f in factors) / 2
         torch.testing.assert_close(after[name], expected)
 

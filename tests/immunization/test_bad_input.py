@@ -119,7 +119,7 @@ def test_adapt_at_a_resolution_that_does_not_fit(pipeline, method):
 
 def test_a_resolution_that_fits_is_used(pipeline):
     run = LoRA(resolution=48, steps=1).start(pipeline, learned())
-    assert run._images._latents.shape[-2:] == (12, 12)
+    assert run._images.pictures.latents.shape[-2:] == (12, 12)
     run.advance(1)
     assert family_of(pipeline).resolution == 32
     assert family_of(pipeline, resolution=48).resolution == 48

@@ -23,7 +23,8 @@ from mima.choices import MergeRule, Method
 from mima.errors import MimaError
 from mima.immunization.algorithm import immunize
 from mima.immunization.config import ImmunizeConfig
-from mima.release.delta import DELTA_FILE, Delta, load_delta, read_delta
+from mima.release.delta import Delta, load_delta, read_delta
+from mima.storage.names import DELTA_FILE
 
 WORD = "<new1>"
 

@@ -21,8 +21,8 @@ from support.immunizing import assert_same
 
 import mima
 from mima.errors import MimaError
-from mima.release.delta import DELTA_FILE
 from mima.release.repository import Repository
+from mima.storage.names import DELTA_FILE
 
 
 @pytest.fixture

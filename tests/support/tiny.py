@@ -38,7 +38,7 @@ from transformers import (
 from mima.concepts import Concept
 from mima.concepts.pictures import Picture
 from mima.families import family_of
-from mima.training.loss import diffusion_loss, pixels
+from mima.training.loss import pixels, prediction_and_target
 
 WORDS = (
     *("a", "an", "in", "of", "on", "the", "style", "photo", "picture", "emoji", "person"),
@@ -268,4 +268,5 @@ def training_loss(pipeline: StableDiffusionPipeline, concept: Concept) -> float:
     steps = family.sample_timesteps(len(latents), generator)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     with torch.no_grad():
-        return diffusion_loss(family, latents, text, steps, noise).item()
+        sides = prediction_and_target(family, latents, text, steps, noise)
+        return torch.nn.functional.mse_loss(*sides).item()
