@@ -6,9 +6,10 @@ parameters, and embeddings of new words.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftType, inject_adapter_in_model
 from peft.utils import load_peft_weights, set_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from mima.adapters.adapter import Adapter, LowRank, low_rank_updates
@@ -31,6 +32,7 @@ from mima.storage.names import (
     MODEL_INDEX,
     PEFT_CONFIG,
 )
+from mima.storage.plain_data import read_json, shortened
 from mima.storage.record import prompt_of
 
 # what diffusers and peft raise for files that are damaged or do not fit
@@ -39,6 +41,17 @@ READING_ERRORS = (
     # diffusers: no layer of the file is in the model
     *(KeyError, IndexError),
 )
+# what they moreover raise for settings and pickles of another shape than they expect
+FOREIGN_ERRORS = (
+    *(TypeError, AttributeError, AssertionError, ArithmeticError),
+    *(EOFError, MemoryError, struct.error),
+)
+MOST_RANK = 256
+"""A rank of which no matrix is in the file is believed up to this: peft makes matrices of it."""
+MOST_NAMES = 10_000
+"""Entries of one list of an adapter's configuration."""
+# names of layers as peft reads them: expressions, of which those that repeat anything are not run
+_PLAIN = re.compile(r"\^?[\w.\\-]*\$?|all-linear")
 _LORA_DOWN = re.compile(r"(\.down|lora_A)(\.[^.]+)?\.weight$")
 _CUSTOM_DIFFUSION = re.compile(r"^(.*)\.processor\.(to_\w+)_custom_diffusion(\.\d+)?\.(\w+)$")
 
@@ -84,7 +97,7 @@ class AdapterReader:
         except MimaError:
             raise
         except READING_ERRORS as error:
-            message = (str(error).strip() or type(error).__name__).splitlines()[0]
+            message = shortened(error)
             if isinstance(error, KeyError):
                 message = f"it lacks {message}"
             elif isinstance(error, UnpicklingError):
@@ -130,12 +143,17 @@ class AdapterReader:
         if path.suffix == ".safetensors":
             state = load_file(path)
         elif path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with _foreign(path):
+                state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state) if isinstance(state, dict) else state
         else:
             raise MimaError(f"adapter {path}: expected a folder, .safetensors, .bin or .pt")
         if not isinstance(state, dict) or not state:
             raise MimaError(f"adapter {path} holds no tensors by name")
+        for key, value in state.items():
+            learned_word = key == "string_to_param" and isinstance(value, Mapping)
+            if not isinstance(key, str) or not (learned_word or _is_plain(value)):
+                raise MimaError(f"adapter {path}: {shortened(repr(key))} is no tensor by name")
         if path.suffix == ".safetensors" and is_delta(path):
             delta = read_delta(path)
             return {"values": delta.values, "words": delta.words}
@@ -182,10 +200,13 @@ class AdapterReader:
             )
         # older diffusers looks for no name itself when it must not ask the hub
         place = {"weight_name": path.name, "local_files_only": True}
-        state = scratch.lora_state_dict(str(path.parent), **place)
+        with _foreign(path):
+            state = scratch.lora_state_dict(str(path.parent), **place)
         state = state[0] if isinstance(state, tuple) else state
         _refuse_others(path, state)
-        scratch.load_lora_weights(str(path.parent), adapter_name=name, **place)
+        _check_metadata(path, state)
+        with _foreign(path):
+            scratch.load_lora_weights(str(path.parent), adapter_name=name, **place)
         factors: dict[str, LowRank] = {}
         for component, module in scratch.components.items():
             if isinstance(module, torch.nn.Module):
@@ -199,18 +220,26 @@ class AdapterReader:
         return factors
 
     def _peft(self, path: Path) -> dict[str, LowRank]:
-        config = PeftConfig.from_pretrained(str(path))
+        told = read_json((path / PEFT_CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(told, dict):
+            raise MimaError(f"adapter {path}: {PEFT_CONFIG} holds no settings")
+        with _foreign(path):
+            weights = {
+                key.removeprefix("base_model.model."): value
+                for key, value in load_peft_weights(str(path), device="cpu").items()
+            }
+        _check_config(path, told, weights)
+        with _foreign(path):
+            config = PeftConfig.from_pretrained(str(path))
         if config.peft_type != PeftType.LORA:
-            raise MimaError(f"adapter {path} is a {config.peft_type.value}, expected a LORA")
-        weights = {
-            key.removeprefix("base_model.model."): value
-            for key, value in load_peft_weights(str(path), device="cpu").items()
-        }
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise MimaError(f"adapter {path} is a {kind}, expected a LORA")
         _refuse_others(path, weights)
         scratch, name = self._scratch()
         module = getattr(scratch, self.denoiser)
-        inject_adapter_in_model(config, module, name)
-        report: Any = set_peft_model_state_dict(module, weights, adapter_name=name)
+        with _foreign(path):
+            inject_adapter_in_model(config, module, name)
+            report: Any = set_peft_model_state_dict(module, weights, adapter_name=name)
         factors = low_rank_updates(module, name, f"adapter {path}")
         expected = sum(bool(_LORA_DOWN.search(key)) for key in weights)
         if report.unexpected_keys or len(factors) != expected:
@@ -235,10 +264,12 @@ class AdapterReader:
 
     def _denoiser_folder(self, path: Path) -> dict[str, torch.Tensor]:
         kind: Any = type(self._denoiser())
-        given = json.loads((path / "config.json").read_text(encoding="utf-8")).get("_class_name")
+        settings = read_json((path / "config.json").read_text(encoding="utf-8"))
+        given = settings.get("_class_name") if isinstance(settings, dict) else None
         if given != kind.__name__:
             raise MimaError(f"adapter {path} is a {given}, the model has a {kind.__name__}")
-        module = kind.from_pretrained(str(path), local_files_only=True)
+        with _foreign(path):
+            module = kind.from_pretrained(str(path), local_files_only=True)
         return self._changed({self.denoiser: module})
 
     def _model(self, pipeline: Any) -> dict[str, torch.Tensor]:
@@ -304,6 +335,76 @@ class AdapterReader:
                     f"adapter {path}: the word {word!r} has {rows.shape[1]} numbers, the text "
                     f"encoder's embeddings have {width}"
                 )
+
+
+@contextmanager
+def _foreign(path: Path) -> Iterator[None]:
+    """Around what diffusers, peft and torch read: their own errors say that a file is unusable."""
+    try:
+        yield
+    except FOREIGN_ERRORS as error:
+        raise MimaError(f"adapter {path} cannot be read: {shortened(error)}") from error
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a file of weights may hold this: tensors, and what trainers note beside them."""
+    return value is None or isinstance(value, (torch.Tensor, str, int, float))
+
+
+def _check_metadata(path: Path, state: Mapping[str, Any]) -> None:
+    """Check the configuration in a LoRA file's header, of which diffusers makes matrices."""
+    if path.suffix != ".safetensors":
+        return
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("lora_adapter_metadata")
+    told = None if text is None else read_json(text)
+    if not isinstance(told, dict):
+        return
+    parts = {name.partition(".")[0] for name in told}
+    for part in parts:
+        settings = {
+            name.removeprefix(f"{part}."): value
+            for name, value in told.items()
+            if name.startswith(f"{part}.")
+        }
+        _check_config(path, settings, state)
+
+
+def _check_config(path: Path, told: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Refuse settings of a LoRA that would take hours to match or memory without end.
+
+    Raises:
+        MimaError: an expression that repeats something, too long a list, or a rank that is no
+            number from 1 on, or far above that of the file's own matrices.
+    """
+    names: list[object] = []
+    for setting in ("target_modules", "exclude_modules"):
+        value = told.get(setting)
+        given = value if isinstance(value, list) else [value]
+        if len(given) > MOST_NAMES:
+            raise MimaError(f"adapter {path}: {setting} has {len(given)} entries")
+        names += [one for one in given if one is not None]
+    ranks = [told["r"]] if "r" in told else []
+    for setting in ("rank_pattern", "alpha_pattern"):
+        pattern = told.get(setting) or {}
+        if not isinstance(pattern, dict) or len(pattern) > MOST_NAMES:
+            raise MimaError(f"adapter {path}: {setting} is no short mapping of names to numbers")
+        names += pattern
+        ranks += pattern.values() if setting == "rank_pattern" else ()
+    for name in names:
+        if not isinstance(name, str) or not _PLAIN.fullmatch(name):
+            raise MimaError(
+                f"adapter {path}: {shortened(repr(name), 80)} is an expression for layers, "
+                "which is not run; name the layers"
+            )
+    held = [len(value) for key, value in state.items() if _LORA_DOWN.search(key) and value.ndim]
+    most = max(held, default=0)
+    for rank in ranks:
+        if not isinstance(rank, int) or not 1 <= rank <= max(most, MOST_RANK):
+            raise MimaError(
+                f"adapter {path}: rank {shortened(repr(rank), 40)}, the largest of the file's "
+                f"matrices is {most}"
+            )
 
 
 def _copied(component: str, updates: Mapping[str, LowRank]) -> dict[str, LowRank]:

@@ -18,6 +18,7 @@ from mima.concepts.pictures import (
     Picture,
     PictureError,
     check_pictures,
+    expanded,
     metadata_file,
     picture_files,
     read_folder,
@@ -168,7 +169,7 @@ class Concept:
             MimaError: a missing or empty folder, captions that do not fit, unknown attributes.
             PictureError: pictures that cannot be read, all of them listed.
         """
-        folder = Path(folder).expanduser()
+        folder = expanded(folder)
         if not folder.is_dir():
             what = "is not a folder" if folder.exists() else "does not exist"
             raise MimaError(f"concept folder {folder} {what}")
@@ -235,7 +236,7 @@ def embedded_concepts() -> list[Concept]:
 
 def _pictures(source: PictureSource, prompt: str) -> tuple[Picture, ...]:
     if isinstance(source, (str, Path)):
-        path = Path(source).expanduser()
+        path = expanded(source)
         if path.is_dir():
             return read_folder(path, prompt)
         if not path.exists():
@@ -261,7 +262,7 @@ def _picture(source: OnePicture, prompt: str) -> Picture:
     if isinstance(source, str):
         source = Path(source)
     if isinstance(source, Path):
-        source = source.expanduser()
+        source = expanded(source)
     picture = Picture(source, prompt)
     if not prompt.strip():
         raise MimaError(
@@ -361,7 +362,7 @@ def _check_keys(where: str, given: Mapping[str, object], known: tuple[str, ...])
 
 def _locate(name: str, base: Path) -> Path:
     """A path relative to `base`, or to the working directory where only that has it."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_absolute() or (base / path).exists() or not path.exists():
         return base / path
     return path

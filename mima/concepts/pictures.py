@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import os
 import struct
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from mima.errors import MimaError, ProblemList
+from mima.storage.plain_data import read_json, shortened
 
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
@@ -48,6 +51,12 @@ _DECODE_ERRORS = (
     struct.error,
     Image.DecompressionBombError,
 )
+
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA")
+"""What Pillow may read: formats that need no other program, as PostScript does, and well tried."""
+MOST_PIXELS = 64 * 10**6
+"""Of one picture, 8000 × 8000; decoding takes up to eight bytes of memory for each."""
 
 
 class PictureError(ProblemList):
@@ -92,7 +101,12 @@ class Picture:
         try:
             if isinstance(self.image, Image.Image):
                 return to_rgb(self.image)
-            with Image.open(self.image) as image:
+            if self.image.exists() and not self.image.is_file():
+                raise OSError("is no ordinary file")
+            with Image.open(self.image, formats=FORMATS) as image:
+                # before anything is decoded: a file of kilobytes may hold gigabytes
+                if math.prod(image.size) > MOST_PIXELS:
+                    raise Image.DecompressionBombError(image.size)
                 return to_rgb(image)
         except _DECODE_ERRORS as error:
             raise PictureError(
@@ -106,6 +120,8 @@ def _reason(image: Path | Image.Image, error: Exception) -> str:
             return "no such file"
         if image.is_dir():
             return "is a folder"
+        if not image.is_file():
+            return "is no ordinary file"
         if isinstance(error, PermissionError):
             return "may not be read (permission denied)"
         if image.stat().st_size == 0:
@@ -113,7 +129,7 @@ def _reason(image: Path | Image.Image, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not a picture in a known format"
     if isinstance(error, Image.DecompressionBombError):
-        return "too large (over Image.MAX_IMAGE_PIXELS twice)"
+        return f"too large (over {MOST_PIXELS // 10**6} million pixels)"
     return f"damaged or unsupported ({error})"
 
 
@@ -150,14 +166,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_to_8_bit(image: Image.Image) -> Image.Image:
-    values = np.asarray(image, dtype=np.float64)
+    values = np.asarray(image)
     full_scale = 1.0 if image.mode == "F" else 65535.0
     if values.size and not (values.min() >= 0 and values.max() <= full_scale):
         raise ValueError(
             f"{image.mode}-mode values run from {values.min():g} to {values.max():g}, "
             f"expected 0 to {full_scale:g}: save the picture with 8 bits per channel"
         )
-    return Image.fromarray(np.rint(values * (255.0 / full_scale)).astype(np.uint8))
+    scaled = np.empty(values.shape, dtype=np.uint8)
+    # some rows at a time, for eight bytes of each pixel are many
+    for start in range(0, len(values), 256):
+        rows = values[start : start + 256].astype(np.float64)
+        scaled[start : start + 256] = np.rint(rows * (255.0 / full_scale))
+    return Image.fromarray(scaled)
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
@@ -177,6 +198,25 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         return image
     assert converted is not None  # None only for in-place conversions
     return converted
+
+
+def expanded(path: str | Path) -> Path:
+    """A path as people write it, `~` for somebody's home.
+
+    Raises:
+        MimaError: no file can be called so.
+    """
+    shown = shortened(repr(str(path)), 80)
+    try:
+        names = [os.fsencode(part) for part in Path(path).parts]
+        found = Path(path).expanduser()
+    except (UnicodeEncodeError, RuntimeError) as error:
+        raise MimaError(f"{shown} is no path: {error}") from error
+    if any(b"\0" in name for name in names):
+        raise MimaError(f"{shown} is no path: it holds a NUL")
+    if any(len(name) > 255 for name in names):
+        raise MimaError(f"{shown} is no path: a name in it is longer than 255 bytes")
+    return found
 
 
 def check_pictures(pictures: Iterable[Picture]) -> list[str]:
@@ -278,7 +318,11 @@ def read_captions(folder: Path, metadata: Path, *, complete: bool = True) -> tup
     pictures = []
     named = set()
     for place, name, caption in rows:
-        path = folder / name
+        try:
+            path = folder / expanded(name)
+        except MimaError as error:
+            problems.append(f"{place}: {error}")
+            continue
         if not path.is_file():
             problems.append(f"{place}: {name} is not in {folder}")
         named.add(path.resolve())
@@ -364,8 +408,8 @@ def _read_jsonl(path: Path) -> tuple[_Rows, list[str]]:
             continue
         place = f"line {number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            record = read_json(line)
+        except (json.JSONDecodeError, MimaError) as error:
             problems.append(f"{place}: not JSON ({error})")
             continue
         if not isinstance(record, dict):

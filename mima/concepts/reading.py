@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from mima.concepts.concept import (
 from mima.concepts.pictures import (
     Picture,
     PictureError,
+    _read_text,
     picture_files,
     read_captions,
     read_folder,
@@ -107,8 +108,10 @@ def _from_list_entry(
         raise MimaError(f"{where}: instance_data_dir is missing")
     folder = _locate(values["instance_data_dir"], base)
     prompt = values.get("instance_prompt", "")
-    if "prompt_filename" in values:
-        images = _captions_from(folder, values["prompt_filename"], base)
+    file_name = values.get("prompt_filename")
+    templates = _templates(_beside(folder, file_name, base)) if file_name is not None else ()
+    if file_name is not None and not templates:
+        images = _captions_from(folder, _beside(folder, file_name, base))
     elif prompt and folder.is_dir():
         # these scripts read one prompt for all pictures and know of no metadata
         images = tuple(Picture(path, prompt) for path in picture_files(folder))
@@ -125,8 +128,26 @@ def _from_list_entry(
         class_images=_class_images(values.get("class_data_dir"), class_prompt, base, where),
         kind="instance" if "token" in values else "object",
         token=values.get("token"),
-        validation_prompt=values.get("validation_prompt", ""),
+        validation_prompt=values.get("validation_prompt") or _filled(templates, values, prompt),
     )
+
+
+def _templates(path: Path) -> tuple[str, ...]:
+    """The lines of a list of prompts for evaluation, ``photo of a {}.``; none of other files."""
+    if path.suffix.lower() in (".csv", ".jsonl"):
+        return ()
+    lines = tuple(line.strip() for line in _read_text(path).splitlines() if line.strip())
+    return lines if lines and all("{}" in line for line in lines) else ()
+
+
+def _filled(templates: Sequence[str], values: Mapping[str, str], prompt: str) -> str:
+    """The first prompt for evaluation, about the concept; empty where there is none."""
+    if not templates:
+        return ""
+    words = prompt.split()
+    token = values.get("token")
+    named = " ".join(words[words.index(token) :]) if token in words else words[-1] if words else ""
+    return templates[0].replace("{}", named)
 
 
 def _class_images(
@@ -143,14 +164,18 @@ def _class_images(
     return ()
 
 
-def _captions_from(folder: Path, file_name: str, base: Path) -> tuple[Picture, ...]:
-    """Captions from a metadata file, or from a text file with one line for each picture."""
+def _beside(folder: Path, file_name: str, base: Path) -> Path:
     path = folder / file_name if (folder / file_name).is_file() else _locate(file_name, base)
     if not path.is_file():
         raise MimaError(f"prompt_filename {file_name} is neither in {folder} nor in {base}")
+    return path
+
+
+def _captions_from(folder: Path, path: Path) -> tuple[Picture, ...]:
+    """Captions from a metadata file, or from a text file with one line for each picture."""
     if path.suffix.lower() in (".csv", ".jsonl"):
         return read_captions(folder, path)
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    prompts = [line.strip() for line in _read_text(path).splitlines()]
     prompts = [prompt for prompt in prompts if prompt]
     files = [file for file in picture_files(folder) if file != path]
     if len(prompts) == 1:
@@ -217,6 +242,9 @@ def _makers_in_folder(folder: Path) -> list[_Maker]:
 def _makers_in(content: object, base: Path, group: str | None, where: str) -> list[_Maker]:
     if isinstance(content, Mapping) and set(content) == {"concepts"}:
         content = content["concepts"]
+    if isinstance(content, list) and content and all(isinstance(part, list) for part in content):
+        # CustomConcept101's compositions are lists without names; their folders name them
+        content = {_group_name(part): part for part in content}
     if isinstance(content, Mapping) and _is_grouped(content):
         return _makers_in_group(content, base, group, where)
     entries = content if isinstance(content, list) else [content]
@@ -227,6 +255,13 @@ def _makers_in(content: object, base: Path, group: str | None, where: str) -> li
         for number, entry in enumerate(entries, start=1)
         for make in _makers_of(entry, base, f"{where}, concept {number}", None)
     ]
+
+
+def _group_name(entries: Sequence[object]) -> str:
+    return "+".join(
+        Path(str(entry.get("instance_data_dir", ""))).name if isinstance(entry, Mapping) else ""
+        for entry in entries
+    )
 
 
 def _is_grouped(content: Mapping[str, object]) -> bool:

@@ -36,6 +36,7 @@ from mima.families.sd3 import StableDiffusion3
 from mima.families.sdxl import StableDiffusionXL
 from mima.families.stable_diffusion import StableDiffusion
 from mima.storage.names import MODEL_INDEX
+from mima.storage.plain_data import shortened
 
 FAMILIES: tuple[type[Family], ...] = (
     *(StableDiffusion, StableDiffusionXL, PixArt, StableDiffusion3, Flux),
@@ -46,6 +47,8 @@ LOADING_ERRORS = (
     *(OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError),
     # older diffusers: a class that model_index.json names and the library does not have
     *(AttributeError, SingleFileComponentError),
+    # configurations with values of other types or sizes than their classes expect
+    *(TypeError, IndexError, AssertionError, ArithmeticError, EOFError, MemoryError),
 )
 # what huggingface_hub and diffusers raise for what cannot be fetched
 HUB_ERRORS = (OSError, ValueError, HfHubHTTPError, EntryNotFoundError)
@@ -233,6 +236,8 @@ def _open_hub(model: str, dtype: torch.dtype, revision: str | None, variant: str
     except HUB_ERRORS as error:
         raise MimaError(f"model: {_explain(model, revision, error)}") from error
     index = _read_json(Path(file))
+    if not isinstance(index, dict):
+        raise MimaError(f"model: {model} names no diffusers pipeline")
     # before gigabytes are fetched
     _family_class(str(index.get("_class_name")), model)
     try:
@@ -258,7 +263,7 @@ def _absent_offline(model: str, revision: str | None) -> str:
 def _explain(model: str, revision: str | None, error: Exception) -> str:
     match error:
         case LocalEntryNotFoundError() | OfflineModeIsEnabled():
-            return f"{_absent_offline(model, revision)}: {_first_line(error)}"
+            return f"{_absent_offline(model, revision)}: {shortened(error)}"
         case GatedRepoError():
             return f"{model} is gated: accept its conditions on the hub, then `hf auth login`"
         case RevisionNotFoundError():
@@ -268,7 +273,7 @@ def _explain(model: str, revision: str | None, error: Exception) -> str:
         case RepositoryNotFoundError():
             return f"neither a folder nor a public model of the hub is called {model!r}"
         case _:
-            return f"cannot get {model!r} from the hub: {_first_line(error)}"
+            return f"cannot get {model!r} from the hub: {shortened(error)}"
 
 
 def _open_folder(path: Path, dtype: torch.dtype, variant: str | None) -> Any:
@@ -291,7 +296,7 @@ def _open_folder(path: Path, dtype: torch.dtype, variant: str | None) -> Any:
             str(path), variant=variant, local_files_only=True, **_dtype(dtype), **_absent(index)
         )
     except LOADING_ERRORS as error:
-        raise MimaError(f"model: cannot open {path}: {_first_line(error)}") from error
+        raise MimaError(f"model: cannot open {path}: {shortened(error)}") from error
     for name, component in pipeline.components.items():
         if isinstance(component, torch.nn.Module):
             _check_complete(path / name, component)
@@ -349,7 +354,10 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
     for file in sorted(folder.glob("*.json")):
         content = _read_json(file)
         if file.name.endswith(".index.json"):
-            shards = sorted(set(content.get("weight_map", {}).values()))
+            places = content.get("weight_map") if isinstance(content, dict) else None
+            if not isinstance(places, dict):
+                raise MimaError(f"model: {file} names no files of weights")
+            shards = sorted({str(shard) for shard in places.values()})
             absent = [shard for shard in shards if not (folder / shard).is_file()]
             if absent:
                 raise MimaError(f"model: {folder} lacks {', '.join(absent)}, named in {file.name}")
@@ -403,7 +411,7 @@ def _open_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Any
                 "; diffusers reads its configuration from the hub: offline, pass config "
                 "(--single-file-config), a diffusers folder of a model of the same architecture"
             )
-        raise MimaError(f"model: cannot open {path}: {_first_line(error)}{hint}") from error
+        raise MimaError(f"model: cannot open {path}: {shortened(error)}{hint}") from error
     for name, component in pipeline.components.items():
         if isinstance(component, torch.nn.Module):
             missing = [key for key, value in component.named_parameters() if value.is_meta]
@@ -427,13 +435,8 @@ def safetensors_keys(path: Path) -> list[str]:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise MimaError(f"model: cannot read {path}: {error}") from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    except (OSError, ValueError, RecursionError) as error:
+        raise MimaError(f"model: cannot read {path}: {shortened(error)}") from error
 
 
 def load_embedded(

@@ -99,6 +99,11 @@ def immunize(
         raise MimaError(
             f"lower.train_token: trains each concept's new word; no token: {', '.join(wordless)}"
         )
+    if config.new_words and len(wordless) == len(concepts):
+        raise MimaError(
+            "new_words: no concept has a token, so there is no new word to learn; name one "
+            "for each instance, such as <new1>, or use the task relearn"
+        )
     if config.method == "imma" and len(concepts) != 1:
         raise MimaError(
             f"method: imma immunizes against one concept, got {len(concepts)}; "

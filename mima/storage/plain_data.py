@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,55 @@ import yaml
 
 from mima.errors import MimaError
 
+DEEPEST = 100
+"""Levels of nesting that are read; Python's own recursion ends at 1000."""
+MOST_VALUES = 200_000
+"""Values that a YAML text may stand for, each alias counted as all that it repeats."""
+LONGEST_INTEGER = 1000
+"""Digits; to read a million of them takes minutes."""
+
+# what PyYAML's constructors of numbers, dates and tagged values raise for what they cannot read
+_VALUE_ERRORS = (ValueError, LookupError, AttributeError, ArithmeticError)
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.S)
+
 
 class _OnceLoader(yaml.SafeLoader):
+    """Refuses keys that stand twice, deep nesting, and aliases that multiply."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        self._sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        repeated = self.check_event(yaml.AliasEvent)
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise MimaError(f"nested more than {DEEPEST} levels deep")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is None:
+            return None
+        if repeated and id(node) not in self._sizes:
+            raise MimaError("an alias stands within what it repeats")
+        if not repeated:
+            inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+            if isinstance(node, yaml.MappingNode):
+                inner = [part for pair in node.value for part in pair]
+            self._sizes[id(node)] = 1 + sum(self._sizes[id(part)] for part in inner)
+        if self._sizes[id(node)] > MOST_VALUES:
+            raise MimaError(f"more than {MOST_VALUES} values, aliases counted in full")
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         _refuse_twice([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
+
+    def construct_scalar(self, node: Any) -> Any:
+        if node.tag == "tag:yaml.org,2002:int" and len(node.value) > LONGEST_INTEGER:
+            raise MimaError(f"a number of {len(node.value)} digits")
+        return super().construct_scalar(node)
 
 
 def read_yaml(text: str) -> Any:
@@ -23,10 +67,16 @@ def read_yaml(text: str) -> Any:
 
     Raises:
         yaml.YAMLError: it is none, or would make more than plain data.
-        MimaError: a mapping has a key twice.
+        MimaError: a mapping has a key twice; a value that cannot be read, or too long, too deep or
+            too many of them.
     """
-    # a SafeLoader: plain data only
-    return yaml.load(text, Loader=_OnceLoader)
+    try:
+        # a SafeLoader: plain data only
+        return yaml.load(text, Loader=_OnceLoader)
+    except MimaError:
+        raise
+    except _VALUE_ERRORS as error:
+        raise MimaError(f"a value cannot be read: {shortened(error)}") from error
 
 
 def read_json(text: str) -> Any:
@@ -34,9 +84,26 @@ def read_json(text: str) -> Any:
 
     Raises:
         json.JSONDecodeError: it is none.
-        MimaError: an object has a key twice.
+        MimaError: an object has a key twice, a number is too long, or values are nested too deep.
     """
-    return json.loads(text, object_pairs_hook=_once)
+    depth = 0
+    for found in _BRACKETS.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+        if depth > DEEPEST:
+            raise MimaError(f"nested more than {DEEPEST} levels deep")
+    return json.loads(text, object_pairs_hook=_once, parse_int=_integer)
+
+
+def shortened(value: object, limit: int = 200) -> str:
+    """The first line of a text, cut to `limit` characters: for messages that quote a file."""
+    line = (str(value).strip() or type(value).__name__).splitlines()[0]
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > LONGEST_INTEGER:
+        raise MimaError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -56,6 +123,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_twice(keys: Sequence[Any]) -> None:
-    for n, key in enumerate(keys):
-        if key in keys[:n]:
-            raise MimaError(f"{key!r} stands twice in one mapping; only one could be kept")
+    seen = set()
+    for key in keys:
+        if key in seen:
+            raise MimaError(
+                f"{shortened(repr(key))} stands twice in one mapping; only one could be kept"
+            )
+        seen.add(key)

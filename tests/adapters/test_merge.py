@@ -450,3 +450,51 @@ def test_the_prompt_that_adapt_wrote_down_is_used(base, loras, tmp_path):
     (loras[0] / "mima.json").write_text(json.dumps(origin))
     assert AdapterReader(base).read(loras[0]).prompt == "a red round emoji"
     (loras[0] / "mima.json").unlink()
+
+
+def peft_folder(base, folder, **told):
+    unet = copy.deepcopy(base.unet)
+    add_lora(unet, lora_config(2, 2.0, KV), 0)
+    folder.mkdir(exist_ok=True)
+    state = {f"base_model.model.{k}": v for k, v in get_peft_model_state_dict(unet).items()}
+    save_file(state, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2.0, "target_modules": KV} | told
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+HOSTILE_SETTINGS = {
+    "an expression that never ends": ({"target_modules": r"(a*)*b"}, "is an expression"),
+    "another": ({"exclude_modules": r"(.*.*)*x"}, "is an expression"),
+    "a key that is one": ({"rank_pattern": {r"(a|a)*$": 4}}, "is an expression"),
+    "a huge rank": ({"r": 10**9}, "rank 1000000000, the largest"),
+    "a huge rank of some": ({"rank_pattern": {"to_k": 10**9}}, "rank 1000000000, the largest"),
+    "no rank": ({"r": "two"}, "rank 'two'"),
+    "no kind": ({"peft_type": 7}, "cannot be read|is a "),
+    "no list": ({"target_modules": {"a": 1}}, "cannot be read|is an expression"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_SETTINGS)
+def test_hostile_settings_of_an_adapter_are_refused(base, tmp_path, case):
+    told, message = HOSTILE_SETTINGS[case]
+    assert AdapterReader(base).read(peft_folder(base, tmp_path / "good")).factors
+    with pytest.raises(MimaError, match=message) as caught:
+        AdapterReader(base).read(peft_folder(base, tmp_path / "bad", **told))
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80\x02.", b"PK\x03\x04", b"\x80\x02}q\x00.", b"\x80\x04K\x01.", b"x" * 99]
+)
+def test_damaged_pickles_are_refused(base, tmp_path, content):
+    (tmp_path / "adapter.pt").write_bytes(content)
+    with pytest.raises(MimaError, match=r"adapter\.pt"):
+        AdapterReader(base).read(tmp_path / "adapter.pt")
+
+
+@pytest.mark.parametrize("state", [{1: torch.zeros(2)}, {"a": [1]}, {"string_to_param": 3}, {}])
+def test_pickles_of_something_else_are_refused(base, tmp_path, state):
+    torch.save(state, tmp_path / "adapter.pt")
+    with pytest.raises(MimaError, match=r"adapter\.pt"):
+        AdapterReader(base).read(tmp_path / "adapter.pt")

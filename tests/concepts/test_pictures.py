@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from pathlib import Path
 
@@ -356,3 +357,21 @@ def test_a_folder_that_is_none(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(MimaError, match="holds no pictures"):
         read_folder(tmp_path / "empty", "x")
+
+
+def test_postscript_is_no_picture_whatever_its_name(tmp_path):
+    (tmp_path / "cat.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(PictureError, match=r"cat\.png: not a picture in a known format"):
+        Picture(tmp_path / "cat.png", "a cat").load()
+
+
+def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path):
+    Image.new("1", (9000, 8000)).save(tmp_path / "cat.png")
+    with pytest.raises(PictureError, match="over 64 million pixels"):
+        Picture(tmp_path / "cat.png", "a cat").load()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "cat.png")
+    with pytest.raises(PictureError, match="no ordinary file"):
+        Picture(tmp_path / "cat.png", "a cat").load()

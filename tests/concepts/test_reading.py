@@ -442,3 +442,47 @@ def test_anchors_and_merges_of_yaml_are_read(tmp_path):
     )
     names = [concept.name for concept in load_concepts(tmp_path / "concepts.yaml")]
     assert names == ["cat", "dog", "cat-2"]
+
+
+def test_prompts_for_evaluation_are_no_captions(tmp_path):
+    pictures(tmp_path / "castle")
+    (tmp_path / "p.txt").write_text("photo of a {}.\na {} on the moon\n")
+    entry = {
+        "instance_prompt": "photo of a <new1> castle",
+        "instance_data_dir": "castle",
+        "prompt_filename": "p.txt",
+        "token": "<new1>",
+    }
+    (concept,) = load_concepts(write(tmp_path / "list.json", [entry]))
+    assert {picture.prompt for picture in concept.images} == {"photo of a <new1> castle"}
+    assert concept.validation_prompt == "photo of a <new1> castle."
+
+
+def test_compositions_without_names_are_named_by_their_folders(tmp_path):
+    for name in ("cat", "dog", "hat"):
+        pictures(tmp_path / name)
+    entries = {
+        name: {"instance_prompt": f"a {name}", "instance_data_dir": name}
+        for name in ("cat", "dog", "hat")
+    }
+    lists = [[entries["cat"], entries["hat"]], [entries["dog"], entries["hat"]]]
+    path = write(tmp_path / "dataset_multiconcept.json", lists)
+    with pytest.raises(MimaError, match=r"2 groups of concepts, say which: cat\+hat, dog\+hat"):
+        load_concepts(path)
+    assert [c.name for c in load_concepts(f"{path}#dog+hat")] == ["dog", "hat"]
+
+
+def test_pictures_that_are_not_there_are_named(tmp_path):
+    entry = {"instance_prompt": "a cat", "instance_data_dir": "benchmark_dataset/cat"}
+    with pytest.raises(MimaError, match="benchmark_dataset/cat does not exist"):
+        load_concepts(write(tmp_path / "dataset.json", [entry]))
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "\ud800", "~nosuchuser/cat.png"])
+def test_no_path_is_an_accident(tmp_path, name):
+    with pytest.raises(MimaError, match="is no path"):
+        Concept("cat", "a cat", name)
+    pictures(tmp_path / "cat")
+    (tmp_path / "cat" / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
+    with pytest.raises(MimaError, match="is no path"):
+        Concept.from_folder(tmp_path / "cat")

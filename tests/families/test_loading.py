@@ -399,3 +399,36 @@ def test_a_foreign_pipeline_of_the_hub_is_refused_before_it_is_fetched(cached, m
     monkeypatch.setattr("mima.families.loading.DiffusionPipeline.download", None)
     with pytest.raises(MimaError, match="owner/name is a WanPipeline, which is not supported"):
         load_pipeline("owner/name")
+
+
+HOSTILE_SETTINGS = {
+    "index-list": ("model_index.json", "[]"),
+    "index-deep": ("model_index.json", "[" * 5000),
+    "index-number": ("model_index.json", '{"_class_name": "StableDiffusionPipeline", "unet": 7}'),
+    "unet-list": ("unet/config.json", "[1]"),
+    "unet-text": (
+        "unet/config.json",
+        '{"_class_name": "UNet2DConditionModel", "in_channels": "x"}',
+    ),
+    "unet-null": (
+        "unet/config.json",
+        '{"_class_name": "UNet2DConditionModel", "down_block_types": 0}',
+    ),
+    "scheduler-text": ("scheduler/scheduler_config.json", '{"num_train_timesteps": "many"}'),
+    "scheduler-list": (
+        "scheduler/scheduler_config.json",
+        '{"beta_start": [], "beta_schedule": {}}',
+    ),
+    "shards-list": ("unet/diffusion_pytorch_model.safetensors.index.json", '{"weight_map": [1]}'),
+    "shards-none": ("unet/diffusion_pytorch_model.safetensors.index.json", "[]"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_SETTINGS)
+def test_damaged_settings_of_a_model_are_refused(tmp_path, case):
+    name, text = HOSTILE_SETTINGS[case]
+    folder = tiny.save_tiny_stable_diffusion(tmp_path / "model")
+    (folder / name).write_text(text)
+    with pytest.raises(MimaError, match=r"^model: ") as caught:
+        load_pipeline(folder)
+    assert len(str(caught.value)) < 600
