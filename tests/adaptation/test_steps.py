@@ -8,6 +8,7 @@ from support import tiny
 
 from mima.adaptation import DreamBooth, LoRA
 from mima.adaptation.steps import build_optimizers, rate_factor
+from mima.training.batches import losses
 
 FAST = DreamBooth(learning_rate=1e-3, steps=10, batch_size=2, max_grad_norm=None)
 
@@ -32,7 +33,7 @@ def test_sgd_follows_the_gradient_with_momentum(pipeline):
     velocity = None
     for _ in range(2):
         ((_, batch),) = twin._batches()
-        loss = tiny.diffusion_loss(twin._family, *batch)
+        (loss,) = losses(twin._family, [batch])
         gradients = torch.autograd.grad(loss, twin._injection.parameters)
         velocity = (
             [g.clone() for g in gradients]
