@@ -293,6 +293,6 @@ class Ascent:
                         optimizer.state[parameter][key] = moment.to(device)
         self.history = [StepReport.from_dict(plain) for plain in kept.state["history"]]
         self._skipped_in_a_row = kept.state["skipped_in_a_row"]
-        self._retained = kept.state["retained"]
+        self._retained = kept.state.get("retained")
         self._stopped = kept.state["stopped"]
         logger.info("going on after step %d", kept.step)
