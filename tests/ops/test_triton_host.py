@@ -18,7 +18,8 @@ import triton
 from mima.kernels import _common, batched_lora, merge_lora, projected_merge, weighted_merge
 from support.triton_aot import recorded_launches
 
-from mima.adapters.mixed_batch import Factors, MixedLinear, Rows
+from mima.adapters.adapter import LowRank
+from mima.adapters.mixed_batch import MixedLinear, Rows
 from mima.ops._autograd import _functions
 from mima.ops.backends import choice
 
@@ -68,7 +69,7 @@ def test_a_forward_of_adapted_layers_waits_for_nothing() -> None:
     layers = [
         MixedLinear(
             torch.nn.Linear(8, 6),
-            [None if n == skipped else Factors(*_factors(), 0.5) for n in range(3)],
+            [None if n == skipped else LowRank(*_factors(), 0.5) for n in range(3)],
             rows,
         )
         for skipped in (0, 2, 3)
@@ -95,7 +96,7 @@ def _factors() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_an_adapter_that_is_not_there_is_refused_where_it_is_chosen() -> None:
     rows = Rows()
-    layer = MixedLinear(torch.nn.Linear(8, 6), [Factors(*_factors(), 1.0)], rows)
+    layer = MixedLinear(torch.nn.Linear(8, 6), [LowRank(*_factors(), 1.0)], rows)
     rows.choose([2])
     with pytest.raises(IndexError):
         layer(torch.randn(1, 5, 8))
