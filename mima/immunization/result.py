@@ -69,8 +69,11 @@ class ImmunizeResult(Released):
             return
         if config.new_words:
             yield f"The new words of {the_concepts} were known to the model while it was immunized."
-        by_text = "keys and values by the text they answer to, other weights by their mean"
-        rule = by_text if config.merge == "projected" else "by the mean of all weights"
+        rule = {
+            "projected": "keys and values by the text they answer to, other weights by their mean",
+            "average": "by the mean of all weights",
+            "sum": "by the sum of what each adaptation changes",
+        }[config.merge]
         yield {
             "imma": "Immunized against one concept by bi-level optimisation (IMMA).",
             "joint": f"Immunized against {target} by "

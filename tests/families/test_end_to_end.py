@@ -64,7 +64,11 @@ def test_two_concepts_are_immunized_in_two_steps(folder, mode, tmp_path):
     result = immunize(pipeline, concepts(), config)
 
     assert [report.step for report in result.history] == [1, 2]
-    losses = [loss for report in result.history for loss in report.losses.values()]
+    losses = [
+        loss
+        for report in result.history
+        for loss in (*report.losses.values(), *report.prior_losses.values())
+    ]
     assert len(losses) == 2 * 2 * 2  # a term and its prior, of two concepts, at two steps
     assert all(0 < loss < float("inf") for loss in losses)
     assert all(report.drift > 0 for report in result.history)
