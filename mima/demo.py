@@ -27,7 +27,7 @@ from mima.immunization.config import ImmunizeConfig, LowerConfig, UpperConfig
 from mima.release.repository import save_pipeline
 from mima.report import write_report
 from mima.storage.output import fresh_folder
-from mima.training.captions import ordinary_captions
+from mima.training.captions import divided, ordinary_captions
 
 logger = logging.getLogger(__name__)
 
@@ -190,8 +190,7 @@ def _class_pictures(
 
     Their prompts are none of those on which prompt alignment is measured.
     """
-    measured = set(spread(captions, settings.grid["benign_prompts"]))
-    free = [caption for caption in captions if caption not in measured]
+    free, _ = divided(captions)
     prompts = spread(free, settings.immunization.num_class_images)
     rows = settings.sampler(original, prompts, (PRIOR_SEED,), progress=progress)
     return tuple(Picture(row[0], prompt) for row, prompt in zip(rows, prompts, strict=True))

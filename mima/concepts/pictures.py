@@ -6,6 +6,7 @@ Every picture becomes 8-bit sRGB, upright, on white. What cannot be read is name
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import os
@@ -446,6 +447,16 @@ def _add_row(
         problems.append(f"{place}: {name} has no {caption_column}")
     else:
         rows.append((place, name.strip(), caption.strip()))
+
+
+def digest(picture: Picture) -> str:
+    """A picture's name in records: a hash of its size and pixels, whatever file they come from.
+
+    Raises:
+        PictureError: the picture cannot be read.
+    """
+    image = picture.load()
+    return hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).hexdigest()
 
 
 def by_prompt(pictures: Sequence[Picture], limit: int | None = None) -> dict[str, list[Picture]]:

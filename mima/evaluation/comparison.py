@@ -43,7 +43,7 @@ from mima.sampling import Sampler
 from mima.storage.lock import locked
 from mima.storage.output import slug
 from mima.storage.record import read_record
-from mima.training.captions import ordinary_captions
+from mima.training.captions import divided, ordinary_captions
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +145,9 @@ def evaluate(
     check(folder, overwrite=overwrite)
 
     seen = seen_by(immunized)
+    prompts, known = _benign_prompts(
+        ordinary_captions(_path(captions)), seen, config.benign_prompts
+    )
     bench = Bench(
         models={"original": original, "immunized": immunized},
         concepts=by_slug,
@@ -155,7 +158,7 @@ def evaluate(
         protocol=protocol,
         folder=folder,
         device=device,
-        prompts=_unseen(ordinary_captions(_path(captions)), seen, config.benign_prompts),
+        prompts=prompts,
     )
     with one_thread(processes > 1):
         worker = Worker(bench)
@@ -189,11 +192,12 @@ def evaluate(
             for slug, concept in by_slug.items()
         ),
         immunization_seed=seen.seed,
-        overlaps=tuple(
-            seen.overlaps(
+        overlaps=(
+            *seen.overlaps(
                 [concept for slug, concept in by_slug.items() if roles[slug] == "target"],
                 [concept for slug, concept in by_slug.items() if roles[slug] == "other"],
-            )
+            ),
+            *known,
         ),
         config={
             "grid": config.model_dump(mode="json"),
@@ -261,16 +265,23 @@ def evaluate(
         return ledger.finish(worker.benign())
 
 
-def _unseen(captions: Sequence[str], seen: Seen, count: int) -> list[str]:
-    """Ordinary prompts, none of which the immunization saw.
+def _benign_prompts(captions: Sequence[str], seen: Seen, count: int) -> tuple[list[str], list[str]]:
+    """Ordinary prompts to measure on, and a sentence where the immunization saw them.
 
-    Raises:
-        MimaError: it saw all of them.
+    They come from the captions that no immunization draws class pictures from. Where it saw these
+    all the same, others take their place; where it saw every caption, there is nothing else.
     """
-    free = [caption for caption in captions if caption not in seen.prompts]
-    if not free and count:
-        raise MimaError("captions: the immunization saw every one of them; give others")
-    return spread(free, count)
+    _, left = divided(captions)
+    unseen = [caption for caption in left if caption not in seen.prompts]
+    if len(unseen) < count:
+        rest = [c for c in captions if c not in seen.prompts and c not in unseen]
+        unseen += spread(rest, count - len(unseen))
+    if unseen or not count:
+        return spread(unseen, count), []
+    return spread(left, count), [
+        "The immunization saw every ordinary prompt that there is: the two models' pictures are "
+        "compared on prompts that are not held out."
+    ]
 
 
 def _sampler(config: GridConfig) -> Sampler:

@@ -172,6 +172,9 @@ class Benign(_Record):
 
     prompt_alignment: ScorePair = ScorePair()
     """Mean cosine between pictures of ordinary prompts and their prompts."""
+    prompts: tuple[str, ...] = ()
+    """The ordinary prompts, none of which the immunization saw, unless `Evaluation.overlaps` says
+    so."""
     cmmd: float | None = None
     """Distance between both models' pictures of ordinary prompts; 0 is none."""
     adaptability: dict[str, float | None] = Field(default_factory=dict)

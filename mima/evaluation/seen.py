@@ -5,12 +5,12 @@ The record (``mima.json``) may hold, for each level of the run that saw anything
 
     "saw": {"prior": {"concepts": [names], "pictures": [digests], "prompts": [texts]}}
 
-with pictures named by `digest`. A record without it is not held against anybody.
+with pictures named by `mima.concepts.pictures.digest`: `mima.immunization.encoding.saw` makes it. A
+record without it is not held against anybody.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from mima.concepts import Concept
-from mima.concepts.pictures import Picture
+from mima.concepts.pictures import Picture, digest
 from mima.errors import MimaError
 from mima.families import source_of
 from mima.storage.record import read_record
@@ -87,6 +87,10 @@ def seen_by(model: Any) -> Seen:
     record = read_record(folder) if folder is not None and folder.is_dir() else None
     if record is None:
         return Seen()
+    # a whole model that was made of a delta says so of the delta
+    origin = record.get("origin")
+    if isinstance(origin, dict):
+        record = origin
     try:
         levels = TypeAdapter(dict[str, Level]).validate_python(record.get("saw", {}))
     except ValidationError as error:
@@ -94,14 +98,6 @@ def seen_by(model: Any) -> Seen:
     config = record.get("config")
     seed = config.get("seed") if isinstance(config, dict) else None
     return Seen(levels=levels, seed=seed if isinstance(seed, int) else None)
-
-
-def digest(picture: Picture) -> str:
-    """A picture's name in records: a hash of its size and pixels, whatever file they come from."""
-    image = picture.load()
-    return hashlib.blake2b(
-        repr(image.size).encode() + image.convert("RGB").tobytes(), digest_size=16
-    ).hexdigest()
 
 
 def _shared(pictures: Iterable[Picture], level: Level) -> int:

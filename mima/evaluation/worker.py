@@ -294,6 +294,7 @@ class Worker:
         alignment = {side: float((f * texts_BD).sum(dim=-1).mean()) for side, f in features.items()}
         return Benign(
             prompt_alignment=ScorePair(**alignment),
+            prompts=tuple(prompts),
             cmmd=cmmd(features["original"], features["immunized"]),
         )
 

@@ -29,7 +29,7 @@ from mima.families.new_words import check_token
 from mima.families.pipelines import component_name, with_modules
 from mima.immunization.alternating import alternate
 from mima.immunization.config import ImmunizeConfig
-from mima.immunization.encoding import encode_concepts
+from mima.immunization.encoding import encode_concepts, saw
 from mima.immunization.levels import Problem, merge_layer
 from mima.immunization.outer_loop import Ascent
 from mima.immunization.progress import Callback, StepReport
@@ -178,6 +178,7 @@ def immunize(
             opened_with=source.options if source else {},
             changed=list(dict.fromkeys((*changed, *(f"{part}.{name}" for name in names)))),
             erased=None if erased is None else str(erased),
+            saw=saw(concepts, config),
         )
         if output is not None:
             ranks.together(

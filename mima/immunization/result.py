@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ MIMA_PAPER = "[MIMA](https://arxiv.org/abs/2412.15320)"
 class ImmunizeResult(Released):
     """An immunized model and how it came about.
 
-    Beside the model, ``save_pretrained`` writes ``mima.json`` (settings and concepts) and
+    Beside the model, ``save_pretrained`` writes ``mima.json`` (settings, concepts and
+    what each level saw) and
     ``metrics.jsonl`` (one report per step, without time and memory, so that the same run writes
     the same bytes).
 
@@ -34,6 +35,8 @@ class ImmunizeResult(Released):
         opened_with: what else was said of it, see ``ModelSource.options``.
         changed: names of the parameters that the run may have changed, as ``unet.conv_in.weight``.
         erased: the checkpoint that the run began with.
+        saw: what each level saw, see ``mima.immunization.encoding.saw``; ``evaluate`` keeps apart
+            or marks what it measures with of that.
     """
 
     pipeline: Any
@@ -45,10 +48,11 @@ class ImmunizeResult(Released):
     changed: list[str] = field(default_factory=list)
     erased: str | None = None
     opened_with: dict[str, str] = field(default_factory=dict)
+    saw: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
 
     def _details(self) -> dict[str, Any]:
-        config = {"config": self.config.model_dump(mode="json")}
-        return config if self.erased is None else {**config, "erased": self.erased}
+        details = {"config": self.config.model_dump(mode="json"), "saw": self.saw}
+        return details if self.erased is None else {**details, "erased": self.erased}
 
     def _write_records(self, folder: Path) -> None:
         super()._write_records(folder)

@@ -271,7 +271,8 @@ class AppliedDelta(Released):
             base_model=str(self.source.model),
             opened_with=self.source.options,
             concepts=_named(origin.get("concepts"), origin.get("prompts")),
-            settings=origin,
+            # not the digests of all pictures
+            settings={name: value for name, value in origin.items() if name != "saw"},
             seed=None,
             metrics={},
             tags=["delta-applied"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +11,9 @@ from mima.assets import assets
 from mima.errors import MimaError
 from mima.families import Family
 from mima.training.batches import CHUNK, seeded
+
+MEASURED_EVERY = 4
+"""One caption in so many is left for measurements."""
 
 
 def ordinary_captions(path: Path | None) -> list[str]:
@@ -27,6 +31,22 @@ def ordinary_captions(path: Path | None) -> list[str]:
     if not captions:
         raise MimaError(f"captions: {path} holds no caption")
     return captions
+
+
+def divided(captions: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Captions to draw class pictures from, and those that are left for measuring benign quality.
+
+    Every fourth caption is left; fewer than four are not divided, and both parts are all of them.
+
+    Args:
+        captions: repeated ones count once.
+    """
+    distinct = list(dict.fromkeys(captions))
+    measured = distinct[MEASURED_EVERY - 1 :: MEASURED_EVERY]
+    if not measured:
+        return distinct, distinct
+    left = set(measured)
+    return [caption for caption in distinct if caption not in left], measured
 
 
 def regular_tokens(family: Family, path: Path | None, count: int, seed: int) -> torch.Tensor:

@@ -4,10 +4,16 @@ import json
 from dataclasses import replace
 
 import pytest
-from support import tiny
+from support import immunizing, tiny
 
+from mima.concepts.pictures import digest
 from mima.errors import MimaError
-from mima.evaluation.seen import digest, seen_by
+from mima.evaluation import evaluate
+from mima.evaluation.comparison import _benign_prompts
+from mima.evaluation.seen import Level, Seen, seen_by
+from mima.immunization.algorithm import immunize
+from mima.release.repository import apply_delta
+from mima.training.captions import divided, ordinary_captions
 
 
 def record(folder, **values):
@@ -41,3 +47,85 @@ def test_a_model_without_a_record_has_no_overlaps(tmp_path):
         assert seen_by(folder).overlaps([target], [target]) == []
     with pytest.raises(MimaError, match="saw is damaged"):
         seen_by(record(tmp_path / "damaged", saw=[1]))
+
+
+GRID = {
+    "methods": {"lora": {"batch_size": 1, "steps": 1}},
+    "lr_factors": (1.0,),
+    "seeds": (0,),
+    "evaluations": 1,
+    "max_prompts": 1,
+    "benign_prompts": 2,
+    "sampler": {"steps": 1, "guidance": 1.0},
+}
+
+
+def test_what_a_run_writes_about_itself_keeps_it_from_being_measured_with(tmp_path):
+    tiny.save_tiny_stable_diffusion(tmp_path / "base")
+    tiny.save_tiny_clip(tmp_path / "clip")
+    first, second = tiny.concept("red", "round"), tiny.concept("blue", "square")
+    drawn = replace(first, class_images=())
+    config = immunizing.settings(tmp_path, steps=1, num_class_images=5)
+    for name, delta in (("immunized", False), ("delta", True)):
+        immunize(
+            tmp_path / "base", [drawn, second], config, output=tmp_path / name, delta=delta,
+        )  # fmt: skip
+    seen = seen_by(tmp_path / "immunized")
+    captions = ordinary_captions(config.captions)
+    free, left = divided(captions)
+    assert len(left) == 2
+    own = {digest(picture) for concept in (first, second) for picture in concept.images}
+    assert seen.levels["lower"] == seen.levels["upper"]
+    assert seen.levels["upper"].concepts == (first.name, second.name)
+    assert seen.levels["upper"].pictures == own
+    assert seen.levels["prior"].pictures == {digest(p) for p in second.class_images}
+    said = {picture.prompt for picture in second.class_images}
+    prompts = seen.levels["prior"].prompts - said
+    assert len(prompts) == 5
+    assert prompts < set(free)
+    # the delta says the same, and so does the whole model that is made of it
+    apply_delta(tmp_path / "base", tmp_path / "delta").save_pretrained(tmp_path / "whole")
+    assert seen_by(tmp_path / "delta") == seen_by(tmp_path / "whole") == seen
+    assert next(iter(own)) not in (tmp_path / "whole" / "README.md").read_text()
+
+    result = evaluate(
+        tmp_path / "base",
+        tmp_path / "immunized",
+        # its held-out pictures are those that the run saw
+        [replace(first, held_out=first.images)],
+        others=[second],
+        output=tmp_path / "out",
+        settings=GRID,
+        similarities=[tmp_path / "clip"],
+        captions=config.captions,
+        processes=1,
+    )
+    assert set(result.benign.prompts) == set(left)
+    levels = ("lower", "upper")
+    assert len(result.overlaps) == 2 * len(levels)
+    for level in levels:
+        compared = f"{len(first.images)} of the pictures that attacks on {first.name} are compared"
+        assert any(o.startswith(compared) and f"{level} level" in o for o in result.overlaps)
+        assert any(o.startswith(second.name) and f"{level} level" in o for o in result.overlaps)
+
+
+def test_captions_are_divided_where_there_are_enough():
+    captions = [f"a {n}" for n in "abcdefgh"]
+    free, left = divided([*captions, *captions])
+    assert (free, left) == (["a a", "a b", "a c", "a e", "a f", "a g"], ["a d", "a h"])
+    assert divided(captions[:3]) == (captions[:3], captions[:3])
+
+
+def test_prompts_that_were_seen_are_replaced_or_said():
+    captions = [f"a {n}" for n in "abcdefgh"]
+
+    def chosen(*prompts, count=2):
+        level = Level(prompts=frozenset(prompts))
+        return _benign_prompts(captions, Seen(levels={"prior": level}), count)
+
+    assert chosen() == (["a d", "a h"], [])
+    assert chosen("a d") == (["a h", "a a"], [])
+    assert chosen(*captions, count=0) == ([], [])
+    prompts, (sentence,) = chosen(*captions)
+    assert prompts == ["a d", "a h"]
+    assert "not held out" in sentence
