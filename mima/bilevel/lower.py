@@ -115,6 +115,14 @@ class Carried:
     memory: Mapping[str, Vector]
     age: int
 
+    def to(self, device: torch.device) -> Carried:
+        """The same on a device."""
+        return Carried(
+            {name: value.to(device) for name, value in self.moved.items()},
+            {name: tuple(m.to(device) for m in memory) for name, memory in self.memory.items()},
+            self.age,
+        )
+
 
 def start(task: LowerLevel, theta: Params) -> State:
     """State before the first step."""

@@ -71,6 +71,7 @@ class OuterGradient:
         residual: ``‖(φ − W_n) C_nᵀ‖ / ‖(W_n − W0) C_nᵀ‖`` over all projected weights and concepts:
             how far they miss the merge's constraint; 0 where nothing is projected.
         ends: where the lower levels that are to go on have stopped, by concept.
+        path: the losses at each state of the path that counts, by the steps that lead to it.
 
     Losses, drift and residual are those of the path's last state.
     """
@@ -80,6 +81,7 @@ class OuterGradient:
     drift: float
     residual: float = 0.0
     ends: dict[int, Carried] = field(default_factory=dict)
+    path: dict[int, dict[Any, float]] = field(default_factory=dict)
 
     @property
     def norm(self) -> float:
@@ -152,7 +154,7 @@ def outer_gradient(
             ends[n] = task.stop(state, theta)
     bars: dict[int, _Bar] = {}
     total: Tensors = {}
-    losses: dict[str, float] = {}
+    path: dict[int, dict[Any, float]] = {}
     for k, point in points.items():
         if merge.trained_tokens:
             point.merge = _plan_anew(merge, point.tokens, len(tasks), ranks)
@@ -162,7 +164,9 @@ def outer_gradient(
         moved = ranks.all_reduce(moved, theta)
         missed = point.merge.missed(point.asked, {name: moved[name] for name in names})
         phi = {n: v + moved[n] if n in moved else v for n, v in theta.items()}
-        bar, words_bar, losses = upper_gradient(phi, parts[k], ranks, point.words)
+        # without a second pass, nothing reads the gradient at what the attackers alone change
+        asked = wrt if mode == "first_order" else None
+        bar, words_bar, path[k] = upper_gradient(phi, parts[k], ranks, point.words, asked)
         accumulate(total, {name: bar[name] for name in wrt})
         if mode != "first_order":
             bars[k] = _Bar({name: bar[name] for name in names}, words_bar)
@@ -188,8 +192,10 @@ def outer_gradient(
             cotangents = {k: partial(cotangent, n, task, k) for k in points}
             accumulate(second, pullback(mode, task, theta, wrt, cotangents))
         accumulate(total, ranks.all_reduce(second, {name: theta[name] for name in wrt}))
-    everyone = _gathered(ends, ranks)
-    return OuterGradient(total, losses, drift(theta, moved), residual(missed, ranks), everyone)
+    everyone = _gathered(ends, ranks, theta)
+    return OuterGradient(
+        total, path[max(path)], drift(theta, moved), residual(missed, ranks), everyone, path
+    )
 
 
 Upper = Sequence[Level] | Mapping[int, Sequence[Level]]
@@ -208,9 +214,13 @@ def along_path(upper: Upper, steps: int) -> Mapping[int, Sequence[Level]]:
     return {k: parts[k] for k in sorted(parts)}
 
 
-def _gathered(ends: dict[int, Carried], ranks: Ranks) -> dict[int, Carried]:
+def _gathered(ends: dict[int, Carried], ranks: Ranks, theta: Params) -> dict[int, Carried]:
     """What each process' concepts carry on, in every process: another may draw them next."""
-    return {n: end for part in ranks.all_gather(ends) for n, end in part.items()}
+    if ranks.size == 1:
+        return ends
+    cpu, device = torch.device("cpu"), next(iter(theta.values())).device
+    everyone = ranks.all_gather({n: end.to(cpu) for n, end in ends.items()})
+    return {n: part[n].to(device) for part in everyone for n in part}
 
 
 @dataclass
@@ -249,6 +259,7 @@ def upper_gradient(
     upper: Sequence[Level],
     ranks: Ranks = ALONE,
     words: Mapping[int, Params] | None = None,
+    wrt: tuple[str, ...] | None = None,
 ) -> tuple[Tensors, dict[int, Tensors], dict[str, float]]:
     """Gradient of ``Σ upper(φ)`` at φ, a part at a time.
 
@@ -257,32 +268,46 @@ def upper_gradient(
         upper: the upper level in parts.
         ranks: the processes that share the parts out.
         words: for each concept of this process, embeddings of new words that only its terms read.
+        wrt: the names to differentiate by; None for all, the words among them.
 
     Returns:
         The gradient at φ, those at the words, and the losses by name.
     """
-    leaves = {name: value.detach().requires_grad_() for name, value in phi.items()}
+    leaves = {
+        name: value.detach().requires_grad_() if wrt is None or name in wrt else value.detach()
+        for name, value in phi.items()
+    }
+    like = {name: value for name, value in leaves.items() if value.requires_grad}
     phi_bar: Tensors = {}
     words_bar: dict[int, Tensors] = {}
     seen: list[Tensors] = []
     for n in ranks.share(len(upper)):
-        own = {name: v.detach().requires_grad_() for name, v in (words or {}).get(n, {}).items()}
+        own = {name: v.detach() for name, v in (words or {}).get(n, {}).items()}
+        if wrt is None:
+            own = {name: value.requires_grad_() for name, value in own.items()}
         losses, grads = part_gradient(upper[n], {**leaves, **own})
-        words_bar[n] = {name: grads[name] for name in own}
-        accumulate(phi_bar, {name: grads[name] for name in leaves})
+        words_bar[n] = {name: grads[name] for name in own if name in grads}
+        accumulate(phi_bar, {name: grads[name] for name in like})
         seen.append(losses)
     # read at the end: each reading waits for the device
     values = ranks.interleave([_values(losses) for losses in seen], len(upper))
-    return ranks.all_reduce(phi_bar, leaves), words_bar, union(values)
+    return ranks.all_reduce(phi_bar, like), words_bar, union(values)
 
 
 def part_gradient(part: Level, leaves: Params) -> tuple[Tensors, Tensors]:
-    """Losses of one part of the upper level, and its gradient at each leaf; no graph is left."""
+    """Losses of one part of the upper level, and its gradient at each leaf that requires one.
+
+    No graph is left.
+    """
+    asked = {name: value for name, value in leaves.items() if value.requires_grad}
     with torch.enable_grad():
         objective, losses = part(leaves)
-    grads = torch.autograd.grad(objective, list(leaves.values()), materialize_grads=True)
     seen = {name: loss.detach() for name, loss in losses.items()}
-    return seen, dict(zip(leaves, grads, strict=True))
+    if not objective.requires_grad:
+        # nothing pulls: no backward is needed to say so
+        return seen, {name: torch.zeros_like(value) for name, value in asked.items()}
+    grads = torch.autograd.grad(objective, list(asked.values()), materialize_grads=True)
+    return seen, dict(zip(asked, grads, strict=True))
 
 
 def _values(losses: Params) -> dict[str, float]:
@@ -344,7 +369,7 @@ def unmerged_gradient(
     """
     alone = MergeLayer(torch.ones(1))
     gradient: Tensors = {}
-    seen: list[tuple[dict[str, float], float]] = []
+    seen: list[tuple[dict[Any, float], float, dict[int, dict[Any, float]]]] = []
     ends: dict[int, Carried] = {}
     for n in ranks.share(len(tasks)):
         own: Upper
@@ -354,15 +379,19 @@ def unmerged_gradient(
             own = [upper[n]]
         one = outer_gradient(theta, [tasks[n]], alone, own, mode=mode, wrt=wrt)
         accumulate(gradient, one.gradient)
-        seen.append((one.losses, one.drift))
+        seen.append((one.losses, one.drift, one.path))
         if one.ends:
             ends[n] = one.ends[0]
     everyone = ranks.interleave(seen, len(tasks))
     return OuterGradient(
         ranks.all_reduce(gradient, {name: theta[name] for name in wrt}),
-        union(losses for losses, _ in everyone),
-        max(drift for _, drift in everyone),
-        ends=_gathered(ends, ranks),
+        union(losses for losses, _, _ in everyone),
+        max(drift for _, drift, _ in everyone),
+        ends=_gathered(ends, ranks, theta),
+        path={
+            k: union(path[k] for _, _, path in everyone if k in path)
+            for k in sorted({k for _, _, path in everyone for k in path})
+        },
     )
 
 

@@ -103,17 +103,15 @@ class LoraFactors(LowerLevel):
         self.steps = steps
         self.optimizer = optimizer
         self._factors: Tensors = {}
+        if carried is not None:
+            self._factors = dict(carried.moved)
+            self.memory, self.age = carried.memory, carried.age
+            return
         for name, (out_features, in_features) in shapes.items():
             draw = torch.rand(rank, in_features, generator=generator, dtype=torch.float64)
             A_RD = (2 * draw - 1) / in_features**0.5
             self._factors[f"{name}.lora_A"] = A_RD.to(like)
             self._factors[f"{name}.lora_B"] = like.new_zeros(out_features, rank)
-        if carried is not None:
-            self._factors, self.memory, self.age = (
-                dict(carried.moved),
-                carried.memory,
-                carried.age,
-            )
 
     def start(self, theta: Params) -> Tensors:
         return dict(self._factors)

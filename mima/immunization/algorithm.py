@@ -44,6 +44,29 @@ from mima.training.captions import ordinary_captions
 __all__ = ["Callback", "ImmunizeResult", "StepReport", "ascend", "immunize"]
 
 
+def ascend(
+    problem: Problem,
+    callbacks: Sequence[Callback] = (),
+    folder: CheckpointFolder | None = None,
+    *,
+    stage: str = "",
+) -> list[StepReport]:
+    """Algorithm 1: gradient steps on the upper level, in place on the model's own weights."""
+    with Ascent(problem, callbacks, folder, stage=stage) as run:
+        for step in run.steps():
+            # θ'[n] = argmin L(x_l[n], c[n]; θ), K steps on batches drawn now, or K more of those
+            lower = problem.lower_levels(step, run.alive)
+            # −L(x_u[n], c[n]; φ) + w · L(class; φ), on other pictures
+            upper = problem.upper_path(step, run.alive)
+            # φ = Merge({θ'[n]}), and dJ/dθ through φ, through Merge, through the K steps
+            outer = problem.hypergradient(run.theta, lower, upper)
+            # w · L(class; θ), apart where the ascent is measured against it
+            retain = problem.retaining_gradient(run.theta, step)
+            # θ ← θ − η dJ/dθ on S_u, clipped or balanced, by AdamW
+            run.update(outer, retain=retain)
+    return run.history
+
+
 def immunize(
     model: Any,
     concepts: Sequence[Concept] | Any,
@@ -185,29 +208,6 @@ def immunize(
                 lambda: _write(result, Path(output), folder, overwrite=overwrite, delta=delta)
             )
         return result
-
-
-def ascend(
-    problem: Problem,
-    callbacks: Sequence[Callback] = (),
-    folder: CheckpointFolder | None = None,
-    *,
-    stage: str = "",
-) -> list[StepReport]:
-    """Algorithm 1: gradient steps on the upper level, in place on the model's own weights."""
-    with Ascent(problem, callbacks, folder, stage=stage) as run:
-        for step in run.steps():
-            # θ'[n] = argmin L(x_l[n], c[n]; θ), K steps on batches drawn now
-            lower = problem.lower_levels(step)
-            # −L(x_u[n], c[n]; φ) + w · L(class; φ), on other pictures
-            upper = problem.upper_path(step)
-            # φ = Merge({θ'[n]}), and dJ/dθ through φ, through Merge, through the K steps
-            outer = problem.hypergradient(run.theta, lower, upper)
-            # w · L(class; θ), apart where the ascent is measured against it
-            retain = problem.retaining_gradient(run.theta, step)
-            # θ ← θ − η dJ/dθ on S_u, clipped or balanced, by AdamW
-            run.update(outer, retain=retain)
-    return run.history
 
 
 def _compose(

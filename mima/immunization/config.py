@@ -59,6 +59,10 @@ class LowerConfig(Settings):
     """LoRA's alpha; the factors' product is scaled by alpha / rank. Default: the rank."""
     prior_weight: float = Field(0.0, ge=0)
     """Weight of the loss on class pictures."""
+    age: tuple[int, int] | None = None
+    """An attacker lives on: it takes ``steps`` more steps in each outer step, from θ as it is by
+    then and what it has changed so far, until it has taken as many as it drew log-uniformly between
+    these two; then another begins from θ. None: each outer step has attackers of its own."""
 
     @field_validator("parameters")
     @classmethod
@@ -90,7 +94,22 @@ class LowerConfig(Settings):
             raise ValueError("parameters: null leaves nothing to train without train_token")
         if self.token_lr is not None and not self.train_token:
             raise ValueError("token_lr: without train_token no new word is trained")
+        self._check_age()
         return self
+
+    def _check_age(self) -> None:
+        if self.age is None:
+            return
+        low, high = self.age
+        if not 1 <= low <= high:
+            raise ValueError(f"age: must be two numbers, 1 <= low <= high, got [{low}, {high}]")
+        if high <= self.steps:
+            raise ValueError(
+                f"age: no attacker of at most {high} steps outlives an outer step of steps "
+                f"{self.steps}"
+            )
+        if self.train_token:
+            raise ValueError("age: new words (train_token) begin anew in each outer step")
 
 
 class UpperConfig(Settings):
@@ -118,9 +137,13 @@ class UpperConfig(Settings):
     None: no cap."""
     objective: UpperObjective = "neg"
     """What the attacked weights are to do on a concept's pictures: ``neg``, a large loss (the
-    paper's); ``log``, a large logarithm of it, whose gradient fades slowly; ``hinge``, a loss that
-    stays above that of the model as it was before immunization, and no more; ``anchor``, predict
-    what that model predicts; ``zero``, predict 0."""
+    paper's); ``log``, a large logarithm of it, whose gradient fades slowly; ``hinge``, a loss by
+    ``margin`` above that of the model as it was before immunization, and no more; ``anchor``,
+    predict what that model predicts; ``zero``, predict 0."""
+    margin: float = Field(0.0, ge=0)
+    """With ``hinge``, in nats: a picture pulls until its loss is e^margin times that of the model
+    before immunization. With ``ascent_ratio``, the objective's gradient is scaled by the share of
+    pictures that pull, too: what is nearly satisfied pulls weakly."""
     path_every: int | None = Field(None, ge=1)
     """m: the objective counts at every m-th state of each simulated attack, and at the last, with
     other pictures at each. None: at the last alone."""
@@ -278,6 +301,8 @@ class ImmunizeConfig(Settings):
             )
         if upper.loss_cap is not None and upper.objective != "neg":
             raise ValueError(f"upper.loss_cap: objective {upper.objective!r} has no use for a cap")
+        if upper.margin and upper.objective != "hinge":
+            raise ValueError(f"upper.margin: it is of objective 'hinge', got {upper.objective!r}")
         if upper.ascent_ratio is not None and not upper.prior_weight:
             raise ValueError("upper.ascent_ratio: with prior_weight 0 nothing retains")
         if upper.retain == "distill" and upper.ascent_ratio is None:
@@ -290,11 +315,12 @@ class ImmunizeConfig(Settings):
             upper.ascent_ratio is not None,
             self.concepts_per_step is not None,
             isinstance(self.lower.lr, tuple),
+            self.lower.age is not None,
         )
         if self.method == "alternating" and any(extended):
             raise ValueError(
                 "method: 'alternating' is the published MIMA update: it has no path, no objective "
-                "but neg, no ascent_ratio, all concepts in each step and one lower.lr"
+                "but neg, no ascent_ratio, all concepts in each step, one lower.lr and no lower.age"
             )
         if self.lower.train_token and self.merge == "sum":
             raise ValueError("merge: 'sum' has no place for lower.train_token's new words")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from mima.bilevel.lower import LowerLevel
+from mima.bilevel.lower import Carried, LowerLevel
 from mima.bilevel.optimizers import SGD, Adam, Optimizer
 from mima.bilevel.outer import (
     Level,
@@ -32,9 +32,10 @@ from mima.concepts import Concept
 from mima.distributed import ALONE, Ranks
 from mima.errors import MimaError
 from mima.families import Family, Params
+from mima.immunization.attacks import Alive, Attack
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import ConceptData
-from mima.immunization.objectives import PENALTIES, READS_START, Seen
+from mima.immunization.objectives import PENALTIES, READS_START, Seen, lacking
 from mima.immunization.progress import LossName
 from mima.immunization.trained_words import TrainedWord
 from mima.merging import MergeLayer, MergePlan
@@ -46,6 +47,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 ALMOST_HARD = 1e-10
 """Softness that stands in for a hard constraint where concepts share tokens."""
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"sgd": SGD, "adam": Adam}
+"""The attackers' update rules by name."""
+NOBODY: Mapping[int, Alive] = {}
 
 
 class Problem:
@@ -143,12 +147,34 @@ class Problem:
             if name not in self.names
         }
 
-    def lower_level(self, n: int, step: int) -> LowerLevel:
+    def attack(self, n: int, step: int, alive: Mapping[int, Alive]) -> Attack:
+        """Concept n's attacker at one outer step: the one that is alive, or else a new one."""
+        config, seed = self.config.lower, self.config.seed
+        if n in alive:
+            return Attack(config, seed, n, alive[n].born, alive[n].carried)
+        return Attack(config, seed, n, step)
+
+    def survivors(
+        self, step: int, alive: Mapping[int, Alive], ends: Mapping[int, Carried]
+    ) -> dict[int, Alive]:
+        """The attackers that are alive after an outer step, by concept.
+
+        Args:
+            step: the outer step.
+            alive: those that were alive before.
+            ends: where those of this step that go on have stopped, by their places in the step.
+        """
+        chosen = self.concepts(step)
+        others = {n: attacker for n, attacker in alive.items() if n not in chosen}
+        born = {i: self.attack(chosen[i], step, alive).born for i in ends}
+        return others | {chosen[i]: Alive(born[i], end) for i, end in ends.items()}
+
+    def lower_level(self, n: int, step: int, alive: Mapping[int, Alive] = NOBODY) -> LowerLevel:
         """The lower level of concept n at one outer step, its K batches drawn."""
-        config, data = self.config.lower, self.data[n]
-        own, _ = self._split(n, step)
+        attack, data = self.attack(n, step, alive), self.data[n]
+        config = attack.config
+        own, _ = attack.split(len(data.images))
         draws = seeded(self.config.seed, step, n, "lower")
-        lr = self._rate(n, step)
         draw = partial(Batch.draw, self.family, size=config.batch_size, generator=draws)
         batches = [[draw(data.images, among=own)] for _ in range(config.steps)]
         if config.prior_weight:
@@ -160,39 +186,36 @@ class Problem:
             value, *prior = self.losses(*self._read(n, batches[k], params))
             return value + config.prior_weight * prior[0] if prior else value
 
-        weights = self._lower_weights(loss, draws, lr)
+        weights = self._lower_weights(attack, loss, draws)
         if not self.words:
             return weights
         word = self.words[n]
-        rule = self._optimizer(config.token_lr or lr)
+        rule = OPTIMIZERS[config.optimizer](lr=config.token_lr or attack.lr)
         tokens = partial(word.tokens, self.family)
         return NewWord(weights, word.text, word.embedding, tokens, rule)
 
-    def _rate(self, n: int, step: int) -> float:
-        """The step size of concept n's attack at one outer step."""
-        lr = self.config.lower.lr
-        if not isinstance(lr, tuple):
-            return lr
-        low, high = lr
-        draws = seeded(self.config.seed, step, n, "rate")
-        return low * (high / low) ** torch.rand((), generator=draws, dtype=torch.float64).item()
-
-    def _lower_weights(self, loss: StepLoss, draws: torch.Generator, lr: float) -> LowerLevel:
-        config = self.config.lower
-        rule = self._optimizer(lr)
-        if config.parameters != "lora":
-            return FullWeights(loss, self.lower_names, steps=config.steps, optimizer=rule)
-        theta = self.theta()
-        return LoraFactors(
-            loss,
-            {name: theta[name].shape for name in self.lower_names},
-            rank=config.rank,
-            scale=(config.alpha or config.rank) / config.rank,
-            generator=draws,
-            steps=config.steps,
-            optimizer=rule,
-            like=theta[self.lower_names[0]],
-        )
+    def _lower_weights(self, attack: Attack, loss: StepLoss, draws: torch.Generator) -> LowerLevel:
+        config, theta = attack.config, self.theta()
+        settings: dict[str, Any] = {
+            "steps": config.steps,
+            "optimizer": OPTIMIZERS[config.optimizer](lr=attack.lr),
+            "carried": attack.carried,
+        }
+        weights: LowerLevel
+        if config.parameters == "lora":
+            weights = LoraFactors(
+                loss,
+                {name: theta[name].shape for name in self.lower_names},
+                rank=config.rank,
+                scale=(config.alpha or config.rank) / config.rank,
+                generator=draws,
+                like=theta[self.lower_names[0]],
+                **settings,
+            )
+        else:
+            weights = FullWeights(loss, self.lower_names, **settings)
+        weights.continues = attack.continues
+        return weights
 
     def _read(
         self, n: int, batches: Sequence[Batch], params: Params
@@ -205,20 +228,28 @@ class Problem:
         rest = {name: value for name, value in params.items() if name != word.text}
         return [replace(own, conditioning=conditioning), *others], rest
 
-    def upper_level(self, concepts: Sequence[int], step: int, state: int | None = None) -> Level:
+    def upper_level(
+        self,
+        concepts: Sequence[int],
+        step: int,
+        state: int | None = None,
+        alive: Mapping[int, Alive] = NOBODY,
+    ) -> Level:
         """Some concepts' part of the upper level, −L(x_u, c; φ) + w · L(class; φ) for each.
 
         Args:
             concepts: their indices.
             step: the outer step.
             state: of the attacks' paths, each with pictures of its own; None for the last.
+            alive: the attackers that live on from earlier steps, by concept.
         """
         config = self.config.upper
         terms: list[UpperTerm] = []
         batches: list[Batch] = []
         last = state in (None, self.config.lower.steps)
         for n in concepts:
-            data, (_, other) = self.data[n], self._split(n, step)
+            data = self.data[n]
+            _, other = self.attack(n, step, alive).split(len(data.images))
             draws = seeded(self.config.seed, step, n, "upper", *(() if last else (state,)))
             batches.append(Batch.draw(self.family, data.images, config.batch_size, draws, other))
             terms.append(UpperTerm(LossName(data.name), -1.0, config.loss_cap))
@@ -239,29 +270,41 @@ class Problem:
         batches: Sequence[Batch],
         phi: Params,
     ) -> tuple[torch.Tensor, dict[LossName, torch.Tensor]]:
-        """The named objective of some concepts at φ, with the priors' losses; and each loss."""
+        """The named objective of some concepts at φ, with the priors' losses; and what was seen."""
         objective = self.config.upper.objective
         starts: list[torch.Tensor | None] = [None] * len(batches)
         if objective in READS_START:
             with torch.no_grad():
                 starts = [v for v, _ in self.predictions(batches, self._start)]
         pairs = self.predictions(*self._read(concepts[0], batches, phi))
-        summands, losses = [], {}
+        summands, seen = [], {}
         for term, (prediction, target), start in zip(terms, pairs, starts, strict=True):
-            seen = Seen(prediction, target, start)
-            losses[term.name] = seen.loss
+            one = Seen(prediction, target, start, self.config.upper.margin)
+            seen[term.name] = one.loss
             if term.name.prior:
-                summands.append(term.objective(seen.loss))
+                summands.append(term.objective(one.loss))
+            elif objective != "hinge":
+                summands.append(PENALTIES[objective](one))
             else:
-                summands.append(PENALTIES[objective](seen))
-        return torch.stack(summands).sum(), losses
+                pull = (lacking(one) > 0).float().mean()
+                seen[term.name._replace(pull=True)] = pull
+                if pull > 0:
+                    summands.append(PENALTIES[objective](one))
+        return torch.stack(summands).sum() if summands else prediction.new_zeros(()), seen
 
-    def lower_levels(self, step: int) -> Sequence[LowerLevel]:
-        """The lower level of each of the step's concepts, drawn when asked for and not kept."""
+    def lower_levels(self, step: int, alive: Mapping[int, Alive] = NOBODY) -> Sequence[LowerLevel]:
+        """The lower level of each of the step's concepts, drawn when asked for and not kept.
+
+        Args:
+            step: the outer step.
+            alive: the attackers that live on from earlier steps, by concept.
+        """
         chosen = self.concepts(step)
-        return _Drawn(lambda i: self.lower_level(chosen[i], step), len(chosen))
+        return _Drawn(lambda i: self.lower_level(chosen[i], step, alive), len(chosen))
 
-    def upper_levels(self, step: int, state: int | None = None) -> Sequence[Level]:
+    def upper_levels(
+        self, step: int, state: int | None = None, alive: Mapping[int, Alive] = NOBODY
+    ) -> Sequence[Level]:
         """The upper level at a state of the path, by default the last, in parts.
 
         A part is of ``concepts_per_forward`` of the step's concepts, drawn when it is asked for.
@@ -271,13 +314,15 @@ class Problem:
         size = min(size, -(-len(chosen) // self.ranks.size))
 
         def draw(part: int) -> Level:
-            return self.upper_level(chosen[part * size : (part + 1) * size], step, state)
+            return self.upper_level(chosen[part * size : (part + 1) * size], step, state, alive)
 
         return _Drawn(draw, -(-len(chosen) // size))
 
-    def upper_path(self, step: int) -> Mapping[int, Sequence[Level]]:
+    def upper_path(
+        self, step: int, alive: Mapping[int, Alive] = NOBODY
+    ) -> Mapping[int, Sequence[Level]]:
         """The upper level at each state of the path that counts, by the steps that lead to it."""
-        return {state: self.upper_levels(step, state) for state in self.states}
+        return {state: self.upper_levels(step, state, alive) for state in self.states}
 
     def hypergradient(
         self,
@@ -301,8 +346,8 @@ class Problem:
             return None
         chosen = self.concepts(step)
         parts = _Drawn(lambda i: partial(self._retention, chosen[i], step), len(chosen))
-        gradient, _, losses = upper_gradient(theta, parts, self.ranks)
-        return OuterGradient({name: gradient[name] for name in self.upper_names}, losses, 0.0)
+        gradient, _, losses = upper_gradient(theta, parts, self.ranks, wrt=self.upper_names)
+        return OuterGradient(gradient, losses, 0.0)
 
     def _retention(
         self, n: int, step: int, theta: Params
@@ -321,17 +366,6 @@ class Problem:
                 ((start, _),) = self.predictions([batch], self._start)
             penalty = F.mse_loss(prediction, start)
         return config.prior_weight * penalty, {LossName(data.name, prior=True): loss}
-
-    def _split(self, n: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Disjoint halves of a concept's pictures, new each step; a single picture serves both."""
-        count = len(self.data[n].images)
-        order = torch.randperm(count, generator=seeded(self.config.seed, step, n, "split"))
-        half = (count + 1) // 2
-        return order[:half], order[half:] if count > 1 else order
-
-    def _optimizer(self, lr: float) -> Optimizer:
-        kinds: dict[str, Callable[..., Optimizer]] = {"sgd": SGD, "adam": Adam}
-        return kinds[self.config.lower.optimizer](lr=lr)
 
 
 def recompute_blocks(denoiser: torch.nn.Module) -> None:

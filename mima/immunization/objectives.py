@@ -6,7 +6,7 @@ All are functions of the attacked model's prediction v on a concept's noised pic
 | --- | --- | --- |
 | neg | −min(L, cap), L = mean (v − target)² | MIMA, eq. 4 (Zheng & Yeh, AAAI 2025) |
 | log | −log(L + ε) | the relative form of neg: its gradient is L's, divided by L |
-| hinge | mean_B max(0, log(L_start + ε) − log(L + ε)) | ours: no pull where nothing was gained |
+| hinge | mean_B max(0, log(L_start + ε) + margin − log(L + ε)) | ours: no pull beyond the margin |
 | anchor | mean (v − v_start)² | ours: the attacked model predicts what the start predicts |
 | zero | mean v² | a target that knows nothing of the picture |
 
@@ -39,11 +39,13 @@ class Seen:
         target: [B, C, H, W] what training would have it predict.
         start: [B, C, H, W] the prediction of the model before immunization; None where the
             objective does not read it.
+        margin: in nats, what ``hinge`` wants of the loss above that of the start, ≥ 0.
     """
 
     prediction: torch.Tensor
     target: torch.Tensor
     start: torch.Tensor | None = None
+    margin: float = 0.0
 
     @property
     def loss(self) -> torch.Tensor:
@@ -57,13 +59,18 @@ def log(seen: Seen) -> torch.Tensor:
 
 
 def hinge(seen: Seen) -> torch.Tensor:
-    """``mean_B max(0, log(L_start + ε) − log(L + ε))``."""
+    """``mean_B max(0, log(L_start + ε) + margin − log(L + ε))``."""
+    return F.relu(lacking(seen)).mean()
+
+
+def lacking(seen: Seen) -> torch.Tensor:
+    """What each picture's loss still lacks of what ``hinge`` wants, in nats: [B]."""
     assert seen.start is not None
     before, now = (
         torch.log((v - seen.target).square().flatten(1).mean(1) + EPSILON)
         for v in (seen.start, seen.prediction)
     )
-    return F.relu(before - now).mean()
+    return before + seen.margin - now
 
 
 def anchor(seen: Seen) -> torch.Tensor:

@@ -15,6 +15,7 @@ from mima.bilevel.lower import Params, Tensors
 from mima.bilevel.outer import OuterGradient
 from mima.distributed import union
 from mima.errors import MimaError
+from mima.immunization.attacks import Alive, from_tensors, to_tensors
 from mima.immunization.levels import Problem
 from mima.immunization.progress import (
     Callback,
@@ -41,8 +42,9 @@ class Ascent:
     """The steps of a run, resumed where a checkpoint is found, and θ's updates.
 
     θ, the optimizers' states and the history change together, in ``update`` alone, which a Ctrl-C
-    cannot cut in two. Draws depend on seed, step and concept only. A checkpoint of these three is
-    therefore all that a run needs to go on as if it had never stopped.
+    cannot cut in two; so do the attackers that live on. Draws depend on seed, step and concept
+    only. A checkpoint of these four is therefore all that a run needs to go on as if it had never
+    stopped.
 
     Args:
         problem: what is solved; θ is the denoiser's own weights.
@@ -54,6 +56,7 @@ class Ascent:
     Attributes:
         theta: θ by name.
         history: one report per step done.
+        alive: the attackers that live on from earlier steps, by concept.
 
     Example:
         >>> with Ascent(problem) as run:
@@ -73,6 +76,7 @@ class Ascent:
         config = problem.config
         self.theta = problem.theta()
         self.history: list[StepReport] = []
+        self.alive: dict[int, Alive] = {}
         self._problem = problem
         self._config = config
         self._callbacks = list(callbacks)
@@ -161,11 +165,17 @@ class Ascent:
                 if retain is None:
                     self._step(self._clipped(outer.gradient, norm), level)
                 else:
-                    self._step(self._balanced(outer.gradient, norm, retain.gradient, kept), level)
+                    pulling = 1.0 if (share := _pulling(outer)) is None else share
+                    both = self._balanced(outer.gradient, norm, retain.gradient, kept, pulling)
+                    self._step(both, level)
                 for name, value in (committed or {}).items():
                     self.theta[name].copy_(value)
+                ends = outer.ends
             else:
+                # attackers of a step that is left out may have diverged
+                ends = {}
                 self._skipped_in_a_row[level] += 1
+            self.alive = self._problem.survivors(len(self.history), self.alive, ends)
             self.history.append(self._report(outer, norm, skipped=not finite))
         report = self.history[-1]
         if not finite:
@@ -183,8 +193,13 @@ class Ascent:
         scale = 1.0 if longest is None or norm <= longest else longest / norm
         return {name: value * scale for name, value in gradient.items()}
 
-    def _balanced(self, ascent: Tensors, norm: float, retain: Tensors, kept: float) -> Tensors:
-        """``retain + s · ascent``, ``s ‖ascent‖`` = ρ times the running mean of ``‖retain‖``.
+    def _balanced(
+        self, ascent: Tensors, norm: float, retain: Tensors, kept: float, pulling: float
+    ) -> Tensors:
+        """``retain + s · ascent``, ``s ‖ascent‖`` = ρ p times the running mean of ``‖retain‖``.
+
+        p is the share of pictures that still pull: where few do, their short gradient is not to be
+        drawn out to the length of all.
 
         At the first step distillation has no gradient: the mean is then ``FLOOR · ‖ascent‖``, of
         which AdamW, whose step does not depend on a gradient's scale, sees the direction.
@@ -193,7 +208,7 @@ class Ascent:
         assert ratio is not None
         before = kept if self._retained is None else self._retained
         self._retained = MEMORY * before + (1 - MEMORY) * kept
-        scale = ratio * max(self._retained / norm, FLOOR) if norm else 0.0
+        scale = ratio * pulling * max(self._retained / norm, FLOOR) if norm else 0.0
         return {name: value + scale * ascent[name] for name, value in retain.items()}
 
     def _step(self, gradient: Tensors, level: str) -> None:
@@ -213,7 +228,7 @@ class Ascent:
         return StepReport(
             done,
             steps,
-            {name.concept: x for name, x in outer.losses.items() if not name.prior},
+            {n.concept: x for n, x in outer.losses.items() if not n.prior and not n.pull},
             outer.drift,
             norm,
             outer.residual,
@@ -223,6 +238,7 @@ class Ascent:
             memory=peak_memory(self._problem.family.device),
             skipped=before + skipped,
             stage=self._stage,
+            pulling=_pulling(outer),
         )
 
     def _skip(self, report: StepReport, in_a_row: int) -> None:
@@ -267,7 +283,10 @@ class Ascent:
             for name in self._names[level]:
                 for key, value in optimizer.state[self.theta[name]].items():
                     tensors[f"{level}.{key}.{name}"] = value
+        attackers, alive = to_tensors(self.alive)
+        tensors |= attackers
         state = {
+            "alive": alive,
             "stopped": self._stopped,
             "skipped_in_a_row": self._skipped_in_a_row,
             "retained": self._retained,
@@ -291,8 +310,17 @@ class Ascent:
                     if moment is not None:
                         device = moment.device if key == "step" else parameter.device
                         optimizer.state[parameter][key] = moment.to(device)
+        self.alive = from_tensors(
+            kept.tensors, kept.state.get("alive", {}), self._problem.family.device
+        )
         self.history = [StepReport.from_dict(plain) for plain in kept.state["history"]]
         self._skipped_in_a_row = kept.state["skipped_in_a_row"]
         self._retained = kept.state.get("retained")
         self._stopped = kept.state["stopped"]
         logger.info("going on after step %d", kept.step)
+
+
+def _pulling(outer: OuterGradient) -> float | None:
+    """The mean share of pictures that still pull, over concepts and states of their paths."""
+    shares = [x for seen in outer.path.values() for name, x in seen.items() if name.pull]
+    return sum(shares) / len(shares) if shares else None

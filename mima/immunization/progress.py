@@ -26,10 +26,17 @@ if TYPE_CHECKING:
 
 
 class LossName(NamedTuple):
-    """Which loss of the upper level: a concept's, or that of its class pictures."""
+    """What the upper level says of a concept: its loss, or something else about it.
+
+    Attributes:
+        concept: the concept's name.
+        prior: whether it is the loss of the concept's class pictures.
+        pull: whether it is the share of the concept's pictures on which the objective still pulls.
+    """
 
     concept: str
     prior: bool = False
+    pull: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ class StepReport:
         memory: peak bytes so far: of the GPU's allocator, or of the process.
         skipped: steps so far that were left out because a loss or gradient was not finite.
         stage: the concept that is being immunized, where each is immunized alone.
+        pulling: share of the concepts' pictures, at all states of the attacks that count, on which
+            the objective still pulls; None for objectives that never stop.
     """
 
     step: int
@@ -65,6 +74,7 @@ class StepReport:
     skipped: int = 0
     stage: str = ""
     prior_losses: dict[str, float] = field(default_factory=dict)
+    pulling: float | None = None
 
     @property
     def prior_loss(self) -> float | None:
@@ -97,6 +107,8 @@ class StepReport:
         scalars |= {f"prior_loss/{name}": value for name, value in self.prior_losses.items()}
         if self.prior_loss is not None:
             scalars["prior_loss"] = self.prior_loss
+        if self.pulling is not None:
+            scalars["pulling"] = self.pulling
         for name in ("drift", "gradient_norm", "residual", "seconds", "eta", "memory", "skipped"):
             scalars[name] = float(getattr(self, name))
         return scalars

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from support import immunizing, tiny
 
-from mima.bilevel.outer import upper_gradient
+from mima.bilevel.outer import OuterGradient, part_gradient, upper_gradient
 from mima.families import family_of, load_pipeline
 from mima.immunization.algorithm import immunize
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import encode_concepts
 from mima.immunization.levels import Problem, merge_layer
-from mima.immunization.objectives import EPSILON, PENALTIES, READS_START, Seen
+from mima.immunization.objectives import EPSILON, PENALTIES, READS_START, Seen, lacking
+from mima.immunization.outer_loop import Ascent
+from mima.immunization.progress import LossName
 
 OBJECTIVES = sorted(PENALTIES)
 PATH = {"steps": 4, "lr": (1e-4, 1e-2), "parameters": "denoiser"}
@@ -47,23 +50,24 @@ def settings(folder, **changes):
     return immunizing.settings(folder, **(defaults | changes))
 
 
-def seen(seed=0):
+def seen(seed=0, margin=0.0):
     draw = torch.Generator().manual_seed(seed)
     prediction, target, start = (
         torch.randn(3, 2, 4, 4, generator=draw, dtype=torch.float64) for _ in range(3)
     )
-    return Seen(prediction.requires_grad_(), target, start)
+    return Seen(prediction.requires_grad_(), target, start, margin)
 
 
+@pytest.mark.parametrize("margin", [0.0, 0.7])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_an_objective_is_its_formula(name):
-    s = seen()
+def test_an_objective_is_its_formula(name, margin):
+    s = seen(margin=margin)
     v, y, w = (x.detach() for x in (s.prediction, s.target, s.start))
     own, before = (((x - y) ** 2).mean((1, 2, 3)) for x in (v, w))
     expected = {
         "log": -math.log(float(((v - y) ** 2).mean()) + EPSILON),
         "hinge": sum(
-            max(0.0, math.log(b + EPSILON) - math.log(o + EPSILON))
+            max(0.0, math.log(b + EPSILON) + margin - math.log(o + EPSILON))
             for o, b in zip(own.tolist(), before.tolist(), strict=True)
         )
         / 3,
@@ -75,10 +79,10 @@ def test_an_objective_is_its_formula(name):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objectives_gradient_agrees_with_central_differences(name):
-    s = seen(1)
+    s = seen(1, margin=0.3)
 
     def value(prediction):
-        return PENALTIES[name](Seen(prediction, s.target, s.start))
+        return PENALTIES[name](replace(s, prediction=prediction))
 
     assert torch.autograd.gradcheck(value, s.prediction)
 
@@ -90,6 +94,52 @@ def test_hinge_has_no_pull_where_an_attack_has_gained_nothing():
     (gradient,) = torch.autograd.grad(penalty, prediction)
     assert penalty.item() == 0
     assert not gradient.any()
+
+
+def test_hinge_pulls_until_its_margin_is_reached():
+    target, start = torch.zeros(3, 1, 2, 2), torch.ones(3, 1, 2, 2)
+    # losses of 1, e and e² against one of 1
+    prediction = start * torch.tensor([0.0, 0.5, 1.0]).exp().reshape(3, 1, 1, 1)
+    lacks = lacking(Seen(prediction, target, start, margin=1.5))
+    torch.testing.assert_close(lacks, torch.tensor([1.5, 0.5, -0.5]), atol=2e-3, rtol=0)
+    penalty = PENALTIES["hinge"](Seen(prediction, target, start, margin=1.5))
+    assert penalty.item() == pytest.approx(2 / 3, abs=2e-3)
+
+
+def test_a_satisfied_hinge_costs_no_backward_and_says_so(model, tmp_path, monkeypatch):
+    # the start itself is satisfied by no margin and by none of its pictures with one
+    for margin, share in ((0.0, 0.0), (1.0, 1.0)):
+        upper = UPPER | {"objective": "hinge", "margin": margin}
+        problem = make(model, settings(tmp_path, upper=upper))
+        part = problem.upper_levels(0)[0]
+        with monkeypatch.context() as patched:
+            if not share:
+                patched.setattr(torch.autograd, "grad", None)
+            leaves = {n: v.requires_grad_() for n, v in problem.theta().items()}
+            told, gradient = part_gradient(part, leaves)
+        (pull,) = [value for name, value in told.items() if name.pull]
+        assert float(pull) == share
+        assert any(value.any() for value in gradient.values()) == bool(share)
+
+
+def test_ascent_is_scaled_by_the_share_of_pictures_that_pull(model, tmp_path, monkeypatch):
+    upper = UPPER | {"objective": "hinge", "margin": 0.1}
+    problem = make(model, settings(tmp_path, upper=upper), 1)
+    taken = []
+    monkeypatch.setattr(Ascent, "_step", lambda self, gradient, level: taken.append(gradient))
+    ones = {name: torch.ones_like(value) for name, value in problem.theta().items()}
+    retain = OuterGradient({name: 3 * value for name, value in ones.items()}, {}, 0.0)
+    with Ascent(problem) as run:
+        for shares in ((1.0, 1.0), (0.25, 0.75), (0.0, 0.0)):
+            path = {k: {LossName("cat", pull=True): x} for k, x in zip((2, 4), shares, strict=True)}
+            outer = OuterGradient(dict(ones), {LossName("cat"): 1.0}, 0.0, path=path)
+            run.update(outer, retain=retain)
+    assert [report.pulling for report in run.history] == [1.0, 0.5, 0.0]
+    assert [report.losses for report in run.history] == [{"cat": 1.0}] * 3
+    for gradient, share in zip(taken, (1.0, 0.5, 0.0), strict=True):
+        for value in gradient.values():
+            # ρ = 0.5 of a retaining gradient three times as long
+            torch.testing.assert_close(value, torch.full_like(value, 3 + 1.5 * share))
 
 
 @pytest.mark.parametrize("objective", ["neg", *OBJECTIVES])
@@ -138,11 +188,11 @@ def test_class_pictures_retain_by_their_loss(model, tmp_path):
 
 def test_attacks_draw_their_rates_log_uniformly_between_two(model, tmp_path):
     problem = make(model, settings(tmp_path))
-    rates = [problem._rate(n, step) for n in range(2) for step in range(200)]
+    rates = [problem.attack(n, step, {}).lr for n in range(2) for step in range(200)]
     assert 1e-4 <= min(rates) < 1.3e-4
     assert 0.8e-2 < max(rates) <= 1e-2
     assert sum(rate < 1e-3 for rate in rates) / len(rates) == pytest.approx(0.5, abs=0.1)
-    assert problem.lower_level(1, 7).optimizer.lr == problem._rate(1, 7)
+    assert problem.lower_level(1, 7).optimizer.lr == problem.attack(1, 7, {}).lr
 
 
 def test_some_concepts_of_a_step_are_drawn_evenly(model, tmp_path):
@@ -190,6 +240,7 @@ def test_a_run_along_the_path_goes_on_bit_by_bit(model, tmp_path, method):
         ({"lower": PATH | {"steps": 1}}, "upper.path_every: 2 asks for states on the way"),
         ({"lower": PATH | {"lr": (1e-3, 1e-4)}}, "the first must not be the larger"),
         ({"lower": PATH | {"lr": 0}}, "must be > 0"),
+        ({"upper": UPPER | {"margin": 1.0}}, "upper.margin: it is of objective 'hinge', got 'log'"),
         ({"upper": UPPER | {"loss_cap": 1.0}}, "objective 'log' has no use for a cap"),
         ({"upper": UPPER | {"prior_weight": 0}}, "with prior_weight 0 nothing retains"),
         ({"upper": {"retain": "distill"}}, "'distill' needs upper.ascent_ratio"),

@@ -186,8 +186,8 @@ def break_losses(monkeypatch, factor):
     """Let `factor(step)` multiply every upper loss."""
     upper_level = Problem.upper_level
 
-    def broken(self, concepts, step, state=None):
-        part = upper_level(self, concepts, step, state)
+    def broken(self, concepts, step, *state):
+        part = upper_level(self, concepts, step, *state)
         return UpperLevel(part.terms, lambda p: [x * factor(step) for x in part.losses(p)])
 
     monkeypatch.setattr(Problem, "upper_level", broken)
