@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -149,6 +149,35 @@ class Concept:
             raise PictureError(f"{where}: {_count(problems)} cannot be read:", problems)
         for key, value in {**texts, **pictures}.items():
             object.__setattr__(self, key, value)
+
+    def without(self, others: Iterable[Concept]) -> Concept:
+        """The concept without those of its pictures whose captions name another concept.
+
+        An object's pictures may be drawn in a style that is immunized against: whether the object
+        can still be learned is then a question for its other pictures.
+
+        Args:
+            others: concepts whose names, in whatever case, are looked for.
+
+        Returns:
+            The concept itself where no caption names any of them.
+
+        Raises:
+            MimaError: no picture is left to learn from.
+        """
+        names = [other.name.casefold() for other in others]
+
+        def left(pictures: Iterable[Picture]) -> tuple[Picture, ...]:
+            captioned = ((picture, picture.prompt.casefold()) for picture in pictures)
+            return tuple(p for p, caption in captioned if not any(n in caption for n in names))
+
+        groups = {key: left(getattr(self, key)) for key in _PICTURE_KEYS}
+        if not groups["images"]:
+            raise MimaError(
+                f"concept {self.name!r}: every picture's caption names one of: {', '.join(names)}"
+            )
+        same = all(len(group) == len(getattr(self, key)) for key, group in groups.items())
+        return self if same else replace(self, **groups)
 
     @classmethod
     def from_folder(cls, folder: str | Path, **overrides: Any) -> Concept:

@@ -486,3 +486,16 @@ def test_no_path_is_an_accident(tmp_path, name):
     (tmp_path / "cat" / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
     with pytest.raises(MimaError, match="is no path"):
         Concept.from_folder(tmp_path / "cat")
+
+
+def test_a_concept_is_freed_of_pictures_that_show_another() -> None:
+    fox, mono = embedded_concept("unseen-fox"), embedded_concept("style-mono")
+    left = fox.without([mono])
+    assert [p.prompt for p in left.images] == [
+        p.prompt for p in fox.images if "mono style" not in p.prompt
+    ]
+    assert 0 < len(left.images) < len(fox.images)
+    assert left.held_out == fox.held_out
+    assert fox.without([embedded_concept("tiger")]) is fox
+    with pytest.raises(MimaError, match="every picture's caption names one of: mono style"):
+        mono.without([mono])
