@@ -34,5 +34,16 @@ Technique = Literal["replace", "tensor"]
 MergeMethod = Literal["projected", "weighted"]
 """How finished adapters are merged: see ``mima.merge_adapters``."""
 
+Adaptation = Literal[
+    "lora", "dreambooth", "dreambooth-lora", "textual-inversion", "custom-diffusion", "pivotal"
+]
+"""How a model is adapted: see ``mima.adaptation.METHODS``."""
+
+Preset = Literal["quick", "headline", "standard", "adversarial"]
+"""What an evaluation attacks with: see ``mima.evaluation.PRESETS``."""
+
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+"""Kinds of device that torch computes on."""
+
 PictureProtocol = Literal["standard", "published"]
 """How pictures are prepared for an encoder: see ``mima.evaluation.encoders``."""

@@ -78,6 +78,17 @@ class _OneLine(logging.Handler):
             stderr().print(Text(f"{level}: {record.getMessage()}", style="yellow"))
 
 
+def yield_cores() -> None:
+    """Let threads that wait for work sleep, so that other programs on the machine can compute.
+
+    The OpenMP runtimes that torch may bring spin by default: on cores that are shared, each then
+    waits for the other's spinning. They read these variables when torch is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
+
+
 def quiet_third_parties() -> None:
     """Leave the terminal to mima: no other library's progress bars, notices and warnings.
 

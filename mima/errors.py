@@ -38,6 +38,22 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"{hint}Known: {', '.join(known)}"
 
 
+def check_choice(what: str, name: str, valid: Iterable[str]) -> None:
+    """Refuse a name that is none of those to choose from.
+
+    Args:
+        what: is chosen: ``method``.
+        name: what was said.
+        valid: the names to choose from.
+
+    Raises:
+        MimaError: suggests the nearest.
+    """
+    known = tuple(valid)
+    if name not in known:
+        raise MimaError(f"{what} {name!r} is unknown; {nearest(name, known)}")
+
+
 def check_settings(settings: object, checks: Mapping[str, tuple[bool, str]]) -> None:
     """Refuse the first setting that is out of its range.
 

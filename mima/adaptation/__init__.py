@@ -12,7 +12,7 @@ from mima.adaptation.lora import LoRA
 from mima.adaptation.pivotal import Pivotal
 from mima.adaptation.textual_inversion import TextualInversion
 from mima.adaptation.together import Together
-from mima.errors import MimaError, nearest
+from mima.errors import check_choice
 from mima.settings import checked
 
 METHODS: dict[str, type[Adaptation]] = {
@@ -51,6 +51,5 @@ def configure(method: str, settings: Mapping[str, Any]) -> Adaptation:
     Raises:
         MimaError: no such method or setting, or a value that it cannot have.
     """
-    if method not in METHODS:
-        raise MimaError(f"method {method!r} is unknown; {nearest(method, METHODS)}")
+    check_choice("method", method, METHODS)
     return checked(METHODS[method], f"method {method}", settings)

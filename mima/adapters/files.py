@@ -25,6 +25,7 @@ from mima.errors import MimaError
 from mima.families import family_of, load_pipeline
 from mima.families.pipelines import component_name, shared_copy, with_modules
 from mima.release.delta import is_delta, read_delta
+from mima.storage.inputs import expanded
 from mima.storage.names import (
     CUSTOM_DIFFUSION_FILE,
     DELTA_FILE,
@@ -89,7 +90,7 @@ class AdapterReader:
         Raises:
             MimaError: nothing there, damaged, of no known kind, or it does not fit the pipeline.
         """
-        path = Path(source).expanduser()
+        path = expanded(source)
         if not path.exists():
             raise MimaError(f"adapter {source} does not exist")
         try:

@@ -32,6 +32,7 @@ from mima.merging import MergePlan
 from mima.release.card import CardFacts
 from mima.release.delta import Delta
 from mima.release.repository import Released
+from mima.storage.inputs import check_adapters
 from mima.training.captions import ordinary_captions, regular_tokens
 
 
@@ -179,9 +180,7 @@ def merge_adapters(
         raise MimaError("merge: all weights are 0")
     if prompts is not None and len(prompts) != len(adapters):
         raise MimaError(f"merge: {len(adapters)} adapters need as many prompts, got {len(prompts)}")
-    absent = [str(adapter) for adapter in adapters if not Path(adapter).expanduser().exists()]
-    if absent:
-        raise MimaError(f"merge: no such adapter: {', '.join(absent)}")
+    check_adapters(adapters)
     source = None if captions is None else Path(captions)
     if method == "projected":
         ordinary_captions(source)

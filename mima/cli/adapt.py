@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
+from mima.choices import Adaptation as AdaptationMethod
 from mima.cli.base import app
 from mima.cli.options import (
     Device,
@@ -17,11 +18,13 @@ from mima.cli.options import (
     Seed,
     SingleFileConfig,
     Variant,
+    check_named,
     described_concepts,
     given_settings,
     model_source,
     torch_dtype,
 )
+from mima.errors import check_choice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,13 +110,10 @@ def adapt(
     """Teach a model a concept, as its owner would, or an attacker."""
     from mima.storage.output import check_folder
 
+    check_named(model, device=device)
+    check_choice("method", method, get_args(AdaptationMethod))
     if output is not None:
         check_folder(output, overwrite=overwrite)
-
-    # only now what takes seconds to import
-    from mima.adaptation import configure
-    from mima.adaptation.resumable import adapt as run_adapt
-    from mima.console import command, progress, stderr, stdout
 
     options = {
         "steps": steps,
@@ -128,7 +128,6 @@ def adapt(
         "fp16_vae": fp16_vae or None,
     }
     given = given_settings(options, settings)
-    chosen = configure(method, {"seed": seed, **given})
     told = {
         "prompt": prompt,
         "class_prompt": class_prompt,
@@ -139,6 +138,13 @@ def adapt(
     learned = described_concepts(
         concept, {key: said for key, said in told.items() if said is not None}
     )
+
+    # only now what takes seconds to import
+    from mima.adaptation import configure
+    from mima.adaptation.resumable import adapt as run_adapt
+    from mima.console import command, progress, stderr, stdout
+
+    chosen = configure(method, {"seed": seed, **given})
     source = model_source(model, revision, variant, single_file_config)
     said = ", ".join(one.name for one in learned)
     with progress() as bars:

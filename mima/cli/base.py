@@ -87,7 +87,8 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    from mima.console import quiet_third_parties
+    from mima.console import quiet_third_parties, yield_cores
 
+    yield_cores()
     if not debug:
         quiet_third_parties()

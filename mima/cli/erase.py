@@ -18,6 +18,7 @@ from mima.cli.options import (
     Seed,
     SingleFileConfig,
     Variant,
+    check_named,
     described_concepts,
     given_settings,
     model_source,
@@ -79,6 +80,7 @@ def erase(
     from mima.storage.output import check_folder
 
     check_folder(output, overwrite=overwrite)
+    check_named(model, device=device)
     options = {"steps": steps, "learning_rate": lr}
     given = given_settings(options, settings)
     if method == "uce" and given:
@@ -87,6 +89,11 @@ def erase(
         raise MimaError(f"--preserve and --technique are for method uce, not for {method}")
     if not concepts and not words:
         raise MimaError("erase: give concepts, or --words")
+    erased: list[Concept | str] = [*(words or [])]
+    if concepts:
+        erased += described_concepts(concepts, {} if prompt is None else {"prompt": prompt})
+    elif prompt is not None:
+        raise MimaError("--prompt says something about a concept; --words are their own prompt")
 
     # only now what takes seconds to import
     from dataclasses import asdict
@@ -100,11 +107,6 @@ def erase(
     from mima.storage.output import fresh_folder
     from mima.training.captions import ordinary_captions
 
-    erased: list[Concept | str] = [*(words or [])]
-    if concepts:
-        erased += described_concepts(concepts, {} if prompt is None else {"prompt": prompt})
-    elif prompt is not None:
-        raise MimaError("--prompt says something about a concept; --words are their own prompt")
     source = model_source(model, revision, variant, single_file_config)
     if method != "uce":
         preset = VARIANTS[method]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
-from mima.choices import Method, PictureProtocol
+from mima.choices import Method, PictureProtocol, Preset
 from mima.cli.base import app
 from mima.cli.options import (
     Device,
@@ -15,9 +15,11 @@ from mima.cli.options import (
     Revision,
     SingleFileConfig,
     Variant,
+    check_named,
     given_settings,
     model_source,
 )
+from mima.errors import check_choice
 
 
 @app.command()
@@ -83,6 +85,8 @@ def evaluate(
     from mima.concepts.reading import load_concepts
     from mima.console import command, progress, stderr, stdout
 
+    check_choice("preset", preset, get_args(Preset))
+    check_named(original, immunized, device=device)
     found = load_concepts(concepts)
     kept = load_concepts(others) if others else []
 
@@ -143,6 +147,12 @@ def report(
     ] = None,
 ) -> None:
     """Put evaluations on one self-contained page, with every figure beside it."""
+    from mima.storage.inputs import evaluation_file
+
+    for folder in folders:
+        evaluation_file(folder)
+
+    # only now what takes seconds to import
     from mima.console import stdout
     from mima.report import write_report
 

@@ -17,6 +17,7 @@ from mima.cli.options import (
     Revision,
     SingleFileConfig,
     Variant,
+    check_named,
     parse_setting,
 )
 
@@ -57,7 +58,7 @@ def immunize(
 ) -> None:
     """Immunize a model as a config file says."""
     from mima.console import stderr, stdout
-    from mima.immunization.from_file import immunize_file, read_run
+    from mima.immunization.from_file import concepts_of, immunize_file, read_run
     from mima.storage.output import check_folder
 
     said: dict[str, Any] = {
@@ -66,9 +67,12 @@ def immunize(
         "output": output,
         "erased": erased,
     }
-    folder = read_run(config, **said).output
+    check_named(device=device)
+    run = read_run(config, **said)
+    folder = run.output
     assert folder is not None
     check_folder(folder, overwrite=overwrite)
+    concepts_of(run, config)
 
     # only now what takes seconds to import
     from mima.immunization.progress import ProgressBar

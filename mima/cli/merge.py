@@ -19,6 +19,7 @@ from mima.cli.options import (
     Seed,
     SingleFileConfig,
     Variant,
+    check_named,
     model_source,
     torch_dtype,
 )
@@ -59,9 +60,12 @@ def merge(
     overwrite: Overwrite = False,
 ) -> None:
     """Merge several adapters of one model into it."""
+    from mima.storage.inputs import check_adapters
     from mima.storage.output import check_folder
 
     check_folder(output, overwrite=overwrite)
+    check_named(model, device=device)
+    check_adapters(adapters)
     shares = None if weights is None else _numbers("weights", weights)
 
     # only now what takes seconds to import

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mima.choices import Precision
-from mima.errors import MimaError
+from mima.choices import DEVICES, Precision
+from mima.errors import MimaError, check_choice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,6 +57,17 @@ Device = Annotated[
 OnlyDelta = Annotated[
     bool, typer.Option("--delta", help="Write only the changed weights; see mima apply.")
 ]
+
+
+def check_named(*models: str, device: str | None = None) -> None:
+    """Refuse models and a device that cannot be there, before anything heavy is imported."""
+    from mima.storage.inputs import check_model
+
+    for model in models:
+        check_model(model)
+    if device is not None:
+        kind, _, _ = device.partition(":")
+        check_choice("device", kind, DEVICES)
 
 
 def model_source(

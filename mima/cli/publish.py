@@ -15,6 +15,7 @@ from mima.cli.options import (
     Revision,
     SingleFileConfig,
     Variant,
+    check_named,
     model_source,
     torch_dtype,
 )
@@ -33,9 +34,12 @@ def apply(
     overwrite: Overwrite = False,
 ) -> None:
     """Apply a delta to its base model, and write the whole model."""
+    from mima.storage.inputs import delta_file
     from mima.storage.output import check_folder
 
     check_folder(output, overwrite=overwrite)
+    check_named(model)
+    delta_file(delta)
 
     # only now what takes seconds to import
     from mima.console import stdout

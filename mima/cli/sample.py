@@ -17,6 +17,7 @@ from mima.cli.options import (
     Seed,
     SingleFileConfig,
     Variant,
+    check_named,
     model_source,
     open_pipeline,
 )
@@ -51,6 +52,7 @@ def sample(
     overwrite: Overwrite = False,
 ) -> None:
     """Draw pictures."""
+    from mima.storage.inputs import check_adapters
     from mima.storage.output import check_file, slug
 
     if not prompt.strip():
@@ -63,6 +65,8 @@ def sample(
         paths = [path.with_stem(f"{path.stem}-{number}") for number in range(1, num + 1)]
     for one in paths:
         check_file(one, overwrite=overwrite)
+    check_named(model, device=device)
+    check_adapters([] if adapter is None else [adapter])
 
     # only now what takes seconds to import
     from mima.adapters.merge import merge_adapters

@@ -18,12 +18,12 @@ from mima.concepts.pictures import (
     Picture,
     PictureError,
     check_pictures,
-    expanded,
     metadata_file,
     picture_files,
     read_folder,
 )
 from mima.errors import MimaError, nearest
+from mima.storage.inputs import expanded
 from mima.storage.plain_data import read_json, read_yaml
 
 Kind = Literal["object", "style", "instance", "benign"]

@@ -9,7 +9,6 @@ import csv
 import hashlib
 import json
 import math
-import os
 import struct
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,8 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from mima.errors import MimaError, ProblemList
-from mima.storage.plain_data import read_json, shortened
+from mima.storage.inputs import expanded
+from mima.storage.plain_data import read_json
 
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
@@ -199,25 +199,6 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         return image
     assert converted is not None  # None only for in-place conversions
     return converted
-
-
-def expanded(path: str | Path) -> Path:
-    """A path as people write it, `~` for somebody's home.
-
-    Raises:
-        MimaError: no file can be called so.
-    """
-    shown = shortened(repr(str(path)), 80)
-    try:
-        names = [os.fsencode(part) for part in Path(path).parts]
-        found = Path(path).expanduser()
-    except (UnicodeEncodeError, RuntimeError) as error:
-        raise MimaError(f"{shown} is no path: {error}") from error
-    if any(b"\0" in name for name in names):
-        raise MimaError(f"{shown} is no path: it holds a NUL")
-    if any(len(name) > 255 for name in names):
-        raise MimaError(f"{shown} is no path: a name in it is longer than 255 bytes")
-    return found
 
 
 def check_pictures(pictures: Iterable[Picture]) -> list[str]:

@@ -29,7 +29,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from mima.choices import PictureProtocol
 from mima.errors import MimaError, nearest
-from mima.families.hub import is_hub_id, unreachable
+from mima.families.hub import unreachable
+from mima.storage.inputs import is_hub_id
 
 CLIP_DEFAULT = "openai/clip-vit-base-patch32"
 DINO_DEFAULT = "facebook/dino-vits16"

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 from mima.adaptation import Adaptation, configure
 from mima.concepts import Concept
 from mima.concepts.pictures import Picture
-from mima.errors import MimaError, nearest
+from mima.errors import check_choice, nearest
 from mima.evaluation.families import FAMILIES, AttackFamily
 from mima.evaluation.records import Pictures, Preparation, PromptVariant, Role, Side
 from mima.evaluation.tuning import Choice, Tuning
@@ -160,8 +160,7 @@ def grid_config(preset: str, settings: Mapping[str, Any] | None = None) -> GridC
     Raises:
         MimaError: no such preset, or settings that are unknown or out of range.
     """
-    if preset not in PRESETS:
-        raise MimaError(f"preset {preset!r} is unknown; {nearest(preset, PRESETS)}")
+    check_choice("preset", preset, PRESETS)
     raw = PRESETS[preset].model_dump()
     for name, value in (settings or {}).items():
         set_nested(raw, name, value)

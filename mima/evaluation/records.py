@@ -20,10 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from mima.choices import Method, PictureProtocol
 from mima.errors import MimaError, one_line
 from mima.evaluation.metrics import GapCurve, IntervalKind
+from mima.storage.inputs import evaluation_file
+from mima.storage.names import EVALUATION_FILE
 from mima.storage.output import LONGEST_NAME, write_whole
 
 FORMAT: Literal[2] = 2
-EVALUATION_FILE = "evaluation.json"
 ATTACKS_FILE = "attacks.csv"
 CURVES_FILE = "curves.csv"
 
@@ -392,13 +393,9 @@ class EvaluationFolder:
         Raises:
             MimaError: missing, damaged, or of another format.
         """
-        path = self.path / EVALUATION_FILE
+        path = evaluation_file(self.path)
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise MimaError(
-                f"{self.path} holds no {EVALUATION_FILE}: mima evaluate writes such folders"
-            ) from error
         except (OSError, ValueError, RecursionError) as error:
             raise MimaError(f"evaluation: cannot read {path}: {one_line(error)}") from error
         if isinstance(raw, dict) and raw.get("format") != FORMAT:

@@ -1,4 +1,4 @@
-"""Whether the hub can be reached, and what a name on it looks like."""
+"""Whether the hub can be reached."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from huggingface_hub import constants
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # not in __all__
 
 TIMEOUT = 10.0
 """Seconds to wait for a connection."""
@@ -33,12 +31,3 @@ def unreachable() -> str | None:
     except OSError as error:
         return f"{address.hostname}: {error.strerror or error}"
     return None
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name is of the form owner/name and what the hub allows."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name

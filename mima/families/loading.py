@@ -30,11 +30,12 @@ from mima.assets import assets
 from mima.errors import MimaError
 from mima.families.base import Family, cast
 from mima.families.flux import Flux
-from mima.families.hub import is_hub_id, unreachable
+from mima.families.hub import unreachable
 from mima.families.pixart import PixArt
 from mima.families.sd3 import StableDiffusion3
 from mima.families.sdxl import StableDiffusionXL
 from mima.families.stable_diffusion import StableDiffusion
+from mima.storage.inputs import check_model, expanded
 from mima.storage.names import MODEL_INDEX
 from mima.storage.plain_data import shortened
 
@@ -204,7 +205,8 @@ def _open(source: ModelSource, dtype: torch.dtype) -> Any:
             if getattr(source, name) is not None:
                 raise MimaError(f"{name}: the embedded model has none")
         return load_embedded(dtype=dtype)
-    path = Path(model).expanduser()
+    check_model(model)
+    path = expanded(model)
     if source.revision is not None and path.exists():
         raise MimaError(f"revision: only models of the hub have revisions, {path} is local")
     if source.config is not None and not path.is_file():
@@ -215,11 +217,6 @@ def _open(source: ModelSource, dtype: torch.dtype) -> Any:
         return _open_file(path, dtype, source.config)
     if path.is_dir():
         return _open_folder(path, dtype, variant)
-    if not is_hub_id(model):
-        raise MimaError(
-            f"model: {model!r} is neither a folder, a .safetensors file, 'embedded', "
-            "nor a hub id of the form owner/name"
-        )
     return _open_hub(model, dtype, source.revision, variant)
 
 
@@ -277,8 +274,6 @@ def _explain(model: str, revision: str | None, error: Exception) -> str:
 
 
 def _open_folder(path: Path, dtype: torch.dtype, variant: str | None) -> Any:
-    if not (path / MODEL_INDEX).is_file():
-        raise MimaError(f"model: {path} has no {MODEL_INDEX}: not a diffusers folder")
     index = _read_json(path / MODEL_INDEX)
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise MimaError(f"model: {path / MODEL_INDEX} names no diffusers pipeline")
@@ -384,8 +379,6 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
 
 
 def _open_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Any:
-    if path.suffix != ".safetensors":
-        raise MimaError(f"model: {path} is a file; only .safetensors files are opened")
     keys = safetensors_keys(path)
     opener = next((o for part, o in SINGLE_FILES if any(part in key for key in keys)), None)
     if opener is None:

@@ -10,9 +10,11 @@ from mima.choices import Task
 from mima.errors import MimaError, nearest
 from mima.immunization.config import ImmunizeConfig, ImmunizeRun, load_config, with_recipe
 from mima.settings import parse_config, set_nested
+from mima.storage.inputs import check_model
 from mima.storage.output import check_folder
 
 if TYPE_CHECKING:
+    from mima.concepts import Concept
     from mima.immunization.progress import Callback
     from mima.immunization.result import ImmunizeResult
 
@@ -94,8 +96,9 @@ def immunize_file(
     assert run.output is not None
     check_folder(run.output, overwrite=overwrite)
 
+    concepts = concepts_of(run, path)
+
     # only now what takes seconds to import
-    from mima.concepts.reading import load_concepts
     from mima.families import ModelSource
     from mima.immunization.algorithm import immunize
 
@@ -106,7 +109,7 @@ def immunize_file(
             variant or run.variant,
             single_file_config or run.single_file_config,
         ),
-        load_concepts(run.concepts, base=Path(path).parent),
+        concepts,
         run.immunize,
         erased=run.erased,
         output=run.output,
@@ -116,6 +119,18 @@ def immunize_file(
         device=device,
         callbacks=callbacks,
     )
+
+
+def concepts_of(run: ImmunizeRun, path: str | Path) -> list[Concept]:
+    """The concepts of a run, once its model is known to be there.
+
+    Raises:
+        MimaError: one of them is not there, or cannot be read.
+    """
+    from mima.concepts.reading import load_concepts
+
+    check_model(run.model)
+    return load_concepts(run.concepts, base=Path(path).parent)
 
 
 def _located(run: ImmunizeRun, folder: Path) -> ImmunizeRun:

@@ -15,8 +15,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from mima._version import installed_versions
-from mima.families.hub import is_hub_id
 from mima.release.delta import NEW_WORDS
+from mima.storage.inputs import is_hub_id
 from mima.storage.names import DELTA_FILE
 
 CARD_FILE = "README.md"

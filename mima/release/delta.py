@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from mima.errors import MimaError
 from mima.families.new_words import with_words
 from mima.families.pipelines import with_values
+from mima.storage.inputs import delta_file
 from mima.storage.names import DELTA_FILE
 from mima.storage.tensor_files import save_tensors
 
@@ -73,11 +74,7 @@ def read_delta(path: str | Path) -> Delta:
     Raises:
         MimaError: nothing there, damaged, or no delta.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        path = path / DELTA_FILE
-    if not path.is_file():
-        raise MimaError(f"delta {path} does not exist")
+    path = delta_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(_HEADER)

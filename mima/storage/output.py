@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mima.errors import MimaError
 from mima.storage.atomic import WRITING_ERRORS, is_of_the_disk, reason_of, recover, staged
 from mima.storage.lock import locked
-from mima.storage.names import DELTA_FILE, LORA_FILE, MODEL_INDEX, WORD_FILE
+from mima.storage.names import DELTA_FILE, EVALUATION_FILE, LORA_FILE, MODEL_INDEX, WORD_FILE
 from mima.storage.record import RECORD_FILE
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ LONGEST_NAME = 200
 # a folder with none of these is not ours to replace
 OUR_FILES = (
     *(MODEL_INDEX, LORA_FILE, WORD_FILE, DELTA_FILE, RECORD_FILE),
-    *("results.json", "evaluation.json"),
+    *("results.json", EVALUATION_FILE),
 )
 
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from support.commands import run
+
+from mima.errors import MimaError
 
 
 def test_bad_demos(workdir):
@@ -11,3 +14,21 @@ def test_bad_demos(workdir):
     assert sorted(path.name for path in Path("dog").glob("*.png"))[0] == "0.png"
     assert "'--seed'" in run("demo", "--seed", "-1", code=2)
     assert "cat/0.png" in run("demo", "--output", "cat/0.png", code=2)
+
+
+def test_the_demo_says_first_what_it_will_do(workdir, monkeypatch):
+    def stop(*_: object, **__: object) -> None:
+        raise MimaError("enough")
+
+    monkeypatch.setattr("mima.demo.run_demo", stop)
+    said, _, error = run("demo", "--quick", "-o", "out", code=2).partition("error: ")
+    assert "about a minute and a half; results in out" in said
+    assert error == "enough"
+
+
+def test_threads_of_commands_sleep_while_they_wait_unless_told_otherwise(workdir, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    run("demo", "-o", "dog", code=2)
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
