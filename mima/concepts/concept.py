@@ -171,7 +171,7 @@ class Concept:
             captioned = ((picture, picture.prompt.casefold()) for picture in pictures)
             return tuple(p for p, caption in captioned if not any(n in caption for n in names))
 
-        groups = {key: left(getattr(self, key)) for key in _PICTURE_KEYS}
+        groups: dict[str, Any] = {key: left(getattr(self, key)) for key in _PICTURE_KEYS}
         if not groups["images"]:
             raise MimaError(
                 f"concept {self.name!r}: every picture's caption names one of: {', '.join(names)}"
