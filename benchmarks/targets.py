@@ -84,6 +84,12 @@ CPU = [
         bar=0.35,
     ),
     Target(
+        group="adam_step pullback",
+        text="over autograd through the step",
+        value=_over("autograd"),
+        bar=0.4,
+    ),
+    Target(
         group="projected_merge forward N",
         text="a ready plan over the published routine",
         value=_over("published"),

@@ -40,6 +40,25 @@ struct WeightedMergeParams {
   std::vector<double> d_weights;  // [N] or empty
 };
 
+// m+ = beta1 m + rest1 g;  v+ = beta2 v + rest2 g^2
+// z+ = keep z - step m+ / (root + eps),  root = sqrt(v+ / correction2), 0 where v+ is not positive
+struct AdamRule {
+  double step;  // lr / correction1
+  double keep;  // 1 - lr weight_decay
+  double beta1, rest1, beta2, rest2, eps, correction2;
+};
+
+struct AdamStepParams {
+  DType dtype;
+  int threads;
+  AdamRule rule;
+  std::vector<int64_t> sizes;              // [P] elements
+  std::vector<void*> z, g, m, v;           // [P]; z in forward
+  std::vector<void*> out_z, out_m, out_v;  // [P], forward; out_m and out_v may be m and v
+  std::vector<void*> bar_z, bar_m, bar_v;  // [P], backward: upstream
+  std::vector<void*> d_z, d_g, d_m, d_v;   // [P] or empty: not needed
+};
+
 // out_l = W0_l + sum_n (W_nl - W0_l) C_n^T M_n
 struct ProjectedMergeParams {
   DType dtype;

@@ -76,6 +76,57 @@ def weighted_merge(
     return merged
 
 
+def adam_step(
+    z: Sequence[Tensor],
+    g: Sequence[Tensor],
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    step: int,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Take one step of Adam with decoupled decay.
+
+        m⁺ = β₁ m + (1 − β₁) g,  v⁺ = β₂ v + (1 − β₂) g²
+        z⁺ = (1 − lr · weight_decay) z − lr m̂ / (√v̂ + eps),  m̂ = m⁺ / (1 − β₁ᵏ⁺¹), v̂ likewise
+
+    Args:
+        z: P tensors of any shapes: what is trained.
+        g: their gradients.
+        m: their first moments.
+        v: their second moments, ≥ 0.
+        lr: step size.
+        betas: β₁, β₂.
+        eps: added to the root.
+        weight_decay: decoupled decay, in units of lr.
+        step: k, from 0.
+
+    Returns:
+        z⁺, m⁺ and v⁺.
+    """
+    beta1, beta2 = betas
+    stepped: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
+    for z_p, g_p, m_p, v_p in zip(z, g, m, v, strict=True):
+        g_wide = wide(g_p)
+        first = wide(m_p) * beta1 + g_wide * (1 - beta1)
+        second = wide(v_p) * beta2 + g_wide * g_wide * (1 - beta2)
+        root = root_of_moment(second / (1 - beta2 ** (step + 1)))
+        update = first / (1 - beta1 ** (step + 1)) / (root + eps)
+        moved = wide(z_p) * (1 - lr * weight_decay) - lr * update
+        for values, value in zip(stepped, (moved, first, second), strict=True):
+            values.append(value.to(z_p.dtype))
+    return stepped
+
+
+def root_of_moment(v_hat: Tensor) -> Tensor:
+    """Return √v̂, with slope 0 at 0: entries that never saw a gradient keep a zero root."""
+    seen = v_hat > 0
+    return torch.where(seen, torch.where(seen, v_hat, 1.0).sqrt(), 0.0)
+
+
 def projected_merge(
     W0: Sequence[Tensor], W: Sequence[Sequence[Tensor]], C: Sequence[Tensor], M: Sequence[Tensor]
 ) -> list[Tensor]:

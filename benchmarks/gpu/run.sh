@@ -239,6 +239,7 @@ else
   export MIMA_BENCH_DEVICE=cuda
   benchmark step 120
   benchmark batched_lora 100
+  benchmark adam_step 40
   benchmark weighted_merge 45
   benchmark projected_merge 45
   benchmark merge_lora 40

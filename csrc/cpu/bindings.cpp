@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 
 #include "cpu/dispatch.h"
@@ -47,6 +48,54 @@ Reals weighted_merge_backward(int dtype, int threads, const TensorArgs& d_out,
     cpu::weighted_merge_backward(params);
   }
   return params.d_weights;
+}
+
+AdamStepParams adam_step_params(int dtype, int threads, const Reals& rule, int64_t step,
+                                const TensorArgs& g, const TensorArgs& m, const TensorArgs& v) {
+  check_count("adam_step: rule", rule.size(), 5);
+  const double lr = rule[0], beta1 = rule[1], beta2 = rule[2], eps = rule[3], decay = rule[4];
+  const double count = static_cast<double>(step) + 1;
+  AdamStepParams params{};
+  params.dtype = dtype_of(dtype);
+  params.threads = threads;
+  params.rule = {
+      lr / (1 - std::pow(beta1, count)), 1 - lr * decay, beta1, 1 - beta1, beta2, 1 - beta2, eps,
+      1 - std::pow(beta2, count)};
+  params.sizes = sizes_of(g);
+  params.g = pointers("adam_step: g", g, g.size());
+  params.m = pointers("adam_step: m", m, g.size());
+  params.v = pointers("adam_step: v", v, g.size());
+  return params;
+}
+
+// out: z, m and v after the step; the last two may be the lists m and v themselves.
+void adam_step_forward(int dtype, int threads, const Reals& rule, int64_t step, const TensorArgs& z,
+                       const TensorArgs& g, const TensorArgs& m, const TensorArgs& v,
+                       const TensorArgs& out_z, const TensorArgs& out_m, const TensorArgs& out_v) {
+  auto params = adam_step_params(dtype, threads, rule, step, g, m, v);
+  params.z = pointers("adam_step: z", z, g.size());
+  params.out_z = pointers("adam_step: out_z", out_z, g.size());
+  params.out_m = pointers("adam_step: out_m", out_m, g.size());
+  params.out_v = pointers("adam_step: out_v", out_v, g.size());
+  py::gil_scoped_release unlocked;
+  cpu::adam_step_forward(params);
+}
+
+void adam_step_backward(int dtype, int threads, const Reals& rule, int64_t step,
+                        const TensorArgs& bar_z, const TensorArgs& bar_m, const TensorArgs& bar_v,
+                        const TensorArgs& g, const TensorArgs& m, const TensorArgs& v,
+                        const TensorArgs& d_z, const TensorArgs& d_g, const TensorArgs& d_m,
+                        const TensorArgs& d_v) {
+  auto params = adam_step_params(dtype, threads, rule, step, g, m, v);
+  params.bar_z = pointers("adam_step: bar_z", bar_z, g.size());
+  params.bar_m = pointers("adam_step: bar_m", bar_m, g.size());
+  params.bar_v = pointers("adam_step: bar_v", bar_v, g.size());
+  params.d_z = pointers("adam_step: d_z", d_z, g.size(), true);
+  params.d_g = pointers("adam_step: d_g", d_g, g.size(), true);
+  params.d_m = pointers("adam_step: d_m", d_m, g.size(), true);
+  params.d_v = pointers("adam_step: d_v", d_v, g.size(), true);
+  py::gil_scoped_release unlocked;
+  cpu::adam_step_backward(params);
 }
 
 void projected_merge_forward(int dtype, int threads, const TensorArgs& W0, const TensorArgs& W,
@@ -194,6 +243,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("have_contiguous_rows", &mima::have_contiguous_rows);
   module.def("weighted_merge_forward", &mima::weighted_merge_forward);
   module.def("weighted_merge_backward", &mima::weighted_merge_backward);
+  module.def("adam_step_forward", &mima::adam_step_forward);
+  module.def("adam_step_backward", &mima::adam_step_backward);
   module.def("projected_merge_forward", &mima::projected_merge_forward);
   module.def("projected_merge_backward", &mima::projected_merge_backward);
   module.def("merges_adapters", &mima::cpu::merges_adapters);

@@ -74,6 +74,13 @@ struct StorageKernels {
   void (*merge_backward)(const void* d_out, const void* base, const void* const* thetas,
                          const double* weights, int64_t num_concepts, int64_t size, void* d_base,
                          void* const* d_thetas, double* d_weights, bool stream);
+  // in: z, g, m, v; out: those after the step but g, where m and v may be the ones given
+  void (*adam)(const AdamRule& rule, const void* const in[4], void* const out[3], int64_t size,
+               bool stream);
+  // in: the gradients of z, m, v after the step, then g, m, v before it; out: the gradients of z,
+  // g, m, v before it. Null where not needed.
+  void (*adam_backward)(const AdamRule& rule, const void* const in[6], void* const out[4],
+                        int64_t size, bool stream);
 };
 
 struct Kernels {

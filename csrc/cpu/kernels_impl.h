@@ -463,14 +463,119 @@ void merge_backward(const void* d_out, const void* base, const void* const* thet
       size, static_cast<T*>(d_base), d_thetas, d_weights);
 }
 
+// A rule's numbers in the accumulator type.
+template <class T>
+struct Adam {
+  using Vec = typename Traits<T>::Vec;
+  using Acc = typename Traits<T>::Acc;
+  Acc step, keep, beta1, rest1, beta2, rest2, eps, inverse2;
+
+  explicit Adam(const AdamRule& rule)
+      : step(static_cast<Acc>(rule.step)),
+        keep(static_cast<Acc>(rule.keep)),
+        beta1(static_cast<Acc>(rule.beta1)),
+        rest1(static_cast<Acc>(rule.rest1)),
+        beta2(static_cast<Acc>(rule.beta2)),
+        rest2(static_cast<Acc>(rule.rest2)),
+        eps(static_cast<Acc>(rule.eps)),
+        inverse2(static_cast<Acc>(1 / rule.correction2)) {}
+
+  MIMA_INLINE Vec first(Vec g, Vec m) const { return beta1 * m + rest1 * g; }
+  MIMA_INLINE Vec second(Vec g, Vec v) const { return beta2 * v + rest2 * g * g; }
+  MIMA_INLINE Vec root(Vec v) const {
+    const Vec corrected = inverse2 * v;
+    return square_root(corrected > Vec{} ? corrected : Vec{});
+  }
+
+  // in and out as StorageKernels::adam has them
+  MIMA_INLINE void forward(const Vec in[4], Vec out[3]) const {
+    out[1] = first(in[1], in[2]);
+    out[2] = second(in[1], in[3]);
+    out[0] = keep * in[0] - step * out[1] / (root(out[2]) + eps);
+  }
+
+  // in and out as StorageKernels::adam_backward has them
+  MIMA_INLINE void backward(const Vec in[6], Vec out[4]) const {
+    const Vec bar_z = in[0], g = in[3], m = first(g, in[4]), v = second(g, in[5]);
+    const Vec r = root(v), inverse = Acc(1) / (r + eps);
+    const Vec slope = step * bar_z * inverse;
+    const Vec bar_m = in[1] - slope;
+    // the root has slope 0 at 0
+    const Vec through_root = slope * m * inverse * (inverse2 / 2) / (r > Vec{} ? r : Vec{} + 1);
+    const Vec bar_v = in[2] + (r > Vec{} ? through_root : Vec{});
+    out[0] = keep * bar_z;
+    out[1] = rest1 * bar_m + 2 * rest2 * g * bar_v;
+    out[2] = beta1 * bar_m;
+    out[3] = beta2 * bar_v;
+  }
+};
+
+// out[size] = f(in[size]), vector by vector; an `out` that is null is not needed.
+template <class T, bool STREAM, int IN, int OUT, class F>
+MIMA_INLINE void map_run(const void* const* in, void* const* out, int64_t size, const F& f) {
+  using Vec = typename Traits<T>::Vec;
+  Vec given[IN], made[OUT];
+  int64_t i = 0;
+  for (; i + kLanes<T> <= size; i += kLanes<T>) {
+#pragma GCC unroll 6
+    for (int k = 0; k < IN; ++k) given[k] = load(static_cast<const T*>(in[k]) + i);
+    f(given, made);
+#pragma GCC unroll 4
+    for (int k = 0; k < OUT; ++k)
+      if (out[k] != nullptr) store_or_stream<STREAM>(static_cast<T*>(out[k]) + i, made[k]);
+  }
+  if (i < size) {
+    for (int k = 0; k < IN; ++k) given[k] = load_part(static_cast<const T*>(in[k]) + i, size - i);
+    f(given, made);
+    for (int k = 0; k < OUT; ++k)
+      if (out[k] != nullptr) store_part(static_cast<T*>(out[k]) + i, made[k], size - i);
+  }
+  if (STREAM) fence();
+}
+
+template <class T, int OUT>
+bool may_stream_all(void* const* out) {
+  for (int k = 0; k < OUT; ++k)
+    if (!may_stream<T>(out[k])) return false;
+  return true;
+}
+
+template <class T>
+void adam(const AdamRule& rule, const void* const in[4], void* const out[3], int64_t size,
+          bool stream) {
+  using Vec = typename Traits<T>::Vec;
+  const Adam<T> numbers(rule);
+  const auto f = [&](const Vec* given, Vec* made)
+                     __attribute__((always_inline)) { numbers.forward(given, made); };
+  if (stream && may_stream_all<T, 3>(out))
+    map_run<T, true, 4, 3>(in, out, size, f);
+  else
+    map_run<T, false, 4, 3>(in, out, size, f);
+}
+
+template <class T>
+void adam_backward(const AdamRule& rule, const void* const in[6], void* const out[4], int64_t size,
+                   bool stream) {
+  using Vec = typename Traits<T>::Vec;
+  const Adam<T> numbers(rule);
+  const auto f = [&](const Vec* given, Vec* made)
+                     __attribute__((always_inline)) { numbers.backward(given, made); };
+  if (stream && may_stream_all<T, 4>(out))
+    map_run<T, true, 6, 4>(in, out, size, f);
+  else
+    map_run<T, false, 6, 4>(in, out, size, f);
+}
+
 template <class T>
 constexpr BlockKernels<T> kBlock = {gemm_nt<T>,    gemm_nn<T>,  gemm_panels<T>,
                                     pack_panel<T>, sum_runs<T>, kPanelVecs * kLanes<T>};
 
 template <class T>
-constexpr StorageKernels kStorage = {
-    load_rows<T>, load_difference_rows<T>, store_rows<T, false>, store_rows<T, true>, add_rows<T>,
-    merge<T>,     merge_backward<T>};
+constexpr StorageKernels kStorage = {load_rows<T>,         load_difference_rows<T>,
+                                     store_rows<T, false>, store_rows<T, true>,
+                                     add_rows<T>,          merge<T>,
+                                     merge_backward<T>,    adam<T>,
+                                     adam_backward<T>};
 
 }  // namespace
 

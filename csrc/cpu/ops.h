@@ -7,6 +7,8 @@ namespace mima::cpu {
 
 void weighted_merge_forward(const WeightedMergeParams& params);
 void weighted_merge_backward(WeightedMergeParams& params);
+void adam_step_forward(const AdamStepParams& params);
+void adam_step_backward(const AdamStepParams& params);
 void projected_merge_forward(const ProjectedMergeParams& params);
 void projected_merge_backward(const ProjectedMergeParams& params);
 // Whether adapters are merged into a float32 weight. A question of one sample's size, for its

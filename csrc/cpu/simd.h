@@ -208,6 +208,31 @@ MIMA_INLINE void store_part(T* p, typename Traits<T>::Vec v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = buffer[i];
 }
 
+// The root of each lane.
+#if MIMA_VECTOR_BYTES == 64
+MIMA_INLINE VecF square_root(VecF v) {
+  return bits<VecF>(_mm512_sqrt_ps(bits<__m512>(v)));
+}
+MIMA_INLINE VecD square_root(VecD v) {
+  return bits<VecD>(_mm512_sqrt_pd(bits<__m512d>(v)));
+}
+#elif MIMA_VECTOR_BYTES == 32
+MIMA_INLINE VecF square_root(VecF v) {
+  return bits<VecF>(_mm256_sqrt_ps(bits<__m256>(v)));
+}
+MIMA_INLINE VecD square_root(VecD v) {
+  return bits<VecD>(_mm256_sqrt_pd(bits<__m256d>(v)));
+}
+#else
+MIMA_INLINE VecF square_root(VecF v) {
+  return VecF{__builtin_sqrtf(v[0]), __builtin_sqrtf(v[1]), __builtin_sqrtf(v[2]),
+              __builtin_sqrtf(v[3])};
+}
+MIMA_INLINE VecD square_root(VecD v) {
+  return VecD{__builtin_sqrt(v[0]), __builtin_sqrt(v[1])};
+}
+#endif
+
 // The sum of all lanes.
 #if MIMA_VECTOR_BYTES == 64
 MIMA_INLINE float sum(VecF v) {

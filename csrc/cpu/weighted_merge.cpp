@@ -1,48 +1,8 @@
-// weighted_merge: a stream over all tensors. Work is split into pieces of about kPieceElements,
-// each a run of one tensor or several small tensors together.
+// weighted_merge: a stream over all tensors, in pieces.
 #include "cpu/blocks.h"
 #include "cpu/ops.h"
 
 namespace mima::cpu {
-namespace {
-
-constexpr int64_t kPieceElements = 64 << 10;
-
-struct Run {
-  int64_t tensor, start, size;
-};
-
-struct Pieces {
-  std::vector<Run> runs;
-  std::vector<int64_t> first_run;  // [pieces + 1]
-  int64_t elements = 0;
-
-  explicit Pieces(const std::vector<int64_t>& sizes) {
-    int64_t room = 0;
-    for (size_t p = 0; p < sizes.size(); ++p) {
-      elements += sizes[p];
-      for (int64_t start = 0; start < sizes[p];) {
-        if (room == 0) {
-          first_run.push_back(static_cast<int64_t>(runs.size()));
-          room = kPieceElements;
-        }
-        const int64_t size = std::min(room, sizes[p] - start);
-        runs.push_back({static_cast<int64_t>(p), start, size});
-        start += size;
-        room -= size;
-      }
-    }
-    first_run.push_back(static_cast<int64_t>(runs.size()));
-  }
-  int64_t count() const { return static_cast<int64_t>(first_run.size()) - 1; }
-};
-
-void* at(void* base, int64_t element, DType dtype) {
-  return static_cast<char*>(base) + element * static_cast<int64_t>(item_size(dtype));
-}
-
-}  // namespace
-
 void weighted_merge_forward(const WeightedMergeParams& params) {
   const Kernels& kernels = active_kernels();
   const StorageKernels& storage = kernels.storage[static_cast<int>(params.dtype)];

@@ -10,12 +10,15 @@ import triton
 from torch import Tensor
 
 from mima.kernels._common import TRITON_DTYPE
+from mima.kernels.adam_step import adam_step_backward, adam_step_forward
 from mima.kernels.batched_lora import batched_lora_backward, batched_lora_forward
 from mima.kernels.merge_lora import merge_lora_backward, merge_lora_forward
 from mima.kernels.projected_merge import projected_merge_backward, projected_merge_forward
 from mima.kernels.weighted_merge import weighted_merge_backward, weighted_merge_forward
 
 __all__ = [
+    "adam_step_backward",
+    "adam_step_forward",
     "batched_lora_backward",
     "batched_lora_forward",
     "merge_lora_backward",

@@ -1,7 +1,7 @@
 """Differentiate through the K lower-level steps: one reverse sweep, three Hessian products.
 
 The sweep walks the trajectory backwards, last step first. At each step the optimizer's rule is
-differentiated by autograd (it is elementwise), and the loss's curvature enters through one
+differentiated by its own formula (it is elementwise), and the loss's curvature enters through one
 Hessian-vector product. The gradient modes differ in that product alone:
 
 - ``exact``: a backward pass through the backward pass;
@@ -205,18 +205,19 @@ def _rule_pullback(
     z_out: Tensors = {}
     g_out: Tensors = {}
     memory_out: dict[str, Vector] = {}
-    for name, value in state.z.items():
-        z = value.detach().requires_grad_()
-        gradient = g[name] if name in g else torch.zeros_like(value)
-        gradient = gradient.detach().requires_grad_()
-        memory = tuple(m.detach().requires_grad_() for m in state.memory[name])
-        with torch.enable_grad():
-            z_next, memory_next = task.rule(name).step(z, gradient, memory, task.age + k)
-        bars = memory_bar[name] if memory_bar else tuple(torch.zeros_like(m) for m in memory)
-        out = torch.autograd.grad(
-            [z_next, *memory_next], [z, gradient, *memory], [z_bar[name], *bars]
+    for rule, names in lower.stepping_together(task, state.z):
+        memory = [state.memory[name] for name in names]
+        zeros = [tuple(map(torch.zeros_like, vector)) for vector in memory]
+        z_bars, g_bars, memory_bars = rule.pullback(
+            [z_bar[name] for name in names],
+            [memory_bar[name] for name in names] if memory_bar else zeros,
+            [g[name] for name in names] if g else [],
+            memory,
+            task.age + k,
         )
-        z_out[name], g_out[name], memory_out[name] = out[0], out[1], out[2:]
+        z_out.update(zip(names, z_bars, strict=True))
+        g_out.update(zip(names, g_bars, strict=True))
+        memory_out.update(zip(names, memory_bars, strict=True))
     return z_out, g_out, memory_out
 
 

@@ -132,16 +132,32 @@ def start(task: LowerLevel, theta: Params) -> State:
     return State(z, {name: task.rule(name).init(value) for name, value in z.items()})
 
 
-def advance(task: LowerLevel, state: State, gradient: Params, k: int) -> State:
-    """State after step k."""
-    stepped = {
-        name: task.rule(name).step(value, gradient[name], state.memory[name], task.age + k)
-        for name, value in state.z.items()
-    }
-    return State(
-        {name: z for name, (z, _) in stepped.items()},
-        {name: memory for name, (_, memory) in stepped.items()},
-    )
+def stepping_together(task: LowerLevel, z: Params) -> Iterator[tuple[Optimizer, list[str]]]:
+    """The names whose tensors take a step in one call: of one rule, dtype and device."""
+    groups: dict[tuple[object, ...], tuple[Optimizer, list[str]]] = {}
+    for name, value in z.items():
+        rule = task.rule(name)
+        groups.setdefault((rule, value.dtype, value.device), (rule, []))[1].append(name)
+    yield from groups.values()
+
+
+def advance(
+    task: LowerLevel, state: State, gradient: Params, k: int, *, overwrite: bool = False
+) -> State:
+    """State after step k; with ``overwrite``, the optimizer's state takes the memory it had."""
+    z: Tensors = {}
+    memory: dict[str, Vector] = {}
+    for rule, names in stepping_together(task, state.z):
+        stepped = rule.step(
+            [state.z[name] for name in names],
+            [gradient[name] for name in names],
+            [state.memory[name] for name in names],
+            task.age + k,
+            overwrite=overwrite,
+        )
+        z.update(zip(names, stepped[0], strict=True))
+        memory.update(zip(names, stepped[1], strict=True))
+    return State({name: z[name] for name in state.z}, memory)
 
 
 def gradient(task: LowerLevel, state: State, theta: Params, k: int) -> Tensors:
@@ -176,10 +192,14 @@ def descend(
 
 
 def path(task: LowerLevel, theta: Params) -> Iterator[State]:
-    """The K states after each step, without a graph, in the memory of one step."""
+    """The K states after each step, without a graph, in the memory of one step.
+
+    What the optimizer keeps is a state's own until the next is asked for.
+    """
     state = start(task, theta)
     for k in range(task.steps):
-        state = advance(task, state, gradient(task, state, theta, k), k)
+        # what the first step starts from may be kept elsewhere: another run's, or constants
+        state = advance(task, state, gradient(task, state, theta, k), k, overwrite=k > 0)
         yield state
 
 

@@ -1,52 +1,116 @@
 """Lower-level optimizers as functions: a step returns new tensors and can be differentiated."""
 
+# A step takes all tensors at once: z and g are lists, and so is the state, a vector per tensor
+
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import torch
 
+from mima import ops
+
 Vector = tuple[torch.Tensor, ...]
+Tensors = list[torch.Tensor]
 
 
 class Optimizer(Protocol):
-    """One rule ``(z, g, state) → (z⁺, state⁺)``, elementwise and differentiable in all three."""
+    """One rule ``(z, g, state) → (z⁺, state⁺)``, elementwise and differentiable in all three.
+
+    Tensors that take a step together are of one dtype and device.
+    """
 
     @property
     def reads_gradient(self) -> bool:
         """Whether the derivative of the rule depends on the gradient's value."""
 
     def init(self, z: torch.Tensor) -> Vector:
-        """State before the first step."""
+        """One tensor's state before the first step."""
 
     def step(
-        self, z: torch.Tensor, g: torch.Tensor, state: Vector, k: int
-    ) -> tuple[torch.Tensor, Vector]:
-        """Step k (from 0) for one tensor."""
+        self,
+        z: Sequence[torch.Tensor],
+        g: Sequence[torch.Tensor],
+        state: Sequence[Vector],
+        k: int,
+        *,
+        overwrite: bool = False,
+    ) -> tuple[Tensors, list[Vector]]:
+        """Step k (from 0). With ``overwrite``, state⁺ may take the state's memory."""
+
+    def pullback(
+        self,
+        z_bar: Sequence[torch.Tensor],
+        state_bar: Sequence[Vector],
+        g: Sequence[torch.Tensor],
+        state: Sequence[Vector],
+        k: int,
+    ) -> tuple[Tensors, Tensors, list[Vector]]:
+        """Adjoint of step k: gradients at z, g and the state for those at z⁺ and state⁺.
+
+        Args:
+            z_bar: at z⁺.
+            state_bar: at state⁺.
+            g: the step's gradients; nothing where the rule's derivative does not read them.
+            state: before the step.
+            k: the step.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class SGD:
-    """``z⁺ = z − lr · g``."""
+    """``m⁺ = momentum · m + g,  z⁺ = z − lr · m⁺``; without momentum there is no m."""
 
     lr: float
     """Step size, > 0."""
+    momentum: float = 0.0
+    """Decay of the sum of gradients, in [0, 1)."""
 
     reads_gradient = False
 
     def init(self, z: torch.Tensor) -> Vector:
-        return ()
+        return (torch.zeros_like(z),) if self.momentum else ()
 
     def step(
-        self, z: torch.Tensor, g: torch.Tensor, state: Vector, k: int
-    ) -> tuple[torch.Tensor, Vector]:
-        return torch.sub(z, g, alpha=self.lr), state
+        self,
+        z: Sequence[torch.Tensor],
+        g: Sequence[torch.Tensor],
+        state: Sequence[Vector],
+        k: int,
+        *,
+        overwrite: bool = False,
+    ) -> tuple[Tensors, list[Vector]]:
+        moved = list(g)
+        if self.momentum:
+            kept = torch._foreach_mul([m for (m,) in state], self.momentum)
+            moved = list(torch._foreach_add(kept, moved))
+        after: list[Vector] = [(m,) if self.momentum else () for m in moved]
+        return list(torch._foreach_add(list(z), moved, alpha=-self.lr)), after
+
+    def pullback(
+        self,
+        z_bar: Sequence[torch.Tensor],
+        state_bar: Sequence[Vector],
+        g: Sequence[torch.Tensor],
+        state: Sequence[Vector],
+        k: int,
+    ) -> tuple[Tensors, Tensors, list[Vector]]:
+        moved_bar = list(torch._foreach_mul(list(z_bar), -self.lr))
+        if not self.momentum:
+            return list(z_bar), moved_bar, [() for _ in moved_bar]
+        moved_bar = list(torch._foreach_add(moved_bar, [m for (m,) in state_bar]))
+        kept_bar = torch._foreach_mul(moved_bar, self.momentum)
+        return list(z_bar), moved_bar, [(m,) for m in kept_bar]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adam:
-    """Adam with decoupled decay (Kingma & Ba 2015; Loshchilov & Hutter 2019), state unrolled."""
+    """Adam with decoupled decay (Kingma & Ba 2015; Loshchilov & Hutter 2019), state unrolled.
+
+    `mima.ops.adam_step` computes the step and its pullback.
+    """
 
     lr: float
     """Step size, > 0."""
@@ -63,15 +127,33 @@ class Adam:
         return torch.zeros_like(z), torch.zeros_like(z)
 
     def step(
-        self, z: torch.Tensor, g: torch.Tensor, state: Vector, k: int
-    ) -> tuple[torch.Tensor, Vector]:
-        m, v = state
-        beta1, beta2 = self.betas
-        m = m * beta1 + g * (1 - beta1)
-        v = v * beta2 + g * g * (1 - beta2)
-        v_hat = v / (1 - beta2 ** (k + 1))
-        # √ has no derivative at 0: entries that never saw a gradient keep a zero root and slope
-        seen = v_hat > 0
-        root = torch.where(seen, torch.where(seen, v_hat, 1.0).sqrt(), 0.0)
-        update = m / (1 - beta1 ** (k + 1)) / (root + self.eps)
-        return z * (1 - self.lr * self.weight_decay) - self.lr * update, (m, v)
+        self,
+        z: Sequence[torch.Tensor],
+        g: Sequence[torch.Tensor],
+        state: Sequence[Vector],
+        k: int,
+        *,
+        overwrite: bool = False,
+    ) -> tuple[Tensors, list[Vector]]:
+        m, v = _columns(state)
+        z, m, v = ops.adam_step(z, g, m, v, **asdict(self), step=k, overwrite=overwrite)
+        return z, list(zip(m, v, strict=True))
+
+    def pullback(
+        self,
+        z_bar: Sequence[torch.Tensor],
+        state_bar: Sequence[Vector],
+        g: Sequence[torch.Tensor],
+        state: Sequence[Vector],
+        k: int,
+    ) -> tuple[Tensors, Tensors, list[Vector]]:
+        bars, moments = _columns(state_bar), _columns(state)
+        d_z, d_g, d_m, d_v = ops.adam_step_pullback(
+            z_bar, *bars, g, *moments, **asdict(self), step=k
+        )
+        return d_z, d_g, list(zip(d_m, d_v, strict=True))
+
+
+def _columns(state: Sequence[Vector]) -> tuple[Tensors, Tensors]:
+    """Adam's two moments, a list each."""
+    return [m for m, _ in state], [v for _, v in state]

@@ -1,12 +1,20 @@
-"""The operators of the merge: checked, differentiable, each served by the best backend at hand.
+"""The operators of the loop: checked, differentiable, each served by the best backend at hand.
 
 `MIMA_BACKEND` (reference, triton or native) or the argument `backend=` overrides the choice;
 :func:`mima.ops.choice.report` explains it.
 """
 
+from mima.ops.adam_step import adam_step, adam_step_pullback
 from mima.ops.batched_lora import batched_lora
 from mima.ops.merge_lora import merge_lora
 from mima.ops.projected_merge import projected_merge
 from mima.ops.weighted_merge import weighted_merge
 
-__all__ = ["batched_lora", "merge_lora", "projected_merge", "weighted_merge"]
+__all__ = [
+    "adam_step",
+    "adam_step_pullback",
+    "batched_lora",
+    "merge_lora",
+    "projected_merge",
+    "weighted_merge",
+]

@@ -375,18 +375,50 @@ def test_adam_rule_equals_torch():
     parameter = torch.nn.Parameter(randn(6, seed=1))
     reference = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.01)
     rule = Adam(lr=0.1, weight_decay=0.01)
-    z, state = parameter.detach().clone(), rule.init(parameter.detach())
+    z, state = [parameter.detach().clone()], [rule.init(parameter.detach())]
     for k in range(4):
         g = randn(6, seed=20 + k)
         parameter.grad = g.clone()
         reference.step()
-        z, state = rule.step(z, g, state, k)
-    torch.testing.assert_close(z, parameter.detach())
+        z, state = rule.step(z, [g], state, k, overwrite=k > 0)
+    torch.testing.assert_close(z[0], parameter.detach())
+
+
+def test_momentum_equals_torch():
+    parameter = torch.nn.Parameter(randn(6, seed=1))
+    reference = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    rule = SGD(lr=0.1, momentum=0.9)
+    z, state = [parameter.detach().clone()], [rule.init(parameter.detach())]
+    for k in range(4):
+        g = randn(6, seed=20 + k)
+        parameter.grad = g.clone()
+        reference.step()
+        z, state = rule.step(z, [g], state, k)
+    torch.testing.assert_close(z[0], parameter.detach())
+
+
+@pytest.mark.parametrize(
+    "rule", [SGD(lr=0.1), SGD(lr=0.1, momentum=0.9), Adam(lr=0.1, weight_decay=0.02, eps=1e-3)]
+)
+def test_a_rules_pullback_is_the_adjoint_of_its_step(rule):
+    z, g = ([randn(*s, seed=seed) for s in ((3, 2), (4,))] for seed in (1, 2))
+    state = [tuple(randn(*x.shape, seed=3).square() for _ in rule.init(x)) for x in z]
+    leaves = [x.requires_grad_() for x in (*z, *g, *(x for vector in state for x in vector))]
+    stepped, after = rule.step(z, g, state, 3)
+    outputs = [*stepped, *(x for vector in after for x in vector)]
+    bars = [randn(*x.shape, seed=5 + i) for i, x in enumerate(outputs)]
+    expected = torch.autograd.grad(outputs, leaves, bars, allow_unused=True, materialize_grads=True)
+    rest = iter(bars[2:])
+    state_bar = [tuple(next(rest) for _ in vector) for vector in state]
+    z_bar, g_bar, memory_bar = rule.pullback(bars[:2], state_bar, g, state, 3)
+    actual = [*z_bar, *g_bar, *(x for vector in memory_bar for x in vector)]
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y)
 
 
 def test_adam_has_finite_derivatives_where_no_gradient_was_seen():
     z, g = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64).requires_grad_()
     rule = Adam(lr=0.1)
-    stepped, _ = rule.step(z, g, rule.init(z), 0)
+    (stepped,), _ = rule.step([z], [g], [rule.init(z)], 0)
     (slope,) = torch.autograd.grad(stepped.sum(), g)
     assert torch.isfinite(slope).all()

@@ -123,6 +123,23 @@ def test_results_larger_than_the_caches(dtype, offset, level):
     torch.testing.assert_close(d_w.double(), products.sum()[None], rtol=1e-4, atol=0.1)
 
 
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+def test_a_large_step_in_place_and_beside_has_the_same_bits(offset, level):
+    size = (6 << 20) // 4 + 5
+    z, g, m, v = ([torch.rand(size + 1)[offset : size + offset]] for _ in range(4))
+    numbers = 1e-3, 0.9, 0.999, 1e-8, 0.0, 4
+    beside = cpu.adam_step_forward(z, g, m, v, *numbers)
+    torch.testing.assert_close(
+        beside, [x for xs in reference.adam_step(z, g, m, v, lr=1e-3, step=4) for x in xs]
+    )
+    in_place = cpu.adam_step_forward(z, g, m, v, *numbers, overwrite=True)
+    for x, y in zip(in_place, beside, strict=True):
+        assert torch.equal(x, y)
+    assert in_place[1] is m[0]
+    assert in_place[2] is v[0]
+    assert in_place[0] is not z[0]
+
+
 def test_adapters_narrower_than_a_vector_side_by_side(level):
     # their padding overlaps the next adapter, and at R = 16 the next row
     check_forward(merge_lora(9, 20, [13, 3], torch.float32))

@@ -23,6 +23,7 @@ def _raw_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     x, weight, bias = r(3, 2, 4), r(5, 4), r(5)
     A, B, scale = [r(1, 4), r(2, 4)], [r(5, 1), r(5, 2)], r(2)
     index = torch.tensor([1, -1, 0])
+    positive, adam = [x.square() for x in base], (0.1, 0.9, 0.99, 1e-3, 0.0, 2)
     yes, no = True, False
     return {
         "weighted_merge": (raw.weighted_merge, (base, thetas, weights, "")),
@@ -33,6 +34,15 @@ def _raw_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "weighted_merge_backward-partly": (
             raw.weighted_merge_backward,
             (base, base, thetas, weights, [no, yes, no], ""),
+        ),
+        "adam_step": (raw.adam_step, (base, base, base, positive, *adam, "")),
+        "adam_step_backward": (
+            raw.adam_step_backward,
+            (base * 3, base, base, positive, *adam, [yes] * 4, ""),
+        ),
+        "adam_step_backward-partly": (
+            raw.adam_step_backward,
+            (base * 3, base, base, positive, *adam, [no, yes, no, yes], ""),
         ),
         "projected_merge": (raw.projected_merge, (W0, W, C, M, "")),
         "projected_merge_backward": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from support.operator_cases import SMALL, Case, skip_unless_available
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from mima import ops
+from mima import ops, reference
 from mima.ops.backends import reference as reference_backend
 
 BACKENDS = ("reference", "native")
@@ -95,6 +96,47 @@ def test_no_gradient_is_computed_that_is_not_needed(monkeypatch: pytest.MonkeyPa
     needs = _recorded_needs(monkeypatch, "merge_lora", 5)
     ops.merge_lora(x, [x], [leaf], [1.0], [1.0], backend="reference").sum().backward()
     assert needs == [(False, False, True, False, False)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_pullback_of_a_step_follows_each_argument_alone(
+    backend: str, device: torch.device
+) -> None:
+    # v is a function of g, as in an unrolled run: derivatives of any order must not take the part
+    # that goes through v for the one at g
+    skip_unless_available(backend, "adam_step", torch.float64, device)
+    draw = torch.Generator().manual_seed(0)
+    z, g = (torch.randn(5, generator=draw, dtype=torch.float64).to(device) for _ in range(2))
+    rule = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-2, "weight_decay": 0.02, "step": 3}
+    found = []
+    for step in (reference.adam_step, functools.partial(ops.adam_step, backend=backend)):
+        leaf = g.clone().requires_grad_()
+        out = step([z], [leaf], [2 * leaf], [leaf * leaf + 0.1], **rule)
+        (first,) = torch.autograd.grad(
+            sum(x.square().sum() for (x,) in out), leaf, create_graph=True
+        )
+        (second,) = torch.autograd.grad(first.sin().sum(), leaf, create_graph=True)
+        (third,) = torch.autograd.grad(second.sin().sum(), leaf)
+        found.append([first, second, third])
+    _assert_close(*found)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_has_finite_slopes_where_no_gradient_was_seen(
+    backend: str, device: torch.device
+) -> None:
+    skip_unless_available(backend, "adam_step", torch.float32, device)
+    zero = torch.zeros(3, device=device)
+    pulled = ops.adam_step_pullback(
+        *([torch.ones_like(zero)] for _ in range(3)),
+        *([zero], [zero], [zero]),
+        lr=1.0,
+        step=0,
+        backend=backend,
+    )
+    for (x,) in pulled:
+        assert torch.isfinite(x).all()
+    torch.testing.assert_close(pulled[2][0], zero + 0.9 * (1 - 1 / (1 - 0.9) / 1e-8))
 
 
 def test_gradients_do_not_overwrite_what_a_second_backward_reads(device: torch.device) -> None:

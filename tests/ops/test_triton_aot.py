@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
-from mima.kernels import batched_lora, merge_lora, projected_merge, weighted_merge
+from mima.kernels import adam_step, batched_lora, merge_lora, projected_merge, weighted_merge
 from support.triton_aot import (
     GFX942,
     SM80,
@@ -38,6 +38,8 @@ TARGETS = {"sm_80": SM80, "sm_90": SM90, "sm_100": SM100, "gfx942": GFX942}
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 """Bytes of shared memory that a program may take."""
 REGISTERS = {
+    "_adam_step_fwd_kernel": 64,
+    "_adam_step_bwd_kernel": 80,
     "_weighted_merge_fwd_kernel": 80,
     "_weighted_merge_bwd_kernel": 88,
     "_projected_merge_fwd_kernel": 255,
@@ -52,6 +54,7 @@ REGISTERS = {
 }
 """Of a thread on NVIDIA at most, for all dtypes and sizes: what triton 3.8 takes, rounded up."""
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+STREAMS = ("weighted_merge", "adam_step")
 YES = True
 
 
@@ -61,6 +64,14 @@ def _weighted_merge(dtype: torch.dtype) -> None:
     weighted_merge.weighted_merge_forward(base, base * 3, weights)
     weighted_merge.weighted_merge_backward(base, base, base * 3, weights, YES, YES, YES)
     weighted_merge.weighted_merge_backward(base, base, base * 3, weights, YES, YES, False)
+
+
+def _adam_step(dtype: torch.dtype) -> None:
+    z = [torch.empty(320, 320, dtype=dtype), torch.empty(33, dtype=dtype)]
+    rule = 1e-4, 0.9, 0.999, 1e-8, 0.01, 3
+    adam_step.adam_step_forward(z, z, z, z, *rule)
+    adam_step.adam_step_backward(z * 3, z, z, z, *rule, *[YES] * 4)
+    adam_step.adam_step_backward(z * 3, z, z, z, *rule, False, YES, YES, YES)
 
 
 def _projected_merge(dtype: torch.dtype, tokens: int) -> None:
@@ -97,6 +108,7 @@ Call = tuple[ModuleType, Callable[..., None], tuple[int, ...]]
 
 USUAL: dict[str, Call] = {
     "weighted_merge": (weighted_merge, _weighted_merge, ()),
+    "adam_step": (adam_step, _adam_step, ()),
     "projected_merge": (projected_merge, _projected_merge, (9,)),
     "batched_lora": (batched_lora, _batched_lora, (16,)),
     "merge_lora": (merge_lora, _merge_lora, (16,)),
@@ -147,10 +159,10 @@ def test_compiled_kernels_fit_spill_nothing_and_read_wide(
         else:
             assert used.registers <= REGISTERS[kernel], f"{kernel}: {used.registers} on {target}"
             assert loads > 0, f"{kernel} has no 128-bit loads on {target}"
-        if name.startswith(("weighted_merge", "projected_merge")):
+        if name.startswith((*STREAMS, "projected_merge")):
             assert loads > 0, f"{kernel} has no 128-bit loads on {target}"
             assert stores > 0, f"{kernel} has no 128-bit stores on {target}"
-        if not name.startswith("weighted_merge"):
+        if not name.startswith(STREAMS):
             # whose last blocks, and only they, are masked element by element
             assert narrow_loads(compiled) == 0, f"{kernel} loads single elements on {target}"
 
@@ -201,6 +213,11 @@ def test_one_launch_serves_a_whole_list() -> None:
     with recorded_launches(weighted_merge) as launches:
         weighted_merge.weighted_merge_forward(base, base * 2, torch.ones(2))
     assert len(launches) == 1
+    rule = 1e-4, 0.9, 0.999, 1e-8, 0.0, 3
+    with recorded_launches(adam_step) as launches:
+        adam_step.adam_step_forward(base, base, base, base, *rule)
+        adam_step.adam_step_backward(base * 3, base, base, base, *rule, *[YES] * 4)
+    assert len(launches) == 2
     W0 = [torch.empty(o, 8) for o in (3, 640, 0)]
     C = [torch.empty(2, 8)] * 2
     with recorded_launches(projected_merge) as launches:

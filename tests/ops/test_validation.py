@@ -51,6 +51,16 @@ def _ml(**changes: Any) -> Any:
     return ops.merge_lora(**{**arguments, **changes})
 
 
+def _as(**changes: Any) -> Any:
+    lists = {name: [e(2, 3), e(4)] for name in "zgmv"}
+    return ops.adam_step(**{**lists, "lr": 0.1, "step": 0, **changes})
+
+
+def _ap(**changes: Any) -> Any:
+    lists = {name: [e(2, 3), e(4)] for name in ("bar_z", "bar_m", "bar_v", "g", "m", "v")}
+    return ops.adam_step_pullback(**{**lists, "lr": 0.1, "step": 0, **changes})
+
+
 half = torch.float16
 nan, inf = float("nan"), float("inf")
 
@@ -91,6 +101,24 @@ MISTAKES: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] 
     (_wm, {"weights": e(2) * inf}, ValueError, r"weights must be finite, got \[inf, inf\]"),
     (_wm, {"backend": "cuda"}, ValueError, r"weighted_merge: unknown backend 'cuda'"),
     (_wm, {"backend": 3}, TypeError, r"backend must be a string or None, got 3"),
+    (_as, {"z": e(2, 3)}, TypeError, r"adam_step: z must be a sequence of tensors"),
+    (_as, {"z": [e(2, 3), 4.0]}, TypeError, r"z\[1\] must be a tensor, got float 4.0"),
+    (_as, {"z": [e(2, 3), e(4, dtype=half)]}, TypeError, r"z\[1\] must be .* like z\[0\]"),
+    (_as, {"g": [e(2, 3)]}, ValueError, r"g must have length 2, one per tensor of z, got 1"),
+    (_as, {"v": [e(2, 3), e(5)]}, ValueError, r"v\[1\] must be \[4\] to match z\[1\] \[4\]"),
+    (_as, {"m": [e(2, 3), e(4).double()]}, TypeError, r"m\[1\] must be torch.float32 on cpu"),
+    (_as, {"g": [e(2, 3), 1.0]}, TypeError, r"g\[1\] must be a tensor, got float 1.0"),
+    (_as, {"betas": (0.9, 1.0)}, ValueError, r"betas must lie in \[0, 1\), got \(0.9, 1.0\)"),
+    (_as, {"eps": 0.0}, ValueError, r"adam_step: eps must be > 0, got 0.0"),
+    (_as, {"step": -1}, ValueError, r"adam_step: step must be ≥ 0, got -1"),
+    (
+        _as,
+        {"g": [e(2, 3).requires_grad_(), e(4)], "overwrite": True},
+        ValueError,
+        r"overwrite must be False where a gradient is asked for",
+    ),
+    (_ap, {"g": [e(2, 3), e(5)]}, ValueError, r"g\[1\] must be \[4\] to match bar_z\[1\]"),
+    (_ap, {"v": [e(2, 3)]}, ValueError, r"v must have length 2, one per tensor of bar_z, got 1"),
     (_pm, {"W0": e(2, 3)}, TypeError, r"projected_merge: W0 must be a sequence of tensors"),
     (_pm, {"W": [[e(2, 3)]] * 2}, ValueError, r"W\[0\] must have length 2, one per layer of W0"),
     (_pm, {"C": [e(5, 3)]}, ValueError, r"C must have length 2, one per concept of W, got 1"),

@@ -235,6 +235,35 @@ def merge_lora(o: int, d: int, ranks: Sequence[int], dtype: torch.dtype) -> Case
     return Case(inputs, run, through_reference, backward, o * d * (sum(ranks) + 1))
 
 
+def adam_step(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Case:
+    """Tensors of these shapes; of each, the first tenth has never seen a gradient."""
+    P = len(shapes)
+    lists = [[torch.randn(shape).to(dtype) for shape in shapes] for _ in range(4)]
+    lists[3] = [x.square() + 0.1 for x in lists[3]]
+    for x in (x for values in lists[1:] for x in values if x.ndim):
+        x[: len(x) // 10] = 0
+    rule = {"lr": 0.5, "betas": (0.75, 0.9), "eps": 0.1, "weight_decay": 0.25, "step": 2}
+    numbers = 0.5, 0.75, 0.9, 0.1, 0.25, 2
+
+    def split(xs: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        return [xs[i * P : i * P + P] for i in range(4)]
+
+    def through_reference(xs: Sequence[Tensor]) -> list[Tensor]:
+        return [x for values in reference.adam_step(*split(xs), **rule) for x in values]
+
+    def backward(d_out: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
+        grads = cpu.adam_step_backward(d_out, *split(xs)[1:], *numbers, *[True] * 4)
+        return [x for values in grads for x in values]
+
+    return Case(
+        [x for values in lists for x in values],
+        lambda xs: cpu.adam_step_forward(*split(xs), *numbers),
+        through_reference,
+        backward,
+        4,
+    )
+
+
 # Sizes around every vector width and unrolling; zero rows, tokens, elements and concepts.
 CASES = {
     "weighted_merge-awkward": lambda dtype: weighted_merge(
@@ -264,5 +293,8 @@ CASES = {
     "merge_lora-square": lambda dtype: merge_lora(64, 64, [16], dtype),
     "merge_lora-none": lambda dtype: merge_lora(5, 7, [], dtype),
     "merge_lora-empty": lambda dtype: merge_lora(0, 7, [2], dtype),
+    "adam_step-awkward": lambda dtype: adam_step(
+        [(0,), (), (1,), (63,), (1023,), (17, 33), (3, 0), (257, 300)], dtype
+    ),
     "merge_lora-narrow": lambda dtype: merge_lora(7, 1, [3], dtype),
 }

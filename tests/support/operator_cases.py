@@ -126,6 +126,20 @@ def merged_lora(name: str, o: int, d: int, ranks: Sequence[int], *, small: bool 
     return Case("merge_lora", name, every, call, vectors=(1, 2), small=small)
 
 
+def adam(name: str, shapes: Sequence[tuple[int, ...]], *, small: bool = False) -> Case:
+    P = len(shapes)
+    rule = {"lr": 0.5, "betas": (0.75, 0.9), "eps": 0.1, "weight_decay": 0.25, "step": 2}
+
+    def call(tensors: Sequence[Tensor], backend: str | None) -> list[Tensor]:
+        z, g, m, roots = (tensors[i * P : (i + 1) * P] for i in range(4))
+        # second moments are positive; away from zero, where the root is steep
+        v = [x * x + 0.1 for x in roots]
+        stepped = _function("adam_step", backend)(z, g, m, v, **rule)
+        return [x for values in stepped for x in values]
+
+    return Case("adam_step", name, (*shapes,) * 4, call, small=small)
+
+
 # Sizes 0, 1, 63 and 1023 appear as elements, rows, columns, tokens, ranks and samples; the full
 # product of them would test no more paths.
 CASES = (
@@ -164,6 +178,10 @@ CASES = (
     merged_lora("rank-zero", 3, 4, [0], small=True),
     merged_lora("no-rows", 0, 4, [2]),
     merged_lora("no-columns", 3, 0, [2]),
+    adam("small", [(3, 2), (4,)], small=True),
+    adam("sizes", [(0,), (), (1,), (63,), (1023,), (3, 1023)]),
+    adam("only-empty", [(0, 3)], small=True),
+    adam("long", [(5000,), (2048,), (2049,)]),
 )
 BY_ID = {case.id: case for case in CASES}
 SMALL = tuple(case for case in CASES if case.small)

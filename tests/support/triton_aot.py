@@ -81,6 +81,9 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
         if isinstance(value, torch.Tensor):
             signature[param.name] = _POINTERS[value.dtype]
             divisible = value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
+            divisible = False
         else:
             assert type(value) is int, f"{param.name}: {value!r}"
             signature[param.name] = "i32" if value < 2**31 else "i64"

@@ -20,7 +20,7 @@ from mima.errors import MimaError, nearest
 
 logger = logging.getLogger(__name__)
 
-OPERATORS = ("weighted_merge", "projected_merge", "batched_lora", "merge_lora")
+OPERATORS = ("weighted_merge", "projected_merge", "batched_lora", "merge_lora", "adam_step")
 
 _MODULES = {
     "reference": "mima.ops.backends.reference",

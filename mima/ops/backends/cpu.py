@@ -71,6 +71,45 @@ def weighted_merge_backward(
     return d_base, d_thetas, d_weights
 
 
+def adam_step_forward(
+    z: Sequence[Tensor],
+    g: Sequence[Tensor],
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    *rule: float,
+    overwrite: bool = False,
+) -> list[Tensor]:
+    """Return z, m and v after the step, one after the other; m and v in place on request."""
+    *numbers, step = rule
+    z, g, m, v = contiguous(z), contiguous(g), contiguous(m), contiguous(v)
+    out = empty_like(z), m if overwrite else empty_like(m), v if overwrite else empty_like(v)
+    code = DTYPE_CODES[z[0].dtype]
+    loaded("cpu").adam_step_forward(
+        code, torch.get_num_threads(), numbers, step, *(z, g, m, v), *out
+    )
+    return [x for values in out for x in values]
+
+
+def adam_step_backward(
+    d_out: Sequence[Tensor],
+    g: Sequence[Tensor],
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    *rule_and_needs: float,
+) -> list[list[Tensor]]:
+    """Return the gradients of z, g, m and v, an empty list where not needed."""
+    *numbers, step = rule_and_needs[:-4]
+    d_out, g, m, v = contiguous(d_out), contiguous(g), contiguous(m), contiguous(v)
+    P = len(g)
+    grads = [empty_like(g) if need else [] for need in rule_and_needs[-4:]]
+    bars = d_out[:P], d_out[P : 2 * P], d_out[2 * P :]
+    code = DTYPE_CODES[g[0].dtype]
+    loaded("cpu").adam_step_backward(
+        code, torch.get_num_threads(), numbers, step, *bars, *(g, m, v), *grads
+    )
+    return grads
+
+
 def projected_merge_forward(
     W0: Sequence[Tensor], W: Sequence[Tensor], C: Sequence[Tensor], M: Sequence[Tensor]
 ) -> list[Tensor]:

@@ -73,6 +73,75 @@ def weighted_merge_backward(
     return d_base, d_thetas, d_weights
 
 
+def adam_step_forward(
+    z: Sequence[Tensor],
+    g: Sequence[Tensor],
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    *,
+    overwrite: bool = False,
+) -> list[Tensor]:
+    """Return z, m and v after the step, one after the other. Overwrites nothing."""
+    rule = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
+    stepped = reference.adam_step(z, g, m, v, **rule, step=step)  # type: ignore[arg-type]
+    return [x for values in stepped for x in values]
+
+
+def adam_step_backward(
+    d_out: Sequence[Tensor],
+    g: Sequence[Tensor],
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    need_z: bool,
+    need_g: bool,
+    need_m: bool,
+    need_v: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Return the gradients of z, g, m and v; differentiable.
+
+    With s = lr z̄⁺ / (√v̂ + eps) and the update u = m̂ / (√v̂ + eps): through the moments after the
+    step come m̄ = m̄⁺ − s / (1 − β₁ᵏ⁺¹) and v̄ = v̄⁺ + s u / (2 (1 − β₂ᵏ⁺¹) √v̂), and from them
+    (1 − β₁) m̄ + 2 (1 − β₂) g v̄ to g, β₁ m̄ to m, β₂ v̄ to v.
+    """
+    correction1, correction2 = 1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1)
+    P = len(g)
+    grads: tuple[list[Tensor], ...] = [], [], [], []
+    for p, (g_p, m_p, v_p) in enumerate(zip(g, m, v, strict=True)):
+        bar_z, bar_m, bar_v = (wide(x) for x in d_out[p::P])
+        g_wide = wide(g_p)
+        first = wide(m_p) * beta1 + g_wide * (1 - beta1)
+        second = wide(v_p) * beta2 + g_wide * g_wide * (1 - beta2)
+        root = reference.root_of_moment(second / correction2)
+        update = first / correction1 / (root + eps)
+        slope = lr * bar_z / (root + eps)
+        bar_m = bar_m - slope / correction1
+        seen = root > 0
+        through_root = slope * update / (2 * correction2 * torch.where(seen, root, 1.0))
+        bar_v = bar_v + torch.where(seen, through_root, 0.0)
+        values = (
+            bar_z * (1 - lr * weight_decay) if need_z else None,
+            bar_m * (1 - beta1) + bar_v * g_wide * (2 * (1 - beta2)) if need_g else None,
+            bar_m * beta1 if need_m else None,
+            bar_v * beta2 if need_v else None,
+        )
+        for grad, value in zip(grads, values, strict=True):
+            if value is not None:
+                grad.append(value.to(g_p.dtype))
+    return grads[0], grads[1], grads[2], grads[3]
+
+
 def projected_merge_forward(
     W0: Sequence[Tensor], W: Sequence[Tensor], C: Sequence[Tensor], M: Sequence[Tensor]
 ) -> list[Tensor]:
