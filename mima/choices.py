@@ -25,6 +25,9 @@ Precision = Literal["float32", "float16", "bfloat16"]
 Task = Literal["relearn", "personalize"]
 """What an attacker wants: see ``mima.immunization.config.RECIPES``."""
 
+WeightingScheme = Literal["none", "logit_normal", "sigma_sqrt", "mode", "cosmap"]
+"""How rectified flow draws and weighs noise levels: see ``mima.families.TrainingOptions``."""
+
 ErasureMethod = Literal["uce", "esd-x", "esd-u", "esd-full"]
 """UCE, or one of ``mima.erasure.VARIANTS`` of ESD."""
 

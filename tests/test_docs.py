@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,8 @@ def settings(kind: type[BaseModel], prefix: str = "") -> dict[str, object]:
     for name, field in kind.model_fields.items():
         if isinstance(field.default, BaseModel):
             found |= settings(type(field.default), f"{prefix}{name}.")
+        elif is_dataclass(field.default):
+            found |= {f"{prefix}{name}.{key}": value for key, value in vars(field.default).items()}
         else:
             found[prefix + name] = field.default
     return found

@@ -13,7 +13,7 @@ ROOT = Path(mima.__file__).parent
 
 FLOORS = (
     ("_version", "errors", "choices"),
-    ("console", "settings", "distributed", "storage", "assets", "reference", "kernels"),
+    ("console", "settings", "options", "distributed", "storage", "assets", "reference", "kernels"),
     ("ops",),
     ("merging", "concepts"),
     ("families",),

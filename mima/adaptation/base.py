@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 
 from mima.adaptation.steps import Optimizer, Schedule, build_optimizers, rate_factor
-from mima.concepts import Concept
+from mima.concepts import Concept, Picture
 from mima.errors import MimaError, check_settings
-from mima.families import Conditioning, Family, family_of
+from mima.families import Conditioning, Family, TrainingOptions, family_of
 from mima.families.base import cast
 from mima.families.pipelines import with_modules
 from mima.storage.checkpoint import Checkpoint
@@ -57,6 +57,9 @@ class Adaptation(ABC):
     resolution: int | None = None
     """Side in pixels that the pictures are scaled and cropped to; by default what the model was
     trained on."""
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    """Noise levels, loss weighting and conditions; by default as diffusers' scripts have them for
+    the model's family."""
     batch_size: int = 1
     """Pictures of the concept per step; prior preservation adds as many of its class."""
     weight_decay: float = 1e-2
@@ -182,7 +185,11 @@ class Run:
                 f"concept {concept.name!r}: prior preservation needs class_images, or a "
                 "class_prompt to draw them by; it has neither"
             )
-        given = family_of(pipeline, resolution=adaptation.resolution)
+        said: dict[str, Any] = {
+            "resolution": adaptation.resolution,
+            "training": adaptation.training,
+        }
+        given = family_of(pipeline, **said)
         injection = adaptation.inject(pipeline, concept)
         self.adaptation = adaptation
         self.concept = concept
@@ -190,7 +197,7 @@ class Run:
         self.step = 0
         self.losses: list[float] = []
         self._injection = injection
-        self._family = family_of(injection.pipeline, resolution=adaptation.resolution)
+        self._family = family_of(injection.pipeline, **said)
         # before the pictures are encoded: it may be missing
         self._optimizers = self._new_optimizers()
         if adaptation.gradient_checkpointing:
@@ -201,9 +208,10 @@ class Run:
             vae = copy.deepcopy(self.pipeline.vae)
             cast(vae, torch.float16)
             lighter = with_modules(self.pipeline, vae=vae)
-            encoder = family_of(lighter, resolution=adaptation.resolution)
+            encoder = family_of(lighter, **said)
+        latents = encode_images(encoder, concept.images)
         prompts = [picture.prompt for picture in concept.images]
-        self._images = _Shuffled.of(self._family, encode_images(encoder, concept.images), prompts)
+        self._images = _Shuffled.of(self._family, latents, prompts, concept.images)
         self._class_images: _Shuffled | None = None
         if adaptation.prior_weight > 0:
             prompts = [picture.prompt for picture in concept.class_images]
@@ -214,7 +222,7 @@ class Run:
                 # of the model as it was given, so that every method finds the same ones
                 draws = seeded(adaptation.seed, "class images")
                 latents = ClassPictures(given).latents(prompts, draws)
-            self._class_images = _Shuffled.of(self._family, latents, prompts)
+            self._class_images = _Shuffled.of(self._family, latents, prompts, concept.class_images)
         self._scaler = torch.amp.GradScaler(
             self._family.device.type, enabled=self._family.dtype == torch.float16
         )
@@ -373,7 +381,7 @@ class Run:
             return batch
         texts = [pictures.texts[row] for row in batch.prompt]
         conditioning = self._injection.encode_prompts(self._family, texts)
-        return replace(batch, conditioning=conditioning)
+        return replace(batch, conditioning={**batch.conditioning, **conditioning})
 
     def _update(self, loss: float) -> None:
         """One step of the optimiser along the gradients that have been accumulated."""
@@ -461,8 +469,16 @@ class _Shuffled:
     queue: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, family: Family, latents: torch.Tensor, prompts: Sequence[str]) -> _Shuffled:
-        return cls(Encoded.of(family, latents, prompts), list(dict.fromkeys(prompts)))
+    def of(
+        cls,
+        family: Family,
+        latents: torch.Tensor,
+        prompts: Sequence[str],
+        pictures: Sequence[Picture] = (),
+    ) -> _Shuffled:
+        """Arguments of ``Encoded.of``."""
+        encoded = Encoded.of(family, latents, prompts, pictures)
+        return cls(encoded, list(dict.fromkeys(prompts)))
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Encoded:
         while len(self.queue) < batch_size:

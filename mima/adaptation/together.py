@@ -53,7 +53,7 @@ class Together:
         first = runs[0]._family
         adapters = [Adapter.of(run.pipeline) for run in runs]
         mixed, self._rows = with_adapters(first.pipeline, adapters)
-        self._family = family_of(mixed)
+        self._family = family_of(mixed, training=runs[0].adaptation.training)
         if any(run.adaptation.gradient_checkpointing for run in runs):
             self._family.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
 
@@ -113,6 +113,8 @@ def _check(run: Run, first: Run) -> None:
             f"got {first.adaptation.gradient_accumulation_steps} and "
             f"{settings.gradient_accumulation_steps}"
         )
+    if settings.training != first.adaptation.training:
+        raise MimaError("training must be the same for concepts that are trained at once")
     sides = [run._family.resolution for run in (run, first)]
     if sides[0] != sides[1]:
         raise MimaError(

@@ -169,9 +169,10 @@ def evaluate(
         logger.warning("families outside: immunization changed every parameter; left out")
         grid = [attack for attack in grid if not attack.outside]
     for pipeline in worker.pipelines.values():
-        for size in {sampler.size, *(attack.adaptation.resolution for attack in grid)}:
-            # refuses what does not fit
-            family_of(pipeline, resolution=size)
+        # refuses what does not fit
+        family_of(pipeline, resolution=sampler.size)
+        for said in {(attack.adaptation.resolution, attack.adaptation.training) for attack in grid}:
+            family_of(pipeline, resolution=said[0], training=said[1])
     evaluation = Evaluation(
         name=name or method or _label(immunized),
         method=method,

@@ -9,6 +9,7 @@ from mima.families.loading import (
     origin_of,
     source_of,
 )
+from mima.options import TrainingOptions
 
 __all__ = [
     "FAMILIES",
@@ -16,6 +17,7 @@ __all__ = [
     "Family",
     "ModelSource",
     "Params",
+    "TrainingOptions",
     "family_of",
     "load_pipeline",
     "origin_of",

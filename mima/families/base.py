@@ -16,6 +16,7 @@ import torch
 from torch.func import functional_call
 
 from mima.errors import MimaError
+from mima.options import TrainingOptions
 
 Params = Mapping[str, torch.Tensor]
 Conditioning = dict[str, torch.Tensor]
@@ -73,9 +74,12 @@ class Family(ABC):
         "cross_attention": r"\.attn2\.",
     }
     """What the names of parameter sets stand for, as expressions on parameter names."""
+    training_defaults: ClassVar[Mapping[str, Any]] = {}
+    """By name, of the ``TrainingOptions`` that the family reads."""
     _resolution: int | None = None
 
     def __init__(self, pipeline: Any) -> None:
+        self.training = TrainingOptions()
         kind = type(pipeline).__name__
         missing = [part for part in self.parts if getattr(pipeline, part, None) is None]
         if missing:
@@ -172,6 +176,19 @@ class Family(ABC):
                 f"{type(self.pipeline).__name__} was trained on, got {pixels}"
             )
         self._resolution = pixels
+
+    @property
+    def training(self) -> TrainingOptions:
+        """How the family is trained, by default as diffusers' scripts do it.
+
+        Raises:
+            MimaError: when an option is set that the family does not read.
+        """
+        return self._training
+
+    @training.setter
+    def training(self, options: TrainingOptions) -> None:
+        self._training = options.over(self.training_defaults, type(self).__name__)
 
     @property
     def _trained_sides(self) -> set[int]:
@@ -424,6 +441,22 @@ class Family(ABC):
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
         """What the denoiser is trained to predict (noise, velocity, sample or flow)."""
+
+    def loss_weights(self, timesteps: torch.Tensor) -> torch.Tensor | None:
+        """What the squared error at noise levels [B] counts in the loss, [B]; None: 1 at all."""
+        return None
+
+    def picture_conditions(self, places: torch.Tensor) -> Conditioning:
+        """What the denoiser is told of each picture beside its text.
+
+        Args:
+            places: [P, 4] integers: height and width of the pictures as they were, top and left of
+                the square that is trained on, in pixels after scaling.
+
+        Returns:
+            Tensors of P rows; none where the family's models read nothing of the kind.
+        """
+        return {}
 
     @abstractmethod
     def sampling_timesteps(self, steps: int) -> torch.Tensor:

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler
@@ -30,6 +31,8 @@ class DDPM(Family):
     Attributes:
         schedule: the training process as a DDPM scheduler, whatever the pipeline samples with.
     """
+
+    training_defaults: ClassVar[Mapping[str, Any]] = {"snr_gamma": None}
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
@@ -92,6 +95,17 @@ class DDPM(Family):
         x, eps = (at_least_float32(tensor) for tensor in (latents, noise))
         signal, sigma = self._levels(timesteps, x)
         return (signal * eps - sigma * x).to(latents.dtype)
+
+    def loss_weights(self, timesteps: torch.Tensor) -> torch.Tensor | None:
+        gamma = self.training.snr_gamma
+        if gamma is None:
+            return None
+        variance: torch.Tensor = self.schedule.alphas_cumprod.to(timesteps.device)[timesteps]
+        snr = variance / (1 - variance)
+        if self.schedule.config["prediction_type"] == "v_prediction":
+            return snr.clamp(max=gamma) / (snr + 1)
+        # min(SNR, γ) / SNR, also where there is no signal
+        return (gamma / snr).clamp(max=1)
 
     def sampling_timesteps(self, steps: int) -> torch.Tensor:
         """DDIM's: evenly spaced, rounded, int64."""

@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from mima.families.rectified_flow import RectifiedFlow
 
 # T5 tokens that the pipeline reads by default
 T5_TOKENS = 512
-# what guidance-distilled models are told, in training as in the pipeline's call
+# what the pipeline tells guidance-distilled models by default
 GUIDANCE = 3.5
 
 
@@ -27,6 +27,11 @@ class Flux(RectifiedFlow):
     """
 
     pipeline_names = ("FluxPipeline",)
+    training_defaults: ClassVar[Mapping[str, Any]] = {
+        **RectifiedFlow.training_defaults,
+        "guidance_scale": 3.5,
+        "max_sequence_length": 512,
+    }
     parts = (
         *("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
         "scheduler",
@@ -65,12 +70,13 @@ class Flux(RectifiedFlow):
         hidden_BSD, pooled, _ = pipeline.encode_prompt(
             prompts,
             device=pipeline.text_encoder.device,
-            max_sequence_length=self._max_tokens(T5_TOKENS),
+            max_sequence_length=self._max_tokens(self.training.max_sequence_length),
         )
         return {"encoder_hidden_states": hidden_BSD, "pooled_projections": pooled}
 
     def token_mask(self, prompts: Sequence[str]) -> torch.Tensor:
-        return self._mask(self._t5_tokenizer, prompts, self._max_tokens(T5_TOKENS))
+        length = self._max_tokens(self.training.max_sequence_length)
+        return self._mask(self._t5_tokenizer, prompts, length)
 
     def _sampling(self) -> dict[str, Any]:
         return {"max_sequence_length": self._max_tokens(T5_TOKENS), "guidance_scale": GUIDANCE}
@@ -93,7 +99,9 @@ class Flux(RectifiedFlow):
         places = torch.stack([torch.zeros_like(row), row, column], dim=-1).view(-1, 3)
         guidance = None
         if self._config["guidance_embeds"]:
-            guidance = torch.full((len(noisy),), GUIDANCE, device=noisy.device)
+            scale = self.training.guidance_scale
+            assert scale is not None
+            guidance = torch.full((len(noisy),), scale, device=noisy.device)
         return {
             "hidden_states": pack(noisy),
             "timestep": timesteps / self.num_train_timesteps,

@@ -35,6 +35,7 @@ from mima.families.pixart import PixArt
 from mima.families.sd3 import StableDiffusion3
 from mima.families.sdxl import StableDiffusionXL
 from mima.families.stable_diffusion import StableDiffusion
+from mima.options import TrainingOptions
 from mima.storage.inputs import check_model, expanded
 from mima.storage.names import MODEL_INDEX
 from mima.storage.plain_data import shortened
@@ -114,20 +115,25 @@ def source_of(model: Any) -> ModelSource | None:
     return ModelSource(model) if isinstance(model, (str, Path)) else None
 
 
-def family_of(pipeline: Any, *, resolution: int | None = None) -> Family:
+def family_of(
+    pipeline: Any, *, resolution: int | None = None, training: TrainingOptions | None = None
+) -> Family:
     """Wrap a diffusers pipeline in the family that knows it.
 
     Args:
         pipeline: the pipeline.
         resolution: side of the pictures in pixels; by default what the model was trained on.
+        training: how it is trained; by default as diffusers' scripts train the family.
 
     Raises:
-        MimaError: the pipeline's class belongs to no supported family, or pictures of that size do
-            not fit it.
+        MimaError: the pipeline's class belongs to no supported family, pictures of that size do
+            not fit it, or it does not read one of the options.
     """
     family = _family_class(type(pipeline).__name__)(pipeline)
     if resolution is not None:
         family.resolution = resolution
+    if training is not None:
+        family.training = training
     return family
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,6 +26,10 @@ class PixArt(DDPM):
     """
 
     pipeline_names = tuple(MAX_TOKENS)
+    training_defaults: ClassVar[Mapping[str, Any]] = {
+        **DDPM.training_defaults,
+        "max_sequence_length": None,
+    }
     parts = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
     def _text_widths(self) -> list[tuple[str, Any, int]]:
@@ -36,10 +40,10 @@ class PixArt(DDPM):
     def _patch(self) -> int:
         return int(self._config["patch_size"])
 
-    @property
-    def _max_tokens(self) -> int:
+    def _max_tokens(self, wanted: int | None = None) -> int:
+        """As many of the wanted tokens as the tokenizer gives; by default the pipeline's."""
         default = MAX_TOKENS[type(self.pipeline).__name__]
-        return min(default, int(self.pipeline.tokenizer.model_max_length))
+        return min(wanted or default, int(self.pipeline.tokenizer.model_max_length))
 
     def _encode(self, prompts: list[str]) -> Conditioning:
         pipeline = self.pipeline
@@ -47,7 +51,7 @@ class PixArt(DDPM):
             prompts,
             do_classifier_free_guidance=False,
             device=pipeline.text_encoder.device,
-            max_sequence_length=self._max_tokens,
+            max_sequence_length=self._max_tokens(self.training.max_sequence_length),
         )
         return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
 
@@ -59,11 +63,12 @@ class PixArt(DDPM):
     def token_mask(self, prompts: Sequence[str]) -> torch.Tensor:
         # the pipeline changes the text (lower case) before it counts tokens
         texts = self.pipeline._text_preprocessing(list(prompts), clean_caption=False)
-        return self._mask(self.pipeline.tokenizer, texts, self._max_tokens)
+        length = self._max_tokens(self.training.max_sequence_length)
+        return self._mask(self.pipeline.tokenizer, texts, length)
 
     def _sampling(self) -> dict[str, Any]:
         return {
-            "max_sequence_length": self._max_tokens,
+            "max_sequence_length": self._max_tokens(),
             # as in encode_prompts, whether or not the cleaner's packages are installed
             "clean_caption": False,
             "use_resolution_binning": False,

@@ -4,25 +4,28 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from mima.errors import MimaError
 from mima.families.base import Conditioning, Family, TextReader
 from mima.families.ddpm import at_least_float32
+from mima.options import TrainingOptions
 
 
 class RectifiedFlow(Family):
     """``x_σ = (1 − σ) x + σ ε``, target ``ε − x`` (Liu et al. 2023; Esser et al. 2024).
 
-    Noise levels are given as timesteps ``σ · num_train_timesteps``, floating point. They are drawn
-    as ``σ = shift(sigmoid(z))``, z standard normal (logit-normal sampling, the default of
-    diffusers' training scripts), with the shift that the pipeline's scheduler applies: its
-    constant, or, where it shifts by resolution, the one for the model's resolution. (diffusers'
-    Flux script leaves the latter out.)
+    Noise levels are given as timesteps ``σ · num_train_timesteps``, floating point. Training draws
+    them as diffusers' scripts do: a place u in [0, 1] by the weighting scheme, and there the level
+    of the scheduler's own training schedule, which has the scheduler's constant shift, and no shift
+    where it shifts by resolution when it samples.
 
     **Text in joint attention.** A text stream runs beside the picture's; its ``add_k_proj`` and
     ``add_v_proj`` play the part of cross-attention's keys and values, and the preset
@@ -36,6 +39,12 @@ class RectifiedFlow(Family):
     blocks have no weights for text alone; they are merged like any other weight.
     """
 
+    training_defaults: ClassVar[Mapping[str, Any]] = {
+        "weighting_scheme": "none",
+        "logit_mean": 0.0,
+        "logit_std": 1.0,
+        "mode_scale": 1.29,
+    }
     text_weights = r"\.attn\.add_[kv]_proj\.weight$"
     presets = Family.presets | {
         "cross_attention": r"\.attn\.(add_[qkv]_proj|to_add_out|norm_added_[qk])\.",
@@ -62,9 +71,21 @@ class RectifiedFlow(Family):
         return super()._scaled(latents - (self.pipeline.vae.config.shift_factor or 0.0))
 
     def sample_timesteps(self, batch: int, generator: torch.Generator) -> torch.Tensor:
-        """Draw [batch] shifted logit-normal noise levels, float32 in [0, num_train_timesteps]."""
-        sigmas = self._shift(torch.randn(batch, generator=generator).sigmoid())
-        return (sigmas * self.num_train_timesteps).to(self.device)
+        """Draw [batch] noise levels of the schedule, float32 in (0, num_train_timesteps]."""
+        u = density(self.training, batch, generator)
+        index = (u * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
+        return self._schedule[index].to(self.device)
+
+    @cached_property
+    def _schedule(self) -> torch.Tensor:
+        """The timesteps that training draws from, descending, whatever sampling has set since."""
+        config = dict(self.pipeline.scheduler.config)
+        schedule: Any = FlowMatchEulerDiscreteScheduler.from_config(config)
+        timesteps: torch.Tensor = schedule.timesteps
+        return timesteps
+
+    def loss_weights(self, timesteps: torch.Tensor) -> torch.Tensor | None:
+        return flow_weights(self.training, timesteps / self.num_train_timesteps)
 
     def _shift(self, sigmas: torch.Tensor) -> torch.Tensor:
         scheduler, config = self.pipeline.scheduler, self.pipeline.scheduler.config
@@ -173,6 +194,35 @@ class RectifiedFlow(Family):
     @abstractmethod
     def _t5_tokenizer(self) -> Any: ...
 
-    def _max_tokens(self, default: int) -> int:
+    def _max_tokens(self, wanted: int | None) -> int:
+        """As many of the wanted tokens as the tokenizer gives."""
+        assert wanted is not None
         tokenizer = self._t5_tokenizer
-        return default if tokenizer is None else min(default, tokenizer.model_max_length)
+        return wanted if tokenizer is None else min(wanted, tokenizer.model_max_length)
+
+
+def density(options: TrainingOptions, batch: int, generator: torch.Generator) -> torch.Tensor:
+    """Where in a rectified flow's schedule a batch is drawn: [B] float32 in [0, 1], 0 is noise."""
+    scheme = options.weighting_scheme
+    if scheme == "logit_normal":
+        assert options.logit_mean is not None
+        assert options.logit_std is not None
+        normal = torch.randn(batch, generator=generator)
+        return (options.logit_mean + options.logit_std * normal).sigmoid()
+    u = torch.rand(batch, generator=generator)
+    if scheme == "mode":
+        assert options.mode_scale is not None
+        u = 1 - u - options.mode_scale * ((math.pi * u / 2).cos().square() - 1 + u)
+    return u.clamp(0, 1)
+
+
+def flow_weights(options: TrainingOptions, sigmas: torch.Tensor) -> torch.Tensor | None:
+    """What the squared error of a flow counts at noise levels σ [B] in (0, 1]; None: 1 at all."""
+    weights = None
+    if options.weighting_scheme == "sigma_sqrt":
+        weights = sigmas**-2
+    elif options.weighting_scheme == "cosmap":
+        weights = 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2))
+    if options.precondition_outputs:
+        weights = sigmas**2 if weights is None else weights * sigmas**2
+    return weights

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 
@@ -22,6 +22,12 @@ class StableDiffusion3(RectifiedFlow):
     """
 
     pipeline_names = ("StableDiffusion3Pipeline",)
+    training_defaults: ClassVar[Mapping[str, Any]] = {
+        **RectifiedFlow.training_defaults,
+        "weighting_scheme": "logit_normal",
+        "precondition_outputs": True,
+        "max_sequence_length": 77,
+    }
     parts = (
         *("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
         "scheduler",
@@ -56,7 +62,7 @@ class StableDiffusion3(RectifiedFlow):
             prompts,
             device=pipeline.text_encoder.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self._max_tokens(T5_TOKENS),
+            max_sequence_length=self._max_tokens(self.training.max_sequence_length),
         )
         return {"encoder_hidden_states": hidden_BSD, "pooled_projections": pooled}
 
@@ -71,7 +77,8 @@ class StableDiffusion3(RectifiedFlow):
             length = self.encode_prompts(prompts)["encoder_hidden_states"].shape[1]
             t5 = torch.zeros(len(prompts), length - first.shape[1], dtype=torch.bool)
         else:
-            t5 = self._mask(self._t5_tokenizer, prompts, self._max_tokens(T5_TOKENS))
+            length = self._max_tokens(self.training.max_sequence_length)
+            t5 = self._mask(self._t5_tokenizer, prompts, length)
         return torch.cat([first | second, t5], dim=1)
 
     def _sampling(self) -> dict[str, Any]:

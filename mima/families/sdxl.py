@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,12 +15,17 @@ from mima.families.stable_diffusion import StableDiffusion
 class StableDiffusionXL(StableDiffusion):
     """``StableDiffusionXLPipeline``, base models.
 
-    Cross-attention reads the two encoders' embeddings of a token side by side. Pictures count as
-    uncropped and of their own size in the added time ids, as the pipeline's call does by default.
+    Cross-attention reads the two encoders' embeddings of a token side by side. The added time ids
+    are those of each picture; without any, pictures count as uncropped and of the size that they
+    have, as in the pipeline's call.
     """
 
     pipeline_names = ("StableDiffusionXLPipeline",)
     added_conditions = "text_time"
+    training_defaults: ClassVar[Mapping[str, Any]] = {
+        **StableDiffusion.training_defaults,
+        "picture_sizes": True,
+    }
     parts = (
         *("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
         "scheduler",
@@ -80,19 +85,28 @@ class StableDiffusionXL(StableDiffusion):
         pooled = self._pooled_reader("add_embedding.linear_1.weight", "text_embeds", columns)
         return [*super().text_readers(), pooled]
 
+    def picture_conditions(self, places: torch.Tensor) -> Conditioning:
+        """Time ids [P, 6]: original size, top left corner of the crop, size that is trained on."""
+        if not self.training.picture_sizes:
+            return {}
+        side = places.new_tensor([self.resolution] * 2).expand(len(places), 2)
+        return {"time_ids": torch.cat([places, side], dim=1)}
+
     def _inputs(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> dict[str, Any]:
         height, width = (side * self.pipeline.vae_scale_factor for side in noisy.shape[-2:])
         pooled = conditioning["text_embeds"]
-        # original size, top left corner of the crop, target size
-        sizes = pooled.new_tensor([height, width, 0, 0, height, width])
+        time_ids = conditioning.get("time_ids")
+        if time_ids is None:
+            sizes = pooled.new_tensor([height, width, 0, 0, height, width])
+            time_ids = sizes.expand(len(pooled), 6)
         return {
             "sample": noisy,
             "timestep": timesteps,
             "encoder_hidden_states": conditioning["encoder_hidden_states"],
             "added_cond_kwargs": {
                 "text_embeds": pooled,
-                "time_ids": sizes.expand(len(pooled), 6),
+                "time_ids": time_ids.to(pooled),
             },
         }

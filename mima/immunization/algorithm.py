@@ -146,7 +146,7 @@ def immunize(
     if erased is not None:
         loaded = load_erased(pipeline, erased)
         pipeline, changed = loaded.pipeline, [*loaded.changed]
-    family = family_of(pipeline, resolution=config.resolution)
+    family = family_of(pipeline, resolution=config.resolution, training=config.training)
     # also refuses names that match no parameter
     weights = Problem(family, [], config, None).theta()
     _check(pipeline, concepts, config)
@@ -163,11 +163,11 @@ def immunize(
         vocabulary = {name: getattr(pipeline, name, None) for name in ("tokenizer", "text_encoder")}
         if config.new_words:
             pipeline = _with_new_words(pipeline, concepts, config)
-            family = family_of(pipeline, resolution=config.resolution)
+            family = family_of(pipeline, resolution=config.resolution, training=config.training)
         data = encode_concepts(family, concepts, config, cache=folder, ranks=ranks)
         if config.erase_first:
             pipeline = erase(pipeline, concepts, preserve=captions)
-            family = family_of(pipeline, resolution=config.resolution)
+            family = family_of(pipeline, resolution=config.resolution, training=config.training)
         merge = merge_layer(family, concepts, config)
         words = [TrainedWord.of(family, c) for c in concepts] if config.lower.train_token else []
         problem = Problem(family, data, config, merge, ranks, words)

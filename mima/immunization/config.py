@@ -23,6 +23,7 @@ from mima.choices import (
     UpperObjective,
 )
 from mima.errors import MimaError, nearest
+from mima.options import TrainingOptions
 from mima.settings import Settings, parse_config
 from mima.storage.plain_data import read_yaml
 
@@ -177,6 +178,9 @@ class ImmunizeConfig(Settings):
     resolution: int | None = Field(None, ge=1)
     """Side in pixels that the pictures are scaled and cropped to. Default: what the model was
     trained on."""
+    training: TrainingOptions = TrainingOptions()
+    """Noise levels, loss weighting and conditions of every loss, simulated attacks' included; by
+    default as diffusers' scripts have them for the model's family (docs/families.md)."""
     steps: int = Field(1000, ge=1)
     """Outer steps."""
     seed: int = Field(0, ge=0)

@@ -226,6 +226,7 @@ class Problem:
         word, (own, *others) = self.words[n], batches
         conditioning = word.read(self.family, own.prompt.tolist(), params[word.text])
         rest = {name: value for name, value in params.items() if name != word.text}
+        conditioning = {**own.conditioning, **conditioning}
         return [replace(own, conditioning=conditioning), *others], rest
 
     def upper_level(

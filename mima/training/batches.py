@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from mima.families.base import Conditioning, Family, Params
-from mima.training.loss import pixels, prediction_and_target
+from mima.training.loss import pixels, places, prediction_and_target
 
 if TYPE_CHECKING:
     from mima.concepts.pictures import Picture
@@ -40,15 +40,31 @@ class Encoded:
         latents: [P, C, H, W].
         prompts: T rows of each conditioning tensor, one per distinct prompt.
         prompt: [P] the row that each picture's prompt has.
+        pictures: P rows of what is conditioned on the picture, not on its prompt.
     """
 
     latents: torch.Tensor
     prompts: Conditioning
     prompt: torch.Tensor
+    pictures: Conditioning = field(default_factory=dict)
 
     @classmethod
-    def of(cls, family: Family, latents: torch.Tensor, prompts: Sequence[str]) -> Encoded:
-        """Put latents [P, C, H, W] and their P prompts together; each distinct one is encoded."""
+    def of(
+        cls,
+        family: Family,
+        latents: torch.Tensor,
+        prompts: Sequence[str],
+        pictures: Sequence[Picture] = (),
+    ) -> Encoded:
+        """Put latents and prompts together; each distinct prompt is encoded.
+
+        Args:
+            family: the model.
+            latents: [P, C, H, W].
+            prompts: P texts.
+            pictures: the P pictures that the latents were encoded from; none where the model drew
+                them, which are uncropped and of its resolution.
+        """
         distinct = list(dict.fromkeys(prompts))
         chunks = [distinct[start : start + CHUNK] for start in range(0, len(distinct), CHUNK)]
         encoded = [family.encode_prompts(chunk) for chunk in chunks]
@@ -56,6 +72,7 @@ class Encoded:
             latents.cpu(),
             {name: torch.cat([part[name] for part in encoded]).cpu() for name in encoded[0]},
             torch.tensor([distinct.index(prompt) for prompt in prompts]),
+            _picture_conditions(family, len(latents), pictures),
         )
 
     def __len__(self) -> int:
@@ -64,15 +81,17 @@ class Encoded:
     @property
     def conditioning(self) -> Conditioning:
         """P rows of each conditioning tensor."""
-        return {name: value[self.prompt] for name, value in self.prompts.items()}
+        return {name: value[self.prompt] for name, value in self.prompts.items()} | self.pictures
 
     def rows(self, index: torch.Tensor) -> Encoded:
         """The pictures at ``index`` [B], repetitions allowed."""
-        return Encoded(self.latents[index], self.prompts, self.prompt[index])
+        pictures = {name: value[index] for name, value in self.pictures.items()}
+        return Encoded(self.latents[index], self.prompts, self.prompt[index], pictures)
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """As named tensors, for a file."""
         named = {f"prompts.{name}": value for name, value in self.prompts.items()}
+        named |= {f"pictures.{name}": value for name, value in self.pictures.items()}
         tensors = {"latents": self.latents, "prompt": self.prompt, **named}
         # safetensors does not store strides, and a convolution's rounding depends on its input's
         return {name: value.contiguous() for name, value in tensors.items()}
@@ -80,12 +99,20 @@ class Encoded:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Encoded:
         """The inverse of ``to_tensors``."""
-        prompts = {
-            name.removeprefix("prompts."): value
-            for name, value in tensors.items()
-            if name.startswith("prompts.")
-        }
-        return cls(tensors["latents"], prompts, tensors["prompt"])
+        parts: dict[str, Conditioning] = {"prompts": {}, "pictures": {}}
+        for name, value in tensors.items():
+            part, _, rest = name.partition(".")
+            if rest:
+                parts[part][rest] = value
+        return cls(tensors["latents"], parts["prompts"], tensors["prompt"], parts["pictures"])
+
+
+def _picture_conditions(family: Family, count: int, pictures: Sequence[Picture]) -> Conditioning:
+    side = family.resolution
+    whole = torch.tensor([[side, side, 0, 0]]).expand(count, 4)
+    told = family.picture_conditions(whole)
+    # pictures are opened once more for their sizes: not for families that do not ask for them
+    return family.picture_conditions(places(pictures, side)) if told and pictures else told
 
 
 def encode_images(family: Family, pictures: Sequence[Picture]) -> torch.Tensor:
@@ -100,7 +127,7 @@ def encode_images(family: Family, pictures: Sequence[Picture]) -> torch.Tensor:
 def encode(family: Family, pictures: Sequence[Picture]) -> Encoded:
     """Encode pictures and prompts without a graph, a few at a time."""
     latents = encode_images(family, pictures)
-    return Encoded.of(family, latents, [picture.prompt for picture in pictures])
+    return Encoded.of(family, latents, [picture.prompt for picture in pictures], pictures)
 
 
 @dataclass(frozen=True)

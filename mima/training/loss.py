@@ -30,14 +30,29 @@ def pixels(pictures: Sequence[Picture], resolution: int) -> torch.Tensor:
     squares = []
     for picture in pictures:
         image = picture.load()
-        scale = resolution / min(image.size)
-        if scale != 1:
-            size = [max(resolution, round(side * scale)) for side in image.size]
-            image = image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
-        left, top = ((side - resolution) // 2 for side in image.size)
+        (width, height), left, top = _square(image.size, resolution)
+        if (width, height) != image.size:
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
         image = image.crop((left, top, left + resolution, top + resolution))
         squares.append(torch.from_numpy(np.asarray(image, dtype=np.float32)))
     return torch.stack(squares).permute(0, 3, 1, 2).contiguous() / 127.5 - 1
+
+
+def places(pictures: Sequence[Picture], resolution: int) -> torch.Tensor:
+    """Where ``pixels`` finds the squares: [P, 4], as ``Family.picture_conditions`` reads them."""
+    found = []
+    for picture in pictures:
+        size = picture.load().size
+        _, left, top = _square(size, resolution)
+        found.append([size[1], size[0], top, left])
+    return torch.tensor(found)
+
+
+def _square(size: tuple[int, int], resolution: int) -> tuple[tuple[int, int], int, int]:
+    """Width and height of a picture that is scaled to be cropped, and left and top of its crop."""
+    scale = resolution / min(size)
+    width, height = (max(resolution, round(side * scale)) for side in size)
+    return (width, height), (width - resolution) // 2, (height - resolution) // 2
 
 
 def prediction_and_target(
@@ -59,10 +74,16 @@ def prediction_and_target(
         params: denoiser parameters that replace its own, differentiable.
 
     Returns:
-        What the denoiser predicts and what it should, each [B, C, H, W], in float32 at least.
+        What the denoiser predicts and what it should, each [B, C, H, W], in float32 at least, and
+        times the root of the loss's weights: their mean squared error is the weighted loss.
     """
     noisy = family.add_noise(latents, noise, timesteps)
     prediction = family.predict(noisy, timesteps, conditioning, params)
     target = family.target(latents, noise, timesteps)
     accumulate = torch.promote_types(prediction.dtype, torch.float32)
-    return prediction.to(accumulate), target.to(accumulate)
+    prediction, target = prediction.to(accumulate), target.to(accumulate)
+    weights = family.loss_weights(timesteps)
+    if weights is None:
+        return prediction, target
+    root = weights.to(prediction).sqrt().view(-1, 1, 1, 1)
+    return root * prediction, root * target

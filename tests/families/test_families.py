@@ -435,7 +435,7 @@ def test_flow_is_that_of_the_pipelines_scheduler(family):
 
 
 @_of(FLOW)
-def test_noise_levels_are_logit_normal_and_shifted_as_the_scheduler_shifts(family):
+def test_sampling_shifts_noise_levels_as_the_scheduler_does(family):
     scheduler = copy.deepcopy(family.pipeline.scheduler)
     levels = torch.linspace(0.999, 0.002, 300)
     mu = None
@@ -450,14 +450,6 @@ def test_noise_levels_are_logit_normal_and_shifted_as_the_scheduler_shifts(famil
         scheduler.set_timesteps(sigmas=levels.tolist(), mu=mu)
         expected = scheduler.sigmas[:-1]
     torch.testing.assert_close(family._shift(levels), expected, rtol=1e-4, atol=1e-5)
-
-    drawn = family.sample_timesteps(20_000, torch.Generator().manual_seed(0))
-    assert drawn.dtype == torch.float32
-    assert bool(((drawn > 0) & (drawn < family.num_train_timesteps)).all())
-    quartiles = torch.tensor([-0.6745, 0.0, 0.6745]).sigmoid()  # of the standard normal
-    found = drawn.quantile(torch.tensor([0.25, 0.5, 0.75])) / family.num_train_timesteps
-    # the median of 20,000 draws has a standard error of 0.0022 in u
-    torch.testing.assert_close(found, family._shift(quartiles), rtol=0, atol=0.01)
 
 
 @_of(DDPM)
