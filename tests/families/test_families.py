@@ -18,7 +18,7 @@ from diffusers import (
 from support import builders, tiny
 
 from mima.errors import MimaError
-from mima.families import Family, family_of, load_pipeline
+from mima.families import Family, TrainingOptions, family_of, load_pipeline
 
 PROMPTS = ["a photo of a red cat", "a dog"]
 
@@ -122,6 +122,9 @@ def assert_predicts_what_the_pipeline_computes(family: Family) -> None:
         unpack = family.pipeline._unpack_latents
         noisy, output = (unpack(x, side, side, 1) for x in (noisy, output))
         timesteps = timesteps * 1000
+    if "StableDiffusion3" in type(family).__name__:
+        # without T5, the places of as many tokens as sampling reads are zeros
+        family.training = TrainingOptions(max_sequence_length=256)
     conditioning = family.encode_prompts(PROMPTS)
     with torch.no_grad():
         predicted = family.predict(noisy, timesteps, conditioning)
