@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from mima.bilevel.low_rank import LowRankWeight
 from mima.bilevel.lower import Carried, LowerLevel, Params, State, Tensors
 from mima.bilevel.optimizers import Optimizer
 
@@ -125,8 +126,11 @@ class LoraFactors(LowerLevel):
         }
 
     def loss(self, z: Params, theta: Params, k: int) -> torch.Tensor:
-        change = self.change(z, theta)
-        return self._loss({**theta, **{n: theta[n] + change[n] for n in self.names}}, k)
+        adapted = {
+            name: LowRankWeight(theta[name], z[f"{name}.lora_A"], z[f"{name}.lora_B"], self.scale)
+            for name in self.names
+        }
+        return self._loss({**theta, **adapted}, k)
 
     def change_pullback(
         self, final: Callable[[], Params], theta: Params, wrt: tuple[str, ...], cotangent: Params
