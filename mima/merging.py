@@ -208,15 +208,23 @@ class MergeLayer:
 
     def delta(self, n: int, change: Params) -> dict[str, torch.Tensor]:
         """What concept n's change θ'[n] − θ adds to the merged weights."""
-        moved = self.averaged(n, change)
-        if self.plan is not None:
-            moved |= self.spread({n: self.asked(change, self.plan.C[n])}, change)
-        return moved
+        # linear in the change: the adjoint, with the text's two sides exchanged
+        return self._adjoint(n, change, transposed=True)
 
     def averaged(self, n: int, change: Params) -> dict[str, torch.Tensor]:
         """The part of ``delta`` that is averaged."""
-        share = self.weights[n]
-        return {name: value * share for name, value in change.items() if name not in self.projected}
+        rest = {name: value for name, value in change.items() if name not in self.projected}
+        (values,) = ops.weighted_merge_pullback(list(rest.values()), self.weights[n : n + 1])
+        return dict(zip(rest, values, strict=True))
+
+    def _adjoint(self, n: int, x: Params, *, transposed: bool) -> dict[str, torch.Tensor]:
+        merged = self.averaged(n, x)
+        if self.plan is not None:
+            text, rows = (self.plan.M, self.plan.C) if transposed else (self.plan.C, self.plan.M)
+            own = {name: value for name, value in x.items() if name in self.projected}
+            (values,) = ops.projected_merge_pullback(list(own.values()), [text[n]], [rows[n]])
+            merged |= zip(own, values, strict=True)
+        return merged
 
     def asked(self, change: Params, C_SD: torch.Tensor) -> torch.Tensor:
         """``A_n = (W_n − W0) C_nᵀ``: what a concept wants of the projected weights, all in one.
@@ -244,11 +252,7 @@ class MergeLayer:
 
     def pullback(self, n: int, cotangent: Params) -> dict[str, torch.Tensor]:
         """Gradient at θ'[n] for a gradient ``cotangent`` at φ: the adjoint of ``delta``."""
-        bar = self.averaged(n, cotangent)
-        if self.plan is not None:
-            C_SD, M_SD = self.plan.C[n], self.plan.M[n]
-            bar |= self._cut(self._stacked(cotangent) @ M_SD.mT @ C_SD, cotangent)
-        return bar
+        return self._adjoint(n, cotangent, transposed=False)
 
     def plan_pullback(self, asked: torch.Tensor, cotangent: Params) -> torch.Tensor:
         """``M̄_n = A_nᵀ φ̄`` [S_n, D]: gradient at concept n's rows of the plan."""

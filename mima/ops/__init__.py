@@ -7,8 +7,8 @@
 from mima.ops.adam_step import adam_step, adam_step_pullback
 from mima.ops.batched_lora import batched_lora
 from mima.ops.merge_lora import merge_lora
-from mima.ops.projected_merge import projected_merge
-from mima.ops.weighted_merge import weighted_merge
+from mima.ops.projected_merge import projected_merge, projected_merge_pullback
+from mima.ops.weighted_merge import weighted_merge, weighted_merge_pullback
 
 __all__ = [
     "adam_step",
@@ -16,5 +16,7 @@ __all__ = [
     "batched_lora",
     "merge_lora",
     "projected_merge",
+    "projected_merge_pullback",
     "weighted_merge",
+    "weighted_merge_pullback",
 ]

@@ -125,7 +125,7 @@ def adam_step_pullback(
         backend: "reference", "triton" or "native"; None chooses.
 
     Returns:
-        The gradients at z, g, m and v: P tensors each.
+        The gradients at z, g, m and v: P tensors each; without decay, at z `bar_z` themselves.
 
     Raises:
         TypeError: not tensors, or dtypes or devices that differ.
@@ -138,11 +138,11 @@ def adam_step_pullback(
     _require_agreement(("bar_z", "bar_m", "bar_v", "g", "m", "v"), lists)
     if not g:
         return [], [], [], []
-    needs = (True,) * 4
+    needs = weight_decay != 0, True, True, True
     tensors = (x for values in lists for x in values)
     out = apply(AdamStepBackward, len(g), backend or "", rule, needs, *tensors)
     d_z, d_g, d_m, d_v = split(out, (len(g),) * 4, needs)
-    return d_z, d_g, d_m, d_v
+    return d_z if needs[0] else list(bar_z), d_g, d_m, d_v
 
 
 Rule = tuple[float, float, float, float, float, int]

@@ -72,6 +72,44 @@ def projected_merge(
     return list(apply(ProjectedMerge, len(W0), len(W), backend or "", *W0, *given, *C, *M))
 
 
+def projected_merge_pullback(
+    d_out: Sequence[Tensor],
+    C: Sequence[Tensor],
+    M: Sequence[Tensor],
+    *,
+    backend: str | None = None,
+) -> list[list[Tensor]]:
+    """Pull a gradient back through `projected_merge`: W̄_nl = (φ̄_l M_nᵀ) C_n.
+
+    With C and M exchanged it is what a change W_n − W0, in the place of φ̄, adds to φ: concepts can
+    be merged one at a time. Differentiable any number of times.
+
+    Args:
+        d_out: L tensors [o_l, d].
+        C: N tensors [s_n, d].
+        M: N tensors [s_n, d].
+        backend: "reference", "triton" or "native"; None chooses.
+
+    Returns:
+        N lists of L tensors [o_l, d].
+
+    Raises:
+        TypeError: not tensors, or dtypes or devices that differ.
+        ValueError: numbers or shapes of tensors that do not agree.
+        BackendError: `backend` cannot serve.
+    """
+    _require_agreement(d_out, [d_out] * len(C), C, M)
+    L, N = len(d_out), len(C)
+    if not d_out:
+        return [[] for _ in C]
+    # neither W0 nor W is read for these gradients
+    stand_ins = [x.detach() for x in d_out] * (N + 1)
+    needs = False, True, False, False
+    given = *d_out, *stand_ins, *C, *M
+    out = apply(ProjectedMergeBackward, L, N, backend or "", *needs, *given)
+    return [list(out[n * L : (n + 1) * L]) for n in range(N)]
+
+
 def _require_agreement(
     W0: Sequence[Tensor], W: Sequence[Sequence[Tensor]], C: Sequence[Tensor], M: Sequence[Tensor]
 ) -> None:

@@ -94,6 +94,42 @@ def weighted_merge(
     return list(apply(WeightedMerge, len(base), backend or "", vector, *base, *given))
 
 
+def weighted_merge_pullback(
+    d_out: Sequence[Tensor],
+    weights: Tensor | Sequence[float],
+    *,
+    backend: str | None = None,
+) -> list[list[Tensor]]:
+    """Pull a gradient back through `weighted_merge`: θ̄_n = w_n φ̄.
+
+    The merge is linear in each θ_n − base, so the same call gives what such a change, in the place
+    of φ̄, adds to φ: concepts can be merged one at a time. Differentiable any number of times.
+
+    Args:
+        d_out: P tensors, as `base` of the merge.
+        weights: [N].
+        backend: "reference", "triton" or "native"; None chooses.
+
+    Returns:
+        N lists of P tensors.
+
+    Raises:
+        TypeError: not tensors, or dtypes or devices that differ.
+        ValueError: weights that are not a vector.
+        BackendError: `backend` cannot serve.
+    """
+    _require_agreement(d_out, [])
+    if not d_out:
+        return [[] for _ in weights]
+    vector = _checks.as_vector(_OP, "weights", weights, len(weights), d_out[0])
+    P, N = len(d_out), len(vector)
+    # neither base nor θ is read for these gradients
+    stand_ins = [x.detach() for x in d_out] * (N + 1)
+    needs = False, True, False
+    out = apply(WeightedMergeBackward, P, backend or "", *needs, vector, *d_out, *stand_ins)
+    return [list(out[n * P : (n + 1) * P]) for n in range(N)]
+
+
 def _require_agreement(base: Sequence[Tensor], thetas: Sequence[Sequence[Tensor]]) -> None:
     _checks.require_sequence(_OP, "base", base)
     _checks.require_sequence(_OP, "thetas", thetas, of="sequences of tensors")

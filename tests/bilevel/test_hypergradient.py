@@ -1,5 +1,8 @@
 """The hypergradient against central differences of the whole outer objective, in float64."""
 
+from collections import Counter
+from functools import partial
+
 import pytest
 import torch
 
@@ -15,6 +18,7 @@ from mima.bilevel.outer import (
 )
 from mima.bilevel.tasks import FullWeights, LoraFactors
 from mima.merging import MergeLayer, MergePlan
+from mima.ops.backends import reference as reference_backend
 
 # a network that reads text: y = V tanh(K c ⊙ x), K projected, V averaged
 D, OUT = 5, 4
@@ -221,6 +225,29 @@ def test_no_mode_evaluates_the_lower_loss_more_often_than_it_must(
         task._loss = lambda params, k, loss_of=loss_of: calls.append(k) or loss_of(params, k)
     outer_gradient(theta, tasks, layer, upper, mode=mode, wrt=tuple(theta))
     assert len(calls) == CONCEPTS * (steps + again(steps))
+
+
+def test_an_outer_step_calls_the_operators(theta, monkeypatch):
+    tasks, layer, upper = problem(theta, optimizer=Adam(lr=0.1), steps=2)
+    calls = Counter()
+
+    def counted(name, original, *args, **kwargs):
+        calls[name] += 1
+        return original(*args, **kwargs)
+
+    for name, original in vars(reference_backend).items():
+        if name.endswith(("_forward", "_backward")):
+            monkeypatch.setattr(reference_backend, name, partial(counted, name, original))
+    monkeypatch.setenv("MIMA_BACKEND", "reference")
+    outer_gradient(theta, tasks, layer, upper, mode="exact", wrt=tuple(theta))
+    # of each concept: two steps, and one again; two steps back; its share of the average, and the
+    # gradient at it; the gradient at the projected weight
+    assert calls == {
+        "adam_step_forward": 3 * CONCEPTS,
+        "adam_step_backward": 2 * CONCEPTS,
+        "weighted_merge_backward": 2 * CONCEPTS,
+        "projected_merge_backward": CONCEPTS,
+    }
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -99,6 +99,42 @@ def test_no_gradient_is_computed_that_is_not_needed(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_merges_pullback_is_its_adjoint_and_gives_one_concepts_part(
+    backend: str, device: torch.device
+) -> None:
+    skip_unless_available(backend, "projected_merge", torch.float64, device)
+    draw = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float64).to(device)
+
+    W0, change, up = ([randn(o, 4) for o in (3, 2)] for _ in range(3))
+    C, M, w = [randn(2, 4), randn(0, 4)], [randn(2, 4), randn(0, 4)], randn(2)
+    zeros = [torch.zeros_like(x) for x in W0]
+    for pullback, merge, text, swapped in (
+        (ops.projected_merge_pullback, ops.projected_merge, (C, M), (M, C)),
+        (ops.weighted_merge_pullback, ops.weighted_merge, (w,), (w,)),
+    ):
+        leaves = [[x.clone().requires_grad_() for x in W0] for _ in range(2)]
+        merged = merge(W0, leaves, *text, backend=backend)
+        flat = [x for row in leaves for x in row]
+        expected = torch.autograd.grad(merged, flat, up)
+        _assert_close([x for row in pullback(up, *text, backend=backend) for x in row], expected)
+        parts = pullback(change, *swapped, backend=backend)
+        for n, part in enumerate(parts):
+            alone = [change if n == k else zeros for k in range(2)]
+            _assert_close(part, merge(zeros, alone, *text, backend=backend))
+        x = [randn(3, 4).requires_grad_()]
+        assert gradgradcheck(
+            lambda x, pullback=pullback, text=text: tuple(
+                y for row in pullback([x], *text, backend=backend) for y in row
+            ),
+            x,
+        )
+        assert pullback([], *text) == [[], []]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_pullback_of_a_step_follows_each_argument_alone(
     backend: str, device: torch.device
 ) -> None:
@@ -134,6 +170,7 @@ def test_a_step_has_finite_slopes_where_no_gradient_was_seen(
         step=0,
         backend=backend,
     )
+    assert pulled[0][0].tolist() == [1, 1, 1]
     for (x,) in pulled:
         assert torch.isfinite(x).all()
     torch.testing.assert_close(pulled[2][0], zero + 0.9 * (1 - 1 / (1 - 0.9) / 1e-8))
