@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -39,6 +40,7 @@ from mima.options import TrainingOptions
 from mima.storage.inputs import check_model, expanded
 from mima.storage.names import MODEL_INDEX
 from mima.storage.plain_data import shortened
+from mima.storage.tensor_files import read_header
 
 FAMILIES: tuple[type[Family], ...] = (
     *(StableDiffusion, StableDiffusionXL, PixArt, StableDiffusion3, Flux),
@@ -63,6 +65,9 @@ OLD_NAMES = {
     ".to_v.": ".value.",
     ".to_out.0.": ".proj_attn.",
 }
+
+HALF_PRECISION = {"BF16": torch.bfloat16, "F16": torch.float16}
+"""By the names that safetensors has for them."""
 
 VARIANT = re.compile(r"^[^.]+\.([^.]+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)$")
 
@@ -163,7 +168,7 @@ def _family_class(name: str, where: str = "this") -> type[Family]:
 def load_pipeline(
     model: Any,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: str | torch.device | None = None,
     revision: str | None = None,
     variant: str | None = None,
@@ -175,7 +180,8 @@ def load_pipeline(
         model: a diffusers pipeline (cast and moved in place, not copied), a ``ModelSource``, or
             what its ``model`` is.
         dtype: dtype of every module. In float16 the layers of T5 that overflow there stay in
-            float32, as transformers declares.
+            float32, as transformers declares. None is each module's own: of a file, the widest of
+            those that its floating point weights have there.
         device: where to put it; by default a pipeline stays where it is and a file goes to the CPU.
         revision: as in ``ModelSource``, where ``model`` is none.
         variant: likewise.
@@ -194,23 +200,27 @@ def load_pipeline(
         )
     pipeline = _open(model, dtype) if isinstance(model, ModelSource) else model
     family_of(pipeline)
+    for name, component in pipeline.components.items():
+        if getattr(component, "is_quantized", False):
+            raise MimaError(f"model: the {name} is quantized; open it unquantized")
     if device is not None:
         pipeline.to(device)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
-            cast(component, dtype)
+            if dtype is not None:
+                cast(component, dtype)
             component.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _open(source: ModelSource, dtype: torch.dtype) -> Any:
+def _open(source: ModelSource, dtype: torch.dtype | None) -> Any:
     model, variant = str(source.model), source.variant
     if model == "embedded":
         for name in ("revision", "variant", "config"):
             if getattr(source, name) is not None:
                 raise MimaError(f"{name}: the embedded model has none")
-        return load_embedded(dtype=dtype)
+        return _open_embedded(dtype)
     check_model(model)
     path = expanded(model)
     if source.revision is not None and path.exists():
@@ -226,7 +236,9 @@ def _open(source: ModelSource, dtype: torch.dtype) -> Any:
     return _open_hub(model, dtype, source.revision, variant)
 
 
-def _open_hub(model: str, dtype: torch.dtype, revision: str | None, variant: str | None) -> Any:
+def _open_hub(
+    model: str, dtype: torch.dtype | None, revision: str | None, variant: str | None
+) -> Any:
     try:
         # before huggingface_hub tries six times
         known = isinstance(try_to_load_from_cache(model, MODEL_INDEX, revision=revision), str)
@@ -279,22 +291,12 @@ def _explain(model: str, revision: str | None, error: Exception) -> str:
             return f"cannot get {model!r} from the hub: {shortened(error)}"
 
 
-def _open_folder(path: Path, dtype: torch.dtype, variant: str | None) -> Any:
-    index = _read_json(path / MODEL_INDEX)
-    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
-        raise MimaError(f"model: {path / MODEL_INDEX} names no diffusers pipeline")
-    _family_class(index["_class_name"], str(path))
-    for name, kind in index.items():
-        if isinstance(kind, list) and all(isinstance(part, str) for part in kind):
-            _check_component(path / name, ".".join(kind), variant)
-    weights = [*path.glob("*/*.safetensors"), *path.glob("*/*.bin")]
-    # diffusers takes the plain weights of components that come in no variant
-    if variant is not None and not any(f".{variant}" in file.name for file in weights):
-        found = ", ".join(sorted(str(file.relative_to(path)) for file in weights))
-        raise MimaError(f"variant: {path} holds no {variant!r} weights, only {found}")
+def _open_folder(path: Path, dtype: torch.dtype | None, variant: str | None) -> Any:
+    index = check_folder_of_model(path, variant)
+    wanted = _dtype(_stored_dtypes(path, index, variant) if dtype is None else dtype)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            str(path), variant=variant, local_files_only=True, **_dtype(dtype), **_absent(index)
+            str(path), variant=variant, local_files_only=True, **wanted, **_absent(index)
         )
     except LOADING_ERRORS as error:
         raise MimaError(f"model: cannot open {path}: {shortened(error)}") from error
@@ -304,7 +306,73 @@ def _open_folder(path: Path, dtype: torch.dtype, variant: str | None) -> Any:
     return pipeline
 
 
-def _dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
+def check_folder_of_model(
+    path: Path, variant: str | None, *, weights: bool = True
+) -> dict[str, Any]:
+    """What a diffusers folder's index names, the parts of which are there and undamaged.
+
+    Args:
+        path: the folder.
+        variant: of the files of weights.
+        weights: whether there must be weights; otherwise configurations do.
+
+    Raises:
+        MimaError: a part is missing or damaged, or the model is of no supported family.
+    """
+    check_model(path)
+    index = _read_json(path / MODEL_INDEX)
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise MimaError(f"model: {path / MODEL_INDEX} names no diffusers pipeline")
+    _family_class(index["_class_name"], str(path))
+    if not weights:
+        return index
+    for name, kind in index.items():
+        if isinstance(kind, list) and all(isinstance(part, str) for part in kind):
+            _check_component(path / name, ".".join(kind), variant)
+    files = [*path.glob("*/*.safetensors"), *path.glob("*/*.bin")]
+    # diffusers takes the plain weights of components that come in no variant
+    if variant is not None and not any(f".{variant}" in file.name for file in files):
+        found = ", ".join(sorted(str(file.relative_to(path)) for file in files))
+        raise MimaError(f"variant: {path} holds no {variant!r} weights, only {found}")
+    return index
+
+
+def _stored_dtypes(
+    path: Path, index: Mapping[str, Any], variant: str | None
+) -> dict[str, torch.dtype]:
+    """The dtype of each component's file, as diffusers' ``from_pretrained`` wants them."""
+    return {
+        "default": torch.float32,
+        **{
+            name: stored_dtype(weight_files(path / name, variant))
+            for name, kind in index.items()
+            if isinstance(kind, list) and (path / name / "config.json").is_file()
+        },
+    }
+
+
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The safetensors files of a component that diffusers opens."""
+    files = sorted(folder.glob("*.safetensors"))
+
+    def variant_of(file: Path) -> str | None:
+        return match[1] if (match := VARIANT.search(file.name)) else None
+
+    named = [file for file in files if variant is not None and variant_of(file) == variant]
+    return named or [file for file in files if variant_of(file) is None]
+
+
+def stored_dtype(files: Iterable[Path]) -> torch.dtype:
+    """The widest of the floating point dtypes in files; float32 for all but half precision."""
+    found = {dtype for file in files for dtype, _ in read_header(file).values() if "F" in dtype}
+    return (
+        HALF_PRECISION[found.pop()]
+        if len(found) == 1 and found <= {*HALF_PRECISION}
+        else torch.float32
+    )
+
+
+def _dtype(dtype: torch.dtype | Mapping[str, torch.dtype]) -> dict[str, Any]:
     """The keyword that diffusers calls it by; 0.42 warns of the old name."""
     major, minor = (int(part) for part in diffusers.__version__.split(".")[:2])
     return {"dtype" if (major, minor) >= (0, 42) else "torch_dtype": dtype}
@@ -384,7 +452,7 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
         )
 
 
-def _open_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Any:
+def _open_file(path: Path, dtype: torch.dtype | None, config: str | Path | None) -> Any:
     keys = safetensors_keys(path)
     opener = next((o for part, o in SINGLE_FILES if any(part in key for key in keys)), None)
     if opener is None:
@@ -395,7 +463,7 @@ def _open_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Any
         )
     if isinstance(opener, str):
         raise MimaError(f"model: {path}: {opener}")
-    keywords: dict[str, Any] = {**_dtype(dtype)}
+    keywords = _dtype(stored_dtype([path]) if dtype is None else dtype)
     if config is not None:
         keywords["config"] = str(config)
     elif unreachable():
@@ -438,6 +506,13 @@ def _read_json(path: Path) -> Any:
         raise MimaError(f"model: cannot read {path}: {shortened(error)}") from error
 
 
+def _open_embedded(dtype: torch.dtype | None) -> Any:
+    folder = assets() / "model"
+    if not (folder / MODEL_INDEX).is_file():
+        raise MimaError(f"the embedded model is missing from this installation ({folder})")
+    return _open_folder(folder, dtype, None)
+
+
 def load_embedded(
     *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> StableDiffusionPipeline:
@@ -453,10 +528,7 @@ def load_embedded(
     Raises:
         MimaError: this installation came without its assets.
     """
-    folder = assets() / "model"
-    if not (folder / MODEL_INDEX).is_file():
-        raise MimaError(f"the embedded model is missing from this installation ({folder})")
-    loaded = load_pipeline(str(folder), dtype=dtype or torch.float32, device=device)
+    loaded = load_pipeline("embedded", dtype=dtype or torch.float32, device=device)
     # as diffusers gives it: ready to be trained, though in evaluation mode
     for component in loaded.components.values():
         if isinstance(component, torch.nn.Module):

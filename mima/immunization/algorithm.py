@@ -10,7 +10,6 @@ s.t.  θ'[n] = argmin_{θ ∈ S_l} L(x_l[n], c[n]; θ)  for all n
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,12 +24,15 @@ from mima.distributed import ALONE, Ranks, device_of, join
 from mima.erasure import edits_of, erase, load_erased
 from mima.errors import MimaError
 from mima.families import ModelSource, family_of, load_pipeline, origin_of, source_of
+from mima.families.base import cast
+from mima.families.frozen import hold_frozen
 from mima.families.new_words import check_token
-from mima.families.pipelines import component_name, with_modules
+from mima.families.pipelines import component_name, shared_copy, with_modules
 from mima.immunization.alternating import alternate
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import encode_concepts, saw
-from mima.immunization.levels import Problem, merge_layer
+from mima.immunization.levels import Problem, merge_layer, recomputed_blocks, trained_names
+from mima.immunization.offload import idle_modules, make_whole, out_of_memory_while
 from mima.immunization.outer_loop import Ascent
 from mima.immunization.progress import Callback, StepReport
 from mima.immunization.result import ImmunizeResult
@@ -105,7 +107,9 @@ def immunize(
         callbacks: called with a ``StepReport`` after each outer step.
 
     Returns:
-        The immunized pipeline, in float32 on that device, with its history.
+        The immunized pipeline, in float32 on that device (or, with a warning, in the CPU's memory,
+        where the device is too small for it), with its history. While the run lasts, weights that
+        it does not train stay in the dtype of their files, and are computed with in float32.
 
     Raises:
         MimaError: the model, a concept, a setting or the output folder cannot be used, which is
@@ -148,6 +152,11 @@ def immunize(
         pipeline, changed = loaded.pipeline, [*loaded.changed]
     family = family_of(pipeline, resolution=config.resolution, training=config.training)
     # also refuses names that match no parameter
+    written_to = {name for names in trained_names(family, config) for name in names}
+    edited = []
+    if config.erase_first:
+        edited = [name for reader in family.text_readers() for name in reader.names]
+    hold_frozen(family.denoiser, {*written_to, *edited})
     weights = Problem(family, [], config, None).theta()
     _check(pipeline, concepts, config)
     ranks = join(family.device)
@@ -171,14 +180,11 @@ def immunize(
         merge = merge_layer(family, concepts, config)
         words = [TrainedWord.of(family, c) for c in concepts] if config.lower.train_token else []
         problem = Problem(family, data, config, merge, ranks, words)
-        if config.method == "none":
-            history = []
-        elif config.method == "compose":
-            history = _compose(problem, callbacks, folder)
-        elif config.method == "alternating":
-            history = alternate(problem, callbacks, folder)
-        else:
-            history = ascend(problem, callbacks, folder)
+        # a pipeline in memory keeps its encoders: they are the caller's
+        idle = [] if source is None else idle_modules(pipeline, reads_text=bool(words))
+        recomputed = recomputed_blocks(family.denoiser, config.gradient_checkpointing)
+        with recomputed, out_of_memory_while(idle, folder.path if folder else None):
+            history = _run(problem, callbacks, folder)
 
         if config.new_words:
             pipeline = with_modules(pipeline, **vocabulary)
@@ -187,10 +193,11 @@ def immunize(
             # the published update trains the lower level's parameters, too
             published = config.method == "alternating"
             names = problem.names if published else problem.upper_names
-        if config.erase_first:
-            edited = [name for reader in family.text_readers() for name in reader.names]
-            names = tuple(dict.fromkeys((*names, *edited)))
+        names = tuple(dict.fromkeys((*names, *edited)))
         part = component_name(pipeline, family.denoiser)
+        # gradients and moments are not needed any more, and the result is larger
+        del problem
+        make_whole(pipeline, family.device)
         result = ImmunizeResult(
             pipeline,
             [concept.name for concept in concepts],
@@ -208,6 +215,20 @@ def immunize(
                 lambda: _write(result, Path(output), folder, overwrite=overwrite, delta=delta)
             )
         return result
+
+
+def _run(
+    problem: Problem, callbacks: Sequence[Callback], folder: CheckpointFolder | None
+) -> list[StepReport]:
+    match problem.config.method:
+        case "none":
+            return []
+        case "compose":
+            return _compose(problem, callbacks, folder)
+        case "alternating":
+            return alternate(problem, callbacks, folder)
+        case _:
+            return ascend(problem, callbacks, folder)
 
 
 def _compose(
@@ -280,11 +301,18 @@ def _locked(ranks: Ranks, paths: Sequence[Path]) -> Iterator[None]:
 
 
 def _own_copy(model: Any, device: str | torch.device | None) -> Any:
-    """Open a model; of a pipeline in memory, copy the denoiser, which is what changes."""
+    """Open a model in the dtype of its files; of a pipeline in memory, copy what changes of it."""
     if isinstance(model, ModelSource):
-        return load_pipeline(model, device=device_of(device))
+        pipeline = load_pipeline(model, dtype=None, device=device_of(device))
+        for module in pipeline.components.values():
+            if isinstance(module, torch.nn.Module):
+                hold_frozen(module)
+        return pipeline
     denoiser = family_of(model).denoiser
-    own = copy.deepcopy(denoiser).float().requires_grad_(False).eval()
+    own = shared_copy(denoiser).eval()
+    if family_of(model).dtype == torch.float64:
+        cast(own, torch.float32)
+    hold_frozen(own)
     pipeline = with_modules(model, **{component_name(model, denoiser): own})
     return pipeline if device is None else pipeline.to(device_of(device))
 

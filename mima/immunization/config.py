@@ -212,6 +212,9 @@ class ImmunizeConfig(Settings):
     """What the denoiser computes in, by autocast; weights and their updates stay in float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward passes instead of keeping them: slower, less memory."""
+    offload_optimizer: bool = False
+    """Keep the moments of the upper level's AdamW in the CPU's memory, and bring those of one
+    parameter at a time to the device: slower, less memory, the same values."""
     checkpoint_every: int | None = Field(50, ge=1)
     """Outer steps between checkpoints, where the run has an output folder. None: only at the end,
     and when it is interrupted."""

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -45,6 +46,8 @@ from mima.training.captions import regular_tokens
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
+"""Where diffusers' modules keep how they recompute."""
 ALMOST_HARD = 1e-10
 """Softness that stands in for a hard constraint where concepts share tokens."""
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"sgd": SGD, "adam": Adam}
@@ -83,13 +86,7 @@ class Problem:
         self.config = config
         self.merge = merge
         self.ranks = ranks
-        self.upper_names = tuple(family.parameter_names(config.upper.parameters))
-        weights = config.lower.parameters
-        if weights == "lora":
-            lower_names = family.lora_targets()
-        else:
-            lower_names = [] if weights is None else family.parameter_names(weights)
-        self.lower_names = tuple(lower_names)
+        self.upper_names, self.lower_names = trained_names(family, config)
         self.names = tuple(dict.fromkeys((*self.upper_names, *self.lower_names)))
         # found once: each step asks for them, and a network's modules are many
         parameters = dict(family.denoiser.named_parameters())
@@ -97,8 +94,6 @@ class Problem:
         self._start: dict[str, torch.Tensor] = {}
         if config.upper.objective in READS_START or config.upper.retain == "distill":
             self._start = {name: self._theta[name].detach().clone() for name in self.upper_names}
-        if config.gradient_checkpointing:
-            recompute_blocks(family.denoiser)
 
     def theta(self) -> dict[str, torch.Tensor]:
         """θ by name: the denoiser's own tensors, not copies."""
@@ -369,8 +364,25 @@ class Problem:
         return config.prior_weight * penalty, {LossName(data.name, prior=True): loss}
 
 
-def recompute_blocks(denoiser: torch.nn.Module) -> None:
-    """Let a denoiser of diffusers recompute each block's activations in backward passes.
+def trained_names(
+    family: Family, config: ImmunizeConfig
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """S_u and S_l: names of the denoiser's parameters that each level of a run trains.
+
+    Raises:
+        MimaError: a setting matches no parameter.
+    """
+    lower = config.lower.parameters
+    if lower == "lora":
+        lower_names = family.lora_targets()
+    else:
+        lower_names = [] if lower is None else family.parameter_names(lower)
+    return tuple(family.parameter_names(config.upper.parameters)), tuple(lower_names)
+
+
+@contextmanager
+def recomputed_blocks(denoiser: torch.nn.Module, on: bool = True) -> Iterator[None]:
+    """While it lasts, let a denoiser of diffusers recompute each block's activations.
 
     diffusers' own way would recompute with the module's parameters, not with those that the block
     was called with under ``torch.func.functional_call``.
@@ -382,7 +394,21 @@ def recompute_blocks(denoiser: torch.nn.Module) -> None:
             lambda *inputs: functional_call(block, params, inputs), *args, use_reentrant=False
         )
 
+    if not on:
+        yield
+        return
+    before = [
+        (module, module.gradient_checkpointing, getattr(module, CHECKPOINT_FUNCTION, None))
+        for module in denoiser.modules()
+        if hasattr(module, "gradient_checkpointing")
+    ]
     denoiser.enable_gradient_checkpointing(run)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        for module, was_on, function in before:
+            module.gradient_checkpointing = was_on
+            setattr(module, CHECKPOINT_FUNCTION, function)
 
 
 class _Drawn(Sequence[T]):

@@ -17,6 +17,7 @@ from mima.distributed import union
 from mima.errors import MimaError
 from mima.immunization.attacks import Alive, from_tensors, to_tensors
 from mima.immunization.levels import Problem
+from mima.immunization.offload import step_offloaded
 from mima.immunization.progress import (
     Callback,
     MetricsFile,
@@ -214,10 +215,14 @@ class Ascent:
     def _step(self, gradient: Tensors, level: str) -> None:
         if not gradient:
             return
+        optimizer, parameters = self._optimizers[level], self.theta
+        if self._config.offload_optimizer:
+            step_offloaded(optimizer, {n: (parameters[n], gradient[n]) for n in self._names[level]})
+            return
         for name in self._names[level]:
-            self.theta[name].grad = gradient[name]
-        self._optimizers[level].step()
-        self._optimizers[level].zero_grad(set_to_none=True)
+            parameters[name].grad = gradient[name]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     def _report(self, outer: OuterGradient, norm: float, *, skipped: bool) -> StepReport:
         now = time.perf_counter()
@@ -308,7 +313,8 @@ class Ascent:
                 for key in ("step", "exp_avg", "exp_avg_sq"):
                     moment = kept.tensors.get(f"{level}.{key}.{name}")
                     if moment is not None:
-                        device = moment.device if key == "step" else parameter.device
+                        on_cpu = key == "step" or self._config.offload_optimizer
+                        device = moment.device if on_cpu else parameter.device
                         optimizer.state[parameter][key] = moment.to(device)
         self.alive = from_tensors(
             kept.tensors, kept.state.get("alive", {}), self._problem.family.device

@@ -56,6 +56,25 @@ def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Names of a safetensors file's tensors with their dtypes, such as ``BF16``, and shapes.
+
+    Raises:
+        MimaError: unreadable or no safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(size))
+        return {
+            name: (told["dtype"], told["shape"])
+            for name, told in header.items()
+            if name != "__metadata__"
+        }
+    except (OSError, struct.error, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise MimaError(f"cannot read {path}: {error}") from error
+
+
 def mapped(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of a safetensors file, mapped: pages are read when they are first used.
 
@@ -69,14 +88,20 @@ def mapped(path: Path) -> dict[str, torch.Tensor]:
         raise MimaError(f"cannot read {path}: {error}") from error
 
 
-def spill(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def spill(
+    tensors: Mapping[str, torch.Tensor], folder: Path | None = None
+) -> dict[str, torch.Tensor]:
     """Move tensors to a file without a name, and map it: it goes when they do.
 
+    Args:
+        tensors: by name.
+        folder: whose disk takes them; by default that of temporary files.
+
     Raises:
-        MimaError: the disk of temporary files is full.
+        MimaError: the disk is full.
     """
-    with tempfile.TemporaryDirectory(prefix="mima-") as folder:
-        path = Path(folder) / "spilled.safetensors"
+    with tempfile.TemporaryDirectory(prefix="mima-", dir=folder) as made:
+        path = Path(made) / "spilled.safetensors"
         try:
             save_tensors(path, tensors)
         except WRITING_ERRORS as error:

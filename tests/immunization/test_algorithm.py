@@ -23,7 +23,7 @@ from mima.families import family_of, load_pipeline
 from mima.immunization.algorithm import immunize
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import ConceptData, encode_concepts
-from mima.immunization.levels import Problem, merge_layer
+from mima.immunization.levels import Problem, merge_layer, recomputed_blocks
 from mima.immunization.progress import ProgressBar, StepReport, Tracker, open_trackers
 from mima.merging import MergeLayer
 from mima.training.batches import Encoded
@@ -45,7 +45,8 @@ def make(model, config, count=2):
 def gradient(model, config):
     problem = make(model, config)
     levels = problem.lower_levels(0), problem.upper_levels(0)
-    return problem.hypergradient(problem.theta(), *levels).gradient
+    with recomputed_blocks(problem.family.denoiser, config.gradient_checkpointing):
+        return problem.hypergradient(problem.theta(), *levels).gradient
 
 
 def flat(gradient):

@@ -11,7 +11,7 @@ from mima.bilevel.outer import upper_gradient
 from mima.families import family_of, load_pipeline
 from mima.immunization.alternating import alternate, merge_step
 from mima.immunization.encoding import encode_concepts
-from mima.immunization.levels import ALMOST_HARD, Problem, merge_layer
+from mima.immunization.levels import ALMOST_HARD, Problem, merge_layer, recomputed_blocks
 
 
 def make(folder, config, count=2):
@@ -114,9 +114,10 @@ def test_memory_savers_change_neither_step(tmp_path, changes, tolerance):
 
     def steps(**changes):
         problem = make(folder, settings(tmp_path, method="alternating", **changes), 1)
-        theta = problem.theta()
-        lower, merged = merge_step(theta, problem.lower_levels(0), problem.merge, ["cat"], lr=1e-3)
-        upper, _, _ = upper_gradient(theta, problem.upper_levels(1))
+        theta, lower = problem.theta(), problem.lower_levels(0)
+        with recomputed_blocks(problem.family.denoiser, problem.config.gradient_checkpointing):
+            lower, merged = merge_step(theta, lower, problem.merge, ["cat"], lr=1e-3)
+            upper, _, _ = upper_gradient(theta, problem.upper_levels(1))
         moved = {name: value - theta[name] for name, value in merged.items()}
         return [
             torch.cat([v.flatten() for v in part.values()])

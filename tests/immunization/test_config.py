@@ -58,6 +58,7 @@ FULL = {
     "token_steps": 6,
     "precision": "bfloat16",
     "gradient_checkpointing": True,
+    "offload_optimizer": True,
     "checkpoint_every": None,
     "max_skipped": 0,
     "divergence": None,

@@ -1,0 +1,151 @@
+"""Frozen weights in the dtype of their file, computed with in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+aten = torch.ops.aten
+
+LARGE = 256 * 2**20
+"""Bytes that half precision must save in a module; below them its weights are made float32, which
+spares every operator the cast."""
+
+HALF = (torch.bfloat16, torch.float16)
+
+# of the same elements: a saved view of a frozen weight must not become a float32 tensor
+_VIEWS = (
+    *(aten.detach.default, aten.alias.default, aten.clone.default, aten.t.default),
+    *(aten.transpose.int, aten.permute.default, aten.view.default, aten.expand.default),
+    *(aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor, aten.select.int),
+)
+
+
+class Upcast(torch.Tensor):
+    """A float32 tensor that is stored in half precision and cast where an operator reads it.
+
+    The cast is below autograd, so that a graph keeps the stored tensor, and the float32 values
+    live as long as one operator. They are the stored values exactly: a network computes what it
+    would compute if it had been opened in float32. It cannot be written to.
+
+    Args:
+        stored: bfloat16 or float16; used as it is, not copied.
+    """
+
+    stored: torch.Tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, stored: torch.Tensor) -> Upcast:
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            stored.shape,
+            strides=stored.stride(),
+            dtype=torch.float32,
+            device=stored.device,
+            requires_grad=False,
+        )
+
+    def __init__(self, stored: torch.Tensor) -> None:
+        self.stored = stored
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Upcast({self.stored!r})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["stored"], None
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, torch.Tensor], meta: None, outer_size: Any, outer_stride: Any
+    ) -> Upcast:
+        return Upcast(inner["stored"])
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if isinstance(first, Upcast):
+            if func in _VIEWS:
+                return cls(func(first.stored, *args[1:], **kwargs))
+            if func is aten._to_copy.default:
+                if kwargs.get("dtype") in (None, torch.float32):
+                    return cls(func(first.stored, *args[1:], **{**kwargs, "dtype": None}))
+                if (kwargs["dtype"], kwargs.get("device") or first.device) == (
+                    first.stored.dtype,
+                    first.device,
+                ):
+                    # autocast's own dtype: nothing is written to either, so there is no copy
+                    return first.stored.detach()
+                return func(first.stored, *args[1:], **kwargs)
+            if func is aten.embedding.default:
+                return func(first.stored, *args[1:], **kwargs).float()
+            if func._schema.is_mutable:
+                raise TypeError(
+                    f"{func}: a frozen weight in {first.stored.dtype} is not written to"
+                )
+        args, kwargs = tree_map_only(Upcast, lambda x: x.stored.float(), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def hold_frozen(module: torch.nn.Module, trained: Collection[str] = ()) -> None:
+    """Let a module compute in float32, its frozen weights in the dtype that they are in.
+
+    Half-precision weights stay as they are where that saves ``LARGE``; trained ones become float32
+    masters on memory of their own, and all else, buffers included, is made float32 at least. In
+    place, but for the tensors themselves, which may be someone else's.
+
+    Args:
+        module: a denoiser, text encoder or VAE. Calling this again with other names is possible.
+        trained: names of parameters that a run writes to.
+    """
+    masters = {id(value) for name, value in module.named_parameters() if name in trained}
+    frozen = [value for value in module.parameters() if id(value) not in masters]
+    saved = sum(value.numel() * 2 for value in frozen if value.dtype in HALF)
+
+    def held(value: torch.Tensor) -> torch.Tensor:
+        if id(value) in masters:
+            return _at_least_float32(value).clone()
+        if value.dtype in HALF and saved >= LARGE:
+            return Upcast(value.detach())
+        return value if isinstance(value, Upcast) else _at_least_float32(value)
+
+    _replace(module, held)
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                setattr(owner, name, _at_least_float32(buffer))
+
+
+def make_dense(module: torch.nn.Module) -> None:
+    """Make plain float32 parameters of what ``hold_frozen`` keeps in half precision."""
+    _replace(module, _at_least_float32, Upcast)
+
+
+def _at_least_float32(value: torch.Tensor) -> torch.Tensor:
+    plain = value.stored if isinstance(value, Upcast) else value.detach()
+    return plain if plain.dtype == torch.float64 else plain.float()
+
+
+def _replace(
+    module: torch.nn.Module,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    kind: type[torch.Tensor] = torch.Tensor,
+) -> None:
+    """Give every floating parameter of a kind new values, shared ones once, one at a time."""
+    places: dict[int, list[tuple[torch.nn.Module, str]]] = {}
+    for owner in module.modules():
+        for name, value in owner.named_parameters(recurse=False):
+            if value.is_floating_point() and isinstance(value, kind):
+                places.setdefault(id(value), []).append((owner, name))
+    for shared in places.values():
+        owner, name = shared[0]
+        new = torch.nn.Parameter(change(getattr(owner, name)), requires_grad=False)
+        for owner, name in shared:
+            setattr(owner, name, new)

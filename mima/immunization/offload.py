@@ -1,0 +1,136 @@
+"""What a run keeps out of its device's memory: encoders that wait, an optimizer's moments."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mima.errors import MimaError
+from mima.families import family_of, frozen
+from mima.families.frozen import Upcast
+from mima.storage.tensor_files import spill
+
+logger = logging.getLogger(__name__)
+
+
+def idle_modules(pipeline: Any, *, reads_text: bool) -> list[torch.nn.Module]:
+    """The networks of a pipeline that the outer steps do not read: the VAE, and text encoders.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        reads_text: whether text is encoded in the steps, as trained new words are.
+    """
+    denoiser = family_of(pipeline).denoiser
+    return [
+        module
+        for name, module in pipeline.components.items()
+        if isinstance(module, torch.nn.Module)
+        and module is not denoiser
+        and not (reads_text and name.startswith("text_encoder"))
+    ]
+
+
+@contextmanager
+def out_of_memory_while(
+    modules: Sequence[torch.nn.Module], folder: Path | None = None
+) -> Iterator[None]:
+    """Move networks from a GPU to the CPU's memory, or from there to a file that is mapped.
+
+    They go on working where they are; afterwards they are back. Small ones stay.
+
+    Args:
+        modules: the networks.
+        folder: whose disk takes the file, where there is such a folder; by default that of
+            temporary files.
+    """
+    moved = [module for module in modules if _num_bytes(module) >= frozen.LARGE]
+    devices = [next(module.parameters()).device for module in moved]
+    for module, device in zip(moved, devices, strict=True):
+        if device.type == "cpu":
+            _spill(module, folder if folder is not None and folder.is_dir() else None)
+        else:
+            module.to("cpu")
+    yield
+    for module, device in zip(moved, devices, strict=True):
+        if device.type == "cpu":
+            # nothing may write into a mapped file
+            for parameter in module.parameters():
+                _set(parameter, _stored(parameter).clone())
+        else:
+            module.to(device)
+
+
+def _spill(module: torch.nn.Module, folder: Path | None) -> None:
+    parameters = dict(module.named_parameters())
+    try:
+        mapped = spill({name: _stored(value) for name, value in parameters.items()}, folder)
+    except MimaError as error:
+        name = type(module).__name__
+        logger.warning("%s; the %s stays in memory while the run lasts", error, name)
+        return
+    for name, value in parameters.items():
+        _set(value, mapped[name])
+
+
+def _num_bytes(module: torch.nn.Module) -> int:
+    return sum(_stored(value).nbytes for value in module.parameters())
+
+
+def _stored(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.stored if isinstance(parameter, Upcast) else parameter.detach()
+
+
+def _set(parameter: torch.Tensor, values: torch.Tensor) -> None:
+    if isinstance(parameter, Upcast):
+        parameter.stored = values
+    else:
+        parameter.data = values
+
+
+def make_whole(pipeline: Any, device: torch.device) -> None:
+    """Make every network of a pipeline plain float32, in the CPU's memory if a GPU is too small."""
+    modules = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
+    more = sum(
+        value.numel() * 4 - value.stored.nbytes
+        for module in modules
+        for value in module.parameters()
+        if isinstance(value, Upcast)
+    )
+    if device.type == "cuda" and more > torch.cuda.mem_get_info(device)[0]:
+        logger.warning(
+            "the result is left in the CPU's memory: in float32 it is %.1f GiB larger than %s "
+            "has free",
+            more / 2**30,
+            device,
+        )
+        pipeline.to("cpu")
+    for module in modules:
+        frozen.make_dense(module)
+
+
+def step_offloaded(
+    optimizer: torch.optim.Optimizer,
+    gradients: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    """A step of an optimizer whose state stays in the CPU's memory, one parameter at a time.
+
+    Args:
+        optimizer: its state of a parameter is on the CPU, or not there yet.
+        gradients: by name, a parameter and its gradient on the device.
+    """
+    for parameter, gradient in gradients.values():
+        state = optimizer.state[parameter]
+        for key, value in state.items():
+            if key != "step":
+                state[key] = value.to(parameter.device)
+        parameter.grad = gradient
+        # parameters without a gradient are left out
+        optimizer.step()
+        parameter.grad = None
+        for key, value in optimizer.state[parameter].items():
+            state[key] = value.cpu()
