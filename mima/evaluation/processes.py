@@ -9,12 +9,14 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for
 from typing import Any
 
 import torch
 
+from mima.errors import MimaError
 from mima.evaluation.worker import Advance, Bench, Result, Task, Worker
 
 
@@ -86,7 +88,15 @@ def in_parallel(
             ended, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             report()
             for future in ended:
-                yield pending.pop(future), future.result()
+                try:
+                    result = future.result()
+                except BrokenProcessPool as error:
+                    raise MimaError(
+                        "evaluate: a process that attacked was killed, perhaps for want of memory; "
+                        "finished attacks are kept, and the same command goes on from them (with "
+                        "fewer processes, if it was the memory)"
+                    ) from error
+                yield pending.pop(future), result
     finally:
         # running attacks end within a step; what waits is not begun
         stop.set()
