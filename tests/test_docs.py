@@ -6,6 +6,7 @@ import re
 import shlex
 from dataclasses import is_dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import yaml
@@ -22,7 +23,7 @@ from mima.ops.backends.choice import BACKENDS
 from mima.settings import parse_config
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 
 
@@ -109,7 +110,7 @@ def test_the_environment_variables_are_those_that_are_read():
         assert f"`{backend}`" in GUIDE
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_relative_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
@@ -121,3 +122,22 @@ def test_doctor_shows_every_variable_that_the_guide_names():
     named = re.findall(r"\bMIMA_[A-Z_]+\b", GUIDE)
     assert len(set(named)) > 6
     assert set(named) <= set(VARIABLES)
+
+
+def test_the_site_has_every_page_and_the_reference_names_what_is_there():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    pages: list[str] = []
+
+    def walk(part: object) -> None:
+        if isinstance(part, str):
+            pages.append(part)
+        else:
+            for inner in part.values() if isinstance(part, dict) else part:
+                walk(inner)
+
+    walk(site["nav"])
+    written = [str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(pages) == sorted(written)
+    for page in (ROOT / "docs" / "reference").glob("*.md"):
+        for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+            assert resolve_name(name).__doc__, name
