@@ -110,7 +110,8 @@ def test_every_asset_is_in_the_wheel(names):
 
 def test_licence_and_command_are_in_the_wheel(wheel, names):
     info = f"mima-{mima.__version__}.dist-info"
-    assert f"{info}/licenses/LICENSE" in names
+    embedded = ("LICENSE", "mima/assets/ATTRIBUTION.md", "csrc/THIRD_PARTY.md")
+    assert {f"{info}/licenses/{file}" for file in embedded} <= set(names)
     with zipfile.ZipFile(wheel) as archive:
         assert "mima = mima.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
         described = archive.read(f"{info}/METADATA").decode()
