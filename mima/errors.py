@@ -10,6 +10,10 @@ class MimaError(ValueError):
     """Bad input, explained. The command line prints its message without a traceback."""
 
 
+LONGEST_PROBLEM = 1000
+"""Characters of one line of several."""
+
+
 class ProblemList(MimaError):  # noqa: N818 - reads as what it holds; MimaError says it is one
     """One error for several problems of the same input, so that all can be mended at once.
 
@@ -18,7 +22,7 @@ class ProblemList(MimaError):  # noqa: N818 - reads as what it holds; MimaError 
     """
 
     def __init__(self, summary: str, problems: Iterable[str]) -> None:
-        self.problems = tuple(problems)
+        self.problems = tuple(one_line(problem, LONGEST_PROBLEM) for problem in problems)
         super().__init__("\n".join([summary, *(f"  - {problem}" for problem in self.problems)]))
 
 
@@ -26,6 +30,11 @@ def one_line(error: object, longest: int = 200) -> str:
     """An error or a value as one line that is not too long, whatever stands in it."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def quoted(value: object, longest: int = 200) -> str:
+    """A value as Python writes it, in one line that is not too long."""
+    return one_line(repr(value), longest)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from pydantic import (
     ValidationError,
 )
 
-from mima.errors import MimaError, ProblemList, nearest
+from mima.errors import MimaError, ProblemList, nearest, one_line, quoted
 
 
 class Settings(BaseModel):
@@ -37,7 +37,9 @@ def set_nested(settings: dict[str, Any], name: str, value: Any) -> None:
     for part in parts:
         settings = settings.setdefault(part, {})
         if not isinstance(settings, dict):
-            raise MimaError(f"setting {name}: {part} has no settings of its own")
+            raise MimaError(
+                f"setting {one_line(name)}: {one_line(part)} has no settings of its own"
+            )
     settings[last] = value
 
 
@@ -54,13 +56,13 @@ def _explain(kind: type[Settings], error: dict[str, Any]) -> str:
     where = [str(part) for part in error["loc"]]
     name = ".".join(where)
     if error["type"] != "extra_forbidden":
-        got = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
+        got = "" if isinstance(error["input"], dict) else f", got {quoted(error['input'])}"
         return f"{name + ': ' if name else ''}{error['msg']}{got}"
     fields = kind.model_fields
     for part in where[:-1]:
         inner = fields[part].annotation
         fields = inner.model_fields if isinstance(inner, type) else {}
-    return f"{name}: unknown setting; {nearest(where[-1], fields)}"
+    return f"{one_line(name)}: unknown setting; {nearest(where[-1], fields)}"
 
 
 T = TypeVar("T")
@@ -80,7 +82,7 @@ def checked(kind: type[T], what: str, settings: Mapping[str, Any]) -> T:
         return TypeAdapter(kind).validate_python(dict(settings))
     except ValidationError as error:
         problems = [
-            f"{'.'.join(map(str, item['loc']))} {item['msg']}, got {item['input']!r}"
+            f"{'.'.join(map(str, item['loc']))} {item['msg']}, got {quoted(item['input'])}"
             if item["loc"]
             else item["msg"].removeprefix("Value error, ")
             for item in error.errors()

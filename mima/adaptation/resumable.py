@@ -70,8 +70,9 @@ def learn(
     if len(kept) == len(runs) and len({one.step for one in kept}) == 1:
         if kept[0].step > total:
             raise MimaError(f"steps: {kept[0].step} are done already, more than {total}")
-        for run, one in zip(runs, kept, strict=True):
-            run.restore(one)
+        for run, part, one in zip(runs, parts, kept, strict=True):
+            with part.restoring():
+                run.restore(one)
     stops = {total, *range(checkpoint_every, total, checkpoint_every)}
     if sample_every:
         stops |= set(range(sample_every, total, sample_every))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mima.choices import DEVICES, Precision
-from mima.errors import MimaError, check_choice
+from mima.errors import MimaError, check_choice, one_line, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from mima.concepts import Concept
     from mima.families import ModelSource
+
+LONGEST_SETTING = 10_000
+"""Characters of one ``--set``."""
 
 Model = Annotated[
     str,
@@ -105,14 +108,21 @@ def parse_setting(text: str) -> tuple[str, Any]:
     """Split `--set a.b=value` into its dotted key and its value, read as YAML."""
     import yaml
 
+    from mima.storage.plain_data import read_yaml
+
+    shown = one_line(text)
+    if len(text) > LONGEST_SETTING:
+        raise MimaError(f"--set {shown}: longer than {LONGEST_SETTING} characters")
     key, equals, value = text.partition("=")
     name = key.strip()
     if not equals or not all(name.split(".")):
-        raise MimaError(f"--set {text}: expected KEY=VALUE, as in --set lower.steps=8")
+        raise MimaError(f"--set {shown}: expected KEY=VALUE, as in --set lower.steps=8")
     try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise MimaError(f"--set {text}: {value!r} is not a value: {error}") from error
+        return name, read_yaml(value)
+    except (yaml.YAMLError, MimaError) as error:
+        raise MimaError(
+            f"--set {shown}: {quoted(value)} is not a value: {one_line(error)}"
+        ) from error
 
 
 def described_concepts(sources: list[str], told: dict[str, Any]) -> list[Concept]:

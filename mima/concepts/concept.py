@@ -22,7 +22,7 @@ from mima.concepts.pictures import (
     picture_files,
     read_folder,
 )
-from mima.errors import MimaError, nearest
+from mima.errors import MimaError, nearest, quoted
 from mima.storage.inputs import expanded
 from mima.storage.plain_data import read_json, read_yaml
 
@@ -130,9 +130,11 @@ class Concept:
                 raise TypeError(f"Concept: {key} must be a string, got {value!r}")
         if not name.strip():
             raise MimaError("Concept: name is empty")
-        where = f"concept {name!r}"
+        where = f"concept {quoted(name)}"
         if kind not in get_args(Kind):
-            raise MimaError(f"{where}: kind {kind!r} is unknown; {nearest(kind, get_args(Kind))}")
+            raise MimaError(
+                f"{where}: kind {quoted(kind)} is unknown; {nearest(kind, get_args(Kind))}"
+            )
         pictures = {
             "images": _pictures(images, prompt),
             "held_out": _pictures(held_out, prompt),
@@ -242,7 +244,9 @@ def embedded_concept(name: str) -> Concept:
     """
     folder = _embedded_folder(name)
     if folder is None:
-        raise MimaError(f"no embedded concept is named {name!r}; {nearest(name, embedded_names())}")
+        raise MimaError(
+            f"no embedded concept is named {quoted(name)}; {nearest(name, embedded_names())}"
+        )
     return Concept.from_folder(folder)
 
 
@@ -286,7 +290,7 @@ def _picture(source: OnePicture, prompt: str) -> Picture:
         file_name = source.get("file_name")
         captions = [source[key] for key in CAPTION_COLUMNS if key in source]
         if not isinstance(file_name, str) or not all(isinstance(text, str) for text in captions):
-            raise MimaError(f"a picture needs a file_name and a text, got {dict(source)!r}")
+            raise MimaError(f"a picture needs a file_name and a text, got {quoted(dict(source))}")
         return _picture(file_name, str(captions[0]) if captions else prompt)
     if isinstance(source, str):
         source = Path(source)
@@ -305,12 +309,14 @@ def _check_token(where: str, token: str, prompt: str, images: Iterable[Picture])
     if not token.strip():
         raise MimaError(f"{where}: token is empty")
     if token not in prompt:
-        raise MimaError(f"{where}: the prompt {prompt!r} does not contain the token {token!r}")
+        raise MimaError(
+            f"{where}: the prompt {quoted(prompt)} does not contain the token {quoted(token)}"
+        )
     without = sorted({image.prompt for image in images if token not in image.prompt})
     if without:
         raise MimaError(
-            f"{where}: {len(without)} captions do not contain the token {token!r}, "
-            f"the first is {without[0]!r}"
+            f"{where}: {len(without)} captions do not contain the token {quoted(token)}, "
+            f"the first is {quoted(without[0])}"
         )
 
 
@@ -324,7 +330,14 @@ def _from_description(given: Mapping[str, object], where: str) -> Concept:
     attributes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     for key in _TEXT_KEYS:
         if not isinstance(attributes.get(key, ""), str):
-            raise MimaError(f"{where}: {key} must be text, got {attributes[key]!r}")
+            raise MimaError(f"{where}: {key} must be text, got {quoted(attributes[key])}")
+    for key in _PICTURE_KEYS:
+        value = attributes.get(key, ())
+        for part in value if isinstance(value, (list, tuple)) else (value,):
+            if not isinstance(part, (str, Path, Mapping, Image.Image, Picture)):
+                raise MimaError(
+                    f"{where}: {key} must be a folder or a list of files, got {quoted(part)}"
+                )
     if "images" not in attributes:
         raise MimaError(f"{where}: images is missing (a folder, or a list of files)")
     prompt = attributes.get("prompt", "")
@@ -386,7 +399,7 @@ def _parse(path: Path) -> object:
 def _check_keys(where: str, given: Mapping[str, object], known: tuple[str, ...]) -> None:
     for key in given:
         if key not in known:
-            raise MimaError(f"{where}: {key!r} is unknown; {nearest(str(key), known)}")
+            raise MimaError(f"{where}: {quoted(key)} is unknown; {nearest(str(key), known)}")
 
 
 def _locate(name: str, base: Path) -> Path:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from mima.errors import MimaError, ProblemList
+from mima.errors import MimaError, ProblemList, one_line, quoted
 from mima.storage.inputs import expanded
 from mima.storage.plain_data import read_json
 
@@ -131,7 +131,7 @@ def _reason(image: Path | Image.Image, error: Exception) -> str:
         return "not a picture in a known format"
     if isinstance(error, Image.DecompressionBombError):
         return f"too large (over {MOST_PIXELS // 10**6} million pixels)"
-    return f"damaged or unsupported ({error})"
+    return f"damaged or unsupported ({one_line(error)})"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -254,6 +254,17 @@ def metadata_file(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
+def check_picture_folder(folder: Path) -> None:
+    """Refuse a folder that is none.
+
+    Raises:
+        MimaError: it is a file, or not there.
+    """
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise MimaError(f"picture folder {folder} {what}")
+
+
 def read_folder(folder: Path, prompt: str = "") -> tuple[Picture, ...]:
     """Read a folder of pictures with their captions.
 
@@ -270,9 +281,7 @@ def read_folder(folder: Path, prompt: str = "") -> tuple[Picture, ...]:
     Raises:
         MimaError: no such folder, no pictures, or captions that do not fit the pictures.
     """
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise MimaError(f"picture folder {folder} {what}")
+    check_picture_folder(folder)
     metadata = metadata_file(folder)
     pictures = read_captions(folder, metadata) if metadata else _with_text_files(folder, prompt)
     if not pictures:
@@ -376,7 +385,7 @@ def _read_csv(path: Path) -> tuple[_Rows, list[str]]:
             record = dict(zip(header, fields, strict=True))
             _add_row(rows, problems, place, record, caption_column)
     except csv.Error as error:
-        raise MimaError(f"{path}, line {reader.line_num}: {error}") from error
+        raise MimaError(f"{path}, line {reader.line_num}: {one_line(error)}") from error
     return rows, problems
 
 
@@ -411,7 +420,7 @@ def _caption_column(path: Path, columns: Sequence[str]) -> str:
         for column in CAPTION_COLUMNS:
             if column in columns:
                 return column
-    found = ", ".join(columns) or "nothing"
+    found = one_line(", ".join(columns)) or "nothing"
     raise MimaError(
         f"{path.name} needs the columns file_name and one of {', '.join(CAPTION_COLUMNS)}; "
         f"it has {found}"
@@ -423,7 +432,7 @@ def _add_row(
 ) -> None:
     name, caption = record["file_name"], record[caption_column]
     if not isinstance(name, str) or not name.strip():
-        problems.append(f"{place}: file_name is {name!r}")
+        problems.append(f"{place}: file_name is {quoted(name)}")
     elif not isinstance(caption, str) or not caption.strip():
         problems.append(f"{place}: {name} has no {caption_column}")
     else:

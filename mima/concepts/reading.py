@@ -28,11 +28,13 @@ from mima.concepts.pictures import (
     Picture,
     PictureError,
     _read_text,
+    check_picture_folder,
     picture_files,
     read_captions,
     read_folder,
 )
-from mima.errors import MimaError, nearest
+from mima.errors import MimaError, nearest, quoted
+from mima.storage.inputs import expanded
 
 # the entries of concept lists that DreamBooth and Custom Diffusion scripts read
 _LIST_KEYS = (
@@ -102,7 +104,7 @@ def _from_list_entry(
     texts = {key: entry[key] for key in _LIST_KEYS if entry.get(key) is not None}
     for key, value in texts.items():
         if not isinstance(value, str):
-            raise MimaError(f"{where}: {key} must be text, got {value!r}")
+            raise MimaError(f"{where}: {key} must be text, got {quoted(value)}")
     values = {key: str(value) for key, value in texts.items()}
     if "instance_data_dir" not in values:
         raise MimaError(f"{where}: instance_data_dir is missing")
@@ -165,7 +167,8 @@ def _class_images(
 
 
 def _beside(folder: Path, file_name: str, base: Path) -> Path:
-    path = folder / file_name if (folder / file_name).is_file() else _locate(file_name, base)
+    inside = folder / expanded(file_name)
+    path = inside if inside.is_file() else _locate(file_name, base)
     if not path.is_file():
         raise MimaError(f"prompt_filename {file_name} is neither in {folder} nor in {base}")
     return path
@@ -173,6 +176,7 @@ def _beside(folder: Path, file_name: str, base: Path) -> Path:
 
 def _captions_from(folder: Path, path: Path) -> tuple[Picture, ...]:
     """Captions from a metadata file, or from a text file with one line for each picture."""
+    check_picture_folder(folder)
     if path.suffix.lower() in (".csv", ".jsonl"):
         return read_captions(folder, path)
     prompts = [line.strip() for line in _read_text(path).splitlines()]
@@ -280,10 +284,10 @@ def _makers_in_group(
         )
     key = next(iter(groups)) if group is None else group
     if key not in groups:
-        raise MimaError(f"{where} holds no group {key!r}; {nearest(key, groups)}")
+        raise MimaError(f"{where} holds no group {quoted(key)}; {nearest(key, groups)}")
     entries = groups[key]
     if not entries:
-        raise MimaError(f"{where}: group {key!r} is empty")
+        raise MimaError(f"{where}: group {quoted(key)} is empty")
     names: list[str | None] = [part.strip() or None for part in key.split("+")]
     if len(names) != len(entries):
         names = [None] * len(entries)
@@ -298,7 +302,7 @@ def _makers_of(entry: object, base: Path, where: str, name: str | None) -> list[
     if isinstance(entry, str):
         return _makers_at(entry, base, None)
     if not isinstance(entry, Mapping):
-        raise MimaError(f"{where}: expected the attributes of a concept, got {entry!r}")
+        raise MimaError(f"{where}: expected the attributes of a concept, got {quoted(entry)}")
     if "instance_data_dir" in entry or "instance_prompt" in entry:
         return [partial(_from_list_entry, entry, base, where, name)]
     given = _with_base(entry, base)

@@ -496,7 +496,9 @@ def safetensors_keys(path: Path) -> list[str]:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     except (OSError, SafetensorError) as error:
-        raise MimaError(f"model: {path} is damaged or no safetensors file: {error}") from error
+        raise MimaError(
+            f"model: {path} is damaged or no safetensors file: {shortened(error)}"
+        ) from error
 
 
 def _read_json(path: Path) -> Any:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mima.choices import Task
-from mima.errors import MimaError, nearest
+from mima.errors import MimaError, nearest, one_line
 from mima.immunization.config import ImmunizeConfig, ImmunizeRun, load_config, with_recipe
 from mima.settings import parse_config, set_nested
-from mima.storage.inputs import check_model
+from mima.storage.inputs import check_model, expanded
 from mima.storage.output import check_folder
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def read_run(
     for name, value in (settings or {}).items():
         first = name.partition(".")[0]
         if first not in known:
-            raise MimaError(f"--set {name}: unknown setting; {nearest(first, known)}")
+            raise MimaError(f"--set {one_line(name)}: unknown setting; {nearest(first, known)}")
         set_nested(raw, name if first in ImmunizeRun.model_fields else f"immunize.{name}", value)
     if task is not None:
         own = raw.get("immunize", {})
@@ -138,7 +138,8 @@ def _located(run: ImmunizeRun, folder: Path) -> ImmunizeRun:
 
     def beside(model: str) -> str:
         """A model may be a hub id or a name, too."""
-        return str(folder / model) if (folder / model).exists() else model
+        place = folder / expanded(model)
+        return str(place) if place.exists() else model
 
     changes: dict[str, Any] = {"model": beside(run.model)}
     if run.single_file_config is not None:
@@ -146,7 +147,7 @@ def _located(run: ImmunizeRun, folder: Path) -> ImmunizeRun:
     if run.output is not None:
         changes["output"] = folder / run.output
     if run.erased is not None:
-        changes["erased"] = folder / run.erased.expanduser()
+        changes["erased"] = folder / expanded(run.erased)
     if run.immunize.captions is not None:
         captions = folder / run.immunize.captions
         changes["immunize"] = run.immunize.model_copy(update={"captions": captions})

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mima.errors import MimaError
+from mima.errors import MimaError, one_line
 from mima.families.new_words import with_words
 from mima.families.pipelines import with_values
 from mima.storage.inputs import delta_file
 from mima.storage.names import DELTA_FILE
+from mima.storage.plain_data import read_json
 from mima.storage.tensor_files import save_tensors
 
 _HEADER = "mima_delta"
@@ -78,12 +79,14 @@ def read_delta(path: str | Path) -> Delta:
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(_HEADER)
-            if header is None:
-                raise MimaError(f"delta {path} is no delta that mima wrote")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            origin = json.loads(header)
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise MimaError(f"delta {path} is damaged or no safetensors file: {error}") from error
+        origin = None if header is None else read_json(header)
+    except (OSError, SafetensorError, json.JSONDecodeError, MimaError) as error:
+        raise MimaError(
+            f"delta {path} is damaged or no safetensors file: {one_line(error)}"
+        ) from error
+    if not isinstance(origin, dict):
+        raise MimaError(f"delta {path} is no delta that mima wrote")
     prefix = f"{NEW_WORDS}."
     words = {
         key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from mima.errors import one_line
+
 WRITING_ERRORS = (OSError, SafetensorError)
 """What writing raises where the disk is full or read-only; safetensors has an error of its own."""
 
@@ -105,7 +107,7 @@ def is_of_the_disk(error: Exception) -> bool:
 
 def reason_of(error: Exception) -> str:
     """Why something could not be read or written, without the file's name."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return (error.strerror if isinstance(error, OSError) else None) or one_line(error)
 
 
 def sha256_of(path: Path) -> str:

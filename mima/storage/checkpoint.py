@@ -6,7 +6,8 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mima.errors import MimaError
+from mima.errors import MimaError, one_line
 from mima.storage.atomic import WRITING_ERRORS, reason_of, recover, sha256_of, staged
 from mima.storage.plain_data import read_json
 from mima.storage.tensor_files import mapped, save_tensors
@@ -120,6 +121,23 @@ class CheckpointFolder:
             raise MimaError(f"{problems[0]}; remove {self.path} to begin anew (overwrite)")
         return None
 
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Refuse a checkpoint that is whole, but holds something else than what is looked for.
+
+        Raises:
+            MimaError: the block lacked a name in it, or found a value of another kind.
+        """
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            if isinstance(error, MimaError):
+                raise
+            raise MimaError(
+                f"checkpoint: {self._intact} holds no such run: {one_line(repr(error))}; "
+                f"remove {self.path} to begin anew (overwrite)"
+            ) from error
+
     def write_json(self, name: str, value: object) -> None:
         """Write plain data to a file of this folder."""
         self._put(self.path / name, lambda path: _write_text(path, json.dumps(value, indent=1)))
@@ -189,7 +207,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise MimaError(f"checkpoint: cannot read {path}: {reason_of(error)}") from error
     except MimaError as error:
-        raise MimaError(f"checkpoint: cannot read {path}: {error}") from error
+        raise MimaError(f"checkpoint: cannot read {path}: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise MimaError(f"checkpoint: {path} is damaged: expected a mapping")
     return value

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from mima.errors import MimaError
 from mima.storage.atomic import WRITING_ERRORS, is_of_the_disk, reason_of, recover, staged
+from mima.storage.inputs import expanded
 from mima.storage.lock import locked
 from mima.storage.names import DELTA_FILE, EVALUATION_FILE, LORA_FILE, MODEL_INDEX, WORD_FILE
 from mima.storage.record import RECORD_FILE
@@ -71,6 +72,7 @@ def check_file(path: Path, *, overwrite: bool) -> None:
 
 
 def _check_name(path: Path) -> None:
+    expanded(path)
     # what is written beside it until it is whole has a longer name
     if len(os.fsencode(path.name)) > LONGEST_NAME:
         raise MimaError(f"output {path}: the name is longer than {LONGEST_NAME} bytes")

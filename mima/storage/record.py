@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mima._version import __version__
-from mima.errors import MimaError
+from mima.errors import MimaError, one_line
 from mima.storage.plain_data import read_json
 
 RECORD_FILE = "mima.json"
@@ -62,7 +62,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise MimaError(f"cannot read {path}: {error.strerror}") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, MimaError) as error:
-        raise MimaError(f"{path} is damaged: {error}") from error
+        raise MimaError(f"{path} is damaged: {one_line(error)}") from error
     if not isinstance(record, dict):
         raise MimaError(f"{path} is damaged: expected a mapping")
     return record

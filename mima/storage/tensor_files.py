@@ -72,7 +72,7 @@ def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
             if name != "__metadata__"
         }
     except (OSError, struct.error, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise MimaError(f"cannot read {path}: {error}") from error
+        raise MimaError(f"cannot read {path}: {reason_of(error)}") from error
 
 
 def mapped(path: Path) -> dict[str, torch.Tensor]:
@@ -85,7 +85,7 @@ def mapped(path: Path) -> dict[str, torch.Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise MimaError(f"cannot read {path}: {error}") from error
+        raise MimaError(f"cannot read {path}: {reason_of(error)}") from error
 
 
 def spill(
