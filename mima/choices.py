@@ -10,8 +10,17 @@ Method = Literal["none", "imma", "joint", "compose", "mima", "alternating"]
 MergeRule = Literal["projected", "average", "sum"]
 """How adapted weights are merged within a step: see ``ImmunizeConfig.merge``."""
 
-UpperObjective = Literal["neg", "log", "hinge", "anchor", "zero"]
+UpperObjective = Literal["neg", "log", "hinge", "pair", "anchor", "zero", "entropy"]
 """What the upper level wants of an attacked model: see ``mima.immunization.objectives``."""
+
+PathWeights = Literal["uniform", "late"]
+"""How much each state of an attack counts: see ``UpperConfig.path_weights``."""
+
+AttackerCaptions = Literal["as_is", "without_name", "rare_token", "empty"]
+"""What an attacker calls a concept: see ``LowerConfig.captions``."""
+
+BenignTarget = Literal["match", "held_out"]
+"""What benign adaptations are to come to: see ``mima.immunization.benign``."""
 
 Retention = Literal["class_images", "distill"]
 """How a model is kept useful: see ``UpperConfig.retain``."""
@@ -23,7 +32,10 @@ Precision = Literal["float32", "float16", "bfloat16"]
 """Of weights, or of what is computed with them."""
 
 Task = Literal["relearn", "personalize"]
-"""What an attacker wants: see ``mima.immunization.config.RECIPES``."""
+"""What an attacker wants: see ``mima.immunization.recipes.TASKS``."""
+
+Recipe = Literal["default", "paper", "apdm", "sophon", "tar"]
+"""Named settings: see ``mima.immunization.recipes``."""
 
 WeightingScheme = Literal["none", "logit_normal", "sigma_sqrt", "mode", "cosmap"]
 """How rectified flow draws and weighs noise levels: see ``mima.families.TrainingOptions``."""

@@ -1,13 +1,13 @@
 """The settings of a run, under the name by which users import them."""
 
 from mima.immunization.config import (
-    RECIPES,
     ImmunizeConfig,
     ImmunizeRun,
     LowerConfig,
     UpperConfig,
     load_config,
 )
+from mima.immunization.recipes import RECIPES
 
 __all__ = [
     "RECIPES",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -25,6 +25,15 @@ class Settings(BaseModel):
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+ONE, SEVERAL = "<one>", "<several>"
+"""Tags of a field that takes one group of settings or a list of such: no part of a name."""
+
+
+def one_or_several(value: object) -> str:
+    """Which of the two a plain value is, for pydantic's ``Discriminator``."""
+    return SEVERAL if isinstance(value, (list, tuple)) else ONE
 
 
 def set_nested(settings: dict[str, Any], name: str, value: Any) -> None:
@@ -53,16 +62,25 @@ def parse_config(kind: type[SettingsT], raw: dict[str, Any], *, source: str) -> 
 
 
 def _explain(kind: type[Settings], error: dict[str, Any]) -> str:
-    where = [str(part) for part in error["loc"]]
+    where = [str(part) for part in error["loc"] if part not in (ONE, SEVERAL)]
     name = ".".join(where)
     if error["type"] != "extra_forbidden":
         got = "" if isinstance(error["input"], dict) else f", got {quoted(error['input'])}"
         return f"{name + ': ' if name else ''}{error['msg']}{got}"
     fields = kind.model_fields
     for part in where[:-1]:
-        inner = fields[part].annotation
-        fields = inner.model_fields if isinstance(inner, type) else {}
+        if not part.isdigit():
+            group = _group(fields[part].annotation)
+            fields = group.model_fields if group else {}
     return f"{one_line(name)}: unknown setting; {nearest(where[-1], fields)}"
+
+
+def _group(annotation: Any) -> type[Settings] | None:
+    """The settings class that a field's type is, or is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return annotation
+    found = (_group(part) for part in get_args(annotation))
+    return next((group for group in found if group), None)
 
 
 T = TypeVar("T")

@@ -13,13 +13,14 @@ from mima import choices
 from mima.adaptation import METHODS
 from mima.erasure import VARIANTS
 from mima.evaluation import PRESETS
-from mima.immunization.config import RECIPES
+from mima.immunization.recipes import RECIPES, TASKS
 from mima.storage.inputs import is_hub_id
 
 
 def test_lists_of_choices_match_what_is_chosen():
     assert set(get_args(choices.ErasureMethod)) == {"uce", *VARIANTS}
-    assert set(get_args(choices.Task)) == set(RECIPES)
+    assert set(get_args(choices.Task)) == set(TASKS)
+    assert set(get_args(choices.Recipe)) == set(RECIPES)
     assert all(
         isinstance(getattr(torch, name), torch.dtype) for name in get_args(choices.Precision)
     )

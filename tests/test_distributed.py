@@ -64,9 +64,21 @@ def test_any_number_of_ranks_gives_the_gradient_of_one(processes, tmp_path):
                 assert all(torch.equal(same[n], v) for n, v in results[0]["tensors"].items())
 
 
-@pytest.mark.parametrize("method", ["mima", "compose"])
-def test_a_run_resumes_on_another_number_of_ranks(processes, model, tmp_path, method):
-    config = settings(tmp_path, steps=3, checkpoint_every=1, method=method)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "mima"},
+        {"method": "compose"},
+        {
+            "method": "joint",
+            "concepts_per_step": 2,
+            "lower": {"lr": 1e-3, "optimizer": "sgd", "age": (2, 3)},
+        },
+    ],
+    ids=["mima", "compose", "living attackers"],
+)
+def test_a_run_resumes_on_another_number_of_ranks(processes, model, tmp_path, changes):
+    config = settings(tmp_path, steps=3, checkpoint_every=1, **changes)
     assert finish(start(processes, 1, model, config, 3, output=tmp_path / "one")) == [0]
     two = start(processes, 2, model, config, 3, output=tmp_path / "more", resume=True)
     folder = default_folder(tmp_path / "more")

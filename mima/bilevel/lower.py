@@ -107,19 +107,20 @@ class Carried:
     Attributes:
         moved: what it trained: z − θ where z is a part of the network, z itself where z is beside
             the network (LoRA's factors).
-        memory: the optimizer's state for each tensor.
-        age: steps taken.
+        memory: the optimizer's state for each tensor; None where the optimizer begins anew.
+        age: steps taken, as the optimizer counts them.
     """
 
     moved: Tensors
-    memory: Mapping[str, Vector]
+    memory: Mapping[str, Vector] | None
     age: int
 
     def to(self, device: torch.device) -> Carried:
         """The same on a device."""
         return Carried(
             {name: value.to(device) for name, value in self.moved.items()},
-            {name: tuple(m.to(device) for m in memory) for name, memory in self.memory.items()},
+            self.memory
+            and {name: tuple(m.to(device) for m in memory) for name, memory in self.memory.items()},
             self.age,
         )
 

@@ -149,7 +149,8 @@ def outer_gradient(
             )
         for k, state in enumerate(lower.path(task, theta), start=1):
             if k in points:
-                names = points[k].add(n, task, task.change(state.z, theta), merge, theta)
+                merged = points[k].add(n, task, task.change(state.z, theta), merge, theta)
+                names = tuple(dict.fromkeys((*names, *merged)))
         if task.continues:
             ends[n] = task.stop(state, theta)
     bars: dict[int, _Bar] = {}

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mima.choices import Task
+from mima.choices import Recipe, Task
 from mima.cli.base import app
 from mima.cli.options import (
     Device,
@@ -28,11 +28,15 @@ def immunize(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the immunized model.")
     ] = None,
+    recipe: Annotated[
+        Recipe | None,
+        typer.Option(help="Named settings beneath the file's: the paper's, or a rival's."),
+    ] = None,
     task: Annotated[
         Task | None,
         typer.Option(
-            help="A recipe beneath the file's settings: erase the concepts first, or add their new "
-            "words."
+            help="What comes before, beneath the file's settings: erase the concepts, or add their "
+            "new words."
         ),
     ] = None,
     erased: Annotated[
@@ -62,6 +66,7 @@ def immunize(
     from mima.storage.output import check_folder
 
     said: dict[str, Any] = {
+        "recipe": recipe,
         "task": task,
         "settings": dict(map(parse_setting, settings or [])),
         "output": output,

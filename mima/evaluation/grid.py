@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from pydantic import Field, field_validator
 
 from mima.adaptation import Adaptation, configure
 from mima.concepts import Concept
+from mima.concepts.naming import names_of, with_word, without_name
 from mima.concepts.pictures import Picture
 from mima.errors import check_choice, nearest
 from mima.evaluation.families import FAMILIES, AttackFamily
@@ -309,7 +309,7 @@ def attack_grid(
 def _on_target(
     config: GridConfig, slug: str, concept: Concept, seed: int, has_others: bool
 ) -> Iterator[Attack]:
-    prompts = [v for v in config.prompts if v == "name" or _names(concept)]
+    prompts = [v for v in config.prompts if v == "name" or names_of(concept)]
     images = [v for v in config.images if _has_pictures(v, concept, has_others)]
     preparations = [v for v in config.preparations if v not in NEEDS_OTHERS or has_others]
     has_class = bool(concept.class_prompt or concept.class_images)
@@ -468,7 +468,7 @@ def material(
             case "description":
                 return without_name(caption, concept)
             case "token":
-                return _renamed(caption, concept, word)
+                return with_word(caption, concept, word)
 
     def renamed(pictures: Sequence[Picture]) -> tuple[Picture, ...]:
         return tuple(Picture(picture.image, rename(picture.prompt)) for picture in pictures)
@@ -482,38 +482,3 @@ def material(
         token=token,
     )
     return described, renamed(references)
-
-
-def without_name(caption: str, concept: Concept) -> str:
-    """A caption without the concept's name, and without the word that led to it.
-
-    "a cat in noto style" is "a cat" without "noto style", and "a photo of a cat" is "a photo"
-    without "cat". What is left of nothing is the class prompt, or "a picture".
-
-    Example:
-        >>> without_name("a fox in mono style", Concept("mono style", "mono style", pictures))
-        'a fox'
-    """
-    text = caption
-    for name in _names(concept):
-        lead = r"(?:,|\b(?:in|of|by|with|from)\b)?\s*(?:\b(?:the|a|an)\b\s*)?"
-        # a name before a noun keeps that noun's article: "a cat emoji" becomes "a emoji"
-        noun = r"(?=\s+(?!(?:in|of|on|at|by|with|from|and)\b)\w)"
-        text = re.sub(rf"{re.escape(name)}{noun}", "", text, flags=re.IGNORECASE)
-        text = re.sub(rf"{lead}{re.escape(name)}", "", text, flags=re.IGNORECASE)
-    text = re.sub(r"\s+", " ", text).strip(" ,")
-    return text or concept.class_prompt or "a picture"
-
-
-def _renamed(caption: str, concept: Concept, word: str) -> str:
-    text = caption
-    for name in _names(concept):
-        text = re.sub(re.escape(name), lambda _: word, text, flags=re.IGNORECASE)
-    # a token must be in every caption
-    return text if word in text else f"{text}, {word}"
-
-
-def _names(concept: Concept) -> list[str]:
-    """What the concept's prompt calls it: its token, or its name."""
-    candidates = [name for name in (concept.token, concept.name) if name]
-    return [name for name in candidates if name.lower() in concept.prompt.lower()]

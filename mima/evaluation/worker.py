@@ -19,6 +19,7 @@ from mima.adapters.adapter import Adapter
 from mima.adapters.merge import apply
 from mima.choices import PictureProtocol
 from mima.concepts import Concept
+from mima.concepts.naming import without_name
 from mima.concepts.pictures import Picture, by_prompt
 from mima.evaluation import preparations
 from mima.evaluation.benign import cmmd, text_features
@@ -32,7 +33,6 @@ from mima.evaluation.grid import (
     configured,
     material,
     places,
-    without_name,
 )
 from mima.evaluation.metrics import GapCurve, sgr
 from mima.evaluation.records import (

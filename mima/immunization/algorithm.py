@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 
 from mima.adaptation import TextualInversion
 from mima.concepts import Concept
+from mima.concepts.naming import names_of
 from mima.concepts.reading import load_concepts
 from mima.distributed import ALONE, Ranks, device_of, join
 from mima.erasure import edits_of, erase, load_erased
@@ -74,6 +76,7 @@ def immunize(
     concepts: Sequence[Concept] | Any,
     config: ImmunizeConfig | None = None,
     *,
+    benign: Sequence[Concept] | Any = (),
     erased: str | Path | None = None,
     output: str | Path | None = None,
     checkpoint: str | Path | None = None,
@@ -93,6 +96,8 @@ def immunize(
             diffusers folder, a .safetensors file, a hub id, ``"embedded"``, or a ``ModelSource``.
         concepts: N concepts, or whatever ``load_concepts`` reads.
         config: the settings; by default those of the published re-learning experiments.
+        benign: other concepts, which must stay learnable, or whatever ``load_concepts`` reads; for
+            ``upper.benign`` and ``lower.benign_start``.
         erased: a checkpoint in which the concepts are erased, made from ``model`` by whatever
             means, to begin with (see ``load_erased``).
         output: a new or empty folder for the immunized model; None writes nothing.
@@ -121,8 +126,11 @@ def immunize(
     """
     config = config or ImmunizeConfig()
     concepts = load_concepts(concepts)
+    # an empty sequence is no description of a concept
+    benign = [] if isinstance(benign, Sequence) and not benign else load_concepts(benign)
+    _check_benign(benign, concepts, config)
     wordless = [c.name for c in concepts if c.token is None]
-    if config.lower.train_token and wordless:
+    if config.train_tokens and wordless:
         raise MimaError(
             f"lower.train_token: trains each concept's new word; no token: {', '.join(wordless)}"
         )
@@ -166,20 +174,21 @@ def immunize(
         if folder:
             if overwrite and not resume:
                 ranks.together(folder.remove)
-            run = describe_run(config.model_dump(mode="json"), concepts, weights)
+            run = describe_run(config.model_dump(mode="json"), concepts, weights, benign)
             ranks.together(lambda: claim(folder, run, resume=resume))
 
         vocabulary = {name: getattr(pipeline, name, None) for name in ("tokenizer", "text_encoder")}
         if config.new_words:
             pipeline = _with_new_words(pipeline, concepts, config)
             family = family_of(pipeline, resolution=config.resolution, training=config.training)
-        data = encode_concepts(family, concepts, config, cache=folder, ranks=ranks)
+        encoded = partial(encode_concepts, family, config=config, cache=folder, ranks=ranks)
+        data, others = encoded(concepts), encoded(benign, benign=True)
         if config.erase_first:
             pipeline = erase(pipeline, concepts, preserve=captions)
             family = family_of(pipeline, resolution=config.resolution, training=config.training)
         merge = merge_layer(family, concepts, config)
-        words = [TrainedWord.of(family, c) for c in concepts] if config.lower.train_token else []
-        problem = Problem(family, data, config, merge, ranks, words)
+        words = [TrainedWord.of(family, c) for c in concepts] if config.train_tokens else []
+        problem = Problem(family, data, config, merge, ranks, words, others)
         # a pipeline in memory keeps its encoders: they are the caller's
         idle = [] if source is None else idle_modules(pipeline, reads_text=bool(words))
         recomputed = recomputed_blocks(family.denoiser, config.gradient_checkpointing)
@@ -208,7 +217,7 @@ def immunize(
             opened_with=source.options if source else {},
             changed=list(dict.fromkeys((*changed, *(f"{part}.{name}" for name in names)))),
             erased=None if erased is None else str(erased),
-            saw=saw(concepts, config),
+            saw=saw(concepts, config, benign),
         )
         if output is not None:
             ranks.together(
@@ -245,7 +254,7 @@ def _compose(
         data = problem.data[n]
         part = folder / f"concept-{n:03d}" if folder else None
         words = problem.words[n : n + 1]
-        alone = Problem(problem.family, [data], problem.config, None, ALONE, words)
+        alone = Problem(problem.family, [data], problem.config, None, ALONE, words, problem.benign)
         history = ascend(alone, callbacks if ranks.main else (), part, stage=data.name)
         mine.append((history, {name: value.cpu().clone() for name, value in theta.items()}))
         for name, value in theta.items():
@@ -258,8 +267,36 @@ def _compose(
     return [report for history, _ in everyone for report in history]
 
 
+def _check_benign(
+    benign: Sequence[Concept], concepts: Sequence[Concept], config: ImmunizeConfig
+) -> None:
+    if benign and not config.reads_benign:
+        raise MimaError(
+            "benign: nothing reads these concepts; set upper.benign or lower.benign_start"
+        )
+    if config.reads_benign and not benign:
+        name = "lower.benign_start" if config.upper.benign is None else "upper.benign"
+        raise MimaError(
+            f"{name}: there are no benign concepts; name some: immunize(..., benign=[...]), or "
+            "benign: in the run's file"
+        )
+    both = {concept.name for concept in benign} & {concept.name for concept in concepts}
+    if both:
+        raise MimaError(
+            f"benign: {', '.join(sorted(both))} cannot both stay learnable and become immune"
+        )
+
+
 def _check(pipeline: Any, concepts: Sequence[Concept], config: ImmunizeConfig) -> None:
     """Refuse what a later part of the run would refuse, before pictures are drawn or encoded."""
+    kinds = {kind for attacker in config.attackers for kind in attacker.captions}
+    for kind in sorted(kinds & {"without_name", "rare_token"}):
+        nameless = [concept.name for concept in concepts if not names_of(concept)]
+        if nameless:
+            raise MimaError(
+                f"lower.captions: {kind} needs a name to replace; the prompt does not contain it: "
+                f"{', '.join(nameless)}"
+            )
     if config.erase_first:
         for concept in concepts:
             edits_of(concept)

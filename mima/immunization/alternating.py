@@ -45,7 +45,7 @@ def alternate(
                 tasks = problem.lower_levels(step)
                 names = [LossName(data.name) for data in problem.data]
                 outer, merged = merge_step(
-                    run.theta, tasks, merge, names, lr=problem.config.lower.highest_lr, ranks=ranks
+                    run.theta, tasks, merge, names, lr=problem.config.highest_lr, ranks=ranks
                 )
                 run.update(outer, "lower", committed=merged)
             else:

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
+    Discriminator,
     Field,
+    Tag,
     field_validator,
     model_validator,
 )
 
 from mima.choices import (
+    AttackerCaptions,
+    BenignTarget,
     Hypergradient,
     MergeRule,
     Method,
+    PathWeights,
     Precision,
+    Recipe,
     Retention,
     Task,
     UpperObjective,
 )
-from mima.errors import MimaError, nearest
+from mima.errors import MimaError
 from mima.options import TrainingOptions
-from mima.settings import Settings, parse_config
+from mima.settings import ONE, SEVERAL, Settings, one_or_several, parse_config
 from mima.storage.plain_data import read_yaml
-
-RECIPES: dict[str, dict[str, Any]] = {
-    "relearn": {"erase_first": True, "upper": {"lr": 3e-5}},
-    "personalize": {"new_words": True, "token_steps": 100, "upper": {"lr": 2e-5}},
-}
-"""What a task sets where nothing else does: the published learning rates of the upper level."""
 
 
 class LowerConfig(Settings):
@@ -39,8 +38,8 @@ class LowerConfig(Settings):
 
     steps: int = Field(1, ge=1)
     """K, unrolled steps per concept."""
-    optimizer: Literal["sgd", "adam"] = "adam"
-    """Update rule; Adam's state is unrolled too."""
+    optimizer: Literal["sgd", "momentum", "adam"] = "adam"
+    """Update rule: plain, with momentum 0.9, or Adam's; its state is unrolled too."""
     lr: float | tuple[float, float] = 5e-6
     """Step size; of two numbers, each attack draws its own log-uniformly between them."""
     batch_size: int = Field(1, ge=1)
@@ -54,12 +53,22 @@ class LowerConfig(Settings):
     Inversion does, or beside weights (``cross_attention_kv``), as Custom Diffusion does."""
     token_lr: float | None = Field(None, gt=0)
     """Step size of the new words' embeddings. Default: ``lr``."""
-    rank: int = Field(8, ge=1)
-    """Rank of the LoRA factors."""
+    rank: int | tuple[int, int] = 8
+    """Rank of the LoRA factors; of two numbers, each attack draws its own log-uniformly between
+    them."""
     alpha: float | None = Field(None, gt=0)
     """LoRA's alpha; the factors' product is scaled by alpha / rank. Default: the rank."""
     prior_weight: float = Field(0.0, ge=0)
     """Weight of the loss on class pictures."""
+    captions: tuple[AttackerCaptions, ...] = ("as_is",)
+    """What the attacker's captions call the concept, one of these for each attack: ``as_is``, its
+    pictures' own captions; ``without_name``, these without its name; ``rare_token``, with the word
+    sks in place of the name; ``empty``, none at all. The upper level asks by the same captions."""
+    benign_start: tuple[int, int] | None = None
+    """The attacker begins with so many steps on a benign concept, drawn uniformly between these
+    two, as who fine-tunes a fine-tuned model does. None: it begins from θ."""
+    share: float = Field(1.0, gt=0)
+    """Of several attackers, how often this one is drawn, relative to the others."""
     age: tuple[int, int] | None = None
     """An attacker lives on: it takes ``steps`` more steps in each outer step, from θ as it is by
     then and what it has changed so far, until it has taken as many as it drew log-uniformly between
@@ -74,10 +83,33 @@ class LowerConfig(Settings):
             raise ValueError(f"new words are trained by train_token: true, with parameters: {now}")
         return value
 
+    def states(self, every: int | None) -> tuple[int, ...]:
+        """The states of the path, by their steps: every so many, and the last."""
+        return (self.steps,) if every is None else (*range(every, self.steps, every), self.steps)
+
+    @property
+    def as_benign(self) -> LowerConfig:
+        """The same adaptation as somebody who means no harm takes it, from θ and once."""
+        plain = {"age": None, "captions": ("as_is",), "benign_start": None, "prior_weight": 0.0}
+        return self.model_copy(update=plain)
+
     @property
     def highest_lr(self) -> float:
         """The largest step size of any attack."""
         return max(self.lr) if isinstance(self.lr, tuple) else self.lr
+
+    @field_validator("captions", mode="before")
+    @classmethod
+    def _is_a_tuple(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("rank")
+    @classmethod
+    def _is_whole_and_in_order(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        low, high = value if isinstance(value, tuple) else (value, value)
+        if not 1 <= low <= high:
+            raise ValueError("must be >= 1, and of two numbers the first must not be the larger")
+        return value
 
     @field_validator("lr")
     @classmethod
@@ -95,6 +127,17 @@ class LowerConfig(Settings):
             raise ValueError("parameters: null leaves nothing to train without train_token")
         if self.token_lr is not None and not self.train_token:
             raise ValueError("token_lr: without train_token no new word is trained")
+        if not self.captions:
+            raise ValueError("captions: at least one is needed, as_is for the pictures' own")
+        if self.train_token and self.captions != ("as_is",):
+            raise ValueError("captions: with train_token they hold the new word; they are as_is")
+        if self.train_token and self.benign_start is not None:
+            raise ValueError("benign_start: no benign concept has the new word of train_token")
+        if self.benign_start is not None and not 0 <= self.benign_start[0] <= self.benign_start[1]:
+            raise ValueError(
+                "benign_start: must be two numbers, 0 <= low <= high, "
+                f"got {list(self.benign_start)}"
+            )
         self._check_age()
         return self
 
@@ -111,6 +154,39 @@ class LowerConfig(Settings):
             )
         if self.train_token:
             raise ValueError("age: new words (train_token) begin anew in each outer step")
+
+
+class BenignConfig(Settings):
+    """Benign adaptations, which are simulated so that other concepts stay learnable."""
+
+    weight: float = Field(1.0, gt=0)
+    """Weight of the term, beside what retains."""
+    every: int = Field(1, ge=1)
+    """Outer steps from one that has the term to the next."""
+    target: BenignTarget = "match"
+    """On pictures that the adaptation does not see: ``match``, predict what the model as it was
+    before immunization predicts after the same adaptation; ``held_out``, a low loss."""
+    paths: int = Field(3, ge=1)
+    """Of ``match``: adaptations of each concept, whose batches and rates are drawn once."""
+    concepts_per_step: int = Field(1, ge=1)
+    """Benign concepts, drawn anew each time, that an outer step adapts to."""
+    path_every: int | None = Field(None, ge=1)
+    """m: the term counts at every m-th state of each adaptation, and at the last. None: there."""
+    lower: LowerConfig | None = None
+    """The adaptation that is simulated. None: that of the first attacker, from θ and once."""
+
+    @model_validator(mode="after")
+    def _is_benign(self) -> BenignConfig:
+        if self.lower is None:
+            return self
+        if self.lower.train_token:
+            raise ValueError("lower.train_token: benign adaptations train weights alone")
+        if self.lower != self.lower.as_benign:
+            raise ValueError(
+                "lower: a benign adaptation begins from θ, takes its steps once and reads the "
+                "pictures' own captions alone: no age, captions, benign_start, prior_weight"
+            )
+        return self
 
 
 class UpperConfig(Settings):
@@ -139,15 +215,22 @@ class UpperConfig(Settings):
     objective: UpperObjective = "neg"
     """What the attacked weights are to do on a concept's pictures: ``neg``, a large loss (the
     paper's); ``log``, a large logarithm of it, whose gradient fades slowly; ``hinge``, a loss by
-    ``margin`` above that of the model as it was before immunization, and no more; ``anchor``,
-    predict what that model predicts; ``zero``, predict 0."""
+    ``margin`` above that of the model as it was before immunization, and no more; ``pair``, a loss
+    that grew more than that on a class picture; ``anchor``, predict what the model predicted
+    before; ``zero``, predict 0; ``entropy``, predict what is best for pictures that nothing is
+    known of. See ``mima.immunization.objectives``."""
     margin: float = Field(0.0, ge=0)
     """With ``hinge``, in nats: a picture pulls until its loss is e^margin times that of the model
     before immunization. With ``ascent_ratio``, the objective's gradient is scaled by the share of
     pictures that pull, too: what is nearly satisfied pulls weakly."""
+    pair_beta: float | None = Field(None, gt=0)
+    """β of ``pair``: how sharply it tells a difference of squared errors. Default: 100."""
     path_every: int | None = Field(None, ge=1)
     """m: the objective counts at every m-th state of each simulated attack, and at the last, with
     other pictures at each. None: at the last alone."""
+    path_weights: PathWeights = "uniform"
+    """What the states of the path count: ``uniform``, all the same; ``late``, e^((k − K) / 16)
+    after k of K steps, as TAR does."""
     retain: Retention = "class_images"
     """What keeps the model useful: a low loss on class pictures, or (``distill``) the predictions
     on them of the model as it was before immunization."""
@@ -155,6 +238,19 @@ class UpperConfig(Settings):
     """ρ: the objective's gradient is scaled to ρ times the running mean of the length of the
     retaining one, which is taken at θ instead of φ, and nothing is clipped. None: both are summed
     as they are, at φ, and clipped together."""
+    projection: bool = False
+    """With ``ascent_ratio``: where the objective's gradient would undo the retaining one, its part
+    along that is left out (PCGrad, Yu et al., NeurIPS 2020)."""
+    benign: BenignConfig | None = None
+    """What keeps other concepts learnable, which the run is given beside those that it immunizes
+    against; part of what retains."""
+
+
+Attackers = Annotated[
+    Annotated[LowerConfig, Tag(ONE)] | Annotated[tuple[LowerConfig, ...], Tag(SEVERAL)],
+    Discriminator(one_or_several),
+]
+"""One attacker or several."""
 
 
 class ImmunizeConfig(Settings):
@@ -185,8 +281,8 @@ class ImmunizeConfig(Settings):
     """Outer steps."""
     seed: int = Field(0, ge=0)
     """Seeds every draw."""
-    lower: LowerConfig = LowerConfig()
-    """The lower level."""
+    lower: Attackers = LowerConfig()
+    """The lower level; of several attackers, each attack is by one of them, drawn by ``share``."""
     upper: UpperConfig = UpperConfig()
     """The upper level."""
     lam: float = Field(1e-4, ge=0)
@@ -229,8 +325,47 @@ class ImmunizeConfig(Settings):
 
     @classmethod
     def for_task(cls, task: Task, **settings: Any) -> ImmunizeConfig:
-        """The recipe of a task, ``relearn`` or ``personalize``, with settings that win over it."""
-        return cls.model_validate(with_recipe(task, settings))
+        """The default recipe for a task, ``relearn`` or ``personalize``; the settings win over it.
+
+        ``mima.immunization.recipes`` has others.
+        """
+        # recipes are made of this class
+        from mima.immunization.recipes import beneath
+
+        return cls.model_validate(beneath(settings, task=task))
+
+    @property
+    def attackers(self) -> tuple[LowerConfig, ...]:
+        """``lower``, always as several."""
+        return self.lower if isinstance(self.lower, tuple) else (self.lower,)
+
+    @property
+    def adapters(self) -> tuple[LowerConfig, ...]:
+        """All adaptations that are simulated: the attackers', and the benign one's own."""
+        benign = self.upper.benign.lower if self.upper.benign else None
+        return self.attackers if benign is None else (*self.attackers, benign)
+
+    @property
+    def highest_lr(self) -> float:
+        """The largest step size of any attack."""
+        return max(attacker.highest_lr for attacker in self.attackers)
+
+    @property
+    def reads_benign(self) -> bool:
+        """Whether the run needs benign concepts."""
+        starts = any(attacker.benign_start is not None for attacker in self.attackers)
+        return self.upper.benign is not None or starts
+
+    @property
+    def train_tokens(self) -> bool:
+        """Whether any attacker trains new words."""
+        return any(attacker.train_token for attacker in self.attackers)
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether any level reads class pictures."""
+        attackers = any(attacker.prior_weight for attacker in self.attackers)
+        return bool(self.upper.prior_weight) or attackers or self.upper.objective == "pair"
 
     def read(self) -> dict[str, Any]:
         """The settings that a run of this method reads, as plain data: what its card may say."""
@@ -247,9 +382,16 @@ class ImmunizeConfig(Settings):
             unread |= {"lam", "num_captions"}
         if self.method == "alternating":
             unread |= {"hypergradient", "lam"}
-            del plain["lower"]["optimizer"]
-        if self.lower.parameters != "lora":
-            del plain["lower"]["rank"], plain["lower"]["alpha"]
+        several = isinstance(self.lower, tuple)
+        for told, attacker in zip(
+            plain["lower"] if several else [plain["lower"]], self.attackers, strict=True
+        ):
+            if self.method == "alternating":
+                del told["optimizer"]
+            if attacker.parameters != "lora":
+                del told["rank"], told["alpha"]
+            if not several:
+                del told["share"]
         return {name: value for name, value in plain.items() if name not in unread}
 
     @field_validator("merge", mode="before")
@@ -270,13 +412,7 @@ class ImmunizeConfig(Settings):
     def _cross_checks(self) -> ImmunizeConfig:
         if self.upper.parameters == "lora":
             raise ValueError("upper.parameters: 'lora' is an adapter; the defender changes weights")
-        if self.lower.train_token and not self.new_words:
-            raise ValueError("lower.train_token: there are no new words without new_words")
-        if self.lower.train_token and self.upper.concepts_per_forward > 1:
-            raise ValueError(
-                "upper.concepts_per_forward: with lower.train_token each concept's text is encoded "
-                "with its own new word; it is 1"
-            )
+        self._check_attackers()
         if self.token_steps and not self.new_words:
             raise ValueError("token_steps: there are no new words to train without new_words")
         if self.upper.concepts_per_forward > 1 and self.method in ("imma", "joint", "compose"):
@@ -299,38 +435,57 @@ class ImmunizeConfig(Settings):
             )
         return self
 
+    def _check_attackers(self) -> None:
+        attackers = self.attackers
+        if not attackers:
+            raise ValueError("lower: no attacker; a list holds at least one")
+        if len({attacker.steps for attacker in attackers}) > 1:
+            told = ", ".join(str(attacker.steps) for attacker in attackers)
+            raise ValueError(f"lower: all attackers take the same number of steps, got {told}")
+        words = self.train_tokens
+        if words and not self.new_words:
+            raise ValueError("lower.train_token: there are no new words without new_words")
+        if words and self.upper.concepts_per_forward > 1:
+            raise ValueError(
+                "upper.concepts_per_forward: with lower.train_token each concept's text is encoded "
+                "with its own new word; it is 1"
+            )
+        if words and self.merge == "sum":
+            raise ValueError("merge: 'sum' has no place for lower.train_token's new words")
+        trained = {(attacker.parameters, attacker.train_token) for attacker in attackers}
+        if len(trained) > 1 and self.method == "mima" and self.merge == "projected":
+            raise ValueError(
+                "lower: the projected merge asks each attacker for the same weights; attackers "
+                "that train different ones need merge 'average' or 'sum', or method 'joint'"
+            )
+
     def _check_path(self) -> None:
-        upper, every = self.upper, self.upper.path_every
-        if every is not None and every >= self.lower.steps:
+        upper, every, steps = self.upper, self.upper.path_every, self.attackers[0].steps
+        if every is not None and every >= steps:
             raise ValueError(
                 f"upper.path_every: {every} asks for states on the way of lower.steps "
-                f"{self.lower.steps}; it must be smaller, or left out"
+                f"{steps}; it must be smaller, or left out"
             )
         if upper.loss_cap is not None and upper.objective != "neg":
             raise ValueError(f"upper.loss_cap: objective {upper.objective!r} has no use for a cap")
         if upper.margin and upper.objective != "hinge":
             raise ValueError(f"upper.margin: it is of objective 'hinge', got {upper.objective!r}")
+        if upper.pair_beta is not None and upper.objective != "pair":
+            raise ValueError(f"upper.pair_beta: it is of objective 'pair', got {upper.objective!r}")
+        if upper.objective == "pair" and self.train_tokens:
+            raise ValueError("upper.objective: 'pair' reads no new words (lower.train_token)")
+        if upper.path_weights != "uniform" and every is None:
+            raise ValueError("upper.path_weights: without path_every the last state alone counts")
+        if upper.projection and upper.ascent_ratio is None:
+            raise ValueError("upper.projection: without ascent_ratio there is one gradient alone")
         if upper.ascent_ratio is not None and not upper.prior_weight:
             raise ValueError("upper.ascent_ratio: with prior_weight 0 nothing retains")
         if upper.retain == "distill" and upper.ascent_ratio is None:
             raise ValueError("upper.retain: 'distill' needs upper.ascent_ratio")
+        if upper.benign is not None:
+            self._check_benign(upper.benign)
         if upper.ascent_ratio is not None and upper.concepts_per_forward > 1:
             raise ValueError("upper.concepts_per_forward: with upper.ascent_ratio it is 1")
-        extended = (
-            upper.objective != "neg",
-            every is not None,
-            upper.ascent_ratio is not None,
-            self.concepts_per_step is not None,
-            isinstance(self.lower.lr, tuple),
-            self.lower.age is not None,
-        )
-        if self.method == "alternating" and any(extended):
-            raise ValueError(
-                "method: 'alternating' is the published MIMA update: it has no path, no objective "
-                "but neg, no ascent_ratio, all concepts in each step, one lower.lr and no lower.age"
-            )
-        if self.lower.train_token and self.merge == "sum":
-            raise ValueError("merge: 'sum' has no place for lower.train_token's new words")
         if self.merge == "sum" and self.method != "mima":
             raise ValueError(f"merge: 'sum' is of method 'mima', got method {self.method!r}")
         if self.concepts_per_step is not None and not (
@@ -341,16 +496,52 @@ class ImmunizeConfig(Settings):
                 f"method 'joint', got method {self.method!r}, merge {self.merge!r}"
             )
 
+    def _check_benign(self, benign: BenignConfig) -> None:
+        if self.upper.ascent_ratio is None:
+            raise ValueError("upper.benign: it is part of what retains; set upper.ascent_ratio")
+        adaptation = benign.lower or self.attackers[0].as_benign
+        if adaptation.train_token:
+            raise ValueError("upper.benign.lower: it is needed where attackers train new words")
+        if benign.path_every is not None and benign.path_every >= adaptation.steps:
+            raise ValueError(
+                f"upper.benign.path_every: {benign.path_every} asks for states on the way of "
+                f"{adaptation.steps} steps; it must be smaller, or left out"
+            )
+
     def _check_alternating(self) -> None:
         what = "method: 'alternating' is the published MIMA update"
+        upper = self.upper
+        extended = (
+            upper.objective != "neg",
+            upper.path_every is not None,
+            upper.ascent_ratio is not None,
+            self.concepts_per_step is not None,
+            isinstance(self.lower, tuple),
+        )
+        if any(extended):
+            raise ValueError(
+                f"{what}: it has no path, no objective but neg, no ascent_ratio, all concepts in "
+                "each step and one attacker"
+            )
         if self.merge != "projected":
             raise ValueError(f"{what}, which merges keys and values; not for merge {self.merge!r}")
-        lower = self.lower
+        lower = self.attackers[0]
         if lower.parameters in ("lora", None) or lower.train_token or lower.steps != 1:
             raise ValueError(
                 f"{what}: one lower step on the weights; got lower.parameters "
                 f"{lower.parameters!r}, lower.train_token {lower.train_token}, "
                 f"lower.steps {lower.steps}"
+            )
+        drawn = (
+            isinstance(lower.lr, tuple),
+            lower.age is not None,
+            lower.captions != ("as_is",),
+            lower.benign_start is not None,
+        )
+        if any(drawn):
+            raise ValueError(
+                f"{what}, whose attackers draw nothing: it has one lower.lr, no lower.age, no "
+                "lower.captions but as_is and no lower.benign_start"
             )
 
 
@@ -368,6 +559,11 @@ class ImmunizeRun(Settings):
     published one, which diffusers fetches from the hub."""
     concepts: list[Any] = Field(min_length=1)
     """Concept descriptions: folders, files, names of embedded concepts, or inline mappings."""
+    benign: list[Any] = Field(default_factory=list)
+    """Other concepts, described alike, that must stay learnable: ``immunize.upper.benign`` and
+    ``immunize.lower.benign_start`` read them."""
+    recipe: Recipe | None = None
+    """Named settings beneath those of ``immunize``: see ``mima.immunization.recipes``."""
     erased: Path | None = None
     """A checkpoint in which the concepts are erased, made from ``model`` by whatever means: see
     ``mima.erasure.load_erased``. Takes the place of ``immunize.erase_first``."""
@@ -377,30 +573,48 @@ class ImmunizeRun(Settings):
     """The settings."""
 
 
-def with_recipe(task: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Plain settings of a run with those of a task beneath them.
-
-    Raises:
-        MimaError: no such task.
-    """
-    if task not in RECIPES:
-        raise MimaError(f"task {task!r} is unknown; {nearest(task, RECIPES)}")
-    combined = {**RECIPES[task], **settings}
-    for name, value in RECIPES[task].items():
-        own = settings.get(name)
-        if isinstance(value, dict) and isinstance(own, BaseModel):
-            own = own.model_dump(exclude_unset=True)
-        if isinstance(value, dict) and isinstance(own, dict):
-            combined[name] = {**value, **own}
-    return combined
-
-
 def load_config(path: str | Path) -> ImmunizeRun:
     """Read a run from YAML (or JSON). Relative paths in it are relative to its folder.
 
     Raises:
         MimaError: unreadable, not YAML, or a setting that is unknown or of the wrong type or range;
             every such setting is named, unknown ones with the nearest valid name.
+    """
+    return parse_run(read_mapping(path), source=str(path))
+
+
+def parse_run(
+    raw: dict[str, Any], *, source: str, recipe: str | None = None, task: str | None = None
+) -> ImmunizeRun:
+    """A run from plain data, a recipe's and a task's settings beneath its own.
+
+    Args:
+        raw: what a file says.
+        source: what errors call it.
+        recipe: takes the place of the one that ``raw`` names.
+        task: see ``mima.immunization.recipes.TASKS``.
+
+    Raises:
+        MimaError: as ``load_config``.
+    """
+    # recipes are made of the settings of this module
+    from mima.immunization.recipes import RECIPES, beneath
+
+    named, own = recipe or raw.get("recipe"), raw.get("immunize", {})
+    # what is no recipe, or no settings, is told with all else that is wrong
+    known = named is None or recipe is not None or (isinstance(named, str) and named in RECIPES)
+    if (named is not None or task is not None) and known and isinstance(own, dict):
+        raw = {**raw, "immunize": beneath(own, named, task)}
+        if named is not None:
+            raw["recipe"] = named
+    return parse_config(ImmunizeRun, raw, source=source)
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """A mapping of settings from YAML (or JSON), unchecked.
+
+    Raises:
+        MimaError: unreadable, not YAML, or no mapping.
     """
     path = Path(path)
     try:
@@ -413,4 +627,4 @@ def load_config(path: str | Path) -> ImmunizeRun:
         raise MimaError(f"config: {path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise MimaError(f"config: {path} must be a mapping of settings, got {type(raw).__name__}")
-    return parse_config(ImmunizeRun, raw, source=str(path))
+    return raw

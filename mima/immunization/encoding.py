@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
+from mima.choices import AttackerCaptions
 from mima.concepts import Concept
+from mima.concepts.naming import with_word, without_name
 from mima.concepts.pictures import Picture, digest
 from mima.distributed import ALONE, Ranks
 from mima.families import Family
@@ -18,6 +20,8 @@ from mima.training.batches import Encoded, encode, seeded
 from mima.training.captions import divided, ordinary_captions
 from mima.training.class_images import ClassPictures
 
+RARE_TOKEN = "sks"
+"""The word that stands for a concept in the captions of ``rare_token``."""
 LARGE = 256 * 2**20
 """Bytes of one concept's encodings above which they are mapped from a file, not kept in memory."""
 
@@ -30,11 +34,17 @@ class ConceptData:
         name: the concept's name.
         images: reference pictures.
         class_images: class pictures, or None where no level has a prior.
+        captioned: the reference pictures under the other captions that attackers use.
     """
 
     name: str
     images: Encoded
     class_images: Encoded | None
+    captioned: Mapping[str, Encoded] = field(default_factory=dict)
+
+    def pictures(self, captions: AttackerCaptions) -> Encoded:
+        """The reference pictures under an attacker's captions."""
+        return self.images if captions == "as_is" else self.captioned[captions]
 
 
 def encode_concepts(
@@ -44,6 +54,7 @@ def encode_concepts(
     *,
     cache: CheckpointFolder | None = None,
     ranks: Ranks = ALONE,
+    benign: bool = False,
 ) -> list[ConceptData]:
     """Encode every concept's pictures once, and draw class pictures where they are missing.
 
@@ -58,76 +69,116 @@ def encode_concepts(
         config: the settings.
         cache: where encodings are kept, so that a resumed run reads the same ones.
         ranks: the processes that share the concepts out; each gets all encodings.
+        benign: the concepts are to stay learnable: without class pictures and other captions.
     """
     mine = []
-    drawer = ClassPictures(family)
+    drawer = None if benign else ClassPictures(family)
     for n in ranks.share(len(concepts)):
-        kept = cache.read_tensors(f"concept-{n:03d}.safetensors") if cache else None
+        name = f"{'benign' if benign else 'concept'}-{n:03d}.safetensors"
+        kept = cache.read_tensors(name) if cache else None
         if kept is not None:
             mine.append(_unpack(concepts[n].name, kept))
             continue
         fresh = _pack(_encode_concept(family, concepts[n], config, drawer))
         if cache:
-            cache.write_tensors(f"concept-{n:03d}.safetensors", fresh)
+            cache.write_tensors(name, fresh)
         if sum(tensor.nbytes for tensor in fresh.values()) > LARGE:
-            fresh = (cache and cache.read_tensors(f"concept-{n:03d}.safetensors")) or spill(fresh)
+            fresh = (cache and cache.read_tensors(name)) or spill(fresh)
         mine.append(_unpack(concepts[n].name, fresh))
     return ranks.interleave(mine, len(concepts))
 
 
 def _encode_concept(
-    family: Family, concept: Concept, config: ImmunizeConfig, drawer: ClassPictures
+    family: Family, concept: Concept, config: ImmunizeConfig, drawer: ClassPictures | None
 ) -> ConceptData:
+    if drawer is None:
+        return ConceptData(concept.name, encode(family, concept.images), None)
     class_images = None
-    if _has_prior(config):
+    if config.has_prior:
         if concept.class_images:
             class_images = encode(family, concept.class_images)
         else:
             class_images = _generate_class_images(family, concept, config, drawer)
-    return ConceptData(concept.name, encode(family, concept.images), class_images)
+    images = encode(family, concept.images)
+    captioned: dict[str, Encoded] = {
+        kind: Encoded.of(family, images.latents, captions_of(concept, kind))
+        for kind in caption_kinds(config)
+        if kind != "as_is"
+    }
+    return ConceptData(concept.name, images, class_images, captioned)
+
+
+def caption_kinds(config: ImmunizeConfig) -> list[AttackerCaptions]:
+    """All that attackers may call a concept."""
+    return list(dict.fromkeys(kind for attacker in config.attackers for kind in attacker.captions))
+
+
+def captions_of(concept: Concept, kind: AttackerCaptions) -> list[str]:
+    """What an attacker's captions say of each of the concept's reference pictures."""
+    say: dict[AttackerCaptions, Callable[[str], str]] = {
+        "as_is": lambda caption: caption,
+        "without_name": lambda caption: without_name(caption, concept),
+        "rare_token": lambda caption: with_word(caption, concept, RARE_TOKEN),
+        "empty": lambda caption: "",
+    }
+    return [say[kind](picture.prompt) for picture in concept.images]
 
 
 def _pack(data: ConceptData) -> dict[str, torch.Tensor]:
-    parts = {"images": data.images, "class_images": data.class_images}
+    parts = {"images": data.images, "class_images": data.class_images} | dict(data.captioned)
     return {
         f"{part}.{name}": tensor
         for part, encoded in parts.items()
         if encoded is not None
         for name, tensor in encoded.to_tensors().items()
+        # the pictures under other captions are the same
+        if name != "latents" or part not in data.captioned
     }
 
 
 def _unpack(name: str, tensors: dict[str, torch.Tensor]) -> ConceptData:
-    parts: dict[str, dict[str, torch.Tensor]] = {"images": {}, "class_images": {}}
+    parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         part, rest = key.split(".", 1)
-        parts[part][rest] = tensor
-    class_images = parts["class_images"]
-    return ConceptData(
-        name,
-        Encoded.from_tensors(parts["images"]),
-        Encoded.from_tensors(class_images) if class_images else None,
-    )
+        parts.setdefault(part, {})[rest] = tensor
+    latents = parts["images"]["latents"]
+    encoded = {
+        part: Encoded.from_tensors({"latents": latents, **own}) for part, own in parts.items()
+    }
+    images, class_images = encoded.pop("images"), encoded.pop("class_images", None)
+    return ConceptData(name, images, class_images, encoded)
 
 
-def saw(concepts: Sequence[Concept], config: ImmunizeConfig) -> dict[str, dict[str, list[str]]]:
+def saw(
+    concepts: Sequence[Concept], config: ImmunizeConfig, benign: Sequence[Concept] = ()
+) -> dict[str, dict[str, list[str]]]:
     """What each level of a run sees: names of concepts, digests of their pictures, and prompts.
 
     The levels are ``lower``, ``upper`` and, where one of them has class pictures, ``prior``: those
-    that a concept brings, or the prompts of those that are drawn. Lower and upper level split the
+    that a concept brings, or the prompts of those that are drawn; and ``benign``, the concepts that
+    are to stay learnable. Lower and upper level split the
     concepts' pictures anew in every outer step, so that both see all of them.
     """
     if config.method == "none":
         return {}
     own = _seen([concept.name for concept in concepts], [p for c in concepts for p in c.images])
+    others = [
+        caption
+        for concept in concepts
+        for kind in caption_kinds(config)
+        for caption in captions_of(concept, kind)
+    ]
+    own["prompts"] = list(dict.fromkeys([*own["prompts"], *others]))
     levels = {"lower": own, "upper": own}
-    if _has_prior(config):
+    if config.has_prior:
         prior = _seen([], [picture for concept in concepts for picture in concept.class_images])
         for concept in concepts:
             if not concept.class_images:
                 prior["prompts"] += _class_prompts(concept, config)[0]
         prior["prompts"] = list(dict.fromkeys(prior["prompts"]))
         levels["prior"] = prior
+    if benign:
+        levels["benign"] = _seen([c.name for c in benign], [p for c in benign for p in c.images])
     return levels
 
 
@@ -137,10 +188,6 @@ def _seen(names: Sequence[str], pictures: Sequence[Picture]) -> dict[str, list[s
         "pictures": list(dict.fromkeys(map(digest, pictures))),
         "prompts": list(dict.fromkeys(picture.prompt for picture in pictures)),
     }
-
-
-def _has_prior(config: ImmunizeConfig) -> bool:
-    return bool(config.upper.prior_weight or config.lower.prior_weight)
 
 
 def _generate_class_images(

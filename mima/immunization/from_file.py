@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mima.choices import Task
+from mima.choices import Recipe, Task
 from mima.errors import MimaError, nearest, one_line
-from mima.immunization.config import ImmunizeConfig, ImmunizeRun, load_config, with_recipe
-from mima.settings import parse_config, set_nested
+from mima.immunization.config import ImmunizeConfig, ImmunizeRun, parse_run, read_mapping
+from mima.settings import set_nested
 from mima.storage.inputs import check_model, expanded
 from mima.storage.output import check_folder
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def read_run(
     path: str | Path,
     *,
+    recipe: Recipe | None = None,
     task: Task | None = None,
     settings: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
@@ -32,8 +33,10 @@ def read_run(
     Args:
         path: the file. Relative paths in it start from its folder, and come out resolved; those of
             the other arguments start from the working directory.
-        task: a recipe that lies beneath what the file and ``settings`` say; where the concepts are
-            erased already, it erases nothing.
+        recipe: named settings that lie beneath what the file and ``settings`` say; takes the place
+            of the file's.
+        task: what is done before, likewise beneath; where the concepts are erased already, it
+            erases nothing.
         settings: dotted names and values that replace the file's: ``{"lower.steps": 8}``. A name
             that only ``ImmunizeConfig`` has needs no ``immunize.`` before it.
         output: takes the place of the file's.
@@ -44,21 +47,19 @@ def read_run(
             the file nor ``output`` says where to write.
     """
     path = Path(path)
-    run = load_config(path)
-    raw = run.model_dump(exclude_unset=True)
+    raw = read_mapping(path)
+    if erased is not None or raw.get("erased") is not None:
+        own = raw.get("immunize", {})
+        raw["immunize"] = {"erase_first": False, **own} if task and isinstance(own, dict) else own
+    run = parse_run(raw, source=str(path), recipe=recipe, task=task)
     known = {*ImmunizeRun.model_fields, *ImmunizeConfig.model_fields}
     for name, value in (settings or {}).items():
         first = name.partition(".")[0]
         if first not in known:
             raise MimaError(f"--set {one_line(name)}: unknown setting; {nearest(first, known)}")
         set_nested(raw, name if first in ImmunizeRun.model_fields else f"immunize.{name}", value)
-    if task is not None:
-        own = raw.get("immunize", {})
-        if erased is not None or raw.get("erased") is not None:
-            own = {"erase_first": False, **own}
-        raw["immunize"] = with_recipe(task, own)
-    if settings or task:
-        run = parse_config(ImmunizeRun, raw, source="--set")
+    if settings:
+        run = parse_run(raw, source="--set", recipe=recipe, task=task)
     run = _located(run, path.parent)
     given = {"output": output, "erased": erased}
     said = {name: Path(value) for name, value in given.items() if value is not None}
@@ -71,6 +72,7 @@ def read_run(
 def immunize_file(
     path: str | Path,
     *,
+    recipe: Recipe | None = None,
     task: Task | None = None,
     settings: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
@@ -92,11 +94,11 @@ def immunize_file(
     Example:
         >>> immunize_file("run.yaml", task="relearn", settings={"steps": 100})
     """
-    run = read_run(path, task=task, settings=settings, output=output, erased=erased)
+    run = read_run(path, recipe=recipe, task=task, settings=settings, output=output, erased=erased)
     assert run.output is not None
     check_folder(run.output, overwrite=overwrite)
 
-    concepts = concepts_of(run, path)
+    concepts, benign = concepts_of(run, path)
 
     # only now what takes seconds to import
     from mima.families import ModelSource
@@ -111,6 +113,7 @@ def immunize_file(
         ),
         concepts,
         run.immunize,
+        benign=benign,
         erased=run.erased,
         output=run.output,
         overwrite=overwrite,
@@ -121,8 +124,8 @@ def immunize_file(
     )
 
 
-def concepts_of(run: ImmunizeRun, path: str | Path) -> list[Concept]:
-    """The concepts of a run, once its model is known to be there.
+def concepts_of(run: ImmunizeRun, path: str | Path) -> tuple[list[Concept], list[Concept]]:
+    """The concepts of a run, and its benign ones, once its model is known to be there.
 
     Raises:
         MimaError: one of them is not there, or cannot be read.
@@ -130,7 +133,10 @@ def concepts_of(run: ImmunizeRun, path: str | Path) -> list[Concept]:
     from mima.concepts.reading import load_concepts
 
     check_model(run.model)
-    return load_concepts(run.concepts, base=Path(path).parent)
+    base = Path(path).parent
+    # no description at all is not one that is wrong
+    benign = load_concepts(run.benign, base=base) if run.benign else []
+    return load_concepts(run.concepts, base=base), benign
 
 
 def _located(run: ImmunizeRun, folder: Path) -> ImmunizeRun:

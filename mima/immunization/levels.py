@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +18,8 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from mima.bilevel import lower
+from mima.bilevel.hypergradient import accumulate
 from mima.bilevel.lower import Carried, LowerLevel
 from mima.bilevel.optimizers import SGD, Adam, Optimizer
 from mima.bilevel.outer import (
@@ -28,19 +32,27 @@ from mima.bilevel.outer import (
     unmerged_gradient,
     upper_gradient,
 )
-from mima.bilevel.tasks import FullWeights, LoraFactors, NewWord, StepLoss
+from mima.bilevel.tasks import FullWeights, LoraFactors, NewWord
 from mima.concepts import Concept
-from mima.distributed import ALONE, Ranks
+from mima.distributed import ALONE, Ranks, union
 from mima.errors import MimaError
 from mima.families import Family, Params
-from mima.immunization.attacks import Alive, Attack
+from mima.immunization.attackers import Alive, Attacker, choose
+from mima.immunization.benign import BenignTerms
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import ConceptData
-from mima.immunization.objectives import PENALTIES, READS_START, Seen, lacking
+from mima.immunization.objectives import (
+    PENALTIES,
+    READS_START,
+    Seen,
+    blind_prediction,
+    hinge,
+    lacking,
+)
 from mima.immunization.progress import LossName
 from mima.immunization.trained_words import TrainedWord
 from mima.merging import MergeLayer, MergePlan
-from mima.training.batches import Batch, predictions, seeded
+from mima.training.batches import Batch, Encoded, predictions, seeded
 from mima.training.captions import regular_tokens
 
 logger = logging.getLogger(__name__)
@@ -50,8 +62,16 @@ CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 """Where diffusers' modules keep how they recompute."""
 ALMOST_HARD = 1e-10
 """Softness that stands in for a hard constraint where concepts share tokens."""
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"sgd": SGD, "adam": Adam}
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "sgd": SGD,
+    "momentum": partial(SGD, momentum=0.9),
+    "adam": Adam,
+}
 """The attackers' update rules by name."""
+LATE = 16
+"""Steps before the last at which a state of the path counts e times less, where late ones count."""
+APDM_BETA = 100.0
+"""β of the objective ``pair`` where none is set: APDM's."""
 NOBODY: Mapping[int, Alive] = {}
 
 
@@ -65,6 +85,7 @@ class Problem:
         merge: how the adapted weights are merged; None leaves them apart (one problem each).
         ranks: the processes that share the concepts out.
         words: each concept's new word, where the lower level trains them.
+        benign: pictures of concepts that must stay learnable.
 
     Attributes:
         upper_names: S_u, the parameters that the defender may change.
@@ -79,21 +100,30 @@ class Problem:
         merge: MergeLayer | None,
         ranks: Ranks = ALONE,
         words: Sequence[TrainedWord] = (),
+        benign: Sequence[ConceptData] = (),
     ) -> None:
         self.family = family
         self.data = list(data)
         self.words = list(words)
+        self.benign = list(benign)
         self.config = config
         self.merge = merge
         self.ranks = ranks
         self.upper_names, self.lower_names = trained_names(family, config)
+        kinds = dict.fromkeys(adapter.parameters for adapter in config.adapters)
+        self._trained = {kind: _trained(family, kind) for kind in kinds}
         self.names = tuple(dict.fromkeys((*self.upper_names, *self.lower_names)))
         # found once: each step asks for them, and a network's modules are many
         parameters = dict(family.denoiser.named_parameters())
         self._theta = {name: parameters[name] for name in self.names}
         self._start: dict[str, torch.Tensor] = {}
-        if config.upper.objective in READS_START or config.upper.retain == "distill":
+        compared = config.upper.benign is not None and config.upper.benign.target == "match"
+        if config.upper.objective in READS_START or config.upper.retain == "distill" or compared:
             self._start = {name: self._theta[name].detach().clone() for name in self.upper_names}
+        self._benign: BenignTerms | None = None
+        if config.upper.benign is not None and self.benign:
+            before = self.theta() | self._start
+            self._benign = BenignTerms(self, config.upper.benign, before)
 
     def theta(self) -> dict[str, torch.Tensor]:
         """θ by name: the denoiser's own tensors, not copies."""
@@ -123,8 +153,7 @@ class Problem:
     @cached_property
     def states(self) -> tuple[int, ...]:
         """The states of each attack, by their steps, at which the objective counts."""
-        steps, every = self.config.lower.steps, self.config.upper.path_every
-        return (steps,) if every is None else (*range(every, steps, every), steps)
+        return self.config.attackers[0].states(self.config.upper.path_every)
 
     @cached_property
     def _frozen(self) -> dict[str, torch.Tensor]:
@@ -142,12 +171,11 @@ class Problem:
             if name not in self.names
         }
 
-    def attack(self, n: int, step: int, alive: Mapping[int, Alive]) -> Attack:
+    def attacker(self, n: int, step: int, alive: Mapping[int, Alive]) -> Attacker:
         """Concept n's attacker at one outer step: the one that is alive, or else a new one."""
-        config, seed = self.config.lower, self.config.seed
-        if n in alive:
-            return Attack(config, seed, n, alive[n].born, alive[n].carried)
-        return Attack(config, seed, n, step)
+        born, carried = (alive[n].born, alive[n].carried) if n in alive else (step, None)
+        config = choose(self.config.attackers, self.config.seed, n, born)
+        return Attacker(config, self.config.seed, n, born, carried)
 
     def survivors(
         self, step: int, alive: Mapping[int, Alive], ends: Mapping[int, Carried]
@@ -161,62 +189,94 @@ class Problem:
         """
         chosen = self.concepts(step)
         others = {n: attacker for n, attacker in alive.items() if n not in chosen}
-        born = {i: self.attack(chosen[i], step, alive).born for i in ends}
+        born = {i: self.attacker(chosen[i], step, alive).born for i in ends}
         return others | {chosen[i]: Alive(born[i], end) for i, end in ends.items()}
 
     def lower_level(self, n: int, step: int, alive: Mapping[int, Alive] = NOBODY) -> LowerLevel:
         """The lower level of concept n at one outer step, its K batches drawn."""
-        attack, data = self.attack(n, step, alive), self.data[n]
-        config = attack.config
-        own, _ = attack.split(len(data.images))
+        attacker, data = self.attacker(n, step, alive), self.data[n]
+        b, count = attacker.begins_with(len(self.benign))
+        if count:
+            attacker = replace(attacker, carried=self._begun(attacker, b, count))
+        pictures = data.pictures(attacker.captions)
+        own, _ = attacker.split(len(pictures))
         draws = seeded(self.config.seed, step, n, "lower")
-        draw = partial(Batch.draw, self.family, size=config.batch_size, generator=draws)
-        batches = [[draw(data.images, among=own)] for _ in range(config.steps)]
-        if config.prior_weight:
-            assert data.class_images is not None
-            for step_batches in batches:
-                step_batches.append(draw(data.class_images))
-
-        def loss(params: Params, k: int) -> torch.Tensor:
-            value, *prior = self.losses(*self._read(n, batches[k], params))
-            return value + config.prior_weight * prior[0] if prior else value
-
-        weights = self._lower_weights(attack, loss, draws)
-        if not self.words:
+        weights = self.adaptation(attacker, pictures, own, attacker.config.steps, draws, n)
+        weights.continues = attacker.continues
+        if not attacker.config.train_token:
             return weights
         word = self.words[n]
-        rule = OPTIMIZERS[config.optimizer](lr=config.token_lr or attack.lr)
+        rule = OPTIMIZERS[attacker.config.optimizer](lr=attacker.config.token_lr or attacker.lr)
         tokens = partial(word.tokens, self.family)
         return NewWord(weights, word.text, word.embedding, tokens, rule)
 
-    def _lower_weights(self, attack: Attack, loss: StepLoss, draws: torch.Generator) -> LowerLevel:
-        config, theta = attack.config, self.theta()
+    def _begun(self, attacker: Attacker, b: int, steps: int) -> Carried:
+        """Where an attacker stands after its steps on a benign concept; its optimizer is new."""
+        pictures, theta = self.benign[b].images, self.theta()
+        everything = torch.arange(len(pictures))
+        draws = seeded(self.config.seed, attacker.born, attacker.n, "benign start")
+        task = self.adaptation(attacker, pictures, everything, steps, draws)
+        (last,) = deque(lower.path(task, theta), maxlen=1)
+        return replace(task.stop(last, theta), memory=None, age=0)
+
+    def adaptation(
+        self,
+        attacker: Attacker,
+        pictures: Encoded,
+        among: torch.Tensor,
+        steps: int,
+        draws: torch.Generator,
+        n: int | None = None,
+    ) -> FullWeights | LoraFactors:
+        """Steps of who attacks, or means no harm, on the weights, their batches drawn.
+
+        Args:
+            attacker: what it has drawn.
+            pictures: what it learns from.
+            among: the indices of those that it sees.
+            steps: how many steps.
+            draws: of batches, and of LoRA's factors.
+            n: the concept whose class pictures and new word belong to the pictures; None for none.
+        """
+        config, theta = attacker.config, self.theta()
+        draw = partial(Batch.draw, self.family, size=config.batch_size, generator=draws)
+        batches = [[draw(pictures, among=among)] for _ in range(steps)]
+        prior_weight = 0.0 if n is None else config.prior_weight
+        if prior_weight:
+            assert n is not None
+            class_images = self.data[n].class_images
+            assert class_images is not None
+            for step_batches in batches:
+                step_batches.append(draw(class_images))
+
+        def loss(params: Params, k: int) -> torch.Tensor:
+            read = (batches[k], params) if n is None else self._read(n, batches[k], params)
+            value, *prior = self.losses(*read)
+            return value + prior_weight * prior[0] if prior else value
+
+        names = self._trained[config.parameters]
         settings: dict[str, Any] = {
-            "steps": config.steps,
-            "optimizer": OPTIMIZERS[config.optimizer](lr=attack.lr),
-            "carried": attack.carried,
+            "steps": steps,
+            "optimizer": OPTIMIZERS[config.optimizer](lr=attacker.lr),
+            "carried": attacker.carried,
         }
-        weights: LowerLevel
-        if config.parameters == "lora":
-            weights = LoraFactors(
-                loss,
-                {name: theta[name].shape for name in self.lower_names},
-                rank=config.rank,
-                scale=(config.alpha or config.rank) / config.rank,
-                generator=draws,
-                like=theta[self.lower_names[0]],
-                **settings,
-            )
-        else:
-            weights = FullWeights(loss, self.lower_names, **settings)
-        weights.continues = attack.continues
-        return weights
+        if config.parameters != "lora":
+            return FullWeights(loss, names, **settings)
+        return LoraFactors(
+            loss,
+            {name: theta[name].shape for name in names},
+            rank=attacker.rank,
+            scale=(config.alpha or attacker.rank) / attacker.rank,
+            generator=draws,
+            like=theta[names[0]],
+            **settings,
+        )
 
     def _read(
         self, n: int, batches: Sequence[Batch], params: Params
     ) -> tuple[Sequence[Batch], Params]:
         """Let concept n's own pictures, the first batch, be read with its word among the params."""
-        if not self.words:
+        if not self.words or self.words[n].text not in params:
             return batches, params
         word, (own, *others) = self.words[n], batches
         conditioning = word.read(self.family, own.prompt.tolist(), params[word.text])
@@ -239,54 +299,82 @@ class Problem:
             state: of the attacks' paths, each with pictures of its own; None for the last.
             alive: the attackers that live on from earlier steps, by concept.
         """
-        config = self.config.upper
+        config, last = self.config.upper, self.states[-1]
+        k = last if state is None else state
+        share = math.exp((k - last) / LATE) if config.path_weights == "late" else 1.0
         terms: list[UpperTerm] = []
         batches: list[Batch] = []
-        last = state in (None, self.config.lower.steps)
         for n in concepts:
-            data = self.data[n]
-            _, other = self.attack(n, step, alive).split(len(data.images))
-            draws = seeded(self.config.seed, step, n, "upper", *(() if last else (state,)))
-            batches.append(Batch.draw(self.family, data.images, config.batch_size, draws, other))
-            terms.append(UpperTerm(LossName(data.name), -1.0, config.loss_cap))
+            data, attacker = self.data[n], self.attacker(n, step, alive)
+            pictures = data.pictures(attacker.captions)
+            _, other = attacker.split(len(pictures))
+            key = (self.config.seed, step, n, "upper", *(() if k == last else (k,)))
+            draws = seeded(*key)
+            own = Batch.draw(self.family, pictures, config.batch_size, draws, other)
+            batches.append(own)
+            terms.append(UpperTerm(LossName(data.name), -share, config.loss_cap))
+            if config.objective == "pair":
+                batches.append(self._pair(n, own, other, seeded(*key)))
+                terms.append(UpperTerm(LossName(data.name, "pair"), 0.0))
             if config.prior_weight and config.ascent_ratio is None:
                 assert data.class_images is not None
                 size = config.prior_batch_size or config.batch_size
                 batches.append(Batch.draw(self.family, data.class_images, size, draws))
-                terms.append(UpperTerm(LossName(data.name, prior=True), config.prior_weight))
+                terms.append(UpperTerm(LossName(data.name, "prior"), share * config.prior_weight))
         if config.objective != "neg":
-            return partial(self._penalty, concepts, terms, batches)
+            return partial(self._penalty, concepts, terms, batches, share)
         # a word is read by its own concept's pictures alone, in a part of their own
         return UpperLevel(terms, lambda phi: self.losses(*self._read(concepts[0], batches, phi)))
+
+    def _pair(self, n: int, own: Batch, among: torch.Tensor, draws: torch.Generator) -> Batch:
+        """The class pictures in the places of a batch's own, under its captions and noise."""
+        class_images = self.data[n].class_images
+        assert class_images is not None
+        # the same draws as the batch's own
+        places = among % len(class_images)
+        paired = Batch.draw(self.family, class_images, len(own.latents), draws, places)
+        return replace(paired, conditioning=own.conditioning, prompt=own.prompt)
 
     def _penalty(
         self,
         concepts: Sequence[int],
         terms: Sequence[UpperTerm],
         batches: Sequence[Batch],
+        share: float,
         phi: Params,
     ) -> tuple[torch.Tensor, dict[LossName, torch.Tensor]]:
         """The named objective of some concepts at φ, with the priors' losses; and what was seen."""
-        objective = self.config.upper.objective
+        config, objective = self.config.upper, self.config.upper.objective
         starts: list[torch.Tensor | None] = [None] * len(batches)
         if objective in READS_START:
             with torch.no_grad():
                 starts = [v for v, _ in self.predictions(batches, self._start)]
         pairs = self.predictions(*self._read(concepts[0], batches, phi))
-        summands, seen = [], {}
-        for term, (prediction, target), start in zip(terms, pairs, starts, strict=True):
-            one = Seen(prediction, target, start, self.config.upper.margin)
-            seen[term.name] = one.loss
-            if term.name.prior:
+        seen = {
+            term.name: Seen(*pair, start, config.margin)
+            for term, pair, start in zip(terms, pairs, starts, strict=True)
+        }
+        told = {name: one.loss for name, one in seen.items()}
+        summands = []
+        for term, batch in zip(terms, batches, strict=True):
+            name, one = term.name, seen[term.name]
+            if name.kind == "prior":
                 summands.append(term.objective(one.loss))
-            elif objective != "hinge":
-                summands.append(PENALTIES[objective](one))
-            else:
-                pull = (lacking(one) > 0).float().mean()
-                seen[term.name._replace(pull=True)] = pull
+            elif objective == "hinge":
+                pull = told[name._replace(kind="pull")] = (lacking(one) > 0).float().mean()
                 if pull > 0:
-                    summands.append(PENALTIES[objective](one))
-        return torch.stack(summands).sum() if summands else prediction.new_zeros(()), seen
+                    summands.append(share * hinge(one))
+            elif name.kind == "concept":
+                if objective == "pair":
+                    one = replace(one, pair=seen[name._replace(kind="pair")], beta=self._beta)
+                elif objective == "entropy":
+                    one = replace(one, blind=blind_prediction(self.family, batch))
+                summands.append(share * PENALTIES[objective](one))
+        return torch.stack(summands).sum() if summands else pairs[0][0].new_zeros(()), told
+
+    @property
+    def _beta(self) -> float:
+        return self.config.upper.pair_beta or APDM_BETA
 
     def lower_levels(self, step: int, alive: Mapping[int, Alive] = NOBODY) -> Sequence[LowerLevel]:
         """The lower level of each of the step's concepts, drawn when asked for and not kept.
@@ -343,6 +431,10 @@ class Problem:
         chosen = self.concepts(step)
         parts = _Drawn(lambda i: partial(self._retention, chosen[i], step), len(chosen))
         gradient, _, losses = upper_gradient(theta, parts, self.ranks, wrt=self.upper_names)
+        benign = self._benign.gradient(theta, step) if self._benign else None
+        if benign is not None:
+            accumulate(gradient, benign.gradient)
+            losses = union([losses, benign.losses])
         return OuterGradient(gradient, losses, 0.0)
 
     def _retention(
@@ -361,7 +453,14 @@ class Problem:
             with torch.no_grad():
                 ((start, _),) = self.predictions([batch], self._start)
             penalty = F.mse_loss(prediction, start)
-        return config.prior_weight * penalty, {LossName(data.name, prior=True): loss}
+        return config.prior_weight * penalty, {LossName(data.name, "prior"): loss}
+
+
+def _trained(family: Family, parameters: str | None) -> tuple[str, ...]:
+    """The weights that an attacker changes, by the name of the setting."""
+    if parameters == "lora":
+        return tuple(family.lora_targets())
+    return () if parameters is None else tuple(family.parameter_names(parameters))
 
 
 def trained_names(
@@ -372,12 +471,9 @@ def trained_names(
     Raises:
         MimaError: a setting matches no parameter.
     """
-    lower = config.lower.parameters
-    if lower == "lora":
-        lower_names = family.lora_targets()
-    else:
-        lower_names = [] if lower is None else family.parameter_names(lower)
-    return tuple(family.parameter_names(config.upper.parameters)), tuple(lower_names)
+    kinds = dict.fromkeys(adapter.parameters for adapter in config.adapters)
+    lower = dict.fromkeys(name for kind in kinds for name in _trained(family, kind))
+    return tuple(family.parameter_names(config.upper.parameters)), tuple(lower)
 
 
 @contextmanager
@@ -447,9 +543,7 @@ def merge_layer(
         plan = _hard_plan(make_plan) if published else make_plan(lam=config.lam)
     except ValueError as error:
         raise MimaError(f"merge: {error}") from error
-    return MergeLayer(
-        weights, plan, family.text_projections(), trained_tokens=config.lower.train_token
-    )
+    return MergeLayer(weights, plan, family.text_projections(), trained_tokens=config.train_tokens)
 
 
 def _hard_plan(make_plan: Callable[..., MergePlan]) -> MergePlan:

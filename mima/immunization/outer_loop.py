@@ -10,15 +10,17 @@ from dataclasses import replace
 from types import TracebackType
 
 import torch
+from torch.nn.utils import get_total_norm
 
 from mima.bilevel.lower import Params, Tensors
 from mima.bilevel.outer import OuterGradient
 from mima.distributed import union
 from mima.errors import MimaError
-from mima.immunization.attacks import Alive, from_tensors, to_tensors
+from mima.immunization.attackers import Alive, from_tensors, to_tensors
 from mima.immunization.levels import Problem
 from mima.immunization.offload import step_offloaded
 from mima.immunization.progress import (
+    LOSSES,
     Callback,
     MetricsFile,
     StepReport,
@@ -91,7 +93,7 @@ class Ascent:
                 weight_decay=config.upper.weight_decay,
             )
             for (level, names), lr in zip(
-                self._names.items(), (config.upper.lr, config.lower.highest_lr), strict=True
+                self._names.items(), (config.upper.lr, config.highest_lr), strict=True
             )
             if names
         }
@@ -210,6 +212,8 @@ class Ascent:
         before = kept if self._retained is None else self._retained
         self._retained = MEMORY * before + (1 - MEMORY) * kept
         scale = ratio * pulling * max(self._retained / norm, FLOOR) if norm else 0.0
+        if self._config.upper.projection:
+            ascent = without_conflict(ascent, retain)
         return {name: value + scale * ascent[name] for name, value in retain.items()}
 
     def _step(self, gradient: Tensors, level: str) -> None:
@@ -233,17 +237,19 @@ class Ascent:
         return StepReport(
             done,
             steps,
-            {n.concept: x for n, x in outer.losses.items() if not n.prior and not n.pull},
-            outer.drift,
-            norm,
-            outer.residual,
-            prior_losses={name.concept: x for name, x in outer.losses.items() if name.prior},
+            drift=outer.drift,
+            gradient_norm=norm,
+            residual=outer.residual,
             seconds=seconds,
             eta=sum(recent) / len(recent) * (steps - done),
             memory=peak_memory(self._problem.family.device),
             skipped=before + skipped,
             stage=self._stage,
             pulling=_pulling(outer),
+            **{
+                told: {name.concept: x for name, x in outer.losses.items() if name.kind == kind}
+                for told, kind in LOSSES.items()
+            },
         )
 
     def _skip(self, report: StepReport, in_a_row: int) -> None:
@@ -257,7 +263,7 @@ class Ascent:
         raise MimaError(
             f"immunize: {in_a_row} steps in a row were not finite, the last being "
             f"step {report.step} ({what}); a smaller upper.lr ({self._config.upper.lr:g}) or "
-            f"lower.lr ({self._config.lower.highest_lr:g}) may help{self._kept()}"
+            f"lower.lr ({self._config.highest_lr:g}) may help{self._kept()}"
         )
 
     def _check_divergence(self) -> None:
@@ -326,7 +332,20 @@ class Ascent:
         logger.info("going on after step %d", kept.step)
 
 
+def without_conflict(ascent: Tensors, retain: Tensors) -> Tensors:
+    """``a − min(0, ⟨a, r⟩) r / ‖r‖²``: a gradient without its part against another, as in PCGrad.
+
+    ⟨a, r⟩ < 0 where a step along −a undoes what one along −r does.
+    """
+    values = list(retain.values())
+    against = sum(float((ascent[name] * value).sum()) for name, value in retain.items())
+    if against >= 0:
+        return ascent
+    squared = float(get_total_norm(values)) ** 2
+    return {name: ascent[name] - against / squared * value for name, value in retain.items()}
+
+
 def _pulling(outer: OuterGradient) -> float | None:
     """The mean share of pictures that still pull, over concepts and states of their paths."""
-    shares = [x for seen in outer.path.values() for name, x in seen.items() if name.pull]
+    shares = [x for seen in outer.path.values() for name, x in seen.items() if name.kind == "pull"]
     return sum(shares) / len(shares) if shares else None

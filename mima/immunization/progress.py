@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -26,17 +26,22 @@ if TYPE_CHECKING:
 
 
 class LossName(NamedTuple):
-    """What the upper level says of a concept: its loss, or something else about it.
+    """What the upper level says of a concept.
 
     Attributes:
         concept: the concept's name.
-        prior: whether it is the loss of the concept's class pictures.
-        pull: whether it is the share of the concept's pictures on which the objective still pulls.
+        kind: ``concept``, the loss on its pictures; ``prior``, that on its class pictures;
+            ``benign``, that on held-out pictures of a benign concept after a benign adaptation;
+            ``pair``, that on the class pictures that the objective ``pair`` compares with;
+            ``pull``, the share of the concept's pictures on which the objective still pulls.
     """
 
     concept: str
-    prior: bool = False
-    pull: bool = False
+    kind: Literal["concept", "prior", "benign", "pair", "pull"] = "concept"
+
+
+LOSSES = {"losses": "concept", "prior_losses": "prior", "benign_losses": "benign"}
+"""The losses that a report holds, and their kinds."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class StepReport:
         stage: the concept that is being immunized, where each is immunized alone.
         pulling: share of the concepts' pictures, at all states of the attacks that count, on which
             the objective still pulls; None for objectives that never stop.
+        benign_losses: loss on held-out pictures of each benign concept that the step adapted to,
+            after the adaptation: wanted as low as before immunization.
     """
 
     step: int
@@ -75,6 +82,7 @@ class StepReport:
     stage: str = ""
     prior_losses: dict[str, float] = field(default_factory=dict)
     pulling: float | None = None
+    benign_losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def prior_loss(self) -> float | None:
@@ -87,7 +95,7 @@ class StepReport:
         plain = asdict(self)
         for name in ("drift", "gradient_norm", "residual"):
             plain[name] = _to_json(plain[name])
-        for losses in ("losses", "prior_losses"):
+        for losses in LOSSES:
             plain[losses] = {name: _to_json(value) for name, value in plain[losses].items()}
         return plain
 
@@ -97,14 +105,15 @@ class StepReport:
         values = dict(plain)
         for name in ("drift", "gradient_norm", "residual"):
             values[name] = float(values[name])
-        for losses in ("losses", "prior_losses"):
-            values[losses] = {name: float(value) for name, value in values[losses].items()}
+        for losses in LOSSES:
+            values[losses] = {name: float(value) for name, value in values.get(losses, {}).items()}
         return cls(**values)
 
     def to_scalars(self) -> dict[str, float]:
         """Numbers by name, as trackers want them."""
         scalars = {f"loss/{name}": value for name, value in self.losses.items()}
         scalars |= {f"prior_loss/{name}": value for name, value in self.prior_losses.items()}
+        scalars |= {f"benign_loss/{name}": value for name, value in self.benign_losses.items()}
         if self.prior_loss is not None:
             scalars["prior_loss"] = self.prior_loss
         if self.pulling is not None:

@@ -90,6 +90,11 @@ class ImmunizeResult(Released):
             f"published ({MIMA_PAPER}): steps that commit a merge of the adapted weights, {rule}, "
             "alternate with steps of ascent.",
         }[config.method]
+        if "benign" in self.saw:
+            yield (
+                "Learning other concepts was simulated, too, so that they stay learnable: "
+                f"{', '.join(self.saw['benign']['concepts'])}."
+            )
         yield (
             f"Fine-tuning these weights on {the_concepts} below is meant to fail for longer than "
             "it does from the base model. Immunity is a matter of degree: it costs an attacker "

@@ -41,14 +41,22 @@ def uninterrupted() -> Iterator[Sequence[object]]:
 
 
 def describe_run(
-    config: Mapping[str, Any], concepts: Sequence[Any], weights: Mapping[str, torch.Tensor]
+    config: Mapping[str, Any],
+    concepts: Sequence[Any],
+    weights: Mapping[str, torch.Tensor],
+    benign: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """What a run is, as plain data: settings, concepts, the model's fingerprint, versions."""
+
+    def described(concepts: Sequence[Any]) -> list[dict[str, str]]:
+        return [
+            {"name": c.name, "prompt": c.prompt, "class_prompt": c.class_prompt} for c in concepts
+        ]
+
     return {
         "config": config,
-        "concepts": [
-            {"name": c.name, "prompt": c.prompt, "class_prompt": c.class_prompt} for c in concepts
-        ],
+        "concepts": described(concepts),
+        "benign": described(benign),
         "model": fingerprint(weights),
         "versions": installed_versions(),
     }
@@ -98,7 +106,11 @@ def _is_description(run: Mapping[str, Any]) -> bool:
 
 
 def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
-    concepts = {f"concepts.{n}": concept for n, concept in enumerate(run["concepts"])}
+    concepts = {
+        f"{kind}.{n}": concept
+        for kind in ("concepts", "benign")
+        for n, concept in enumerate(run.get(kind, []))
+    }
     return flat(run["config"]) | flat(concepts)
 
 

@@ -24,7 +24,7 @@ from mima.bilevel.outer import (
 from mima.bilevel.tasks import FullWeights, LoraFactors
 from mima.merging import MergeLayer
 
-RULES = [SGD(lr=0.3), Adam(lr=0.1, eps=1e-2)]
+RULES = [SGD(lr=0.3), SGD(lr=0.2, momentum=0.8), Adam(lr=0.1, eps=1e-2)]
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def assert_slopes(gradient, f, theta, h=1e-5):
 @pytest.mark.parametrize("merge", ["projected", "average"])
 @pytest.mark.parametrize("kind", ["full", "partial", "lora"])
 @pytest.mark.parametrize("states", [(4,), (1, 2, 3, 4), (2, 3)], ids=["last", "all", "middle"])
-@pytest.mark.parametrize("optimizer", RULES, ids=["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", RULES, ids=["sgd", "momentum", "adam"])
 def test_exact_path_gradient_agrees_with_central_differences(theta, merge, kind, states, optimizer):
     tasks, layer, _ = problem(theta, kind=kind, optimizer=optimizer, steps=4, merge=merge)
     upper = along(states)
@@ -82,7 +82,7 @@ def test_exact_path_gradient_agrees_with_central_differences(theta, merge, kind,
 @pytest.mark.parametrize("mode", ["exact", "finite_difference"])
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_two_passes_along_a_path_equal_one_graph(theta, mode, kind):
-    tasks, layer, _ = problem(theta, kind=kind, optimizer=RULES[1], steps=4)
+    tasks, layer, _ = problem(theta, kind=kind, optimizer=RULES[2], steps=4)
     upper = along((1, 3, 4))
     two = outer_gradient(theta, tasks, layer, upper, mode=mode, wrt=tuple(theta))
     one = naive_outer_gradient(theta, tasks, layer, upper, wrt=tuple(theta))
@@ -92,7 +92,7 @@ def test_two_passes_along_a_path_equal_one_graph(theta, mode, kind):
 
 
 def test_first_order_along_a_path_is_the_sum_of_the_gradients_at_its_merged_states(theta):
-    tasks, layer, _ = problem(theta, optimizer=RULES[1], steps=3)
+    tasks, layer, _ = problem(theta, optimizer=RULES[2], steps=3)
     upper = along((1, 3))
     outer = outer_gradient(theta, tasks, layer, upper, mode="first_order", wrt=tuple(theta))
     total = {n: torch.zeros_like(v) for n, v in theta.items()}
@@ -137,7 +137,7 @@ def test_states_that_the_path_lacks_are_refused(states):
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("optimizer", RULES, ids=["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", RULES, ids=["sgd", "momentum", "adam"])
 def test_an_attack_that_goes_on_takes_the_steps_that_one_long_attack_takes(theta, kind, optimizer):
     batches = [Data(k, randn(2, 5, seed=10)) for k in range(6)]
     names = ["key", "value"]
@@ -172,7 +172,7 @@ def test_an_attack_that_goes_on_takes_the_steps_that_one_long_attack_takes(theta
 
 
 def test_the_gradient_through_an_attack_that_goes_on(theta):
-    tasks, layer, _ = problem(theta, optimizer=RULES[1], steps=3, merge="average")
+    tasks, layer, _ = problem(theta, optimizer=RULES[2], steps=3, merge="average")
     went_on = []
     for task in tasks:
         carried = task.stop(list(lower.path(task, theta))[-1], theta)

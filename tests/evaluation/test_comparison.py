@@ -14,9 +14,10 @@ from mima.adaptation import LoRA, TextualInversion
 from mima.adapters.adapter import Adapter
 from mima.adapters.merge import apply
 from mima.concepts import Concept
+from mima.concepts.naming import without_name
 from mima.errors import MimaError
 from mima.evaluation import Sampler, cmmd, evaluate, load_encoder
-from mima.evaluation.grid import PRESETS, attack_grid, grid_config, material, without_name
+from mima.evaluation.grid import PRESETS, attack_grid, grid_config, material
 from mima.evaluation.records import AttackRow, ConceptRecord, EvaluationFolder
 from mima.evaluation.summary import paired_difference, summarize
 from mima.evaluation.trajectory import score, trajectory

@@ -12,13 +12,14 @@ from pydantic import ValidationError
 
 from mima.errors import MimaError, ProblemList
 from mima.immunization.config import (
-    RECIPES,
     ImmunizeConfig,
     ImmunizeRun,
     LowerConfig,
     UpperConfig,
     load_config,
 )
+from mima.immunization.from_file import read_run
+from mima.immunization.recipes import RECIPES, beneath, default, paper
 from mima.settings import checked, parse_config
 
 FULL = {
@@ -66,17 +67,46 @@ FULL = {
 }
 
 
-@pytest.mark.parametrize("settings", [{}, FULL], ids=["defaults", "all"])
+SEVERAL = {
+    "method": "joint",
+    "lower": [
+        {"steps": 2, "lr": [1e-4, 1e-3], "age": [5, 50], "share": 3.0},
+        {"steps": 2, "parameters": "lora", "rank": [2, 16], "captions": ["as_is", "empty"]},
+        {"steps": 2, "optimizer": "momentum", "benign_start": [0, 4]},
+    ],
+    "upper": {"ascent_ratio": 0.5, "benign": {"every": 2, "lower": {"steps": 4}, "path_every": 2}},
+}
+
+
+@pytest.mark.parametrize("settings", [{}, FULL, SEVERAL], ids=["defaults", "all", "several"])
 def test_settings_survive_json_and_yaml(settings):
     config = ImmunizeConfig.model_validate(settings)
     plain = config.model_dump(mode="json")
     for text in (json.loads(json.dumps(plain)), yaml.safe_load(yaml.safe_dump(plain))):
         assert ImmunizeConfig.model_validate(text) == config
+    assert_holds(plain, settings)
+
+
+def assert_holds(plain, settings):
     for name, value in settings.items():
         if isinstance(value, dict):
-            assert plain[name].items() >= value.items()
+            assert_holds(plain[name], value)
+        elif isinstance(value, list) and isinstance(value[0], dict):
+            for one, told in zip(plain[name], value, strict=True):
+                assert_holds(one, told)
         else:
             assert plain[name] == value
+
+
+def test_one_attacker_or_several():
+    one, two = ImmunizeConfig(lower={"lr": 1e-3}), ImmunizeConfig.model_validate(SEVERAL)
+    assert one.attackers == (one.lower,)
+    assert one.lower.lr == 1e-3
+    assert two.attackers == two.lower
+    assert [attacker.share for attacker in two.attackers] == [3.0, 1.0, 1.0]
+    assert two.highest_lr == 1e-3
+    assert "rank" not in two.read()["lower"][0]
+    assert two.read()["lower"][1]["rank"] == [2, 16]
 
 
 def test_settings_cannot_be_changed_by_accident():
@@ -106,11 +136,17 @@ def test_settings_cannot_be_changed_by_accident():
         ("precision", "int8", "'float32', 'float16' or 'bfloat16'"),
         ("trackers", "wandb", "valid tuple"),
         ("lower.steps", 0, "greater than or equal to 1"),
-        ("lower.optimizer", "lion", "'sgd' or 'adam'"),
+        ("lower.optimizer", "lion", "'sgd', 'momentum' or 'adam'"),
+        ("lower.captions", "sks", "'as_is', 'without_name', 'rare_token' or 'empty'"),
+        ("lower.share", 0, "greater than 0"),
+        ("upper.margin", -1, "greater than or equal to 0"),
+        ("upper.benign.weight", 0, "greater than 0"),
+        ("upper.benign.every", 0, "greater than or equal to 1"),
+        ("upper.benign.target", "keep", "'match' or 'held_out'"),
         ("lower.lr", 0, "must be > 0"),
         ("lower.token_lr", 0, "greater than 0"),
         ("lower.batch_size", 0, "greater than or equal to 1"),
-        ("lower.rank", 0, "greater than or equal to 1"),
+        ("lower.rank", 0, "must be >= 1"),
         ("lower.alpha", 0, "greater than 0"),
         ("lower.prior_weight", -1, "greater than or equal to 0"),
         ("upper.lr", "fast", "valid number"),
@@ -131,7 +167,7 @@ def test_a_value_out_of_range_is_named(name, value, reason):
         parse_config(ImmunizeConfig, raw, source="run.yaml")
     message = str(caught.value)
     assert "run.yaml has 1 problem" in message
-    assert f"- {name}: " in message
+    assert re.search(rf"- {re.escape(name)}(\.0)?: ", message)
     assert reason in message
     assert repr(value) in message
 
@@ -148,6 +184,8 @@ def test_numbers_are_finite(name, value):
     [
         ({"stpes": 3}, "stpes", "did you mean 'steps'"),
         ({"lower": {"optimiser": "sgd"}}, "lower.optimiser", "did you mean 'optimizer'"),
+        ({"lower": [{}, {"optimiser": "sgd"}]}, "lower.1.optimiser", "did you mean 'optimizer'"),
+        ({"upper": {"benign": {"lower": {"ranks": 2}}}}, "upper.benign.lower.ranks", "'rank'"),
         ({"upper": {"qqq": 1}}, "upper.qqq", "Known: ascent_ratio, batch_size"),
     ],
 )
@@ -171,6 +209,34 @@ def test_every_problem_is_told_at_once():
         ({"upper": {"parameters": "lora"}}, "upper.parameters: 'lora' is an adapter"),
         ({"lower": {"train_token": True}}, "lower.train_token: there are no new words"),
         ({"lower": {"parameters": None}}, "parameters: null leaves nothing to train"),
+        ({"lower": []}, "lower: no attacker"),
+        ({"lower": [{"steps": 2}, {"steps": 3}]}, "take the same number of steps, got 2, 3"),
+        ({"lower": [{}, {"parameters": "lora"}]}, "the projected merge asks each attacker"),
+        (
+            {"lower": [{}, {}], "method": "alternating"},
+            "all concepts in each step and one attacker",
+        ),
+        ({"lower": {"rank": (4, 2)}}, "lower.rank: Value error, must be >= 1"),
+        ({"lower": {"captions": []}}, "captions: at least one is needed"),
+        (
+            {"new_words": True, "lower": {"train_token": True, "captions": "empty"}},
+            "captions: with train_token they hold the new word",
+        ),
+        (
+            {"new_words": True, "lower": {"train_token": True, "benign_start": (1, 2)}},
+            "benign_start: no benign concept has the new word",
+        ),
+        ({"lower": {"benign_start": (3, 2)}}, "benign_start: must be two numbers"),
+        ({"method": "alternating", "lower": {"captions": "empty"}}, "whose attackers draw nothing"),
+        ({"upper": {"benign": {}}}, "upper.benign: it is part of what retains"),
+        (
+            {"upper": {"ascent_ratio": 1, "benign": {"lower": {"age": (2, 3)}}}},
+            "a benign adaptation begins from θ, takes its steps once",
+        ),
+        (
+            {"upper": {"ascent_ratio": 1, "benign": {"path_every": 1}}},
+            "upper.benign.path_every: 1 asks for states on the way of 1 steps",
+        ),
         (
             {"lower": {"parameters": "cross_attention_kv+token"}},
             "lower.parameters: Value error, new words are trained by train_token: true, with "
@@ -199,10 +265,10 @@ def test_a_pattern_that_looks_like_a_former_spelling_is_none(parameters):
     assert LowerConfig(parameters=parameters, train_token=True).parameters == parameters
 
 
-@pytest.mark.parametrize("task", list(RECIPES))
-def test_a_tasks_recipe_gives_way_to_what_is_said(task):
+@pytest.mark.parametrize(("task", "lr"), [("relearn", 3e-5), ("personalize", 2e-5)])
+def test_a_tasks_recipe_gives_way_to_what_is_said(task, lr):
     config = ImmunizeConfig.for_task(task)
-    assert config.upper.lr == RECIPES[task]["upper"]["lr"]
+    assert config.upper.lr == lr
     assert (config.erase_first, config.new_words) == (task == "relearn", task == "personalize")
     for upper in ({"batch_size": 3}, UpperConfig(batch_size=3)):
         other = ImmunizeConfig.for_task(task, steps=5, upper=upper)
@@ -211,6 +277,52 @@ def test_a_tasks_recipe_gives_way_to_what_is_said(task):
     assert ImmunizeConfig.for_task(task, upper={"lr": 1.0}).upper.lr == 1.0
     with pytest.raises(MimaError, match=f"did you mean '{task}'"):
         ImmunizeConfig.for_task(task + "x")
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+@pytest.mark.parametrize("task", [None, "relearn", "personalize"])
+def test_every_recipe_is_a_configuration_that_gives_way(name, task):
+    config = RECIPES[name](task)
+    assert (config.erase_first, config.new_words) == (task == "relearn", task == "personalize")
+    more = RECIPES[name](task, steps=3, upper={"weight_decay": 0.3})
+    assert more.steps == 3
+    assert more.upper == config.upper.model_copy(update={"weight_decay": 0.3})
+    assert ImmunizeConfig.model_validate(beneath({}, name, task)) == config
+    assert RECIPES[name].__doc__
+
+
+def test_rivals_take_the_steps_that_their_sources_take():
+    apdm, sophon, tar = (RECIPES[name]() for name in ("apdm", "sophon", "tar"))
+    for config in (apdm, sophon, tar):
+        assert (config.method, config.hypergradient) == ("joint", "first_order")
+        assert config.upper.parameters == "denoiser"
+        assert {attacker.parameters for attacker in config.attackers} == {"denoiser"}
+    steps = [(config.steps, config.attackers[0].steps) for config in (apdm, sophon, tar)]
+    assert steps == [(800, 20), (1000, 50), (750, 64)]
+    assert [c.upper.objective for c in (apdm, sophon, tar)] == ["pair", "neg", "entropy"]
+    assert [attacker.lr for attacker in tar.attackers] == [2e-6, 2e-5, 4e-5]
+    assert paper() == default() == ImmunizeConfig()
+
+
+def test_a_run_names_its_recipe(tmp_path):
+    path = tmp_path / "run.yaml"
+    text = {"model": "embedded", "concepts": ["cat"], "recipe": "tar", "output": "out"}
+    path.write_text(yaml.safe_dump(text | {"immunize": {"upper": {"lr": 1.0}}}))
+    run = load_config(path)
+    assert run.recipe == "tar"
+    assert run.immunize == RECIPES["tar"](upper={"lr": 1.0})
+    assert read_run(path).immunize == run.immunize
+    said = read_run(path, recipe="apdm", task="relearn", settings={"upper.batch_size": 2})
+    assert said.recipe == "apdm"
+    assert said.immunize == RECIPES["apdm"]("relearn", upper={"lr": 1.0, "batch_size": 2})
+    # what the file says holds only above its recipe
+    path.write_text(yaml.safe_dump(text | {"immunize": {"upper": {"path_weights": "uniform"}}}))
+    assert read_run(path).immunize.upper.path_every == 4
+    path.write_text(yaml.safe_dump(text | {"recipe": "tra"}))
+    with pytest.raises(MimaError, match=r"recipe: .*'sophon' or 'tar'"):
+        load_config(path)
+    with pytest.raises(MimaError, match="recipe 'tra' is unknown; did you mean 'tar'"):
+        read_run(path, recipe="tra")
 
 
 def test_a_run_is_read_from_yaml(tmp_path):

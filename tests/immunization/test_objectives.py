@@ -15,9 +15,17 @@ from mima.immunization.algorithm import immunize
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import encode_concepts
 from mima.immunization.levels import Problem, merge_layer
-from mima.immunization.objectives import EPSILON, PENALTIES, READS_START, Seen, lacking
-from mima.immunization.outer_loop import Ascent
+from mima.immunization.objectives import (
+    EPSILON,
+    PENALTIES,
+    READS_START,
+    Seen,
+    blind_prediction,
+    lacking,
+)
+from mima.immunization.outer_loop import Ascent, without_conflict
 from mima.immunization.progress import LossName
+from mima.training.batches import Batch
 
 OBJECTIVES = sorted(PENALTIES)
 PATH = {"steps": 4, "lr": (1e-4, 1e-2), "parameters": "denoiser"}
@@ -52,10 +60,11 @@ def settings(folder, **changes):
 
 def seen(seed=0, margin=0.0):
     draw = torch.Generator().manual_seed(seed)
-    prediction, target, start = (
-        torch.randn(3, 2, 4, 4, generator=draw, dtype=torch.float64) for _ in range(3)
+    prediction, target, start, blind, *other = (
+        torch.randn(3, 2, 4, 4, generator=draw, dtype=torch.float64) for _ in range(7)
     )
-    return Seen(prediction.requires_grad_(), target, start, margin)
+    paired = Seen(*other)
+    return Seen(prediction.requires_grad_(), target, start, margin, blind, paired, beta=0.8)
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.7])
@@ -63,6 +72,7 @@ def seen(seed=0, margin=0.0):
 def test_an_objective_is_its_formula(name, margin):
     s = seen(margin=margin)
     v, y, w = (x.detach() for x in (s.prediction, s.target, s.start))
+    p = s.pair
     own, before = (((x - y) ** 2).mean((1, 2, 3)) for x in (v, w))
     expected = {
         "log": -math.log(float(((v - y) ** 2).mean()) + EPSILON),
@@ -73,6 +83,17 @@ def test_an_objective_is_its_formula(name, margin):
         / 3,
         "anchor": float(((v - w) ** 2).mean()),
         "zero": float((v**2).mean()),
+        "entropy": float(((v - s.blind) ** 2).mean()),
+        "pair": sum(
+            math.log(1 + math.exp(0.8 * d))
+            for d in (
+                ((p.prediction - p.target) ** 2 - (p.start - p.target) ** 2)
+                - ((v - y) ** 2 - (w - y) ** 2)
+            )
+            .flatten()
+            .tolist()
+        )
+        / v.numel(),
     }[name]
     assert PENALTIES[name](s).item() == pytest.approx(expected, rel=1e-12)
 
@@ -85,6 +106,84 @@ def test_an_objectives_gradient_agrees_with_central_differences(name):
         return PENALTIES[name](replace(s, prediction=prediction))
 
     assert torch.autograd.gradcheck(value, s.prediction)
+
+
+def test_pair_learns_from_both_of_its_pictures():
+    s = seen(2)
+    own, other = s.prediction, s.pair.prediction.clone().requires_grad_()
+    value = PENALTIES["pair"](replace(s, pair=replace(s.pair, prediction=other)))
+    gradients = torch.autograd.grad(value, (own, other))
+    # down on the paired picture's error, up on the concept's
+    errors = [(x - y).detach() for x, y in ((own, s.target), (other, s.pair.target))]
+    signs = [(g * e).sign().unique().tolist() for g, e in zip(gradients, errors, strict=True)]
+    assert signs == [[-1.0], [1.0]]
+
+
+def test_pairs_share_captions_noise_and_noise_levels(model, tmp_path):
+    config = settings(tmp_path, upper=UPPER | {"objective": "pair", "batch_size": 2})
+    problem = make(model, config, 1)
+    batches = problem.upper_level([0], 3).args[2]
+    own, paired = batches
+    assert torch.equal(own.noise, paired.noise)
+    assert torch.equal(own.timesteps, paired.timesteps)
+    assert all(torch.equal(value, own.conditioning[n]) for n, value in paired.conditioning.items())
+    pictures, class_images = (
+        getattr(problem.data[0], kind).latents for kind in ("images", "class_images")
+    )
+    for mine, theirs in zip(own.latents, paired.latents, strict=True):
+        (place,) = [i for i, x in enumerate(pictures) if torch.equal(x, mine)]
+        assert torch.equal(class_images[place % len(class_images)], theirs)
+
+
+def test_the_blind_prediction_is_the_best_one_of_gaussian_pictures(model):
+    family = family_of(load_pipeline(str(model)))
+    draw = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(400, 4, 8, 8, generator=draw) for _ in range(2))
+    for t in (10, 400, 900):
+        steps = torch.full((400,), t)
+        batch = Batch(x, {}, steps, noise, torch.zeros(400))
+        v, target = blind_prediction(family, batch), family.target(x, noise, steps)
+        z = family.add_noise(x, noise, steps)
+        # of all multiples of z: what it misses is orthogonal to z
+        torch.testing.assert_close(((target - v) * z).mean(), torch.zeros(()), atol=0.02, rtol=0)
+        gain = (v * z).sum() / z.square().sum()
+        torch.testing.assert_close(v, gain * z, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["log", "neg"])
+def test_late_states_count_more(model, tmp_path, objective):
+    upper = UPPER | {"objective": objective, "retain": "class_images"}
+    even = make(model, settings(tmp_path, upper=upper), 1)
+    late = make(model, settings(tmp_path, upper=upper | {"path_weights": "late"}), 1)
+    theta = even.theta()
+    for k in (2, 4):
+        values = [float(p.upper_path(0)[k][0](theta)[0]) for p in (even, late)]
+        assert values[1] == pytest.approx(math.exp((k - 4) / 16) * values[0], rel=1e-5)
+
+
+def test_what_would_undo_the_retaining_gradient_is_left_out():
+    retain = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])}
+    with_it = {"a": torch.tensor([-1.0, 5.0]), "b": torch.tensor([1.0])}
+    assert without_conflict(with_it, retain) is with_it
+    against = {"a": torch.tensor([-3.0, 5.0]), "b": torch.tensor([1.0])}
+    left = without_conflict(against, retain)
+    assert sum(float((left[n] * retain[n]).sum()) for n in retain) == pytest.approx(0, abs=1e-5)
+    # ⟨a, r⟩ = −5, ‖r‖² = 25
+    torch.testing.assert_close(left["a"], torch.tensor([-3.0 + 0.6, 5.0]))
+    torch.testing.assert_close(left["b"], torch.tensor([1.0 + 0.8]))
+
+
+@pytest.mark.parametrize("projection", [True, False])
+def test_projection_is_of_the_step(model, tmp_path, monkeypatch, projection):
+    problem = make(model, settings(tmp_path, upper=UPPER | {"projection": projection}), 1)
+    taken = []
+    monkeypatch.setattr(Ascent, "_step", lambda self, gradient, level: taken.append(gradient))
+    ones = {name: torch.ones_like(value) for name, value in problem.theta().items()}
+    opposed = {name: -value for name, value in ones.items()}
+    with Ascent(problem) as run:
+        run.update(OuterGradient(opposed, {}, 0.0), retain=OuterGradient(ones, {}, 0.0))
+    for value in taken[0].values():
+        torch.testing.assert_close(value, torch.full_like(value, 1.0 if projection else 0.5))
 
 
 def test_hinge_has_no_pull_where_an_attack_has_gained_nothing():
@@ -117,7 +216,7 @@ def test_a_satisfied_hinge_costs_no_backward_and_says_so(model, tmp_path, monkey
                 patched.setattr(torch.autograd, "grad", None)
             leaves = {n: v.requires_grad_() for n, v in problem.theta().items()}
             told, gradient = part_gradient(part, leaves)
-        (pull,) = [value for name, value in told.items() if name.pull]
+        (pull,) = [value for name, value in told.items() if name.kind == "pull"]
         assert float(pull) == share
         assert any(value.any() for value in gradient.values()) == bool(share)
 
@@ -131,7 +230,7 @@ def test_ascent_is_scaled_by_the_share_of_pictures_that_pull(model, tmp_path, mo
     retain = OuterGradient({name: 3 * value for name, value in ones.items()}, {}, 0.0)
     with Ascent(problem) as run:
         for shares in ((1.0, 1.0), (0.25, 0.75), (0.0, 0.0)):
-            path = {k: {LossName("cat", pull=True): x} for k, x in zip((2, 4), shares, strict=True)}
+            path = {k: {LossName("cat", "pull"): x} for k, x in zip((2, 4), shares, strict=True)}
             outer = OuterGradient(dict(ones), {LossName("cat"): 1.0}, 0.0, path=path)
             run.update(outer, retain=retain)
     assert [report.pulling for report in run.history] == [1.0, 0.5, 0.0]
@@ -188,11 +287,11 @@ def test_class_pictures_retain_by_their_loss(model, tmp_path):
 
 def test_attacks_draw_their_rates_log_uniformly_between_two(model, tmp_path):
     problem = make(model, settings(tmp_path))
-    rates = [problem.attack(n, step, {}).lr for n in range(2) for step in range(200)]
+    rates = [problem.attacker(n, step, {}).lr for n in range(2) for step in range(200)]
     assert 1e-4 <= min(rates) < 1.3e-4
     assert 0.8e-2 < max(rates) <= 1e-2
     assert sum(rate < 1e-3 for rate in rates) / len(rates) == pytest.approx(0.5, abs=0.1)
-    assert problem.lower_level(1, 7).optimizer.lr == problem.attack(1, 7, {}).lr
+    assert problem.lower_level(1, 7).optimizer.lr == problem.attacker(1, 7, {}).lr
 
 
 def test_some_concepts_of_a_step_are_drawn_evenly(model, tmp_path):
@@ -240,6 +339,14 @@ def test_a_run_along_the_path_goes_on_bit_by_bit(model, tmp_path, method):
         ({"lower": PATH | {"steps": 1}}, "upper.path_every: 2 asks for states on the way"),
         ({"lower": PATH | {"lr": (1e-3, 1e-4)}}, "the first must not be the larger"),
         ({"lower": PATH | {"lr": 0}}, "must be > 0"),
+        ({"upper": UPPER | {"pair_beta": 1.0}}, "upper.pair_beta: it is of objective 'pair'"),
+        (
+            {"upper": {"objective": "pair"}, "lower": {"train_token": True}, "new_words": True}
+            | {"merge": "average"},
+            "'pair' reads no new words",
+        ),
+        ({"upper": {"path_weights": "late"}}, "without path_every the last state alone counts"),
+        ({"upper": {"projection": True}}, "without ascent_ratio there is one gradient alone"),
         ({"upper": UPPER | {"margin": 1.0}}, "upper.margin: it is of objective 'hinge', got 'log'"),
         ({"upper": UPPER | {"loss_cap": 1.0}}, "objective 'log' has no use for a cap"),
         ({"upper": UPPER | {"prior_weight": 0}}, "with prior_weight 0 nothing retains"),
@@ -257,7 +364,7 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path, changes, mess
 
 
 def test_only_what_an_objective_reads_is_kept(model, tmp_path):
-    for objective in ("neg", "log", "zero", "hinge", "anchor"):
+    for objective in ("neg", *OBJECTIVES):
         upper = {"objective": objective}
         problem = make(model, settings(tmp_path, lower={}, upper=upper, merge="average"))
         assert bool(problem._start) == (objective in READS_START)

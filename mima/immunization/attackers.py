@@ -1,16 +1,17 @@
-"""Who attacks in each outer step: what an attacker draws, and which attackers live on."""
+"""Who attacks in each outer step: what an attacker draws, and who lives on."""
 
 # n = index of a concept
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from mima.bilevel.lower import Carried
+from mima.choices import AttackerCaptions
 from mima.immunization.config import LowerConfig
 from mima.training.batches import seeded
 
@@ -29,7 +30,7 @@ class Alive:
 
 
 @dataclass(frozen=True)
-class Attack:
+class Attacker:
     """Concept n's attacker at one outer step.
 
     Attributes:
@@ -38,6 +39,7 @@ class Attack:
         n: index of the concept.
         born: the outer step at which the attacker began.
         carried: where it stopped before this outer step; None where it begins with it.
+        who: tells the draws of those who attack, "", from those of others.
     """
 
     config: LowerConfig
@@ -45,6 +47,7 @@ class Attack:
     n: int
     born: int
     carried: Carried | None = None
+    who: str = ""
 
     @cached_property
     def lr(self) -> float:
@@ -52,32 +55,67 @@ class Attack:
         lr = self.config.lr
         return log_uniform(*lr, self._draw("rate")) if isinstance(lr, tuple) else lr
 
+    @cached_property
+    def rank(self) -> int:
+        """Rank of the LoRA factors."""
+        rank = self.config.rank
+        return _whole(*rank, self._draw("rank")) if isinstance(rank, tuple) else rank
+
+    @cached_property
+    def captions(self) -> AttackerCaptions:
+        """What the attacker calls the concept."""
+        kinds = self.config.captions
+        return kinds[int(self._draw("captions") * len(kinds))]
+
     @property
     def continues(self) -> bool:
         """Whether the attacker outlives this outer step: whether it is younger than its age."""
         if self.config.age is None:
             return False
-        low, high = self.config.age
         done = self.config.steps + (self.carried.age if self.carried else 0)
-        # every whole age from low to high is reached
-        return done < int(log_uniform(low, high + 1, self._draw("age")))
+        return done < _whole(*self.config.age, self._draw("age"))
 
     def split(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Disjoint halves of ``count`` pictures, for both levels; a single picture serves both."""
-        order = torch.randperm(count, generator=seeded(self.seed, self.born, self.n, "split"))
+        order = torch.randperm(count, generator=self._draws("split"))
         half = (count + 1) // 2
         return order[:half], order[half:] if count > 1 else order
 
+    def begins_with(self, concepts: int) -> tuple[int, int]:
+        """The benign concept, of so many, that the attacker begins with, and its steps on it."""
+        if self.carried is not None or self.config.benign_start is None:
+            return 0, 0
+        low, high = self.config.benign_start
+        steps = low + int((high - low + 1) * self._draw("benign steps"))
+        return int(concepts * self._draw("benign concept")), steps
+
     def _draw(self, what: str) -> float:
         """A number in [0, 1) that is the same as long as the attacker lives."""
-        generator = seeded(self.seed, self.born, self.n, what)
-        return torch.rand((), generator=generator, dtype=torch.float64).item()
+        return torch.rand((), generator=self._draws(what), dtype=torch.float64).item()
+
+    def _draws(self, what: str) -> torch.Generator:
+        who = (self.who,) if self.who else ()
+        return seeded(self.seed, self.born, self.n, what, *who)
+
+
+def choose(attackers: Sequence[LowerConfig], seed: int, n: int, born: int) -> LowerConfig:
+    """One of several attackers for concept n, as often as its share says."""
+    if len(attackers) == 1:
+        return attackers[0]
+    shares = torch.tensor([attacker.share for attacker in attackers], dtype=torch.float64)
+    drawn = torch.multinomial(shares, 1, generator=seeded(seed, born, n, "attacker"))
+    return attackers[int(drawn)]
 
 
 def log_uniform(low: float, high: float, u: float) -> float:
     """``low · (high / low)ᵘ``: log-uniform between two numbers > 0 for u uniform in [0, 1)."""
     drawn: float = low * (high / low) ** u
     return drawn
+
+
+def _whole(low: int, high: int, u: float) -> int:
+    """A whole number from ``low`` to ``high``, both among them, log-uniformly."""
+    return int(log_uniform(low, high + 1, u))
 
 
 def to_tensors(alive: Mapping[int, Alive]) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:

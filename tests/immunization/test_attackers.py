@@ -10,12 +10,13 @@ from support import immunizing, tiny
 
 from mima.bilevel import lower
 from mima.bilevel.lower import Carried
+from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import family_of, load_pipeline
 from mima.immunization.algorithm import immunize
-from mima.immunization.attacks import Alive, Attack, from_tensors, to_tensors
+from mima.immunization.attackers import Alive, Attacker, choose, from_tensors, to_tensors
 from mima.immunization.config import ImmunizeConfig, LowerConfig
-from mima.immunization.encoding import encode_concepts
+from mima.immunization.encoding import captions_of, encode_concepts
 from mima.immunization.levels import Problem, merge_layer
 from mima.immunization.outer_loop import Ascent
 from mima.settings import parse_config
@@ -65,8 +66,8 @@ def test_ages_are_drawn_log_uniformly_between_two():
     config = LowerConfig(steps=1, age=(10, 1000))
     ages = []
     for born in range(400):
-        attack = Attack(config, 0, 0, born)
-        ages.append(int(10 * (1001 / 10) ** attack._draw("age")))
+        attacker = Attacker(config, 0, 0, born)
+        ages.append(int(10 * (1001 / 10) ** attacker._draw("age")))
     assert 10 <= min(ages) < 13
     assert 800 < max(ages) <= 1000
     assert sum(age < 100 for age in ages) / len(ages) == pytest.approx(0.5, abs=0.08)
@@ -78,9 +79,9 @@ def test_an_attacker_goes_on_until_its_age_and_another_begins(model, tmp_path):
     for step in range(30):
         ends = {}
         for n in range(2):
-            attack = problem.attack(n, step, alive)
-            age = attack.carried.age if attack.carried else 0
-            seen[n].append((attack.born, age, attack.lr, attack.split(4)[0].tolist()))
+            attacker = problem.attacker(n, step, alive)
+            age = attacker.carried.age if attacker.carried else 0
+            seen[n].append((attacker.born, age, attacker.lr, attacker.split(4)[0].tolist()))
             if problem.lower_level(n, step, alive).continues:
                 ends[n] = Carried({"w": torch.zeros(1)}, {"w": ()}, age + 2)
         alive = problem.survivors(step, alive, ends)
@@ -95,6 +96,97 @@ def test_an_attacker_goes_on_until_its_age_and_another_begins(model, tmp_path):
             assert len({lr for _, _, lr, _ in life}) == 1
             assert attacks[born][0] == born
         assert len({len(life) for life in lives.values()}) > 1
+
+
+def test_attackers_are_drawn_as_often_as_their_shares_say():
+    kinds = (LowerConfig(share=3.0), LowerConfig(lr=1.0))
+    drawn = [choose(kinds, 0, n, step) for n in range(2) for step in range(200)]
+    assert drawn.count(kinds[0]) / len(drawn) == pytest.approx(0.75, abs=0.07)
+    assert drawn[7] == choose(kinds, 0, 0, 7)
+
+
+def test_ranks_are_drawn_log_uniformly_between_two(model, tmp_path):
+    lora = {"parameters": "lora", "rank": (2, 17), "steps": 1, "lr": 1e-3}
+    problem = make(model, settings(tmp_path, lower=lora), 1)
+    ranks = [problem.attacker(0, step, {}).rank for step in range(300)]
+    assert set(ranks) == set(range(2, 18))
+    assert sum(rank < 6 for rank in ranks) / len(ranks) == pytest.approx(0.5, abs=0.1)
+    factors = problem.lower_level(0, 5).start(problem.theta())
+    assert {v.shape[0] for name, v in factors.items() if name.endswith("lora_A")} == {ranks[5]}
+
+
+def test_one_attacker_in_a_list_is_that_attacker(model, tmp_path):
+    lower = {"steps": 1, "lr": (1e-4, 1e-2), "parameters": "lora"}
+    gradients = []
+    for given in (lower, [lower]):
+        problem = make(model, settings(tmp_path, lower=given))
+        levels = problem.lower_levels(3), problem.upper_path(3)
+        gradients.append(problem.hypergradient(problem.theta(), *levels).gradient)
+    immunizing.assert_same(*gradients)
+
+
+@pytest.mark.parametrize("method", ["joint", "sum"])
+@pytest.mark.parametrize("hypergradient", ["exact", "first_order"])
+def test_attackers_of_several_kinds_meet_in_one_step(model, tmp_path, method, hypergradient):
+    lower = [
+        {"steps": 2, "lr": 1e-3, "parameters": "lora"},
+        {"steps": 2, "lr": 1e-3, "parameters": "cross_attention_kv", "optimizer": "momentum"},
+    ]
+    how = {"method": "joint"} if method == "joint" else {"method": "mima", "merge": "sum"}
+    config = settings(tmp_path, lower=lower, hypergradient=hypergradient, **how)
+    problem = make(model, config)
+    step = next(
+        step
+        for step in range(20)
+        if len({problem.attacker(n, step, {}).config.parameters for n in range(2)}) == 2
+    )
+    theta = problem.theta()
+    outer = problem.hypergradient(theta, problem.lower_levels(step), problem.upper_path(step))
+    assert 0 < outer.norm < math.inf
+    assert {name.concept for name in outer.losses} == {"cat", "dog"}
+
+
+@pytest.mark.parametrize("kind", ["as_is", "without_name", "rare_token", "empty"])
+def test_both_levels_read_the_attackers_captions(model, tmp_path, kind, monkeypatch):
+    concept = immunizing.concepts(1)[0]
+    expected = {
+        "as_is": "a cat in red",
+        "without_name": "in red",
+        "rare_token": "a sks in red",
+        "empty": "",
+    }[kind]
+    assert set(captions_of(concept, kind)) == {expected}
+    config = settings(tmp_path, lower={"steps": 1, "lr": 1e-3, "captions": kind})
+    cache = CheckpointFolder(tmp_path / "cache")
+    family = family_of(load_pipeline(str(model)))
+    for _ in range(2):
+        # the second time from the file
+        data = encode_concepts(family, [concept], config, cache=cache)
+        problem = Problem(family, data, config, None)
+        read = []
+
+        def losses(batches, params, problem=problem, read=read):
+            read.extend(batches)
+            return Problem.predictions(problem, batches, params)
+
+        monkeypatch.setattr(problem, "predictions", losses)
+        theta = problem.theta()
+        problem.lower_level(0, 0).loss({}, theta, 0)
+        problem.upper_levels(0)[0](theta)
+        wanted = family.encode_prompts([expected])
+        assert len(read) == 2
+        for batch in read:
+            for name, value in wanted.items():
+                torch.testing.assert_close(batch.conditioning[name], value)
+        assert torch.equal(data[0].pictures(kind).latents, data[0].images.latents)
+
+
+def test_a_concept_without_its_name_cannot_be_renamed(model, tmp_path):
+    concept = Concept("zebra", "a cat in red", [tiny.picture("red", "round")])
+    for kind in ("without_name", "rare_token"):
+        config = settings(tmp_path, lower={"captions": ("as_is", kind)})
+        with pytest.raises(MimaError, match=f"lower.captions: {kind} needs a name.*zebra"):
+            immunize(model, [concept], config)
 
 
 @pytest.mark.parametrize("kind", ["denoiser", "lora"])
@@ -187,7 +279,7 @@ def test_attackers_of_a_step_that_is_left_out_begin_anew(model, tmp_path):
             {"new_words": True, "lower": {"age": (2, 4), "train_token": True}},
             "age: new words (train_token) begin anew",
         ),
-        ({"lower": {"age": (2, 4)}, "method": "alternating"}, "one lower.lr and no lower.age"),
+        ({"lower": {"age": (2, 4)}, "method": "alternating"}, "one lower.lr, no lower.age"),
     ],
 )
 def test_attackers_that_contradict_themselves_are_refused(changes, message):

@@ -1,0 +1,183 @@
+"""Named settings: the paper's, those of rivals in the same loop, and the default.
+
+Each function takes a task, or None, and settings that win over its own, and returns a full
+configuration. Rivals are what their public code does, as far as these settings can say it; what
+they cannot say is told in each docstring. All run in one loop, on the same pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from mima.choices import Recipe, Task
+from mima.errors import MimaError, nearest
+from mima.immunization.config import ImmunizeConfig
+
+Plain = dict[str, Any]
+
+TASKS: dict[Task, Plain] = {
+    "relearn": {"erase_first": True},
+    "personalize": {"new_words": True, "token_steps": 100},
+}
+"""What a task sets, whatever the recipe: what is done to the model before it is immunized."""
+
+
+def default(task: Task | None = None, **settings: Any) -> ImmunizeConfig:
+    """The settings of a run that says nothing: for now those of ``paper``."""
+    return paper(task, **settings)
+
+
+def paper(task: Task | None = None, **settings: Any) -> ImmunizeConfig:
+    """MIMA as published (Zheng & Yeh, AAAI 2025, arXiv 2412.15320).
+
+    The learning rates, batch size, steps and parameters are those of the released scripts, for
+    re-learning erased concepts (upper level 3e-5) and for personalization (2e-5).
+
+    Not the same: the gradient is that of the paper's bi-level problem, differentiated through the
+    merge and the lower level. The released scripts' own update, which is not, is
+    ``method="alternating"``.
+    """
+    rates: dict[Task | None, float] = {"relearn": 3e-5, "personalize": 2e-5}
+    return _config({"upper": {"lr": rates[task]}} if task in rates else {}, task, settings)
+
+
+def apdm(task: Task | None = None, **settings: Any) -> ImmunizeConfig:
+    """APDM (NeurIPS 2025, github.com/KU-VGI/APDM, ``protect.py`` and ``gen_arguments.py``).
+
+    The same: 800 outer steps; from θ, 20 steps of DreamBooth with prior preservation on all weights
+    (AdamW, 5e-6, one picture); after each, the gradient of the paired logistic loss (β 1) and of
+    the loss on class pictures at the attacked weights, summed onto θ to first order; AdamW at 5e-6
+    with decay 0.01, nothing clipped.
+
+    Not the same: pairs are of the concept's class pictures in their order, where APDM has a set
+    made for each concept; the attacker's AdamW has no decay; several concepts are summed, where
+    APDM has one.
+    """
+    attacker = {"steps": 20, "lr": 5e-6, "parameters": "denoiser", "prior_weight": 1.0}
+    upper = {
+        "parameters": "denoiser",
+        "lr": 5e-6,
+        "weight_decay": 1e-2,
+        "objective": "pair",
+        "pair_beta": 1.0,
+        "path_every": 1,
+        "prior_weight": 1.0,
+        "max_grad_norm": None,
+    }
+    return _config(RIVAL | {"steps": 800, "lower": attacker, "upper": upper}, task, settings)
+
+
+def sophon(task: Task | None = None, **settings: Any) -> ImmunizeConfig:
+    """SOPHON (IEEE S&P 2024, github.com/ChiangE/Sophon, ``generation/mean_squared_loss.py``).
+
+    The same: 1,000 outer steps; from θ, 50 steps of SGD (1e-4) on all weights; after each, the
+    gradient of the negated loss on other pictures, averaged to first order (MAML); the rates of the
+    two levels' Adam are 1 : 5.
+
+    Not the same: SOPHON takes its two kinds of steps in turns, each by an Adam of its own (1e-4 and
+    5e-4). Here they are one step at 5e-4 of which the ascent has a fifth of the length, as Adam's
+    steps of such rates have. The ordinary pictures are the concepts' class pictures; a step has one
+    picture unless ``lower.batch_size`` and ``upper.batch_size`` say more, where SOPHON has 90 and
+    10; the model is conditional.
+    """
+    attacker = {"steps": 50, "optimizer": "sgd", "lr": 1e-4, "parameters": "denoiser"}
+    upper = {
+        "parameters": "denoiser",
+        "lr": 5e-4,
+        "weight_decay": 0.0,
+        "objective": "neg",
+        "path_every": 1,
+        "ascent_ratio": 0.2,
+    }
+    return _config(RIVAL | {"steps": 1000, "lower": attacker, "upper": upper}, task, settings)
+
+
+def tar(task: Task | None = None, **settings: Any) -> ImmunizeConfig:
+    """TAR (ICLR 2025, github.com/rishub-tamirisa/tamper-resistance, ``run_tar_bio.sh``).
+
+    The same: 750 outer steps, each with one attack of 64 AdamW steps on all weights, batch 4, at
+    2e-6, 2e-5 or 4e-5; the objective of maximal entropy after every fourth step, weighted by
+    e^((k − K) / 16), to first order; what retains is nearness to the start on ordinary data;
+    AdamW at 2e-5.
+
+    Not the same: TAR is for language models, whose entropy and hidden states a denoiser lacks; see
+    the objective ``entropy``, and ``distill``, which compares predictions. TAR adds its two
+    gradients as they are, 4 : 1; here that is the ratio of their lengths. A third of its attackers
+    begin on benign data: give ``benign`` concepts and set ``lower.benign_start``. Its learning
+    rates warm up.
+    """
+    attacker = {"steps": 64, "batch_size": 4, "parameters": "denoiser"}
+    upper = {
+        "parameters": "denoiser",
+        "lr": 2e-5,
+        "batch_size": 4,
+        "objective": "entropy",
+        "path_every": 4,
+        "path_weights": "late",
+        "retain": "distill",
+        "ascent_ratio": 4.0,
+    }
+    own = {
+        "steps": 750,
+        "concepts_per_step": 1,
+        "lower": [{**attacker, "lr": lr} for lr in (2e-6, 2e-5, 4e-5)],
+        "upper": upper,
+    }
+    return _config(RIVAL | own, task, settings)
+
+
+RIVAL: Plain = {"method": "joint", "hypergradient": "first_order"}
+"""What the rivals have in common: they merge nothing and leave second derivatives out."""
+
+RECIPES: dict[Recipe, Callable[..., ImmunizeConfig]] = {
+    "default": default,
+    "paper": paper,
+    "apdm": apdm,
+    "sophon": sophon,
+    "tar": tar,
+}
+"""All recipes by name."""
+
+
+def beneath(
+    settings: Mapping[str, Any], recipe: str | None = None, task: str | None = None
+) -> Plain:
+    """Plain settings of a run with those of a recipe and of a task beneath them.
+
+    Args:
+        settings: of ``ImmunizeConfig``, plain or not; they win.
+        recipe: one of ``RECIPES``; None for ``default``.
+        task: one of ``TASKS``, or None.
+
+    Raises:
+        MimaError: no such recipe or task.
+    """
+    recipe = recipe or "default"
+    if recipe not in RECIPES:
+        raise MimaError(f"recipe {recipe!r} is unknown; {nearest(recipe, RECIPES)}")
+    if task is not None and task not in TASKS:
+        raise MimaError(f"task {task!r} is unknown; {nearest(task, TASKS)}")
+    own = RECIPES[recipe](task).model_dump(exclude_unset=True)
+    return _over(own, settings)
+
+
+def _config(own: Plain, task: Task | None, settings: Mapping[str, Any]) -> ImmunizeConfig:
+    if task is not None and task not in TASKS:
+        raise MimaError(f"task {task!r} is unknown; {nearest(task, TASKS)}")
+    known = own if task is None else own | TASKS[task]
+    return ImmunizeConfig.model_validate(_over(known, settings))
+
+
+def _over(own: Plain, settings: Mapping[str, Any]) -> Plain:
+    """Settings that win over others, group by group."""
+    combined = {**own, **settings}
+    for name, value in own.items():
+        more = settings.get(name)
+        if isinstance(more, BaseModel):
+            more = more.model_dump(exclude_unset=True)
+        if isinstance(value, dict) and isinstance(more, dict):
+            combined[name] = {**value, **more}
+    return combined
