@@ -70,16 +70,16 @@ def _explain(kind: type[Settings], error: dict[str, Any]) -> str:
     fields = kind.model_fields
     for part in where[:-1]:
         if not part.isdigit():
-            group = _group(fields[part].annotation)
+            group = group_of(fields[part].annotation)
             fields = group.model_fields if group else {}
     return f"{one_line(name)}: unknown setting; {nearest(where[-1], fields)}"
 
 
-def _group(annotation: Any) -> type[Settings] | None:
+def group_of(annotation: Any) -> type[Settings] | None:
     """The settings class that a field's type is, or is made of."""
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         return annotation
-    found = (_group(part) for part in get_args(annotation))
+    found = (group_of(part) for part in get_args(annotation))
     return next((group for group in found if group), None)
 
 

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 from mima.cli import app
 from mima.cli.diagnosis import VARIABLES
 from mima.concepts import embedded_names
-from mima.immunization.config import ImmunizeConfig, ImmunizeRun
+from mima.immunization.config import ImmunizeConfig, ImmunizeRun, LowerConfig
 from mima.ops.backends.choice import BACKENDS
-from mima.settings import parse_config
+from mima.settings import group_of, parse_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -37,6 +37,10 @@ def settings(kind: type[BaseModel], prefix: str = "") -> dict[str, object]:
             found |= {f"{prefix}{name}.{key}": value for key, value in vars(field.default).items()}
         else:
             found[prefix + name] = field.default
+        group = group_of(field.annotation)
+        # a group that is off unless it is set; those of a lower level are listed once
+        if field.default is None and group not in (None, LowerConfig):
+            found |= settings(group, f"{prefix}{name}.")
     return found
 
 
@@ -48,6 +52,8 @@ def test_the_guide_lists_every_setting_with_its_default():
         if default is None or default == ():
             continue
         stated = yaml.safe_load(re.fullmatch(r"`(.+)`", rows[name].strip())[1])
+        if isinstance(default, tuple) and not isinstance(stated, list):
+            stated = [stated]
         assert type(default)(stated) == default, name
 
 
