@@ -22,6 +22,9 @@ AttackerCaptions = Literal["as_is", "without_name", "rare_token", "empty"]
 BenignTarget = Literal["match", "held_out"]
 """What benign adaptations are to come to: see ``mima.immunization.benign``."""
 
+LearningRateSchedule = Literal["constant", "cosine"]
+"""How the upper level's step size changes over a run: see ``UpperConfig.lr_schedule``."""
+
 Retention = Literal["class_images", "distill"]
 """How a model is kept useful: see ``UpperConfig.retain``."""
 

@@ -18,6 +18,7 @@ from mima.choices import (
     AttackerCaptions,
     BenignTarget,
     Hypergradient,
+    LearningRateSchedule,
     MergeRule,
     Method,
     PathWeights,
@@ -194,6 +195,9 @@ class UpperConfig(Settings):
 
     lr: float = Field(3e-5, gt=0)
     """AdamW's step size."""
+    lr_schedule: LearningRateSchedule = "constant"
+    """``constant``, or ``cosine``: ``lr`` after a warm-up of ten steps, falling along half a cosine
+    to a tenth of it at the last step, so that the run ends with what retains."""
     weight_decay: float = Field(1e-2, ge=0)
     """AdamW's decoupled decay."""
     batch_size: int = Field(1, ge=1)
@@ -515,13 +519,14 @@ class ImmunizeConfig(Settings):
             upper.objective != "neg",
             upper.path_every is not None,
             upper.ascent_ratio is not None,
+            upper.lr_schedule != "constant",
             self.concepts_per_step is not None,
             isinstance(self.lower, tuple),
         )
         if any(extended):
             raise ValueError(
-                f"{what}: it has no path, no objective but neg, no ascent_ratio, all concepts in "
-                "each step and one attacker"
+                f"{what}: it has no path, no objective but neg, no ascent_ratio, no lr_schedule, "
+                "all concepts in each step and one attacker"
             )
         if self.merge != "projected":
             raise ValueError(f"{what}, which merges keys and values; not for merge {self.merge!r}")

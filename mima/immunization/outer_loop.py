@@ -37,6 +37,10 @@ ETA_STEPS = 20
 DIVERGENCE_STEPS = 10
 MEMORY = 0.9
 """Decay of the running mean of the retaining gradient's length, per step."""
+WARM_UP = 10
+"""Steps over which a cosine schedule rises."""
+LEAST = 0.1
+"""What a cosine schedule falls to, as a share of its height."""
 FLOOR = 1e-4
 """The least ratio of that mean to the ascent's length."""
 
@@ -220,6 +224,10 @@ class Ascent:
         if not gradient:
             return
         optimizer, parameters = self._optimizers[level], self.theta
+        if level == "upper" and self._config.upper.lr_schedule == "cosine":
+            share = cosine(len(self.history), self._config.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = share * self._config.upper.lr
         if self._config.offload_optimizer:
             step_offloaded(optimizer, {n: (parameters[n], gradient[n]) for n in self._names[level]})
             return
@@ -330,6 +338,12 @@ class Ascent:
         self._retained = kept.state.get("retained")
         self._stopped = kept.state["stopped"]
         logger.info("going on after step %d", kept.step)
+
+
+def cosine(step: int, steps: int) -> float:
+    """The share of the step size at a step counted from 0: a warm-up, then half a cosine to 0.1."""
+    falling = LEAST + (1 - LEAST) * (1 + math.cos(math.pi * step / steps)) / 2
+    return min(1.0, (step + 1) / WARM_UP) * falling
 
 
 def without_conflict(ascent: Tensors, retain: Tensors) -> Tensors:

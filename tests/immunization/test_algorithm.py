@@ -24,6 +24,7 @@ from mima.immunization.algorithm import immunize
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import ConceptData, encode_concepts
 from mima.immunization.levels import Problem, merge_layer, recomputed_blocks
+from mima.immunization.outer_loop import cosine
 from mima.immunization.progress import ProgressBar, StepReport, Tracker, open_trackers
 from mima.merging import MergeLayer
 from mima.training.batches import Encoded
@@ -222,6 +223,24 @@ def test_a_run_reports_what_it_does(model, tmp_path):
     opened = StableDiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
     assert_same(opened.unet.state_dict(), result.pipeline.unet.state_dict())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.txt", "out"]
+
+
+def test_a_cosine_schedule_warms_up_and_falls_to_a_tenth(model, tmp_path, monkeypatch):
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def spy(optimizer, *args):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    config = settings(tmp_path, steps=4, upper={"lr": 1e-5, "lr_schedule": "cosine"})
+    immunize(model, concepts(), config)
+    expected = [
+        1e-5 * (k + 1) / 10 * (0.1 + 0.9 * (1 + math.cos(math.pi * k / 4)) / 2) for k in range(4)
+    ]
+    assert rates == pytest.approx(expected)
+    assert cosine(99, 100) == pytest.approx(0.1, rel=1e-2)
 
 
 def test_a_callback_stops_the_run(model, tmp_path):

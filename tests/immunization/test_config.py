@@ -251,6 +251,10 @@ def test_every_problem_is_told_at_once():
             {"method": "alternating", "new_words": True, "lower": {"train_token": True}},
             "method: 'alternating' is the published MIMA update: one lower step",
         ),
+        (
+            {"method": "alternating", "upper": {"lr_schedule": "cosine"}},
+            "no ascent_ratio, no lr_schedule",
+        ),
         ({"method": "alternating", "merge": "average"}, "not for merge 'average'"),
         ({"method": "alternating", "lower": {"steps": 2}}, "lower.steps 2"),
     ],
