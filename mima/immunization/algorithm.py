@@ -65,7 +65,7 @@ def ascend(
             # φ = Merge({θ'[n]}), and dJ/dθ through φ, through Merge, through the K steps
             outer = problem.hypergradient(run.theta, lower, upper)
             # w · L(class; θ), apart where the ascent is measured against it
-            retain = problem.retaining_gradient(run.theta, step)
+            retain = problem.retaining_gradient(run.theta, step, run.alive)
             # θ ← θ − η dJ/dθ on S_u, clipped or balanced, by AdamW
             run.update(outer, retain=retain)
     return run.history

@@ -271,8 +271,9 @@ class ImmunizeConfig(Settings):
     everywhere; or, within the steps of ``mima``, summed: φ = θ + Σ (θ'[n] − θ), since an average of
     N attacks shows 1/N of each."""
     concepts_per_step: int | None = Field(None, ge=1)
-    """Concepts, drawn anew each outer step, that the step immunizes against; with ``joint`` or
-    merge ``sum``. Its cost is then the same for any number of concepts. None: all."""
+    """Concepts that an outer step immunizes against, with ``joint`` or merge ``sum``: drawn anew, but
+    for those whose attackers live on, which stay. Cost and memory are then the same for any number
+    of concepts. None: all."""
     hypergradient: Hypergradient = "exact"
     """How the lower level is differentiated; see ``mima.bilevel.hypergradient``."""
     resolution: int | None = Field(None, ge=1)

@@ -142,13 +142,18 @@ class Problem:
         """L(batch; params) of each batch in the run's precision, all from one forward."""
         return [F.mse_loss(*pair) for pair in self.predictions(batches, params)]
 
-    def concepts(self, step: int) -> list[int]:
-        """The concepts that one outer step is about, in order."""
+    def concepts(self, step: int, alive: Mapping[int, Alive] = NOBODY) -> list[int]:
+        """The concepts that one outer step is about, in order.
+
+        Those whose attackers live on come first, so that no more attackers are ever alive than a
+        step has concepts; the other places are drawn.
+        """
         count = self.config.concepts_per_step
         if count is None or count >= len(self.data):
             return list(range(len(self.data)))
         order = torch.randperm(len(self.data), generator=seeded(self.config.seed, step, "concepts"))
-        return sorted(order[:count].tolist())
+        drawn = [n for n in order.tolist() if n not in alive]
+        return sorted([*alive, *drawn][:count])
 
     @cached_property
     def states(self) -> tuple[int, ...]:
@@ -187,10 +192,9 @@ class Problem:
             alive: those that were alive before.
             ends: where those of this step that go on have stopped, by their places in the step.
         """
-        chosen = self.concepts(step)
-        others = {n: attacker for n, attacker in alive.items() if n not in chosen}
+        chosen = self.concepts(step, alive)
         born = {i: self.attacker(chosen[i], step, alive).born for i in ends}
-        return others | {chosen[i]: Alive(born[i], end) for i, end in ends.items()}
+        return {chosen[i]: Alive(born[i], end) for i, end in ends.items()}
 
     def lower_level(self, n: int, step: int, alive: Mapping[int, Alive] = NOBODY) -> LowerLevel:
         """The lower level of concept n at one outer step, its K batches drawn."""
@@ -383,7 +387,7 @@ class Problem:
             step: the outer step.
             alive: the attackers that live on from earlier steps, by concept.
         """
-        chosen = self.concepts(step)
+        chosen = self.concepts(step, alive)
         return _Drawn(lambda i: self.lower_level(chosen[i], step, alive), len(chosen))
 
     def upper_levels(
@@ -393,7 +397,7 @@ class Problem:
 
         A part is of ``concepts_per_forward`` of the step's concepts, drawn when it is asked for.
         """
-        chosen, size = self.concepts(step), self.config.upper.concepts_per_forward
+        chosen, size = self.concepts(step, alive), self.config.upper.concepts_per_forward
         # no process is to wait for another that does its part as well
         size = min(size, -(-len(chosen) // self.ranks.size))
 
@@ -423,12 +427,14 @@ class Problem:
             merge = MergeLayer(merge.weights.new_ones(len(lower)))
         return outer_gradient(theta, lower, merge, upper, mode=mode, wrt=wrt, ranks=self.ranks)
 
-    def retaining_gradient(self, theta: Params, step: int) -> OuterGradient | None:
+    def retaining_gradient(
+        self, theta: Params, step: int, alive: Mapping[int, Alive] = NOBODY
+    ) -> OuterGradient | None:
         """The gradient at θ that keeps the model useful, where it is apart from the objective's."""
         config = self.config.upper
         if config.ascent_ratio is None:
             return None
-        chosen = self.concepts(step)
+        chosen = self.concepts(step, alive)
         parts = _Drawn(lambda i: partial(self._retention, chosen[i], step), len(chosen))
         gradient, _, losses = upper_gradient(theta, parts, self.ranks, wrt=self.upper_names)
         benign = self._benign.gradient(theta, step) if self._benign else None

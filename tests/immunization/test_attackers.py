@@ -98,6 +98,24 @@ def test_an_attacker_goes_on_until_its_age_and_another_begins(model, tmp_path):
         assert len({len(life) for life in lives.values()}) > 1
 
 
+def test_a_step_keeps_its_concepts_until_their_attackers_have_died(model, tmp_path):
+    config = settings(tmp_path, concepts_per_step=1, lower=LIVING | {"age": (4, 4)})
+    problem, alive, seen = make(model, config, 3), {}, []
+    for step in range(40):
+        chosen = problem.concepts(step, alive)
+        seen += chosen
+        attacker = problem.attacker(chosen[0], step, alive)
+        age = attacker.carried.age if attacker.carried else 0
+        ends = (
+            {0: Carried({}, {}, age + 2)} if problem.lower_levels(step, alive)[0].continues else {}
+        )
+        alive = problem.survivors(step, alive, ends)
+        assert len(alive) == len(ends)
+    # of two outer steps each
+    assert seen[::2] == seen[1::2]
+    assert set(seen) == {0, 1, 2}
+
+
 def test_attackers_are_drawn_as_often_as_their_shares_say():
     kinds = (LowerConfig(share=3.0), LowerConfig(lr=1.0))
     drawn = [choose(kinds, 0, n, step) for n in range(2) for step in range(200)]
@@ -226,7 +244,7 @@ def test_living_attackers_survive_a_checkpoint(model, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method": "joint", "concepts_per_step": 1},
+        {"method": "joint", "concepts_per_step": 1, "lower": LIVING | {"age": (7, 9)}},
         {"method": "mima", "merge": "sum", "hypergradient": "exact"},
         {"method": "mima", "lower": LIVING | {"parameters": "lora", "optimizer": "sgd"}},
         {"method": "compose"},
