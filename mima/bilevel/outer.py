@@ -72,6 +72,7 @@ class OuterGradient:
             how far they miss the merge's constraint; 0 where nothing is projected.
         ends: where the lower levels that are to go on have stopped, by concept.
         path: the losses at each state of the path that counts, by the steps that lead to it.
+        moved: φ_k − θ at each of these states, where it was to be kept.
 
     Losses, drift and residual are those of the path's last state.
     """
@@ -82,6 +83,7 @@ class OuterGradient:
     residual: float = 0.0
     ends: dict[int, Carried] = field(default_factory=dict)
     path: dict[int, dict[Any, float]] = field(default_factory=dict)
+    moved: dict[int, Tensors] = field(default_factory=dict)
 
     @property
     def norm(self) -> float:
@@ -99,6 +101,7 @@ def outer_gradient(
     mode: str,
     wrt: tuple[str, ...],
     ranks: Ranks = ALONE,
+    keep: bool = False,
 ) -> OuterGradient:
     """Gradient of ``J(θ) = Σ_k Σ upper_k(Merge({θ'_k[n](θ)}))``, k the states of the path.
 
@@ -129,6 +132,7 @@ def outer_gradient(
         wrt: the names that the defender may change.
         ranks: the processes that share the concepts out. Each sum over concepts is one all-reduce
             for each state.
+        keep: keep φ_k − θ of each state, for ``replayed_gradient``.
 
     Returns:
         The gradient, the same in every process; equal to that of ``naive_outer_gradient`` up to
@@ -156,6 +160,7 @@ def outer_gradient(
     bars: dict[int, _Bar] = {}
     total: Tensors = {}
     path: dict[int, dict[Any, float]] = {}
+    kept: dict[int, Tensors] = {}
     for k, point in points.items():
         if merge.trained_tokens:
             point.merge = _plan_anew(merge, point.tokens, len(tasks), ranks)
@@ -164,7 +169,9 @@ def outer_gradient(
         moved = point.moved | point.merge.spread(point.asked, {name: theta[name] for name in names})
         moved = ranks.all_reduce(moved, theta)
         missed = point.merge.missed(point.asked, {name: moved[name] for name in names})
-        phi = {n: v + moved[n] if n in moved else v for n, v in theta.items()}
+        if keep:
+            kept[k] = moved
+        phi = _plus(theta, moved)
         # without a second pass, nothing reads the gradient at what the attackers alone change
         asked = wrt if mode == "first_order" else None
         bar, words_bar, path[k] = upper_gradient(phi, parts[k], ranks, point.words, asked)
@@ -195,8 +202,43 @@ def outer_gradient(
         accumulate(total, ranks.all_reduce(second, {name: theta[name] for name in wrt}))
     everyone = _gathered(ends, ranks, theta)
     return OuterGradient(
-        total, path[max(path)], drift(theta, moved), residual(missed, ranks), everyone, path
+        total, path[max(path)], drift(theta, moved), residual(missed, ranks), everyone, path, kept
     )
+
+
+@torch.no_grad()
+def replayed_gradient(
+    theta: Params,
+    moved: Mapping[int, Tensors],
+    upper: Upper,
+    *,
+    wrt: tuple[str, ...],
+    ranks: Ranks = ALONE,
+) -> OuterGradient:
+    """First-order gradient of ``Σ_k Σ upper_k(θ + moved_k)``: an earlier attack on another θ.
+
+    Args:
+        theta: θ by name, as it is now.
+        moved: ``OuterGradient.moved`` of the step that simulated the attack.
+        upper: the upper level at the same states.
+        wrt: the names that the defender may change.
+        ranks: the processes that share the parts of the upper level out.
+
+    Returns:
+        The gradient; ``moved`` is that of the argument.
+    """
+    theta = {name: value.detach() for name, value in theta.items()}
+    total: Tensors = {}
+    path: dict[int, dict[Any, float]] = {}
+    for k, parts in along_path(upper, max(moved)).items():
+        bar, _, path[k] = upper_gradient(_plus(theta, moved[k]), parts, ranks, wrt=wrt)
+        accumulate(total, bar)
+    last = max(path)
+    return OuterGradient(total, path[last], drift(theta, moved[last]), path=path, moved=dict(moved))
+
+
+def _plus(theta: Params, moved: Params) -> Tensors:
+    return {name: v + moved[name] if name in moved else v for name, v in theta.items()}
 
 
 Upper = Sequence[Level] | Mapping[int, Sequence[Level]]

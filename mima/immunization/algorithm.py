@@ -63,7 +63,7 @@ def ascend(
             # −L(x_u[n], c[n]; φ) + w · L(class; φ), on other pictures
             upper = problem.upper_path(step, run.alive)
             # φ = Merge({θ'[n]}), and dJ/dθ through φ, through Merge, through the K steps
-            outer = problem.hypergradient(run.theta, lower, upper)
+            outer = problem.hypergradient(run.theta, lower, upper, run.moved)
             # w · L(class; θ), apart where the ascent is measured against it
             retain = problem.retaining_gradient(run.theta, step, run.alive)
             # θ ← θ − η dJ/dθ on S_u, clipped or balanced, by AdamW

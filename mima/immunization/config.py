@@ -271,9 +271,13 @@ class ImmunizeConfig(Settings):
     everywhere; or, within the steps of ``mima``, summed: φ = θ + Σ (θ'[n] − θ), since an average of
     N attacks shows 1/N of each."""
     concepts_per_step: int | None = Field(None, ge=1)
-    """Concepts that an outer step immunizes against, with ``joint`` or merge ``sum``: drawn anew, but
-    for those whose attackers live on, which stay. Cost and memory are then the same for any number
-    of concepts. None: all."""
+    """Concepts that an outer step immunizes against, with ``joint`` or merge ``sum``: drawn anew,
+    but for those whose attackers live on, which stay. Cost and memory are then the same for any
+    number of concepts. None: all."""
+    attack_every: int = Field(1, ge=1)
+    """Outer steps from one simulated attack to the next. The states of an attack's path serve all
+    of these steps, relative to θ as it is by then, with other pictures each time: most of a step's
+    cost is the attack's. With method ``mima`` and ``first_order``."""
     hypergradient: Hypergradient = "exact"
     """How the lower level is differentiated; see ``mima.bilevel.hypergradient``."""
     resolution: int | None = Field(None, ge=1)
@@ -426,6 +430,7 @@ class ImmunizeConfig(Settings):
                 f"with method {self.method!r} it is 1"
             )
         self._check_path()
+        self._check_attack_every()
         if self.method == "alternating":
             self._check_alternating()
         if self.precision == "float16":
@@ -512,6 +517,22 @@ class ImmunizeConfig(Settings):
                 f"upper.benign.path_every: {benign.path_every} asks for states on the way of "
                 f"{adaptation.steps} steps; it must be smaller, or left out"
             )
+
+    def _check_attack_every(self) -> None:
+        if self.attack_every == 1:
+            return
+        if self.method != "mima" or self.hypergradient != "first_order":
+            raise ValueError(
+                "attack_every: the states of one attack serve several steps with method 'mima' and "
+                f"first_order alone; got method {self.method!r}, hypergradient "
+                f"{self.hypergradient!r}"
+            )
+        if any(attacker.age is not None for attacker in self.attackers):
+            raise ValueError(
+                "attack_every: attackers with an age go on at each step; leave one out"
+            )
+        if self.train_tokens:
+            raise ValueError("attack_every: lower.train_token's new words serve one step")
 
     def _check_alternating(self) -> None:
         what = "method: 'alternating' is the published MIMA update"

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mima.bilevel import lower
 from mima.bilevel.hypergradient import accumulate
-from mima.bilevel.lower import Carried, LowerLevel
+from mima.bilevel.lower import Carried, LowerLevel, Tensors
 from mima.bilevel.optimizers import SGD, Adam, Optimizer
 from mima.bilevel.outer import (
     Level,
@@ -29,6 +29,7 @@ from mima.bilevel.outer import (
     UpperLevel,
     UpperTerm,
     outer_gradient,
+    replayed_gradient,
     unmerged_gradient,
     upper_gradient,
 )
@@ -151,9 +152,14 @@ class Problem:
         count = self.config.concepts_per_step
         if count is None or count >= len(self.data):
             return list(range(len(self.data)))
-        order = torch.randperm(len(self.data), generator=seeded(self.config.seed, step, "concepts"))
+        draws = seeded(self.config.seed, self._simulated(step), "concepts")
+        order = torch.randperm(len(self.data), generator=draws)
         drawn = [n for n in order.tolist() if n not in alive]
         return sorted([*alive, *drawn][:count])
+
+    def _simulated(self, step: int) -> int:
+        """The outer step that simulated the attack which serves at this one."""
+        return step - step % self.config.attack_every
 
     @cached_property
     def states(self) -> tuple[int, ...]:
@@ -178,7 +184,9 @@ class Problem:
 
     def attacker(self, n: int, step: int, alive: Mapping[int, Alive]) -> Attacker:
         """Concept n's attacker at one outer step: the one that is alive, or else a new one."""
-        born, carried = (alive[n].born, alive[n].carried) if n in alive else (step, None)
+        born, carried = (
+            (alive[n].born, alive[n].carried) if n in alive else (self._simulated(step), None)
+        )
         config = choose(self.config.attackers, self.config.seed, n, born)
         return Attacker(config, self.config.seed, n, born, carried)
 
@@ -193,8 +201,9 @@ class Problem:
             ends: where those of this step that go on have stopped, by their places in the step.
         """
         chosen = self.concepts(step, alive)
+        others = {n: attacker for n, attacker in alive.items() if n not in chosen}
         born = {i: self.attacker(chosen[i], step, alive).born for i in ends}
-        return {chosen[i]: Alive(born[i], end) for i, end in ends.items()}
+        return others | {chosen[i]: Alive(born[i], end) for i, end in ends.items()}
 
     def lower_level(self, n: int, step: int, alive: Mapping[int, Alive] = NOBODY) -> LowerLevel:
         """The lower level of concept n at one outer step, its K batches drawn."""
@@ -417,15 +426,28 @@ class Problem:
         theta: Params,
         lower: Sequence[LowerLevel],
         upper: Upper,
+        moved: Mapping[int, Tensors] | None = None,
     ) -> OuterGradient:
-        """dJ/dθ on S_u, merged or, where the run has no merge, for each concept by itself."""
+        """dJ/dθ on S_u, merged or, where the run has no merge, for each concept by itself.
+
+        Args:
+            theta: θ.
+            lower: the lower levels of the step.
+            upper: its upper level.
+            moved: φ − θ along the path of the attack that serves again; None simulates one.
+        """
         mode, wrt = self.config.hypergradient, self.upper_names
+        if moved:
+            return replayed_gradient(theta, moved, upper, wrt=wrt, ranks=self.ranks)
         if self.merge is None:
             return unmerged_gradient(theta, lower, upper, mode=mode, wrt=wrt, ranks=self.ranks)
         merge = self.merge
         if self.config.merge == "sum":
             merge = MergeLayer(merge.weights.new_ones(len(lower)))
-        return outer_gradient(theta, lower, merge, upper, mode=mode, wrt=wrt, ranks=self.ranks)
+        keep = self.config.attack_every > 1
+        return outer_gradient(
+            theta, lower, merge, upper, mode=mode, wrt=wrt, ranks=self.ranks, keep=keep
+        )
 
     def retaining_gradient(
         self, theta: Params, step: int, alive: Mapping[int, Alive] = NOBODY

@@ -64,6 +64,7 @@ class Ascent:
         theta: θ by name.
         history: one report per step done.
         alive: the attackers that live on from earlier steps, by concept.
+        moved: φ − θ along the path of an attack that serves again, by state; empty for none.
 
     Example:
         >>> with Ascent(problem) as run:
@@ -84,6 +85,7 @@ class Ascent:
         self.theta = problem.theta()
         self.history: list[StepReport] = []
         self.alive: dict[int, Alive] = {}
+        self.moved: dict[int, Tensors] = {}
         self._problem = problem
         self._config = config
         self._callbacks = list(callbacks)
@@ -177,13 +179,15 @@ class Ascent:
                     self._step(both, level)
                 for name, value in (committed or {}).items():
                     self.theta[name].copy_(value)
-                ends = outer.ends
+                ends, moved = outer.ends, outer.moved
             else:
                 # attackers of a step that is left out may have diverged
-                ends = {}
+                ends, moved = {}, {}
                 self._skipped_in_a_row[level] += 1
             self.alive = self._problem.survivors(len(self.history), self.alive, ends)
             self.history.append(self._report(outer, norm, skipped=not finite))
+            serves_again = len(self.history) % self._config.attack_every
+            self.moved = moved if serves_again else {}
         report = self.history[-1]
         if not finite:
             self._skip(report, self._skipped_in_a_row[level])
@@ -304,6 +308,8 @@ class Ascent:
                     tensors[f"{level}.{key}.{name}"] = value
         attackers, alive = to_tensors(self.alive)
         tensors |= attackers
+        for k, change in self.moved.items():
+            tensors |= {f"moved.{k}.{name}": value for name, value in change.items()}
         state = {
             "alive": alive,
             "stopped": self._stopped,
@@ -330,6 +336,11 @@ class Ascent:
                         on_cpu = key == "step" or self._config.offload_optimizer
                         device = moment.device if on_cpu else parameter.device
                         optimizer.state[parameter][key] = moment.to(device)
+        self.moved = {}
+        for key, value in kept.tensors.items():
+            if key.startswith("moved."):
+                _, k, name = key.split(".", 2)
+                self.moved.setdefault(int(k), {})[name] = value.to(self._problem.family.device)
         self.alive = from_tensors(
             kept.tensors, kept.state.get("alive", {}), self._problem.family.device
         )

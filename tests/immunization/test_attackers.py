@@ -10,9 +10,11 @@ from support import immunizing, tiny
 
 from mima.bilevel import lower
 from mima.bilevel.lower import Carried
+from mima.bilevel.outer import part_gradient
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import family_of, load_pipeline
+from mima.immunization import levels
 from mima.immunization.algorithm import immunize
 from mima.immunization.attackers import Alive, Attacker, choose, from_tensors, to_tensors
 from mima.immunization.config import ImmunizeConfig, LowerConfig
@@ -274,6 +276,63 @@ def test_a_run_with_living_attackers_goes_on_bit_by_bit(model, tmp_path, changes
     immunizing.assert_same(resumed.pipeline.unet.state_dict(), whole)
 
 
+def test_states_of_an_attack_serve_several_steps(model, tmp_path, monkeypatch):
+    """Each step's gradient is that at θ + (φ − θ of the attack), on pictures of its own."""
+    simulated = []
+    outer_gradient = levels.outer_gradient
+
+    def spy(theta, *args, **kwargs):
+        simulated.append({name: value.clone() for name, value in theta.items()})
+        return outer_gradient(theta, *args, **kwargs)
+
+    monkeypatch.setattr(levels, "outer_gradient", spy)
+    lower = {"steps": 4, "lr": 1e-2, "parameters": "denoiser"}
+    config = settings(
+        tmp_path,
+        method="mima",
+        merge="sum",
+        steps=5,
+        attack_every=3,
+        concepts_per_step=1,
+        lower=lower,
+        upper=UPPER | {"path_every": 2},
+    )
+    problem = make(model, config)
+    with Ascent(problem) as run:
+        for step in run.steps():
+            served = dict(run.moved)
+            lower_levels, upper = problem.lower_levels(step), problem.upper_path(step)
+            outer = problem.hypergradient(run.theta, lower_levels, upper, run.moved)
+            assert sorted(outer.moved) == [2, 4]
+            assert bool(served) == bool(step % 3)
+            assert problem.concepts(step) == problem.concepts(step - step % 3)
+            expected = {name: torch.zeros_like(run.theta[name]) for name in problem.upper_names}
+            for k, parts in upper.items():
+                phi = {n: v + outer.moved[k].get(n, 0) for n, v in run.theta.items()}
+                _, grads = part_gradient(
+                    parts[0], {n: v.detach().requires_grad_() for n, v in phi.items()}
+                )
+                for name in expected:
+                    expected[name] += grads[name]
+            for name, value in expected.items():
+                torch.testing.assert_close(outer.gradient[name], value)
+            run.update(outer, retain=problem.retaining_gradient(run.theta, step))
+    assert len(simulated) == 2
+
+
+def test_a_run_whose_attacks_serve_several_steps_goes_on_bit_by_bit(model, tmp_path):
+    config = settings(
+        tmp_path,
+        method="mima",
+        merge="sum",
+        steps=4,
+        attack_every=3,
+        lower={"steps": 2, "lr": 1e-3, "parameters": "denoiser"},
+    )
+    whole = immunize(model, immunizing.concepts(), config).pipeline.unet.state_dict()
+    immunizing.assert_same(interrupted(model, config, tmp_path / "c"), whole)
+
+
 def test_attackers_of_a_step_that_is_left_out_begin_anew(model, tmp_path):
     problem = make(model, settings(tmp_path, steps=2, method="joint", concepts_per_step=1))
     with Ascent(problem) as run:
@@ -298,6 +357,11 @@ def test_attackers_of_a_step_that_is_left_out_begin_anew(model, tmp_path):
             "age: new words (train_token) begin anew",
         ),
         ({"lower": {"age": (2, 4)}, "method": "alternating"}, "one lower.lr, no lower.age"),
+        ({"attack_every": 2}, "attack_every: the states of one attack serve several steps with"),
+        (
+            {"attack_every": 2, "hypergradient": "first_order", "lower": {"age": (2, 4)}},
+            "attack_every: attackers with an age go on at each step",
+        ),
     ],
 )
 def test_attackers_that_contradict_themselves_are_refused(changes, message):
