@@ -30,9 +30,12 @@ import torch.nn.functional as F
 
 from benchmarks.harness import Comparison, Machine, replay
 from benchmarks.outer_step import make_problem, naive, two_pass
+from benchmarks.test_adam_step import eager as eager_adam
 from benchmarks.test_projected_merge import published as published_merge
 from mima.bilevel import lower, outer
 from mima.bilevel.hypergradient import twice_differentiable_attention
+from mima.bilevel.lower import LowerLevel
+from mima.bilevel.optimizers import Adam
 from mima.families import Family
 from mima.immunization.levels import Problem
 from mima.merging import MergeLayer
@@ -198,6 +201,80 @@ def test_step(benchmark, size, mode, machine: Machine):
             pytest.skip("minutes and tens of gigabytes without a GPU; MIMA_BENCH_SD1=sd1-tiny")
     replay(benchmark, comparison(model, machine.device), mode, machine)
     benchmark.extra_info["units"] = UNITS[mode] * CONCEPTS
+
+
+class EagerAdam(Adam):
+    """Adam as operations that autograd differentiates, a tensor at a time."""
+
+    def step(self, z, g, state, k, *, overwrite=False):
+        rule = {"lr": self.lr, "betas": self.betas, "eps": self.eps, "step": k}
+        stepped = [eager_adam(*one, *own, **rule) for *one, own in zip(z, g, state, strict=True)]
+        return [z for z, _, _ in stepped], [(m, v) for _, m, v in stepped]
+
+    def pullback(self, z_bar, state_bar, g, state, k):
+        lists = g, g, [m for m, _ in state], [v for _, v in state]  # z's value does not matter
+        z, g, m, v = ([x.detach().requires_grad_() for x in values] for values in lists)
+        with torch.enable_grad():
+            moved, after = self.step(z, g, list(zip(m, v, strict=True)), k)
+        bars = [*z_bar, *(x for own in state_bar for x in own)]
+        outputs = [*moved, *(x for own in after for x in own)]
+        grads = torch.autograd.grad(outputs, [*z, *g, *m, *v], bars)
+        z, g, m, v = (list(grads[i : i + len(g)]) for i in range(0, len(grads), len(g)))
+        return z, g, list(zip(m, v, strict=True))
+
+
+def without_operators(task: LowerLevel) -> LowerLevel:
+    """A LoRA level as plain PyTorch computes it: Adam by tensors, W + s B A formed."""
+    task.optimizer = EagerAdam(lr=task.optimizer.lr)
+
+    def formed(z, theta, k):
+        change = task.change(z, theta)
+        return task._loss({**theta, **{n: theta[n] + change[n] for n in task.names}}, k)
+
+    task.loss = formed
+    return task
+
+
+LORA_VARIANTS = [
+    f"{mode}, {how}" for mode in ("exact", "first_order") for how in ("operators", "plain")
+]
+
+
+def lora_step_of(variant: str, device: torch.device):
+    mode, how = variant.split(", ")
+    problem = make_problem(CONCEPTS, batch=1, device=device, hypergradient=mode)
+    below = {"parameters": "lora", "optimizer": "adam", "lr": 1e-4, "steps": 4, "rank": 8}
+    lower_config = problem.config.lower.model_copy(update=below)
+    config = problem.config.model_copy(update={"lower": lower_config})
+    problem = Problem(problem.family, problem.data, config, problem.merge)
+
+    def step() -> torch.Tensor:
+        tasks = [problem.lower_level(n, 0) for n in range(CONCEPTS)]
+        if how == "plain":
+            tasks = [without_operators(task) for task in tasks]
+        gradient = problem.hypergradient(problem.theta(), tasks, problem.upper_levels(0)).gradient
+        return torch.cat([gradient[name].flatten() for name in sorted(gradient)])
+
+    return step
+
+
+@functools.lru_cache(maxsize=1)
+def lora_comparison(device: torch.device) -> Comparison:
+    return Comparison(
+        group=f"LoRA outer step, N={CONCEPTS}, K=4",
+        variants={variant: lora_step_of(variant, device) for variant in LORA_VARIANTS},
+        baseline="exact, plain",
+        unchecked=("first_order, operators", "first_order, plain"),
+        # float32 through four steps of Adam, whose first are nearly signs
+        tolerance=1e-2,
+        rounds=3,
+    )
+
+
+@pytest.mark.parametrize("variant", LORA_VARIANTS)
+def test_lora_step(benchmark, variant, machine: Machine):
+    """Adam on LoRA of all attention below, embedded model: the operators beside plain PyTorch."""
+    replay(benchmark, lora_comparison(machine.device), variant, machine)
 
 
 def share_of_step(monkeypatch, machine: Machine, *functions: tuple[type, str]) -> float:

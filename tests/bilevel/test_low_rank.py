@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from mima.bilevel import low_rank, lower
 from mima.bilevel.hypergradient import pullback
@@ -104,6 +105,38 @@ def test_no_weight_is_formed_in_the_loop(network, monkeypatch, fused):
     lower.adapt(task, theta)
     # two layers, three steps
     assert set(calls.values()) == {6 if fused else 0}
+
+
+@pytest.mark.usefixtures("fused")
+def test_a_block_that_is_recomputed_reads_the_same_weight(network):
+    # as gradient checkpointing under functional_call does: the block's parameters by name, again
+    network = torch.nn.Sequential(network)
+    plain = network[0].forward
+
+    def recomputed(x):
+        params = dict(network[0].named_parameters())
+        assert all(isinstance(params[name], LowRankWeight) for name in NAMES)
+        block = torch.nn.Sequential(*network[0])
+        run = lambda x: functional_call(block, params, (x,))  # noqa: E731
+        return checkpoint(run, x, use_reentrant=False)
+
+    x = torch.randn(2, 5, dtype=torch.float64)
+    found = []
+    for forward in (plain, recomputed):
+        network[0].forward = forward
+        draw = torch.Generator().manual_seed(0)
+        factors = [
+            torch.randn(*shape, generator=draw, dtype=torch.float64).requires_grad_()
+            for o, d in SHAPES
+            for shape in ((2, d), (o, 2))
+        ]
+        params = {
+            f"0.{name}": LowRankWeight(network.get_parameter(f"0.{name}"), *pair, 0.5)
+            for name, pair in zip(NAMES, (factors[:2], factors[2:]), strict=True)
+        }
+        y = functional_call(network, params, (x,))
+        found.append(torch.autograd.grad(y.square().sum(), factors))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.usefixtures("fused")

@@ -35,9 +35,10 @@ def _bits(case: native_cases.Case) -> list[torch.Tensor]:
             lambda: native_cases.weighted_merge([(700, 300), (99,)] * 4, 2, torch.float32)
         ),
         pytest.param(lambda: native_cases.projected_merge([320, 640], [9, 9], 768, torch.float32)),
+        pytest.param(lambda: native_cases.adam_step([(700, 300), (99,)] * 4, torch.float32)),
         pytest.param(lambda: native_cases.merge_lora(640, 512, [16, 4], torch.float32)),
     ],
-    ids=["weighted_merge", "projected_merge", "merge_lora"],
+    ids=["weighted_merge", "projected_merge", "adam_step", "merge_lora"],
 )
 @pytest.mark.usefixtures("_threads_restored")
 def test_same_bits_for_any_number_of_threads(case):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.operator_cases import (
     Case,
+    adam,
     assert_no_worse,
     lora,
     merged_lora,
@@ -51,6 +52,12 @@ def _merge_lora(draw: st.DrawFn) -> Case:
     return merged_lora("any", draw(SIZES), draw(SIZES), ranks)
 
 
+@st.composite
+def _adam(draw: st.DrawFn) -> Case:
+    shapes = st.lists(SIZES, max_size=3).map(_not_too_large)
+    return adam("any", draw(st.lists(shapes, min_size=1, max_size=4)))
+
+
 def _not_too_large(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(min(size, 9) for size in shape) if len(shape) > 2 else tuple(shape)
 
@@ -73,8 +80,8 @@ LAYOUTS = st.sampled_from(["plain", "transposed", "every other", "offset"])
 
 @pytest.mark.parametrize(
     "cases",
-    [_weighted(), _projected(), _batched_lora(), _merge_lora()],
-    ids=["weighted_merge", "projected_merge", "batched_lora", "merge_lora"],
+    [_weighted(), _projected(), _batched_lora(), _merge_lora(), _adam()],
+    ids=["weighted_merge", "projected_merge", "batched_lora", "merge_lora", "adam_step"],
 )
 def test_agrees_with_the_definition(cases: st.SearchStrategy[Case]) -> None:
     @settings(max_examples=60)
