@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from safetensors import SafetensorError, safe_open
 
@@ -53,6 +54,8 @@ LOADING_ERRORS = (
     *(AttributeError, SingleFileComponentError),
     # configurations with values of other types or sizes than their classes expect
     *(TypeError, IndexError, AssertionError, ArithmeticError, EOFError, MemoryError),
+    # values of another type than transformers 5 declares
+    StrictDataclassError,
 )
 # what huggingface_hub and diffusers raise for what cannot be fetched
 HUB_ERRORS = (OSError, ValueError, HfHubHTTPError, EntryNotFoundError)
@@ -328,7 +331,7 @@ def check_folder_of_model(
         return index
     for name, kind in index.items():
         if isinstance(kind, list) and all(isinstance(part, str) for part in kind):
-            _check_component(path / name, ".".join(kind), variant)
+            _check_component(path / name, shortened(".".join(kind)), variant)
     files = [*path.glob("*/*.safetensors"), *path.glob("*/*.bin")]
     # diffusers takes the plain weights of components that come in no variant
     if variant is not None and not any(f".{variant}" in file.name for file in files):
