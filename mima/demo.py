@@ -23,7 +23,8 @@ from mima.evaluation import Evaluation, EvaluationFolder, Sampler, evaluate
 from mima.evaluation.metrics import GapCurve
 from mima.families import load_pipeline
 from mima.immunization.algorithm import StepReport, immunize
-from mima.immunization.config import ImmunizeConfig, LowerConfig, UpperConfig
+from mima.immunization.config import ImmunizeConfig
+from mima.immunization.recipes import default
 from mima.release.repository import save_pipeline
 from mima.report import write_report
 from mima.storage.output import fresh_folder
@@ -44,6 +45,16 @@ class DemoSettings:
     untouched: str = "benign-style-twemoji"
     """An embedded concept that the model's users should be able to learn. Objects would not do:
     their pictures are in the target styles, too."""
+    benign: tuple[str, ...] = (
+        "benign-cupcake",
+        "benign-guitar",
+        "benign-panda",
+        "benign-pizza",
+        "benign-tractor",
+        "unseen-castle",
+    )
+    """Embedded concepts that the immunization keeps learnable: those of their pictures that are not
+    in a target's style."""
     immunization: ImmunizeConfig
     """Settings of the immunization."""
     sampler: Sampler
@@ -55,24 +66,25 @@ class DemoSettings:
 
 def settings(*, quick: bool, seed: int) -> DemoSettings:
     """The demonstration in full, or a quick one that shows every part with less effect."""
-    immunization = ImmunizeConfig(
-        hypergradient="first_order",
-        steps=40 if quick else 120,
+    immunization = default(
+        rate=1e-4,
+        steps=24 if quick else 90,
         seed=seed,
         num_class_images=32 if quick else 192,
-        # what Custom Diffusion trains; it stands for LoRA as well, against which this is measured
-        lower=LowerConfig(
-            steps=4, optimizer="adam", lr=1e-3, batch_size=4, parameters="cross_attention_kv"
-        ),
-        upper=UpperConfig(
-            lr=3e-4 if quick else 2e-4,
-            weight_decay=0.0,
-            batch_size=4,
-            parameters="cross_attention",
-            prior_weight=6.0,
-            prior_batch_size=12 if quick else 24,
-            loss_cap=1.4,
-        ),
+        upper={
+            # half as many steps as are recommended, each one longer
+            "lr": 5e-4,
+            "benign": {
+                "every": 6,
+                "path_every": 4,
+                "lower": {
+                    "steps": 12,
+                    "lr": (3e-5, 3e-4),
+                    "batch_size": 4,
+                    "parameters": "denoiser",
+                },
+            },
+        },
     )
     steps = 24 if quick else 100
     sampler = Sampler(steps=15, guidance=3.0, batch_size=16, scheduler="dpm++")
@@ -142,7 +154,8 @@ def _run(settings: DemoSettings, folder: Path, bars: console.Bars) -> dict[str, 
         logger.info("%s", report)
 
     with_prior = [replace(target, class_images=prior) for target in targets]
-    result = immunize(erased, with_prior, settings.immunization, callbacks=[on_step])
+    benign = [embedded_concept(name).without(targets) for name in settings.benign]
+    result = immunize(erased, with_prior, settings.immunization, benign=benign, callbacks=[on_step])
     result.save_pretrained(folder / "immunized")
 
     attacked = _bar(bars, "attack")

@@ -305,7 +305,16 @@ def test_rivals_take_the_steps_that_their_sources_take():
     assert steps == [(800, 20), (1000, 50), (750, 64)]
     assert [c.upper.objective for c in (apdm, sophon, tar)] == ["pair", "neg", "entropy"]
     assert [attacker.lr for attacker in tar.attackers] == [2e-6, 2e-5, 4e-5]
-    assert paper() == default() == ImmunizeConfig()
+    assert paper() == ImmunizeConfig()
+
+
+def test_the_recommended_recipe_takes_the_models_usual_rate_for_its_unit():
+    here, there = default(rate=1e-4), default("relearn", steps=7, upper={"batch_size": 1})
+    assert here.attackers[0].lr == pytest.approx((5e-5, 1e-3))
+    assert here.upper.lr == pytest.approx(2e-4)
+    assert (there.steps, there.erase_first, there.upper.batch_size) == (7, True, 1)
+    assert there.upper.objective == "log"
+    assert there.attackers[0].lr == pytest.approx((2.5e-6, 5e-5))
 
 
 def test_a_run_names_its_recipe(tmp_path):
