@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from mima.adaptation.steps import Optimizer, Schedule, build_optimizers, rate_factor
+from mima.adaptation.steps import Average, Optimizer, Schedule, build_optimizers, rate_factor
 from mima.concepts import Concept, Picture
 from mima.errors import MimaError, check_settings
 from mima.families import Conditioning, Family, TrainingOptions, family_of
@@ -54,6 +54,9 @@ class Adaptation(ABC):
     restart_every: int | None = None
     """After each so many steps the optimiser and the schedule begin anew, as those of a training
     that goes on from saved weights; None never does."""
+    ema_decay: float | None = None
+    """Sample and save the exponential moving average of what is trained, with this decay at most,
+    instead of the last weights; None averages nothing."""
     resolution: int | None = None
     """Side in pixels that the pictures are scaled and cropped to; by default what the model was
     trained on."""
@@ -98,6 +101,7 @@ class Adaptation(ABC):
             "max_grad_norm": (self.max_grad_norm is None or self.max_grad_norm > 0, "above 0"),
             "prior_weight": (self.prior_weight >= 0, "at least 0"),
             "restart_every": (self.restart_every is None or self.restart_every >= 1, "at least 1"),
+            "ema_decay": (self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1)"),
             "use_8bit_adam": (
                 not self.use_8bit_adam or self.optimizer == "adamw",
                 "left out with another optimizer than adamw",
@@ -200,6 +204,9 @@ class Run:
         self._family = family_of(injection.pipeline, **said)
         # before the pictures are encoded: it may be missing
         self._optimizers = self._new_optimizers()
+        self._average: Average | None = None
+        if adaptation.ema_decay is not None:
+            self._average = Average(injection.parameters, adaptation.ema_decay)
         if adaptation.gradient_checkpointing:
             self._family.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
         self._generator = torch.Generator().manual_seed(adaptation.seed)
@@ -258,7 +265,7 @@ class Run:
         Raises:
             Diverged: the loss is no longer finite.
         """
-        with self._offloaded(), training(self._family):
+        with self._prepared(), training(self._family):
             for _ in range(steps):
                 self._one_step()
                 if on_step is not None:
@@ -297,9 +304,8 @@ class Run:
 
     def checkpoint(self) -> Checkpoint:
         """Where the run stands after its last step: parameters, optimiser and draws to come."""
-        tensors: dict[str, torch.Tensor] = {
-            f"parameter.{n}": p for n, p in enumerate(self._injection.parameters)
-        }
+        own = self._injection.parameters if self._average is None else self._average.own()
+        tensors: dict[str, torch.Tensor] = {f"parameter.{n}": p for n, p in enumerate(own)}
         tensors["generator"] = self._generator.get_state()
         # bitsandbytes keeps numbers beside its tensors
         numbers: dict[str, Any] = {}
@@ -320,13 +326,23 @@ class Run:
             "scaler": self._scaler.state_dict(),
             "numbers": numbers,
         }
+        if self._average is not None:
+            mean, state["averaged"] = self._average.state()
+            tensors |= {f"average.{n}": value for n, value in enumerate(mean)}
         return Checkpoint(self.step, tensors, state)
 
     @torch.no_grad()
     def restore(self, kept: Checkpoint) -> None:
         """Go on from a checkpoint of a run with the same settings, concept and model."""
-        for n, parameter in enumerate(self._injection.parameters):
+        parameters = self._injection.parameters
+        if self._average is not None:
+            self._average.swap_out()
+            mean = [kept.tensors[f"average.{n}"] for n in range(len(parameters))]
+            self._average.restore(mean, kept.state["averaged"])
+        for n, parameter in enumerate(parameters):
             parameter.copy_(kept.tensors[f"parameter.{n}"])
+        if self._average is not None:
+            self._average.swap_in()
         if self._injection.after_step is not None:
             self._injection.after_step()
         self._generator.set_state(kept.tensors["generator"])
@@ -404,6 +420,8 @@ class Run:
         self._scaler.update()
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
+        if self._average is not None:
+            self._average.update()
         if self._injection.after_step is not None:
             self._injection.after_step()
         self.step += 1
@@ -413,6 +431,21 @@ class Run:
                 f"{settings.method}: the loss is {loss} at step {self.step}; "
                 f"lower learning_rate ({settings.learning_rate})"
             )
+
+    @contextlib.contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """With the parameters themselves, not their average, and without the encoders."""
+        with self._offloaded():
+            if self._average is None:
+                yield
+                return
+            self._average.swap_out()
+            try:
+                yield
+            finally:
+                self._average.swap_in()
+                if self._injection.after_step is not None:
+                    self._injection.after_step()
 
     @contextlib.contextmanager
     def _offloaded(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""How an adaptation moves its parameters: the optimisers and the schedules of their rate."""
+"""How an adaptation moves its parameters: the optimisers, schedules of their rate, and averages."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from diffusers.training_utils import EMAModel
 
 from mima.errors import MimaError
 
@@ -53,6 +54,58 @@ def build_optimizers(
     rest = [parameter for parameter in parameters if parameter.ndim != 2]
     both = [(torch.optim.Muon, matrices, {"adjust_lr_fn": "match_rms_adamw"}), (kind, rest, {})]
     return [kind(part, **rates, **more) for kind, part, more in both if part]
+
+
+class Average:
+    """The running mean of trained parameters, by diffusers' `EMAModel`.
+
+    Its decay rises, (1 + t) / (10 + t) after t steps, to the one that was asked for, so that short
+    trainings do not keep their start. `swap_in` puts the mean in the parameters' place; training
+    goes on with the parameters themselves after `swap_out`.
+
+    Args:
+        parameters: what is trained.
+        decay: the highest decay, in (0, 1).
+
+    Attributes:
+        swapped_in: whether the mean is in the parameters' place.
+    """
+
+    def __init__(self, parameters: Sequence[torch.Tensor], decay: float) -> None:
+        self._parameters: list[Any] = list(parameters)
+        self._mean: Any = EMAModel(self._parameters, decay=decay)
+        self.swapped_in = False
+
+    def update(self) -> None:
+        """Take the parameters after an optimiser step into the mean."""
+        self._mean.step(self._parameters)
+
+    def swap_in(self) -> None:
+        """Put the mean in the parameters' place."""
+        if not self.swapped_in:
+            self._mean.store(self._parameters)
+            self._mean.copy_to(self._parameters)
+            self.swapped_in = True
+
+    def swap_out(self) -> None:
+        """Put the parameters back."""
+        if self.swapped_in:
+            self._mean.restore(self._parameters)
+            self.swapped_in = False
+
+    def own(self) -> list[torch.Tensor]:
+        """The parameters themselves, wherever they are."""
+        return list(self._mean.temp_stored_params if self.swapped_in else self._parameters)
+
+    def state(self) -> tuple[list[torch.Tensor], int]:
+        """The mean, and how many steps are in it."""
+        return list(self._mean.shadow_params), int(self._mean.optimization_step)
+
+    def restore(self, mean: Sequence[torch.Tensor], steps: int) -> None:
+        """Go on from an earlier `state`."""
+        for kept, value in zip(self._mean.shadow_params, mean, strict=True):
+            kept.copy_(value)
+        self._mean.optimization_step = steps
 
 
 def rate_factor(schedule: Schedule, step: int, steps: int) -> float:

@@ -69,7 +69,7 @@ class Together:
         """
         with contextlib.ExitStack() as stack:
             for run in self.runs:
-                stack.enter_context(run._offloaded())
+                stack.enter_context(run._prepared())
             stack.enter_context(training(self._family))
             for _ in range(steps):
                 self._one_step()

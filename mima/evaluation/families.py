@@ -50,6 +50,7 @@ FAMILIES: dict[str, AttackFamily] = {
     "sgd": AttackFamily(base="dreambooth", adapt=_sgd),
     "muon": AttackFamily(base="dreambooth", adapt=changed(optimizer="muon")),
     "cosine": AttackFamily(base="dreambooth", adapt=changed(schedule="cosine")),
+    "ema": AttackFamily(base="dreambooth", adapt=changed(ema_decay=0.99)),
     "restart": AttackFamily(base="dreambooth", adapt=_in_two_halves),
     "outside": AttackFamily(base="dreambooth", outside=True),
     "prior": AttackFamily(

@@ -40,6 +40,7 @@ from mima.report.runs import Run, Setting, load_runs, setting
 from mima.report.svg import inline
 from mima.report.verdict import verdict
 from mima.report.wording import (
+    PICTURES,
     PREPARATIONS,
     VARIANTS,
     interval_words,
@@ -163,6 +164,23 @@ class Card:
     frames: Sequence[tuple[int, Sequence[Column]]]
 
 
+Pair = tuple[float | None, float | None]
+"""A number of the original and of the immunized model; None where it was not measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What else one setting of an attack showed, by one similarity model, over its seeds."""
+
+    run: Run
+    setting: Setting
+    similarity: int
+    seeds: int
+    last: Pair
+    objects: Pair
+    repaired: Pair
+
+
 class Report:
     """Everything that the page shows."""
 
@@ -178,9 +196,9 @@ class Report:
         by_name = {c.name: c for run in reversed(runs) for c in run.evaluation.concepts}
         order = dict.fromkeys(c.name for run in runs for c in run.evaluation.concepts)
         self.concepts = sorted((by_name[name] for name in order), key=lambda c: c.role != "target")
-        self.settings = sorted(
-            {chosen for run in runs for chosen, _ in run.by_setting}, key=lambda s: s.plainness
-        )
+        # equally plain ones stay in the order of the attacks
+        every = dict.fromkeys(chosen for run in runs for chosen, _ in run.by_setting)
+        self.settings = sorted(every, key=lambda s: s.plainness)
         self.left_out: list[str] = []
 
     # -- figures
@@ -197,7 +215,9 @@ class Report:
                     if not lines:
                         continue
                     method = method_name(chosen.method)
-                    subtitle = chosen.words if kind == "usual" else f"worst: {chosen.words}"
+                    subtitle = f"{chosen.words}, {self._seeds(chosen, similarity)}"
+                    if kind != "usual":
+                        subtitle = f"worst: {subtitle}"
                     figure = line_panel(
                         lines,
                         title=f"{concept.name} · {method}",
@@ -311,6 +331,12 @@ class Report:
             if (gap := run.mean(chosen, similarity)) is not None
         ]
         return min(gaps, key=lambda item: item[:2])[2] if gaps else None
+
+    def _seeds(self, chosen: Setting, similarity: str) -> str:
+        """Over how many seeds the curves of a setting are, in words."""
+        counts = {len(run.by_setting.get((chosen, similarity), ())) for run in self.runs} - {0}
+        number = "–".join(str(count) for count in sorted(counts)) or "0"
+        return f"{number} seed{'' if counts == {1} else 's'}"
 
     def _lines(self, chosen: Setting, similarity: str) -> list[Line]:
         lines = []
@@ -478,6 +504,40 @@ class Report:
             )
         return rows[:MAX_ROWS]
 
+    def wholeness(self) -> list[Measured]:
+        """Settings of which recognised objects, or pictures after repair, are recorded."""
+        found = [
+            Measured(
+                run=run,
+                setting=chosen,
+                similarity=index,
+                seeds=len(run.by_setting[chosen, similarity]),
+                last=run.last(chosen, similarity),
+                objects=run.pair(chosen, similarity, "objects"),
+                repaired=run.pair(chosen, similarity, "repaired"),
+            )
+            for run in self.runs
+            for chosen in self.settings
+            for index, similarity in enumerate(self.similarities)
+            if (chosen, similarity) in run.by_setting
+        ]
+        return [one for one in found if one.objects[0] is not None or one.repaired[0] is not None]
+
+    def tuned(self) -> list[tuple[Run, Setting, str, str]]:
+        """What trials chose for each setting of an attack on either model; its seeds share it."""
+        return [
+            (
+                run,
+                chosen,
+                row.tuned_original or "as configured",
+                row.tuned_immunized or "as configured",
+            )
+            for run in self.runs
+            for chosen in self.settings
+            for row in run.by_setting.get((chosen, run.evaluation.similarities[0]), [])[:1]
+            if row.tuned_original or row.tuned_immunized
+        ]
+
     def settings_table(self) -> list[tuple[str, list[tuple[str, list[str], bool]]]]:
         """Groups of (name, one value for each run, whether runs differ)."""
         groups = {
@@ -591,6 +651,9 @@ def _render(report: Report) -> str:
         curves=report.curves(),
         cards=report.cards(),
         rows=report.rows(),
+        wholeness=report.wholeness(),
+        tuned=report.tuned(),
+        pictures=PICTURES,
         settings=report.settings_table(),
         left_out=report.left_out,
         variants=VARIANTS,

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mima.errors import MimaError
-from mima.evaluation.records import AttackRow, Evaluation, EvaluationFolder
+from mima.evaluation.records import SIDES, AttackRow, Evaluation, EvaluationFolder
 from mima.report.figures import RUN_COLOURS
-from mima.report.wording import PREPARATIONS, VARIANTS
+from mima.report.wording import PICTURES, PREPARATIONS, VARIANTS
 
 _MARKERS = "osD^v"
 
@@ -46,7 +46,7 @@ class Setting(NamedTuple):
         if self.prompt_variant != "name":
             parts.append(VARIANTS[self.prompt_variant])
         if self.images != "same":
-            parts.append("other images")
+            parts.append(PICTURES[self.images])
         if self.preparation != "none":
             parts.append(PREPARATIONS[self.preparation])
         return ", ".join(parts)
@@ -94,6 +94,37 @@ class Run:
         rows = self.by_setting.get((chosen, similarity), [])
         values = [row.sgr_mean for row in rows if row.sgr_mean is not None]
         return sum(values) / len(values) if values else None
+
+    def pair(
+        self, chosen: Setting, similarity: str, name: str
+    ) -> tuple[float | None, float | None]:
+        """Means over seeds of what is recorded of the original and of the immunized model.
+
+        Args:
+            chosen: a setting.
+            similarity: by which model.
+            name: of the fields ``<name>_original`` and ``<name>_immunized``.
+        """
+        rows = self.by_setting.get((chosen, similarity), [])
+        pairs = [[getattr(row, f"{name}_{side}") for side in SIDES] for row in rows]
+        whole = [pair for pair in pairs if None not in pair]
+        if not whole:
+            return None, None
+        original, immunized = (sum(values) / len(whole) for values in zip(*whole, strict=True))
+        return original, immunized
+
+    def last(self, chosen: Setting, similarity: str) -> tuple[float | None, float | None]:
+        """Means over seeds of both models' similarity at the last step."""
+        curves = [
+            self.curves[key]
+            for row in self.by_setting.get((chosen, similarity), [])
+            if (key := (row.attack, similarity)) in self.curves
+        ]
+        if not curves:
+            return None, None
+        ends = [curve[max(curve)] for curve in curves]
+        original, immunized = (sum(values) / len(ends) for values in zip(*ends, strict=True))
+        return original, immunized
 
     def learned(self, chosen: Setting, similarity: str) -> bool:
         """Whether the attack taught either model the concept, with any seed."""

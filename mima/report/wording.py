@@ -10,6 +10,7 @@ METHODS = {
     "dreambooth-lora": "DreamBooth-LoRA",
     "textual-inversion": "Textual Inversion",
     "custom-diffusion": "Custom Diffusion",
+    "pivotal": "Pivotal tuning",
 }
 
 VARIANTS = {
@@ -27,6 +28,15 @@ PREPARATIONS = {
     "interpolate": "half of the way back to the original first",
     "fp16": "rounded to 16 bits first",
     "int8": "rounded to 8 bits first",
+}
+
+
+PICTURES = {
+    "same": "same images",
+    "other": "other images",
+    "fewer": "a quarter of the images",
+    "more": "more images",
+    "mixed": "mixed with images of other concepts",
 }
 
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from support import tiny
 
-from mima.adaptation import DreamBooth, LoRA
+from mima.adaptation import DreamBooth, LoRA, TextualInversion
 from mima.adaptation.steps import build_optimizers, rate_factor
+from mima.concepts import Concept
+from mima.concepts.pictures import Picture
 from mima.training.batches import losses
 
 FAST = DreamBooth(learning_rate=1e-3, steps=10, batch_size=2, max_grad_norm=None)
@@ -66,6 +68,49 @@ def test_muon_steps_do_not_depend_on_the_scale_of_gradients():
     # orthogonal: near equal singular values, unlike the gradient's
     values = torch.linalg.svdvals(moved[0][0])
     assert values.max() / values.min() < 2 < (s := torch.linalg.svdvals(gradients[0]))[0] / s[-1]
+
+
+def test_the_average_is_drawn_with_and_the_weights_are_trained(pipeline):
+    settings = dataclasses.replace(FAST, ema_decay=0.3)
+    plain = FAST.start(pipeline, tiny.concept())
+    mean, decays = trained(plain), (0.0, 2 / 11, 0.25, 0.3)
+    for decay in decays:
+        plain.advance(1)
+        mean = [decay * m + (1 - decay) * p for m, p in zip(mean, trained(plain), strict=True)]
+    run = settings.start(pipeline, tiny.concept())
+    # stops on the way change nothing
+    for steps in (1, 2, 1):
+        run.advance(steps)
+    for value, expected in zip(trained(run), mean, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(trained(run)[0], trained(plain)[0])
+    assert run.losses == plain.losses
+    second = settings.start(pipeline, tiny.concept())
+    second.restore(run.checkpoint())
+    assert all(map(torch.equal, trained(second), trained(run)))
+    whole = settings.start(pipeline, tiny.concept())
+    for learner, steps in ((second, 2), (whole, 6)):
+        learner.advance(steps)
+    assert all(map(torch.equal, trained(second), trained(whole)))
+    assert second.losses == whole.losses
+
+
+def test_a_new_word_is_drawn_as_its_average(pipeline):
+    images = [Picture(picture.image, "a <sks>") for picture in tiny.concept().images]
+    concept = Concept("thing", "a <sks>", images, token="<sks>", initializer="cat")
+    runs = [
+        TextualInversion(learning_rate=0.1, ema_decay=decay).start(pipeline, concept)
+        for decay in (None, 0.5)
+    ]
+    rows = []
+    for run in runs:
+        run.advance(5)
+        table = run.pipeline.text_encoder.get_input_embeddings().weight
+        row = table[run.pipeline.tokenizer.convert_tokens_to_ids("<sks>")]
+        rows.append(row.detach().clone())
+    assert runs[0].losses == runs[1].losses
+    assert not torch.equal(*rows)
+    torch.testing.assert_close(rows[1], trained(runs[1])[0].reshape(rows[1].shape))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])

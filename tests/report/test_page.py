@@ -314,6 +314,41 @@ def test_single_seeds_and_overlaps_are_marked(small, tmp_path, folder):
     assert "Overlap. <b>Pictures</b> were seen." in Page(write_report([seen])).text
 
 
+RECORDED = {
+    "tuned_original": "rate 0.001, constant, batch 4, adamw",
+    "tuned_immunized": "rate 0.003, cosine, batch 2, muon",
+    "objects_original": 0.75,
+    "objects_immunized": 0.25,
+    "repaired_original": 0.61,
+    "repaired_immunized": 0.52,
+}
+
+
+def test_what_else_is_recorded_is_shown(folder, tmp_path, page):
+    run = write_evaluation(tmp_path / "run", **SMALL | {"seeds": (0, 1, 2)}, recorded=RECORDED)
+    shown = Page(write_report([run]))
+    row = shown.row("tiger", "LoRA", "100 steps", "3")
+    assert row[4:6] == ["75\u00a0%", "25\u00a0%"]
+    curves = [p for p in EvaluationFolder(run).curves() if p.attack.startswith("tiger_lora")]
+    last = [p for p in curves if p.step == 100 and p.similarity == "clip"]
+    assert row[6:] == [
+        number(sum(p.original for p in last) / 3),
+        number(sum(p.immunized for p in last) / 3),
+        "0.61",
+        "0.52",
+    ]
+    tuned = shown.row("tiger", "LoRA, 100 steps")
+    assert tuned[2:] == [RECORDED["tuned_original"], RECORDED["tuned_immunized"]]
+    assert "25 % of the immunized model's pictures" in shown.text
+    assert "pictures are broken" in shown.text
+    assert "3 seeds. The bars and bands of run are the range of 3 runs" in shown.text
+    assert "100 steps, 3 seeds" in shown.source
+    # of an evaluation that records none of it, nothing is shown
+    for word in ("Are the pictures whole?", "What trials chose", "right object"):
+        assert word in shown.text
+        assert word not in page.text
+
+
 def test_an_evaluation_without_any_attack_yet_has_a_page(tmp_path):
     folder = write_evaluation(tmp_path / "run", **SMALL)
     source = EvaluationFolder(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ def write_evaluation(
     similarities: Sequence[str] = ("clip", "dino"),
     painter: Painter = paint,
     num_pictures: int = 2,
+    recorded: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Path:
     """Write a whole evaluation.
@@ -68,6 +69,7 @@ def write_evaluation(
         similarities: names of similarity models, the first is the primary.
         painter: draws (concept, side, step, index); the side may be "references".
         num_pictures: per step.
+        recorded: further fields of every attack.
         changes: replaces attributes of the `Evaluation`.
     """
     folder = EvaluationFolder(path)
@@ -113,6 +115,7 @@ def write_evaluation(
                     nearest_original=0.12 + wobble,
                     nearest_immunized=None if seed == 0 else 0.3 + wobble,
                     seconds=1.5,
+                    **(recorded or {}),
                 )
             )
             points += points_of(attack, similarity, gap)
