@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,27 @@ class Pictures:
     def tensor(self) -> torch.Tensor:
         """Pixels as float [N, 3, 64, 64] in [-1, 1]."""
         return to_tensor(self.pixels)
+
+
+def without(pictures: Pictures, concepts: Sequence[str]) -> Pictures:
+    """The pictures that show none of some concepts: styles ("style-mono") or names ("tiger").
+
+    Raises:
+        ValueError: no picture shows one of them.
+    """
+    for concept in concepts:
+        shown = _showing(pictures, concept)
+        if not shown.any():
+            raise ValueError(f"no picture shows {concept!r}")
+        pictures = pictures.where(~shown)
+    return pictures
+
+
+def _showing(pictures: Pictures, concept: str) -> np.ndarray:
+    style = concept.removeprefix("style-")
+    if style != concept:
+        return pictures.styles == style
+    return pictures.names == concept
 
 
 def to_tensor(pixels: np.ndarray) -> torch.Tensor:

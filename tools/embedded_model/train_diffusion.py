@@ -21,6 +21,7 @@ from common import (
     load_pictures,
     reworded_captions,
     setup,
+    without,
 )
 from text import build_tokenizer, encode_text, save_tokenizer, text_config
 
@@ -105,7 +106,7 @@ def save_pipeline(
 
 
 def main() -> None:
-    """Write DATA/pipeline, every `--save-every` steps and at the end."""
+    """Write the pipeline, every `--save-every` steps and at the end."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=8000)
@@ -114,9 +115,20 @@ def main() -> None:
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--save-every", type=int, default=1000)
     parser.add_argument("--start-from", type=Path, help="a pipeline folder to train further")
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="CONCEPT",
+        help="leave the pictures of styles (style-mono) or names (tiger) out of the training: the "
+        "ceiling of the study, a model that never learned them; needs --output",
+    )
+    parser.add_argument("--output", type=Path, help="the pipeline folder; default DATA/pipeline")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.without and (args.output is None or args.start_from):
+        parser.error("--without: needs --output, and no --start-from, which has learned everything")
     setup(args.seed, args.threads)
 
     splits = load_names()
@@ -127,6 +139,7 @@ def main() -> None:
             for n, s in zip(pictures.names, pictures.styles, strict=True)
         ]
     )
+    train = without(train, args.without)
     vae = AutoencoderKL.from_pretrained(args.data / "vae").eval()
     mean, std = encode_latents(vae, train)
     if args.start_from:
@@ -186,7 +199,8 @@ def main() -> None:
         if step in (20, 100) or step % 200 == 0:
             print(f"{step} {time.time() - start:.0f}s loss {running:.4f}", flush=True)
         if step % args.save_every == 0 or step == args.steps:
-            save_pipeline(args.data / "pipeline", vae, averaged[0], averaged[1], tokenizer)
+            output = args.output or args.data / "pipeline"
+            save_pipeline(output, vae, averaged[0], averaged[1], tokenizer)
 
 
 if __name__ == "__main__":
