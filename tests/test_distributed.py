@@ -9,6 +9,9 @@ import torch
 from support import ranks, tiny
 from support.immunizing import settings, weights
 
+from mima.evaluation import EvaluationFolder
+from mima.evaluation.ranks import SharedFolder
+from mima.evaluation.worker import Outcome
 from mima.storage.checkpoint import CheckpointFolder
 from mima.storage.runs import default_folder
 
@@ -19,12 +22,15 @@ def model(tmp_path_factory):
 
 
 def start(processes, size, *args, **options):
+    return launch(processes, ranks.immunize, size, args, options)
+
+
+def launch(processes, target, size, *args):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = [
-        processes.Process(target=ranks.immunize, args=(rank, size, port, args, options))
-        for rank in range(size)
+        processes.Process(target=target, args=(rank, size, port, *args)) for rank in range(size)
     ]
     for process in started:
         process.start()
@@ -108,3 +114,71 @@ def test_a_rank_that_dies_ends_the_others(processes, model, tmp_path):
     assert codes[0] != 0
     assert codes[2] != 0
     assert CheckpointFolder(default_folder(tmp_path / "out")).latest().step >= 1
+
+
+GRID = {
+    "methods": {"lora": {"learning_rate": 1e-2, "batch_size": 2, "steps": 4}},
+    # Muon computes in bfloat16, whose rounding depends on where a matrix lies in memory
+    "tune": {"trials": 2, "steps": 2, "optimizers": ["adamw"]},
+    "lr_factors": [1.0],
+    "seeds": [0, 1],
+    "evaluations": 1,
+    "max_prompts": 1,
+    "benign_prompts": 2,
+    "sampler": {"steps": 1, "guidance": 1.0},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    tiny.save_tiny_stable_diffusion(root / "original")
+    tiny.save_tiny_stable_diffusion(root / "immunized", seed=1)
+    tiny.save_tiny_clip(root / "clip")
+    return root
+
+
+def test_processes_share_an_evaluation_and_go_on_with_it(processes, models, tmp_path):
+    def run(size, name):
+        return launch(processes, ranks.evaluate, size, models, tmp_path / name, GRID)
+
+    assert finish(run(1, "one")) == [0]
+    two = run(2, "two")
+    folder, alone = EvaluationFolder(tmp_path / "two"), EvaluationFolder(tmp_path / "one")
+    # killed after the first trial that the other process handed over, or the main one wrote down
+    while not (folder.path / "tuning.csv").is_file():
+        assert all(process.is_alive() for process in two)
+        time.sleep(0.01)
+    for process in two:
+        process.kill()
+    finish(two)
+    assert not folder.evaluation().complete
+    # what the other process has finished and the main one did not take over is found
+    shared, early = SharedFolder(folder.path), alone.attacks()[0].attack
+    assert early not in [row.attack for row in folder.attacks()]
+    outcome = Outcome(
+        [row for row in alone.attacks() if row.attack == early],
+        [point for point in alone.curves() if point.attack == early],
+    )
+    shared.put(0, 99, outcome)
+    assert finish(run(2, "two")) == [0, 0]
+    assert not (folder.path / "shared").exists()
+    assert folder.evaluation().complete
+    assert not folder.images(early, "original", 0)
+    for name in ("attacks", "curves"):
+        mine, theirs = (
+            [row.model_copy(update={"seconds": 0}) for row in getattr(one, name)()]
+            for one in (folder, alone)
+        )
+        assert mine == theirs
+    assert folder.evaluation().summary == alone.evaluation().summary
+    assert folder.evaluation().benign == alone.evaluation().benign
+
+
+def test_every_task_is_taken_once(tmp_path):
+    shared = SharedFolder(tmp_path)
+    shared.clear()
+    one, two = shared.take(0, 5), shared.take(0, 5)
+    assert [next(one), next(two), next(one), *two] == [0, 1, 2, 3, 4]
+    assert list(one) == []
+    assert list(shared.take(1, 1)) == [0]

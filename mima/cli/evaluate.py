@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -69,6 +70,12 @@ def evaluate(
     captions: Annotated[
         Path | None, typer.Option(help="A file of ordinary prompts, one per line.")
     ] = None,
+    originals: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep what attacks show on the original model here, for other evaluations of it."
+        ),
+    ] = None,
     revision: Revision = None,
     variant: Variant = None,
     single_file_config: SingleFileConfig = None,
@@ -120,6 +127,7 @@ def evaluate(
                 name=name,
                 method=method,
                 captions=captions,
+                originals=originals,
                 overwrite=overwrite,
                 progress=show,
                 announce=lambda work: stderr().print(str(work)),
@@ -127,6 +135,9 @@ def evaluate(
         except KeyboardInterrupt:
             stderr().print("finished attacks are kept; the same command goes on from them")
             raise
+    # torchrun's other processes stay silent
+    if os.environ.get("RANK", "0") != "0":
+        return
     stdout().print(summary_table(result))
     stdout().print("\n".join(summary_lines(result)))
     stdout().print(f"pictures and all numbers: {output}\nas a page: {command('report', output)}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -26,6 +27,7 @@ from mima.evaluation.grid import Attack, GridConfig, Trial, attack_grid, grid_co
 from mima.evaluation.ledger import Ledger, check, claim, refuse_other_settings
 from mima.evaluation.plan import Plan
 from mima.evaluation.processes import in_parallel, one_by_one, one_thread
+from mima.evaluation.ranks import SharedFolder, join_patiently, over_ranks
 from mima.evaluation.records import (
     SIDES,
     Calibration,
@@ -37,7 +39,7 @@ from mima.evaluation.records import (
 )
 from mima.evaluation.seen import Seen, seen_by
 from mima.evaluation.tuning import TrialRow, TuningLog
-from mima.evaluation.worker import Bench, Outcome, Result, Task, Worker
+from mima.evaluation.worker import Bench, Outcome, Task, Worker
 from mima.families import family_of, source_of
 from mima.sampling import Sampler
 from mima.storage.lock import locked
@@ -67,6 +69,7 @@ def evaluate(
     name: str | None = None,
     method: Method | None = None,
     captions: str | Path | None = None,
+    originals: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     announce: Callable[[Estimate], None] | None = None,
@@ -76,6 +79,9 @@ def evaluate(
     Every attack of the grid trains both models on the same batches with the same noise and draws
     the same pictures. Pictures, rows and the summary are written as they come; called again with
     the same arguments, a stopped evaluation goes on after the last finished attack.
+
+    Under ``torchrun`` the processes share the attacks out, each on its own device; all have to see
+    the same folder, and the main one writes rows and summary and calls `progress` and `announce`.
 
     Degenerate cases. Where an attack fails on the original model, M(x_r, x_A) ≤ 0, SGR is 0. A
     concept without held-out pictures is compared with its training pictures, with a warning and a
@@ -96,12 +102,16 @@ def evaluate(
             embeds texts measures benign quality.
         protocol: how pictures are prepared for them; see `mima.evaluation.similarity`.
         processes: attacks at a time, each with one thread. Default: one per core on a CPU; one on a
-            GPU or for pipelines in memory, in this process and with its threads.
+            GPU, for pipelines in memory, or in each process that torchrun started, in this process
+            and with its threads.
         device: where to compute; by default a GPU where there is one.
         name: label of the run; default ``method``, or the immunized model's name.
         method: how the model was immunized, for comparisons; by default what ``mima.json`` in the
             folder of ``immunized`` says.
         captions: a file of ordinary prompts, one per line; default those that ship with mima.
+        originals: a folder that keeps what attacks and trials show on the original model, for other
+            evaluations that attack it alike; it grows. Of attacks with a preparation, and of the
+            family ``outside``, nothing is kept.
         overwrite: discard what an earlier evaluation left in `output`.
         progress: called with work done, all work (training steps and pictures), and the name of an
             attack that was just finished, or "".
@@ -133,16 +143,19 @@ def evaluate(
     names = _similarity_names(similarities)
     in_memory = [source_of(model) is None for model in (original, immunized)]
     device = str(device_of(device))
+    ranks = join_patiently(device)
     if processes is None:
-        single = any(in_memory) or torch.device(device).type != "cpu"
+        single = any(in_memory) or torch.device(device).type != "cpu" or ranks.size > 1
         processes = 1 if single else len(os.sched_getaffinity(0))
     if processes < 1 or (processes > 1 and any(in_memory)):
         raise MimaError(
             "evaluate: processes must be at least 1, and 1 for pipelines in memory, "
             f"got {processes}"
         )
+    if processes > 1 and ranks.size > 1:
+        raise MimaError(f"evaluate: torchrun's {ranks.size} processes are all; leave processes out")
     folder = EvaluationFolder(Path(output).expanduser().resolve())
-    check(folder, overwrite=overwrite)
+    ranks.together(lambda: check(folder, overwrite=overwrite))
 
     seen = seen_by(immunized)
     prompts, known = _benign_prompts(
@@ -159,6 +172,7 @@ def evaluate(
         folder=folder,
         device=device,
         prompts=prompts,
+        originals=None if originals is None else Path(originals).expanduser().resolve(),
     )
     with one_thread(processes > 1):
         worker = Worker(bench)
@@ -209,53 +223,54 @@ def evaluate(
         versions=installed_versions(),
         complete=False,
     )
-    with locked(folder.path):
+    shared = SharedFolder(folder.path)
+    tasks: deque[Task] = deque()
+    ledger = plan = None
+    total = done = 0
+
+    def begin() -> None:
+        nonlocal ledger, plan, total
         # everything could be opened: only now are earlier results discarded
         claim(folder, overwrite=overwrite)
         refuse_other_settings(folder, evaluation)
         ledger = Ledger(folder, evaluation, grid)
-        plan = Plan(TuningLog(folder.path, config.tune), ledger.pending())
-        tasks: deque[Task] = deque(side for side in SIDES if not bench.benign_done(side))
-        tasks += plan.first()
+        tuning = TuningLog(folder.path, config.tune)
+        _take_over(shared, ledger, tuning)
+        plan = Plan(tuning, ledger.pending())
+        tasks.extend(side for side in SIDES if not bench.benign_done(side))
+        tasks.extend(plan.first())
         bench.write_references()
-        ledger.evaluation = evaluation.model_copy(
-            update={
-                "calibration": {
-                    similarity.name: {
-                        known.concept: Calibration(
-                            right=known.right,
-                            others=fmean(known.others.values()) if known.others else None,
-                            noise=known.noise,
-                            grey=known.grey,
-                        )
-                        for known in calibrate(
-                            similarity.model, [c for c in by_slug.values() if c.held_out]
-                        )
-                    }
-                    for similarity in worker.similarities
-                    if any(concept.held_out for concept in by_slug.values())
-                }
-            }
-        )
+        known = _calibrations(worker, [c for c in by_slug.values() if c.held_out])
+        ledger.evaluation = evaluation.model_copy(update={"calibration": known})
         ledger.write()
+        if ranks.size > 1:
+            shared.clear()
         total = sum(bench.work(task) for task in [*tasks, *plan.waiting])
-        done = 0
 
-        def advance(amount: int, finished: str = "") -> None:
-            nonlocal done
-            done += amount
-            if progress is not None:
-                progress(done, total, finished)
+    def advance(amount: int, finished: str = "") -> None:
+        nonlocal done
+        done += amount
+        if progress is not None and ranks.main:
+            progress(done, total, finished)
 
+    with ExitStack() as locks:
+        ranks.together(lambda: _enter(locks, locked(folder.path)))
+        ranks.together(begin)
         if announce is not None and tasks:
-            announce(estimate(bench, worker, [*tasks, *plan.waiting], processes))
+            assert plan is not None
+            announce(estimate(bench, worker, [*tasks, *plan.waiting], processes * ranks.size))
         advance(0)
-        if processes == 1 or len(tasks) <= 1:
+        if ranks.size > 1:
             worker.advance = advance
-            results: Iterator[tuple[Task, Result]] = one_by_one(worker, tasks)
+            results = over_ranks(ranks, shared, bench, worker, tasks, advance)
+        elif processes == 1 or len(tasks) <= 1:
+            worker.advance = advance
+            results = one_by_one(worker, tasks)
         else:
             results = in_parallel(bench, tasks, min(processes, len(tasks)), advance)
         for task, result in results:
+            assert ledger is not None
+            assert plan is not None
             if isinstance(task, Attack):
                 assert isinstance(result, Outcome)
                 ledger.add(result)
@@ -263,7 +278,44 @@ def evaluate(
             elif isinstance(task, Trial):
                 assert isinstance(result, TrialRow)
                 tasks += plan.tried(result)
-        return ledger.finish(worker.benign())
+        if ledger is not None:
+            evaluation = ledger.finish(worker.benign())
+            shared.remove()
+    return ranks.broadcast(evaluation)
+
+
+def _enter(locks: ExitStack, lock: AbstractContextManager[None]) -> None:
+    locks.enter_context(lock)
+
+
+def _take_over(shared: SharedFolder, ledger: Ledger, tuning: TuningLog) -> None:
+    """Write down what processes of an earlier call had finished when it was stopped."""
+    wanted = {attack.id for attack in ledger.pending()}
+    for _, result in shared.arrived():
+        if isinstance(result, Outcome) and result.rows[0].attack in wanted:
+            ledger.add(result)
+        elif isinstance(result, TrialRow) and result.trial in tuning.missing(
+            result.attack, result.side
+        ):
+            tuning.add(result)
+
+
+def _calibrations(worker: Worker, concepts: Sequence[Concept]) -> dict[str, dict[str, Calibration]]:
+    """What each similarity says of pictures that are known, by concept."""
+    if not concepts:
+        return {}
+    return {
+        similarity.name: {
+            known.concept: Calibration(
+                right=known.right,
+                others=fmean(known.others.values()) if known.others else None,
+                noise=known.noise,
+                grey=known.grey,
+            )
+            for known in calibrate(similarity.model, concepts)
+        }
+        for similarity in worker.similarities
+    }
 
 
 def _benign_prompts(captions: Sequence[str], seen: Seen, count: int) -> tuple[list[str], list[str]]:

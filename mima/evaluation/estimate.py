@@ -44,8 +44,8 @@ class Estimate:
 def estimate(bench: Bench, worker: Worker, tasks: Sequence[Task], processes: int) -> Estimate:
     """Count the work, and time a few steps and pictures of it.
 
-    A step is taken to cost what one of the first attack or trial on the original model does, in
-    proportion to the batch.
+    A step is taken to cost what one of the first attack or trial with its method on the original
+    model does, in proportion to the batch.
 
     Args:
         bench: what is attacked.
@@ -57,10 +57,20 @@ def estimate(bench: Bench, worker: Worker, tasks: Sequence[Task], processes: int
     runs = [task for task in tasks if isinstance(task, (Attack, Trial))]
     seconds = 0.0
     if runs:
-        first = runs[0].attack if isinstance(runs[0], Trial) else runs[0]
-        per_row, per_picture = _timed(bench, worker, first)
-        rows = sum(bench.steps(task) * _batch(task) for task in tasks)
-        seconds = (rows * per_row + pictures * per_picture) / processes
+        costs: dict[str, tuple[float, float]] = {}
+        for task in runs:
+            attack = _attack_of(task)
+            if attack.label not in costs:
+                costs[attack.label] = _timed(bench, worker, attack)
+        trained = sum(
+            _left(worker, task)
+            * bench.steps(task)
+            * _batch(task)
+            * costs[_attack_of(task).label][0]
+            for task in runs
+        )
+        drawn = pictures * sum(per_picture for _, per_picture in costs.values()) / len(costs)
+        seconds = (trained + drawn) / processes
     return Estimate(
         attacks=sum(isinstance(task, Attack) for task in tasks),
         trials=sum(isinstance(task, Trial) for task in tasks),
@@ -68,6 +78,20 @@ def estimate(bench: Bench, worker: Worker, tasks: Sequence[Task], processes: int
         pictures=pictures,
         seconds=seconds,
     )
+
+
+def _left(worker: Worker, task: Attack | Trial) -> float:
+    """The share of a task's training that no other evaluation's folder of originals holds."""
+    entry = worker.kept_of(task)
+    if entry is None or not entry.kept:
+        return 1.0
+    if isinstance(task, Trial):
+        return 0.0 if task.side == "original" else 1.0
+    return 0.5
+
+
+def _attack_of(task: Attack | Trial) -> Attack:
+    return task.attack if isinstance(task, Trial) else task
 
 
 def _batch(task: Task) -> int:

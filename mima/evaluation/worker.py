@@ -20,7 +20,7 @@ from mima.adapters.merge import apply
 from mima.choices import PictureProtocol
 from mima.concepts import Concept
 from mima.concepts.naming import without_name
-from mima.concepts.pictures import Picture, by_prompt
+from mima.concepts.pictures import Picture, by_prompt, digest
 from mima.evaluation import preparations
 from mima.evaluation.benign import cmmd, text_features
 from mima.evaluation.encoders import TextImageEncoder, load_similarity
@@ -35,6 +35,7 @@ from mima.evaluation.grid import (
     places,
 )
 from mima.evaluation.metrics import GapCurve, sgr
+from mima.evaluation.originals import Entry, Originals
 from mima.evaluation.records import (
     SIDES,
     AttackRow,
@@ -91,6 +92,7 @@ class Bench:
     folder: EvaluationFolder
     device: str
     prompts: Sequence[str]
+    originals: Path | None = None
 
     def with_role(self, role: Role) -> list[Concept]:
         """The concepts of one role."""
@@ -168,6 +170,11 @@ class Bench:
         return [
             Job(prompt, attack.seed * SEED_STRIDE + seed) for prompt in references for seed in seeds
         ]
+
+    def repaired_files(self, attack: Attack, side: Side) -> list[Path]:
+        """Where the pictures of an attacked and repaired model are."""
+        folder = self.folder.path / "images" / "repaired" / attack.id / side
+        return _numbered(folder, len(self.jobs(attack)))
 
     def work(self, task: Task) -> int:
         """Training steps and pictures of a task."""
@@ -257,6 +264,10 @@ class Worker:
             )
             for name, source in bench.similarities.items()
         ]
+        self._originals: Originals | None = None
+        if bench.originals is not None:
+            model = _fingerprint_of(self.pipelines["original"])
+            self._originals = Originals(bench.originals, model, torch.device(bench.device).type)
         self._prepared: dict[Side, tuple[object, Any]] = {}
         self._changed: list[str] | None = None
 
@@ -304,12 +315,12 @@ class Worker:
         _, references = bench.material(attack)
         whole, repaired = True, {}
         for side in SIDES:
-            drawn = self._train(attack, side, attack.on(side), bench.jobs(attack))
-            if drawn.diverged is not None:
-                logger.warning("%s, %s model: %s", attack.id, side, drawn.diverged)
+            diverged = self._attack_on(attack, side)
+            if diverged is not None:
+                logger.warning("%s, %s model: %s", attack.id, side, diverged)
                 whole = False
             elif bench.config.repair_steps and bench.ordinary():
-                repaired[side] = self._repair(attack, side, drawn.pipeline)
+                repaired[side] = bench.repaired_files(attack, side)
         # an attack that diverged on either model counts as not tried: it shows the start alone
         steps = bench.config.steps_of(attack) if whole else (0,)
         seconds = time.perf_counter() - started
@@ -326,6 +337,70 @@ class Worker:
             rows.append(row)
             points += curve
         return Outcome(rows, points)
+
+    def _attack_on(self, attack: Attack, side: Side) -> str | None:
+        """Attack one model and repair it, or copy what another evaluation keeps of the original.
+
+        Returns:
+            Why it diverged, if it did.
+        """
+        bench, count = self.bench, len(self.bench.jobs(attack))
+        entry = self.kept_of(attack) if side == "original" else None
+        files = {
+            f"{step:05d}-{index}.png": bench.folder.image_folder(attack.id, side, step)
+            / f"{index}.png"
+            for step in bench.config.steps_of(attack)
+            for index in range(count)
+        }
+        repairs = bool(bench.config.repair_steps and bench.ordinary())
+        if repairs:
+            mended = bench.repaired_files(attack, side)
+            files |= {f"repaired-{index}.png": file for index, file in enumerate(mended)}
+        known = entry.read(files) if entry is not None else None
+        if known is not None:
+            self.advance(bench.work(attack) // len(SIDES))
+            why = known["diverged"]
+            return None if why is None else str(why)
+        drawn = self._train(attack, side, attack.on(side), bench.jobs(attack))
+        diverged = None if drawn.diverged is None else str(drawn.diverged)
+        if repairs and diverged is None:
+            self._repair(attack, side, drawn.pipeline)
+        if entry is not None:
+            there = {name: file for name, file in files.items() if file.is_file()}
+            entry.write({"diverged": diverged}, there)
+        return diverged
+
+    def kept_of(self, task: Attack | Trial) -> Entry | None:
+        """Where the original model's part of an attack or trial is kept for other evaluations.
+
+        None where nothing is kept, and of what depends on the immunized model or is prepared.
+        """
+        attack, trial = (task.attack, task) if isinstance(task, Trial) else (task, None)
+        if self._originals is None or attack.outside or attack.preparation != "none":
+            return None
+        bench, adaptation = self.bench, trial.adaptation if trial else attack.on("original")
+        concept, _ = bench.material(attack)
+        learned = (
+            *(concept.prompt, concept.token, concept.initializer, concept.class_prompt),
+            *((digest(p), p.prompt) for p in (*concept.images, *concept.class_images)),
+        )
+        common = (type(adaptation).__name__, adaptation, learned, bench.sampler, attack.transplant)
+        if trial is not None:
+            jobs, files = bench.training_jobs(attack)
+            judge = (*next(iter(bench.similarities.items())), bench.protocol)
+            digests = [[digest(Picture(file, "")) for file in group] for group in files]
+            return self._originals.entry(
+                "trial", *common, bench.config.tune.by, jobs, digests, judge
+            )
+        steps = bench.config.repair_steps
+        ordinary = bench.ordinary(attack.slug) or bench.ordinary()
+        repair = (
+            (steps, configured(bench.config, "dreambooth"), [digest(p) for p in ordinary])
+            if steps
+            else None
+        )
+        drawn = bench.config.steps_of(attack), bench.jobs(attack)
+        return self._originals.entry("attack", *common, drawn, repair)
 
     def _train(
         self,
@@ -364,6 +439,18 @@ class Worker:
 
     def _try(self, trial: Trial) -> TrialRow:
         """Train as a trial says, and see how like the training pictures its pictures become."""
+        entry = self.kept_of(trial) if trial.side == "original" else None
+        known = entry.read({}) if entry is not None else None
+        if known is not None:
+            self.advance(self.bench.work(trial))
+            own = {"attack": trial.attack.key, "trial": trial.number}
+            return TrialRow.model_validate(known | own)
+        row = self._tried(trial)
+        if entry is not None:
+            entry.write(row.model_dump(mode="json"), {})
+        return row
+
+    def _tried(self, trial: Trial) -> TrialRow:
         bench, adaptation = self.bench, trial.adaptation
         jobs, files = bench.training_jobs(trial.attack)
         looked = bench.config.tune.by == "similarity"
@@ -397,19 +484,16 @@ class Worker:
             diverged=diverged,
         )
 
-    def _repair(self, attack: Attack, side: Side, attacked: Any) -> list[Path]:
+    def _repair(self, attack: Attack, side: Side, attacked: Any) -> None:
         """Fine-tune an attacked model on ordinary pictures, and draw the attack's prompts again."""
         bench = self.bench
         pictures = bench.ordinary(attack.slug) or bench.ordinary()
         run = self._benign(attacked, pictures, bench.config.repair_steps, attack.seed)
-        files = _numbered(
-            bench.folder.path / "images" / "repaired" / attack.id / side, len(bench.jobs(attack))
-        )
+        files = bench.repaired_files(attack, side)
         drawn = bench.sampler.draw(run.pipeline, bench.jobs(attack))
         for file, image in zip(files, drawn, strict=True):
             write_picture(file, image)
             self.advance(1)
-        return files
 
     def _benign(self, pipeline: Any, pictures: Sequence[Picture], steps: int, seed: int) -> Run:
         """Fine-tune every weight on ordinary pictures, with the grid's settings of DreamBooth."""
@@ -574,6 +658,17 @@ class Worker:
             run = lora.adapt(pipeline, subject, on_step=lambda _: self.advance(1))
             adapters.append(Adapter.of(run.pipeline))
         return apply(pipeline, adapters)
+
+
+def _fingerprint_of(pipeline: Any) -> str:
+    """A hash of all weights of a pipeline, and of its noise schedule."""
+    parts = [
+        f"{name} {fingerprint(dict(module.state_dict()))}"
+        for name, module in sorted(pipeline.components.items())
+        if isinstance(module, torch.nn.Module)
+    ]
+    scheduler = pipeline.scheduler
+    return " ".join([*parts, type(scheduler).__name__, str(sorted(scheduler.config.items()))])
 
 
 def _object_in(concept: Concept, picture: Picture) -> str:

@@ -16,12 +16,16 @@ from typer.testing import CliRunner
 
 from mima.adaptation import configure
 from mima.cli import app
-from mima.concepts import Concept
+from mima.concepts import Concept, embedded_concept
 from mima.errors import MimaError
 from mima.evaluation import evaluate
 from mima.evaluation.grid import PRESETS, attack_grid, grid_config
-from mima.evaluation.records import EvaluationFolder
+from mima.evaluation.plan import Plan
+from mima.evaluation.records import SIDES, EvaluationFolder
+from mima.evaluation.tuning import TuningLog
+from mima.evaluation.worker import Bench
 from mima.report import write_report
+from mima.sampling import Sampler
 
 METHODS = ("lora", "dreambooth", "textual-inversion", "custom-diffusion")
 SMALL = {
@@ -219,3 +223,35 @@ def test_a_part_of_a_setting_has_a_name():
     assert PRESETS["quick"].methods["lora"]["steps"] == 50
     with pytest.raises(MimaError, match=r"setting rare_token\.more: rare_token has no settings"):
         grid_config("quick", {"rare_token.more": 1})
+
+
+@pytest.mark.parametrize(
+    ("preset", "trials", "attacks", "steps", "pictures"),
+    [("quick", 0, 15, 1_500, 604), ("headline", 96, 18, 16_800, 1_752)],
+)
+def test_presets_are_as_much_work_as_is_said(preset, trials, attacks, steps, pictures, tmp_path):
+    """Two styles and an other on the embedded model: the counts beside the presets."""
+    config = grid_config(preset)
+    concepts = {
+        name: embedded_concept(name)
+        for name in ("style-mono", "style-fluent", "benign-style-twemoji")
+    }
+    targets = dict(itertools.islice(concepts.items(), 2))
+    others = {name: concepts[name] for name in concepts if name not in targets}
+    bench = Bench(
+        models={},
+        concepts=concepts,
+        roles={name: "target" if name in targets else "other" for name in concepts},
+        config=config,
+        sampler=Sampler(**config.sampler),
+        similarities={},
+        protocol="standard",
+        folder=EvaluationFolder(tmp_path),
+        device="cpu",
+        prompts=["an emoji"] * config.benign_prompts,
+    )
+    plan = Plan(TuningLog(tmp_path, config.tune), attack_grid(config, targets, others))
+    tasks = [*plan.first(), *plan.waiting]
+    assert len(tasks) == trials + attacks
+    assert sum(map(bench.steps, tasks)) == steps
+    assert sum(map(bench.drawn, [*tasks, *SIDES])) == pictures

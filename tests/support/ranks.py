@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from bilevel import test_new_words
 from bilevel.test_hypergradient import problem, randn
-from support import immunizing
+from support import immunizing, tiny
 
+from mima import evaluation
 from mima.bilevel.outer import outer_gradient, unmerged_gradient
 from mima.distributed import ALONE, Ranks
 from mima.immunization.alternating import merge_step
@@ -69,13 +70,35 @@ def gradients(rank: int, store: Path, output: Path) -> None:
     dist.destroy_process_group()
 
 
+def evaluate(
+    rank: int, size: int, port: int, models: Path, output: Path, grid: dict[str, Any]
+) -> None:
+    """A small evaluation as torchrun would start it."""
+    torch.set_num_threads(1)
+    os.environ.update(_torchrun(rank, size, port))
+    evaluation.evaluate(
+        models / "original",
+        models / "immunized",
+        [tiny.concept("red", "round")],
+        output=output,
+        others=[tiny.concept("blue", "square")],
+        settings=grid,
+        similarities=[models / "clip"],
+        processes=None if size > 1 else 1,
+    )
+
+
 def immunize(rank: int, size: int, port: int, args: tuple[Any, ...], options: Any) -> None:
     """`immunizing.run` as torchrun would start it."""
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    os.environ.update(_torchrun(rank, size, port))
     immunizing.run(*args, **options)
+
+
+def _torchrun(rank: int, size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }

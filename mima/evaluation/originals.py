@@ -1,0 +1,99 @@
+"""What attacks and trials showed on an original model, kept for other evaluations of that model.
+
+Immunized models are compared on equal terms when the same attacks meet the same original: what
+these show there is then the same every time. An entry is named by everything that it depends on:
+weights, method, settings, seed, pictures, prompts, sampler, judge of trials, device and versions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mima._version import installed_versions
+from mima.errors import MimaError
+
+CONTENT = "entry.json"
+
+
+class Originals:
+    """A folder of entries, to which several processes may add.
+
+    Args:
+        folder: made where it does not exist; None keeps nothing.
+        model: a fingerprint of the original model.
+        device: what it computes on.
+    """
+
+    def __init__(self, folder: Path | None, model: str, device: str) -> None:
+        self._folder = folder
+        self._common = repr((model, device, sorted(installed_versions().items())))
+
+    def entry(self, *parts: object) -> Entry | None:
+        """The place of what depends on some values, which all have to say themselves in repr."""
+        if self._folder is None:
+            return None
+        name = hashlib.sha256(repr((self._common, parts)).encode()).hexdigest()[:32]
+        return Entry(self._folder / name)
+
+
+class Entry:
+    """One kept result: plain data, and files by name.
+
+    Args:
+        path: its folder, which exists once it is complete.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self, files: Mapping[str, Path]) -> dict[str, Any] | None:
+        """Copy the files of a complete entry to their places, and give back its data.
+
+        Args:
+            files: places by name; those that were not kept are left alone.
+
+        Returns:
+            None if there is no such entry yet.
+
+        Raises:
+            MimaError: it is damaged.
+        """
+        if not self._path.is_dir():
+            return None
+        try:
+            content = json.loads((self._path / CONTENT).read_text(encoding="utf-8"))
+            for name, place in files.items():
+                if (self._path / name).is_file():
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(self._path / name, place)
+        except (OSError, ValueError) as error:
+            raise MimaError(f"originals: {self._path} is damaged: {error}; remove it") from error
+        return dict(content)
+
+    def write(self, content: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+        """Keep data and copies of files, all or nothing; an entry that exists stays."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(dir=self._path.parent, prefix=".new-"))
+        try:
+            for name, file in files.items():
+                shutil.copyfile(file, building / name)
+            (building / CONTENT).write_text(json.dumps(dict(content)), encoding="utf-8")
+            os.replace(building, self._path)
+        except OSError:
+            # another process was quicker
+            if not self.kept:
+                raise
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+
+    @property
+    def kept(self) -> bool:
+        """Whether there is such an entry."""
+        return self._path.is_dir()

@@ -1,0 +1,74 @@
+"""What attacks show on an original model is kept for other evaluations of it, and nothing else."""
+
+import pytest
+from support import tiny
+
+from mima.errors import MimaError
+from mima.evaluation import EvaluationFolder, evaluate
+from mima.evaluation.worker import Worker
+
+GRID = {
+    "methods": {"lora": {"learning_rate": 1e-2, "batch_size": 2, "steps": 2}},
+    "preparations": ["fp16"],
+    "tune": {"trials": 2, "steps": 1, "optimizers": ["adamw"]},
+    "lr_factors": [1.0],
+    "seeds": [0],
+    "evaluations": 1,
+    "max_prompts": 1,
+    "benign_prompts": 0,
+    "repair_steps": 1,
+    "sampler": {"steps": 1, "guidance": 1.0},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("original", "one", "two")):
+        tiny.save_tiny_stable_diffusion(root / name, seed=seed)
+    tiny.save_tiny_clip(root / "clip")
+    return root
+
+
+def run(folders, immunized, output, originals=None, **changes):
+    evaluate(
+        folders / "original",
+        folders / immunized,
+        [tiny.concept("red", "round")],
+        others=[tiny.concept("blue", "square")],
+        output=output,
+        settings=GRID | changes,
+        similarities=[folders / "clip"],
+        processes=1,
+        originals=originals,
+    )
+    folder = EvaluationFolder(output)
+    return [row.model_copy(update={"seconds": 0}) for row in folder.attacks()], folder.curves()
+
+
+def test_the_original_is_attacked_once_for_all(folders, tmp_path, monkeypatch):
+    trained = []
+    train = Worker._train
+
+    def recorded(self, attack, side, *args, **options):
+        trained.append((side, attack.preparation))
+        return train(self, attack, side, *args, **options)
+
+    monkeypatch.setattr(Worker, "_train", recorded)
+    shared = tmp_path / "originals"
+    run(folders, "one", tmp_path / "first", shared)
+    alone = run(folders, "two", tmp_path / "alone")
+    trained.clear()
+    assert run(folders, "two", tmp_path / "second", shared) == alone
+    originals = [preparation for side, preparation in trained if side == "original"]
+    # two trials and the attack with a preparation are done again
+    assert set(originals) == {"fp16"}
+    assert ("immunized", "none") in trained
+    # other settings are other entries
+    trained.clear()
+    run(folders, "two", tmp_path / "third", shared, repair_steps=0, tune={"trials": 0})
+    assert ("original", "none") in trained
+    for entry in shared.iterdir():
+        (entry / "entry.json").write_text("{")
+    with pytest.raises(MimaError, match="is damaged"):
+        run(folders, "two", tmp_path / "fourth", shared)
