@@ -1,0 +1,302 @@
+"""What the study is made of: problems, methods, seeds, and cuts of different size."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mima.assets import assets
+from mima.choices import Task
+from mima.demo import settings as demo_settings
+from mima.errors import MimaError, nearest
+from mima.immunization.config import ImmunizeConfig
+
+RECIPES_MODULE = "mima.immunization.recipes"
+
+CEILING = "ceiling"
+"""The method of a cell that attacks a model which never saw the concepts."""
+UNTRAINED = "none"
+"""The method of a cell that attacks the model as it was, a control: every gap must be 0."""
+BENIGN = ("benign-panda", "benign-tractor", "benign-pizza")
+"""Concepts that an immunization may simulate benign adaptations to; no cell is measured on them."""
+OTHERS = ("benign-style-twemoji", "benign-cupcake", "benign-owl")
+"""Concepts that must stay learnable, of which no immunization sees anything."""
+
+
+def recipes() -> dict[str, Callable[..., ImmunizeConfig]]:
+    """The named settings that the package has: functions of a task and of settings that win."""
+    if importlib.util.find_spec(RECIPES_MODULE) is None:
+        return {}
+    return dict(importlib.import_module(RECIPES_MODULE).RECIPES)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is immunized against.
+
+    Attributes:
+        task: ``relearn``, of concepts that were erased, or ``personalize``, of unseen ones.
+        targets: embedded concepts.
+    """
+
+    task: Task
+    targets: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Safe as a file name."""
+        return "_".join((self.task, *self.targets))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One immunized model, and every attack on it.
+
+    Attributes:
+        problem: what is immunized against.
+        method: a name of `methods`, or `CEILING`.
+        seed: of the immunization; the attacks have seeds of their own.
+    """
+
+    problem: Problem
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Safe as a file name, and what the command line takes."""
+        return f"{self.problem.name}.{self.method}.seed{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A part of the study, with everything that its cells have in common.
+
+    Attributes:
+        problems: what is immunized against.
+        methods: how, by their names.
+        seeds: of the immunizations.
+        budget: simulated attack steps for each target, the same for every method.
+        grid: settings of the evaluation's grid, see `mima.evaluation.GridConfig`.
+        model: what is immunized.
+        similarities: judges; the first decides what trials choose.
+        settings: settings of every immunization that win over the method's.
+        others: concepts that must stay learnable.
+    """
+
+    problems: tuple[Problem, ...]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    budget: int
+    grid: Mapping[str, Any]
+    model: str = "embedded"
+    similarities: tuple[str, ...] = ("embedded",)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    others: tuple[str, ...] = OTHERS
+
+    def cells(self) -> Iterator[Cell]:
+        """Every cell; those of the first seed first. IMMA is for one concept."""
+        for seed in self.seeds:
+            for problem in self.problems:
+                for method in self.methods:
+                    if method == "imma" and len(problem.targets) > 1:
+                        continue
+                    # nothing of either depends on the seed of an immunization
+                    if method in (CEILING, UNTRAINED) and seed != self.seeds[0]:
+                        continue
+                    yield Cell(problem, method, seed)
+
+    def cell(self, name: str) -> Cell:
+        """The cell of a name.
+
+        Raises:
+            MimaError: there is none.
+        """
+        by_name = {cell.name: cell for cell in self.cells()}
+        if name not in by_name:
+            raise MimaError(f"cell {name!r} is unknown; {nearest(name, by_name)}")
+        return by_name[name]
+
+
+Make = Callable[[Task, Mapping[str, Any]], ImmunizeConfig]
+
+
+def methods() -> dict[str, Make]:
+    """How a model may be immunized, by name.
+
+    The baselines and ``mima`` have the demonstration's settings, the published update what it
+    allows of them; the rest are the recipes that the package has.
+    """
+    named: dict[str, Make] = {
+        name: _of_the_demonstration(name)
+        for name in (UNTRAINED, "imma", "joint", "compose", "alternating", "mima")
+    }
+    for name, recipe in recipes().items():
+        named[name] = _of_recipe(recipe)
+    return named
+
+
+def configured(cell: Cell, cut: Cut) -> ImmunizeConfig:
+    """The settings of a cell's immunization, with as many outer steps as the budget allows.
+
+    Raises:
+        MimaError: no such method.
+    """
+    known = methods()
+    if cell.method not in known:
+        raise MimaError(f"method {cell.method!r} is unknown; {nearest(cell.method, known)}")
+    common = {
+        # ordinary captions, since the embedded concepts' class prompts say nothing but "an emoji"
+        "captions": assets() / "captions.txt",
+        "num_class_images": 192,
+        "seed": cell.seed,
+        "checkpoint_every": 20,
+        **cut.settings,
+    }
+    config = known[cell.method](cell.problem.task, common)
+    count = len(cell.problem.targets)
+    steps = max(1, round(cut.budget * count / attack_steps(config, count)))
+    return config.model_copy(update={"steps": steps})
+
+
+def attack_steps(config: ImmunizeConfig, count: int) -> float:
+    """Steps of simulated attacks in one outer step: what methods are given the same number of.
+
+    Args:
+        config: the settings.
+        count: how many concepts there are.
+    """
+    if config.method == "none":
+        return float(count)
+    lower = config.lower if isinstance(config.lower, (list, tuple)) else [config.lower]
+    steps = sum(attacker.steps for attacker in lower) / len(lower)
+    # each concept has outer steps of its own
+    own = 1 if config.method == "compose" else min(config.concepts_per_step or count, count)
+    if config.method == "compose":
+        steps *= count
+    # every other step of the published update ascends at weights that the one before committed
+    share = 0.5 if config.method == "alternating" else 1.0
+    return share * own * steps
+
+
+def _of_the_demonstration(method: str) -> Make:
+    def make(task: Task, settings: Mapping[str, Any]) -> ImmunizeConfig:
+        plain = demo_settings(quick=False, seed=0).immunization.model_dump()
+        plain["method"] = method
+        plain["new_words"] = task == "personalize"
+        if method == "alternating":
+            plain["lower"] |= {"steps": 1}
+            plain["upper"] |= {"loss_cap": None}
+        return ImmunizeConfig.model_validate(plain | dict(settings))
+
+    return make
+
+
+def _of_recipe(recipe: Callable[..., ImmunizeConfig]) -> Make:
+    def make(task: Task, settings: Mapping[str, Any]) -> ImmunizeConfig:
+        # the study erases once for all methods
+        own = {"erase_first": False} if task == "relearn" else {}
+        return recipe(task, **own, **settings)
+
+    return make
+
+
+STYLES = ("style-mono", "style-fluent")
+OBJECTS = ("tiger", "hamburger", "penguin", "rocket", "mushroom", "strawberry")
+UNSEEN = ("unseen-fox", "unseen-teapot", "unseen-castle", "unseen-flamingo")
+
+_SAMPLER = {"steps": 12, "guidance": 3.0, "scheduler": "dpm++", "batch_size": 16}
+_LORA = {"rank": 8, "learning_rate": 5e-4, "batch_size": 4}
+_DREAMBOOTH = {"learning_rate": 1e-4, "batch_size": 4}
+_ATTACKS: dict[str, dict[str, Any]] = {
+    "lora": {**_LORA, "steps": 200},
+    "dreambooth": {**_DREAMBOOTH, "steps": 200},
+    "custom-diffusion": {"learning_rate": 1e-4, "batch_size": 4, "steps": 200},
+    "textual-inversion": {"learning_rate": 5e-3, "batch_size": 4, "steps": 200},
+}
+BASELINES = (CEILING, UNTRAINED, "imma", "joint", "compose", "alternating", "mima")
+
+CUTS: dict[str, Cut] = {
+    # one attack of a few steps: does everything run?
+    "smoke": Cut(
+        problems=(Problem("relearn", ("style-mono",)),),
+        methods=("joint",),
+        seeds=(0,),
+        budget=4,
+        settings={"num_class_images": 4},
+        others=("benign-owl",),
+        grid={
+            "methods": {"lora": {**_LORA, "steps": 4}},
+            "families": ["lora-r2"],
+            "lr_factors": [1.0],
+            "seeds": [0],
+            "evaluations": 2,
+            "max_prompts": 2,
+            "sampler": {**_SAMPLER, "steps": 4},
+            "benign_prompts": 4,
+        },
+    ),
+    # half an hour on two cores: see `benchmarks.immunity.study.estimate`
+    "small": Cut(
+        problems=(Problem("relearn", STYLES),),
+        methods=(CEILING, UNTRAINED, "joint", "mima", "apdm", "default"),
+        seeds=(0,),
+        budget=240,
+        others=("benign-style-twemoji", "benign-owl"),
+        grid={
+            "methods": {
+                "lora": {**_LORA, "steps": 100},
+                "dreambooth": {**_DREAMBOOTH, "steps": 100},
+            },
+            "families": ["sgd"],
+            "lr_factors": [1.0],
+            "seeds": [0, 1],
+            "evaluations": 4,
+            "max_prompts": 6,
+            "sampler": _SAMPLER,
+            "benign_prompts": 48,
+        },
+    ),
+    "full": Cut(
+        problems=(
+            Problem("relearn", STYLES[:1]),
+            Problem("relearn", OBJECTS[:1]),
+            Problem("relearn", STYLES),
+            Problem("relearn", OBJECTS[:3]),
+            Problem("relearn", (*STYLES, *OBJECTS[:3])),
+            # all that the embedded model knows and ships pictures of: there are no ten
+            Problem("relearn", (*STYLES, *OBJECTS)),
+            Problem("personalize", UNSEEN[:1]),
+            Problem("personalize", UNSEEN[:2]),
+            Problem("personalize", UNSEEN),
+        ),
+        methods=(*BASELINES, *recipes()),
+        seeds=(0, 1, 2),
+        budget=4000,
+        grid={
+            "methods": _ATTACKS,
+            "families": ["sgd", "muon", "ema", "cosine", "restart", "outside", "lora-r32", "locon"],
+            "tune": {"trials": 8, "steps": 100},
+            "lr_factors": [1.0],
+            "seeds": [0, 1, 2],
+            "evaluations": 8,
+            "max_prompts": 6,
+            "sampler": _SAMPLER,
+            "benign_prompts": 48,
+            "repair_steps": 100,
+        },
+    ),
+}
+"""Parts of the study by name. Families of attacks are held out: no method simulates them."""
+
+
+def ceiling_of(problem: Problem, folder: Path | None) -> Path | None:
+    """The folder of the model that was trained without a problem's concepts, if there is one."""
+    if folder is None or problem.task != "relearn":
+        return None
+    found = folder / problem.name
+    return found if found.is_dir() else None

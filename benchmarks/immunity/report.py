@@ -1,0 +1,369 @@
+"""From finished cells to one CSV, plots, and the tables of docs/results.md."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from matplotlib.figure import Figure
+
+from benchmarks.immunity.cells import Cell, Problem
+from benchmarks.immunity.study import Compute, Study
+from mima.errors import MimaError
+from mima.evaluation.metrics import run_interval
+from mima.evaluation.records import AttackRow, CurvePoint, Evaluation, Gap, Interval
+from mima.evaluation.summary import gap_of, over_seeds, paired_difference
+from mima.report.wording import method_name, number, percent, share
+from mima.storage.output import write_whole
+
+BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
+"""What stands around the tables in a text that they are written into."""
+REFERENCE = "default"
+"""The method that all others are compared with, attack by attack."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A cell whose attacks are all done, by its primary judge."""
+
+    cell: Cell
+    evaluation: Evaluation
+    rows: list[AttackRow]
+    points: dict[str, list[CurvePoint]]
+    compute: Compute | None
+
+    def targets(self, kind: str | None = None, concept: str | None = None) -> list[AttackRow]:
+        """Attacks on targets, of one kind or concept alone where it is named."""
+        return [
+            row
+            for row in self.rows
+            if row.role == "target"
+            and kind in (None, row.method)
+            and concept in (None, row.concept)
+        ]
+
+
+def finished(study: Study) -> list[Finished]:
+    """Every cell of a study whose attacks are all done."""
+    found = []
+    for cell in study.cells():
+        folder = study.evaluation(cell)
+        if not folder.exists() or not (evaluation := folder.evaluation()).complete:
+            continue
+        primary = evaluation.similarities[0]
+        points: dict[str, list[CurvePoint]] = {}
+        for point in folder.curves():
+            if point.similarity == primary:
+                points.setdefault(point.attack, []).append(point)
+        found.append(
+            Finished(
+                cell=cell,
+                evaluation=evaluation,
+                rows=[row for row in folder.attacks() if row.similarity == primary],
+                points=points,
+                compute=study.compute(cell),
+            )
+        )
+    return found
+
+
+def over_runs(group: Sequence[Finished], value: Callable[[Finished], Interval]) -> Interval:
+    """A number over seeds of the immunization where there are several, else over the attacks'.
+
+    Args:
+        group: cells that differ in nothing but their seed.
+        value: the number of one cell, over its attack seeds.
+    """
+    return _together([value(one) for one in group])
+
+
+def _together(each: Sequence[Interval]) -> Interval:
+    """The means of several as runs; of a single one, itself."""
+    means = [one.mean for one in each if one.mean is not None]
+    if len(means) < 2:
+        return next((one for one in each if one.mean is not None), Interval())
+    low, high, kind = run_interval(means)
+    return Interval(mean=fmean(means), low=low, high=high, runs=len(means), kind=kind)
+
+
+def write(study: Study, docs: Path | None = None) -> list[Path]:
+    """Write ``results.csv``, ``results.md`` and plots to a study's folder.
+
+    Args:
+        study: with at least one finished cell.
+        docs: a text whose part between `BEGIN` and `END` becomes the tables.
+
+    Returns:
+        What was written.
+
+    Raises:
+        MimaError: no cell is finished, or the text has no such part.
+    """
+    cells = finished(study)
+    if not cells:
+        raise MimaError(f"{study.folder}: no cell is finished yet")
+    text, tables = "\n".join(_text(study, cells)), study.folder / "results.md"
+    rows = study.folder / "results.csv"
+    write_whole(rows, _csv(cells).encode())
+    write_whole(tables, text.encode())
+    written = [rows, tables]
+    for problem in _problems(cells):
+        written.append(_plot(problem, [one for one in cells if one.cell.problem == problem], study))
+    if docs is not None:
+        write_between(docs, text)
+        written.append(docs)
+    return written
+
+
+def write_between(path: Path, text: str) -> None:
+    """Replace what stands between the marks in a text.
+
+    Raises:
+        MimaError: it has not one of each, in their order.
+    """
+    old = path.read_text(encoding="utf-8")
+    before, begin, rest = old.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in after or END in after:
+        raise MimaError(f"{path} needs one line {BEGIN} and after it one {END}")
+    write_whole(path, f"{before}{BEGIN}\n\n{text.strip()}\n\n{END}{after}".encode())
+
+
+def _problems(cells: Iterable[Finished]) -> list[Problem]:
+    return list(dict.fromkeys(one.cell.problem for one in cells))
+
+
+def _text(study: Study, cells: Sequence[Finished]) -> Iterable[str]:
+    planned = study.cells()
+    yield (
+        f"{len(cells)} of {len(planned)} cells are finished. {_seeds(study)} Shown is the mean and "
+        "in brackets the 95 % interval over seeds (from five on), else their range, which claims "
+        "nothing of the mean: over seeds of the immunization where a method has several, else over "
+        "attack seeds. Rise left: what an attack adds on the immunized model, over what it adds on "
+        "the original, at the last step; held out: attacks of families that no method simulates. "
+        f"Judge: {cells[0].evaluation.similarities[0]}."
+    )
+    missing = [cell.name for cell in planned if cell not in {one.cell for one in cells}]
+    if missing:
+        yield f"\nNot finished: {', '.join(missing)}."
+    for problem in _problems(cells):
+        yield f"\n### {problem.task}: {', '.join(problem.targets)} (N = {len(problem.targets)})\n"
+        mine = [one for one in cells if one.cell.problem == problem]
+        groups = {
+            method: [one for one in mine if one.cell.method == method]
+            for method in dict.fromkeys(one.cell.method for one in mine)
+        }
+        yield from _main_table(study, groups)
+        yield ""
+        yield from _steps_table(groups)
+        yield from _difference_table(groups)
+        yield f"\n![SGR over steps]({problem.name}.svg)"
+
+
+def _seeds(study: Study) -> str:
+    attacks = study.cut.grid.get("seeds", ())
+    return (
+        f"Seeds of the immunization: {len(study.cut.seeds)}; of each attack: {len(attacks)}; "
+        f"budget: {study.cut.budget} simulated attack steps per concept."
+    )
+
+
+def _main_table(study: Study, groups: dict[str, list[Finished]]) -> Iterable[str]:
+    simulated, held_out = set(study.cut.grid["methods"]), set(study.cut.grid.get("families", ()))
+    columns = (
+        "method", "runs", "rise left", "worst concept", "rise left, held out", "SGR", "SGR before",
+        "SGR, last step", "worst concept", "steps ratio", "benign, LoRA", "benign, DreamBooth",
+        "alignment", "attack steps", "seconds",
+    )  # fmt: skip
+    yield _line(columns)
+    yield _line("---" if n < 1 else "---:" for n in range(len(columns)))
+    for method, group in groups.items():
+        computes = [one.compute for one in group if one.compute is not None]
+        seconds = [one.seconds for one in computes if one.seconds is not None]
+        steps = over_runs(group, lambda one: _gap(one, simulated).steps_ratio)
+        bound = any(_gap(one, simulated).steps_ratio.at_least for one in group)
+        yield _line(
+            (
+                method,
+                f"{len(group)} × {len(group[0].evaluation.seeds)}",
+                _shown(over_runs(group, lambda one: _gap(one, simulated).rise_left), share),
+                share(_worst(group, simulated, "rise_left", max)),
+                _shown(over_runs(group, lambda one: _gap(one, held_out).rise_left), share),
+                _shown(over_runs(group, lambda one: _gap(one, simulated))),
+                _shown(over_runs(group, lambda one: _gap(one, simulated).sgr_before)),
+                _shown(over_runs(group, lambda one: _final(one, simulated))),
+                number(_worst(group, simulated, "sgr_mean", min)),
+                ("≥ " if bound else "") + number(steps.mean, 1),
+                *(_shown(over_runs(group, _benign(kind))) for kind in ("lora", "dreambooth")),
+                _alignment(group),
+                f"{fmean(one.attack_steps for one in computes):.0f}" if computes else "–",
+                f"{fmean(seconds):.0f}" if seconds else "–",
+            )
+        )
+
+
+def _steps_table(groups: dict[str, list[Finished]]) -> Iterable[str]:
+    """SGR after each measured number of steps, of every kind of attack."""
+    kinds = dict.fromkeys(row.method for g in groups.values() for one in g for row in one.targets())
+    steps = sorted(
+        {p.step for g in groups.values() for one in g for c in one.points.values() for p in c}
+    )
+    yield _line(("SGR after steps", "attack", *map(str, steps)))
+    yield _line(("---", "---", *("---:" for _ in steps)))
+    for kind in kinds:
+        for method, group in groups.items():
+            values = [_sgr_at(group, kind, step) for step in steps]
+            if any(value is not None for value in values):
+                yield _line((method, method_name(kind), *(number(value) for value in values)))
+
+
+def _difference_table(groups: dict[str, list[Finished]]) -> Iterable[str]:
+    """The reference minus every other method, attack by attack with the same seeds."""
+    reference = {one.cell.seed: one for one in groups.get(REFERENCE, ())}
+    others = {method: group for method, group in groups.items() if method != REFERENCE}
+    if not reference or not others:
+        return
+    yield ""
+    yield _line((f"{REFERENCE} minus", "SGR", "rise left", "pairs"))
+    yield _line(("---", "---:", "---:", "---:"))
+    for method, group in others.items():
+        # what does not depend on the immunization's seed is compared with each of them
+        pairs = [
+            (reference[seed], one)
+            for seed in reference
+            for one in group
+            if one.cell.seed == seed or len(group) == 1
+        ]
+        if pairs:
+            differences = [
+                _together([paired_difference(a.targets(), b.targets(), name) for a, b in pairs])
+                for name in ("sgr_mean", "rise_left")
+            ]
+            yield _line((method, *map(_shown, differences), str(len(pairs))))
+
+
+def _by_concept(one: Finished, kinds: set[str]) -> list[list[AttackRow]]:
+    names = [c.name for c in one.evaluation.concepts if c.role == "target"]
+    return [[row for row in one.targets(concept=name) if row.method in kinds] for name in names]
+
+
+def _gap(one: Finished, kinds: set[str]) -> Gap:
+    return gap_of(_by_concept(one, kinds))
+
+
+def _final(one: Finished, kinds: set[str]) -> Interval:
+    return over_seeds(_by_concept(one, kinds), "sgr_final")
+
+
+def _worst(
+    group: Sequence[Finished], kinds: set[str], name: str, worst: Callable[..., float]
+) -> float | None:
+    """The worst concept's mean over all seeds of both kinds."""
+    names = dict.fromkeys(row.concept for one in group for row in one.targets())
+    means = []
+    for concept in names:
+        values = [
+            value
+            for one in group
+            for row in one.targets(concept=concept)
+            if row.method in kinds and (value := getattr(row, name)) is not None
+        ]
+        if values:
+            means.append(fmean(values))
+    return worst(means) if means else None
+
+
+def _benign(kind: str) -> Callable[[Finished], Interval]:
+    """SGR of the concepts that must stay learnable, under one kind of training."""
+
+    def value(one: Finished) -> Interval:
+        names = [c.name for c in one.evaluation.concepts if c.role == "other"]
+        rows = [row for row in one.rows if row.role == "other" and row.method == kind]
+        return over_seeds(
+            [[row for row in rows if row.concept == name] for name in names], "sgr_mean"
+        )
+
+    return value
+
+
+def _alignment(group: Sequence[Finished]) -> str:
+    changes = []
+    for one in group:
+        pair = one.evaluation.benign.prompt_alignment
+        if pair.original and pair.immunized is not None:
+            changes.append(pair.immunized / pair.original - 1)
+    return percent(fmean(changes)) if changes else "–"
+
+
+def _sgr_at(group: Sequence[Finished], kind: str, step: int) -> float | None:
+    """Mean SGR of one kind of attack on targets after some steps, over all seeds and concepts."""
+    values = [
+        point.sgr
+        for one in group
+        for row in one.targets(kind)
+        for point in one.points.get(row.attack, ())
+        if point.step == step
+    ]
+    return fmean(values) if values else None
+
+
+def _shown(value: Interval, words: Callable[[float | None], str] = number) -> str:
+    if value.low is None or value.high is None or value.runs < 2:
+        return words(value.mean)
+    return f"{words(value.mean)} [{words(value.low)} to {words(value.high)}]"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _csv(cells: Sequence[Finished]) -> str:
+    """Every attack of every cell as one row."""
+    text = io.StringIO()
+    own = ("cell", "task", "targets", "num_targets", "study_method", "immunization_seed")
+    writer = csv.DictWriter(text, [*own, *AttackRow.model_fields], lineterminator="\n")
+    writer.writeheader()
+    for one in cells:
+        problem = one.cell.problem
+        known = (
+            one.cell.name, problem.task, " ".join(problem.targets), len(problem.targets),
+            one.cell.method, one.cell.seed,
+        )  # fmt: skip
+        for row in one.rows:
+            writer.writerow(dict(zip(own, known, strict=True)) | row.model_dump())
+    return text.getvalue()
+
+
+def _plot(problem: Problem, cells: Sequence[Finished], study: Study) -> Path:
+    """SGR over steps, a panel for each kind of attack and a line for each method."""
+    kinds = list(dict.fromkeys(row.method for one in cells for row in one.targets()))
+    methods = list(dict.fromkeys(one.cell.method for one in cells))
+    figure = Figure(figsize=(3.2 * len(kinds), 3.4), layout="constrained")
+    places = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
+    for place, kind in zip(places, kinds, strict=True):
+        for number_, method in enumerate(methods):
+            group = [one for one in cells if one.cell.method == method]
+            steps = sorted({p.step for one in group for c in one.points.values() for p in c})
+            curve = [(s, v) for s in steps if (v := _sgr_at(group, kind, s)) is not None]
+            if curve:
+                place.plot(
+                    *zip(*curve, strict=True), label=method, color=f"C{number_}", marker=_MARKERS[
+                        number_ % len(_MARKERS)
+                    ], markersize=4, linewidth=1.4,
+                )  # fmt: skip
+        place.axhline(0, color="0.6", linewidth=0.8)
+        place.set_title(method_name(kind), fontsize=9)
+        place.set_xlabel("attack steps", fontsize=8)
+        place.tick_params(labelsize=8)
+    places[0].set_ylabel("similarity gap ratio", fontsize=8)
+    places[-1].legend(fontsize=7, frameon=False)
+    path = study.folder / f"{problem.name}.svg"
+    figure.savefig(path, metadata={"Date": None})
+    return path
+
+
+_MARKERS = "osD^vPX*<>"

@@ -1,0 +1,199 @@
+"""The study's cells, its report on made-up evaluations, and one cell from end to end."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from support import tiny
+from support.evaluations import write_evaluation
+
+from mima.concepts import embedded_concept
+from mima.errors import MimaError
+from mima.evaluation.seen import seen_by
+from mima.report.wording import number, share
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    # a folder beside the package, not a part of it
+    monkeypatch.syspath_prepend(ROOT)
+
+
+def test_cells_are_what_the_cuts_say():
+    from benchmarks.immunity.cells import CEILING, CUTS, UNTRAINED, Cell, Problem
+
+    for cut in CUTS.values():
+        cells = list(cut.cells())
+        assert len({cell.name for cell in cells}) == len(cells)
+        assert all(cut.cell(cell.name) == cell for cell in cells)
+    full = list(CUTS["full"].cells())
+    assert {len(cell.problem.targets) for cell in full if cell.method == "imma"} == {1}
+    assert {cell.seed for cell in full if cell.method in (CEILING, UNTRAINED)} == {0}
+    assert {cell.seed for cell in full if cell.method == "joint"} == {0, 1, 2}
+    for cell in full:
+        for name in cell.problem.targets:
+            embedded_concept(name)
+    assert Cell(Problem("relearn", ("tiger",)), "joint", 2).name == "relearn_tiger.joint.seed2"
+    with pytest.raises(MimaError, match=r"cell 'relearn_tigre\.joint\.seed0' is unknown"):
+        CUTS["full"].cell("relearn_tigre.joint.seed0")
+
+
+def test_every_method_simulates_as_many_attack_steps():
+    from benchmarks.immunity.cells import CEILING, CUTS, UNTRAINED, attack_steps, configured
+
+    cut = CUTS["full"]
+    for cell in cut.cells():
+        if cell.method in (CEILING, UNTRAINED):
+            continue
+        config, count = configured(cell, cut), len(cell.problem.targets)
+        per_step = attack_steps(config, count)
+        assert abs(config.steps * per_step - cut.budget * count) <= per_step / 2
+        assert config.seed == cell.seed
+        assert not config.erase_first
+
+
+def test_what_trains_and_what_is_measured_are_apart():
+    from benchmarks.immunity.cells import BENIGN, CUTS
+
+    for cut in CUTS.values():
+        targets = {name for problem in cut.problems for name in problem.targets}
+        assert not set(BENIGN) & set(cut.others)
+        assert not targets & {*BENIGN, *cut.others}
+        assert not set(cut.grid["families"]) & set(cut.grid["methods"])
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Two methods with two seeds each, and a third that is not finished."""
+    from benchmarks.immunity.cells import CUTS, Problem
+    from benchmarks.immunity.study import Study
+
+    cut = replace(
+        CUTS["small"],
+        problems=(Problem("relearn", ("tiger",)),),
+        methods=("joint", "default", "mima"),
+        seeds=(0, 1),
+        grid={"methods": {"lora": {}}, "families": ["sgd"], "seeds": [0, 1]},
+    )
+    made = Study(tmp_path / "study", cut)
+    strengths = {"joint": (0.2, 0.3), "default": (0.6, 0.8)}
+    for cell in made.cells():
+        if cell.method in strengths:
+            write_evaluation(
+                made.place(cell) / "evaluation",
+                name=cell.method,
+                strength=strengths[cell.method][cell.seed],
+                adaptations=("lora", "sgd"),
+                seeds=(0, 1),
+                similarities=("clip",),
+                num_pictures=1,
+            )
+    return made
+
+
+def rows_of(text):
+    return [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines()]
+
+
+def test_the_report_says_what_the_cells_hold(study, tmp_path):
+    from benchmarks.immunity import report
+
+    docs = tmp_path / "results.md"
+    docs.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    written = report.write(study, docs)
+    assert {path.name for path in written} == {"results.csv", "results.md", "relearn_tiger.svg"}
+    text = (study.folder / "results.md").read_text()
+    assert docs.read_text().startswith("before\n")
+    assert docs.read_text().endswith("after\n")
+    assert text.strip() in docs.read_text()
+    assert "old" not in docs.read_text()
+    assert "Not finished: relearn_tiger.mima.seed0, relearn_tiger.mima.seed1." in text
+    table = rows_of(text)
+    cells = {cell.name: cell for cell in study.cells()}
+
+    def mean(method, seed, kind, field):
+        attacks = study.evaluation(cells[f"relearn_tiger.{method}.seed{seed}"]).attacks()
+        return fmean(
+            getattr(row, field) for row in attacks if row.role == "target" and row.method == kind
+        )
+
+    for method in ("joint", "default"):
+        (line,) = (row for row in table if row[0] == method and len(row) == 15)
+        assert line[1] == "2 × 2"
+        rises = [mean(method, seed, "lora", "rise_left") for seed in (0, 1)]
+        ends = [share(value) for value in (fmean(rises), min(rises), max(rises))]
+        assert line[2] == "{} [{} to {}]".format(*ends)
+        held_out = [mean(method, seed, "sgd", "rise_left") for seed in (0, 1)]
+        assert line[4].startswith(share(fmean(held_out)))
+        gaps = [mean(method, seed, "lora", "sgr_mean") for seed in (0, 1)]
+        assert line[5].startswith(number(fmean(gaps)))
+        assert line[12] == "−2.0\u00a0%"
+    (paired,) = (row for row in table if row[0] == "joint" and len(row) == 4)
+    expected = [
+        fmean(
+            mean("default", seed, kind, "sgr_mean") - mean("joint", seed, kind, "sgr_mean")
+            for kind in ("lora", "sgd")
+        )
+        for seed in (0, 1)
+    ]
+    assert paired[1].startswith(number(fmean(expected)))
+    assert paired[3] == "2"
+    with (study.folder / "results.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    # 4 cells, 2 concepts, 2 methods, 2 seeds
+    assert len(lines) == 4 * 2 * 2 * 2
+    assert {line["study_method"] for line in lines} == {"joint", "default"}
+
+
+def test_a_text_without_marks_is_left_alone(study, tmp_path):
+    from benchmarks.immunity import report
+
+    text = tmp_path / "results.md"
+    text.write_text("no marks")
+    with pytest.raises(MimaError, match="needs one line <!-- study: begin -->"):
+        report.write(study, text)
+    assert text.read_text() == "no marks"
+
+
+def test_a_cell_runs_once_and_goes_on(tmp_path, monkeypatch):
+    from benchmarks.immunity import report, study
+    from benchmarks.immunity.cells import CUTS
+
+    tiny.save_tiny_stable_diffusion(tmp_path / "model")
+    tiny.save_tiny_clip(tmp_path / "clip")
+    smoke = CUTS["smoke"]
+    cut = replace(
+        smoke,
+        model=str(tmp_path / "model"),
+        similarities=(str(tmp_path / "clip"),),
+        grid={**smoke.grid, "families": [], "sampler": {"steps": 1, "guidance": 1.0}},
+    )
+    made = study.Study(tmp_path / "study", cut, processes=1)
+    (cell,) = made.cells()
+    assert made.status(cell) == "not begun"
+    said: list[str] = []
+    made.run(cell, said.append)
+    assert made.status(cell) == "done"
+    compute = made.compute(cell)
+    assert compute.attack_steps == cut.budget
+    assert compute.seconds > 0
+    assert seen_by(made.place(cell) / "immunized").levels.keys() == {"lower", "upper", "prior"}
+    # nothing is erased, immunized or attacked twice
+    for name in ("immunize", "erase"):
+        monkeypatch.setattr(study, name, None)
+    before = (made.place(cell) / "evaluation" / "attacks.csv").stat().st_mtime_ns
+    again = study.Study(tmp_path / "study", cut, processes=1)
+    again.run(cell, said.append)
+    assert again.evaluation(cell).evaluation().complete
+    assert [row.steps for row in again.evaluation(cell).attacks()] == [4, 4]
+    assert (made.place(cell) / "evaluation" / "attacks.csv").stat().st_mtime_ns >= before
+    assert "| joint | 1 × 1 |" in report.write(again)[1].read_text()
+    other = study.Study(tmp_path / "study", replace(cut, budget=8), processes=1)
+    with pytest.raises(MimaError, match="was immunized with other steps"):
+        other.run(cell, said.append)
