@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +12,7 @@ from mima.choices import Task
 from mima.demo import settings as demo_settings
 from mima.errors import MimaError, nearest
 from mima.immunization.config import ImmunizeConfig
-
-RECIPES_MODULE = "mima.immunization.recipes"
+from mima.immunization.recipes import RECIPES
 
 CEILING = "ceiling"
 """The method of a cell that attacks a model which never saw the concepts."""
@@ -25,13 +22,6 @@ BENIGN = ("benign-panda", "benign-tractor", "benign-pizza")
 """Concepts that an immunization may simulate benign adaptations to; no cell is measured on them."""
 OTHERS = ("benign-style-twemoji", "benign-cupcake", "benign-owl")
 """Concepts that must stay learnable, of which no immunization sees anything."""
-
-
-def recipes() -> dict[str, Callable[..., ImmunizeConfig]]:
-    """The named settings that the package has: functions of a task and of settings that win."""
-    if importlib.util.find_spec(RECIPES_MODULE) is None:
-        return {}
-    return dict(importlib.import_module(RECIPES_MODULE).RECIPES)
 
 
 @dataclass(frozen=True)
@@ -135,7 +125,7 @@ def methods() -> dict[str, Make]:
         name: _of_the_demonstration(name)
         for name in (UNTRAINED, "imma", "joint", "compose", "alternating", "mima")
     }
-    for name, recipe in recipes().items():
+    for name, recipe in RECIPES.items():
         named[name] = _of_recipe(recipe)
     return named
 
@@ -274,7 +264,7 @@ CUTS: dict[str, Cut] = {
             Problem("personalize", UNSEEN[:2]),
             Problem("personalize", UNSEEN),
         ),
-        methods=(*BASELINES, *recipes()),
+        methods=(*BASELINES, *RECIPES),
         seeds=(0, 1, 2),
         budget=4000,
         grid={

@@ -227,11 +227,7 @@ class Study:
             # ordinary captions' class pictures, not those of a class prompt
             [replace(target, class_images=()) for target in targets],
             config,
-            **(
-                {"benign": [embedded_concept(name) for name in BENIGN]}
-                if getattr(config, "reads_benign", False)
-                else {}
-            ),
+            benign=[embedded_concept(name) for name in BENIGN] if config.reads_benign else (),
             output=output,
             resume=True,
         )
