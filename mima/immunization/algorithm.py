@@ -189,8 +189,10 @@ def immunize(
         merge = merge_layer(family, concepts, config)
         words = [TrainedWord.of(family, c) for c in concepts] if config.train_tokens else []
         problem = Problem(family, data, config, merge, ranks, words, others)
+        # the published update draws captions for each merge
+        reads_text = bool(words) or config.method == "alternating"
         # a pipeline in memory keeps its encoders: they are the caller's
-        idle = [] if source is None else idle_modules(pipeline, reads_text=bool(words))
+        idle = [] if source is None else idle_modules(pipeline, reads_text=reads_text)
         recomputed = recomputed_blocks(family.denoiser, config.gradient_checkpointing)
         with recomputed, out_of_memory_while(idle, folder.path if folder else None):
             history = _run(problem, callbacks, folder)

@@ -3,10 +3,14 @@
 It computes no second derivatives, and does not solve the bi-level problem. Steps come in pairs:
 
 - even: every concept takes one gradient step on the keys and values, from the same weights. The
-  results are merged by the hard constraint, without a gradient, and committed. All other
-  lower-level parameters take one AdamW step on the mean of the concepts' gradients.
+  results are merged by the hard constraint, without a gradient, and committed: by the tokens of the
+  concepts' class prompts, against captions that are drawn anew. All other lower-level parameters
+  take one AdamW step on the mean of the concepts' gradients, which is not clipped.
 - odd: the upper-level parameters take one AdamW step up on the concepts' losses and down on the
-  priors', at the weights as they are now.
+  priors', at the weights as they are now: on the mean over the concepts, clipped.
+
+The released code augments the concepts' pictures (flips, scales with "far away" or "zoomed in" in
+the caption); pictures here are read as they are.
 """
 
 # N = concepts, O = output, D = text embedding
@@ -23,6 +27,7 @@ from mima.bilevel.hypergradient import accumulate
 from mima.bilevel.lower import Params, Tensors
 from mima.bilevel.outer import OuterGradient, drift, residual, upper_gradient
 from mima.distributed import ALONE, Ranks, union
+from mima.immunization import published
 from mima.immunization.levels import Problem
 from mima.immunization.outer_loop import Ascent
 from mima.immunization.progress import Callback, LossName, StepReport
@@ -36,13 +41,18 @@ def alternate(
     folder: CheckpointFolder | None = None,
 ) -> list[StepReport]:
     """Run the published pairs of steps, in place on the model's own weights."""
-    merge, ranks = problem.merge, problem.ranks
-    assert merge is not None
-    others = [name for name in problem.lower_names if name not in merge.projected]
+    first, ranks = problem.merge, problem.ranks
+    assert first is not None
+    assert first.plan is not None
+    others = [name for name in problem.lower_names if name not in first.projected]
     with Ascent(problem, callbacks, folder, lower_names=others) as run:
         for step in run.steps():
             if step % 2 == 0:
                 tasks = problem.lower_levels(step)
+                plan = published.plan(
+                    problem.family, first.plan.C, problem.config, step, first.weights
+                )
+                merge = MergeLayer(first.weights, plan, first.projected)
                 names = [LossName(data.name) for data in problem.data]
                 outer, merged = merge_step(
                     run.theta, tasks, merge, names, lr=problem.config.highest_lr, ranks=ranks
@@ -51,7 +61,8 @@ def alternate(
             else:
                 upper = problem.upper_levels(step)
                 gradient, _, losses = upper_gradient(run.theta, upper, ranks)
-                wanted = {name: gradient[name] for name in problem.upper_names}
+                share = 1 / len(problem.data)
+                wanted = {name: share * gradient[name] for name in problem.upper_names}
                 run.update(OuterGradient(wanted, losses, 0.0))
     return run.history
 

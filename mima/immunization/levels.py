@@ -38,6 +38,7 @@ from mima.concepts import Concept
 from mima.distributed import ALONE, Ranks, union
 from mima.errors import MimaError
 from mima.families import Family, Params
+from mima.immunization import published
 from mima.immunization.attackers import Alive, Attacker, choose
 from mima.immunization.benign import BenignTerms
 from mima.immunization.config import ImmunizeConfig
@@ -61,8 +62,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 """Where diffusers' modules keep how they recompute."""
-ALMOST_HARD = 1e-10
-"""Softness that stands in for a hard constraint where concepts share tokens."""
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "sgd": SGD,
     "momentum": partial(SGD, momentum=0.9),
@@ -560,27 +559,20 @@ def merge_layer(
     weights = torch.full((len(concepts),), 1 / len(concepts), device=family.device)
     if config.merge in ("average", "sum"):
         return MergeLayer(weights)
-    make_plan = partial(
-        MergePlan.from_embeddings,
-        [concept_tokens(family, concept) for concept in concepts],
-        regular_tokens(family, config.captions, config.num_captions, config.seed),
-        weights=weights,
-    )
     try:
-        published = config.method == "alternating"
-        plan = _hard_plan(make_plan) if published else make_plan(lam=config.lam)
+        if config.method == "alternating":
+            C = published.concept_tokens(family, concepts)
+            plan = published.plan(family, C, config, 0, weights)
+        else:
+            plan = MergePlan.from_embeddings(
+                [concept_tokens(family, concept) for concept in concepts],
+                regular_tokens(family, config.captions, config.num_captions, config.seed),
+                lam=config.lam,
+                weights=weights,
+            )
     except ValueError as error:
         raise MimaError(f"merge: {error}") from error
     return MergeLayer(weights, plan, family.text_projections(), trained_tokens=config.train_tokens)
-
-
-def _hard_plan(make_plan: Callable[..., MergePlan]) -> MergePlan:
-    """The published merge's hard constraint, or next to it where that contradicts itself."""
-    try:
-        return make_plan(lam=0.0)
-    except ValueError as error:
-        logger.warning("%s; using lam=%g", error, ALMOST_HARD)
-        return make_plan(lam=ALMOST_HARD)
 
 
 def concept_tokens(family: Family, concept: Concept) -> torch.Tensor:

@@ -153,7 +153,7 @@ class Ascent:
 
         Args:
             outer: the gradient and what was seen on the way.
-            level: ``upper``, or ``lower`` for the second optimizer.
+            level: ``upper``, or ``lower`` for the second optimizer, whose gradient is not clipped.
             committed: new values of other parameters, taken over as they are.
             retain: the gradient that keeps the model useful; ``outer`` is then scaled to ρ times
                 the running mean of its length, and nothing is clipped.
@@ -171,7 +171,9 @@ class Ascent:
         with uninterrupted():
             if finite:
                 self._skipped_in_a_row[level] = 0
-                if retain is None:
+                if level == "lower":
+                    self._step(outer.gradient, level)
+                elif retain is None:
                     self._step(self._clipped(outer.gradient, norm), level)
                 else:
                     pulling = 1.0 if (share := _pulling(outer)) is None else share
@@ -201,7 +203,8 @@ class Ascent:
 
     def _clipped(self, gradient: Tensors, norm: float) -> Tensors:
         longest = self._config.upper.max_grad_norm
-        scale = 1.0 if longest is None or norm <= longest else longest / norm
+        # as torch.nn.utils.clip_grad_norm_
+        scale = 1.0 if longest is None else min(1.0, longest / (norm + 1e-6))
         return {name: value * scale for name, value in gradient.items()}
 
     def _balanced(
