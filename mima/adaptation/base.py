@@ -18,6 +18,7 @@ from mima.concepts import Concept, Picture
 from mima.errors import MimaError, check_settings
 from mima.families import Conditioning, Family, TrainingOptions, family_of
 from mima.families.base import cast
+from mima.families.new_words import readers
 from mima.families.pipelines import with_modules
 from mima.storage.checkpoint import Checkpoint
 from mima.storage.tensor_files import order_metadata
@@ -160,10 +161,9 @@ def require_full_precision(pipeline: Any, method: str) -> None:
     Raises:
         MimaError: the denoiser or the text encoder is not in float32 or float64.
     """
-    for name, module in (
-        ("denoiser", family_of(pipeline).denoiser),
-        ("text encoder", pipeline.text_encoder),
-    ):
+    parts = {"denoiser": family_of(pipeline).denoiser}
+    parts |= {f"text encoder{reader.number}": reader.encoder for reader in readers(pipeline)}
+    for name, module in parts.items():
         dtype = next(module.parameters()).dtype
         if dtype not in (torch.float32, torch.float64):
             raise MimaError(
@@ -453,8 +453,9 @@ class Run:
         waiting: list[tuple[torch.nn.Module, torch.device]] = []
         if self.adaptation.offload_encoders:
             for name, module in self.pipeline.components.items():
-                trained = name == "text_encoder" and self._injection.encode_prompts is not None
-                if name.startswith(("vae", "text_encoder")) and module is not None and not trained:
+                text_is_trained = self._injection.encode_prompts is not None
+                idle = ("vae",) if text_is_trained else ("vae", "text_encoder")
+                if name.startswith(idle) and module is not None:
                     waiting.append((module, next(module.parameters()).device))
         try:
             for module, _ in waiting:

@@ -62,14 +62,14 @@ class CustomDiffusion(Adaptation):
 
         def save_both(folder: Path) -> None:
             save(folder)
-            word.save(folder)
+            word.save(folder, worded)
 
         return Injection(
             pipeline=with_modules(worded, **{name: denoiser}),
             parameters=[*weights.values(), word.embedding],
             save=save_both,
             encode_prompts=word.encode,
-            after_step=lambda: word.commit(worded.text_encoder),
+            after_step=lambda: word.commit(worded),
         )
 
 

@@ -45,7 +45,7 @@ class Pivotal(LoRA):
 
         def save(folder: Path) -> None:
             lora.save(folder)
-            word.save(folder)
+            word.save(folder, with_word)
 
         return Injection(
             pipeline=lora.pipeline,
@@ -53,5 +53,5 @@ class Pivotal(LoRA):
             save=save,
             encode_prompts=word.encode,
             before_step=leave_the_other,
-            after_step=lambda: word.commit(with_word.text_encoder),
+            after_step=lambda: word.commit(with_word),
         )

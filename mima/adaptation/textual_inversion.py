@@ -35,7 +35,7 @@ class TextualInversion(Adaptation):
         return Injection(
             pipeline=with_modules(worded, **modules),
             parameters=[word.embedding],
-            save=word.save,
+            save=lambda folder: word.save(folder, worded),
             encode_prompts=word.encode,
-            after_step=lambda: word.commit(worded.text_encoder),
+            after_step=lambda: word.commit(worded),
         )

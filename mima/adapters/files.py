@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from mima.adapters.adapter import Adapter, LowRank, low_rank_updates
 from mima.errors import MimaError
 from mima.families import family_of, load_pipeline
+from mima.families.new_words import TOKEN, readers
 from mima.families.pipelines import component_name, shared_copy, with_modules
 from mima.release.delta import is_delta, read_delta
 from mima.storage.inputs import expanded
@@ -178,7 +179,31 @@ class AdapterReader:
                     f"{foreign[0]} ({len(foreign)} such names)"
                 )
             return {"values": {tail + key: value for key, value in stripped.items()}}
-        return {"words": _words(path, state)}
+        return {"words": self._words_of_encoders(path, state) or _words(path, state)}
+
+    def _words_of_encoders(self, path: Path, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """A word for several encoders: by the encoders' names, as trainers of SDXL write it."""
+        several = readers(self.pipeline)
+        names = [reader.name for reader in several]
+        if len(several) < 2 or not state.keys() & set(names):
+            return {}
+        rows = [state.get(name) for name in names]
+        if len(state) != len(names) or not all(
+            isinstance(part, torch.Tensor) and part.ndim in (1, 2) for part in rows
+        ):
+            raise MimaError(
+                f"adapter {path} holds {', '.join(sorted(state))}, expected a learned word for "
+                f"{', '.join(names)}"
+            )
+        parts = [part.detach().view(-1, part.shape[-1]) for part in rows if part is not None]
+        if len({len(part) for part in parts}) > 1:
+            counts = " and ".join(str(len(part)) for part in parts)
+            raise MimaError(f"adapter {path}: its word has {counts} vectors for the encoders")
+        word = path.stem
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                word = (file.metadata() or {}).get(TOKEN, word)
+        return {word: torch.cat(parts, dim=1)}
 
     def _denoiser(self) -> torch.nn.Module:
         return family_of(self.pipeline).denoiser
@@ -321,15 +346,7 @@ class AdapterReader:
         if not any(found.values()):
             raise MimaError(f"adapter {path} changes nothing of this model")
         words = found.get("words", {})
-        several = getattr(self.pipeline, "text_encoder_2", None) is not None
-        if words and (several or not hasattr(self.pipeline, "load_textual_inversion")):
-            raise MimaError(
-                f"adapter {path} brings new words; for {type(self.pipeline).__name__} these are "
-                "not supported, for pipelines with one CLIP text encoder they are"
-            )
-        width = None
-        if words:
-            width = self.pipeline.text_encoder.get_input_embeddings().weight.shape[1]
+        width = sum(reader.rows.shape[1] for reader in readers(self.pipeline))
         for word, rows in words.items():
             if rows.shape[1] != width:
                 raise MimaError(

@@ -258,21 +258,12 @@ def _rows(
         for tokenizer, count in reader.tokenizers:
             length = len(places) - start if count is None else count
             source, target = (
-                _token_ids(family, tokenizer, prompt, length)
-                for prompt in (edit.source, edit.target)
+                family.token_ids(tokenizer, prompt, length) for prompt in (edit.source, edit.target)
             )
             places[start : start + length] = start + align(source, target, length)
             start += length
         aligned.append(target_SD[places.to(target_SD.device)])
     return source_BSD[read_BS], torch.stack(aligned)[read_BS]
-
-
-def _token_ids(family: Family, tokenizer: Any, prompt: str, length: int) -> list[int]:
-    if hasattr(family.pipeline, "_text_preprocessing"):
-        # PixArt changes the text (lower case) before it counts tokens
-        (prompt,) = family.pipeline._text_preprocessing([prompt], clean_caption=False)
-    ids: list[int] = tokenizer(prompt, truncation=True, max_length=length).input_ids
-    return ids
 
 
 def align(source: Sequence[int], target: Sequence[int], length: int) -> torch.Tensor:

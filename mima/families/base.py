@@ -93,7 +93,7 @@ class Family(ABC):
                 f"model: the {self.parts[0]}'s attention projections are fused, so that their own "
                 "weights are not read; call unfuse_qkv_projections() first"
             )
-        expected, latent = self._latent_channels, pipeline.vae.config.latent_channels
+        expected, latent = self._latent_channels, self._vae_channels
         if expected != latent:
             raise MimaError(
                 f"model: the {self.parts[0]} reads {expected} latent channels and the vae makes "
@@ -212,6 +212,10 @@ class Family(ABC):
         return int(self._config["in_channels"])
 
     @property
+    def _vae_channels(self) -> int:
+        return int(self.pipeline.vae.config.latent_channels)
+
+    @property
     def _sample_size(self) -> Any:
         return self._config["sample_size"]
 
@@ -249,16 +253,19 @@ class Family(ABC):
                 f"multiples of {multiple}, got {list(pixels.shape)}"
             )
         dtype = vae.dtype
-        upcast = dtype == torch.float16 and vae.config.force_upcast
+        upcast = dtype == torch.float16 and vae.config.get("force_upcast")
         if upcast:
             cast(vae, torch.float32)
         parts = pixels.split(max(1, PIXELS_AT_ONCE // (height * width)))
-        mean = torch.cat(
-            [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mean for part in parts]
-        )
+        mean = torch.cat([self._posterior_mean(part.to(vae.device, vae.dtype)) for part in parts])
         if upcast:
             cast(vae, dtype)
         return self._scaled(mean).to(self.device, self.dtype)
+
+    def _posterior_mean(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] that the VAE encodes pictures to, unscaled."""
+        mean: torch.Tensor = self.pipeline.vae.encode(pixels).latent_dist.mean
+        return mean
 
     def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
         """What the denoiser is trained on, from what the VAE encodes."""
@@ -305,6 +312,16 @@ class Family(ABC):
     @abstractmethod
     def token_mask(self, prompts: Sequence[str]) -> torch.Tensor:
         """[B, S]: True where ``text_embeddings`` holds a token of the prompt or its end token."""
+
+    def token_text(self, prompt: str) -> str:
+        """The text that the tokenizers read for a prompt."""
+        return prompt
+
+    def token_ids(self, tokenizer: Any, prompt: str, length: int) -> list[int]:
+        """The tokens at the first of ``length`` places of a text stream, without padding."""
+        text = self.token_text(prompt)
+        ids: list[int] = tokenizer(text, truncation=True, max_length=length).input_ids
+        return ids
 
     @torch.no_grad()
     def token_embeddings(self, prompts: str | Sequence[str]) -> torch.Tensor:

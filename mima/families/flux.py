@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from mima.families.base import Conditioning
-from mima.families.rectified_flow import RectifiedFlow
+from mima.families.joint_attention import JointAttention
 
 # T5 tokens that the pipeline reads by default
 T5_TOKENS = 512
@@ -19,7 +19,7 @@ T5_TOKENS = 512
 GUIDANCE = 3.5
 
 
-class Flux(RectifiedFlow):
+class Flux(JointAttention):
     """``FluxPipeline``, guidance-distilled (dev) or not (schnell).
 
     Latents are [B, C, H, W] everywhere; 2×2 of them become one token of the transformer in
@@ -28,7 +28,7 @@ class Flux(RectifiedFlow):
 
     pipeline_names = ("FluxPipeline",)
     training_defaults: ClassVar[Mapping[str, Any]] = {
-        **RectifiedFlow.training_defaults,
+        **JointAttention.training_defaults,
         "guidance_scale": 3.5,
         "max_sequence_length": 512,
     }
@@ -62,7 +62,7 @@ class Flux(RectifiedFlow):
         return 2
 
     @property
-    def _t5_tokenizer(self) -> Any:
+    def _stream_tokenizer(self) -> Any:
         return self.pipeline.tokenizer_2
 
     def _encode(self, prompts: list[str]) -> Conditioning:
@@ -76,7 +76,7 @@ class Flux(RectifiedFlow):
 
     def token_mask(self, prompts: Sequence[str]) -> torch.Tensor:
         length = self._max_tokens(self.training.max_sequence_length)
-        return self._mask(self._t5_tokenizer, prompts, length)
+        return self._mask(self._stream_tokenizer, prompts, length)
 
     def _sampling(self) -> dict[str, Any]:
         return {"max_sequence_length": self._max_tokens(T5_TOKENS), "guidance_scale": GUIDANCE}

@@ -33,7 +33,10 @@ from mima.errors import MimaError
 from mima.families.base import Family, cast
 from mima.families.flux import Flux
 from mima.families.hub import unreachable
+from mima.families.lumina2 import Lumina2
 from mima.families.pixart import PixArt
+from mima.families.qwen_image import QwenImage
+from mima.families.sana import Sana
 from mima.families.sd3 import StableDiffusion3
 from mima.families.sdxl import StableDiffusionXL
 from mima.families.stable_diffusion import StableDiffusion
@@ -45,6 +48,7 @@ from mima.storage.tensor_files import read_header
 
 FAMILIES: tuple[type[Family], ...] = (
     *(StableDiffusion, StableDiffusionXL, PixArt, StableDiffusion3, Flux),
+    *(Sana, Lumina2, QwenImage),
 )
 
 # what diffusers and transformers raise for files that are missing, damaged or do not fit
@@ -397,6 +401,8 @@ def _check_complete(folder: Path, module: torch.nn.Module) -> None:
         # the only prefix that transformers adds to what a file holds
         if prefix == getattr(module, "base_model_prefix", None):
             names_of[id(parameter)].append(tail)
+        # models that read pictures, too, are stored as if they were the language model alone
+        names_of[id(parameter)].append(name.replace("model.language_model.", "model."))
     missing = [names[0] for names in names_of.values() if not (stored | tails) & set(names)]
     if missing:
         hint = ""

@@ -1,11 +1,12 @@
-"""New words: added to tokenizer and text encoder, one embedding trained."""
+"""New words: added to all tokenizers and text encoders of a pipeline, their embeddings trained."""
 
-# V = vocabulary, D = text embedding
+# V = vocabulary, D = text embeddings, those of several encoders one after the other
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,69 @@ from mima.families import Conditioning, Family
 from mima.families.pipelines import with_modules
 from mima.storage.names import WORD_FILE
 
+TOKEN = "token"
+"""Under which a file of a word for several encoders says the word, in its header."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A text encoder that reads new words.
+
+    Attributes:
+        number: of the components: ``""``, ``"_2"`` or ``"_3"``.
+        name: what files of learned words call it.
+        tokenizer: its tokenizer.
+        encoder: the text encoder.
+    """
+
+    number: str
+    name: str
+    tokenizer: Any
+    encoder: Any
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """[V, D] embeddings of its tokens."""
+        rows: torch.Tensor = self.encoder.get_input_embeddings().weight
+        return rows
+
+
+def readers(pipeline: Any) -> list[Reader]:
+    """The tokenizers and text encoders of a pipeline, in order."""
+    found = []
+    for number in ("", "_2", "_3"):
+        tokenizer = getattr(pipeline, f"tokenizer{number}", None)
+        encoder = getattr(pipeline, f"text_encoder{number}", None)
+        if tokenizer is None or encoder is None:
+            continue
+        clip = "CLIP" in type(encoder).__name__
+        name = ("clip_g" if number else "clip_l") if clip else "t5xxl"
+        found.append(Reader(number, name, tokenizer, encoder))
+    return found
+
+
+def text_parts(pipeline: Any) -> dict[str, Any]:
+    """Tokenizers and text encoders by component name: what new words change."""
+    return {
+        f"{part}{reader.number}": getattr(reader, attribute)
+        for reader in readers(pipeline)
+        for part, attribute in (("tokenizer", "tokenizer"), ("text_encoder", "encoder"))
+    }
+
 
 @dataclass(frozen=True, kw_only=True)
 class Word:
-    """A new word that a pipeline's tokenizer knows, and the embedding that stands for it.
+    """A new word that a pipeline's tokenizers know, and the embeddings that stand for it.
 
     Attributes:
         text: the word.
-        index: its token id.
-        embedding: [D]; a parameter where it is trained in place.
+        indices: its token id in each tokenizer.
+        embedding: [D], for each encoder one after the other; a parameter where it is trained in
+            place.
     """
 
     text: str
-    index: int
+    indices: tuple[int, ...]
     embedding: torch.Tensor
 
     def encode(
@@ -40,97 +91,149 @@ class Word:
         """Encode prompts with a graph to the word's embedding.
 
         Args:
-            family: a pipeline with one text encoder, whose tokenizer knows the word.
+            family: a pipeline whose tokenizers know the word.
             prompts: B texts.
             embedding: [D] in place of the word's own.
         """
         row = self.embedding if embedding is None else embedding
-
-        def use_row(_: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> Any:
-            here = (inputs[0] == self.index).unsqueeze(-1)
-            return torch.where(here, row.to(output.dtype), output)
-
-        embeddings = family.pipeline.text_encoder.get_input_embeddings()
-        hook = embeddings.register_forward_hook(use_row)
-        try:
+        with ExitStack() as hooks:
+            for reader, index, part in self._parts(family.pipeline, row):
+                hooks.enter_context(_reading(reader.encoder, index, part))
             return family.encode_prompts(prompts, differentiable=True)
-        finally:
-            hook.remove()
+
+    def _parts(
+        self, pipeline: Any, embedding: torch.Tensor
+    ) -> Iterator[tuple[Reader, int, torch.Tensor]]:
+        """Each encoder, with the word's token id and its part of an embedding."""
+        several = readers(pipeline)
+        parts = embedding.split([reader.rows.shape[1] for reader in several])
+        yield from zip(several, self.indices, parts, strict=True)
 
     @torch.no_grad()
-    def commit(self, text_encoder: Any) -> None:
-        """Write the embedding into a text encoder."""
-        text_encoder.get_input_embeddings().weight[self.index] = self.embedding
+    def commit(self, pipeline: Any) -> None:
+        """Write the embedding into a pipeline's text encoders."""
+        for reader, index, part in self._parts(pipeline, self.embedding):
+            reader.rows[index] = part
 
-    def save(self, folder: Path) -> None:
-        """Write the embedding for diffusers' `load_textual_inversion`."""
-        save_file({self.text: self.embedding.detach().cpu().contiguous()}, folder / WORD_FILE)
+    def save(self, folder: Path, pipeline: Any) -> None:
+        """Write the embedding, of one encoder for diffusers' `load_textual_inversion`.
+
+        Of several encoders, a tensor for each by the encoder's name; the header says the word.
+        """
+        embedding = self.embedding.detach().cpu()
+        parts = [*self._parts(pipeline, embedding)]
+        if len(parts) == 1:
+            save_file({self.text: embedding.contiguous()}, folder / WORD_FILE)
+            return
+        state = {reader.name: part.unsqueeze(0).contiguous() for reader, _, part in parts}
+        save_file(state, folder / WORD_FILE, {TOKEN: self.text})
+
+
+@contextmanager
+def _reading(encoder: Any, index: int, row: torch.Tensor) -> Iterator[None]:
+    """Let an encoder read a row [D] for one token."""
+
+    def use_row(_: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> Any:
+        here = (inputs[0] == index).unsqueeze(-1)
+        return torch.where(here, row.to(output), output)
+
+    hook = encoder.get_input_embeddings().register_forward_hook(use_row)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def with_words(pipeline: Any, words: Mapping[str, torch.Tensor]) -> Any:
-    """The pipeline with new words in copies of its tokenizer and its text encoder.
+    """The pipeline with new words in copies of its tokenizers and its text encoders.
 
     Args:
-        pipeline: a diffusers pipeline with one text encoder, left as it was.
-        words: embeddings [K, D]; with K > 1 a word counts as K tokens, as diffusers has it.
+        pipeline: a diffusers pipeline, left as it was.
+        words: embeddings [K, D]; with K > 1 a word counts as K tokens, as diffusers has it, which
+            is possible with one CLIP text encoder.
 
     Raises:
-        MimaError: the vocabulary holds a word already.
+        MimaError: a vocabulary holds a word already, or a word has several vectors where they
+            cannot be.
     """
     if not words:
         return pipeline
+    several = readers(pipeline)
     for word in words:
-        if word in pipeline.tokenizer.get_vocab():
+        if any(word in reader.tokenizer.get_vocab() for reader in several):
             raise MimaError(f"the word {word!r} is in the model's vocabulary already")
     adapted = with_modules(
-        pipeline,
-        tokenizer=copy.deepcopy(pipeline.tokenizer),
-        text_encoder=copy.deepcopy(pipeline.text_encoder),
+        pipeline, **{name: copy.deepcopy(part) for name, part in text_parts(pipeline).items()}
     )
-    # the new rows are drawn before they are set
-    with torch.random.fork_rng(devices=[]):
-        adapted.load_textual_inversion([{word: rows} for word, rows in words.items()])
+    if len(several) == 1 and hasattr(adapted, "load_textual_inversion"):
+        # the new rows are drawn before they are set
+        with torch.random.fork_rng(devices=[]):
+            adapted.load_textual_inversion([{word: rows} for word, rows in words.items()])
+        return adapted
+    for word, rows in words.items():
+        if len(rows) != 1:
+            raise MimaError(
+                f"the word {word!r} has {len(rows)} vectors; for {type(pipeline).__name__} one is "
+                "supported"
+            )
+        _add(adapted, word, rows[0])
     return adapted
 
 
+def _add(pipeline: Any, word: str, embedding: torch.Tensor) -> Word:
+    """Add a word with an embedding [D] to a pipeline's own tokenizers and text encoders."""
+    indices = []
+    for reader in readers(pipeline):
+        reader.tokenizer.add_tokens([word])
+        index: int = reader.tokenizer.convert_tokens_to_ids(word)
+        if index >= len(reader.rows):
+            # without mean_resizing, which draws from the global random state: commit sets the row
+            reader.encoder.resize_token_embeddings(len(reader.tokenizer), mean_resizing=False)
+        indices.append(index)
+    added = Word(text=word, indices=tuple(indices), embedding=embedding)
+    added.commit(pipeline)
+    return added
+
+
 def add_word(pipeline: Any, concept: Concept) -> tuple[Any, Word]:
-    """Add a concept's new word to copies of a pipeline's tokenizer and text encoder.
+    """Add a concept's new word to copies of a pipeline's tokenizers and text encoders.
 
     Its embedding starts from that of `concept.initializer`, or, without one, from the mean of all
     embeddings.
 
     Returns:
-        The pipeline with the copies, nothing of whose text encoder is trained, and the word, whose
+        The pipeline with the copies, nothing of whose text encoders is trained, and the word, whose
         embedding is a parameter in float32; `commit` it after it has changed.
 
     Raises:
         MimaError: as for `check_token`.
     """
     token, initial = check_token(pipeline, concept)
-    tokenizer = copy.deepcopy(pipeline.tokenizer)
-    text_encoder = copy.deepcopy(pipeline.text_encoder)
-    tokenizer.add_tokens([token])
-    index = tokenizer.convert_tokens_to_ids(token)
-    old_VD = text_encoder.get_input_embeddings().weight.detach()
-    start_D = (old_VD.float().mean(dim=0) if initial is None else old_VD[initial].float()).clone()
-    if index >= len(old_VD):
-        # without mean_resizing, which draws from the global random state: commit sets the row
-        text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    text_encoder.requires_grad_(False)
-    word = Word(text=token, index=index, embedding=torch.nn.Parameter(start_D))
-    word.commit(text_encoder)
-    return with_modules(pipeline, tokenizer=tokenizer, text_encoder=text_encoder), word
+    own = with_modules(
+        pipeline, **{name: copy.deepcopy(part) for name, part in text_parts(pipeline).items()}
+    )
+    starts = []
+    for reader, ids in zip(readers(own), initial, strict=True):
+        rows_VD = reader.rows.detach().float()
+        starts.append((rows_VD if ids is None else rows_VD[ids]).mean(dim=0))
+        reader.encoder.requires_grad_(False)
+    word = _add(own, token, torch.nn.Parameter(torch.cat(starts)))
+    for reader in readers(own):
+        # resizing makes new rows
+        reader.encoder.requires_grad_(False)
+    return own, word
 
 
-def check_token(pipeline: Any, concept: Concept) -> tuple[str, int | None]:
+def check_token(pipeline: Any, concept: Concept) -> tuple[str, list[list[int] | None]]:
     """Whether a concept's new word can be added to a pipeline.
 
     Returns:
-        The word, and the token that its embedding starts from; None for the mean of all.
+        The word, and for each encoder the tokens whose mean its embedding starts from; None for all
+        of the vocabulary.
 
     Raises:
-        MimaError: no token, one that the vocabulary holds already, an initializer that is not
-            one word of the vocabulary, or a pipeline with several text encoders.
+        MimaError: no token, one that a vocabulary holds already, or an initializer that is not one
+            word of the first vocabulary.
     """
     token = concept.token
     if token is None:
@@ -138,24 +241,23 @@ def check_token(pipeline: Any, concept: Concept) -> tuple[str, int | None]:
             f"concept {concept.name!r} has no token; name a new word, such as <new1>, that its "
             "prompts contain"
         )
-    if getattr(pipeline, "text_encoder_2", None) is not None:
-        raise MimaError(
-            f"model: new tokens need a pipeline with one text encoder, {type(pipeline).__name__} "
-            "has several"
-        )
-    tokenizer = pipeline.tokenizer
-    ids: list[int] = tokenizer.encode(token, add_special_tokens=False)
-    # a word's own entry may be spelt otherwise, such as "cat</w>"
-    if token in tokenizer.get_vocab() or (len(ids) == 1 and ids[0] != tokenizer.unk_token_id):
-        raise MimaError(
-            f"concept {concept.name!r}: token {token!r} is in the model's vocabulary already"
-        )
-    if concept.initializer is None:
-        return token, None
-    ids = tokenizer.encode(concept.initializer, add_special_tokens=False)
-    if len(ids) != 1:
-        raise MimaError(
-            f"concept {concept.name!r}: initializer {concept.initializer!r} must be one token "
-            f"of the vocabulary, it is {len(ids)}"
-        )
-    return token, ids[0]
+    initial: list[list[int] | None] = []
+    for reader in readers(pipeline):
+        tokenizer = reader.tokenizer
+        ids: list[int] = tokenizer.encode(token, add_special_tokens=False)
+        # a word's own entry may be spelt otherwise, such as "cat</w>"
+        if token in tokenizer.get_vocab() or (len(ids) == 1 and ids[0] != tokenizer.unk_token_id):
+            raise MimaError(
+                f"concept {concept.name!r}: token {token!r} is in the model's vocabulary already"
+            )
+        if concept.initializer is None:
+            initial.append(None)
+            continue
+        ids = tokenizer.encode(concept.initializer, add_special_tokens=False)
+        if len(ids) != 1 and not initial:
+            raise MimaError(
+                f"concept {concept.name!r}: initializer {concept.initializer!r} must be one token "
+                f"of the vocabulary, it is {len(ids)}"
+            )
+        initial.append(ids)
+    return token, initial

@@ -60,9 +60,13 @@ class PixArt(DDPM):
         projection = self.pipeline.transformer.caption_projection
         return hidden if projection is None else projection(hidden)
 
+    def token_text(self, prompt: str) -> str:
+        # lower case
+        text: str = self.pipeline._text_preprocessing([prompt], clean_caption=False)[0]
+        return text
+
     def token_mask(self, prompts: Sequence[str]) -> torch.Tensor:
-        # the pipeline changes the text (lower case) before it counts tokens
-        texts = self.pipeline._text_preprocessing(list(prompts), clean_caption=False)
+        texts = [self.token_text(prompt) for prompt in prompts]
         length = self._max_tokens(self.training.max_sequence_length)
         return self._mask(self.pipeline.tokenizer, texts, length)
 

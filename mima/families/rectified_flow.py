@@ -1,12 +1,11 @@
-"""Families of transformers with joint attention, trained by rectified flow (SD3, Flux)."""
+"""Families of transformers that are trained by rectified flow."""
 
-# B = batch, S = tokens, D = width of the text stream, C H W = latent channels and size
+# B = batch, C H W = latent channels and size
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from mima.errors import MimaError
-from mima.families.base import Conditioning, Family, TextReader
+from mima.families.base import Family
 from mima.families.ddpm import at_least_float32
 from mima.options import TrainingOptions
 
@@ -26,17 +25,6 @@ class RectifiedFlow(Family):
     them as diffusers' scripts do: a place u in [0, 1] by the weighting scheme, and there the level
     of the scheduler's own training schedule, which has the scheduler's constant shift, and no shift
     where it shifts by resolution when it samples.
-
-    **Text in joint attention.** A text stream runs beside the picture's; its ``add_k_proj`` and
-    ``add_v_proj`` play the part of cross-attention's keys and values, and the preset
-    ``cross_attention`` is the text stream's attention: ``add_q_proj``, ``add_k_proj``,
-    ``add_v_proj``, their norms and ``to_add_out``. What they read is not the text encoders'
-    output: it is embedded, updated block by block, and each block normalises and modulates it by
-    the noise level and the pooled text. ``text_embeddings`` is therefore one point of it: *what the
-    first block reads at the middle noise level* (σ = ½). The merge plan made of it meets its
-    constraint exactly there, and approximately in later blocks and at other noise levels;
-    ``projection_embeddings`` says what each weight reads, block by block. Flux's single-stream
-    blocks have no weights for text alone; they are merged like any other weight.
     """
 
     training_defaults: ClassVar[Mapping[str, Any]] = {
@@ -45,14 +33,11 @@ class RectifiedFlow(Family):
         "logit_std": 1.0,
         "mode_scale": 1.29,
     }
-    text_weights = r"\.attn\.add_[kv]_proj\.weight$"
-    presets = Family.presets | {
-        "cross_attention": r"\.attn\.(add_[qkv]_proj|to_add_out|norm_added_[qk])\.",
-    }
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
-        if "shift" not in pipeline.scheduler.config:
+        config = pipeline.scheduler.config
+        if "shift" not in config and not config.get("use_flow_sigmas"):
             raise MimaError(
                 f"scheduler: {type(pipeline.scheduler).__name__} has no shift; "
                 f"{type(pipeline).__name__} is supported with flow-matching schedulers "
@@ -68,7 +53,7 @@ class RectifiedFlow(Family):
         return int(self._config["patch_size"])
 
     def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
-        return super()._scaled(latents - (self.pipeline.vae.config.shift_factor or 0.0))
+        return super()._scaled(latents - (self.pipeline.vae.config.get("shift_factor") or 0.0))
 
     def sample_timesteps(self, batch: int, generator: torch.Generator) -> torch.Tensor:
         """Draw [batch] noise levels of the schedule, float32 in (0, num_train_timesteps]."""
@@ -90,7 +75,7 @@ class RectifiedFlow(Family):
     def _shift(self, sigmas: torch.Tensor) -> torch.Tensor:
         scheduler, config = self.pipeline.scheduler, self.pipeline.scheduler.config
         if not config.get("use_dynamic_shifting"):
-            shift = float(config.shift)
+            shift = float(config["shift"] if "shift" in config else config["flow_shift"])
             return shift * sigmas / (1 + (shift - 1) * sigmas)
         # a straight line through (base_image_seq_len, base_shift), (max_image_seq_len, max_shift)
         side = self.resolution // self.pipeline.vae_scale_factor // self._patch
@@ -134,70 +119,15 @@ class RectifiedFlow(Family):
         step = self._sigmas(following, x) - self._sigmas(timesteps, x)
         return (x + step * flow).to(noisy.dtype)
 
-    @torch.no_grad()
-    def text_embeddings(self, prompts: Sequence[str]) -> torch.Tensor:
-        """[B, S, D] that the first block's text projections read at σ = ½, padding included."""
-        # the picture reaches the text stream in the first block's attention, after its projections
-        smallest = self._latents(len(prompts), self._patch)
-        return self._read(prompts, smallest)[self.text_projections()[0]]
-
-    def text_readers(self) -> list[TextReader]:
-        """The embedding of the text encoders' tokens, and that of the pooled text.
-
-        What the text projections read depends on the picture; what these two read does not, and
-        text reaches the denoiser through them alone.
-        """
-        return [
-            TextReader(
-                ["context_embedder.weight"],
-                lambda prompts: self.encode_prompts(prompts)["encoder_hidden_states"],
-                self._text_stream,
-            ),
-            self._pooled_reader(
-                "time_text_embed.text_embedder.linear_1.weight", "pooled_projections"
-            ),
-        ]
-
     @property
-    def _text_stream(self) -> list[tuple[Any, int | None]]:
-        """Tokenizers of the text stream, as ``TextReader.tokenizers``."""
-        return [(self._t5_tokenizer, None)]
-
-    @torch.no_grad()
-    def projection_embeddings(self, prompt: str, generator: torch.Generator) -> Conditioning:
-        """What each text projection reads for the real tokens of ``prompt`` at σ = ½.
-
-        Args:
-            prompt: a text.
-            generator: draws the picture, pure noise of the model's resolution.
-
-        Returns:
-            [S, D] by name of the weight; those of one block share a tensor.
-        """
-        noise = torch.randn(
-            self._latents(1, self.resolution // self.pipeline.vae_scale_factor).shape,
-            generator=generator,
-        )
-        mask = self.token_mask([prompt])[0].to(self.device)
-        inputs = self._read([prompt], noise.to(self.device, self.dtype))
-        return {name: value[0][mask] for name, value in inputs.items()}
-
-    def _latents(self, batch: int, side: int) -> torch.Tensor:
-        size = (batch, self._latent_channels, side, side)
-        return torch.zeros(size, device=self.device, dtype=self.dtype)
-
-    def _read(self, prompts: Sequence[str], noisy: torch.Tensor) -> Conditioning:
-        middle = torch.full((len(prompts),), self.num_train_timesteps / 2, device=self.device)
-        return self.projection_inputs(noisy, middle, self.encode_prompts(prompts))
-
-    @property
-    @abstractmethod
-    def _t5_tokenizer(self) -> Any: ...
+    def _stream_tokenizer(self) -> Any:
+        """The tokenizer of the longest text stream; None where that has no tokens."""
+        return self.pipeline.tokenizer
 
     def _max_tokens(self, wanted: int | None) -> int:
         """As many of the wanted tokens as the tokenizer gives."""
         assert wanted is not None
-        tokenizer = self._t5_tokenizer
+        tokenizer = self._stream_tokenizer
         return wanted if tokenizer is None else min(wanted, tokenizer.model_max_length)
 
 

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 
 from mima.families.base import Conditioning
-from mima.families.rectified_flow import RectifiedFlow
+from mima.families.joint_attention import JointAttention
 
 # T5 tokens that the pipeline reads by default
 T5_TOKENS = 256
 
 
-class StableDiffusion3(RectifiedFlow):
+class StableDiffusion3(JointAttention):
     """``StableDiffusion3Pipeline``, with T5 or without.
 
     The text stream is the CLIP tokens, both encoders side by side, followed by the T5 tokens; the
@@ -23,7 +23,7 @@ class StableDiffusion3(RectifiedFlow):
 
     pipeline_names = ("StableDiffusion3Pipeline",)
     training_defaults: ClassVar[Mapping[str, Any]] = {
-        **RectifiedFlow.training_defaults,
+        **JointAttention.training_defaults,
         "weighting_scheme": "logit_normal",
         "precondition_outputs": True,
         "max_sequence_length": 77,
@@ -45,14 +45,14 @@ class StableDiffusion3(RectifiedFlow):
         return widths
 
     @property
-    def _t5_tokenizer(self) -> Any:
+    def _stream_tokenizer(self) -> Any:
         return None if self.pipeline.text_encoder_3 is None else self.pipeline.tokenizer_3
 
     @property
     def _text_stream(self) -> list[tuple[Any, int | None]]:
         # both CLIP encoders' tokens stand side by side
         clip = (self.pipeline.tokenizer, self.pipeline.tokenizer_max_length)
-        return [clip] if self._t5_tokenizer is None else [clip, *super()._text_stream]
+        return [clip] if self._stream_tokenizer is None else [clip, *super()._text_stream]
 
     def _encode(self, prompts: list[str]) -> Conditioning:
         pipeline = self.pipeline
@@ -72,13 +72,13 @@ class StableDiffusion3(RectifiedFlow):
             self._mask(tokenizer, prompts, pipeline.tokenizer_max_length)
             for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)
         )
-        if self._t5_tokenizer is None:
+        if self._stream_tokenizer is None:
             # how many zeros stand in T5's place depends on the version of diffusers
             length = self.encode_prompts(prompts)["encoder_hidden_states"].shape[1]
             t5 = torch.zeros(len(prompts), length - first.shape[1], dtype=torch.bool)
         else:
             length = self._max_tokens(self.training.max_sequence_length)
-            t5 = self._mask(self._t5_tokenizer, prompts, length)
+            t5 = self._mask(self._stream_tokenizer, prompts, length)
         return torch.cat([first | second, t5], dim=1)
 
     def _sampling(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from mima.errors import MimaError
 from mima.families import ModelSource, family_of, load_pipeline, origin_of, source_of
 from mima.families.base import cast
 from mima.families.frozen import hold_frozen
-from mima.families.new_words import check_token
+from mima.families.new_words import check_token, text_parts
 from mima.families.pipelines import component_name, shared_copy, with_modules
 from mima.immunization.alternating import alternate
 from mima.immunization.config import ImmunizeConfig
@@ -177,7 +177,7 @@ def immunize(
             run = describe_run(config.model_dump(mode="json"), concepts, weights, benign)
             ranks.together(lambda: claim(folder, run, resume=resume))
 
-        vocabulary = {name: getattr(pipeline, name, None) for name in ("tokenizer", "text_encoder")}
+        vocabulary = text_parts(pipeline)
         if config.new_words:
             pipeline = _with_new_words(pipeline, concepts, config)
             family = family_of(pipeline, resolution=config.resolution, training=config.training)
@@ -319,10 +319,7 @@ def _with_new_words(pipeline: Any, concepts: Sequence[Concept], config: Immunize
             continue
         run = TextualInversion(seed=config.seed).start(pipeline, concept)
         run.advance(config.token_steps)
-        learned = run.pipeline
-        pipeline = with_modules(
-            pipeline, tokenizer=learned.tokenizer, text_encoder=learned.text_encoder
-        )
+        pipeline = with_modules(pipeline, **text_parts(run.pipeline))
     return pipeline
 
 

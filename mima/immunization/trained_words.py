@@ -11,7 +11,7 @@ import torch
 
 from mima.concepts import Concept
 from mima.families import Conditioning, Family
-from mima.families.new_words import Word
+from mima.families.new_words import Word, readers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +31,13 @@ class TrainedWord(Word):
     def of(cls, family: Family, concept: Concept) -> TrainedWord:
         """The word of a concept that has one."""
         assert concept.token is not None
-        index = family.pipeline.tokenizer.convert_tokens_to_ids(concept.token)
-        embeddings = family.pipeline.text_encoder.get_input_embeddings().weight
+        several = readers(family.pipeline)
+        indices = [reader.tokenizer.convert_tokens_to_ids(concept.token) for reader in several]
+        rows = [reader.rows[i].detach() for reader, i in zip(several, indices, strict=True)]
         return cls(
             text=concept.token,
-            index=index,
-            embedding=embeddings[index].detach().to(family.device, family.dtype),
+            indices=tuple(indices),
+            embedding=torch.cat(rows).to(family.device, family.dtype),
             prompt=concept.prompt,
             prompts=tuple(dict.fromkeys(picture.prompt for picture in concept.images)),
         )

@@ -11,15 +11,18 @@ from mima.adaptation import LoRA, TextualInversion
 from mima.adapters.merge import merge_adapters
 from mima.concepts import Concept
 from mima.erasure import Edit, erase
-from mima.errors import MimaError
 from mima.evaluation import Sampler, attack
 from mima.families import family_of, load_pipeline
+from mima.families.new_words import readers
 
 KINDS = {
     "sdxl": builders.sdxl,
     "pixart": builders.pixart,
     "sd3": builders.sd3,
     "flux": builders.flux,
+    "sana": builders.sana,
+    "lumina2": builders.lumina2,
+    "qwen-image": builders.qwen_image,
 }
 
 
@@ -124,14 +127,24 @@ def test_erasure_is_exact(kind, tmp_path):
     assert (drawn - wanted).norm() < 2e-2 * (unedited - wanted).norm()
 
 
-def test_new_words_need_one_text_encoder(folder):
+def test_new_words_are_learned_in_all_encoders(folder, tmp_path):
     pipeline = load_pipeline(folder)
     images = [picture.image for picture in tiny.concept().images]
     concept = Concept("thing", "a <new1> emoji", images, token="<new1>", initializer="cat")
-    if getattr(pipeline, "text_encoder_2", None) is None:
-        run = TextualInversion(learning_rate=1e-2).start(pipeline, concept)
-        run.advance(1)
-        assert run.pipeline.tokenizer.tokenize(concept.prompt).count("<new1>") == 1
-    else:
-        with pytest.raises(MimaError, match="one text encoder"):
-            TextualInversion().start(pipeline, concept)
+    run = TextualInversion(learning_rate=1e-2).start(pipeline, concept)
+    start = [reader.rows.detach().clone() for reader in readers(run.pipeline)]
+    run.advance(1)
+    for own, reader, before in zip(readers(pipeline), readers(run.pipeline), start, strict=True):
+        assert "<new1>" not in own.tokenizer.get_vocab()
+        index = reader.tokenizer.convert_tokens_to_ids("<new1>")
+        cat = own.tokenizer.encode("cat", add_special_tokens=False)
+        torch.testing.assert_close(before[index], own.rows[cat].mean(dim=0))
+        moved = (reader.rows != before).any(dim=1).nonzero().flatten().tolist()
+        assert moved == [index]
+    run.save(tmp_path / "word")
+    read = merge_adapters(load_pipeline(folder), [tmp_path / "word"], method="weighted").pipeline
+    texts = [family_of(one).encode_prompts([concept.prompt]) for one in (read, run.pipeline)]
+    for name, value in texts[0].items():
+        torch.testing.assert_close(value, texts[1][name])
+    plain = family_of(pipeline).encode_prompts(["a cat emoji"])
+    assert any(not torch.allclose(plain[name], value) for name, value in texts[0].items())

@@ -26,6 +26,9 @@ KINDS = {
     "pixart": builders.pixart,
     "sd3": builders.sd3,
     "flux": builders.flux,
+    "sana": builders.sana,
+    "lumina2": builders.lumina2,
+    "qwen-image": builders.qwen_image,
 }
 
 
@@ -39,8 +42,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def open_pipeline(folder: Path, **options: Any) -> Any:
     pipeline = load_pipeline(folder, **options)
-    if folder.name == "flux":
-        pipeline.default_sample_size = 8  # a Flux folder does not say what it was trained on
+    if folder.name in ("flux", "qwen-image"):
+        pipeline.default_sample_size = 8  # their folders do not say what they were trained on
     return pipeline
 
 

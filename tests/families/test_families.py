@@ -52,6 +52,9 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "sd3-no-t5": _built(builders.sd3, with_t5=False),
     "flux-dev": _built(builders.flux),
     "flux-schnell": _built(builders.flux, guidance=False),
+    "sana": _built(builders.sana),
+    "lumina2": _built(builders.lumina2),
+    "qwen-image": _built(builders.qwen_image),
 }
 DDPM = ("sd", "sd-v", "sdxl", "pixart-alpha", "pixart-sigma")
 FLOW = ("sd3", "sd3-no-t5", "flux-dev", "flux-schnell")
@@ -70,8 +73,8 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 def open_family(folder: Path, **options: Any) -> Family:
     pipeline = load_pipeline(folder, **options)
-    if hasattr(pipeline, "default_sample_size") and "Flux" in type(pipeline).__name__:
-        pipeline.default_sample_size = 8  # a Flux folder does not say what it was trained on
+    if type(pipeline).__name__ in ("FluxPipeline", "QwenImagePipeline"):
+        pipeline.default_sample_size = 8  # their folders do not say what they were trained on
     return family_of(pipeline)
 
 
@@ -117,10 +120,14 @@ def assert_predicts_what_the_pipeline_computes(family: Family) -> None:
     given, output = denoiser_call(family)
     noisy = given.get("sample", given.get("hidden_states"))
     timesteps = torch.as_tensor(given["timestep"]).expand(len(PROMPTS))
-    if "Flux" in type(family).__name__:
+    if type(family).__name__ == "Lumina2":
+        # inside, time and flow lead from noise to picture
+        timesteps, output = (1 - timesteps) * 1000, -output
+    if type(family).__name__ in ("Flux", "QwenImage"):
         side = family.resolution // family.pipeline.vae_scale_factor
         unpack = family.pipeline._unpack_latents
-        noisy, output = (unpack(x, side, side, 1) for x in (noisy, output))
+        # of Qwen-Image with a frame
+        noisy, output = (unpack(x, side, side, 1).flatten(1, -3) for x in (noisy, output))
         timesteps = timesteps * 1000
     if "StableDiffusion3" in type(family).__name__:
         # without T5, the places of as many tokens as sampling reads are zeros

@@ -29,14 +29,17 @@ SCRIPTS = {"sd3": ("logit_normal", True), "flux": ("none", False)}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    kinds = {"sd3": builders.sd3, "flux": builders.flux, "sdxl": builders.sdxl}
+    kinds = {
+        **{"sd3": builders.sd3, "flux": builders.flux, "sdxl": builders.sdxl},
+        **{"sana": builders.sana, "lumina2": builders.lumina2, "qwen": builders.qwen_image},
+    }
     made = {name: builders.save(kind, root / name) for name, kind in kinds.items()}
     return made | {"sd": tiny.save_tiny_stable_diffusion(root / "sd")}
 
 
 def opened(folders: dict[str, Path], kind: str, **training: object) -> Family:
     pipeline = load_pipeline(folders[kind])
-    if kind == "flux":
+    if kind in ("flux", "qwen"):
         pipeline.default_sample_size = 8
     return family_of(pipeline, training=TrainingOptions(**training))
 
@@ -102,6 +105,54 @@ def test_the_loss_is_that_of_the_script(folders, kind, scheme):
     weights = compute_loss_weighting_for_sd3(scheme, sigmas)
     expected = (weights * (predicted - target) ** 2).flatten(1).mean(1).mean()
     torch.testing.assert_close(torch.nn.functional.mse_loss(*sides), expected)
+
+
+def script_loss(family, kind, latents, noise, sigmas, text):
+    """The lines of each script from the noise level to the squared error, [B, C, H, W]."""
+    network, pipeline = family.denoiser, family.pipeline
+    hidden, mask = text["encoder_hidden_states"], text["encoder_attention_mask"]
+    levels = sigmas.view(-1, 1, 1, 1)
+    noisy = (1 - levels) * latents + levels * noise
+    if kind == "sana":
+        predicted = network(
+            noisy, encoder_hidden_states=hidden, encoder_attention_mask=mask, timestep=sigmas * 1000
+        ).sample
+        return (predicted - (noise - latents)).square()
+    if kind == "lumina2":
+        # its levels count the picture's share
+        noisy = (1 - levels) * noise + levels * latents
+        predicted = network(
+            noisy, timestep=sigmas, encoder_hidden_states=hidden, encoder_attention_mask=mask
+        ).sample
+        return (predicted - (latents - noise)).square()
+    packed = pipeline._pack_latents(noisy, len(noisy), 4, 8, 8)
+    predicted = network(
+        hidden_states=packed,
+        encoder_hidden_states=hidden,
+        encoder_hidden_states_mask=mask,
+        timestep=sigmas,
+        img_shapes=[(1, 4, 4)] * len(noisy),
+    ).sample
+    return (pipeline._unpack_latents(predicted, 8, 8, 1)[:, :, 0] - (noise - latents)).square()
+
+
+@pytest.mark.parametrize("kind", ["sana", "lumina2", "qwen"])
+def test_newer_families_train_as_their_scripts_do(folders, kind):
+    family = opened(folders, kind)
+    assert family.training.weighting_scheme == "none"
+    latents, noise = (torch.randn(3, 4, 8, 8) for _ in range(2))
+    sigmas = torch.tensor([0.02, 0.5, 0.98])
+    text = family.encode_prompts(["a cat", "a red dog", "a photo"])
+    timesteps = 1000 * ((1 - sigmas) if kind == "lumina2" else sigmas)
+    with torch.no_grad():
+        sides = prediction_and_target(family, latents, text, timesteps, noise)
+        expected = script_loss(family, kind, latents, noise, sigmas, text)
+    torch.testing.assert_close((sides[0] - sides[1]).square(), expected, rtol=1e-4, atol=1e-5)
+    # FlowMatchEulerDiscreteScheduler from the folder's settings: of SANA's, it knows no shift
+    shift = {"sana": 1.0, "lumina2": 6.0, "qwen": 1.0}[kind]
+    drawn = family.sample_timesteps(4000, torch.Generator().manual_seed(1)) / 1000
+    drawn = 1 - drawn if kind == "lumina2" else drawn
+    assert abs(float(drawn.median()) - shift / (1 + shift)) < 0.03
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])

@@ -12,15 +12,23 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
@@ -32,6 +40,11 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -39,6 +52,7 @@ from transformers import (
 
 T5_WIDTH = 32
 T5_TOKENS = 12
+LANGUAGE_TOKENS = 80
 
 
 def clip(tokenizer: Any, width: int, *, projection: int | None = None) -> Any:
@@ -230,6 +244,163 @@ def flux(folder: Path, *, guidance: bool = True) -> FluxPipeline:
         transformer=transformer.eval(),
     )
     return pipeline
+
+
+def language_tokenizer(*, begin: bool, letters: str = "") -> PreTrainedTokenizerFast:
+    """A language model's tokenizer: each of `tiny.WORDS` is one token, and each letter."""
+    vocabulary = [("<pad>", 0.0), ("<bos>", 0.0), ("<unk>", 0.0)]
+    pieces = ["▁", *(f"▁{word}" for word in WORDS), *letters]
+    vocabulary += [(piece, -float(rank)) for rank, piece in enumerate(pieces, 1)]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    if begin:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>" if begin else None,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        padding_side="right",
+        model_max_length=LANGUAGE_TOKENS,
+    )
+
+
+def gemma(tokenizer: Any) -> Gemma2Model:
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=T5_WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+        attn_implementation="eager",
+    )
+    return Gemma2Model(config).eval()
+
+
+def sana(folder: Path) -> SanaPipeline:
+    tokenizer = language_tokenizer(begin=True)
+    transformer = SanaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=12,
+        cross_attention_dim=24,
+        caption_channels=T5_WIDTH,
+        sample_size=8,
+    )
+    autoencoder = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        encoder_qkv_multiscales=((), (), (5,)),
+        decoder_qkv_multiscales=((), (), (5,)),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        scaling_factor=0.41407,
+    )
+    return SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=gemma(tokenizer),
+        vae=autoencoder.eval(),
+        transformer=transformer.eval(),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    )
+
+
+def lumina2(folder: Path) -> Lumina2Pipeline:
+    tokenizer = language_tokenizer(begin=True)
+    transformer = Lumina2Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 4, 4),
+        axes_lens=(300, 32, 32),
+        cap_feat_dim=T5_WIDTH,
+    )
+    return Lumina2Pipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        # the pipeline takes 8 for the side factor of any
+        vae=vae(blocks=4, scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=gemma(tokenizer),
+        tokenizer=tokenizer,
+    )
+
+
+def qwen_image(folder: Path) -> QwenImagePipeline:
+    # its template must have as many tokens as the pipeline cuts off
+    tokenizer = language_tokenizer(begin=False, letters="abcdefghijklmnopqrstuvwxyz\n")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        joint_attention_dim=T5_WIDTH,
+        axes_dims_rope=(4, 4, 4),
+    )
+    autoencoder = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.1, -0.2, 0.0, 0.3],
+        latents_std=[1.5, 0.5, 1.0, 2.0],
+    )
+    encoder = Qwen2_5_VLConfig(
+        text_config={
+            "bos_token_id": 1,
+            "eos_token_id": 1,
+            "vocab_size": len(tokenizer),
+            "hidden_size": T5_WIDTH,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default"},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": T5_WIDTH,
+        },
+    )
+    return QwenImagePipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True),
+        vae=autoencoder.eval(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(encoder).eval(),
+        tokenizer=tokenizer,
+    )
 
 
 def save(kind: Any, folder: Path, *, seed: int = 0, **options: Any) -> Path:

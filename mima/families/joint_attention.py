@@ -1,0 +1,90 @@
+"""Families of transformers with joint attention: a text stream beside the picture's."""
+
+# B = batch, S = tokens, D = width of the text stream, C H W = latent channels and size
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mima.families.base import Conditioning, Family, TextReader
+from mima.families.rectified_flow import RectifiedFlow
+
+
+class JointAttention(RectifiedFlow):
+    """Where text reaches the denoiser of SD3, Flux, Qwen-Image and the like.
+
+    A text stream runs beside the picture's; its ``add_k_proj`` and
+    ``add_v_proj`` play the part of cross-attention's keys and values, and the preset
+    ``cross_attention`` is the text stream's attention: ``add_q_proj``, ``add_k_proj``,
+    ``add_v_proj``, their norms and ``to_add_out``. What they read is not the text encoders'
+    output: it is embedded, updated block by block, and each block normalises and modulates it by
+    the noise level and the pooled text. ``text_embeddings`` is therefore one point of it: *what the
+    first block reads at the middle noise level* (σ = ½). The merge plan made of it meets its
+    constraint exactly there, and approximately in later blocks and at other noise levels;
+    ``projection_embeddings`` says what each weight reads, block by block. Flux's single-stream
+    blocks have no weights for text alone; they are merged like any other weight.
+    """
+
+    text_weights = r"\.attn\.add_[kv]_proj\.weight$"
+    presets = Family.presets | {
+        "cross_attention": r"\.attn\.(add_[qkv]_proj|to_add_out|norm_added_[qk])\.",
+    }
+
+    @torch.no_grad()
+    def text_embeddings(self, prompts: Sequence[str]) -> torch.Tensor:
+        """[B, S, D] that the first block's text projections read at σ = ½, padding included."""
+        # the picture reaches the text stream in the first block's attention, after its projections
+        smallest = self._latents(len(prompts), self._patch)
+        return self._read(prompts, smallest)[self.text_projections()[0]]
+
+    def text_readers(self) -> list[TextReader]:
+        """The embedding of the text encoders' tokens, and that of the pooled text.
+
+        What the text projections read depends on the picture; what these two read does not, and
+        text reaches the denoiser through them alone.
+        """
+        return [
+            TextReader(
+                ["context_embedder.weight"],
+                lambda prompts: self.encode_prompts(prompts)["encoder_hidden_states"],
+                self._text_stream,
+            ),
+            self._pooled_reader(
+                "time_text_embed.text_embedder.linear_1.weight", "pooled_projections"
+            ),
+        ]
+
+    @property
+    def _text_stream(self) -> list[tuple[Any, int | None]]:
+        """Tokenizers of the text stream, as ``TextReader.tokenizers``."""
+        return [(self._stream_tokenizer, None)]
+
+    @torch.no_grad()
+    def projection_embeddings(self, prompt: str, generator: torch.Generator) -> Conditioning:
+        """What each text projection reads for the real tokens of ``prompt`` at σ = ½.
+
+        Args:
+            prompt: a text.
+            generator: draws the picture, pure noise of the model's resolution.
+
+        Returns:
+            [S, D] by name of the weight; those of one block share a tensor.
+        """
+        noise = torch.randn(
+            self._latents(1, self.resolution // self.pipeline.vae_scale_factor).shape,
+            generator=generator,
+        )
+        mask = self.token_mask([prompt])[0].to(self.device)
+        inputs = self._read([prompt], noise.to(self.device, self.dtype))
+        return {name: value[0][mask] for name, value in inputs.items()}
+
+    def _latents(self, batch: int, side: int) -> torch.Tensor:
+        size = (batch, self._latent_channels, side, side)
+        return torch.zeros(size, device=self.device, dtype=self.dtype)
+
+    def _read(self, prompts: Sequence[str], noisy: torch.Tensor) -> Conditioning:
+        middle = torch.full((len(prompts),), self.num_train_timesteps / 2, device=self.device)
+        return self.projection_inputs(noisy, middle, self.encode_prompts(prompts))

@@ -1,0 +1,89 @@
+"""Lumina Image 2.0: a Gemma text encoder, one stream of text and picture, rectified flow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from mima.families.base import Conditioning
+from mima.families.rectified_flow import RectifiedFlow
+
+# tokens that the pipeline reads by default
+GEMMA_TOKENS = 256
+
+
+class Lumina2(RectifiedFlow):
+    """``Lumina2Pipeline``.
+
+    Text and picture share every weight of the blocks; before them, text alone passes
+    ``caption_embedder`` and ``context_refiner``. The embedder's weight, which reads the normalised
+    output of Gemma and nothing else, plays the part of cross-attention's keys and values, and
+    ``cross_attention`` is all that text alone passes. The system prompt is read before each prompt;
+    its tokens do not count as the prompt's.
+
+    Inside, the model counts time and flow backwards, from noise to picture. diffusers' script
+    draws its levels on that scale: with the scheduler's shift, most of them near the picture.
+    """
+
+    pipeline_names = ("Lumina2Pipeline",)
+    training_defaults: ClassVar[Mapping[str, Any]] = {
+        **RectifiedFlow.training_defaults,
+        "max_sequence_length": GEMMA_TOKENS,
+    }
+    text_weights = r"caption_embedder\.1\.weight$"
+    presets = RectifiedFlow.presets | {
+        "attention": r"\.attn\.|caption_embedder|context_refiner",
+        "cross_attention": r"caption_embedder|context_refiner",
+    }
+    parts = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+
+    def _text_widths(self) -> list[tuple[str, Any, int]]:
+        made = self.pipeline.text_encoder.config.hidden_size
+        return [("text", self._config["cap_feat_dim"], made)]
+
+    def sample_timesteps(self, batch: int, generator: torch.Generator) -> torch.Tensor:
+        return self.num_train_timesteps - super().sample_timesteps(batch, generator)
+
+    def loss_weights(self, timesteps: torch.Tensor) -> torch.Tensor | None:
+        return super().loss_weights(self.num_train_timesteps - timesteps)
+
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        pipeline = self.pipeline
+        hidden, mask, _, _ = pipeline.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            device=pipeline.text_encoder.device,
+            max_sequence_length=self._max_tokens(self.training.max_sequence_length),
+        )
+        return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
+
+    def read_text(self, conditioning: Conditioning) -> torch.Tensor:
+        norm = self.pipeline.transformer.time_caption_embed.caption_embedder[0]
+        text: torch.Tensor = norm(conditioning["encoder_hidden_states"])
+        return text
+
+    def token_text(self, prompt: str) -> str:
+        return f"{self.pipeline.system_prompt} <Prompt Start> {prompt}"
+
+    def token_mask(self, prompts: Sequence[str]) -> torch.Tensor:
+        length = self._max_tokens(self.training.max_sequence_length)
+        tokenizer = self.pipeline.tokenizer
+        mask = self._mask(tokenizer, [*map(self.token_text, prompts)], length)
+        # the words before a prompt's own end with a space, which may be part of its first token
+        before = tokenizer(self.token_text("").rstrip()).input_ids
+        mask[:, : len(before)] = False
+        return mask
+
+    def _sampling(self) -> dict[str, Any]:
+        return {"max_sequence_length": self._max_tokens(GEMMA_TOKENS)}
+
+    def _inputs(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> dict[str, Any]:
+        backwards = 1 - timesteps / self.num_train_timesteps
+        return {"hidden_states": noisy, "timestep": backwards, **conditioning}
+
+    def _prediction(self, output: torch.Tensor, noisy: torch.Tensor) -> torch.Tensor:
+        return -output

@@ -1,0 +1,137 @@
+"""Qwen-Image: a Qwen2.5-VL text encoder, joint attention, rectified flow on packed latents."""
+
+# B = batch, S = text tokens
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from mima.errors import MimaError
+from mima.families.base import Conditioning, TextReader
+from mima.families.flux import pack, unpack
+from mima.families.joint_attention import JointAttention
+
+# tokens that the pipeline's call reads by default
+QWEN_TOKENS = 512
+
+
+class QwenImage(JointAttention):
+    """``QwenImagePipeline``.
+
+    Prompts stand in a template, whose beginning the pipeline cuts off after Qwen has read it; its
+    end is kept. Text is padded to ``max_sequence_length`` with a mask, so that prompts of any
+    length are one tensor; the pipeline pads to the longest.
+    """
+
+    pipeline_names = ("QwenImagePipeline",)
+    training_defaults: ClassVar[Mapping[str, Any]] = {
+        **JointAttention.training_defaults,
+        "max_sequence_length": 512,
+    }
+    parts = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        if self._config["guidance_embeds"] or self._config.get("zero_cond_t"):
+            raise MimaError(
+                "model: this transformer of Qwen-Image is distilled for guidance or reads further "
+                "pictures, which is not supported"
+            )
+
+    def _text_widths(self) -> list[tuple[str, Any, int]]:
+        made = self.pipeline.text_encoder.get_input_embeddings().weight.shape[1]
+        return [("text", self._config["joint_attention_dim"], made)]
+
+    @property
+    def _latent_channels(self) -> int:
+        return super()._latent_channels // self._patch**2
+
+    @property
+    def _vae_channels(self) -> int:
+        return int(self.pipeline.vae.config.z_dim)
+
+    @property
+    def _sample_size(self) -> Any:
+        return self.pipeline.default_sample_size
+
+    def _posterior_mean(self, pixels: torch.Tensor) -> torch.Tensor:
+        # an autoencoder of videos: one frame
+        mean: torch.Tensor = self.pipeline.vae.encode(pixels.unsqueeze(2)).latent_dist.mean
+        return mean.squeeze(2)
+
+    def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        config = self.pipeline.vae.config
+        mean, std = (
+            latents.new_tensor(values).view(1, -1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return (latents - mean) / std
+
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        pipeline, length = self.pipeline, self.training.max_sequence_length
+        assert length is not None
+        hidden, mask = pipeline.encode_prompt(
+            prompts, device=pipeline.text_encoder.device, max_sequence_length=length
+        )
+        if mask is None:
+            mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        rest = length - hidden.shape[1]
+        return {
+            "encoder_hidden_states": F.pad(hidden, (0, 0, 0, rest)),
+            "encoder_attention_mask": F.pad(mask, (0, rest)),
+        }
+
+    def token_ids(self, tokenizer: Any, prompt: str, length: int) -> list[int]:
+        start = self.pipeline.prompt_template_encode_start_idx
+        template = self.pipeline.prompt_template_encode
+        ids: list[int] = tokenizer(template.format(prompt)).input_ids
+        return ids[start : start + length]
+
+    def token_mask(self, prompts: Sequence[str]) -> torch.Tensor:
+        tokenizer, length = self.pipeline.tokenizer, self.training.max_sequence_length
+        assert length is not None
+        template = self.pipeline.prompt_template_encode
+        start, end = (len(tokenizer(part).input_ids) for part in template.split("{}"))
+        # of the template that is kept: nothing before the prompt, after it one token, its end
+        first = max(0, start - self.pipeline.prompt_template_encode_start_idx)
+        ends = [len(self.token_ids(tokenizer, p, 10 * length)) - end + 1 for p in prompts]
+        place = torch.arange(length)
+        mask: torch.Tensor = (place >= first) & (place < torch.tensor(ends).unsqueeze(1))
+        return mask
+
+    def text_readers(self) -> list[TextReader]:
+        """The embedding of Qwen's tokens, which it reads normalised."""
+        norm = self.pipeline.transformer.txt_norm
+
+        def embed(prompts: Sequence[str]) -> torch.Tensor:
+            text: torch.Tensor = norm(self.encode_prompts(prompts)["encoder_hidden_states"])
+            return text
+
+        return [TextReader(["txt_in.weight"], embed, [(self.pipeline.tokenizer, None)])]
+
+    def _sampling(self) -> dict[str, Any]:
+        return {"max_sequence_length": QWEN_TOKENS}
+
+    def _sampled(self, latents: torch.Tensor) -> torch.Tensor:
+        side = self.resolution // self.pipeline.vae_scale_factor // self._patch
+        return unpack(latents, side, side)
+
+    def _inputs(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> dict[str, Any]:
+        rows, columns = (side // self._patch for side in noisy.shape[-2:])
+        return {
+            "hidden_states": pack(noisy),
+            "timestep": timesteps / self.num_train_timesteps,
+            "encoder_hidden_states": conditioning["encoder_hidden_states"],
+            "encoder_hidden_states_mask": conditioning["encoder_attention_mask"].bool(),
+            "img_shapes": [[(1, rows, columns)]] * len(noisy),
+        }
+
+    def _prediction(self, output: torch.Tensor, noisy: torch.Tensor) -> torch.Tensor:
+        rows, columns = (side // self._patch for side in noisy.shape[-2:])
+        return unpack(output, rows, columns)
