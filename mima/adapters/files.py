@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -48,12 +49,18 @@ FOREIGN_ERRORS = (
     *(TypeError, AttributeError, AssertionError, ArithmeticError),
     *(EOFError, MemoryError, struct.error),
 )
+READ_TYPES = (PeftType.LORA, PeftType.LOKR, PeftType.LOHA)
+"""The kinds of peft's folders that are read; DoRA is a LORA."""
+LYCORIS = {"lokr_w": "LoKr", "hada_w": "LoHa"}
+"""Kinds of files by what names in them contain."""
+MAGNITUDE = "lora_magnitude_vector"
 MOST_RANK = 256
 """A rank of which no matrix is in the file is believed up to this: peft makes matrices of it."""
 MOST_NAMES = 10_000
 """Entries of one list of an adapter's configuration."""
 # names of layers as peft reads them: expressions, of which those that repeat anything are not run
 _PLAIN = re.compile(r"\^?[\w.\\-]*\$?|all-linear")
+_LAYER = re.compile(r"\.(lora|lokr|hada)_.*$")
 _LORA_DOWN = re.compile(r"(\.down|lora_A)(\.[^.]+)?\.weight$")
 _CUSTOM_DIFFUSION = re.compile(r"^(.*)\.processor\.(to_\w+)_custom_diffusion(\.\d+)?\.(\w+)$")
 
@@ -111,7 +118,7 @@ class AdapterReader:
 
     def _read_folder(self, path: Path) -> dict[str, Any]:
         if (path / PEFT_CONFIG).is_file():
-            return {"factors": self._peft(path)}
+            return self._peft(path)
         if (path / DELTA_FILE).is_file():
             return self._read_file(path / DELTA_FILE)
         if (path / MODEL_INDEX).is_file():
@@ -159,11 +166,16 @@ class AdapterReader:
         if path.suffix == ".safetensors" and is_delta(path):
             delta = read_delta(path)
             return {"values": delta.values, "words": delta.words}
+        for part, kind in LYCORIS.items():
+            if any(part in key for key in state):
+                raise MimaError(
+                    f"adapter {path} is a {kind}; of these, peft's folders ({PEFT_CONFIG}) are read"
+                )
         if any("lora" in key for key in state):
             if any("dora_scale" in key for key in state):
                 # diffusers leaves it out of what other programs wrote
                 raise MimaError(f"adapter {path} is a DoRA; this is not supported, LoRA is")
-            return {"factors": self._lora(path)}
+            return self._lora(path)
         if any("_custom_diffusion" in key for key in state):
             return {"values": self._custom_diffusion(state)}
         if any(key.startswith("model.diffusion_model.") for key in state):
@@ -217,7 +229,7 @@ class AdapterReader:
         }
         return with_modules(self.pipeline, **modules), f"adapter{self._count}"
 
-    def _lora(self, path: Path) -> dict[str, LowRank]:
+    def _lora(self, path: Path) -> dict[str, Any]:
         scratch, name = self._scratch()
         if not hasattr(scratch, "load_lora_weights"):
             raise MimaError(
@@ -233,19 +245,24 @@ class AdapterReader:
         _check_metadata(path, state)
         with _foreign(path):
             scratch.load_lora_weights(str(path.parent), adapter_name=name, **place)
-        factors: dict[str, LowRank] = {}
+        dora = any(MAGNITUDE in key for key in state)
+        found: dict[str, Any] = {}
         for component, module in scratch.components.items():
-            if isinstance(module, torch.nn.Module):
-                factors |= _copied(component, low_rank_updates(module, name, f"adapter {path}"))
+            if not isinstance(module, torch.nn.Module):
+                continue
+            if dora:
+                found |= _merged_weights(component, module, name)
+            else:
+                found |= _copied(component, low_rank_updates(module, name, f"adapter {path}"))
         expected = sum(bool(_LORA_DOWN.search(key)) for key in state)
-        if len(factors) != expected:
+        if len(found) != expected:
             raise MimaError(
-                f"adapter {path} does not fit the model: {len(factors)} of its {expected} "
+                f"adapter {path} does not fit the model: {len(found)} of its {expected} "
                 "layers were found there"
             )
-        return factors
+        return {"values" if dora else "factors": found}
 
-    def _peft(self, path: Path) -> dict[str, LowRank]:
+    def _peft(self, path: Path) -> dict[str, Any]:
         told = read_json((path / PEFT_CONFIG).read_text(encoding="utf-8"))
         if not isinstance(told, dict):
             raise MimaError(f"adapter {path}: {PEFT_CONFIG} holds no settings")
@@ -257,24 +274,31 @@ class AdapterReader:
         _check_config(path, told, weights)
         with _foreign(path):
             config = PeftConfig.from_pretrained(str(path))
-        if config.peft_type != PeftType.LORA:
+        if config.peft_type not in READ_TYPES:
             kind = getattr(config.peft_type, "value", config.peft_type)
-            raise MimaError(f"adapter {path} is a {kind}, expected a LORA")
+            read = ", ".join(one.value for one in READ_TYPES)
+            raise MimaError(f"adapter {path} is a {kind}, expected one of {read}")
         _refuse_others(path, weights)
         scratch, name = self._scratch()
         module = getattr(scratch, self.denoiser)
         with _foreign(path):
             inject_adapter_in_model(config, module, name)
             report: Any = set_peft_model_state_dict(module, weights, adapter_name=name)
-        factors = low_rank_updates(module, name, f"adapter {path}")
-        expected = sum(bool(_LORA_DOWN.search(key)) for key in weights)
-        if report.unexpected_keys or len(factors) != expected:
+        found: dict[str, Any]
+        whole = config.peft_type != PeftType.LORA or getattr(config, "use_dora", False)
+        if whole:
+            with _foreign(path):
+                found = _merged_weights(self.denoiser, module, name)
+        else:
+            found = _copied(self.denoiser, low_rank_updates(module, name, f"adapter {path}"))
+        expected = len({_LAYER.sub("", key) for key in weights})
+        if report.unexpected_keys or len(found) != expected:
             raise MimaError(
-                f"adapter {path} does not fit the model: {len(factors)} layers match its "
+                f"adapter {path} does not fit the model: {len(found)} layers match its "
                 f"configuration and it holds {expected}"
                 + "".join(f"; {key} is unknown" for key in report.unexpected_keys[:1])
             )
-        return _copied(self.denoiser, factors)
+        return {"values" if whole else "factors": found}
 
     def _custom_diffusion(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         values = {}
@@ -425,6 +449,23 @@ def _check_config(path: Path, told: Mapping[str, Any], state: Mapping[str, Any])
             )
 
 
+def _merged_weights(component: str, module: torch.nn.Module, adapter: str) -> dict[str, Any]:
+    """The weights that peft makes of an adapter that is no low-rank matrix, by name.
+
+    The module keeps them; weights that it shares with another are not written into.
+    """
+    values = {}
+    for name, layer in module.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        if any(adapter in getattr(layer, part) for part in layer.adapter_layer_names):
+            # peft merges in place unless it is to look at what comes out
+            layer.merge(safe_merge=True, adapter_names=[adapter])
+            weight: Any = layer.get_base_layer().weight
+            values[f"{component}.{name}.weight"] = weight.detach()
+    return values
+
+
 def _copied(component: str, updates: Mapping[str, LowRank]) -> dict[str, LowRank]:
     return {f"{component}.{name}": update.copied() for name, update in updates.items()}
 
@@ -437,7 +478,12 @@ def _reading_modules(pipeline: Any, denoiser: str) -> dict[str, torch.nn.Module]
 
 def _refuse_others(path: Path, state: Mapping[str, Any]) -> None:
     """Refuse what would be copied into the weights that the reading pipeline shares."""
-    others = [key for key in state if "lora" not in key and not key.endswith(".alpha")]
+    marks = ("lora", *LYCORIS, "lokr_t", "hada_t")
+    others = [
+        key
+        for key in state
+        if not any(mark in key for mark in marks) and not key.endswith(".alpha")
+    ]
     if others:
         raise MimaError(
             f"adapter {path} holds {others[0]} beside the low-rank matrices ({len(others)} such "

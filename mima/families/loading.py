@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,7 +14,13 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DiffusionPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -45,6 +52,8 @@ from mima.storage.inputs import check_model, expanded
 from mima.storage.names import MODEL_INDEX
 from mima.storage.plain_data import shortened
 from mima.storage.tensor_files import read_header
+
+logger = logging.getLogger(__name__)
 
 FAMILIES: tuple[type[Family], ...] = (
     *(StableDiffusion, StableDiffusionXL, PixArt, StableDiffusion3, Flux),
@@ -82,10 +91,17 @@ VARIANT = re.compile(r"^[^.]+\.([^.]+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)$")
 SINGLE_FILES: tuple[tuple[str, Any], ...] = (
     ("conditioner.embedders.1.", StableDiffusionXLPipeline),
     ("conditioner.embedders.0.model.", "the SDXL refiner is not supported, SDXL base models are"),
-    ("joint_blocks.", "single files of SD3 are not opened, its diffusers folders are"),
-    ("double_blocks.", "single files of Flux are not opened, its diffusers folders are"),
+    ("joint_blocks.", SD3Transformer2DModel),
+    ("double_blocks.", FluxTransformer2DModel),
     ("model.diffusion_model.input_blocks.0.", StableDiffusionPipeline),
 )
+
+
+TRANSFORMERS = {
+    SD3Transformer2DModel: "StableDiffusion3Pipeline",
+    FluxTransformer2DModel: "FluxPipeline",
+}
+"""Whose transformer a single file may be."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +113,7 @@ class ModelSource:
     """
 
     model: str | Path
-    """A diffusers folder, a single ``.safetensors`` checkpoint of Stable Diffusion or SDXL, a hub
+    """A diffusers folder, a single ``.safetensors`` file (of SD3 and Flux: a transformer), a hub
     id, or ``"embedded"`` for the model that mima ships."""
     revision: str | None = None
     """The hub's branch, tag or commit."""
@@ -105,7 +121,8 @@ class ModelSource:
     """File variant such as ``"fp16"``."""
     config: str | Path | None = None
     """For a single file, a diffusers folder (or hub id) of a model of the same architecture; by
-    default diffusers fetches the published one from the hub."""
+    default diffusers fetches the published one from the hub. A file of SD3 or Flux is read for its
+    transformer, and needs one for the other parts."""
 
     @property
     def label(self) -> str:
@@ -466,13 +483,16 @@ def _open_file(path: Path, dtype: torch.dtype | None, config: str | Path | None)
     opener = next((o for part, o in SINGLE_FILES if any(part in key for key in keys)), None)
     if opener is None:
         raise MimaError(
-            f"model: {path} is no checkpoint of a whole Stable Diffusion or SDXL model (its "
+            f"model: {path} is no checkpoint of Stable Diffusion, SDXL, SD3 or Flux (its "
             f"tensors have names like {next(iter(keys), 'none')!r}); LoRA files and single "
             "components are not models"
         )
     if isinstance(opener, str):
         raise MimaError(f"model: {path}: {opener}")
     keywords = _dtype(stored_dtype([path]) if dtype is None else dtype)
+    if issubclass(opener, torch.nn.Module):
+        others = {key.partition(".")[0] for key in keys} & {"first_stage_model", "text_encoders"}
+        return _open_transformer(path, opener, keywords, config, others)
     if config is not None:
         keywords["config"] = str(config)
     elif unreachable():
@@ -490,13 +510,58 @@ def _open_file(path: Path, dtype: torch.dtype | None, config: str | Path | None)
         raise MimaError(f"model: cannot open {path}: {shortened(error)}{hint}") from error
     for name, component in pipeline.components.items():
         if isinstance(component, torch.nn.Module):
-            missing = [key for key, value in component.named_parameters() if value.is_meta]
-            if missing:
-                raise MimaError(
-                    f"model: {path} is incomplete: {len(missing)} tensors of the {name} are "
-                    f"missing, such as {missing[0]}"
-                )
+            _check_filled(path, name, component)
     return pipeline
+
+
+def _open_transformer(
+    path: Path,
+    kind: Any,
+    keywords: Mapping[str, Any],
+    config: str | Path | None,
+    others: Collection[str],
+) -> Any:
+    """The pipeline of another model of the architecture, with the transformer of a file."""
+    if config is None:
+        raise MimaError(
+            f"model: {path} is read for its transformer alone; for the other parts pass config "
+            "(--single-file-config), a diffusers folder or hub id of a model of the same "
+            "architecture"
+        )
+    if others:
+        logger.warning(
+            "%s: of %s, which the file holds too, those of %s are used",
+            *(path, " and ".join(sorted(others)), config),
+        )
+    offline = {"local_files_only": True} if Path(config).is_dir() or unreachable() else {}
+    try:
+        transformer = kind.from_single_file(
+            str(path), config=str(config), subfolder="transformer", **keywords, **offline
+        )
+        pipeline = DiffusionPipeline.from_pretrained(
+            str(config), transformer=transformer, **keywords, **offline
+        )
+    except LOADING_ERRORS as error:
+        raise MimaError(
+            f"model: cannot open {path} with the parts of {config}: {shortened(error)}"
+        ) from error
+    if type(pipeline).__name__ != TRANSFORMERS[kind]:
+        raise MimaError(
+            f"config: {config} is a {type(pipeline).__name__}, {path} holds the transformer of a "
+            f"{TRANSFORMERS[kind]}"
+        )
+    _check_filled(path, "transformer", transformer)
+    return pipeline
+
+
+def _check_filled(path: Path, name: str, module: torch.nn.Module) -> None:
+    """Refuse a file that lacks weights of a part."""
+    missing = [key for key, value in module.named_parameters() if value.is_meta]
+    if missing:
+        raise MimaError(
+            f"model: {path} is incomplete: {len(missing)} tensors of the {name} are missing, such "
+            f"as {missing[0]}"
+        )
 
 
 def safetensors_keys(path: Path) -> list[str]:

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 from packaging.version import Version
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -368,10 +368,51 @@ def test_a_pickle_that_would_run_code_is_refused(base, tmp_path):
         AdapterReader(base).read(tmp_path / "adapter.pt")
 
 
-def test_dora_is_refused(base, tmp_path):
-    save_lora(base, tmp_path, lora_config(2, 2.0, KV, use_dora=True), seed=0)
-    with pytest.raises(MimaError, match="DoRA"):
-        AdapterReader(base).read(tmp_path)
+def test_a_dora_file_is_read(base, tmp_path):
+    config = lora_config(2, 2.0, KV, use_dora=True)
+    save_lora(base, tmp_path / "dora", config, seed=0)
+    before = {name: value.clone() for name, value in base.unet.state_dict().items()}
+    merged = mima.merge_adapters(base, [tmp_path / "dora"], method="weighted")
+    adapted = copy.deepcopy(base)
+    adapted.load_lora_weights(tmp_path / "dora")
+    adapted.fuse_lora()
+    adapted.unload_lora_weights()
+    assert_same_weights(merged.pipeline.unet.state_dict(), adapted.unet.state_dict())
+    assert_same_weights(base.unet.state_dict(), before)
+    changed = AdapterReader(base).read(tmp_path / "dora").values
+    assert changed
+    assert all(name.endswith((".to_k.weight", ".to_v.weight")) for name in changed)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoKrConfig(r=2, alpha=4, target_modules=KV, decompose_both=True),
+        LoHaConfig(r=2, alpha=4, target_modules=KV),
+        LoraConfig(r=2, target_modules=KV, use_dora=True),
+    ],
+    ids=["lokr", "loha", "dora"],
+)
+def test_peft_folders_of_other_kinds_are_read(base, tmp_path, config):
+    model = get_peft_model(copy.deepcopy(base.unet), config)
+    generator = torch.Generator().manual_seed(0)
+    for value in model.parameters():
+        if value.requires_grad:
+            value.data.normal_(0.5, 0.3, generator=generator)
+    model.save_pretrained(tmp_path / "peft")
+    before = {name: value.clone() for name, value in base.unet.state_dict().items()}
+    merged = mima.merge_adapters(base, [tmp_path / "peft"], method="weighted")
+    assert_same_weights(merged.pipeline.unet.state_dict(), model.merge_and_unload().state_dict())
+    assert_same_weights(base.unet.state_dict(), before)
+    assert AdapterReader(base).read(tmp_path / "peft").values
+
+
+@pytest.mark.parametrize(("key", "kind"), [("lokr_w1", "LoKr"), ("hada_w1_a", "LoHa")])
+def test_files_of_lycoris_are_refused_by_name(base, tmp_path, key, kind):
+    file = tmp_path / "adapter.safetensors"
+    save_file({f"lora_unet_down_blocks_0_attentions_0_proj_in.{key}": torch.ones(2, 2)}, file)
+    with pytest.raises(MimaError, match=f"is a {kind}; of these, peft's folders"):
+        AdapterReader(base).read(file)
 
 
 def kohya(base, path, **further):

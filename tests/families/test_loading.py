@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.loaders import single_file_model
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig
@@ -17,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from support import builders, ldm, tiny
 
 from mima.errors import MimaError
-from mima.families import ModelSource, load_pipeline, origin_of
+from mima.families import ModelSource, family_of, load_pipeline, origin_of
+from mima.families.flux import Flux
+from mima.families.sd3 import StableDiffusion3
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -164,14 +167,59 @@ def test_an_incomplete_single_file_is_refused(saved, tmp_path):
     [
         ("unet.lora_A.weight", "LoRA files and single components are not models"),
         ("conditioner.embedders.0.model.ln_final.weight", "refiner is not supported"),
-        ("model.diffusion_model.joint_blocks.0.weight", "single files of SD3 are not opened"),
-        ("double_blocks.0.img_attn.weight", "single files of Flux are not opened"),
+        ("model.diffusion_model.joint_blocks.0.weight", "for its transformer alone; for the other"),
+        ("double_blocks.0.img_attn.weight", "for its transformer alone; for the other parts pass"),
     ],
 )
 def test_single_files_of_other_kinds_are_refused(tmp_path, key, message):
     save_file({key: torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(MimaError, match=message):
         load_pipeline(tmp_path / "model.safetensors")
+
+
+def test_a_transformer_of_sd3_is_opened_with_the_parts_of_a_folder(tmp_path, caplog):
+    folder = builders.save(builders.sd3, tmp_path / "sd3")
+    whole, other = load_pipeline(folder), load_pipeline(folder)
+    for parameter in whole.transformer.parameters():
+        parameter.data += 0.01
+    file = ldm.save_sd3_transformer(whole.transformer, tmp_path / "sd3.safetensors")
+    opened = load_pipeline(file, config=folder)
+    for name, value in opened.transformer.state_dict().items():
+        assert torch.equal(value, whole.transformer.state_dict()[name]), name
+    for name, value in opened.text_encoder_3.state_dict().items():
+        assert torch.equal(value, other.text_encoder_3.state_dict()[name])
+    assert isinstance(family_of(opened), StableDiffusion3)
+    assert not caplog.records
+    flux = builders.save(builders.flux, tmp_path / "flux")
+    with pytest.raises(MimaError, match=r"cannot open|holds the transformer of a Stable"):
+        load_pipeline(file, config=flux)
+    tensors = load_file(file)
+    tensors["first_stage_model.encoder.weight"] = torch.zeros(1)
+    save_file(tensors, file)
+    load_pipeline(file, config=folder)
+    assert "of first_stage_model, which the file holds too" in caplog.text
+    del tensors["model.diffusion_model.final_layer.linear.weight"]
+    save_file(tensors, file)
+    with pytest.raises(MimaError, match=r"cannot open|is incomplete"):
+        load_pipeline(file, config=folder)
+
+
+def test_a_transformer_of_flux_is_opened_with_the_parts_of_a_folder(tmp_path, monkeypatch):
+    """diffusers' converter is for Flux's own width alone; here names need only a prefix."""
+    folder = builders.save(builders.flux, tmp_path / "flux")
+    whole = load_pipeline(folder)
+    state = {f"double_blocks.{n}": v.clone() for n, v in whole.transformer.state_dict().items()}
+    save_file(state, tmp_path / "flux.safetensors")
+
+    def convert(checkpoint: dict[str, Any], **_: Any) -> dict[str, Any]:
+        return {name.removeprefix("double_blocks."): v for name, v in checkpoint.items()}
+
+    kinds = single_file_model.SINGLE_FILE_LOADABLE_CLASSES
+    monkeypatch.setitem(kinds["FluxTransformer2DModel"], "checkpoint_mapping_fn", convert)
+    opened = load_pipeline(tmp_path / "flux.safetensors", config=folder)
+    assert isinstance(family_of(opened), Flux)
+    for name, value in opened.transformer.state_dict().items():
+        assert torch.equal(value, whole.transformer.state_dict()[name]), name
 
 
 def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path):

@@ -136,3 +136,68 @@ def save_single_file(pipeline: Any, file: Path) -> Path:
         tensors |= clip(pipeline.text_encoder, "cond_stage_model.transformer.")
     save_file({name: value.clone().contiguous() for name, value in tensors.items()}, file)
     return file
+
+
+SD3_BLOCK = {
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn2.norm_q": "x_block.attn2.ln_q",
+    "attn2.norm_k": "x_block.attn2.ln_k",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+SD3_PARTS = {
+    "pos_embed.proj": "x_embedder.proj",
+    "context_embedder": "context_embedder",
+    "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    **{
+        f"time_text_embed.{ours}.linear_{n}": f"{theirs}.mlp.{2 * n - 2}"
+        for ours, theirs in (("timestep_embedder", "t_embedder"), ("text_embedder", "y_embedder"))
+        for n in (1, 2)
+    },
+}
+SD3_QKV = {
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+}
+
+
+def save_sd3_transformer(transformer: Any, file: Path) -> Path:
+    """The transformer of SD3 as its authors' code names the weights."""
+    state = transformer.state_dict()
+    last = transformer.config.num_layers - 1
+    tensors = {"pos_embed": state["pos_embed.pos_embed"]}
+    # scale and shift stand the other way round
+    swapped = {"norm_out.linear", f"transformer_blocks.{last}.norm1_context.linear"}
+
+    def take(ours: str, theirs: str) -> None:
+        for leaf in ("weight", "bias"):
+            value = state.get(f"{ours}.{leaf}")
+            if value is not None:
+                value = torch.cat(value.chunk(2)[::-1]) if ours in swapped else value
+                tensors[f"{theirs}.{leaf}"] = value
+
+    for ours, theirs in SD3_PARTS.items():
+        take(ours, theirs)
+    for i in range(last + 1):
+        for ours, theirs in SD3_BLOCK.items():
+            take(f"transformer_blocks.{i}.{ours}", f"joint_blocks.{i}.{theirs}")
+        for theirs, three in SD3_QKV.items():
+            for leaf in ("weight", "bias"):
+                parts = [state.get(f"transformer_blocks.{i}.{ours}.{leaf}") for ours in three]
+                if parts[0] is not None:
+                    tensors[f"joint_blocks.{i}.{theirs}.{leaf}"] = torch.cat(parts)
+    named = {f"model.diffusion_model.{name}": value for name, value in tensors.items()}
+    save_file({name: value.clone().contiguous() for name, value in named.items()}, file)
+    return file
