@@ -74,6 +74,8 @@ class Family(ABC):
         "cross_attention": r"\.attn2\.",
     }
     """What the names of parameter sets stand for, as expressions on parameter names."""
+    reads_text_alone: ClassVar[bool] = True
+    """Whether what the text projections read is ``read_text`` of the text encoders' output."""
     training_defaults: ClassVar[Mapping[str, Any]] = {}
     """By name, of the ``TrainingOptions`` that the family reads."""
     _resolution: int | None = None

@@ -28,6 +28,7 @@ class JointAttention(RectifiedFlow):
     blocks have no weights for text alone; they are merged like any other weight.
     """
 
+    reads_text_alone = False
     text_weights = r"\.attn\.add_[kv]_proj\.weight$"
     presets = Family.presets | {
         "cross_attention": r"\.attn\.(add_[qkv]_proj|to_add_out|norm_added_[qk])\.",

@@ -302,6 +302,12 @@ def _check(pipeline: Any, concepts: Sequence[Concept], config: ImmunizeConfig) -
     if config.erase_first:
         for concept in concepts:
             edits_of(concept)
+    merges = config.method not in ("none", "imma", "joint")
+    if config.lower.train_token and merges and not family_of(pipeline).reads_text_alone:
+        raise MimaError(
+            f"lower.train_token: the text projections of {type(pipeline).__name__} read more than "
+            "text, so that the merge cannot be made anew for a trained word; method joint can"
+        )
     if config.new_words:
         new = [concept for concept in concepts if concept.token is not None]
         for n, concept in enumerate(new):
