@@ -303,7 +303,7 @@ def _check(pipeline: Any, concepts: Sequence[Concept], config: ImmunizeConfig) -
         for concept in concepts:
             edits_of(concept)
     merges = config.method not in ("none", "imma", "joint")
-    if config.lower.train_token and merges and not family_of(pipeline).reads_text_alone:
+    if config.train_tokens and merges and not family_of(pipeline).reads_text_alone:
         raise MimaError(
             f"lower.train_token: the text projections of {type(pipeline).__name__} read more than "
             "text, so that the merge cannot be made anew for a trained word; method joint can"

@@ -54,7 +54,7 @@ def released(problem, steps):
 
     def loss(n, step, level, sign, weight):
         draws = seeded(config.seed, step, n, level)
-        halves = problem.attack(n, step, {}).split(len(problem.data[n].images))
+        halves = problem.attacker(n, step, {}).split(len(problem.data[n].images))
         mine = dict(zip(("lower", "upper"), halves, strict=True))[level]
         data, total = problem.data[n], 0.0
         for encoded, among, factor in (
