@@ -1,6 +1,6 @@
 """The one place that states the version, and what results say of the versions they came from."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def installed_versions() -> dict[str, str]:

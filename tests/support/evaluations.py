@@ -141,7 +141,7 @@ def write_evaluation(
         ),
         summary={similarity: summarize(rows, records, similarity) for similarity in similarities},
         config={"grid": {"seeds": list(seeds)}, "sampler": {"steps": 15, "guidance": 3.0}},
-        versions={"mima": "0.1.0", "torch": "2.14.0"},
+        versions={"mima": "0.2.0", "torch": "2.14.0"},
         complete=True,
     )
     folder.write_evaluation(Evaluation.model_validate(evaluation.model_dump() | changes))

@@ -188,7 +188,7 @@ def parsers(place: Path) -> dict[str, Callable[[], Parser]]:
         "PPM": pictures("PPM", "0.ppm"),
         "TGA": pictures("TGA", "0.tga"),
         "mima.json": lambda: Parser(
-            {"mima.json": text({"command": "adapt", "prompts": ["a cat"], "version": "0.1.0"})},
+            {"mima.json": text({"command": "adapt", "prompts": ["a cat"], "version": "0.2.0"})},
             read_record,
             "json",
         ),
