@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from support import tiny
 
 import mima
+import mima.adaptation
 from mima.adapters.files import AdapterReader
 from mima.errors import MimaError
 from mima.families import family_of
