@@ -18,6 +18,7 @@ from mima.adapters.adapter import Adapter
 from mima.adapters.mixed_batch import with_adapters
 from mima.errors import MimaError
 from mima.families import family_of
+from mima.families.pipelines import Pipeline
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Sampler:
 
     def __call__(
         self,
-        pipeline: Any,
+        pipeline: Pipeline,
         prompts: Sequence[str],
         seeds: Sequence[int],
         *,
@@ -103,7 +104,7 @@ class Sampler:
         return [pictures[row * width : (row + 1) * width] for row in range(len(prompts))]
 
     def draw(
-        self, pipeline: Any, jobs: Sequence[Job], adapters: Sequence[Adapter] = ()
+        self, pipeline: Pipeline, jobs: Sequence[Job], adapters: Sequence[Adapter] = ()
     ) -> Iterator[Image.Image]:
         """Draw pictures in the order of their jobs, each as soon as its batch is done.
 
@@ -131,9 +132,9 @@ class Sampler:
                 rows.choose(job.adapter for job in batch)
             yield from self._draw(drawer, batch)
 
-    def _drawer(self, pipeline: Any) -> Any:
+    def _drawer(self, pipeline: Pipeline) -> Any:
         """The same modules in a pipeline of its own, without progress bar and safety checker."""
-        drawer = copy.copy(pipeline)
+        drawer: Any = copy.copy(pipeline)
         drawer.set_progress_bar_config(disable=True)
         if self.scheduler == "own":
             drawer.scheduler = copy.deepcopy(pipeline.scheduler)

@@ -19,7 +19,7 @@ from mima.errors import MimaError, check_settings
 from mima.families import Conditioning, Family, TrainingOptions, family_of
 from mima.families.base import cast
 from mima.families.new_words import readers
-from mima.families.pipelines import with_modules
+from mima.families.pipelines import Pipeline, with_modules
 from mima.storage.checkpoint import Checkpoint
 from mima.storage.tensor_files import order_metadata
 from mima.training.batches import Batch, Encoded, encode_images, losses, seeded
@@ -111,10 +111,10 @@ class Adaptation(ABC):
         check_settings(self, checks)
 
     @abstractmethod
-    def inject(self, pipeline: Any, concept: Concept) -> Injection:
+    def inject(self, pipeline: Pipeline, concept: Concept) -> Injection:
         """Put the method's trainable parameters into a pipeline that shares what stays frozen."""
 
-    def start(self, pipeline: Any, concept: Concept) -> Run:
+    def start(self, pipeline: Pipeline, concept: Concept) -> Run:
         """Prepare everything and train nothing yet.
 
         Args:
@@ -128,7 +128,7 @@ class Adaptation(ABC):
         return Run(self, pipeline, concept)
 
     def adapt(
-        self, pipeline: Any, concept: Concept, *, on_step: Callable[[Run], None] | None = None
+        self, pipeline: Pipeline, concept: Concept, *, on_step: Callable[[Run], None] | None = None
     ) -> Run:
         """Train all `steps`; arguments as for `start`, `on_step` as for `Run.advance`."""
         run = self.start(pipeline, concept)
@@ -140,7 +140,7 @@ class Adaptation(ABC):
 class Injection:
     """A pipeline made ready for training by one method."""
 
-    pipeline: Any
+    pipeline: Pipeline
     """A pipeline of the run's own; only trained modules differ from the caller's."""
     parameters: Sequence[torch.Tensor]
     """What the optimiser trains, in float32."""
@@ -155,7 +155,7 @@ class Injection:
     """Called after each optimiser step."""
 
 
-def require_full_precision(pipeline: Any, method: str) -> None:
+def require_full_precision(pipeline: Pipeline, method: str) -> None:
     """Refuse half-precision weights to methods that train them: small updates would be lost.
 
     Raises:
@@ -183,7 +183,7 @@ class Run:
         losses: the loss at each step done.
     """
 
-    def __init__(self, adaptation: Adaptation, pipeline: Any, concept: Concept) -> None:
+    def __init__(self, adaptation: Adaptation, pipeline: Pipeline, concept: Concept) -> None:
         if adaptation.prior_weight > 0 and not (concept.class_images or concept.class_prompt):
             raise MimaError(
                 f"concept {concept.name!r}: prior preservation needs class_images, or a "

@@ -15,7 +15,7 @@ from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import family_of
 from mima.families.new_words import add_word
-from mima.families.pipelines import component_name, with_modules
+from mima.families.pipelines import Pipeline, component_name, with_modules
 from mima.storage.names import CUSTOM_DIFFUSION_FILE
 
 
@@ -33,7 +33,7 @@ class CustomDiffusion(Adaptation):
     learning_rate: float = 1e-5
     batch_size: int = 2
 
-    def inject(self, pipeline: Any, concept: Concept) -> Injection:
+    def inject(self, pipeline: Pipeline, concept: Concept) -> Injection:
         """Copy the denoiser, free its text projections, and add the word."""
         require_full_precision(pipeline, self.method)
         family = family_of(pipeline)

@@ -12,7 +12,7 @@ from mima.adaptation.lora import LoRA
 from mima.concepts import Concept
 from mima.errors import MimaError, nearest
 from mima.families import family_of
-from mima.families.pipelines import component_name, with_modules
+from mima.families.pipelines import Pipeline, component_name, with_modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class DreamBooth(Adaptation):
     frozen: tuple[str, ...] = ()
     """Names of the denoiser's parameters that are not trained."""
 
-    def inject(self, pipeline: Any, concept: Concept) -> Injection:
+    def inject(self, pipeline: Pipeline, concept: Concept) -> Injection:
         """Copy the denoiser and free all of it, but for what is `frozen`."""
         require_full_precision(pipeline, self.method)
         family = family_of(pipeline)

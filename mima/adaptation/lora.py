@@ -17,7 +17,7 @@ from mima.adaptation.base import Adaptation, Injection
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import Conditioning, Family, family_of
-from mima.families.pipelines import component_name, shared_copy, with_modules
+from mima.families.pipelines import Pipeline, component_name, shared_copy, with_modules
 
 TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """Attention projections of a CLIP text encoder."""
@@ -58,7 +58,7 @@ class LoRA(Adaptation):
         if self.convolutions and self.target_modules is not None:
             raise ValueError("LoRA: convolutions adapts every layer; leave target_modules out")
 
-    def inject(self, pipeline: Any, concept: Concept) -> Injection:
+    def inject(self, pipeline: Pipeline, concept: Concept) -> Injection:
         """Put a fresh adapter into a denoiser that shares the pipeline's weights."""
         family = family_of(pipeline)
         if getattr(family.denoiser, "peft_config", None):
@@ -141,7 +141,7 @@ class LoRA(Adaptation):
             target_modules=list(targets),
         )
 
-    def _text_encoder(self, pipeline: Any) -> Any:
+    def _text_encoder(self, pipeline: Pipeline) -> Any:
         """A copy of the text encoder around the same weights, for an adapter of its own."""
         if getattr(pipeline, "text_encoder_2", None) is not None or not hasattr(
             pipeline, "save_lora_weights"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from mima.adaptation.base import Injection, require_full_precision
 from mima.adaptation.lora import LoRA
 from mima.concepts import Concept
 from mima.families.new_words import add_word
+from mima.families.pipelines import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Pivotal(LoRA):
         if self.text_encoder:
             raise ValueError("Pivotal: text_encoder is not adapted; the word is trained instead")
 
-    def inject(self, pipeline: Any, concept: Concept) -> Injection:
+    def inject(self, pipeline: Pipeline, concept: Concept) -> Injection:
         """Add the word to copies of tokenizer and text encoder, and a LoRA to the denoiser."""
         require_full_precision(pipeline, self.method)
         with_word, word = add_word(pipeline, concept)

@@ -19,6 +19,7 @@ from mima.concepts.pictures import by_prompt
 from mima.distributed import device_of
 from mima.errors import MimaError
 from mima.families import family_of, load_pipeline, origin_of, source_of
+from mima.families.pipelines import Pipeline
 from mima.sampling import Job, Sampler
 from mima.storage.checkpoint import CheckpointFolder
 from mima.storage.lock import locked
@@ -227,7 +228,7 @@ def _folder_names(concepts: Sequence[Concept], adaptation: Adaptation) -> list[s
     return names
 
 
-def _save_whole(run: Run, pipeline: Any, folder: Path) -> None:
+def _save_whole(run: Run, pipeline: Pipeline, folder: Path) -> None:
     """The model with what was learned in it, by the way that any adapter goes into a model."""
     with tempfile.TemporaryDirectory(prefix="mima-") as scratch:
         adapter = run.save(Path(scratch) / slug(run.concept.name))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from mima.adaptation.base import Adaptation, Injection, require_full_precision
 from mima.concepts import Concept
 from mima.families import family_of
 from mima.families.new_words import add_word
-from mima.families.pipelines import component_name, shared_copy, with_modules
+from mima.families.pipelines import Pipeline, component_name, shared_copy, with_modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class TextualInversion(Adaptation):
     steps: int = 2000
     learning_rate: float = 5e-4
 
-    def inject(self, pipeline: Any, concept: Concept) -> Injection:
+    def inject(self, pipeline: Pipeline, concept: Concept) -> Injection:
         """Add the word to copies of tokenizer and text encoder."""
         require_full_precision(pipeline, self.method)
         worded, word = add_word(pipeline, concept)

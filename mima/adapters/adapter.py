@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 
 from mima.errors import MimaError
 from mima.families import family_of
-from mima.families.pipelines import component_name
+from mima.families.pipelines import Pipeline, component_name
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Adapter:
     prompt: str | None = None
 
     @classmethod
-    def of(cls, pipeline: Any) -> Adapter:
+    def of(cls, pipeline: Pipeline) -> Adapter:
         """The LoRA that a pipeline's denoiser holds: its factors themselves, not copies.
 
         Raises:

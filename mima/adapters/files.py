@@ -25,7 +25,7 @@ from mima.adapters.adapter import Adapter, LowRank, low_rank_updates
 from mima.errors import MimaError
 from mima.families import family_of, load_pipeline
 from mima.families.new_words import TOKEN, readers
-from mima.families.pipelines import component_name, shared_copy, with_modules
+from mima.families.pipelines import Pipeline, component_name, shared_copy, with_modules
 from mima.release.delta import is_delta, read_delta
 from mima.storage.inputs import expanded
 from mima.storage.names import (
@@ -75,7 +75,7 @@ class AdapterReader:
         MimaError: adapters are loaded into the pipeline.
     """
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Pipeline) -> None:
         family = family_of(pipeline)
         if getattr(family.denoiser, "peft_config", None):
             raise MimaError(
@@ -322,7 +322,7 @@ class AdapterReader:
             module = kind.from_pretrained(str(path), local_files_only=True)
         return self._changed({self.denoiser: module})
 
-    def _model(self, pipeline: Any) -> dict[str, torch.Tensor]:
+    def _model(self, pipeline: Pipeline) -> dict[str, torch.Tensor]:
         if type(pipeline) is not type(self.pipeline):
             raise MimaError(
                 f"adapter is a {type(pipeline).__name__}, the model is a "
@@ -470,7 +470,7 @@ def _copied(component: str, updates: Mapping[str, LowRank]) -> dict[str, LowRank
     return {f"{component}.{name}": update.copied() for name, update in updates.items()}
 
 
-def _reading_modules(pipeline: Any, denoiser: str) -> dict[str, torch.nn.Module]:
+def _reading_modules(pipeline: Pipeline, denoiser: str) -> dict[str, torch.nn.Module]:
     """The denoiser and the text encoders: what adapters change."""
     names = [denoiser, *(name for name in pipeline.components if name.startswith("text_encoder"))]
     return {name: module for name in names if (module := getattr(pipeline, name)) is not None}

@@ -27,7 +27,7 @@ from mima.choices import MergeMethod
 from mima.errors import MimaError, nearest
 from mima.families import Family, family_of, load_pipeline, origin_of, source_of
 from mima.families.new_words import with_words
-from mima.families.pipelines import component_name, with_values
+from mima.families.pipelines import Pipeline, component_name, with_values
 from mima.merging import MergePlan
 from mima.release.card import CardFacts
 from mima.release.delta import Delta
@@ -59,7 +59,7 @@ class MergedAdapters(Released):
         condition: condition number of the ordinary captions' embeddings; None likewise.
     """
 
-    pipeline: Any
+    pipeline: Pipeline
     adapters: Sequence[str]
     weights: Sequence[float]
     prompts: Sequence[str]
@@ -223,7 +223,7 @@ def merge_adapters(
 
 
 @torch.no_grad()
-def apply(pipeline: Any, adapters: Sequence[Adapter], weights: Sequence[float] = ()) -> Any:
+def apply(pipeline: Pipeline, adapters: Sequence[Adapter], weights: Sequence[float] = ()) -> Any:
     """A pipeline with adapters in its weights: ``W0 + Σ_n w_n (W_n − W0)``, and with their words.
 
     Args:
@@ -244,7 +244,7 @@ class _Merge:
 
     def __init__(
         self,
-        pipeline: Any,
+        pipeline: Pipeline,
         adapters: Sequence[Adapter],
         weights: Sequence[float],
         words: Mapping[str, torch.Tensor],

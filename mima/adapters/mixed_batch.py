@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from mima.adapters.adapter import Adapter, LowRank, lora_layers
 from mima.errors import MimaError
 from mima.families import family_of
-from mima.families.pipelines import component_name, shared_copy, with_modules
+from mima.families.pipelines import Pipeline, component_name, shared_copy, with_modules
 from mima.ops._checks import known_in_range
 from mima.ops.batched_lora import batched_lora
 
@@ -103,14 +103,14 @@ class MixedLinear(torch.nn.Module):
         return y.reshape(*x.shape[:-1], -1)
 
 
-def can_share_batches(pipeline: Any) -> bool:
+def can_share_batches(pipeline: Pipeline) -> bool:
     """Whether a pipeline holds a LoRA, and on linear layers only."""
     layers = lora_layers(family_of(pipeline).denoiser).values()
     linear = [isinstance(layer.get_base_layer(), torch.nn.Linear) for layer in layers]
     return bool(linear) and all(linear)
 
 
-def with_adapters(pipeline: Any, adapters: Sequence[Adapter]) -> tuple[Any, Rows]:
+def with_adapters(pipeline: Pipeline, adapters: Sequence[Adapter]) -> tuple[Any, Rows]:
     """A pipeline that shares the weights of another and draws each picture with its own adapter.
 
     Args:

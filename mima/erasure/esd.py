@@ -30,7 +30,7 @@ from mima.concepts import Concept
 from mima.erasure.uce import Edit, edits_of, require_list
 from mima.errors import MimaError, check_settings
 from mima.families import Conditioning, Family, family_of
-from mima.families.pipelines import component_name, with_modules
+from mima.families.pipelines import Pipeline, component_name, with_modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class ESD:
 
     def erase(
         self,
-        pipeline: Any,
+        pipeline: Pipeline,
         concepts: Sequence[Concept | str | Sequence[Edit]],
         *,
         target: str = "",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from mima.adapters.merge import MergedAdapters, merge_adapters
 from mima.errors import MimaError
+from mima.families.pipelines import Pipeline
 
 
-def load_erased(pipeline: Any, checkpoint: str | Path) -> MergedAdapters:
+def load_erased(pipeline: Pipeline, checkpoint: str | Path) -> MergedAdapters:
     """The model with a checkpoint's weights in the place of its own.
 
     Args:

@@ -36,7 +36,7 @@ from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import Family, family_of
 from mima.families.base import TextReader
-from mima.families.pipelines import component_name, with_modules
+from mima.families.pipelines import Pipeline, component_name, with_modules
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Edit:
 
 
 def erase(
-    pipeline: Any,
+    pipeline: Pipeline,
     concepts: Sequence[Concept | str | Sequence[Edit]],
     *,
     preserve: Sequence[str | Concept] = (),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mima.families import family_of
-from mima.families.pipelines import component_name, with_values
+from mima.families.pipelines import Pipeline, component_name, with_values
 
 KICK = 0.1
 """Noise of a kick, as a share of each weight's own standard deviation."""
@@ -20,7 +20,7 @@ INTERPOLATION = 0.5
 Weights = dict[str, torch.Tensor]
 
 
-def denoiser_weights(pipeline: Any) -> Weights:
+def denoiser_weights(pipeline: Pipeline) -> Weights:
     """The denoiser's parameters by name."""
     return {name: value.detach() for name, value in family_of(pipeline).denoiser.named_parameters()}
 
@@ -31,7 +31,7 @@ def changed_parameters(original: Any, immunized: Any) -> list[str]:
     return [name for name, value in after.items() if not torch.equal(value, before[name].to(value))]
 
 
-def with_weights(pipeline: Any, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Any:
+def with_weights(pipeline: Pipeline, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Any:
     """The pipeline with every parameter of its denoiser changed; the given one stays.
 
     Args:
@@ -43,7 +43,7 @@ def with_weights(pipeline: Any, change: Callable[[str, torch.Tensor], torch.Tens
     return with_values(pipeline, {f"{place}.{n}": change(n, value) for n, value in weights.items()})
 
 
-def kicked(pipeline: Any, seed: int) -> Any:
+def kicked(pipeline: Pipeline, seed: int) -> Any:
     """With noise of a tenth of its own standard deviation on each weight, the same for one seed."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -54,7 +54,7 @@ def kicked(pipeline: Any, seed: int) -> Any:
     return with_weights(pipeline, kick)
 
 
-def rounded(pipeline: Any, bits: int) -> Any:
+def rounded(pipeline: Pipeline, bits: int) -> Any:
     """With weights rounded to 16 bits (float16), or to 8 (int8 with a scale for each output)."""
 
     def fewer(_: str, weight: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from mima.concepts.pictures import Picture, by_prompt
 from mima.errors import MimaError
 from mima.evaluation.encoders import ImageEncoder, similarity
 from mima.evaluation.metrics import GapCurve
+from mima.families.pipelines import Pipeline
 from mima.sampling import Job, Sampler
 
 
@@ -78,11 +79,11 @@ class Trajectory:
     images: tuple[tuple[Image.Image, ...], ...]
     losses: tuple[float, ...]
     diverged: Diverged | None
-    pipeline: Any
+    pipeline: Pipeline
 
 
 def trajectory(
-    pipeline: Any,
+    pipeline: Pipeline,
     concept: Concept,
     adaptation: Adaptation,
     steps: Sequence[int],
@@ -157,7 +158,7 @@ def trajectory(
 
 
 def attack(
-    pipeline: Any,
+    pipeline: Pipeline,
     concept: Concept,
     adaptation: Adaptation,
     *,

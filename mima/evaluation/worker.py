@@ -51,6 +51,7 @@ from mima.evaluation.records import (
 from mima.evaluation.trajectory import Trajectory, trajectory
 from mima.evaluation.tuning import TrialRow
 from mima.families import family_of, load_pipeline
+from mima.families.pipelines import Pipeline
 from mima.sampling import Job, Sampler
 from mima.storage.output import write_picture
 from mima.storage.tensor_files import fingerprint
@@ -495,7 +496,9 @@ class Worker:
             write_picture(file, image)
             self.advance(1)
 
-    def _benign(self, pipeline: Any, pictures: Sequence[Picture], steps: int, seed: int) -> Run:
+    def _benign(
+        self, pipeline: Pipeline, pictures: Sequence[Picture], steps: int, seed: int
+    ) -> Run:
         """Fine-tune every weight on ordinary pictures, with the grid's settings of DreamBooth."""
         method = configured(self.bench.config, "dreambooth")
         settings = replace(method, steps=steps, seed=seed, prior_weight=0.0)
@@ -623,7 +626,9 @@ class Worker:
 
     def _prepare(self, side: Side, attack: Attack) -> Any:
         """Do to a model what comes before the attack; what undoes leaves the original as it is."""
-        config, pipeline, original = self.bench.config, *map(self.pipelines.get, (side, SIDES[0]))
+        config, pipeline = self.bench.config, self.pipelines[side]
+        # a worker of the immunized side alone may lack the original
+        original = self.pipelines.get(SIDES[0])
         match attack.preparation:
             case "none":
                 return pipeline
@@ -644,7 +649,7 @@ class Worker:
             case "merge" | "benign":
                 return self._with_loras(pipeline, attack)
 
-    def _with_loras(self, pipeline: Any, attack: Attack) -> Any:
+    def _with_loras(self, pipeline: Pipeline, attack: Attack) -> Any:
         """Merge LoRAs of all targets, or of the other concepts' pictures, into the weights."""
         config = self.bench.config
         lora = replace(configured(config, "lora"), steps=config.preparation_steps, seed=attack.seed)
@@ -660,7 +665,7 @@ class Worker:
         return apply(pipeline, adapters)
 
 
-def _fingerprint_of(pipeline: Any) -> str:
+def _fingerprint_of(pipeline: Pipeline) -> str:
     """A hash of all weights of a pipeline, and of its noise schedule."""
     parts = [
         f"{name} {fingerprint(dict(module.state_dict()))}"

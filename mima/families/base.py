@@ -16,6 +16,7 @@ import torch
 from torch.func import functional_call
 
 from mima.errors import MimaError
+from mima.families.pipelines import Pipeline
 from mima.options import TrainingOptions
 
 Params = Mapping[str, torch.Tensor]
@@ -80,7 +81,7 @@ class Family(ABC):
     """By name, of the ``TrainingOptions`` that the family reads."""
     _resolution: int | None = None
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Pipeline) -> None:
         self.training = TrainingOptions()
         kind = type(pipeline).__name__
         missing = [part for part in self.parts if getattr(pipeline, part, None) is None]

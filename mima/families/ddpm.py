@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler
 
 from mima.errors import MimaError
 from mima.families.base import Family
+from mima.families.pipelines import Pipeline
 
 # what determines the training process; the rest of a scheduler's settings concerns sampling
 SCHEDULE = (
@@ -34,7 +35,7 @@ class DDPM(Family):
 
     training_defaults: ClassVar[Mapping[str, Any]] = {"snr_gamma": None}
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Pipeline) -> None:
         super().__init__(pipeline)
         scheduler = pipeline.scheduler
         kind, config = type(scheduler).__name__, scheduler.config

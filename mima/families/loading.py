@@ -41,6 +41,7 @@ from mima.families.base import Family, cast
 from mima.families.flux import Flux
 from mima.families.hub import unreachable
 from mima.families.lumina2 import Lumina2
+from mima.families.pipelines import Pipeline
 from mima.families.pixart import PixArt
 from mima.families.qwen_image import QwenImage
 from mima.families.sana import Sana
@@ -145,7 +146,7 @@ def source_of(model: Any) -> ModelSource | None:
 
 
 def family_of(
-    pipeline: Any, *, resolution: int | None = None, training: TrainingOptions | None = None
+    pipeline: Pipeline, *, resolution: int | None = None, training: TrainingOptions | None = None
 ) -> Family:
     """Wrap a diffusers pipeline in the family that knows it.
 

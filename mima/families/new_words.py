@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import Conditioning, Family
-from mima.families.pipelines import with_modules
+from mima.families.pipelines import Pipeline, with_modules
 from mima.storage.names import WORD_FILE
 
 TOKEN = "token"
@@ -47,7 +47,7 @@ class Reader:
         return rows
 
 
-def readers(pipeline: Any) -> list[Reader]:
+def readers(pipeline: Pipeline) -> list[Reader]:
     """The tokenizers and text encoders of a pipeline, in order."""
     found = []
     for number in ("", "_2", "_3"):
@@ -61,7 +61,7 @@ def readers(pipeline: Any) -> list[Reader]:
     return found
 
 
-def text_parts(pipeline: Any) -> dict[str, Any]:
+def text_parts(pipeline: Pipeline) -> dict[str, Any]:
     """Tokenizers and text encoders by component name: what new words change."""
     return {
         f"{part}{reader.number}": getattr(reader, attribute)
@@ -102,7 +102,7 @@ class Word:
             return family.encode_prompts(prompts, differentiable=True)
 
     def _parts(
-        self, pipeline: Any, embedding: torch.Tensor
+        self, pipeline: Pipeline, embedding: torch.Tensor
     ) -> Iterator[tuple[Reader, int, torch.Tensor]]:
         """Each encoder, with the word's token id and its part of an embedding."""
         several = readers(pipeline)
@@ -110,12 +110,12 @@ class Word:
         yield from zip(several, self.indices, parts, strict=True)
 
     @torch.no_grad()
-    def commit(self, pipeline: Any) -> None:
+    def commit(self, pipeline: Pipeline) -> None:
         """Write the embedding into a pipeline's text encoders."""
         for reader, index, part in self._parts(pipeline, self.embedding):
             reader.rows[index] = part
 
-    def save(self, folder: Path, pipeline: Any) -> None:
+    def save(self, folder: Path, pipeline: Pipeline) -> None:
         """Write the embedding, of one encoder for diffusers' `load_textual_inversion`.
 
         Of several encoders, a tensor for each by the encoder's name; the header says the word.
@@ -144,7 +144,7 @@ def _reading(encoder: Any, index: int, row: torch.Tensor) -> Iterator[None]:
         hook.remove()
 
 
-def with_words(pipeline: Any, words: Mapping[str, torch.Tensor]) -> Any:
+def with_words(pipeline: Pipeline, words: Mapping[str, torch.Tensor]) -> Any:
     """The pipeline with new words in copies of its tokenizers and its text encoders.
 
     Args:
@@ -180,7 +180,7 @@ def with_words(pipeline: Any, words: Mapping[str, torch.Tensor]) -> Any:
     return adapted
 
 
-def _add(pipeline: Any, word: str, embedding: torch.Tensor) -> Word:
+def _add(pipeline: Pipeline, word: str, embedding: torch.Tensor) -> Word:
     """Add a word with an embedding [D] to a pipeline's own tokenizers and text encoders."""
     indices = []
     for reader in readers(pipeline):
@@ -195,7 +195,7 @@ def _add(pipeline: Any, word: str, embedding: torch.Tensor) -> Word:
     return added
 
 
-def add_word(pipeline: Any, concept: Concept) -> tuple[Any, Word]:
+def add_word(pipeline: Pipeline, concept: Concept) -> tuple[Any, Word]:
     """Add a concept's new word to copies of a pipeline's tokenizers and text encoders.
 
     Its embedding starts from that of `concept.initializer`, or, without one, from the mean of all
@@ -224,7 +224,7 @@ def add_word(pipeline: Any, concept: Concept) -> tuple[Any, Word]:
     return own, word
 
 
-def check_token(pipeline: Any, concept: Concept) -> tuple[str, list[list[int] | None]]:
+def check_token(pipeline: Pipeline, concept: Concept) -> tuple[str, list[list[int] | None]]:
     """Whether a concept's new word can be added to a pipeline.
 
     Returns:

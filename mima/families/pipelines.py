@@ -4,11 +4,40 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 Module = TypeVar("Module", bound=torch.nn.Module)
+
+
+class Pipeline(Protocol):
+    """A diffusers pipeline of any family: what mima asks of one, beside its parts by name."""
+
+    scheduler: Any
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts by name: models, tokenizers, the scheduler; those left out are None."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its models are."""
+
+    def to(self, *where: Any) -> Any:
+        """The pipeline itself, on another device or in another dtype."""
+
+    def register_modules(self, **modules: Any) -> None:
+        """Put parts in their places, and into the configuration that is saved."""
+
+    def save_pretrained(self, folder: Any, **options: Any) -> None:
+        """Write a folder that diffusers opens."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Pictures of prompts."""
+
+    def __getattr__(self, name: str) -> Any:
+        """A part by its name, such as ``unet``."""
 
 
 def shared_copy(module: Module) -> Module:
@@ -26,7 +55,7 @@ def shared_copy(module: Module) -> Module:
     return copy.deepcopy(module, memo)
 
 
-def with_modules(pipeline: Any, **modules: Any) -> Any:
+def with_modules(pipeline: Pipeline, **modules: Any) -> Pipeline:
     """The pipeline with some modules replaced and a scheduler of its own; the rest is shared.
 
     Args:
@@ -41,7 +70,7 @@ def with_modules(pipeline: Any, **modules: Any) -> Any:
     return clone
 
 
-def component_name(pipeline: Any, module: torch.nn.Module) -> str:
+def component_name(pipeline: Pipeline, module: torch.nn.Module) -> str:
     """Under which name a pipeline holds a module, for instance `"unet"`."""
     for name, component in pipeline.components.items():
         if component is module:
@@ -49,7 +78,7 @@ def component_name(pipeline: Any, module: torch.nn.Module) -> str:
     raise ValueError(f"{type(pipeline).__name__} does not hold this {type(module).__name__}")
 
 
-def with_values(pipeline: Any, values: Mapping[str, torch.Tensor]) -> Any:
+def with_values(pipeline: Pipeline, values: Mapping[str, torch.Tensor]) -> Pipeline:
     """The pipeline with new values of some parameters; everything else is shared.
 
     Args:

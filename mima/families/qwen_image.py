@@ -14,6 +14,7 @@ from mima.errors import MimaError
 from mima.families.base import Conditioning, TextReader
 from mima.families.flux import pack, unpack
 from mima.families.joint_attention import JointAttention
+from mima.families.pipelines import Pipeline
 
 # tokens that the pipeline's call reads by default
 QWEN_TOKENS = 512
@@ -34,7 +35,7 @@ class QwenImage(JointAttention):
     }
     parts = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Pipeline) -> None:
         super().__init__(pipeline)
         if self._config["guidance_embeds"] or self._config.get("zero_cond_t"):
             raise MimaError(

@@ -15,6 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from mima.errors import MimaError
 from mima.families.base import Family
 from mima.families.ddpm import at_least_float32
+from mima.families.pipelines import Pipeline
 from mima.options import TrainingOptions
 
 
@@ -34,7 +35,7 @@ class RectifiedFlow(Family):
         "mode_scale": 1.29,
     }
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Pipeline) -> None:
         super().__init__(pipeline)
         config = pipeline.scheduler.config
         if "shift" not in config and not config.get("use_flow_sigmas"):

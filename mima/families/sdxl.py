@@ -9,6 +9,7 @@ import torch
 
 from mima.errors import MimaError
 from mima.families.base import Conditioning, TextReader
+from mima.families.pipelines import Pipeline
 from mima.families.stable_diffusion import StableDiffusion
 
 
@@ -31,7 +32,7 @@ class StableDiffusionXL(StableDiffusion):
         "scheduler",
     )
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Pipeline) -> None:
         unet, encoder = pipeline.unet, pipeline.text_encoder_2
         if pipeline.text_encoder is None:
             raise MimaError(

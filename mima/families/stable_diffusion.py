@@ -10,6 +10,7 @@ import torch
 from mima.errors import MimaError
 from mima.families.base import Conditioning
 from mima.families.ddpm import DDPM
+from mima.families.pipelines import Pipeline
 
 # settings of a UNet that change what it reads besides latents, time and text
 UNSUPPORTED = {
@@ -30,7 +31,7 @@ class StableDiffusion(DDPM):
     pipeline_names = ("StableDiffusionPipeline",)
     parts: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Pipeline) -> None:
         super().__init__(pipeline)
         for name, reason in UNSUPPORTED.items():
             value = self._config.get(name)

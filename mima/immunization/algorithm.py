@@ -29,7 +29,7 @@ from mima.families import ModelSource, family_of, load_pipeline, origin_of, sour
 from mima.families.base import cast
 from mima.families.frozen import hold_frozen
 from mima.families.new_words import check_token, text_parts
-from mima.families.pipelines import component_name, shared_copy, with_modules
+from mima.families.pipelines import Pipeline, component_name, shared_copy, with_modules
 from mima.immunization.alternating import alternate
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import encode_concepts, saw
@@ -289,7 +289,7 @@ def _check_benign(
         )
 
 
-def _check(pipeline: Any, concepts: Sequence[Concept], config: ImmunizeConfig) -> None:
+def _check(pipeline: Pipeline, concepts: Sequence[Concept], config: ImmunizeConfig) -> None:
     """Refuse what a later part of the run would refuse, before pictures are drawn or encoded."""
     kinds = {kind for attacker in config.attackers for kind in attacker.captions}
     for kind in sorted(kinds & {"without_name", "rare_token"}):
@@ -318,7 +318,7 @@ def _check(pipeline: Any, concepts: Sequence[Concept], config: ImmunizeConfig) -
                 )
 
 
-def _with_new_words(pipeline: Any, concepts: Sequence[Concept], config: ImmunizeConfig) -> Any:
+def _with_new_words(pipeline: Pipeline, concepts: Sequence[Concept], config: ImmunizeConfig) -> Any:
     """The pipeline with every concept's new word, its embedding trained for ``token_steps``."""
     for concept in concepts:
         if concept.token is None:

@@ -6,19 +6,19 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mima.errors import MimaError
 from mima.families import family_of, frozen
 from mima.families.frozen import Upcast
+from mima.families.pipelines import Pipeline
 from mima.storage.tensor_files import spill
 
 logger = logging.getLogger(__name__)
 
 
-def idle_modules(pipeline: Any, *, reads_text: bool) -> list[torch.nn.Module]:
+def idle_modules(pipeline: Pipeline, *, reads_text: bool) -> list[torch.nn.Module]:
     """The networks of a pipeline that the outer steps do not read: the VAE, and text encoders.
 
     Args:
@@ -92,7 +92,7 @@ def _set(parameter: torch.Tensor, values: torch.Tensor) -> None:
         parameter.data = values
 
 
-def make_whole(pipeline: Any, device: torch.device) -> None:
+def make_whole(pipeline: Pipeline, device: torch.device) -> None:
     """Make every network of a pipeline plain float32, in the CPU's memory if a GPU is too small."""
     modules = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
     more = sum(

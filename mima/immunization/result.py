@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mima.families.pipelines import Pipeline
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.progress import StepReport, write_metrics
 from mima.release.card import CardFacts, as_text
@@ -39,7 +40,7 @@ class ImmunizeResult(Released):
             or marks what it measures with of that.
     """
 
-    pipeline: Any
+    pipeline: Pipeline
     concepts: list[str]
     config: ImmunizeConfig
     history: list[StepReport] = field(default_factory=list)

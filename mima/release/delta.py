@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from mima.errors import MimaError, one_line
 from mima.families.new_words import with_words
-from mima.families.pipelines import with_values
+from mima.families.pipelines import Pipeline, with_values
 from mima.storage.inputs import delta_file
 from mima.storage.names import DELTA_FILE
 from mima.storage.plain_data import read_json
@@ -39,7 +39,7 @@ class Delta:
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, pipeline: Any, names: Iterable[str], **rest: Any) -> Delta:
+    def of(cls, pipeline: Pipeline, names: Iterable[str], **rest: Any) -> Delta:
         """The pipeline's present values of some parameters, as ``values`` names them."""
         values = {}
         for name in names:
@@ -101,7 +101,7 @@ def is_delta(path: Path) -> bool:
         return _HEADER in (file.metadata() or {})
 
 
-def load_delta(pipeline: Any, path: str | Path) -> Any:
+def load_delta(pipeline: Pipeline, path: str | Path) -> Any:
     """Apply a delta to the model that it was made for.
 
     Args:

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from mima.errors import MimaError
 from mima.families import ModelSource, load_pipeline
 from mima.families.hub import unreachable
+from mima.families.pipelines import Pipeline
 from mima.release.card import CARD_FILE, CardFacts, as_text, model_card
 from mima.release.delta import Delta, load_delta, read_delta
 from mima.storage.atomic import sha256_of
@@ -98,7 +99,7 @@ class Repository:
             raise MimaError(f"hub: cannot publish {self._name!r}: {first}") from error
 
 
-def save_pipeline(pipeline: Any, folder: str | Path) -> None:
+def save_pipeline(pipeline: Pipeline, folder: str | Path) -> None:
     """Write a diffusers folder that any transformers from 4 on reads.
 
     transformers 5 writes a ``CLIPTextModel`` under names without the prefix ``text_model.``, which
@@ -122,7 +123,7 @@ def save_pipeline(pipeline: Any, folder: str | Path) -> None:
 class Released(ABC):
     """A model to be given to others, whichever way it was made."""
 
-    pipeline: Any
+    pipeline: Pipeline
 
     @abstractmethod
     def _facts(self) -> CardFacts: ...
@@ -255,7 +256,7 @@ class AppliedDelta(Released):
         source: the base.
     """
 
-    pipeline: Any
+    pipeline: Pipeline
     delta: Delta
     source: ModelSource
 
