@@ -55,6 +55,14 @@ def immunize(
     variant: Variant = None,
     single_file_config: SingleFileConfig = None,
     device: Device = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Load no weights; say what is trained, memory, disk and time. --device then also "
+            "takes a GPU's name (h100, rtx4090) or its memory (24gib).",
+        ),
+    ] = False,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: --set lower.steps=8"),
@@ -72,30 +80,38 @@ def immunize(
         "output": output,
         "erased": erased,
     }
-    check_named(device=device)
+    if not dry_run:
+        check_named(device=device)
     run = read_run(config, **said)
     folder = run.output
     assert folder is not None
     check_folder(folder, overwrite=overwrite)
     concepts_of(run, config)
 
+    said |= {
+        "revision": revision,
+        "variant": variant,
+        "single_file_config": single_file_config,
+        "overwrite": overwrite,
+        "delta": delta,
+        "device": device,
+    }
+    if dry_run:
+        from mima.errors import MimaError
+        from mima.immunization.from_file import plan_file
+
+        found = plan_file(config, **said)
+        stdout().print(str(found), markup=False, highlight=False)
+        if found.refusal is not None:
+            raise MimaError(found.refusal)
+        return
+
     # only now what takes seconds to import
     from mima.immunization.progress import ProgressBar
 
     try:
         with ProgressBar() as bar:
-            result = immunize_file(
-                config,
-                **said,
-                revision=revision,
-                variant=variant,
-                single_file_config=single_file_config,
-                overwrite=overwrite,
-                resume=resume,
-                delta=delta,
-                device=device,
-                callbacks=[bar],
-            )
+            result = immunize_file(config, **said, resume=resume, callbacks=[bar])
     except KeyboardInterrupt:
         from mima.storage.runs import default_folder
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
@@ -36,6 +36,7 @@ from mima.immunization.encoding import encode_concepts, saw
 from mima.immunization.levels import Problem, merge_layer, recomputed_blocks, trained_names
 from mima.immunization.offload import idle_modules, make_whole, out_of_memory_while
 from mima.immunization.outer_loop import Ascent
+from mima.immunization.plan import Plan, large, plan
 from mima.immunization.progress import Callback, StepReport
 from mima.immunization.result import ImmunizeResult
 from mima.immunization.trained_words import TrainedWord
@@ -71,12 +72,14 @@ def ascend(
     return run.history
 
 
+@overload
 def immunize(
     model: Any,
     concepts: Sequence[Concept] | Any,
     config: ImmunizeConfig | None = None,
     *,
     benign: Sequence[Concept] | Any = (),
+    dry_run: Literal[False] = False,
     erased: str | Path | None = None,
     output: str | Path | None = None,
     checkpoint: str | Path | None = None,
@@ -85,7 +88,38 @@ def immunize(
     delta: bool = False,
     device: str | torch.device | None = None,
     callbacks: Sequence[Callback] = (),
-) -> ImmunizeResult:
+) -> ImmunizeResult: ...
+@overload
+def immunize(
+    model: Any,
+    concepts: Sequence[Concept] | Any,
+    config: ImmunizeConfig | None = None,
+    *,
+    dry_run: Literal[True],
+    erased: str | Path | None = None,
+    output: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    delta: bool = False,
+    device: str | torch.device | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Plan: ...
+def immunize(
+    model: Any,
+    concepts: Sequence[Concept] | Any,
+    config: ImmunizeConfig | None = None,
+    *,
+    dry_run: bool = False,
+    erased: str | Path | None = None,
+    output: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    delta: bool = False,
+    device: str | torch.device | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> ImmunizeResult | Plan:
     """Make a model a bad starting point for learning the concepts, and keep it good otherwise.
 
     Under ``torchrun`` or ``accelerate launch`` the processes share the concepts out; the main one
@@ -98,6 +132,7 @@ def immunize(
         config: the settings; by default those of the published re-learning experiments.
         benign: other concepts, which must stay learnable, or whatever ``load_concepts`` reads; for
             ``upper.benign`` and ``lower.benign_start``.
+        dry_run: load no weights, and say what the run would train and need.
         erased: a checkpoint in which the concepts are erased, made from ``model`` by whatever
             means, to begin with (see ``load_erased``).
         output: a new or empty folder for the immunized model; None writes nothing.
@@ -108,13 +143,15 @@ def immunize(
         overwrite: replace an earlier model in ``output``, and an earlier run's checkpoint.
         delta: write only the changed weights to ``output`` (see ``load_delta``).
         device: where to compute. By default where a pipeline in memory is; otherwise a GPU where
-            there is one, and this process's own among several.
+            there is one, and this process's own among several. A dry run also takes a GPU of
+            another machine, see ``mima.immunization.plan.device_memory``.
         callbacks: called with a ``StepReport`` after each outer step.
 
     Returns:
         The immunized pipeline, in float32 on that device (or, with a warning, in the CPU's memory,
         where the device is too small for it), with its history. While the run lasts, weights that
-        it does not train stay in the dtype of their files, and are computed with in float32.
+        it does not train stay in the dtype of their files, and are computed with in float32. Of a
+        dry run, its plan.
 
     Raises:
         MimaError: the model, a concept, a setting or the output folder cannot be used, which is
@@ -153,6 +190,15 @@ def immunize(
         raise MimaError(f"erased: {erased} does not exist")
     captions = ordinary_captions(config.captions)
     source = source_of(model)
+    place = Path(output) if output is not None else None
+    if dry_run or large(source or model):
+        opening = source or model
+        options: dict[str, Any] = {"device": device, "output": place, "delta": delta}
+        found = plan(opening, concepts, config, measure=not large(opening), **options)
+        if dry_run:
+            return found
+        if found.refusal is not None:
+            raise MimaError(found.refusal)
     pipeline = _own_copy(source or model, device)
     changed: list[str] = []
     if erased is not None:

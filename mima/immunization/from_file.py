@@ -15,6 +15,8 @@ from mima.storage.output import check_folder
 
 if TYPE_CHECKING:
     from mima.concepts import Concept
+    from mima.families import ModelSource
+    from mima.immunization.plan import Plan
     from mima.immunization.progress import Callback
     from mima.immunization.result import ImmunizeResult
 
@@ -101,16 +103,10 @@ def immunize_file(
     concepts, benign = concepts_of(run, path)
 
     # only now what takes seconds to import
-    from mima.families import ModelSource
     from mima.immunization.algorithm import immunize
 
     return immunize(
-        ModelSource(
-            run.model,
-            revision or run.revision,
-            variant or run.variant,
-            single_file_config or run.single_file_config,
-        ),
+        _source(run, revision, variant, single_file_config),
         concepts,
         run.immunize,
         benign=benign,
@@ -137,6 +133,57 @@ def concepts_of(run: ImmunizeRun, path: str | Path) -> tuple[list[Concept], list
     # no description at all is not one that is wrong
     benign = load_concepts(run.benign, base=base) if run.benign else []
     return load_concepts(run.concepts, base=base), benign
+
+
+def plan_file(
+    path: str | Path,
+    *,
+    task: Task | None = None,
+    settings: Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
+    erased: str | Path | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    single_file_config: str | None = None,
+    overwrite: bool = False,
+    delta: bool = False,
+    device: str | None = None,
+) -> Plan:
+    """Say what ``immunize_file`` would train and need, without loading weights.
+
+    Raises:
+        MimaError: as it does.
+    """
+    run = read_run(path, task=task, settings=settings, output=output, erased=erased)
+    concepts = concepts_of(run, path)
+
+    # only now what takes seconds to import
+    from mima.immunization.algorithm import immunize
+
+    return immunize(
+        _source(run, revision, variant, single_file_config),
+        concepts,
+        run.immunize,
+        dry_run=True,
+        erased=run.erased,
+        output=run.output,
+        overwrite=overwrite,
+        delta=delta,
+        device=device,
+    )
+
+
+def _source(
+    run: ImmunizeRun, revision: str | None, variant: str | None, single_file_config: str | None
+) -> ModelSource:
+    from mima.families import ModelSource
+
+    return ModelSource(
+        run.model,
+        revision or run.revision,
+        variant or run.variant,
+        single_file_config or run.single_file_config,
+    )
 
 
 def _located(run: ImmunizeRun, folder: Path) -> ImmunizeRun:

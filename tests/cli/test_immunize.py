@@ -186,3 +186,13 @@ def test_an_interrupted_run_leaves_what_was_there(config, workdir):
     assert b"Traceback" not in output
     assert (old / "model_index.json").read_text() == "old"
     assert not list(workdir.glob(".out*"))
+
+
+def test_a_dry_run_says_what_would_happen(config):
+    output = run("immunize", config, "-o", "out", "--dry-run", "--device", "h100")
+    assert "memory on h100" in output
+    assert "7 × attn2.to_k.weight" in output
+    assert "time: 2 outer steps of " in output
+    refused = run("immunize", config, "-o", "out", "--dry-run", "--device", "10mib", code=2)
+    assert "memory: the run needs" in refused
+    assert not Path("out").exists()

@@ -1,0 +1,117 @@
+"""Models without their weights, on the meta device: from configurations and headers alone."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+
+from mima.assets import assets
+from mima.errors import MimaError
+from mima.families.base import cast
+from mima.families.loading import (
+    HUB_ERRORS,
+    LOADING_ERRORS,
+    ModelSource,
+    check_folder_of_model,
+    stored_dtype,
+    weight_files,
+)
+from mima.families.pipelines import with_modules
+from mima.storage.inputs import check_model, expanded
+from mima.storage.plain_data import shortened
+
+
+def open_skeleton(model: Any) -> Any:
+    """A model on the meta device, each part in the dtype of its file.
+
+    Args:
+        model: a ``ModelSource``, or a pipeline in memory, which is left as it is.
+
+    Returns:
+        A diffusers pipeline, whose tokenizers and scheduler are whole.
+
+    Raises:
+        MimaError: nothing there, damaged, of no supported family, or not to be told without its
+            weights: a single file without ``config``, a hub id whose files are not on this machine.
+    """
+    if not isinstance(model, ModelSource):
+        return with_modules(model, **{n: _emptied(m) for n, m in _networks(model).items()})
+    name, single = str(model.model), None
+    check_model(name)
+    folder = expanded(name)
+    if name == "embedded":
+        folder = assets() / "model"
+    elif folder.is_file():
+        if model.config is None:
+            raise MimaError(
+                f"model: a plan of the single file {folder} needs its configuration: pass config "
+                "(--single-file-config), a diffusers folder of a model of the same architecture"
+            )
+        single, folder = folder, expanded(model.config)
+    elif not folder.is_dir():
+        folder = _snapshot(name, model.revision)
+    index = check_folder_of_model(folder, model.variant, weights=single is None)
+    networks: dict[str, torch.nn.Module] = {}
+    for part, kind in index.items():
+        if isinstance(kind, list) and (folder / part / "config.json").is_file():
+            files = [single] if single else weight_files(folder / part, model.variant)
+            networks[part] = _network(folder / part, kind)
+            cast(networks[part], stored_dtype(files))
+    absent = {part: None for part, kind in index.items() if kind == [None, None]}
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            str(folder), local_files_only=True, **networks, **absent
+        )
+    except LOADING_ERRORS as error:
+        raise MimaError(f"model: cannot open {folder}: {shortened(error)}") from error
+    for module in networks.values():
+        module.requires_grad_(False).eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _snapshot(name: str, revision: str | None) -> Path:
+    """The files of a model of the hub that are on this machine."""
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except HUB_ERRORS as error:
+        raise MimaError(
+            f"model: a plan reads the headers of weights, and those of {name} are not on this "
+            f"machine; download it first: hf download {name}"
+        ) from error
+
+
+def _network(folder: Path, kind: list[str]) -> torch.nn.Module:
+    library, name = kind
+    try:
+        cls = getattr(importlib.import_module(library), name)
+        with torch.device("meta"):
+            if library == "diffusers":
+                made = cls.from_config(cls.load_config(str(folder)))
+            else:
+                made = cls(cls.config_class.from_pretrained(str(folder)))
+    except (ImportError, *LOADING_ERRORS) as error:
+        raise MimaError(f"model: cannot read {folder}: {shortened(error)}") from error
+    assert isinstance(made, torch.nn.Module)
+    return made
+
+
+def _networks(pipeline: Any) -> dict[str, torch.nn.Module]:
+    return {n: m for n, m in pipeline.components.items() if isinstance(m, torch.nn.Module)}
+
+
+def _emptied(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a module's structure around weights of the same shapes on the meta device."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        empty = torch.empty_like(parameter, device="meta", requires_grad=False)
+        memo[id(parameter)] = torch.nn.Parameter(empty, requires_grad=False)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(module, memo)

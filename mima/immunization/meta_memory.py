@@ -1,0 +1,142 @@
+"""The memory of a computation, counted on the meta device, where nothing is computed."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mima.families.frozen import Upcast
+
+aten = torch.ops.aten
+
+
+class LiveBytes(TorchDispatchMode):
+    """Count the bytes of the tensors that live at once, and remember the most.
+
+    Args:
+        held: tensors that are there already and do not count, nor do views of them.
+        weights: shapes of trained weights; tensors of these count as the part ``weights``, others
+            as ``activations``.
+        device: whose tensors count.
+
+    Attributes:
+        peak: of all parts together.
+        parts: what each part had at that moment.
+        largest_cast: of the frozen weights, each of which is float32 while an operator reads it.
+    """
+
+    def __init__(
+        self, held: Iterable[torch.Tensor], weights: Iterable[torch.Size], device: str = "meta"
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self.parts: dict[str, int] = {}
+        self.largest_cast = 0
+        self._weights = set(weights)
+        self._device = device
+        self._living: dict[str, int] = defaultdict(int)
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+        # a storage's Python object lives as long as something refers to it
+        self._held = [x.untyped_storage() for x in held if not isinstance(x, Upcast)]
+        self._seen.update(self._held)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten._local_scalar_dense.default and args[0].device.type == "meta":
+            # a number of no consequence, where the engine reads one
+            return 1.0
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, Upcast):
+                self.largest_cast = max(self.largest_cast, x.numel() * 4)
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and not isinstance(x, Upcast):
+                self._remember(x)
+        return out
+
+    def _remember(self, x: torch.Tensor) -> None:
+        storage = x.untyped_storage()
+        if x.device.type != self._device or storage in self._seen:
+            return
+        part = "weights" if x.shape in self._weights else "activations"
+        self._seen.add(storage)
+        self._living[part] += storage.nbytes()
+        weakref.finalize(storage, self._forget, part, storage.nbytes())
+        total = sum(self._living.values())
+        if total > self.peak:
+            self.peak, self.parts = total, dict(self._living)
+
+    def _forget(self, part: str, num_bytes: int) -> None:
+        self._living[part] -= num_bytes
+
+
+@contextmanager
+def _as_on_a_device(*, bfloat16: bool) -> Iterator[None]:
+    """Let PyTorch's functions do on the meta device what they do on one that computes.
+
+    Attention has no fused kernel there: what is not differentiated twice would keep its matrix.
+    Autocast does not know the device: products are cast as it casts them. The functions are
+    replaced, since a ``TorchFunctionMode`` is not active within backward passes, where
+    checkpointed blocks are computed again.
+
+    Args:
+        bfloat16: whether autocast is to be imitated.
+    """
+    plain = F.scaled_dot_product_attention
+
+    def fused(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("enable_gqa") or not torch.backends.cuda.mem_efficient_sdp_enabled():
+            return plain(query, key, value, *args, **kwargs)
+        return aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[0]
+
+    def halved(function: Any) -> Any:
+        def product(*args: Any, **kwargs: Any) -> Any:
+            return function(*map(_half, args), **{n: _half(x) for n, x in kwargs.items()})
+
+        return product if bfloat16 else function
+
+    products: list[tuple[Any, str]] = [(F, name) for name in ("linear", "conv1d", "conv2d")]
+    products += [(torch, name) for name in ("matmul", "bmm", "baddbmm")]
+    with ExitStack() as stack:
+        for place, name in products:
+            stack.enter_context(_replaced(place, name, halved(getattr(place, name))))
+        stack.enter_context(_replaced(F, "scaled_dot_product_attention", halved(fused)))
+        yield
+
+
+def _half(x: Any) -> Any:
+    is_float32 = isinstance(x, torch.Tensor) and x.dtype == torch.float32
+    return x.to(torch.bfloat16) if is_float32 else x
+
+
+@contextmanager
+def _replaced(place: Any, name: str, function: Any) -> Iterator[None]:
+    before = getattr(place, name)
+    setattr(place, name, function)
+    try:
+        yield
+    finally:
+        setattr(place, name, before)
+
+
+@contextmanager
+def counted(
+    held: Iterable[torch.Tensor], weights: Iterable[torch.Size] = (), *, bfloat16: bool = False
+) -> Iterator[LiveBytes]:
+    """Count what happens on the meta device: see ``LiveBytes``.
+
+    Args:
+        held: as there.
+        weights: likewise.
+        bfloat16: count as if products were under autocast.
+    """
+    live = LiveBytes(held, weights)
+    with _as_on_a_device(bfloat16=bfloat16), live:
+        yield live
