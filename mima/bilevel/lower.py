@@ -199,8 +199,9 @@ def path(task: LowerLevel, theta: Params) -> Iterator[State]:
     """
     state = start(task, theta)
     for k in range(task.steps):
-        # what the first step starts from may be kept elsewhere: another run's, or constants
-        state = advance(task, state, gradient(task, state, theta, k), k, overwrite=k > 0)
+        # what an attack that goes on starts from may be kept elsewhere: another run's, or constants
+        own = k > 0 or task.memory is None
+        state = advance(task, state, gradient(task, state, theta, k), k, overwrite=own)
         yield state
 
 

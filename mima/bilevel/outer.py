@@ -157,6 +157,8 @@ def outer_gradient(
                 names = tuple(dict.fromkeys((*names, *merged)))
         if task.continues:
             ends[n] = task.stop(state, theta)
+        # the next concept's path is not to find this one's last state in memory
+        del state
     bars: dict[int, _Bar] = {}
     total: Tensors = {}
     path: dict[int, dict[Any, float]] = {}

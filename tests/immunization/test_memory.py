@@ -9,10 +9,15 @@ import torch
 from support import tiny
 from support.immunizing import assert_same, concepts, settings
 
+from mima.bilevel.optimizers import Adam
+from mima.bilevel.outer import UpperLevel, UpperTerm, outer_gradient
+from mima.bilevel.tasks import FullWeights
 from mima.families import frozen, load_pipeline
 from mima.families.frozen import Upcast
 from mima.immunization.algorithm import immunize
+from mima.immunization.meta_memory import LiveBytes
 from mima.immunization.offload import idle_modules, out_of_memory_while
+from mima.merging import MergeLayer
 
 SAVERS = [{}, {"hypergradient": "exact"}, {"method": "alternating"}, {"erase_first": True}]
 IDS = ["first_order", "exact", "alternating", "erased"]
@@ -106,3 +111,24 @@ def test_offloaded_moments_change_nothing(half, tmp_path, method):
     )
     unet, other = (result.pipeline.unet.state_dict() for result in (plain, offloaded))
     assert_same(unet, other)
+
+
+def test_a_concepts_path_is_out_of_memory_before_the_next_begins():
+    """A second concept adds to the peak its share of the merge, not what an attack holds."""
+    theta = {"w": torch.randn(256, 256)}
+
+    def loss(params, k=0):
+        return params["w"].square().sum()
+
+    task = FullWeights(loss, ("w",), steps=1, optimizer=Adam(lr=1e-3))
+    upper = UpperLevel([UpperTerm("one", -1.0)], lambda phi: [loss(phi)])
+
+    def copies(count):
+        merge = MergeLayer(torch.full((count,), 1 / count))
+        with LiveBytes(theta.values(), [], "cpu") as live:
+            outer_gradient(
+                theta, [task] * count, merge, [upper] * count, mode="first_order", wrt=("w",)
+            )
+        return live.peak / theta["w"].nbytes
+
+    assert copies(3) - copies(1) <= 1.1
