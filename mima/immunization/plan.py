@@ -309,6 +309,12 @@ def _refusal(
         return f"disk: the run writes up to {_gib(needed)}, {_gib(free)} are free{hint}"
     assert found.capacity is not None
     problem = f"memory: the run needs {_gib(found.peak)}, {found.device} has {_gib(found.capacity)}"
+    larger = "it takes a smaller model or a larger device"
+    # no setting below changes these phases
+    for phase in ("preparing", "the result, in float32"):
+        alone = sum(found.memory[phase].values())
+        if alone > found.capacity:
+            return f"{problem}; {phase} alone takes {_gib(alone)}: {larger}"
     settings: dict[str, Any] = {}
     best = found
     for name, value in _savers(config):
@@ -324,8 +330,7 @@ def _refusal(
             said = ", ".join(f"{key}: {str(v).lower()}" for key, v in settings.items())
             return f"{problem}; with {said} it needs {_gib(best.peak)}"
     return (
-        f"{problem}; with the settings that save memory it still needs {_gib(best.peak)}: it "
-        "takes a smaller model or a larger device"
+        f"{problem}; with the settings that save memory it still needs {_gib(best.peak)}: {larger}"
     )
 
 
