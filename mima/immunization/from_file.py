@@ -138,6 +138,7 @@ def concepts_of(run: ImmunizeRun, path: str | Path) -> tuple[list[Concept], list
 def plan_file(
     path: str | Path,
     *,
+    recipe: Recipe | None = None,
     task: Task | None = None,
     settings: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
@@ -154,8 +155,8 @@ def plan_file(
     Raises:
         MimaError: as it does.
     """
-    run = read_run(path, task=task, settings=settings, output=output, erased=erased)
-    concepts = concepts_of(run, path)
+    run = read_run(path, recipe=recipe, task=task, settings=settings, output=output, erased=erased)
+    concepts, benign = concepts_of(run, path)
 
     # only now what takes seconds to import
     from mima.immunization.algorithm import immunize
@@ -164,6 +165,7 @@ def plan_file(
         _source(run, revision, variant, single_file_config),
         concepts,
         run.immunize,
+        benign=benign,
         dry_run=True,
         erased=run.erased,
         output=run.output,

@@ -28,7 +28,7 @@ from mima.families import Family, ModelSource, Params, family_of, load_pipeline
 from mima.families.base import PIXELS_AT_ONCE
 from mima.families.frozen import Upcast, hold_frozen
 from mima.families.skeleton import open_skeleton
-from mima.immunization.config import ImmunizeConfig
+from mima.immunization.config import ImmunizeConfig, LowerConfig
 from mima.immunization.encoding import ConceptData
 from mima.immunization.levels import Problem, recomputed_blocks, trained_names
 from mima.immunization.meta_memory import counted
@@ -212,7 +212,7 @@ def _plan(
         _num_bytes(v) for v in encoded.prompts.values()
     ) * len({image.prompt for concept in concepts for image in concept.images})
 
-    idle = idle_modules(pipeline, reads_text=config.lower.train_token)
+    idle = idle_modules(pipeline, reads_text=_attacker(config).train_token)
     waiting = _weights_of(m for m in _others(pipeline, family) if not (opened and m in idle))
     denoiser = {
         ("trained weights, " if name in names else "frozen weights, ") + dtype: 0
@@ -256,7 +256,7 @@ def _plan(
             ),
             "attackers that live on": (
                 len(concepts) * _attacked(family, config, numels) * (3 if _adam(config) else 1)
-                if config.lower.age
+                if _attacker(config).age
                 else 0
             ),
             "AdamW's moments": 0 if offloaded else 2 * mine,
@@ -334,6 +334,20 @@ def _refusal(
     )
 
 
+def plannable(config: ImmunizeConfig) -> bool:
+    """Whether a run has one kind of attacker and no benign adaptations: others are not planned."""
+    return isinstance(config.lower, LowerConfig) and not config.reads_benign
+
+
+def _attacker(config: ImmunizeConfig) -> LowerConfig:
+    if not isinstance(config.lower, LowerConfig) or config.reads_benign:
+        raise MimaError(
+            "dry run: a run with several kinds of attackers (lower: [...]) or with benign "
+            "adaptations (upper.benign, lower.benign_start) is not planned"
+        )
+    return config.lower
+
+
 def large(model: Any) -> bool:
     """Whether a model is of a size at which planning its run is worth the seconds."""
     if isinstance(model, ModelSource):
@@ -376,10 +390,10 @@ def _savers(config: ImmunizeConfig) -> Iterable[tuple[str, Any]]:
         yield "hypergradient", "first_order"
     if config.precision != "bfloat16":
         yield "precision", "bfloat16"
-    for level, other in (("upper", config.upper), ("lower", config.lower)):
+    for level, other in (("upper", config.upper), ("lower", _attacker(config))):
         if other.batch_size > 1:
             yield f"{level}.batch_size", 1
-    for level, other in (("upper", config.upper), ("lower", config.lower)):
+    for level, other in (("upper", config.upper), ("lower", _attacker(config))):
         if other.parameters not in ("cross_attention_kv", "lora", None):
             yield f"{level}.parameters", "cross_attention_kv"
 
@@ -446,7 +460,8 @@ def pictures_of_a_step(config: ImmunizeConfig, count: int) -> dict[str, float]:
         config: the settings.
         count: N.
     """
-    low, up, K = config.lower, config.upper, config.lower.steps
+    low, up = _attacker(config), config.upper
+    K = low.steps
     below = low.batch_size * (2 if low.prior_weight else 1)
     prior = (up.prior_batch_size or up.batch_size) if up.prior_weight else 0
     apart = up.ascent_ratio is not None
@@ -517,7 +532,7 @@ def _step(
     numels: Mapping[str, int],
 ) -> dict[str, int]:
     """Bytes of an outer step's own tensors, at their peak."""
-    K, every = config.lower.steps, config.upper.path_every
+    K, every = _attacker(config).steps, config.upper.path_every
     states = 1 if every is None else len([*range(every, K, every), K])
     few_steps = min(K, FOLLOWED)
     # at every step that is followed, or at the last alone
@@ -525,7 +540,7 @@ def _step(
     few = {"steps": few_steps}, {"path_every": 1 if few_states > 1 else None}
     reduced = config.model_copy(
         update={
-            "lower": config.lower.model_copy(update={**few[0], "age": None}),
+            "lower": _attacker(config).model_copy(update={**few[0], "age": None}),
             "upper": config.upper.model_copy(update=few[1]),
             "concepts_per_step": None,
         }
@@ -575,14 +590,16 @@ def _step(
 def _attacked(family: Family, config: ImmunizeConfig, numels: Mapping[str, int]) -> int:
     """Bytes of what an attack trains."""
     _, names = trained_names(family, config)
-    if config.lower.parameters != "lora":
+    if _attacker(config).parameters != "lora":
         return sum(numels[name] for name in names) * FLOAT32
     shapes = (family.denoiser.get_parameter(name).shape for name in names)
-    return sum(FLOAT32 * config.lower.rank * (o + d) for o, d in shapes)
+    rank = _attacker(config).rank
+    most = max(rank) if isinstance(rank, tuple) else rank
+    return sum(FLOAT32 * most * (o + d) for o, d in shapes)
 
 
 def _adam(config: ImmunizeConfig) -> bool:
-    return config.lower.optimizer == "adam"
+    return _attacker(config).optimizer == "adam"
 
 
 def _follow(problem: Problem, theta: Params) -> None:
@@ -647,7 +664,7 @@ def _dtype_of(x: torch.Tensor) -> str:
 
 
 def _has_prior(config: ImmunizeConfig) -> bool:
-    return bool(config.upper.prior_weight or config.lower.prior_weight)
+    return bool(config.upper.prior_weight or _attacker(config).prior_weight)
 
 
 def _reads_start(config: ImmunizeConfig) -> bool:
