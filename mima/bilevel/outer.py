@@ -139,14 +139,16 @@ def outer_gradient(
         rounding. Memory: that of one concept, and φ_k − θ for each state k.
     """
     theta = {name: value.detach() for name, value in theta.items()}
-    steps = tasks[0].steps
+    # made once: a task may begin with an adaptation of its own
+    first = {0: tasks[0]}
+    steps = first[0].steps
     parts = along_path(upper, steps)
     mine = ranks.share(len(tasks))
     points = {k: _Point() for k in parts}
     names: tuple[str, ...] = ()
     ends: dict[int, Carried] = {}
     for n in mine:
-        task = tasks[n]
+        task = first.pop(n, None) or tasks[n]
         if task.steps != steps:
             raise ValueError(
                 f"upper level: paths that are merged differ in length: {steps} and {task.steps}"
@@ -417,12 +419,13 @@ def unmerged_gradient(
     seen: list[tuple[dict[Any, float], float, dict[int, dict[Any, float]]]] = []
     ends: dict[int, Carried] = {}
     for n in ranks.share(len(tasks)):
+        task = tasks[n]
         own: Upper
         if isinstance(upper, Mapping):
-            own = {k: [parts[n]] for k, parts in upper.items() if k <= tasks[n].steps}
+            own = {k: [parts[n]] for k, parts in upper.items() if k <= task.steps}
         else:
             own = [upper[n]]
-        one = outer_gradient(theta, [tasks[n]], alone, own, mode=mode, wrt=wrt)
+        one = outer_gradient(theta, [task], alone, own, mode=mode, wrt=wrt)
         accumulate(gradient, one.gradient)
         seen.append((one.losses, one.drift, one.path))
         if one.ends:

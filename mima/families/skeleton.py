@@ -22,12 +22,12 @@ from mima.families.loading import (
     stored_dtype,
     weight_files,
 )
-from mima.families.pipelines import with_modules
+from mima.families.pipelines import Pipeline, with_modules
 from mima.storage.inputs import check_model, expanded
 from mima.storage.plain_data import shortened
 
 
-def open_skeleton(model: Any) -> Any:
+def open_skeleton(model: Any) -> Pipeline:
     """A model on the meta device, each part in the dtype of its file.
 
     Args:
@@ -41,7 +41,8 @@ def open_skeleton(model: Any) -> Any:
             weights: a single file without ``config``, a hub id whose files are not on this machine.
     """
     if not isinstance(model, ModelSource):
-        return with_modules(model, **{n: _emptied(m) for n, m in _networks(model).items()})
+        networks = {n: _emptied(m) for n, m in _networks(model).items()}
+        return _reading_all(with_modules(model, **networks))
     name, single = str(model.model), None
     check_model(name)
     folder = expanded(name)
@@ -57,7 +58,7 @@ def open_skeleton(model: Any) -> Any:
     elif not folder.is_dir():
         folder = _snapshot(name, model.revision)
     index = check_folder_of_model(folder, model.variant, weights=single is None)
-    networks: dict[str, torch.nn.Module] = {}
+    networks = {}
     for part, kind in index.items():
         if isinstance(kind, list) and (folder / part / "config.json").is_file():
             files = [single] if single else weight_files(folder / part, model.variant)
@@ -73,7 +74,23 @@ def open_skeleton(model: Any) -> Any:
     for module in networks.values():
         module.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return _reading_all(pipeline)
+
+
+def _reading_all(pipeline: Any) -> Pipeline:
+    """Let a pipeline take every token for one of the prompt: on the meta device, masks say nothing.
+
+    For Qwen-Image, which cuts padding off, and Lumina 2, which asks how long each prompt is.
+    """
+    if hasattr(pipeline, "_extract_masked_hidden"):
+        pipeline._extract_masked_hidden = lambda hidden, mask: list(hidden)
+    rope = getattr(getattr(pipeline, "transformer", None), "rope_embedder", None)
+    if rope is not None:
+        rope.register_forward_pre_hook(
+            lambda module, args: (args[0], torch.ones(args[1].shape, dtype=torch.long))
+        )
+    opened: Pipeline = pipeline
+    return opened
 
 
 def _snapshot(name: str, revision: str | None) -> Path:

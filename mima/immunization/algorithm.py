@@ -36,7 +36,7 @@ from mima.immunization.encoding import encode_concepts, saw
 from mima.immunization.levels import Problem, merge_layer, recomputed_blocks, trained_names
 from mima.immunization.offload import idle_modules, make_whole, out_of_memory_while
 from mima.immunization.outer_loop import Ascent
-from mima.immunization.plan import Plan, large, plan, plannable
+from mima.immunization.plan import Plan, large, plan
 from mima.immunization.progress import Callback, StepReport
 from mima.immunization.result import ImmunizeResult
 from mima.immunization.trained_words import TrainedWord
@@ -193,10 +193,18 @@ def immunize(
     captions = ordinary_captions(config.captions)
     source = source_of(model)
     place = Path(output) if output is not None else None
-    if dry_run or (plannable(config) and large(source or model)):
+    if dry_run or large(source or model):
         opening = source or model
-        options: dict[str, Any] = {"device": device, "output": place, "delta": delta}
-        found = plan(opening, concepts, config, measure=not large(opening), **options)
+        found = plan(
+            opening,
+            concepts,
+            config,
+            benign=benign,
+            device=device,
+            output=place,
+            delta=delta,
+            measure=not large(opening),
+        )
         if dry_run:
             return found
         if found.refusal is not None:

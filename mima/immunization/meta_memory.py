@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mima.families.frozen import Upcast
 
@@ -53,10 +52,10 @@ class LiveBytes(TorchDispatchMode):
             # a number of no consequence, where the engine reads one
             return 1.0
         out = func(*args, **(kwargs or {}))
-        for x in tree_leaves((args, kwargs)):
+        for x in _flat(args):
             if isinstance(x, Upcast):
                 self.largest_cast = max(self.largest_cast, x.numel() * 4)
-        for x in tree_leaves(out):
+        for x in _flat((out,)):
             if isinstance(x, torch.Tensor) and not isinstance(x, Upcast):
                 self._remember(x)
         return out
@@ -73,8 +72,22 @@ class LiveBytes(TorchDispatchMode):
         if total > self.peak:
             self.peak, self.parts = total, dict(self._living)
 
+    def restart(self) -> None:
+        """Look for the most from now on."""
+        self.parts = dict(self._living)
+        self.peak = sum(self.parts.values())
+
     def _forget(self, part: str, num_bytes: int) -> None:
         self._living[part] -= num_bytes
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    """Values, and those of lists and tuples among them: an operator's have no others."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _flat(value)
+        else:
+            yield value
 
 
 @contextmanager

@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import os
 import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,16 +25,19 @@ from mima.bilevel.hypergradient import accumulate
 from mima.bilevel.outer import upper_gradient
 from mima.concepts import Concept
 from mima.errors import MimaError
-from mima.families import Family, ModelSource, Params, family_of, load_pipeline
+from mima.families import Conditioning, Family, ModelSource, Params, family_of, load_pipeline
 from mima.families.base import PIXELS_AT_ONCE
 from mima.families.frozen import Upcast, hold_frozen
+from mima.families.pipelines import Pipeline
 from mima.families.skeleton import open_skeleton
-from mima.immunization.config import ImmunizeConfig, LowerConfig
-from mima.immunization.encoding import ConceptData
-from mima.immunization.levels import Problem, recomputed_blocks, trained_names
+from mima.immunization.attackers import Alive, Attacker
+from mima.immunization.config import BenignConfig, ImmunizeConfig, LowerConfig, UpperConfig
+from mima.immunization.encoding import ConceptData, caption_kinds
+from mima.immunization.levels import NOBODY, Problem, recomputed_blocks, trained_names
 from mima.immunization.meta_memory import counted
 from mima.immunization.objectives import READS_START
 from mima.immunization.offload import idle_modules
+from mima.immunization.trained_words import TrainedWord
 from mima.merging import MergeLayer
 from mima.storage.inputs import expanded
 from mima.training.batches import CHUNK, Batch, Encoded, predictions
@@ -42,6 +46,8 @@ FLOAT32 = 4
 """Bytes."""
 FOLLOWED = 2
 """Lower-level steps that are followed on the meta device."""
+KINDS = 12
+"""Kinds of tensors that are told by name."""
 LARGE_MODEL = 2**30
 """Bytes of a model's weights from which on a run is planned before it starts."""
 DEVICES = {
@@ -51,6 +57,8 @@ DEVICES = {
 """GiB that a program finds on a GPU of a name."""
 GPU_CONTEXT = int(0.6 * 2**30)
 """Bytes that a CUDA context and the libraries' workspaces take."""
+MOMENTS = {"sgd": 0, "momentum": 1, "adam": 2}
+"""Tensors that an attacker's update rule keeps for each that the attacker trains."""
 BACKWARD, DOUBLE_BACKWARD = 2, 6
 """Of a forward's time: a backward, and a backward through a backward."""
 
@@ -113,19 +121,19 @@ class Plan:
         for group, names in self.trained.items():
             count = sum(self.numels[name] for name in names)
             yield f"  {group}: {len(names)} tensors, {count / 1e6:.1f} M parameters"
-            for kind, number in Counter(map(_kind, names)).most_common():
-                yield f"    {number} × {kind}"
+            kinds = Counter(map(_kind, names)).most_common()
+            yield from (f"    {number} × {kind}" for kind, number in kinds[:KINDS])
+            if len(kinds) > KINDS:
+                yield f"    {len(kinds) - KINDS} further kinds of tensors"
         yield f"memory on {self.device}, {_gib(self.peak)} at the peak:"
         for phase, parts in self.memory.items():
             yield f"  {phase}: {_gib(sum(parts.values()))}"
             yield from (f"    {part}: {_gib(size)}" for part, size in parts.items() if size)
         yield f"disk: {_gib(sum(self.disk.values()))}"
         yield from (f"  {part}: {_gib(size)}" for part, size in self.disk.items() if size)
-        told = ", ".join(f"{n:g} {way}" for way, n in self.pictures.items() if n)
-        yield (
-            f"time: {self.steps} outer steps of {self.forwards:g} forwards of one picture each "
-            f"({told})"
-        )
+        told = ", ".join(f"{round(n, 1):g} {way}" for way, n in self.pictures.items() if n)
+        each = f"{round(self.forwards, 1):g} forwards of one picture each"
+        yield f"time: {self.steps} outer steps of {each} ({told})"
         if self.drawn:
             yield f"  {self.drawn} forwards before that, where class pictures are to be drawn"
         if self.seconds is not None:
@@ -139,6 +147,7 @@ def plan(
     concepts: Sequence[Concept],
     config: ImmunizeConfig,
     *,
+    benign: Sequence[Concept] = (),
     device: str | torch.device | None = None,
     output: Path | None = None,
     delta: bool = False,
@@ -146,14 +155,15 @@ def plan(
 ) -> Plan:
     """Say what a run will train and need, from configurations and the headers of weights alone.
 
-    One outer step is followed on the meta device, of two concepts and two lower-level steps; what
-    grows with their number is added. Not counted: what an allocator loses, and the text encoder's
-    activations where new words are trained.
+    One outer step is followed on the meta device, of two concepts (or one of each kind of attacker)
+    and two lower-level steps; what grows with their number is added. Not counted: what an allocator
+    loses, and the text encoder's activations where new words are trained.
 
     Args:
         model: a ``ModelSource``, or a pipeline in memory, which is left as it is.
         concepts: N concepts.
         config: the settings.
+        benign: the concepts that must stay learnable, where the settings read some.
         device: of the run: ``cpu``, ``cuda``, a key of ``DEVICES`` (``h100``), or a size (``24
             GiB``) of a GPU's memory.
         output: where the run writes; None writes nothing.
@@ -169,7 +179,12 @@ def plan(
     """
     if device is None and hasattr(model, "components"):
         device = family_of(model).device
-    options: dict[str, Any] = {"device": device, "output": output, "delta": delta}
+    options: dict[str, Any] = {
+        "benign": benign,
+        "device": device,
+        "output": output,
+        "delta": delta,
+    }
     found = _plan(model, concepts, config, **options)
     if measure and found.device.split(":")[0] in ("cpu", "cuda"):
         found = replace(found, seconds=_seconds(model, config, found.device))
@@ -181,6 +196,7 @@ def _plan(
     concepts: Sequence[Concept],
     config: ImmunizeConfig,
     *,
+    benign: Sequence[Concept],
     device: str | torch.device | None,
     output: Path | None,
     delta: bool,
@@ -204,15 +220,11 @@ def _plan(
             hold_frozen(module, names if module is family.denoiser else ())
     numels = {n: p.numel() for n, p in family.denoiser.named_parameters() if n in names}
     encoded = _encoded(family)
-    pictures = sum(
-        len(c.images) + (len(c.class_images) or config.num_class_images) * _has_prior(config)
-        for c in concepts
-    )
-    encodings = _num_bytes(encoded.latents[:1]) * pictures + sum(
-        _num_bytes(v) for v in encoded.prompts.values()
-    ) * len({image.prompt for concept in concepts for image in concept.images})
+    encodings = _encodings(encoded, concepts, benign, config)
 
-    idle = idle_modules(pipeline, reads_text=_attacker(config).train_token)
+    # the published update draws captions for each merge
+    reads_text = config.train_tokens or config.method == "alternating"
+    idle = idle_modules(pipeline, reads_text=reads_text)
     waiting = _weights_of(m for m in _others(pipeline, family) if not (opened and m in idle))
     denoiser = {
         ("trained weights, " if name in names else "frozen weights, ") + dtype: 0
@@ -229,6 +241,13 @@ def _plan(
         "encoded pictures and prompts": encodings if on_cpu else 0,
     }
     mine = sum(numels[name] for name in upper_names) * FLOAT32
+    done = _concepts_of_a_step(config, len(concepts))
+    living = done * max(
+        _attacked(family, attacker, numels) * (1 + MOMENTS[attacker.optimizer])
+        if attacker.age
+        else 0
+        for attacker in config.attackers
+    )
     memory = {
         "preparing": {
             **ground,
@@ -237,7 +256,7 @@ def _plan(
             "activations": _preparing(
                 family,
                 encoded,
-                most=max(max(len(c.images), len(c.class_images)) for c in concepts),
+                most=max(max(len(c.images), len(c.class_images)) for c in (*concepts, *benign)),
                 drawn=min(CHUNK, config.num_class_images) if _lacking(concepts, config) else 0,
             ),
         }
@@ -254,13 +273,11 @@ def _plan(
                 if config.method == "compose" and on_cpu
                 else 0
             ),
-            "attackers that live on": (
-                len(concepts) * _attacked(family, config, numels) * (3 if _adam(config) else 1)
-                if _attacker(config).age
-                else 0
-            ),
+            # those that were alive before the step, and where they are after it
+            "attackers that live on": 2 * living,
+            "what benign adaptations predicted": _matched(encoded, config, len(benign)),
             "AdamW's moments": 0 if offloaded else 2 * mine,
-            **_step(family, encoded, concepts, config, numels),
+            **_step(family, encoded, concepts, config, numels, len(benign)),
         }
     whole = sum(
         p.numel() * FLOAT32
@@ -272,7 +289,9 @@ def _plan(
     disk: dict[str, int] = {}
     if output is not None:
         disk = {
-            "checkpoints, two and one that is being written": 3 * (changed + 2 * mine),
+            "checkpoints, two and one that is being written": (
+                3 * (changed + 2 * mine + living + _served(config, lower_names, numels))
+            ),
             "encoded pictures and prompts": encodings,
             "encoders, while the run lasts": (
                 _weights_of(idle) if on_cpu and opened and config.method != "none" else 0
@@ -288,7 +307,7 @@ def _plan(
         disk=disk,
         free_disk=None if output is None else _free_disk(output),
         steps=config.steps * (len(concepts) if config.method == "compose" else 1),
-        pictures=pictures_of_a_step(config, len(concepts)),
+        pictures=pictures_of_a_step(config, len(concepts), len(benign)),
         drawn=_drawn(pipeline, concepts, config),
     )
 
@@ -327,25 +346,11 @@ def _refusal(
             continue
         settings[name], best = value, other
         if best.fits:
-            said = ", ".join(f"{key}: {str(v).lower()}" for key, v in settings.items())
+            said = ", ".join(f"{key}: {json.dumps(v)}" for key, v in settings.items())
             return f"{problem}; with {said} it needs {_gib(best.peak)}"
     return (
         f"{problem}; with the settings that save memory it still needs {_gib(best.peak)}: {larger}"
     )
-
-
-def plannable(config: ImmunizeConfig) -> bool:
-    """Whether a run has one kind of attacker and no benign adaptations: others are not planned."""
-    return isinstance(config.lower, LowerConfig) and not config.reads_benign
-
-
-def _attacker(config: ImmunizeConfig) -> LowerConfig:
-    if not isinstance(config.lower, LowerConfig) or config.reads_benign:
-        raise MimaError(
-            "dry run: a run with several kinds of attackers (lower: [...]) or with benign "
-            "adaptations (upper.benign, lower.benign_start) is not planned"
-        )
-    return config.lower
 
 
 def large(model: Any) -> bool:
@@ -367,8 +372,9 @@ def _seconds(model: Any, config: ImmunizeConfig, device: str) -> float:
                 hold_frozen(module)
     family = family_of(model, resolution=config.resolution)
     side = family.resolution // family.pipeline.vae_scale_factor
-    channels = family.pipeline.vae.config.latent_channels
-    noisy = torch.zeros(1, channels, side, side, device=family.device, dtype=family.dtype)
+    noisy = torch.zeros(
+        1, family._latent_channels, side, side, device=family.device, dtype=family.dtype
+    )
     timesteps = torch.full((1,), 500.0, device=family.device)
     conditioning = family.encode_prompts(["a photo"])
     started = 0.0
@@ -390,22 +396,33 @@ def _savers(config: ImmunizeConfig) -> Iterable[tuple[str, Any]]:
         yield "hypergradient", "first_order"
     if config.precision != "bfloat16":
         yield "precision", "bfloat16"
-    for level, other in (("upper", config.upper), ("lower", _attacker(config))):
-        if other.batch_size > 1:
+    if config.upper.path_every is not None:
+        yield "upper.path_every", None
+    levels: dict[str, tuple[UpperConfig | LowerConfig, ...]] = {
+        "upper": (config.upper,),
+        "lower": config.attackers,
+    }
+    for level, several in levels.items():
+        if any(one.batch_size > 1 for one in several):
             yield f"{level}.batch_size", 1
-    for level, other in (("upper", config.upper), ("lower", _attacker(config))):
-        if other.parameters not in ("cross_attention_kv", "lora", None):
+    if (config.upper.prior_batch_size or 1) > 1:
+        yield "upper.prior_batch_size", 1
+    for level, several in levels.items():
+        if any(one.parameters not in ("cross_attention_kv", "lora", None) for one in several):
             yield f"{level}.parameters", "cross_attention_kv"
 
 
 def _with(config: ImmunizeConfig, settings: Mapping[str, Any]) -> ImmunizeConfig:
+    """The configuration with other settings; one of ``lower`` is every attacker's."""
     plain = config.model_dump()
     for name, value in settings.items():
         *levels, last = name.split(".")
-        place = plain
+        places = [plain]
         for level in levels:
-            place = place[level]
-        place[last] = value
+            inner = [place[level] for place in places]
+            places = [one for x in inner for one in (x if isinstance(x, (list, tuple)) else [x])]
+        for place in places:
+            place[last] = value
     return ImmunizeConfig.model_validate(plain)
 
 
@@ -451,53 +468,116 @@ def _resident() -> int:
     return pages * os.sysconf("SC_PAGESIZE")
 
 
-def pictures_of_a_step(config: ImmunizeConfig, count: int) -> dict[str, float]:
+Work = dict[str, float]
+"""Pictures that go through the network, by the way that they go."""
+FORWARD, THERE_AND_BACK = ("forward",), ("forward", "backward")
+
+
+def _work(count: float, ways: Sequence[str], twice: float = 0.0) -> Work:
+    told = {way: count * (way in ways) for way in THERE_AND_BACK}
+    return {**told, "backward of backward": twice}
+
+
+def _total(*parts: tuple[float, Work]) -> Work:
+    """The sum of so many times each."""
+    return {way: sum(times * part[way] for times, part in parts) for way in _work(0, ())}
+
+
+def pictures_of_a_step(config: ImmunizeConfig, count: int, benign: int = 0) -> Work:
     """How many pictures go forward, backward, and backward through a backward in one outer step.
 
-    Of ``alternating``, the mean of its two kinds of step.
+    The mean over the run's steps and over what attackers draw: of steps that simulate an attack and
+    those that it serves again, of ``alternating``'s two kinds of step, of kinds of attackers, of
+    steps with and without benign adaptations.
 
     Args:
         config: the settings.
         count: N.
+        benign: concepts that must stay learnable.
     """
-    low, up = _attacker(config), config.upper
-    K = low.steps
-    below = low.batch_size * (2 if low.prior_weight else 1)
+    up, attackers = config.upper, config.attackers
     prior = (up.prior_batch_size or up.batch_size) if up.prior_weight else 0
     apart = up.ascent_ratio is not None
-    above = up.batch_size + (0 if apart else prior)
-    states = 1 if up.path_every is None else len([*range(up.path_every, K, up.path_every), K])
-    done = min(config.concepts_per_step or count, count)
+    above = up.batch_size * (2 if up.objective == "pair" else 1) + (0 if apart else prior)
     if config.method == "none":
-        return {"forward": 0, "backward": 0, "backward of backward": 0}
+        return _work(0, ())
     if config.method == "alternating":
-        both = count * (below + above) / 2
-        return {"forward": both, "backward": both, "backward of backward": 0}
-    if config.method == "compose":
-        done = 1
-    # the first pass, the upper level, and what retains
-    steps, upper, kept = K * below, states * above, prior * apart
-    forward = backward = float(steps + upper + kept)
-    if up.objective in READS_START:
-        forward += upper
-    if apart and up.retain == "distill":
-        forward += kept
-    twice = 0.0
-    if config.hypergradient == "exact":
-        again = (K - 1 + K) * below
-        # of each step's gradient: backward with a graph
-        forward, backward, twice = forward + again, backward + again, float(K * below)
-    elif config.hypergradient == "finite_difference":
-        # Adam's rule reads the gradient of the last step as well
-        again = (K - 1 + 2 * K + (low.optimizer == "adam")) * below
-        forward, backward = forward + again, backward + again
+        below = attackers[0].batch_size * (2 if attackers[0].prior_weight else 1)
+        found = _work(count * (below + above) / 2, THERE_AND_BACK)
+    else:
+        shares = sum(attacker.share for attacker in attackers)
+        attack = _total(*((a.share / shares, _attack(a, config)) for a in attackers))
+        upper = len(attackers[0].states(up.path_every)) * above
+        again = upper * (up.objective in READS_START) + prior * apart * (up.retain == "distill")
+        done = _concepts_of_a_step(config, count)
+        found = _total(
+            (done / config.attack_every, attack),
+            (done, _work(upper + prior * apart, THERE_AND_BACK)),
+            (done, _work(again, FORWARD)),
+            (1, _benign_work(config, up.benign, benign) if up.benign else _work(0, ())),
+        )
     if config.gradient_checkpointing:
-        forward += backward
-    return {
-        "forward": done * forward,
-        "backward": done * backward,
-        "backward of backward": done * twice,
-    }
+        found["forward"] += found["backward"]
+    return found
+
+
+def _concepts_of_a_step(config: ImmunizeConfig, count: int) -> int:
+    return 1 if config.method == "compose" else min(config.concepts_per_step or count, count)
+
+
+def _adaptation(low: LowerConfig, mode: str) -> Work:
+    """K steps, and the second pass that differentiates through them."""
+    K, below = low.steps, low.batch_size * (2 if low.prior_weight else 1)
+    if mode == "exact":
+        # of each step's gradient: backward with a graph
+        return _work((3 * K - 1) * below, THERE_AND_BACK, K * below)
+    if mode == "finite_difference":
+        # Adam's rule reads the gradient of the last step as well
+        return _work((4 * K - 1 + (low.optimizer == "adam")) * below, THERE_AND_BACK)
+    return _work(K * below, THERE_AND_BACK)
+
+
+def _attack(low: LowerConfig, config: ImmunizeConfig) -> Work:
+    """One attack in one outer step, with what it begins with on a benign concept."""
+    attack = _adaptation(low, config.hypergradient)
+    if low.benign_start is None:
+        return attack
+    begun = sum(low.benign_start) / 2 * low.batch_size / _outer_steps(low)
+    # the second pass over the concepts makes an attack anew
+    passes = 2 if config.method == "mima" and config.hypergradient != "first_order" else 1
+    return _total((1, attack), (passes, _work(begun, THERE_AND_BACK)))
+
+
+def _outer_steps(low: LowerConfig) -> float:
+    """How many outer steps an attacker lives through, in the mean."""
+    if low.age is None:
+        return 1.0
+    youngest, oldest = low.age
+    # each age as often as a log-uniform draw gives it
+    lives = (
+        math.ceil(age / low.steps) * math.log((age + 1) / age)
+        for age in range(youngest, oldest + 1)
+    )
+    return sum(lives) / math.log((oldest + 1) / youngest)
+
+
+def _benign_work(config: ImmunizeConfig, benign: BenignConfig, count: int) -> Work:
+    """Benign adaptations of one outer step, in the mean."""
+    low = benign.lower or config.attackers[0].as_benign
+    times = math.ceil(config.steps / benign.every) * min(benign.concepts_per_step, count)
+    held_out = len(low.states(benign.path_every)) * config.upper.batch_size
+    parts = [
+        (times / config.steps, _adaptation(low, config.hypergradient)),
+        (times / config.steps, _work(held_out, THERE_AND_BACK)),
+    ]
+    if benign.target == "match":
+        # the model before immunization takes each path once
+        paths = min(times, benign.paths * count)
+        parts += [
+            (paths / config.steps, _adaptation(low, "first_order")),
+            (paths / config.steps, _work(held_out, FORWARD)),
+        ]
+    return _total(*parts)
 
 
 class _OnMeta(Problem):
@@ -509,19 +589,123 @@ class _OnMeta(Problem):
         frozen = {} if self.config.precision == "float32" else self._frozen
         return predictions(self.family, batches, {**frozen, **params})
 
+    def attacker(self, n: int, step: int, alive: Mapping[int, Alive] = NOBODY) -> Attacker:
+        """One of each kind in turn, where a run draws them."""
+        kinds = self.config.attackers
+        return Attacker(kinds[n % len(kinds)], self.config.seed, n, step)
+
+
+class _WordOnMeta(TrainedWord):
+    """A new word whose embedding reaches the denoiser's text, past the text encoders."""
+
+    def read(self, family: Family, rows: Sequence[int], embedding: torch.Tensor) -> Conditioning:
+        text = family.encode_prompts([self.prompt])["encoder_hidden_states"]
+        return {"encoder_hidden_states": text.expand(len(rows), -1, -1) + embedding.sum()}
+
 
 def _encoded(family: Family) -> Encoded:
     """Two pictures of one prompt, on the meta device."""
     side = family.resolution // family.pipeline.vae_scale_factor
-    channels = family.pipeline.vae.config.latent_channels
     # text encoders look whether anything is masked, which the meta device cannot say
     with counted(()):
         prompts = family.encode_prompts(["a photo"])
     return Encoded(
-        torch.empty(2, channels, side, side, device="meta"),
+        torch.empty(2, family._latent_channels, side, side, device="meta"),
         prompts,
         torch.zeros(2, dtype=torch.long),
     )
+
+
+def _encodings(
+    encoded: Encoded,
+    concepts: Sequence[Concept],
+    benign: Sequence[Concept],
+    config: ImmunizeConfig,
+) -> int:
+    """Bytes of all pictures and prompts as the denoiser reads them."""
+    pictures = sum(len(concept.images) for concept in (*concepts, *benign))
+    prompts = sum(len({x.prompt for x in c.images}) for c in benign)
+    prompts += len(caption_kinds(config)) * sum(len({x.prompt for x in c.images}) for c in concepts)
+    if config.has_prior:
+        for concept in concepts:
+            own = {x.prompt for x in concept.class_images}
+            drawn = config.num_class_images
+            pictures += len(concept.class_images) or drawn
+            said = concept.class_prompt and config.captions is None
+            prompts += len(own) or (1 if said else drawn)
+    text = sum(_num_bytes(v) for v in encoded.prompts.values())
+    return _num_bytes(encoded.latents[:1]) * pictures + text * prompts
+
+
+def _matched(encoded: Encoded, config: ImmunizeConfig, count: int) -> int:
+    """Bytes that the model before immunization predicts after benign adaptations, kept."""
+    benign = config.upper.benign
+    if benign is None or benign.target != "match":
+        return 0
+    low = benign.lower or config.attackers[0].as_benign
+    states = len(low.states(benign.path_every))
+    each = encoded.latents[0].numel() * FLOAT32 * config.upper.batch_size
+    return count * benign.paths * states * each
+
+
+def _served(config: ImmunizeConfig, names: Sequence[str], numels: Mapping[str, int]) -> int:
+    """Bytes of the states of an attack that are kept for later outer steps."""
+    if config.attack_every == 1:
+        return 0
+    states = len(config.attackers[0].states(config.upper.path_every))
+    return states * sum(numels[name] for name in names) * FLOAT32
+
+
+def _kinds(config: ImmunizeConfig) -> list[LowerConfig]:
+    """Attackers of different memory, a few steps each; drawn settings as large as they may be."""
+    found: list[LowerConfig] = []
+    for attacker in config.attackers:
+        start = attacker.benign_start
+        one = attacker.model_copy(
+            update={
+                "steps": min(attacker.steps, FOLLOWED),
+                "lr": 1.0,
+                "rank": _highest_rank(attacker),
+                "captions": ("as_is",),
+                "benign_start": start and (min(1, start[1]),) * 2,
+                "share": 1.0,
+                "age": None,
+            }
+        )
+        if one not in found:
+            found.append(one)
+    return found
+
+
+def _highest_rank(low: LowerConfig) -> int:
+    return max(low.rank) if isinstance(low.rank, tuple) else low.rank
+
+
+def _every(low: LowerConfig, every: int | None) -> int | None:
+    """Every which state of the steps that are followed is to count, for every which of all."""
+    if low.steps <= FOLLOWED:
+        return every
+    # at every step that is followed, or at the last alone
+    return 1 if len(low.states(every)) >= FOLLOWED > 1 else None
+
+
+def _further(low: LowerConfig, every: int | None, mode: str, attacked: int, merged: int) -> int:
+    """Bytes that the steps of a path which are not followed add to those that are.
+
+    Args:
+        low: the adaptation.
+        every: which of its states count.
+        mode: how it is differentiated.
+        attacked: bytes of what it trains.
+        merged: bytes of its change.
+    """
+    few = low.model_copy(update={"steps": min(low.steps, FOLLOWED)})
+    states = len(low.states(every)) - len(few.states(_every(low, every)))
+    if mode == "first_order":
+        return states * merged
+    gradient = mode == "finite_difference" and low.optimizer == "adam"
+    kept = (low.steps - few.steps) * attacked * (1 + MOMENTS[low.optimizer] + gradient)
+    return kept + states * 2 * merged
 
 
 def _step(
@@ -530,29 +714,96 @@ def _step(
     concepts: Sequence[Concept],
     config: ImmunizeConfig,
     numels: Mapping[str, int],
+    benign: int,
 ) -> dict[str, int]:
     """Bytes of an outer step's own tensors, at their peak."""
-    K, every = _attacker(config).steps, config.upper.path_every
-    states = 1 if every is None else len([*range(every, K, every), K])
-    few_steps = min(K, FOLLOWED)
-    # at every step that is followed, or at the last alone
-    few_states = few_steps if states >= few_steps else 1
-    few = {"steps": few_steps}, {"path_every": 1 if few_states > 1 else None}
+    kinds, upper, low = _kinds(config), config.upper, config.attackers[0]
+    mode = "first_order" if config.method == "alternating" else config.hypergradient
+    done = _concepts_of_a_step(config, len(concepts))
+    count = min(done, max(2, upper.concepts_per_forward, len(kinds)))
     reduced = config.model_copy(
         update={
-            "lower": _attacker(config).model_copy(update={**few[0], "age": None}),
-            "upper": config.upper.model_copy(update=few[1]),
+            "lower": tuple(kinds),
+            "upper": upper.model_copy(
+                update={
+                    "path_every": _every(low, upper.path_every),
+                    "benign": upper.benign and _short_benign(upper.benign, low),
+                }
+            ),
             "concepts_per_step": None,
         }
     )
-    count = min(len(concepts), max(2, config.upper.concepts_per_forward))
-    if config.method == "compose":
-        count = 1
-    names = [concept.name for concept in concepts[:count]]
+    _, names = trained_names(family, config)
+    merged = sum(numels[name] for name in names) * FLOAT32
+    states = max(
+        _further(a, upper.path_every, mode, _attacked(family, a, numels), merged)
+        for a in config.attackers
+    )
+    beside = _further(low, upper.path_every, "first_order", 0, merged)
+    further = {"attack": states, "retain": beside if config.attack_every > 1 else 0}
+    if upper.benign is not None:
+        own = upper.benign.lower or low.as_benign
+        size = sum(numels[n] for n in _names_of(family, own)) * FLOAT32
+        trained = _attacked(family, own, numels)
+        further["retain"] += _further(own, upper.benign.path_every, mode, trained, size)
+    found = [
+        _followed(
+            family,
+            encoded,
+            [concept.name for concept in concepts[:count]],
+            reduced.model_copy(update={"lower": tuple(kinds[first:] + kinds[:first])}),
+            further,
+            min(benign, 2),
+        )
+        for first in range(0, len(kinds), count)
+    ]
+    return max(found, key=lambda parts: sum(parts.values()))
+
+
+def _short_benign(benign: BenignConfig, low: LowerConfig) -> BenignConfig:
+    own = benign.lower or low.as_benign
+    return benign.model_copy(
+        update={
+            "path_every": _every(own, benign.path_every),
+            "lower": own.model_copy(
+                update={"steps": min(own.steps, FOLLOWED), "rank": _highest_rank(own)}
+            ),
+        }
+    )
+
+
+def _followed(
+    family: Family,
+    encoded: Encoded,
+    names: Sequence[str],
+    config: ImmunizeConfig,
+    further: Mapping[str, int],
+    benign: int,
+) -> dict[str, int]:
+    """Bytes of one outer step, of a few steps each, that is followed on the meta device.
+
+    Args:
+        family: on the meta device.
+        encoded: two pictures.
+        names: the step's concepts.
+        config: the settings of the shortened step.
+        further: bytes that the whole one adds, by phase.
+        benign: concepts that must stay learnable.
+    """
+    count = len(names)
     data = [ConceptData(name, encoded, encoded) for name in names]
+    others = [ConceptData(f"benign {b}", encoded, None) for b in range(benign)]
     merges = config.method in ("mima", "alternating")
     merge = MergeLayer(torch.full((count,), 1 / count, device="meta")) if merges else None
-    problem = _OnMeta(family, data, reduced, merge)
+    word = _WordOnMeta(
+        text="<new>",
+        indices=(),
+        embedding=torch.empty(1, device="meta"),
+        prompt="a photo",
+        prompts=(),
+    )
+    words = [word] * count if config.train_tokens else []
+    problem = _OnMeta(family, data, config, merge, words=words, benign=others)
     theta = problem.theta()
     held = [
         *family.denoiser.parameters(),
@@ -561,49 +812,48 @@ def _step(
         # bfloat16 copies of frozen weights, which ``_frozen`` of a float32 file makes
         *(copies := problem._frozen if config.precision != "float32" else {}).values(),
     ]
+    found: list[dict[str, int]] = []
     with ExitStack() as stack:
         stack.enter_context(recomputed_blocks(family.denoiser, config.gradient_checkpointing))
         shapes = [value.shape for value in theta.values()]
         half = config.precision == "bfloat16"
         live = stack.enter_context(counted(held, shapes, bfloat16=half))
-        _follow(problem, theta)
+        for phase in _follow(problem, theta):
+            found.append(
+                {
+                    "attacks, their gradients and merge": live.parts.get("weights", 0),
+                    "further states of the path": further[phase],
+                    "activations": live.parts.get("activations", 0),
+                }
+            )
+            live.restart()
     frozen = {n: p for n, p in family.denoiser.named_parameters() if n in copies}
     made = sum(
         0 if isinstance(p, Upcast) and p.stored.dtype == torch.bfloat16 else _num_bytes(copies[n])
         for n, p in frozen.items()
     )
-    attacked = _attacked(family, config, numels)
-    kept = 0
-    if config.hypergradient != "first_order" and config.method != "alternating":
-        moments, gradient = (2, config.hypergradient != "exact") if _adam(config) else (0, 0)
-        kept = (K - few_steps) * attacked * (1 + moments + gradient)
-    merged = sum(numels[name] for name in problem.lower_names) * FLOAT32
-    per_state = merged * (1 if config.hypergradient == "first_order" else 2)
-    return {
-        "casts of frozen weights": live.largest_cast + made,
-        "attacks, their gradients and merge": live.parts.get("weights", 0),
-        "further states of the path": kept + (states - few_states) * per_state,
-        "activations": live.parts.get("activations", 0),
-    }
+    largest = max(found, key=lambda parts: sum(parts.values()))
+    return {"casts of frozen weights": live.largest_cast + made, **largest}
 
 
-def _attacked(family: Family, config: ImmunizeConfig, numels: Mapping[str, int]) -> int:
-    """Bytes of what an attack trains."""
-    _, names = trained_names(family, config)
-    if _attacker(config).parameters != "lora":
+def _names_of(family: Family, low: LowerConfig) -> list[str]:
+    """What an adaptation changes."""
+    if low.parameters == "lora":
+        return list(family.lora_targets())
+    return [] if low.parameters is None else list(family.parameter_names(low.parameters))
+
+
+def _attacked(family: Family, low: LowerConfig, numels: Mapping[str, int]) -> int:
+    """Bytes of what an adaptation trains."""
+    names = _names_of(family, low)
+    if low.parameters != "lora":
         return sum(numels[name] for name in names) * FLOAT32
     shapes = (family.denoiser.get_parameter(name).shape for name in names)
-    rank = _attacker(config).rank
-    most = max(rank) if isinstance(rank, tuple) else rank
-    return sum(FLOAT32 * most * (o + d) for o, d in shapes)
+    return sum(FLOAT32 * _highest_rank(low) * (o + d) for o, d in shapes)
 
 
-def _adam(config: ImmunizeConfig) -> bool:
-    return _attacker(config).optimizer == "adam"
-
-
-def _follow(problem: Problem, theta: Params) -> None:
-    """One outer step, up to the gradient that the optimizer reads."""
+def _follow(problem: Problem, theta: Params) -> Iterator[str]:
+    """One outer step, up to the gradient that the optimizer reads; the phase that is over."""
     if problem.config.method == "alternating":
         total: dict[str, torch.Tensor] = {}
         for task in problem.lower_levels(0):
@@ -611,11 +861,14 @@ def _follow(problem: Problem, theta: Params) -> None:
             accumulate(total, {name: g / 2 for name, g in gradient.items()})
         del total
         upper_gradient(theta, problem.upper_levels(0))
+        yield "attack"
         return
     outer = problem.hypergradient(theta, problem.lower_levels(0), problem.upper_path(0))
+    yield "attack"
     retain = problem.retaining_gradient(theta, 0)
     # clipped or balanced, while both are there
     _ = {name: value * 1.0 for name, value in (retain or outer).gradient.items()}
+    yield "retain"
 
 
 def _preparing(family: Family, encoded: Encoded, *, most: int, drawn: int) -> int:
@@ -642,7 +895,7 @@ def _preparing(family: Family, encoded: Encoded, *, most: int, drawn: int) -> in
     return live.peak + live.largest_cast
 
 
-def _others(pipeline: Any, family: Family) -> list[torch.nn.Module]:
+def _others(pipeline: Pipeline, family: Family) -> list[torch.nn.Module]:
     return [
         module
         for module in pipeline.components.values()
@@ -663,20 +916,17 @@ def _dtype_of(x: torch.Tensor) -> str:
     return str((x.stored if isinstance(x, Upcast) else x).dtype).removeprefix("torch.")
 
 
-def _has_prior(config: ImmunizeConfig) -> bool:
-    return bool(config.upper.prior_weight or _attacker(config).prior_weight)
-
-
 def _reads_start(config: ImmunizeConfig) -> bool:
-    return config.upper.objective in READS_START or config.upper.retain == "distill"
+    compared = config.upper.benign is not None and config.upper.benign.target == "match"
+    return config.upper.objective in READS_START or config.upper.retain == "distill" or compared
 
 
 def _lacking(concepts: Sequence[Concept], config: ImmunizeConfig) -> int:
     """Concepts whose class pictures are to be drawn."""
-    return sum(not concept.class_images for concept in concepts) if _has_prior(config) else 0
+    return sum(not concept.class_images for concept in concepts) if config.has_prior else 0
 
 
-def _drawn(pipeline: Any, concepts: Sequence[Concept], config: ImmunizeConfig) -> int:
+def _drawn(pipeline: Pipeline, concepts: Sequence[Concept], config: ImmunizeConfig) -> int:
     """Forwards of one picture that draw the class pictures, with guidance."""
     steps = inspect.signature(type(pipeline).__call__).parameters["num_inference_steps"].default
     return _lacking(concepts, config) * config.num_class_images * int(steps) * 2
