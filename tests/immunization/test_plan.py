@@ -165,7 +165,7 @@ def test_attackers_that_live_on_are_what_the_run_keeps(model, tmp_path):
             for mode in ("exact", "finite_difference", "first_order")
             for every in (None, 1, 2)
         },
-        ("first_order-1",),
+        (),
     ),
 )
 def test_what_grows_with_the_path_is_added_without_being_followed(
