@@ -26,7 +26,7 @@ def summary_table(evaluation: Evaluation) -> Table:
         ),
     )
     table.add_column("concept", overflow="fold")
-    table.add_column("method", overflow="fold")
+    table.add_column("method", no_wrap=True)
     for name in ("before", "SGR mean", "SGR at the end", "rise left", "steps ratio"):
         table.add_column(name, justify="right")
 
