@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mima.assets import assets
 from mima.choices import Task
-from mima.demo import settings as demo_settings
 from mima.errors import MimaError, nearest
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.recipes import RECIPES
@@ -118,16 +118,39 @@ Make = Callable[[Task, Mapping[str, Any]], ImmunizeConfig]
 def methods() -> dict[str, Make]:
     """How a model may be immunized, by name.
 
-    The baselines and ``mima`` have the demonstration's settings, the published update what it
-    allows of them; the rest are the recipes that the package has.
+    The baselines and ``mima`` simulate short attacks on keys and values (``SHORT``), the published
+    update what it allows of them; the rest are the recipes that the package has, with the rates
+    that the embedded model is usually trained at.
     """
     named: dict[str, Make] = {
-        name: _of_the_demonstration(name)
+        name: _short(name)
         for name in (UNTRAINED, "imma", "joint", "compose", "alternating", "mima")
     }
     for name, recipe in RECIPES.items():
-        named[name] = _of_recipe(recipe)
+        if name == "default":
+            named[name] = _of_recipe(partial(recipe, rate=USUAL_RATE))
+        else:
+            named[name] = _of_recipe(recipe, 1.0 if name == "sophon" else USUAL_RATE / THEIR_RATE)
     return named
+
+
+USUAL_RATE = 1e-4
+"""At which the embedded model is fine-tuned on a few pictures."""
+THEIR_RATE = 5e-6
+"""Likewise, for the models of ``paper``, ``apdm`` and ``tar``; SOPHON's were small themselves."""
+SHORT: Mapping[str, Any] = {
+    "hypergradient": "first_order",
+    "lower": {"steps": 4, "lr": 1e-3, "batch_size": 4, "parameters": "cross_attention_kv"},
+    "upper": {
+        "lr": 2e-4,
+        "weight_decay": 0.0,
+        "batch_size": 4,
+        "prior_weight": 6.0,
+        "prior_batch_size": 24,
+        "loss_cap": 1.4,
+    },
+}
+"""Attacks of few steps, the objective at their end alone."""
 
 
 def configured(cell: Cell, cut: Cut) -> ImmunizeConfig:
@@ -168,29 +191,38 @@ def attack_steps(config: ImmunizeConfig, count: int) -> float:
     own = 1 if config.method == "compose" else min(config.concepts_per_step or count, count)
     if config.method == "compose":
         steps *= count
+    steps /= config.attack_every
     # every other step of the published update ascends at weights that the one before committed
     share = 0.5 if config.method == "alternating" else 1.0
     return share * own * steps
 
 
-def _of_the_demonstration(method: str) -> Make:
+def _short(method: str) -> Make:
     def make(task: Task, settings: Mapping[str, Any]) -> ImmunizeConfig:
-        plain = demo_settings(quick=False, seed=0).immunization.model_dump()
-        plain["method"] = method
-        plain["new_words"] = task == "personalize"
+        plain = {**SHORT, "method": method, "new_words": task == "personalize"}
         if method == "alternating":
-            plain["lower"] |= {"steps": 1}
-            plain["upper"] |= {"loss_cap": None}
-        return ImmunizeConfig.model_validate(plain | dict(settings))
+            plain["lower"] = {**SHORT["lower"], "steps": 1}
+            plain["upper"] = {**SHORT["upper"], "loss_cap": None}
+        return ImmunizeConfig.model_validate({**plain, **settings})
 
     return make
 
 
-def _of_recipe(recipe: Callable[..., ImmunizeConfig]) -> Make:
+def _of_recipe(recipe: Callable[..., ImmunizeConfig], scale: float = 1.0) -> Make:
+    """A recipe with all its step sizes scaled."""
+
     def make(task: Task, settings: Mapping[str, Any]) -> ImmunizeConfig:
         # the study erases once for all methods
         own = {"erase_first": False} if task == "relearn" else {}
-        return recipe(task, **own, **settings)
+        config = recipe(task, **own, **settings)
+        if scale == 1.0:
+            return config
+        plain = config.model_dump()
+        lower = plain["lower"]
+        for level in (*(lower if isinstance(lower, (list, tuple)) else (lower,)), plain["upper"]):
+            lr = level["lr"]
+            level["lr"] = tuple(x * scale for x in lr) if isinstance(lr, tuple) else lr * scale
+        return ImmunizeConfig.model_validate(plain)
 
     return make
 

@@ -149,8 +149,9 @@ def test_new_words_are_trained_where_text_alone_is_read(folder, parameters, tmp_
         return
     result = immunize(pipeline, told, config)
     assert all(0 < report.gradient_norm < float("inf") for report in result.history)
-    # a word alone asks nothing of the projected weights
-    assert (result.history[-1].residual > 0) == (parameters == "lora")
+    # a word alone asks nothing of the projected weights; LoRA of Lumina 2 does not adapt them
+    asked = parameters == "lora" and folder.name != "lumina2"
+    assert (result.history[-1].residual > 0) == asked
     assert result.pipeline.tokenizer is pipeline.tokenizer
 
 
@@ -192,7 +193,8 @@ def test_the_loss_has_a_second_derivative(folder):
     with twice_differentiable_attention():
         leaves, first = gradient(0, graph=True)
         product = torch.autograd.grad(first, leaves, direction)
-    h = 3e-4
+    # SANA's attention and gates have ReLUs, whose kinks a longer difference would cross
+    h = 1e-6 if folder.name == "sana" else 3e-4
     slopes = [
         (ahead - behind) / (2 * h)
         for ahead, behind in zip(gradient(h)[1], gradient(-h)[1], strict=True)

@@ -189,7 +189,7 @@ def test_a_transformer_of_sd3_is_opened_with_the_parts_of_a_folder(tmp_path, cap
     for name, value in opened.text_encoder_3.state_dict().items():
         assert torch.equal(value, other.text_encoder_3.state_dict()[name])
     assert isinstance(family_of(opened), StableDiffusion3)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("mima")]
     flux = builders.save(builders.flux, tmp_path / "flux")
     with pytest.raises(MimaError, match=r"cannot open|holds the transformer of a Stable"):
         load_pipeline(file, config=flux)

@@ -44,8 +44,9 @@ def test_weights_in_the_dtype_of_their_file_change_no_value(half, tmp_path, monk
     monkeypatch.setattr(frozen, "LARGE", 0)
     mapped = []
     found = immunize(half, concepts(), config, callbacks=[lambda _: mapped.append(mapped_files())])
-    # text encoder and VAE
-    assert mapped == [2, 2]
+    # VAE and text encoder, which the published update needs for each merge's captions
+    count = 1 if config.method == "alternating" else 2
+    assert mapped == [count, count]
     assert mapped_files() == 0
     assert [r.losses for r in found.history] == [r.losses for r in wanted.history]
     for name in ("unet", "vae", "text_encoder"):

@@ -126,11 +126,14 @@ def killed_and_resumed(
         process.join()
         if process.exitcode == -signal.SIGKILL:
             done += 1
-            continue
-        assert process.exitcode == 0
-        assert contents(output, timed) == expected
-        left = {path.name for path in place.iterdir() if path.name.startswith(f".{output.name}")}
-        assert left == set()
+            # the last write is one renaming: killed after it, all is done but for tidying up
+            if contents(output, timed) != expected:
+                continue
+        else:
+            assert process.exitcode == 0
+            assert contents(output, timed) == expected
+            left = {path.name for path in place.iterdir()}
+            assert not any(name.startswith(f".{output.name}") for name in left)
         number += 1
         if done == kills:
             return
