@@ -16,7 +16,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
         "mima-demo"
     ),
-    quick: Annotated[bool, typer.Option("--quick", help="A shorter run, in 90 seconds.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A shorter run, in two minutes.")] = False,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -27,7 +27,7 @@ def demo(
 
     from mima.console import stderr, stdout
 
-    length = "a minute and a half" if quick else "six minutes"
+    length = "two minutes" if quick else "six minutes"
     stderr().print(
         "erases two styles from the embedded model, immunizes it against them, attacks the erased "
         "and the immunized model alike, and says what came back; on two quiet cores about "

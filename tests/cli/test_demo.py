@@ -22,7 +22,7 @@ def test_the_demo_says_first_what_it_will_do(workdir, monkeypatch):
 
     monkeypatch.setattr("mima.demo.run_demo", stop)
     said, _, error = run("demo", "--quick", "-o", "out", code=2).partition("error: ")
-    assert "about a minute and a half; results in out" in said
+    assert "about two minutes; results in out" in said
     assert error == "enough"
 
 
