@@ -72,8 +72,6 @@ def settings(*, quick: bool, seed: int) -> DemoSettings:
         seed=seed,
         num_class_images=32 if quick else 96,
         upper={
-            # a quarter of the recommended steps, each one longer
-            "lr": 5e-4,
             "benign": {
                 "every": 6,
                 "path_every": 4,
