@@ -17,6 +17,11 @@ Params = Mapping[str, torch.Tensor]
 Tensors = dict[str, torch.Tensor]
 
 
+def plus(theta: Params, change: Params) -> Tensors:
+    """θ with a change of some of its names added."""
+    return {name: v + change[name] if name in change else v for name, v in theta.items()}
+
+
 class LowerLevel(ABC):
     """``θ'[n] = argmin L(x_l[n], c[n]; θ)``, approximated by K steps from θ on fixed batches.
 

@@ -12,7 +12,7 @@ from torch.nn.utils import get_total_norm
 
 from mima.bilevel import lower
 from mima.bilevel.hypergradient import accumulate, pullback
-from mima.bilevel.lower import Carried, LowerLevel, Params, Tensors
+from mima.bilevel.lower import Carried, LowerLevel, Params, Tensors, plus
 from mima.distributed import ALONE, Ranks, union
 from mima.merging import MergeLayer
 
@@ -175,7 +175,7 @@ def outer_gradient(
         missed = point.merge.missed(point.asked, {name: moved[name] for name in names})
         if keep:
             kept[k] = moved
-        phi = _plus(theta, moved)
+        phi = plus(theta, moved)
         # without a second pass, nothing reads the gradient at what the attackers alone change
         asked = wrt if mode == "first_order" else None
         bar, words_bar, path[k] = upper_gradient(phi, parts[k], ranks, point.words, asked)
@@ -235,14 +235,10 @@ def replayed_gradient(
     total: Tensors = {}
     path: dict[int, dict[Any, float]] = {}
     for k, parts in along_path(upper, max(moved)).items():
-        bar, _, path[k] = upper_gradient(_plus(theta, moved[k]), parts, ranks, wrt=wrt)
+        bar, _, path[k] = upper_gradient(plus(theta, moved[k]), parts, ranks, wrt=wrt)
         accumulate(total, bar)
     last = max(path)
     return OuterGradient(total, path[last], drift(theta, moved[last]), path=path, moved=dict(moved))
-
-
-def _plus(theta: Params, moved: Params) -> Tensors:
-    return {name: v + moved[name] if name in moved else v for name, v in theta.items()}
 
 
 Upper = Sequence[Level] | Mapping[int, Sequence[Level]]
@@ -462,7 +458,7 @@ def naive_outer_gradient(
         adapted, words, C = [], [], []
         for task, path in zip(tasks, paths, strict=True):
             change, own = apart(task.change(path[k - 1], leaves), leaves)
-            adapted.append({n: v + change[n] if n in change else v for n, v in leaves.items()})
+            adapted.append(plus(leaves, change))
             words.append(own)
             if merge.trained_tokens:
                 C.append(task.tokens(own))

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from mima.bilevel import lower
-from mima.bilevel.lower import LowerLevel, Params
+from mima.bilevel.lower import LowerLevel, Params, plus
 from mima.bilevel.outer import Level, OuterGradient, unmerged_gradient
 from mima.immunization.attackers import Attacker
 from mima.immunization.config import BenignConfig, LowerConfig
@@ -107,8 +107,7 @@ class BenignTerms:
             with torch.no_grad():
                 for k, state in enumerate(lower.path(task, theta), start=1):
                     if k in self.states:
-                        change = task.change(state.z, theta)
-                        adapted = {n: v + change[n] if n in change else v for n, v in theta.items()}
+                        adapted = plus(theta, task.change(state.z, theta))
                         batch = self._held_out(b, j, k)
                         ((found[k], _),) = self._problem.predictions([batch], adapted)
             self._matched[b, j] = found

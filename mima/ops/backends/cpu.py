@@ -63,7 +63,6 @@ def weighted_merge_backward(
     d_out, base, thetas = contiguous(d_out), contiguous(base), contiguous(thetas)
     code = DTYPE_CODES[base[0].dtype]
     inputs = base, thetas, weights.tolist()
-    d_weights = None
     sums = loaded("cpu").weighted_merge_backward(
         code, torch.get_num_threads(), d_out, *inputs, d_base, d_thetas, need_weights
     )

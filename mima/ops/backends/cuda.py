@@ -59,7 +59,6 @@ def weighted_merge_backward(
     d_out, base, thetas = contiguous(d_out), contiguous(base), contiguous(thetas)
     code = DTYPE_CODES[base[0].dtype]
     inputs = base, thetas, weights.tolist()
-    d_weights = None
     call = loaded("cuda").WeightedMerge(code, *inputs, [], d_out, d_base, d_thetas)
     with _launching(call, base[0].device) as (table, stream):
         # a sum per piece, added in a fixed order: the same result each time
