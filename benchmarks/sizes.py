@@ -38,7 +38,7 @@ from mima.families import ModelSource
 from mima.families.loading import load_embedded
 from mima.immunization.algorithm import immunize
 from mima.immunization.config import ImmunizeConfig
-from mima.immunization.plan import plan
+from mima.immunization.planning.plan import plan
 
 SIDE = 256
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072}

@@ -36,7 +36,8 @@ from mima.immunization.encoding import encode_concepts, saw
 from mima.immunization.levels import Problem, merge_layer, recomputed_blocks, trained_names
 from mima.immunization.offload import idle_modules, make_whole, out_of_memory_while
 from mima.immunization.outer_loop import Ascent
-from mima.immunization.plan import Plan, large, plan
+from mima.immunization.planning.plan import large, plan
+from mima.immunization.planning.result import Plan
 from mima.immunization.progress import Callback, StepReport
 from mima.immunization.result import ImmunizeResult
 from mima.immunization.trained_words import TrainedWord
@@ -146,7 +147,7 @@ def immunize(
         delta: write only the changed weights to ``output`` (see ``load_delta``).
         device: where to compute. By default where a pipeline in memory is; otherwise a GPU where
             there is one, and this process's own among several. A dry run also takes a GPU of
-            another machine, see ``mima.immunization.plan.device_memory``.
+            another machine, see ``mima.immunization.planning.devices.device_memory``.
         callbacks: called with a ``StepReport`` after each outer step.
 
     Returns:

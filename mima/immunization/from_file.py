@@ -16,7 +16,7 @@ from mima.storage.output import check_folder
 if TYPE_CHECKING:
     from mima.concepts import Concept
     from mima.families import ModelSource
-    from mima.immunization.plan import Plan
+    from mima.immunization.planning.result import Plan
     from mima.immunization.progress import Callback
     from mima.immunization.result import ImmunizeResult
 

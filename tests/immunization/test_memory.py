@@ -15,8 +15,8 @@ from mima.bilevel.tasks import FullWeights
 from mima.families import frozen, load_pipeline
 from mima.families.frozen import Upcast
 from mima.immunization.algorithm import immunize
-from mima.immunization.meta_memory import LiveBytes
 from mima.immunization.offload import idle_modules, out_of_memory_while
+from mima.immunization.planning.meta_memory import LiveBytes
 from mima.merging import MergeLayer
 
 SAVERS = [{}, {"hypergradient": "exact"}, {"method": "alternating"}, {"erase_first": True}]

@@ -12,12 +12,15 @@ from mima.families import ModelSource, family_of, frozen, load_pipeline
 from mima.families.frozen import Upcast, hold_frozen
 from mima.families.skeleton import open_skeleton
 from mima.immunization import levels, recipes
-from mima.immunization import plan as planning
 from mima.immunization.algorithm import ascend, immunize
 from mima.immunization.encoding import encode_concepts
 from mima.immunization.levels import Problem
-from mima.immunization.meta_memory import LiveBytes
-from mima.immunization.plan import device_memory, pictures_of_a_step, plan
+from mima.immunization.planning import outer_step, refusal
+from mima.immunization.planning import plan as planning
+from mima.immunization.planning.devices import device_memory
+from mima.immunization.planning.meta_memory import LiveBytes
+from mima.immunization.planning.plan import plan
+from mima.immunization.planning.work import pictures_of_a_step
 from mima.merging import MergeLayer
 
 KINDS = ("sdxl", "pixart", "sd3", "flux", "sana", "lumina2", "qwen_image")
@@ -129,7 +132,7 @@ def test_the_memory_of_a_step_is_what_the_step_holds(model, tmp_path, monkeypatc
     live = LiveBytes(held, [value.shape for value in theta.values()], "cpu")
     peak, weights = 0, 0
     with live:
-        for _ in planning._follow(problem, theta):
+        for _ in outer_step.follow(problem, theta):
             if live.peak > peak:
                 peak, weights = live.peak, live.parts["weights"]
             live.restart()
@@ -185,7 +188,7 @@ def test_what_grows_with_the_path_is_added_without_being_followed(
 
     short, further = own()
     assert further > 0 or (mode, every) == ("first_order", None)
-    monkeypatch.setattr(planning, "FOLLOWED", 6)
+    monkeypatch.setattr(outer_step, "FOLLOWED", 6)
     whole, none = own()
     assert none == 0
     assert short == pytest.approx(whole, rel=0.15)
@@ -273,7 +276,7 @@ def test_a_plan_names_settings_with_which_a_run_would_fit(model, tmp_path, monke
     source = ModelSource(model)
     large = plan(source, concepts(), config, device="h100")
     assert large.refusal is None
-    saving = planning._with(config, {"gradient_checkpointing": True})
+    saving = refusal.with_settings(config, {"gradient_checkpointing": True})
     small = plan(source, concepts(), saving, device="h100")
     assert small.peak < large.peak
     size = (small.peak + large.peak) / 2 / 2**20

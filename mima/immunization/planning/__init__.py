@@ -1,0 +1,1 @@
+"""What a run will train and need, said before any weight is loaded."""

@@ -1,0 +1,247 @@
+"""What a run will train and need, said before any weight is loaded."""
+
+# N = concepts, K = lower-level steps, S_u and S_l = what the defender and the attacks change
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mima.concepts import Concept
+from mima.families import ModelSource, family_of, load_pipeline
+from mima.families.frozen import hold_frozen
+from mima.families.skeleton import open_skeleton
+from mima.immunization.config import ImmunizeConfig
+from mima.immunization.levels import trained_names
+from mima.immunization.offload import idle_modules
+from mima.immunization.planning.devices import GPU_CONTEXT, device_memory, free_disk, resident
+from mima.immunization.planning.outer_step import MOMENTS, attacked, step_parts
+from mima.immunization.planning.refusal import refusal_of
+from mima.immunization.planning.result import Plan
+from mima.immunization.planning.sizes import (
+    FLOAT32,
+    dtype_of,
+    encoded_pictures,
+    encodings_size,
+    matched,
+    num_bytes,
+    others,
+    preparing,
+    reads_start,
+    served,
+    weights_of,
+)
+from mima.immunization.planning.work import concepts_of_a_step, drawn, lacking, pictures_of_a_step
+from mima.storage.inputs import expanded
+from mima.training.batches import CHUNK
+
+LARGE_MODEL = 2**30
+"""Bytes of a model's weights from which on a run is planned before it starts."""
+
+
+def plan(
+    model: Any,
+    concepts: Sequence[Concept],
+    config: ImmunizeConfig,
+    *,
+    benign: Sequence[Concept] = (),
+    device: str | torch.device | None = None,
+    output: Path | None = None,
+    delta: bool = False,
+    measure: bool = False,
+) -> Plan:
+    """Say what a run will train and need, from configurations and the headers of weights alone.
+
+    One outer step is followed on the meta device, of two concepts (or one of each kind of attacker)
+    and two lower-level steps; what grows with their number is added. Not counted: what an allocator
+    loses, and the text encoder's activations where new words are trained.
+
+    Args:
+        model: a ``ModelSource``, or a pipeline in memory, which is left as it is.
+        concepts: N concepts.
+        config: the settings.
+        benign: the concepts that must stay learnable, where the settings read some.
+        device: of the run: ``cpu``, ``cuda``, a key of ``DEVICES`` (``h100``), or a size (``24
+            GiB``) of a GPU's memory.
+        output: where the run writes; None writes nothing.
+        delta: whether it writes the changed weights alone.
+        measure: time one forward where the device is this machine's; a model on disk is opened
+            for it.
+
+    Raises:
+        MimaError: the model, a setting or the device is not to be had, see ``open_skeleton``.
+
+    Example:
+        >>> print(plan(ModelSource("embedded"), concepts, ImmunizeConfig(), device="h100"))
+    """
+    if device is None and hasattr(model, "components"):
+        device = family_of(model).device
+
+    def planned(settings: ImmunizeConfig) -> Plan:
+        return _plan(
+            model, concepts, settings, benign=benign, device=device, output=output, delta=delta
+        )
+
+    found = planned(config)
+    if measure and found.device.split(":")[0] in ("cpu", "cuda"):
+        found = replace(found, seconds=_seconds(model, config, found.device))
+    return replace(found, refusal=refusal_of(found, config, planned, delta=delta))
+
+
+def _plan(
+    model: Any,
+    concepts: Sequence[Concept],
+    config: ImmunizeConfig,
+    *,
+    benign: Sequence[Concept],
+    device: str | torch.device | None,
+    output: Path | None,
+    delta: bool,
+) -> Plan:
+    label, capacity = device_memory(device)
+    on_cpu = label.startswith("cpu")
+    # weights of the pipeline in memory cannot leave it
+    opened = not hasattr(model, "components")
+    pipeline = open_skeleton(model)
+    family = family_of(pipeline, resolution=config.resolution)
+    upper_names, lower_names = trained_names(family, config)
+    both = [name for name in upper_names if name in lower_names]
+    trained = {
+        "both levels": both,
+        "the defender alone": [name for name in upper_names if name not in lower_names],
+        "simulated attacks alone": [name for name in lower_names if name not in upper_names],
+    }
+    names = dict.fromkeys((*upper_names, *lower_names))
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module) and (opened or module is family.denoiser):
+            hold_frozen(module, names if module is family.denoiser else ())
+    numels = {n: p.numel() for n, p in family.denoiser.named_parameters() if n in names}
+    encoded = encoded_pictures(family)
+    encodings = encodings_size(encoded, concepts, benign, config)
+
+    # the published update draws captions for each merge
+    reads_text = config.train_tokens or config.method == "alternating"
+    idle = idle_modules(pipeline, reads_text=reads_text)
+    waiting = weights_of(m for m in others(pipeline, family) if not (opened and m in idle))
+    denoiser = {
+        ("trained weights, " if name in names else "frozen weights, ") + dtype: 0
+        for name, p in family.denoiser.named_parameters()
+        for dtype in [dtype_of(p)]
+    }
+    for name, p in family.denoiser.named_parameters():
+        part = ("trained weights, " if name in names else "frozen weights, ") + dtype_of(p)
+        denoiser[part] += num_bytes(p)
+    ground = {
+        "Python and its libraries" if on_cpu else "CUDA's context": (
+            resident() if on_cpu else GPU_CONTEXT
+        ),
+        "encoded pictures and prompts": encodings if on_cpu else 0,
+    }
+    mine = sum(numels[name] for name in upper_names) * FLOAT32
+    done = concepts_of_a_step(config, len(concepts))
+    living = done * max(
+        attacked(family, attacker, numels) * (1 + MOMENTS[attacker.optimizer])
+        if attacker.age
+        else 0
+        for attacker in config.attackers
+    )
+    memory = {
+        "preparing": {
+            **ground,
+            **denoiser,
+            "text encoders and VAE": weights_of(others(pipeline, family)),
+            "activations": preparing(
+                family,
+                encoded,
+                most=max(max(len(c.images), len(c.class_images)) for c in (*concepts, *benign)),
+                drawn=min(CHUNK, config.num_class_images) if lacking(concepts, config) else 0,
+            ),
+        }
+    }
+    if config.method != "none":
+        offloaded = config.offload_optimizer and not on_cpu
+        memory["outer steps"] = {
+            **ground,
+            **denoiser,
+            "encoders that stay": waiting,
+            "weights as they were before": mine if reads_start(config) else 0,
+            "immunized models": (
+                len(concepts) * sum(numels.values()) * FLOAT32
+                if config.method == "compose" and on_cpu
+                else 0
+            ),
+            # those that were alive before the step, and where they are after it
+            "attackers that live on": 2 * living,
+            "what benign adaptations predicted": matched(encoded, config, len(benign)),
+            "AdamW's moments": 0 if offloaded else 2 * mine,
+            **step_parts(family, encoded, concepts, config, numels, len(benign)),
+        }
+    whole = sum(
+        p.numel() * FLOAT32
+        for module in (family.denoiser, *(others(pipeline, family) if opened else ()))
+        for p in module.parameters()
+    )
+    memory["the result, in float32"] = {**ground, "weights": whole}
+    changed = sum(numels.values()) * FLOAT32
+    disk: dict[str, int] = {}
+    if output is not None:
+        disk = {
+            "checkpoints, two and one that is being written": (
+                3 * (changed + 2 * mine + living + served(config, lower_names, numels))
+            ),
+            "encoded pictures and prompts": encodings,
+            "encoders, while the run lasts": (
+                weights_of(idle) if on_cpu and opened and config.method != "none" else 0
+            ),
+            "the result": changed if delta else whole,
+        }
+    return Plan(
+        device=label,
+        capacity=capacity,
+        trained={group: found for group, found in trained.items() if found},
+        numels=numels,
+        memory=memory,
+        disk=disk,
+        free_disk=None if output is None else free_disk(output),
+        steps=config.steps * (len(concepts) if config.method == "compose" else 1),
+        pictures=pictures_of_a_step(config, len(concepts), len(benign)),
+        drawn=drawn(pipeline, concepts, config),
+    )
+
+
+def large(model: Any) -> bool:
+    """Whether a model is of a size at which planning its run is worth the seconds."""
+    if isinstance(model, ModelSource):
+        path = expanded(str(model.model))
+        files = [path] if path.is_file() else [*path.glob("*/*.safetensors"), *path.glob("*/*.bin")]
+        return sum(file.stat().st_size for file in files) > LARGE_MODEL
+    modules = (m for m in model.components.values() if isinstance(m, torch.nn.Module))
+    return weights_of(modules) > LARGE_MODEL
+
+
+def _seconds(model: Any, config: ImmunizeConfig, device: str) -> float:
+    """Of one picture's forward on a device of this machine, the second of two."""
+    if isinstance(model, ModelSource):
+        model = load_pipeline(model, dtype=None, device=device)
+        for module in model.components.values():
+            if isinstance(module, torch.nn.Module):
+                hold_frozen(module)
+    family = family_of(model, resolution=config.resolution)
+    side = family.resolution // family.pipeline.vae_scale_factor
+    noisy = torch.zeros(
+        1, family._latent_channels, side, side, device=family.device, dtype=family.dtype
+    )
+    timesteps = torch.full((1,), 500.0, device=family.device)
+    conditioning = family.encode_prompts(["a photo"])
+    started = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        with torch.no_grad():
+            # reading a value waits for the device
+            family.predict(noisy, timesteps, conditioning).sum().item()
+    return time.perf_counter() - started

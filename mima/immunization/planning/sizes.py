@@ -1,0 +1,129 @@
+"""Bytes of what a run holds beside the tensors of an outer step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from mima.concepts import Concept
+from mima.families import Family
+from mima.families.base import PIXELS_AT_ONCE
+from mima.families.frozen import Upcast
+from mima.families.pipelines import Pipeline
+from mima.immunization.config import ImmunizeConfig
+from mima.immunization.encoding import caption_kinds
+from mima.immunization.objectives import READS_START
+from mima.immunization.planning.meta_memory import counted
+from mima.training.batches import CHUNK, Encoded
+
+FLOAT32 = 4
+"""Bytes."""
+
+
+def num_bytes(x: torch.Tensor) -> int:
+    """Bytes of a tensor as it is stored."""
+    stored = x.stored if isinstance(x, Upcast) else x
+    return stored.numel() * stored.element_size()
+
+
+def dtype_of(x: torch.Tensor) -> str:
+    """The name of the dtype in which a tensor is stored."""
+    return str((x.stored if isinstance(x, Upcast) else x).dtype).removeprefix("torch.")
+
+
+def weights_of(modules: Iterable[torch.nn.Module]) -> int:
+    """Bytes of networks' weights as they are stored."""
+    return sum(num_bytes(p) for module in modules for p in module.parameters())
+
+
+def others(pipeline: Pipeline, family: Family) -> list[torch.nn.Module]:
+    """The networks of a pipeline beside its denoiser."""
+    return [
+        module
+        for module in pipeline.components.values()
+        if isinstance(module, torch.nn.Module) and module is not family.denoiser
+    ]
+
+
+def encoded_pictures(family: Family) -> Encoded:
+    """Two pictures of one prompt, on the meta device."""
+    side = family.resolution // family.pipeline.vae_scale_factor
+    # text encoders look whether anything is masked, which the meta device cannot say
+    with counted(()):
+        prompts = family.encode_prompts(["a photo"])
+    return Encoded(
+        torch.empty(2, family._latent_channels, side, side, device="meta"),
+        prompts,
+        torch.zeros(2, dtype=torch.long),
+    )
+
+
+def encodings_size(
+    encoded: Encoded,
+    concepts: Sequence[Concept],
+    benign: Sequence[Concept],
+    config: ImmunizeConfig,
+) -> int:
+    """Bytes of all pictures and prompts as the denoiser reads them."""
+    pictures = sum(len(concept.images) for concept in (*concepts, *benign))
+    prompts = sum(len({x.prompt for x in c.images}) for c in benign)
+    prompts += len(caption_kinds(config)) * sum(len({x.prompt for x in c.images}) for c in concepts)
+    if config.has_prior:
+        for concept in concepts:
+            own = {x.prompt for x in concept.class_images}
+            drawn = config.num_class_images
+            pictures += len(concept.class_images) or drawn
+            said = concept.class_prompt and config.captions is None
+            prompts += len(own) or (1 if said else drawn)
+    text = sum(num_bytes(v) for v in encoded.prompts.values())
+    return num_bytes(encoded.latents[:1]) * pictures + text * prompts
+
+
+def matched(encoded: Encoded, config: ImmunizeConfig, count: int) -> int:
+    """Bytes that the model before immunization predicts after benign adaptations, kept."""
+    benign = config.upper.benign
+    if benign is None or benign.target != "match":
+        return 0
+    low = benign.lower or config.attackers[0].as_benign
+    states = len(low.states(benign.path_every))
+    each = encoded.latents[0].numel() * FLOAT32 * config.upper.batch_size
+    return count * benign.paths * states * each
+
+
+def served(config: ImmunizeConfig, names: Sequence[str], numels: Mapping[str, int]) -> int:
+    """Bytes of the states of an attack that are kept for later outer steps."""
+    if config.attack_every == 1:
+        return 0
+    states = len(config.attackers[0].states(config.upper.path_every))
+    return states * sum(numels[name] for name in names) * FLOAT32
+
+
+def reads_start(config: ImmunizeConfig) -> bool:
+    """Whether a run keeps the weights as they were before it."""
+    compared = config.upper.benign is not None and config.upper.benign.target == "match"
+    return config.upper.objective in READS_START or config.upper.retain == "distill" or compared
+
+
+def preparing(family: Family, encoded: Encoded, *, most: int, drawn: int) -> int:
+    """Bytes of activations while pictures are encoded and class pictures are drawn.
+
+    Args:
+        family: on the meta device.
+        encoded: a prompt as the denoiser reads it.
+        most: pictures of a concept.
+        drawn: class pictures that are drawn at once.
+    """
+    modules = (family.denoiser, family.pipeline.vae)
+    held = [x for m in modules for x in (*m.parameters(), *m.buffers())]
+    side = family.resolution
+    with torch.no_grad(), counted(held) as live:
+        rows = min(most, CHUNK, max(1, PIXELS_AT_ONCE // side**2))
+        family.encode_images(torch.empty(rows, 3, side, side, device="meta"))
+        if drawn:
+            # with guidance, twice as many
+            batch = 2 * drawn
+            noisy = encoded.latents[:1].expand(batch, -1, -1, -1).clone()
+            text = {n: v.expand(batch, *v.shape[1:]).clone() for n, v in encoded.prompts.items()}
+            family.predict(noisy, torch.zeros(batch, device="meta"), text)
+    return live.peak + live.largest_cast
