@@ -19,6 +19,7 @@ from mima.cli import app
 from mima.cli.diagnosis import VARIABLES
 from mima.concepts import embedded_names
 from mima.immunization.config import ImmunizeConfig, ImmunizeRun, LowerConfig
+from mima.immunization.recipes import TASKS, paper
 from mima.ops.backends.choice import BACKENDS
 from mima.settings import group_of, parse_config
 
@@ -55,6 +56,36 @@ def test_the_guide_lists_every_setting_with_its_default():
         if isinstance(default, tuple) and not isinstance(stated, list):
             stated = [stated]
         assert type(default)(stated) == default, name
+
+
+def test_the_guide_says_where_the_released_scripts_differ_from_the_defaults():
+    heading = r"\| \| default \| released scripts: `recipe: paper` \|\n\|[-|]+\|\n((?:\|.*\|\n)+)"
+    (table,) = re.findall(heading, GUIDE)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    plain = {None: {}, "relearn": TASKS["relearn"], "personalize": TASKS["personalize"]}
+    ours = {task: flattened(ImmunizeConfig(**own)) for task, own in plain.items()}
+    theirs = {task: flattened(paper(task)) for task in plain}
+    differ = {name for name, value in ours[None].items() if theirs[None][name] != value}
+    # what the tasks change is in the row of their own
+    assert {name for name, *_ in rows} == {*differ, "task personalize"}
+    for name, default, released in rows[:-1]:
+        stated = [yaml.safe_load(value) for value in re.findall("`(.+?)`", default)][:1]
+        value = ours[None][name]
+        assert [type(value)(x) for x in stated] == ([] if value is None else [value]), name
+        first, *second = re.findall("`(.+?)`", released)
+        for task, text in (("relearn", first), ("personalize", (second or [first])[0])):
+            value = theirs[task][name]
+            assert type(value)(yaml.safe_load(text)) == value, (task, name)
+
+
+def flattened(config: BaseModel, prefix: str = "") -> dict[str, object]:
+    """A configuration's settings by their dotted names."""
+    found: dict[str, object] = {}
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        inner = flattened(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else None
+        found |= inner if inner is not None else {prefix + name: value}
+    return found
 
 
 def test_the_guides_config_is_valid():

@@ -166,6 +166,8 @@ def configured(cell: Cell, cut: Cut) -> ImmunizeConfig:
         # ordinary captions, since the embedded concepts' class prompts say nothing but "an emoji"
         "captions": assets() / "captions.txt",
         "num_class_images": 192,
+        # the embedded model's own, also where a recipe has that of Stable Diffusion 1.4
+        "resolution": None,
         "seed": cell.seed,
         "checkpoint_every": 20,
         **cut.settings,

@@ -30,7 +30,7 @@ def immunize(
     ] = None,
     recipe: Annotated[
         Recipe | None,
-        typer.Option(help="Named settings beneath the file's: the paper's, or a rival's."),
+        typer.Option(help="Named settings beneath the file's: recommended, released, a rival's."),
     ] = None,
     task: Annotated[
         Task | None,

@@ -132,7 +132,7 @@ def immunize(
         model: a diffusers pipeline (left as it is: the result holds a copy of what changes), a
             diffusers folder, a .safetensors file, a hub id, ``"embedded"``, or a ``ModelSource``.
         concepts: N concepts, or whatever ``load_concepts`` reads.
-        config: the settings; by default those of the published re-learning experiments.
+        config: the settings; ``docs/guide.md`` has the defaults, and where published ones differ.
         benign: other concepts, which must stay learnable, or whatever ``load_concepts`` reads; for
             ``upper.benign`` and ``lower.benign_start``.
         dry_run: load no weights, and say what the run would train and need.

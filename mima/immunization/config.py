@@ -258,7 +258,10 @@ Attackers = Annotated[
 
 
 class ImmunizeConfig(Settings):
-    """One immunization. Defaults follow the published re-learning experiments."""
+    """One immunization. Rates and sizes of the upper level default to the published experiments'.
+
+    ``docs/guide.md`` says where the defaults differ from the released scripts (recipe ``paper``).
+    """
 
     method: Method = "mima"
     """``mima``, or a baseline: ``none``, ``imma`` (one concept), ``joint`` (no merge), ``compose``
@@ -334,9 +337,9 @@ class ImmunizeConfig(Settings):
 
     @classmethod
     def for_task(cls, task: Task, **settings: Any) -> ImmunizeConfig:
-        """The default recipe for a task, ``relearn`` or ``personalize``; the settings win over it.
+        """What a run has that names no recipe, for a task; the settings win over it.
 
-        ``mima.immunization.recipes`` has others.
+        ``mima.immunization.recipes`` has named ones.
         """
         # recipes are made of this class
         from mima.immunization.recipes import beneath

@@ -1,4 +1,4 @@
-"""Named settings: what is recommended, the paper's, and those of rivals in the same loop.
+"""Named settings: what is recommended, what MIMA's authors released, and those of rivals.
 
 Each function takes a task, or None, and settings that win over its own, and returns a full
 configuration. Rivals are what their public code does, as far as these settings can say it; what
@@ -22,7 +22,10 @@ TASKS: dict[Task, Plain] = {
     "relearn": {"erase_first": True},
     "personalize": {"new_words": True, "token_steps": 100},
 }
-"""What a task sets, whatever the recipe: what is done to the model before it is immunized."""
+"""What a task sets, whatever the recipe: what is done to the model before it is immunized. Only
+``paper`` adds no words, since its scripts do not."""
+PERSONALIZING_RATE = 2e-5
+"""``upper.lr`` of the released scripts to personalize."""
 
 
 def default(task: Task | None = None, *, rate: float = 5e-6, **settings: Any) -> ImmunizeConfig:
@@ -73,17 +76,32 @@ def default(task: Task | None = None, *, rate: float = 5e-6, **settings: Any) ->
 
 
 def paper(task: Task | None = None, **settings: Any) -> ImmunizeConfig:
-    """MIMA as published (Zheng & Yeh, AAAI 2025, arXiv 2412.15320).
+    """MIMA as its authors released it (Zheng & Yeh, AAAI 2025, arXiv 2412.15320).
 
-    The learning rates, batch size, steps and parameters are those of the released scripts, for
-    re-learning erased concepts (upper level 3e-5) and for personalization (2e-5).
+    github.com/amberyzheng/MIMA at b8fa843: what ``scripts/relearn_train.sh`` and
+    ``personalize_train.sh`` pass to ``train.py``, and its defaults. Without a task, the first.
 
-    Not the same: the gradient is that of the paper's bi-level problem, differentiated through the
-    merge and the lower level. The released scripts' own update, which is not, is
-    ``method="alternating"``.
+    The same: their update, ``alternating``, with its hard constraint and 200 captions; 1,000 steps
+    of both kinds together, one picture at 512 pixels each; the whole denoiser below at 1e-5 (5e-6,
+    doubled with prior preservation), cross-attention above at 3e-5 (2e-5 to personalize); class
+    pictures, 200 (2 to personalize), with weight 1 on both levels; AdamW with decay 0.01 and
+    clipping at 1 above. To personalize, the scripts add no new word: ``<new1>`` is read as its
+    letters, and so it is here.
+
+    Not the same: the scripts flip pictures and scale them with "far away" or "zoomed in" in the
+    caption, take 20 of each concept to re-learn, draw class pictures by 50 steps with guidance 6,
+    and take captions from LAION; their seed, 42, draws other numbers.
     """
-    rates: dict[Task | None, float] = {"relearn": 3e-5, "personalize": 2e-5}
-    return _config({"upper": {"lr": rates[task]}} if task in rates else {}, task, settings)
+    own: Plain = {
+        "method": "alternating",
+        "resolution": 512,
+        "num_class_images": 200,
+        "lower": {"lr": 1e-5, "parameters": "denoiser", "prior_weight": 1.0},
+    }
+    if task == "personalize":
+        own |= {"num_class_images": 2, "upper": {"lr": PERSONALIZING_RATE}}
+        settings = {"new_words": False, "token_steps": 0} | settings
+    return _config(own, task, settings)
 
 
 def apdm(task: Task | None = None, **settings: Any) -> ImmunizeConfig:
@@ -191,20 +209,25 @@ def beneath(
 
     Args:
         settings: of ``ImmunizeConfig``, plain or not; they win.
-        recipe: one of ``RECIPES``; None for ``paper``, whose settings are those of
-            ``ImmunizeConfig`` itself.
+        recipe: one of ``RECIPES``; None for the defaults of ``ImmunizeConfig``, with
+            ``PERSONALIZING_RATE`` where that is the task.
         task: one of ``TASKS``, or None.
 
     Raises:
         MimaError: no such recipe or task.
     """
-    recipe = recipe or "paper"
-    if recipe not in RECIPES:
+    if recipe is not None and recipe not in RECIPES:
         raise MimaError(f"recipe {recipe!r} is unknown; {nearest(recipe, RECIPES)}")
     if task is not None and task not in TASKS:
         raise MimaError(f"task {task!r} is unknown; {nearest(task, TASKS)}")
-    own = RECIPES[recipe](task).model_dump(exclude_unset=True)
-    return _over(own, settings)
+    made = (unnamed if recipe is None else RECIPES[recipe])(task)
+    return _over(made.model_dump(exclude_unset=True), settings)
+
+
+def unnamed(task: Task | None = None) -> ImmunizeConfig:
+    """The settings of a run that names no recipe: the defaults, and what its task sets."""
+    rate: Plain = {"upper": {"lr": PERSONALIZING_RATE}} if task == "personalize" else {}
+    return _config(rate, task, {})
 
 
 def _config(own: Plain, task: Task | None, settings: Mapping[str, Any]) -> ImmunizeConfig:

@@ -19,7 +19,7 @@ from mima.immunization.config import (
     load_config,
 )
 from mima.immunization.from_file import read_run
-from mima.immunization.recipes import RECIPES, beneath, default, paper
+from mima.immunization.recipes import RECIPES, TASKS, beneath, default, paper
 from mima.settings import checked, parse_config
 
 FULL = {
@@ -287,12 +287,40 @@ def test_a_tasks_recipe_gives_way_to_what_is_said(task, lr):
 @pytest.mark.parametrize("task", [None, "relearn", "personalize"])
 def test_every_recipe_is_a_configuration_that_gives_way(name, task):
     config = RECIPES[name](task)
-    assert (config.erase_first, config.new_words) == (task == "relearn", task == "personalize")
+    new_words = task == "personalize" and name != "paper"
+    assert (config.erase_first, config.new_words) == (task == "relearn", new_words)
     more = RECIPES[name](task, steps=3, upper={"weight_decay": 0.3})
     assert more.steps == 3
     assert more.upper == config.upper.model_copy(update={"weight_decay": 0.3})
     assert ImmunizeConfig.model_validate(beneath({}, name, task)) == config
     assert RECIPES[name].__doc__
+
+
+@pytest.mark.parametrize("task", [None, "relearn", "personalize"])
+def test_a_run_that_names_no_recipe_has_the_defaults_and_what_its_task_sets(task):
+    config = ImmunizeConfig.model_validate(beneath({}, None, task))
+    own = {"upper": {"lr": 2e-5}} if task == "personalize" else {}
+    assert config == ImmunizeConfig(**TASKS.get(task, {}), **own)
+    assert (config.method, config.lower.lr, config.num_class_images) == ("mima", 5e-6, 64)
+
+
+def test_the_papers_recipe_is_what_the_released_scripts_pass():
+    # the arguments of scripts/relearn_train.sh and personalize_train.sh, and train.py's defaults
+    both = {"method": "alternating", "resolution": 512, "steps": 1000, "num_captions": 200}
+    for task, class_images, upper_lr in (("relearn", 200, 3e-5), ("personalize", 2, 2e-5)):
+        config = paper(task)
+        assert {name: getattr(config, name) for name in both} == both
+        assert (config.num_class_images, config.token_steps) == (class_images, 0)
+        lower, upper = config.lower, config.upper
+        # --learning_rate_inner 5e-6, doubled by --scale_lr with --with_prior_preservation
+        assert (lower.lr, lower.parameters, lower.steps) == (2 * 5e-6, "denoiser", 1)
+        assert (upper.lr, upper.parameters) == (upper_lr, "cross_attention")
+        assert (lower.prior_weight, upper.prior_weight) == (1.0, 1.0)
+        assert (lower.batch_size, upper.batch_size) == (1, 1)
+        assert (upper.weight_decay, upper.max_grad_norm) == (1e-2, 1.0)
+        assert (upper.objective, upper.lr_schedule) == ("neg", "constant")
+    assert paper().num_class_images == 200
+    assert not paper().erase_first
 
 
 def test_rivals_take_the_steps_that_their_sources_take():
@@ -305,7 +333,6 @@ def test_rivals_take_the_steps_that_their_sources_take():
     assert steps == [(800, 20), (1000, 50), (750, 64)]
     assert [c.upper.objective for c in (apdm, sophon, tar)] == ["pair", "neg", "entropy"]
     assert [attacker.lr for attacker in tar.attackers] == [2e-6, 2e-5, 4e-5]
-    assert paper() == ImmunizeConfig()
 
 
 def test_the_recommended_recipe_takes_the_models_usual_rate_for_its_unit():
