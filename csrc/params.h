@@ -59,6 +59,30 @@ struct AdamStepParams {
   std::vector<void*> d_z, d_g, d_m, d_v;   // [P] or empty: not needed
 };
 
+// out_i = sum_j factors[i, j] x_j over lists of P tensors; a factor of 0 leaves its list out
+struct CombineParams {
+  static constexpr int kMost = 3;  // lists on either side
+  DType dtype;
+  int threads;
+  int num_in, num_out;
+  double factors[kMost * kMost];  // [num_out, num_in]
+  std::vector<int64_t> sizes;     // [P] elements
+  std::vector<void*> x;           // [num_in * P], list by list
+  std::vector<void*> out;         // [num_out * P]; a list of it may be one of x
+};
+
+// Linear layers X_l and tokens' embeddings, [S, d]: A = X C^T, [sum of o_l, S], layer below layer;
+// X_l += A_l C in place; sums = sum_l A_l^T X_l, [S, d]
+struct TokenParams {
+  DType dtype;
+  int threads;
+  int64_t d, S;
+  std::vector<int64_t> rows;  // [L] o_l
+  std::vector<Matrix> X;      // [L] of [o_l, d]
+  Matrix C;                   // [S, d], in, or where they are asked for the sums
+  Matrix A;                   // [sum of o_l, S], out of the first, in otherwise
+};
+
 // out_l = W0_l + sum_n (W_nl - W0_l) C_n^T M_n
 struct ProjectedMergeParams {
   DType dtype;

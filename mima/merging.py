@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -132,9 +133,11 @@ def _spectral_norm(C_SD: torch.Tensor, M_SD: torch.Tensor) -> torch.Tensor:
 class MergeLayer:
     """Merge({θ'[n]}) on named parameters: projected where text is read, averaged elsewhere.
 
-    The layer is linear in the adaptations, ``φ = θ + Σ_n delta(n, θ'[n] − θ)``, and ``pullback`` is
-    the adjoint of ``delta``. One concept can therefore be merged, and differentiated, at a time. Of
-    its projected weights only ``A_n = (W_n − W0) C_nᵀ`` has to be kept, [O, S_n] for each.
+    The layer is linear in the adaptations: φ − θ is a sum of what each concept's change θ'[n] − θ
+    contributes, and ``pullback`` is the adjoint of a concept's contribution. One concept can
+    therefore be merged, and differentiated, at a time: ``add_averaged`` adds its share of what is
+    averaged to a running sum, in place; of its projected weights only ``asked``,
+    ``A_n = (W_n − W0) C_nᵀ``, [O, S_n] for each, has to be kept until ``spread`` adds them.
 
     Args:
         weights: [N] shares; they sum to 1 in the paper.
@@ -206,25 +209,27 @@ class MergeLayer:
             merged.update(zip(averaged, values, strict=True))
         return {name: merged[name] for name in base}
 
-    def delta(self, n: int, change: Params) -> dict[str, torch.Tensor]:
-        """What concept n's change θ'[n] − θ adds to the merged weights."""
-        # linear in the change: the adjoint, with the text's two sides exchanged
-        return self._adjoint(n, change, transposed=True)
+    def add_averaged(self, moved: dict[str, torch.Tensor], n: int, change: Params) -> None:
+        """Add the averaged part of what concept n's change contributes to φ − θ, in place.
 
-    def averaged(self, n: int, change: Params) -> dict[str, torch.Tensor]:
-        """The part of ``delta`` that is averaged."""
-        rest = {name: value for name, value in change.items() if name not in self.projected}
-        (values,) = ops.weighted_merge_pullback(list(rest.values()), self.weights[n : n + 1])
-        return dict(zip(rest, values, strict=True))
+        Args:
+            moved: φ − θ so far, by name; what it lacks is taken in.
+            n: the concept.
+            change: θ'[n] − θ, by name. The projected part is that of ``asked`` and ``spread``.
+        """
+        names = [name for name in change if name not in self.projected]
+        if not names:
+            return
+        for name in names:
+            if name not in moved:
+                like = change[name]
+                moved[name] = torch.zeros_like(like, memory_format=torch.contiguous_format)
+        sums = [moved[name] for name in names]
+        ops.combine([sums, [change[name] for name in names]], [[1, self._shares[n]]], into=[sums])
 
-    def _adjoint(self, n: int, x: Params, *, transposed: bool) -> dict[str, torch.Tensor]:
-        merged = self.averaged(n, x)
-        if self.plan is not None:
-            text, rows = (self.plan.M, self.plan.C) if transposed else (self.plan.C, self.plan.M)
-            own = {name: value for name, value in x.items() if name in self.projected}
-            (values,) = ops.projected_merge_pullback(list(own.values()), [text[n]], [rows[n]])
-            merged |= zip(own, values, strict=True)
-        return merged
+    @cached_property
+    def _shares(self) -> list[float]:
+        return [float(share) for share in self.weights]
 
     def asked(self, change: Params, C_SD: torch.Tensor) -> torch.Tensor:
         """``A_n = (W_n − W0) C_nᵀ``: what a concept wants of the projected weights, all in one.
@@ -236,10 +241,11 @@ class MergeLayer:
         Returns:
             [ΣO, S_n], the weights one above the other in the order of ``change``.
         """
-        return self._stacked(change) @ C_SD.mT
+        layers = self._layers(change)
+        return ops.token_outputs(layers, C_SD) if layers else C_SD.new_empty(0, len(C_SD))
 
     def spread(self, asked: Mapping[int, torch.Tensor], like: Params) -> dict[str, torch.Tensor]:
-        """``Σ_n A_n M_n`` over some concepts: the projected part of their ``delta``, by name.
+        """``Σ_n A_n M_n`` over some concepts: their projected part of φ − θ, by name.
 
         Args:
             asked: A_n by concept, all from changes with the names of ``like``.
@@ -247,21 +253,41 @@ class MergeLayer:
         """
         if self.plan is None or not asked:
             return {}
-        M_SD = torch.cat([self.plan.M[n] for n in asked])
-        return self._cut(torch.cat(list(asked.values()), dim=1) @ M_SD, like)
+        names = [name for name in like if name in self.projected]
+        moved = [
+            torch.zeros_like(like[name], memory_format=torch.contiguous_format) for name in names
+        ]
+        if moved:
+            M_SD = torch.cat([self.plan.M[n] for n in asked])
+            ops.add_token_outputs_(moved, torch.cat(list(asked.values()), dim=1), M_SD)
+        return dict(zip(names, moved, strict=True))
 
     def pullback(self, n: int, cotangent: Params) -> dict[str, torch.Tensor]:
-        """Gradient at θ'[n] for a gradient ``cotangent`` at φ: the adjoint of ``delta``."""
-        return self._adjoint(n, cotangent, transposed=False)
+        """Gradient at θ'[n] for a gradient ``cotangent`` at φ: the adjoint of its contribution."""
+        rest = {name: value for name, value in cotangent.items() if name not in self.projected}
+        (values,) = ops.weighted_merge_pullback(list(rest.values()), self.weights[n : n + 1])
+        pulled = dict(zip(rest, values, strict=True))
+        if self.plan is not None:
+            own = {name: value for name, value in cotangent.items() if name in self.projected}
+            C, M = [self.plan.C[n]], [self.plan.M[n]]
+            (values,) = ops.projected_merge_pullback(list(own.values()), C, M)
+            pulled |= zip(own, values, strict=True)
+        return pulled
 
     def plan_pullback(self, asked: torch.Tensor, cotangent: Params) -> torch.Tensor:
         """``M̄_n = A_nᵀ φ̄`` [S_n, D]: gradient at concept n's rows of the plan."""
-        return asked.mT @ self._stacked(cotangent)
+        assert self.plan is not None
+        layers = self._layers(cotangent)
+        return ops.token_sums(layers, asked) if layers else torch.zeros_like(self.plan.M[0])
 
     def token_pullback(self, n: int, change: Params, cotangent: Params) -> torch.Tensor:
         """``C̄_n = (φ̄ M_nᵀ)ᵀ (W_n − W0)`` [S_n, D]: gradient at C_n through A_n, M held fixed."""
         assert self.plan is not None
-        return (self._stacked(cotangent) @ self.plan.M[n].mT).mT @ self._stacked(change)
+        M_SD = self.plan.M[n].detach()
+        layers = self._layers(change)
+        if not layers:
+            return torch.zeros_like(M_SD)
+        return ops.token_sums(layers, ops.token_outputs(self._layers(cotangent), M_SD))
 
     def missed(self, asked: Mapping[int, torch.Tensor], moved: Params) -> tuple[float, float]:
         """``Σ_n ‖(φ − W0) C_nᵀ − A_n‖²`` and ``Σ_n ‖A_n‖²`` over some concepts.
@@ -276,13 +302,5 @@ class MergeLayer:
         gap = self.asked(moved, torch.cat([self.plan.C[n] for n in asked])) - A
         return float(gap.square().sum()), float(A.square().sum())
 
-    def _stacked(self, x: Params) -> torch.Tensor:
-        # one product for all layers costs their copy and saves the host a call for each
-        assert self.plan is not None
-        rows = [value for name, value in x.items() if name in self.projected]
-        return torch.cat(rows) if rows else self.plan.M[0].new_empty(0, self.plan.M[0].shape[1])
-
-    def _cut(self, rows: torch.Tensor, like: Params) -> dict[str, torch.Tensor]:
-        """The inverse of ``_stacked``, for names and shapes like those of ``like``."""
-        names = [name for name in like if name in self.projected]
-        return dict(zip(names, rows.split([like[n].shape[0] for n in names]), strict=True))
+    def _layers(self, x: Params) -> list[torch.Tensor]:
+        return [value for name, value in x.items() if name in self.projected]

@@ -76,6 +76,29 @@ def weighted_merge(
     return merged
 
 
+def combine(
+    x: Sequence[Sequence[Tensor]], factors: Sequence[Sequence[float]]
+) -> list[list[Tensor]]:
+    """Combine lists of tensors: out_i = Σ_j f_ij x_j, tensor by tensor.
+
+    Args:
+        x: J lists of P tensors.
+        factors: I rows of J numbers; one of 0 leaves its list out, whatever that holds.
+
+    Returns:
+        I lists of P tensors.
+    """
+    combined: list[list[Tensor]] = [[] for _ in factors]
+    for tensors in zip(*x, strict=True):
+        for values, row in zip(combined, factors, strict=True):
+            total = torch.zeros_like(wide(tensors[0]))
+            for factor, tensor in zip(row, tensors, strict=True):
+                if factor != 0:
+                    total = total + factor * wide(tensor)
+            values.append(total.to(tensors[0].dtype))
+    return combined
+
+
 def adam_step(
     z: Sequence[Tensor],
     g: Sequence[Tensor],
@@ -149,6 +172,42 @@ def projected_merge(
             phi = phi + ((wide(W_n[layer]) - origin) @ wide(C_n).mT) @ wide(M_n)
         merged.append(phi.to(W0_l.dtype))
     return merged
+
+
+def token_outputs(X: Sequence[Tensor], C: Tensor) -> Tensor:
+    """Return what linear layers make of tokens, A = X Cᵀ, layer below layer.
+
+    Args:
+        X: L tensors [o_l, d].
+        C: [s, d].
+
+    Returns:
+        [Σ o_l, s].
+    """
+    return torch.cat([wide(X_l) @ wide(C).mT for X_l in X]).to(C.dtype)
+
+
+def add_token_outputs(X: Sequence[Tensor], A: Tensor, M: Tensor) -> list[Tensor]:
+    """Return X_l + A_l M.
+
+    Args:
+        X: L tensors [o_l, d].
+        A: [Σ o_l, s], layer below layer.
+        M: [s, d].
+    """
+    parts = A.split([len(X_l) for X_l in X])
+    return [
+        (wide(X_l) + wide(A_l) @ wide(M)).to(X_l.dtype) for X_l, A_l in zip(X, parts, strict=True)
+    ]
+
+
+def token_sums(X: Sequence[Tensor], A: Tensor) -> Tensor:
+    """Return Σ_l A_lᵀ X_l, [s, d], for X of L tensors [o_l, d] and A [Σ o_l, s]."""
+    parts = A.split([len(X_l) for X_l in X])
+    total = wide(A).new_zeros(A.shape[1], X[0].shape[1])
+    for X_l, A_l in zip(X, parts, strict=True):
+        total = total + wide(A_l).mT @ wide(X_l)
+    return total.to(A.dtype)
 
 
 def batched_lora(

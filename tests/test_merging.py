@@ -62,27 +62,49 @@ def test_every_parameter_is_merged_by_its_rule(rule, count):
     assert_same(layer(base, adapted), written_out(base, adapted, plan, weights, projected))
 
 
+def contribution(layer, n, change) -> dict[str, Tensor]:
+    """What concept n's change adds to the merged weights, by name."""
+    moved: dict[str, Tensor] = {}
+    layer.add_averaged(moved, n, change)
+    if layer.plan is not None:
+        moved |= layer.spread({n: layer.asked(change, layer.plan.C[n])}, change)
+    return {name: moved[name] for name in change}
+
+
 @pytest.mark.parametrize("rule", ["projected", "average"])
 def test_one_concept_at_a_time_adds_up_to_all(rule):
     plan, projected = (make_plan(), PROJECTED) if rule == "projected" else (None, ())
     layer = MergeLayer(WEIGHTS, plan, projected)
     base, adapted = parameters(1), [parameters(2 + n) for n in range(3)]
-    total = dict(base)
+    moved: dict[str, Tensor] = {}
+    asked = {}
     for n, theta in enumerate(adapted):
         change = {name: theta[name] - base[name] for name in base}
-        for name, value in layer.delta(n, change).items():
-            total[name] = total[name] + value
-    assert_same(total, layer(base, adapted))
+        layer.add_averaged(moved, n, change)
+        if plan is not None:
+            asked[n] = layer.asked(change, plan.C[n])
+    moved |= layer.spread(asked, base)
+    assert_same({name: base[name] + moved[name] for name in base}, layer(base, adapted))
 
 
-def test_spread_is_the_projected_part_of_all_deltas():
+def test_the_sum_is_added_to_in_place():
+    layer, change = MergeLayer(WEIGHTS), parameters(2)
+    moved: dict[str, Tensor] = {}
+    layer.add_averaged(moved, 0, change)
+    before = dict(moved)
+    layer.add_averaged(moved, 1, change)
+    assert all(moved[name] is value for name, value in before.items())
+    assert_same(moved, {name: 0.8 * value for name, value in change.items()})
+
+
+def test_spread_is_the_projected_part_of_all_contributions():
     layer, changes = (
         MergeLayer(WEIGHTS, make_plan(), PROJECTED),
         [parameters(2 + n) for n in range(3)],
     )
     asked = {n: layer.asked(changes[n], layer.plan.C[n]) for n in (0, 2)}
     moved = layer.spread(asked, changes[0])
-    parts = [layer.delta(n, changes[n]) for n in (0, 2)]
+    parts = [contribution(layer, n, changes[n]) for n in (0, 2)]
     assert_same(moved, {name: parts[0][name] + parts[1][name] for name in PROJECTED})
     assert layer.spread({}, changes[0]) == {}
 
@@ -90,18 +112,30 @@ def test_spread_is_the_projected_part_of_all_deltas():
 def test_parameters_that_a_concept_leaves_alone_stay():
     """A lower level on keys alone says nothing of the rest."""
     layer = MergeLayer(WEIGHTS, make_plan(), PROJECTED)
-    change = {"k": randn(*SHAPES["k"], seed=5)}
-    assert list(layer.delta(0, change)) == ["k"]
-    assert layer.delta(0, {"bias": randn(3, seed=6)}).keys() == {"bias"}
+    for change in ({"k": randn(*SHAPES["k"], seed=5)}, {"bias": randn(3, seed=6)}):
+        assert contribution(layer, 0, change).keys() == change.keys()
 
 
-def test_pullback_is_the_adjoint_of_delta():
+def test_pullback_is_the_adjoint_of_a_contribution():
     layer = MergeLayer(WEIGHTS, make_plan(), PROJECTED)
     for n in range(3):
         change, cotangent = parameters(2 + n), parameters(7)
-        there = sum(float((layer.delta(n, change)[k] * cotangent[k]).sum()) for k in change)
+        moved = contribution(layer, n, change)
+        there = sum(float((moved[k] * cotangent[k]).sum()) for k in change)
         back = sum(float((layer.pullback(n, cotangent)[k] * change[k]).sum()) for k in change)
         assert there == pytest.approx(back, rel=1e-10)
+
+
+def test_the_adjoints_in_the_text():
+    """⟨A M, φ̄⟩ = ⟨M̄, M⟩, and ⟨(D Cᵀ) M, φ̄⟩ = ⟨C̄, C⟩."""
+    layer = MergeLayer(WEIGHTS, make_plan(), PROJECTED)
+    change, cotangent = parameters(2), parameters(7)
+    C, M = layer.plan.C[2], layer.plan.M[2]
+    asked = layer.asked(change, C)
+    moved = layer.spread({2: asked}, change)
+    there = sum(float((moved[k] * cotangent[k]).sum()) for k in PROJECTED)
+    assert float((layer.plan_pullback(asked, cotangent) * M).sum()) == pytest.approx(there)
+    assert float((layer.token_pullback(2, change, cotangent) * C).sum()) == pytest.approx(there)
 
 
 def test_gradients_are_those_of_the_formulas():
@@ -189,7 +223,7 @@ def test_shares_move_the_soft_compromise():
             [token, token], randn(40, D, seed=99), lam=0.1, weights=weights
         )
         layer = MergeLayer(weights, plan, ["k"])
-        moved = layer.delta(0, changes[0])["k"] + layer.delta(1, changes[1])["k"]
+        moved = sum(contribution(layer, n, changes[n])["k"] for n in range(2))
         missed.append(float(((moved - changes[0]["k"]) @ token.T).norm()))
     assert missed[1] < 0.5 * missed[0]
 

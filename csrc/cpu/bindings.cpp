@@ -50,6 +50,67 @@ Reals weighted_merge_backward(int dtype, int threads, const TensorArgs& d_out,
   return params.d_weights;
 }
 
+// The rows of `factors` are the results', which may be lists of x themselves.
+void combine(int dtype, int threads, const std::vector<Reals>& factors, const TensorArgs& x,
+             const TensorArgs& out) {
+  constexpr size_t kMost = CombineParams::kMost;
+  const size_t num_out = factors.size(), num_in = num_out == 0 ? 0 : factors[0].size();
+  if (num_in < 1 || num_in > kMost || num_out > kMost)
+    throw py::value_error("combine: 1 to 3 lists on either side");
+  CombineParams params{};
+  params.dtype = dtype_of(dtype);
+  params.threads = threads;
+  params.num_in = static_cast<int>(num_in);
+  params.num_out = static_cast<int>(num_out);
+  double* factor = params.factors;
+  for (const Reals& row : factors) {
+    check_count("combine: factors", row.size(), num_in);
+    factor = std::copy(row.begin(), row.end(), factor);
+  }
+  const size_t num_tensors = x.size() / num_in;
+  params.sizes = sizes_of(x);
+  params.sizes.resize(num_tensors);
+  params.x = pointers("combine: x", x, num_in * num_tensors);
+  params.out = pointers("combine: out", out, num_out * num_tensors);
+  py::gil_scoped_release unlocked;
+  cpu::combine(params);
+}
+
+TokenParams token_params(int dtype, int threads, const TensorArgs& X, const TensorArg& C,
+                         const TensorArg& A) {
+  TokenParams params{};
+  params.dtype = dtype_of(dtype);
+  params.threads = threads;
+  params.rows = rows_of(X);
+  params.X = matrices("token_outputs: X", X, X.size());
+  params.C = matrix({"token_outputs: C"}, C);
+  params.A = matrix({"token_outputs: A"}, A);
+  params.S = C.sizes[0];
+  params.d = C.sizes[1];
+  return params;
+}
+
+void token_outputs(int dtype, int threads, const TensorArgs& X, const TensorArg& C,
+                   const TensorArg& A) {
+  const auto params = token_params(dtype, threads, X, C, A);
+  py::gil_scoped_release unlocked;
+  cpu::token_outputs(params);
+}
+
+void add_token_outputs(int dtype, int threads, const TensorArgs& X, const TensorArg& C,
+                       const TensorArg& A) {
+  const auto params = token_params(dtype, threads, X, C, A);
+  py::gil_scoped_release unlocked;
+  cpu::add_token_outputs(params);
+}
+
+void token_sums(int dtype, int threads, const TensorArgs& X, const TensorArg& C,
+                const TensorArg& A) {
+  const auto params = token_params(dtype, threads, X, C, A);
+  py::gil_scoped_release unlocked;
+  cpu::token_sums(params);
+}
+
 AdamStepParams adam_step_params(int dtype, int threads, const Reals& rule, int64_t step,
                                 const TensorArgs& g, const TensorArgs& m, const TensorArgs& v) {
   check_count("adam_step: rule", rule.size(), 5);
@@ -243,6 +304,10 @@ PYBIND11_MODULE(_native, module) {
   module.def("have_contiguous_rows", &mima::have_contiguous_rows);
   module.def("weighted_merge_forward", &mima::weighted_merge_forward);
   module.def("weighted_merge_backward", &mima::weighted_merge_backward);
+  module.def("combine", &mima::combine);
+  module.def("token_outputs", &mima::token_outputs);
+  module.def("add_token_outputs", &mima::add_token_outputs);
+  module.def("token_sums", &mima::token_sums);
   module.def("adam_step_forward", &mima::adam_step_forward);
   module.def("adam_step_backward", &mima::adam_step_backward);
   module.def("projected_merge_forward", &mima::projected_merge_forward);

@@ -74,6 +74,9 @@ struct StorageKernels {
   void (*merge_backward)(const void* d_out, const void* base, const void* const* thetas,
                          const double* weights, int64_t num_concepts, int64_t size, void* d_base,
                          void* const* d_thetas, double* d_weights, bool stream);
+  // out[i] = sum_j factors[i, j] in[j], an `out` perhaps one of `in`
+  void (*combine)(const double* factors, int num_in, int num_out, const void* const* in,
+                  void* const* out, int64_t size, bool stream);
   // in: z, g, m, v; out: those after the step but g, where m and v may be the ones given
   void (*adam)(const AdamRule& rule, const void* const in[4], void* const out[3], int64_t size,
                bool stream);

@@ -566,15 +566,63 @@ void adam_backward(const AdamRule& rule, const void* const in[6], void* const ou
     map_run<T, false, 6, 4>(in, out, size, f);
 }
 
+template <class T, bool STREAM, int IN, int OUT>
+MIMA_INLINE void combine_run(const double* factors, const void* const* in, void* const* out,
+                             int64_t size) {
+  using Vec = typename Traits<T>::Vec;
+  using Acc = typename Traits<T>::Acc;
+  Acc factor[OUT][IN];
+  for (int i = 0; i < OUT; ++i)
+    for (int j = 0; j < IN; ++j) factor[i][j] = static_cast<Acc>(factors[i * IN + j]);
+  map_run<T, STREAM, IN, OUT>(in, out, size,
+                              [&](const Vec* given, Vec* made) __attribute__((always_inline)) {
+#pragma GCC unroll 3
+                                for (int i = 0; i < OUT; ++i) {
+                                  Vec sum{};
+#pragma GCC unroll 3
+                                  for (int j = 0; j < IN; ++j)
+                                    // infinity times 0 would be NaN
+                                    if (factor[i][j] != 0) sum += factor[i][j] * given[j];
+                                  made[i] = sum;
+                                }
+                              });
+}
+
+template <class T, int IN, int OUT>
+void combine_of(const double* factors, const void* const* in, void* const* out, int64_t size,
+                bool stream) {
+  if (stream && may_stream_all<T, OUT>(out))
+    combine_run<T, true, IN, OUT>(factors, in, out, size);
+  else
+    combine_run<T, false, IN, OUT>(factors, in, out, size);
+}
+
+template <class T>
+void combine(const double* factors, int num_in, int num_out, const void* const* in,
+             void* const* out, int64_t size, bool stream) {
+  static_assert(CombineParams::kMost == 3);
+  using Run = void (*)(const double*, const void* const*, void* const*, int64_t, bool);
+  static constexpr Run kRuns[3][3] = {
+      {combine_of<T, 1, 1>, combine_of<T, 1, 2>, combine_of<T, 1, 3>},
+      {combine_of<T, 2, 1>, combine_of<T, 2, 2>, combine_of<T, 2, 3>},
+      {combine_of<T, 3, 1>, combine_of<T, 3, 2>, combine_of<T, 3, 3>}};
+  kRuns[num_in - 1][num_out - 1](factors, in, out, size, stream);
+}
+
 template <class T>
 constexpr BlockKernels<T> kBlock = {gemm_nt<T>,    gemm_nn<T>,  gemm_panels<T>,
                                     pack_panel<T>, sum_runs<T>, kPanelVecs * kLanes<T>};
 
 template <class T>
-constexpr StorageKernels kStorage = {load_rows<T>,         load_difference_rows<T>,
-                                     store_rows<T, false>, store_rows<T, true>,
-                                     add_rows<T>,          merge<T>,
-                                     merge_backward<T>,    adam<T>,
+constexpr StorageKernels kStorage = {load_rows<T>,
+                                     load_difference_rows<T>,
+                                     store_rows<T, false>,
+                                     store_rows<T, true>,
+                                     add_rows<T>,
+                                     merge<T>,
+                                     merge_backward<T>,
+                                     combine<T>,
+                                     adam<T>,
                                      adam_backward<T>};
 
 }  // namespace

@@ -9,6 +9,10 @@ void weighted_merge_forward(const WeightedMergeParams& params);
 void weighted_merge_backward(WeightedMergeParams& params);
 void adam_step_forward(const AdamStepParams& params);
 void adam_step_backward(const AdamStepParams& params);
+void combine(const CombineParams& params);
+void token_outputs(const TokenParams& params);
+void add_token_outputs(const TokenParams& params);
+void token_sums(const TokenParams& params);
 void projected_merge_forward(const ProjectedMergeParams& params);
 void projected_merge_backward(const ProjectedMergeParams& params);
 // Whether adapters are merged into a float32 weight. A question of one sample's size, for its

@@ -1,5 +1,6 @@
-// projected_merge: blocks of rows. Each block of W0 and of every W_n is read from memory once; its
-// coefficients A_n = (W_n - W0) C_n^T and its result stay in the caches beside the packed C and M.
+// projected_merge, and its halves for one concept at a time: blocks of rows. Each block of W0 and
+// of every W_n is read from memory once; its coefficients A_n = (W_n - W0) C_n^T and its result
+// stay in the caches beside the packed C and M.
 #include "cpu/blocks.h"
 #include "cpu/ops.h"
 
@@ -37,13 +38,14 @@ struct Layout {
         rows_per_block(block_rows<T>(p.d)),
         stream(double(offsets_of(p.rows).back()) * p.d * item_size(p.dtype) >= kStreamBytes),
         C(S * ld),
-        M(S * ld) {
+        M(p.M.empty() ? 0 : S * ld) {
     std::vector<int64_t> blocks(p.rows.size());
     for (size_t l = 0; l < blocks.size(); ++l) blocks[l] = ceil_div(p.rows[l], rows_per_block);
     first_block = offsets_of(blocks);
     for (int64_t n = 0; n < num_concepts; ++n) {
       storage.load(p.C[n].data, p.C[n].ld, p.tokens[n], p.d, C.get() + first_token[n] * ld, ld);
-      storage.load(p.M[n].data, p.M[n].ld, p.tokens[n], p.d, M.get() + first_token[n] * ld, ld);
+      if (!p.M.empty())
+        storage.load(p.M[n].data, p.M[n].ld, p.tokens[n], p.d, M.get() + first_token[n] * ld, ld);
     }
   }
 
@@ -209,7 +211,88 @@ void backward(const ProjectedMergeParams& params) {
   store_slab_sums(layout.kernels, params.dtype, sums, params.threads);
 }
 
+// A merge of the same layers and, where it is read, the same text.
+ProjectedMergeParams as_merge(const TokenParams& params, bool reads_text) {
+  ProjectedMergeParams merge{};
+  merge.dtype = params.dtype;
+  merge.threads = params.threads;
+  merge.d = params.d;
+  merge.rows = params.rows;
+  if (reads_text) {
+    merge.tokens = {params.S};
+    merge.C = {params.C};
+  }
+  return merge;
+}
+
+enum class TokenJob { kOutputs, kAdd, kSums };
+
+template <class T, TokenJob JOB>
+void token_job(const TokenParams& params) {
+  const ProjectedMergeParams merge = as_merge(params, JOB != TokenJob::kSums);
+  const Layout<T> layout(merge);
+  const int64_t ld = layout.ld, S = params.S, lds = leading_dimension<T>(S);
+  const int threads = useful_threads(
+      params.threads, double(layout.blocks()) * layout.rows_per_block * params.d * (S + 1));
+  const int64_t rows_ld = layout.rows_per_block * ld;
+  const int64_t per_thread = rows_ld + layout.rows_per_block * lds;
+  const Buffer<T> scratch(threads * per_thread);
+  const std::vector<int64_t> first_row = offsets_of(params.rows);
+  const int64_t num_slabs =
+      JOB == TokenJob::kSums ? std::min(layout.blocks(), kMaxSlabs) : layout.blocks();
+  const int64_t slab_size = S * ld;
+  const Buffer<T> slabs(JOB == TokenJob::kSums ? num_slabs * slab_size : 0);
+  parallel_for(num_slabs, threads, [&](int64_t slab, int thread) {
+    T* x = scratch.get() + thread * per_thread;
+    T* a = x + rows_ld;  // [rows, S]
+    const int64_t begin = layout.blocks() * slab / num_slabs;
+    const int64_t end = layout.blocks() * (slab + 1) / num_slabs;
+    for (int64_t item = begin; item < end; ++item) {
+      const auto rows = layout.rows_of(item);
+      const Matrix& X = params.X[rows.layer];
+      void* A = params.A.row(first_row[rows.layer] + rows.start, params.dtype);
+      layout.load(X, rows, x);
+      if (JOB == TokenJob::kOutputs) {
+        layout.block.gemm_nt(x, ld, layout.C.get(), ld, a, lds, rows.count, S, layout.cols,
+                             nullptr);
+        layout.storage.store(a, lds, rows.count, S, A, params.A.ld);
+        continue;
+      }
+      layout.storage.load(A, params.A.ld, rows.count, S, a, lds);
+      if (JOB == TokenJob::kAdd) {
+        layout.block.gemm_nn(a, lds, 1, layout.C.get(), ld, x, ld, rows.count, layout.cols, S, true,
+                             nullptr);
+        layout.storage.store(x, ld, rows.count, params.d, X.row(rows.start, params.dtype), X.ld);
+      } else {
+        layout.block.gemm_nn(a, 1, lds, x, ld, slabs.get() + slab * slab_size, ld, S, layout.cols,
+                             rows.count, item > begin, nullptr);
+      }
+    }
+  });
+  if (JOB != TokenJob::kSums) return;
+  const std::vector<SlabSum<T>> sums = {
+      {slabs.get(), 0, num_slabs, slab_size, ld, S, params.d, T(1), false, params.C}};
+  store_slab_sums(layout.kernels, params.dtype, sums, params.threads);
+}
+
+template <TokenJob JOB>
+void token_job(const TokenParams& params) {
+  params.dtype == DType::kFloat64 ? token_job<double, JOB>(params) : token_job<float, JOB>(params);
+}
+
 }  // namespace
+
+void token_outputs(const TokenParams& params) {
+  token_job<TokenJob::kOutputs>(params);
+}
+
+void add_token_outputs(const TokenParams& params) {
+  token_job<TokenJob::kAdd>(params);
+}
+
+void token_sums(const TokenParams& params) {
+  token_job<TokenJob::kSums>(params);
+}
 
 void projected_merge_forward(const ProjectedMergeParams& params) {
   params.dtype == DType::kFloat64 ? forward<double>(params) : forward<float>(params);

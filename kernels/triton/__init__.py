@@ -12,19 +12,30 @@ from torch import Tensor
 from mima.kernels._common import TRITON_DTYPE
 from mima.kernels.adam_step import adam_step_backward, adam_step_forward
 from mima.kernels.batched_lora import batched_lora_backward, batched_lora_forward
+from mima.kernels.combine import combine
 from mima.kernels.merge_lora import merge_lora_backward, merge_lora_forward
-from mima.kernels.projected_merge import projected_merge_backward, projected_merge_forward
+from mima.kernels.projected_merge import (
+    add_token_outputs,
+    projected_merge_backward,
+    projected_merge_forward,
+    token_outputs,
+    token_sums,
+)
 from mima.kernels.weighted_merge import weighted_merge_backward, weighted_merge_forward
 
 __all__ = [
     "adam_step_backward",
     "adam_step_forward",
+    "add_token_outputs",
     "batched_lora_backward",
     "batched_lora_forward",
+    "combine",
     "merge_lora_backward",
     "merge_lora_forward",
     "projected_merge_backward",
     "projected_merge_forward",
+    "token_outputs",
+    "token_sums",
     "unsupported_reasons",
     "weighted_merge_backward",
     "weighted_merge_forward",

@@ -17,27 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from mima.kernels._common import (
-    TRITON_DTYPE,
-    block_map,
     contiguous,
-    launch_options,
+    launch_stream,
     load_pointer,
     load_wide,
-    on_device_of,
-    pointer_table,
-    sizes_on_device,
     store_narrow,
 )
-
-NUM_WARPS = 4
-
-
-def block_size(dtype: torch.dtype) -> int:
-    """Return the elements per program: for each thread, 16-byte accesses. Not measured on a GPU.
-
-    Eight elements a thread; four in float32 on AMD, whose warps are twice as wide.
-    """
-    return 2048 if torch.version.hip is not None and dtype.itemsize == 2 else 1024
 
 
 @triton.jit
@@ -216,32 +201,6 @@ def _factors(
     return {name: float(value) for name, value in values.items()}
 
 
-def _launch(
-    kernel: Any, like: Sequence[Tensor], tensors: Sequence[Tensor | None], **arguments: Any
-) -> None:
-    """Launch a kernel on lists of P tensors, each shaped as `like`."""
-    device = like[0].device
-    sizes = tuple([x.numel() for x in like])
-    block = block_size(like[0].dtype)
-    blocks = block_map(sizes, block, device)
-    if len(blocks) == 0:
-        return
-    table = pointer_table(tensors, device)
-    with on_device_of(like[0]):
-        kernel[(len(blocks),)](
-            table_ptr=table.pointers,
-            sizes_ptr=sizes_on_device(sizes, device),
-            block_map_ptr=blocks,
-            num_tensors=len(like),
-            **arguments,
-            DTYPE=TRITON_DTYPE[like[0].dtype],
-            ALIGNED=table.aligned,
-            BLOCK=block,
-            num_warps=NUM_WARPS,
-            **launch_options(),
-        )
-
-
 def adam_step_forward(
     z: Sequence[Tensor],
     g: Sequence[Tensor],
@@ -258,7 +217,7 @@ def adam_step_forward(
     moments = [*m, *v]
     out = [torch.empty_like(x) for x in z]
     out += moments if overwrite else [torch.empty_like(x) for x in moments]
-    _launch(_adam_step_fwd_kernel, z, [*z, *g, *moments, *out], **_factors(*rule))
+    launch_stream(_adam_step_fwd_kernel, z, [*z, *g, *moments, *out], **_factors(*rule))
     return out
 
 
@@ -277,7 +236,7 @@ def adam_step_backward(
     grads = [[torch.empty_like(x) for x in like] if need else [] for need in needs]
     written = [x for grad in grads for x in (grad or [None] * len(g))]
     if any(needs):
-        _launch(
+        launch_stream(
             _adam_step_bwd_kernel,
             *(like, [*given, *written]),
             **_factors(*rule),

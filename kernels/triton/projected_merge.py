@@ -18,6 +18,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 import triton
@@ -360,6 +362,129 @@ def _projected_merge_bwd_text_kernel(
         tl.store(d_M_ptr + offs, d_M, mask)
 
 
+@triton.jit
+def _token_pointers(A_ptr, first_row, j, num_tokens, BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Return pointers to [BLOCK_O, BLOCK_S] of A [Σ o, s] for tokens j BLOCK_S …."""
+    rows = first_row + tl.arange(0, BLOCK_O)
+    tokens = j * BLOCK_S + tl.arange(0, BLOCK_S)
+    return A_ptr + rows[:, None] * num_tokens + tokens[None, :]
+
+
+@triton.jit
+def _token_mask(rows, j, num_tokens, BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr):
+    tokens = j * BLOCK_S + tl.arange(0, BLOCK_S)
+    return (tl.arange(0, BLOCK_O) < rows)[:, None] & (tokens < num_tokens)[None, :]
+
+
+@triton.jit
+def _token_outputs_kernel(
+    table_ptr,  # [L] in, int64: addresses of X
+    rows_ptr,  # [L] in, int64: o of each layer
+    first_rows_ptr,  # [L] in, int64: where each layer begins in A
+    block_map_ptr,  # [num_tiles, 2] in, int32: layer, tile of rows
+    C_ptr,  # [S, d] in, zero rows beyond the tokens
+    A_ptr,  # [Σ o, s] out: X Cᵀ
+    d,  # columns
+    num_tokens,  # s
+    DTYPE: tl.constexpr,  # of all tensors
+    ALIGNED: tl.constexpr,  # every address is a multiple of 16 bytes
+    PRECISION: tl.constexpr,  # of tl.dot
+    BLOCK_O: tl.constexpr,  # rows per program
+    BLOCK_S: tl.constexpr,  # tokens per program
+    BLOCK_D: tl.constexpr,  # columns per step
+):
+    # int64: offsets into weights and A may pass 2**31
+    tile = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1)
+    layer = tl.load(block_map_ptr + 2 * tile)
+    first = tl.load(block_map_ptr + 2 * tile + 1).to(tl.int64) * BLOCK_O
+    rows = tl.minimum(tl.load(rows_ptr + layer) - first, BLOCK_O).to(tl.int32)
+    X_ptr = _tile_pointer(table_ptr, layer, first, d, DTYPE, ALIGNED)
+    A = tl.zeros((BLOCK_O, BLOCK_S), tl.float32)
+    for start in range(0, d, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        X = _load_tile(X_ptr, offs_d, rows, d, BLOCK_O)
+        C = _load_text(C_ptr, 0, j, offs_d, d, BLOCK_S, 1)
+        A = tl.dot(X, tl.trans(C), A, input_precision=PRECISION)
+    ptrs = _token_pointers(
+        A_ptr, tl.load(first_rows_ptr + layer) + first, j, num_tokens, BLOCK_O, BLOCK_S
+    )
+    mask = _token_mask(rows, j, num_tokens, BLOCK_O, BLOCK_S)
+    tl.store(ptrs, A.to(ptrs.dtype.element_ty), mask)
+
+
+@triton.jit
+def _add_token_outputs_kernel(
+    table_ptr,  # [L] in, int64: addresses of X, read and written
+    rows_ptr,  # [L] in, int64: o of each layer
+    first_rows_ptr,  # [L] in, int64: where each layer begins in A
+    block_map_ptr,  # [num_tiles, 2] in, int32: layer, tile of rows
+    M_ptr,  # [S, d] in, zero rows beyond the tokens
+    A_ptr,  # [Σ o, s] in
+    d,  # columns
+    num_tokens,  # s
+    DTYPE: tl.constexpr,  # of all tensors
+    ALIGNED: tl.constexpr,  # every address is a multiple of 16 bytes
+    PRECISION: tl.constexpr,  # of tl.dot
+    BLOCK_O: tl.constexpr,  # rows per program
+    BLOCK_S: tl.constexpr,  # tokens per product
+    BLOCK_D: tl.constexpr,  # columns per program
+    SLOTS: tl.constexpr,  # products
+):
+    tile = tl.program_id(0).to(tl.int64)
+    layer = tl.load(block_map_ptr + 2 * tile)
+    first = tl.load(block_map_ptr + 2 * tile + 1).to(tl.int64) * BLOCK_O
+    rows = tl.minimum(tl.load(rows_ptr + layer) - first, BLOCK_O).to(tl.int32)
+    X_ptr = _tile_pointer(table_ptr, layer, first, d, DTYPE, ALIGNED)
+    first_row = tl.load(first_rows_ptr + layer) + first
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    X = _load_tile(X_ptr, offs_d, rows, d, BLOCK_O)
+    for j in range(SLOTS):
+        ptrs = _token_pointers(A_ptr, first_row, j, num_tokens, BLOCK_O, BLOCK_S)
+        A = tl.load(ptrs, _token_mask(rows, j, num_tokens, BLOCK_O, BLOCK_S), other=0.0)
+        M = _load_text(M_ptr, 0, j, offs_d, d, BLOCK_S, 1)
+        X = tl.dot(A.to(tl.float32), M, X, input_precision=PRECISION)
+    _store_tile(X_ptr, X, offs_d, rows, d, BLOCK_O)
+
+
+@triton.jit
+def _token_sums_kernel(
+    table_ptr,  # [L] in, int64: addresses of X
+    rows_ptr,  # [L] in, int64: o of each layer
+    first_rows_ptr,  # [L] in, int64: where each layer begins in A
+    block_map_ptr,  # [num_tiles, 2] in, int32: layer, tile of rows
+    A_ptr,  # [Σ o, s] in
+    sums_ptr,  # [num_splits, S, d] out, fp32: each program's share of Σ Aᵀ X
+    d,  # columns
+    num_tokens,  # s
+    num_tiles,  # of rows, all layers together
+    DTYPE: tl.constexpr,  # of X and A
+    ALIGNED: tl.constexpr,  # every address is a multiple of 16 bytes
+    PRECISION: tl.constexpr,  # of tl.dot
+    BLOCK_O: tl.constexpr,  # rows per tile
+    BLOCK_S: tl.constexpr,  # tokens per program
+    BLOCK_D: tl.constexpr,  # columns per program
+):
+    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    j, num_slots = tl.program_id(1), tl.num_programs(1)
+    split, num_splits = tl.program_id(2), tl.num_programs(2)
+    sums = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    for tile_i32 in range(split, num_tiles, num_splits):
+        tile = tl.cast(tile_i32, tl.int64)
+        layer = tl.load(block_map_ptr + 2 * tile)
+        first = tl.load(block_map_ptr + 2 * tile + 1).to(tl.int64) * BLOCK_O
+        rows = tl.minimum(tl.load(rows_ptr + layer) - first, BLOCK_O).to(tl.int32)
+        first_row = tl.load(first_rows_ptr + layer) + first
+        ptrs = _token_pointers(A_ptr, first_row, j, num_tokens, BLOCK_O, BLOCK_S)
+        A = tl.load(ptrs, _token_mask(rows, j, num_tokens, BLOCK_O, BLOCK_S), other=0.0)
+        X_ptr = _tile_pointer(table_ptr, layer, first, d, DTYPE, ALIGNED)
+        X = _load_tile(X_ptr, offs_d, rows, d, BLOCK_O)
+        sums = tl.dot(tl.trans(A.to(tl.float32)), X, sums, input_precision=PRECISION)
+    first_token = tl.cast((split * num_slots + j) * BLOCK_S, tl.int64)
+    offs = first_token * d + tl.arange(0, BLOCK_S)[:, None] * d + offs_d[None, :]
+    tl.store(sums_ptr + offs, sums, (offs_d < d)[None, :])
+
+
 def _group(num_products: int, dtype: torch.dtype, *, both: bool = False) -> int:
     """Return how many products share a pass over the rows: evenly, and no more than fit.
 
@@ -539,3 +664,87 @@ def projected_merge_backward(
         _unpack(shares_C.sum(0), C) if need_C else [],
         _unpack(shares_M.sum(0), M) if need_M else [],
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tokens:
+    """What the launches for one text have in common."""
+
+    chosen: Settings
+    slots: int
+    """Products of block_s tokens."""
+    tiles: Tensor
+    arguments: dict[str, Any]
+
+    @classmethod
+    def of(cls, X: Sequence[Tensor], num_tokens: int) -> _Tokens:
+        device, dtype = X[0].device, X[0].dtype
+        rows = tuple([len(x) for x in X])
+        chosen = settings(dtype, num_tokens)
+        tiles = block_map(rows, chosen.block_o, device)
+        table = pointer_table(X, device)
+        return cls(
+            chosen=chosen,
+            slots=ceil_div(num_tokens, chosen.block_s),
+            tiles=tiles,
+            arguments={
+                "table_ptr": table.pointers,
+                "rows_ptr": sizes_on_device(rows, device),
+                "first_rows_ptr": sizes_on_device(tuple(accumulate(rows, initial=0))[:-1], device),
+                "block_map_ptr": tiles,
+                "d": X[0].shape[1],
+                "num_tokens": num_tokens,
+                "DTYPE": TRITON_DTYPE[dtype],
+                "ALIGNED": table.aligned,
+                "PRECISION": dot_precision(dtype),
+                "BLOCK_O": chosen.block_o,
+                "BLOCK_S": chosen.block_s,
+                "BLOCK_D": chosen.block_d,
+                "num_warps": chosen.num_warps,
+                "num_stages": chosen.num_stages,
+                **launch_options(),
+            },
+        )
+
+
+def token_outputs(X: Sequence[Tensor], C: Tensor) -> Tensor:
+    """Return X Cᵀ [Σ o_l, s], by one launch."""
+    rows = sum(map(len, X))
+    A = C.new_empty(rows, len(C))
+    if A.numel() == 0 or C.shape[1] == 0:
+        return A.zero_()
+    with on_device_of(C):
+        of = _Tokens.of(contiguous(X), len(C))
+        text = _pack([C], of.slots * of.chosen.block_s)
+        _token_outputs_kernel[(len(of.tiles), of.slots)](C_ptr=text, A_ptr=A, **of.arguments)
+    return A
+
+
+def add_token_outputs(X: Sequence[Tensor], A: Tensor, M: Tensor) -> None:
+    """Add A_l M to X_l, contiguous, by one launch."""
+    if A.numel() == 0 or M.shape[1] == 0:
+        return
+    with on_device_of(M):
+        of = _Tokens.of(X, len(M))
+        text = _pack([M], of.slots * of.chosen.block_s)
+        grid = len(of.tiles), ceil_div(M.shape[1], of.chosen.block_d)
+        _add_token_outputs_kernel[grid](
+            M_ptr=text, A_ptr=A.contiguous(), SLOTS=of.slots, **of.arguments
+        )
+
+
+def token_sums(X: Sequence[Tensor], A: Tensor) -> Tensor:
+    """Return Σ_l A_lᵀ X_l [s, d], by one launch and the sum of the programs' shares."""
+    num_tokens, d = A.shape[1], X[0].shape[1]
+    if A.numel() == 0 or d == 0:
+        return A.new_zeros(num_tokens, d)
+    with on_device_of(A):
+        of = _Tokens.of(contiguous(X), num_tokens)
+        splits = min(NUM_SPLITS, len(of.tiles))
+        padded = of.slots * of.chosen.block_s
+        shares = torch.empty((splits, padded, d), dtype=torch.float32, device=A.device)
+        grid = ceil_div(d, of.chosen.block_d), of.slots, splits
+        _token_sums_kernel[grid](
+            A_ptr=A.contiguous(), sums_ptr=shares, num_tiles=len(of.tiles), **of.arguments
+        )
+        return shares.sum(0)[:num_tokens].to(A.dtype)

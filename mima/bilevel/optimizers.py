@@ -61,7 +61,10 @@ class Optimizer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SGD:
-    """``m⁺ = momentum · m + g,  z⁺ = z − lr · m⁺``; without momentum there is no m."""
+    """``m⁺ = momentum · m + g,  z⁺ = z − lr · m⁺``; without momentum there is no m.
+
+    `mima.ops.combine` computes the step and its pullback, both of which are linear.
+    """
 
     lr: float
     """Step size, > 0."""
@@ -82,12 +85,14 @@ class SGD:
         *,
         overwrite: bool = False,
     ) -> tuple[Tensors, list[Vector]]:
-        moved = list(g)
-        if self.momentum:
-            kept = torch._foreach_mul([m for (m,) in state], self.momentum)
-            moved = list(torch._foreach_add(kept, moved))
-        after: list[Vector] = [(m,) if self.momentum else () for m in moved]
-        return list(torch._foreach_add(list(z), moved, alpha=-self.lr)), after
+        lr, momentum = self.lr, self.momentum
+        if not momentum:
+            (after,) = ops.combine([z, g], [[1, -lr]])
+            return after, [() for _ in after]
+        m = [m for (m,) in state]
+        rule = [[1, -lr, -lr * momentum], [0, 1, momentum]]
+        after, m = ops.combine([z, g, m], rule, into=[None, m] if overwrite else None)
+        return after, [(x,) for x in m]
 
     def pullback(
         self,
@@ -97,12 +102,13 @@ class SGD:
         state: Sequence[Vector],
         k: int,
     ) -> tuple[Tensors, Tensors, list[Vector]]:
-        moved_bar = list(torch._foreach_mul(list(z_bar), -self.lr))
-        if not self.momentum:
-            return list(z_bar), moved_bar, [() for _ in moved_bar]
-        moved_bar = list(torch._foreach_add(moved_bar, [m for (m,) in state_bar]))
-        kept_bar = torch._foreach_mul(moved_bar, self.momentum)
-        return list(z_bar), moved_bar, [(m,) for m in kept_bar]
+        lr, momentum = self.lr, self.momentum
+        if not momentum:
+            (g_bar,) = ops.combine([z_bar], [[-lr]])
+            return list(z_bar), g_bar, [() for _ in g_bar]
+        rule = [[-lr, 1], [-lr * momentum, momentum]]
+        g_bar, m_bar = ops.combine([z_bar, [m for (m,) in state_bar]], rule)
+        return list(z_bar), g_bar, [(m,) for m in m_bar]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -281,7 +281,7 @@ class _Point:
     ) -> tuple[str, ...]:
         """Take concept n's change in; the names that are merged."""
         merged, self.words[n] = apart(change, theta)
-        accumulate(self.moved, merge.averaged(n, merged))
+        merge.add_averaged(self.moved, n, merged)
         if merge.plan is not None:
             self.tokens[n] = task.tokens(self.words[n]) if merge.trained_tokens else merge.plan.C[n]
             self.asked[n] = merge.asked(merged, self.tokens[n])

@@ -92,7 +92,6 @@ def merge_step(
     """
     mine = ranks.share(len(tasks))
     assert merge.plan is not None
-    moved: Tensors = {}
     total: Tensors = {}
     asked: dict[int, torch.Tensor] = {}
     losses: list[dict[Any, float]] = []
@@ -100,11 +99,11 @@ def merge_step(
         loss, gradient = lower.loss_and_gradient(tasks[n], lower.start(tasks[n], theta), theta, 0)
         losses.append({names[n]: float(loss)})
         change = {name: -lr * g for name, g in gradient.items() if name in merge.projected}
-        accumulate(moved, merge.delta(n, change))
         asked[n] = merge.asked(change, merge.plan.C[n])
         rest = {name: g for name, g in gradient.items() if name not in merge.projected}
         accumulate(total, {name: g / len(tasks) for name, g in rest.items()})
-    summed = ranks.all_reduce({**moved, **total}, {n: theta[n] for n in tasks[0].start(theta)})
+    like = {name: theta[name] for name in tasks[0].start(theta)}
+    summed = ranks.all_reduce({**merge.spread(asked, like), **total}, like)
     moved = {name: value for name, value in summed.items() if name in merge.projected}
     mean = {name: value for name, value in summed.items() if name not in merge.projected}
     missed = merge.missed(asked, moved)

@@ -6,17 +6,23 @@
 
 from mima.ops.adam_step import adam_step, adam_step_pullback
 from mima.ops.batched_lora import batched_lora
+from mima.ops.combine import combine
 from mima.ops.merge_lora import merge_lora
 from mima.ops.projected_merge import projected_merge, projected_merge_pullback
+from mima.ops.token_outputs import add_token_outputs_, token_outputs, token_sums
 from mima.ops.weighted_merge import weighted_merge, weighted_merge_pullback
 
 __all__ = [
     "adam_step",
     "adam_step_pullback",
+    "add_token_outputs_",
     "batched_lora",
+    "combine",
     "merge_lora",
     "projected_merge",
     "projected_merge_pullback",
+    "token_outputs",
+    "token_sums",
     "weighted_merge",
     "weighted_merge_pullback",
 ]

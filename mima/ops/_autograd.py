@@ -88,10 +88,40 @@ def raw_operators(
     return ops
 
 
-def _register(name: str, function: Callable[..., Any], schema: str) -> CustomOpDef:
+def raw_operator(
+    name: str,
+    schema: str,
+    function: Callable[..., Any],
+    *,
+    fake: Callable[..., Any],
+    writes: Sequence[str] = (),
+) -> CustomOpDef:
+    """Register an operator that has no backward of its own with torch.library.
+
+    Args:
+        name: of the operator.
+        schema: its arguments, the first a tensor or a list of them, and its results.
+        function: computes it.
+        fake: arguments -> tensors like the results.
+        writes: the arguments that it writes into.
+    """
+    op = _register(f"mima::{name}", function, schema, writes)
+    op.register_fake(fake)
+    return op
+
+
+def refuse_graph(op: str, wanted: str, tensors: Iterable[Tensor]) -> None:
+    """Refuse, with what is wanted instead, what is written in place where a graph is recorded."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise ValueError(f"{op}: {wanted} where a gradient is asked for")
+
+
+def _register(
+    name: str, function: Callable[..., Any], schema: str, writes: Sequence[str] = ()
+) -> CustomOpDef:
     # the tag: a backend may copy tables of addresses to the device, which a graph cannot repeat
     function = _without_autocast(function)
-    op = torch.library.custom_op(name, function, mutates_args=(), schema=schema, tags=_TAGS)
+    op = torch.library.custom_op(name, function, mutates_args=writes, schema=schema, tags=_TAGS)
     _functions[op] = function
     return op
 

@@ -82,6 +82,32 @@ def require_like(
         )
 
 
+def require_lists(op: str, names: Sequence[str], lists: Sequence[Sequence[Tensor]]) -> None:
+    """Refuse lists that are not of P tensors each, all of one dtype and device, alike in shape."""
+    for name, values in zip(names, lists, strict=True):
+        require_sequence(op, name, values)
+        require_length(op, name, values, len(lists[0]), f"one per tensor of {names[0]}")
+    if not lists[0]:
+        return
+    like = lists[0][0]
+    require_floating(op, f"{names[0]}[0]", like)
+    dtype, device = like.dtype, like.device
+    for p, first in enumerate(lists[0]):
+        for name, values in zip(names, lists, strict=True):
+            x = values[p]
+            # Many tensors come here: compare, and leave the message to the slow path.
+            if (
+                not isinstance(x, Tensor)
+                or x.dtype != dtype
+                or x.device != device
+                or x.shape != first.shape
+                or x.layout != torch.strided
+            ):
+                if x is first:
+                    require_like(op, f"{name}[{p}]", x, like, f"{name}[0]", ("...",))
+                require_like(op, f"{name}[{p}]", x, first, f"{names[0]}[{p}]", tuple(first.shape))
+
+
 def require_adapters(op: str, A: Sequence[Tensor], B: Sequence[Tensor], weight: Tensor) -> None:
     """Refuse low-rank factors that do not fit a weight [o, d]: A_n [r_n, d] and B_n [o, r_n]."""
     require_sequence(op, "A", A)

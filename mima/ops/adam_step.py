@@ -80,7 +80,7 @@ def adam_step(
         [tensor([-0.1000, -0.1000])]
     """
     rule = _rule(lr, betas, eps, weight_decay, step)
-    _require_agreement(("z", "g", "m", "v"), (z, g, m, v))
+    _checks.require_lists(_OP, ("z", "g", "m", "v"), (z, g, m, v))
     if not z:
         return [], [], []
     tensors = *z, *g, *m, *v
@@ -135,7 +135,7 @@ def adam_step_pullback(
     """
     rule = _rule(lr, betas, eps, weight_decay, step)
     lists = bar_z, bar_m, bar_v, g, m, v
-    _require_agreement(("bar_z", "bar_m", "bar_v", "g", "m", "v"), lists)
+    _checks.require_lists(_OP, ("bar_z", "bar_m", "bar_v", "g", "m", "v"), lists)
     if not g:
         return [], [], [], []
     needs = weight_decay != 0, True, True, True
@@ -160,33 +160,6 @@ def _rule(
     if step < 0:
         raise ValueError(f"{_OP}: step must be ≥ 0, got {step}")
     return float(lr), float(beta1), float(beta2), float(eps), float(weight_decay), int(step)
-
-
-def _require_agreement(names: Sequence[str], lists: Sequence[Sequence[Tensor]]) -> None:
-    for name, values in zip(names, lists, strict=True):
-        _checks.require_sequence(_OP, name, values)
-        _checks.require_length(_OP, name, values, len(lists[0]), f"one per tensor of {names[0]}")
-    if not lists[0]:
-        return
-    like = lists[0][0]
-    _checks.require_floating(_OP, f"{names[0]}[0]", like)
-    dtype, device = like.dtype, like.device
-    for p, first in enumerate(lists[0]):
-        for name, values in zip(names, lists, strict=True):
-            x = values[p]
-            # Many tensors come here: compare, and leave the message to the slow path.
-            if (
-                not isinstance(x, Tensor)
-                or x.dtype != dtype
-                or x.device != device
-                or x.shape != first.shape
-                or x.layout != torch.strided
-            ):
-                if x is first:
-                    _checks.require_like(_OP, f"{name}[{p}]", x, like, f"{name}[0]", ("...",))
-                _checks.require_like(
-                    _OP, f"{name}[{p}]", x, first, f"{names[0]}[{p}]", tuple(first.shape)
-                )
 
 
 _NUMBERS = "float lr, float beta1, float beta2, float eps, float weight_decay, int step"

@@ -1,10 +1,11 @@
 """The hypergradient against central differences of the whole outer objective, in float64."""
 
 from collections import Counter
-from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mima.bilevel import lower
 from mima.bilevel.lower import LowerLevel
@@ -17,8 +18,8 @@ from mima.bilevel.outer import (
     unmerged_gradient,
 )
 from mima.bilevel.tasks import FullWeights, LoraFactors
+from mima.immunization.meta_memory import LiveBytes
 from mima.merging import MergeLayer, MergePlan
-from mima.ops.backends import reference as reference_backend
 
 # a network that reads text: y = V tanh(K c ⊙ x), K projected, V averaged
 D, OUT = 5, 4
@@ -227,27 +228,77 @@ def test_no_mode_evaluates_the_lower_loss_more_often_than_it_must(
     assert len(calls) == CONCEPTS * (steps + again(steps))
 
 
-def test_an_outer_step_calls_the_operators(theta, monkeypatch):
-    tasks, layer, upper = problem(theta, optimizer=Adam(lr=0.1), steps=2)
-    calls = Counter()
+class OperatorCalls(TorchDispatchMode):
+    """Count the calls of mima's operators, each of a whole list of tensors."""
 
-    def counted(name, original, *args, **kwargs):
-        calls[name] += 1
-        return original(*args, **kwargs)
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
 
-    for name, original in vars(reference_backend).items():
-        if name.endswith(("_forward", "_backward")):
-            monkeypatch.setattr(reference_backend, name, partial(counted, name, original))
-    monkeypatch.setenv("MIMA_BACKEND", "reference")
-    outer_gradient(theta, tasks, layer, upper, mode="exact", wrt=tuple(theta))
-    # of each concept: two steps, and one again; two steps back; its share of the average, and the
-    # gradient at it; the gradient at the projected weight
-    assert calls == {
-        "adam_step_forward": 3 * CONCEPTS,
-        "adam_step_backward": 2 * CONCEPTS,
-        "weighted_merge_backward": 2 * CONCEPTS,
-        "projected_merge_backward": CONCEPTS,
-    }
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mima":
+            self.calls[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "stepped", "pulled"),
+    [
+        (Adam(lr=0.1), "adam_step", "adam_step_backward"),
+        (SGD(lr=0.1), "combine", "combine"),
+        (SGD(lr=0.1, momentum=0.9), "combine", "combine"),
+    ],
+    ids=["adam", "sgd", "momentum"],
+)
+def test_an_outer_step_calls_the_operators(theta, optimizer, stepped, pulled):
+    tasks, layer, upper = problem(theta, optimizer=optimizer, steps=2)
+    with OperatorCalls() as counted:
+        outer_gradient(theta, tasks, layer, upper, mode="exact", wrt=tuple(theta))
+    # once for all concepts: what they add to the projected weight, and the constraint's residual
+    expected = Counter(add_token_outputs_=1, token_outputs=1)
+    # of each concept: its share added to the average, and what it asks for; the gradient at both
+    for name in ("combine_", "token_outputs"):
+        expected[name] += CONCEPTS
+    for name in ("weighted_merge_backward", "projected_merge_backward"):
+        expected[name] += CONCEPTS
+    # two steps, the first again, and two back
+    expected[stepped] += 3 * CONCEPTS
+    expected[pulled] += 2 * CONCEPTS
+    # momentum's second step takes the memory of the first
+    if getattr(optimizer, "momentum", 0):
+        expected["combine"] -= CONCEPTS
+        expected["combine_"] += CONCEPTS
+    assert counted.calls == expected
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_merge_keeps_the_memory_of_one_concept(kind):
+    """Another concept adds to the peak what it asks of the projected weight, and no weight."""
+    theta = {"key": torch.randn(64, 64), "value": torch.randn(64, 64)}
+    texts = [torch.randn(2, 64) for _ in range(6)]
+
+    def loss(params, k=0):
+        return sum(F.linear(params[name], theta[name]).square().sum() for name in theta)
+
+    def peak(count):
+        plan = MergePlan.from_embeddings(texts[:count], torch.randn(80, 64))
+        layer = MergeLayer(torch.full((count,), 1 / count), plan, ["key"])
+        rule = {"steps": 2, "optimizer": SGD(lr=0.1, momentum=0.9)}
+        task = FullWeights(loss, list(theta), **rule)
+        if kind == "lora":
+            shapes = {name: value.shape for name, value in theta.items()}
+            like = {"rank": 1, "scale": 1.0, "generator": generator(), "like": theta["key"]}
+            task = LoraFactors(loss, shapes, **like, **rule)
+        held = [*theta.values(), *plan.C, *plan.M]
+        with LiveBytes(held, [], "cpu") as live:
+            outer_gradient(
+                *(theta, [task] * count, layer, [level(("one", loss, -1.0))] * count),
+                mode="first_order",
+                wrt=tuple(theta),
+            )
+        return live.peak
+
+    assert peak(6) - peak(2) < theta["key"].nbytes / 2
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -36,9 +36,12 @@ def _bits(case: native_cases.Case) -> list[torch.Tensor]:
         ),
         pytest.param(lambda: native_cases.projected_merge([320, 640], [9, 9], 768, torch.float32)),
         pytest.param(lambda: native_cases.adam_step([(700, 300), (99,)] * 4, torch.float32)),
+        pytest.param(
+            lambda: native_cases.combine([(700, 300), (99,)] * 4, [[1, 0.5]], torch.float32)
+        ),
         pytest.param(lambda: native_cases.merge_lora(640, 512, [16, 4], torch.float32)),
     ],
-    ids=["weighted_merge", "projected_merge", "adam_step", "merge_lora"],
+    ids=["weighted_merge", "projected_merge", "adam_step", "combine", "merge_lora"],
 )
 @pytest.mark.usefixtures("_threads_restored")
 def test_same_bits_for_any_number_of_threads(case):

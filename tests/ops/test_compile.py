@@ -44,6 +44,11 @@ def _raw_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             raw.adam_step_backward,
             (base * 3, base, base, positive, *adam, [no, yes, no, yes], ""),
         ),
+        "combine": (raw.combine, (base * 2, [1.0, 0.5, 0.0, 2.0], 2, "")),
+        "combine_": (raw.combine_, ([r(3, 2), r(4)], base * 2, [1.0, 0.5], 2, "")),
+        "token_outputs": (raw.token_outputs, (W, C[0], "")),
+        "add_token_outputs_": (raw.add_token_outputs_, ([r(3, 4), r(3, 4)], r(6, 2), C[0], "")),
+        "token_sums": (raw.token_sums, (W, r(6, 2), "")),
         "projected_merge": (raw.projected_merge, (W0, W, C, M, "")),
         "projected_merge_backward": (
             raw.projected_merge_backward,

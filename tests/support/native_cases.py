@@ -264,6 +264,29 @@ def adam_step(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Case:
     )
 
 
+def combine(
+    shapes: Sequence[tuple[int, ...]], factors: Sequence[Sequence[float]], dtype: torch.dtype
+) -> Case:
+    """Lists of tensors of these shapes."""
+    P, J = len(shapes), len(factors[0])
+
+    def run(xs: Sequence[Tensor], rows: Sequence[Sequence[float]] = factors) -> list[Tensor]:
+        like = [x for _ in rows for x in xs[:P]]
+        out = [torch.empty_like(x) for x in like]
+        cpu.combine(out, xs, rows)
+        return out
+
+    def through_reference(xs: Sequence[Tensor]) -> list[Tensor]:
+        lists = [xs[j * P : (j + 1) * P] for j in range(J)]
+        return [x for values in reference.combine(lists, factors) for x in values]
+
+    def backward(d_out: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
+        return run(d_out, [list(column) for column in zip(*factors, strict=True)])
+
+    inputs = [torch.randn(shape).to(dtype) for _ in range(J) for shape in shapes]
+    return Case(inputs, run, through_reference, backward, J)
+
+
 # Sizes around every vector width and unrolling; zero rows, tokens, elements and concepts.
 CASES = {
     "weighted_merge-awkward": lambda dtype: weighted_merge(
@@ -271,6 +294,13 @@ CASES = {
     ),
     "weighted_merge-one": lambda dtype: weighted_merge([(1023,)], 1, dtype),
     "weighted_merge-none": lambda dtype: weighted_merge([(63,), (5, 7)], 0, dtype),
+    "combine-awkward": lambda dtype: combine(
+        [(0,), (), (1,), (63,), (1023,), (17, 33), (3, 0), (257, 300)],
+        [[1.0, -0.5, -0.25], [0.0, 1.0, 0.5]],
+        dtype,
+    ),
+    "combine-one": lambda dtype: combine([(1023,), (5,)], [[-0.5], [2.0], [0.0]], dtype),
+    "combine-add": lambda dtype: combine([(1025,), (5,)], [[1.0, 0.3]], dtype),
     "projected_merge-768": lambda dtype: projected_merge([320, 0, 63], [9, 1, 4], 768, dtype),
     "projected_merge-1023": lambda dtype: projected_merge([1, 17], [3, 0], 1023, dtype),
     "projected_merge-63": lambda dtype: projected_merge([63, 5], [7], 63, dtype),

@@ -140,6 +140,22 @@ def adam(name: str, shapes: Sequence[tuple[int, ...]], *, small: bool = False) -
     return Case("adam_step", name, (*shapes,) * 4, call, small=small)
 
 
+def combined(
+    name: str,
+    factors: Sequence[Sequence[float]],
+    shapes: Sequence[tuple[int, ...]],
+    *,
+    small: bool = False,
+) -> Case:
+    P, J = len(shapes), len(factors[0])
+
+    def call(tensors: Sequence[Tensor], backend: str | None) -> list[Tensor]:
+        lists = [tensors[j * P : (j + 1) * P] for j in range(J)]
+        return [x for values in _function("combine", backend)(lists, factors) for x in values]
+
+    return Case("combine", name, (*shapes,) * J, call, small=small)
+
+
 # Sizes 0, 1, 63 and 1023 appear as elements, rows, columns, tokens, ranks and samples; the full
 # product of them would test no more paths.
 CASES = (
@@ -182,6 +198,12 @@ CASES = (
     adam("sizes", [(0,), (), (1,), (63,), (1023,), (3, 1023)]),
     adam("only-empty", [(0, 3)], small=True),
     adam("long", [(5000,), (2048,), (2049,)]),
+    combined("small", [[1, -0.5, -0.25], [0, 1, 0.5]], [(3, 2), (4,)], small=True),
+    combined("sizes", [[1, 0.75]], [(0,), (), (1,), (63,), (1023,), (3, 1023)]),
+    combined("one", [[-0.5]], [(63, 5)], small=True),
+    combined("all", [[1, 0, 2], [-0.3, 1, 0.1], [0, 0, 0.7]], [(1023,), (2, 2)]),
+    combined("only-empty", [[1, 1], [2, 3]], [(0, 3)], small=True),
+    combined("long", [[0.5, 0.25], [0, -1], [3, 0]], [(5000,), (2048,), (2049,)]),
 )
 BY_ID = {case.id: case for case in CASES}
 SMALL = tuple(case for case in CASES if case.small)

@@ -20,7 +20,10 @@ from mima.errors import MimaError, nearest
 
 logger = logging.getLogger(__name__)
 
-OPERATORS = ("weighted_merge", "projected_merge", "batched_lora", "merge_lora", "adam_step")
+OPERATORS = (
+    *("weighted_merge", "projected_merge", "batched_lora", "merge_lora"),
+    *("adam_step", "combine", "token_outputs"),
+)
 
 _MODULES = {
     "reference": "mima.ops.backends.reference",

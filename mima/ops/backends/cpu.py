@@ -70,6 +70,37 @@ def weighted_merge_backward(
     return d_base, d_thetas, d_weights
 
 
+def combine(out: Sequence[Tensor], x: Sequence[Tensor], factors: Sequence[Sequence[float]]) -> None:
+    """Write Σ_j f_ij x_j into `out`, contiguous, which may have tensors of `x`."""
+    code = DTYPE_CODES[x[0].dtype]
+    loaded("cpu").combine(code, torch.get_num_threads(), factors, contiguous(x), out)
+
+
+def token_outputs(X: Sequence[Tensor], C: Tensor) -> Tensor:
+    """Return A = X Cᵀ, [Σ o_l, s]."""
+    A = C.new_empty(sum(len(X_l) for X_l in X), len(C))
+    X, (C,) = _with_rows(X), _with_rows([C])
+    code = DTYPE_CODES[C.dtype]
+    loaded("cpu").token_outputs(code, torch.get_num_threads(), X, C, A)
+    return A
+
+
+def add_token_outputs(X: Sequence[Tensor], A: Tensor, M: Tensor) -> None:
+    """Add A_l M to X_l, whose rows are contiguous."""
+    A, M = _with_rows([A, M])
+    code = DTYPE_CODES[M.dtype]
+    loaded("cpu").add_token_outputs(code, torch.get_num_threads(), X, M, A)
+
+
+def token_sums(X: Sequence[Tensor], A: Tensor) -> Tensor:
+    """Return Σ_l A_lᵀ X_l, [s, d]."""
+    sums = A.new_empty(A.shape[1], X[0].shape[1])
+    X, (A,) = _with_rows(X), _with_rows([A])
+    code = DTYPE_CODES[A.dtype]
+    loaded("cpu").token_sums(code, torch.get_num_threads(), X, sums, A)
+    return sums
+
+
 def adam_step_forward(
     z: Sequence[Tensor],
     g: Sequence[Tensor],

@@ -21,7 +21,10 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 """As in csrc/params.h."""
 
 OPS = {
-    "cpu": ("weighted_merge", "projected_merge", "batched_lora", "merge_lora", "adam_step"),
+    "cpu": (
+        *("weighted_merge", "projected_merge", "batched_lora", "merge_lora"),
+        *("adam_step", "combine", "token_outputs"),
+    ),
     "cuda": ("weighted_merge", "projected_merge"),
 }
 MODULES = {"cpu": "_native", "cuda": "_native_cuda"}

@@ -73,6 +73,32 @@ def weighted_merge_backward(
     return d_base, d_thetas, d_weights
 
 
+def combine(out: Sequence[Tensor], x: Sequence[Tensor], factors: Sequence[Sequence[float]]) -> None:
+    """Write Σ_j f_ij x_j into `out`, which may have tensors of `x`."""
+    P = len(x) // len(factors[0])
+    for p in range(P):
+        # a tensor is read before it is written
+        made = reference.combine([[x_jp] for x_jp in x[p::P]], factors)
+        for out_ip, (value,) in zip(out[p::P], made, strict=True):
+            out_ip.copy_(value)
+
+
+def token_outputs(X: Sequence[Tensor], C: Tensor) -> Tensor:
+    """Return A [Σ o_l, s]."""
+    return reference.token_outputs(X, C)
+
+
+def add_token_outputs(X: Sequence[Tensor], A: Tensor, M: Tensor) -> None:
+    """Add A_l M to X_l."""
+    for X_l, A_l in zip(X, A.split([len(x) for x in X]), strict=True):
+        X_l.copy_(reference.add_token_outputs([X_l], A_l, M)[0])
+
+
+def token_sums(X: Sequence[Tensor], A: Tensor) -> Tensor:
+    """Return Σ_l A_lᵀ X_l [s, d]."""
+    return reference.token_sums(X, A)
+
+
 def adam_step_forward(
     z: Sequence[Tensor],
     g: Sequence[Tensor],
