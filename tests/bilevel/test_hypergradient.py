@@ -264,24 +264,24 @@ def test_an_outer_step_calls_the_operators(theta, optimizer, stepped, pulled):
     # two steps, the first again, and two back
     expected[stepped] += 3 * CONCEPTS
     expected[pulled] += 2 * CONCEPTS
-    # momentum's second step takes the memory of the first
+    # on the first pass, momentum's steps take the memory of what they read
     if getattr(optimizer, "momentum", 0):
-        expected["combine"] -= CONCEPTS
-        expected["combine_"] += CONCEPTS
-    assert counted.calls == expected
+        expected["combine"] -= 2 * CONCEPTS
+        expected["combine_"] += 2 * CONCEPTS
+    assert dict(counted.calls) == dict(expected)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_the_merge_keeps_the_memory_of_one_concept(kind):
     """Another concept adds to the peak what it asks of the projected weight, and no weight."""
-    theta = {"key": torch.randn(64, 64), "value": torch.randn(64, 64)}
-    texts = [torch.randn(2, 64) for _ in range(6)]
+    theta = {"key": torch.randn(256, 256), "value": torch.randn(256, 256)}
+    texts = [torch.randn(2, 256) for _ in range(6)]
 
     def loss(params, k=0):
         return sum(F.linear(params[name], theta[name]).square().sum() for name in theta)
 
     def peak(count):
-        plan = MergePlan.from_embeddings(texts[:count], torch.randn(80, 64))
+        plan = MergePlan.from_embeddings(texts[:count], torch.randn(300, 256))
         layer = MergeLayer(torch.full((count,), 1 / count), plan, ["key"])
         rule = {"steps": 2, "optimizer": SGD(lr=0.1, momentum=0.9)}
         task = FullWeights(loss, list(theta), **rule)
@@ -298,7 +298,8 @@ def test_the_merge_keeps_the_memory_of_one_concept(kind):
             )
         return live.peak
 
-    assert peak(6) - peak(2) < theta["key"].nbytes / 2
+    # with three, the sums over concepts are as long-lived as they get
+    assert peak(6) - peak(3) < theta["key"].nbytes / 10
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -16,7 +16,14 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
-from mima.kernels import adam_step, batched_lora, merge_lora, projected_merge, weighted_merge
+from mima.kernels import (
+    adam_step,
+    batched_lora,
+    combine,
+    merge_lora,
+    projected_merge,
+    weighted_merge,
+)
 from support.triton_aot import (
     GFX942,
     SM80,
@@ -42,6 +49,10 @@ REGISTERS = {
     "_adam_step_bwd_kernel": 80,
     "_weighted_merge_fwd_kernel": 80,
     "_weighted_merge_bwd_kernel": 88,
+    "_combine_kernel": 64,
+    "_token_outputs_kernel": 128,
+    "_add_token_outputs_kernel": 128,
+    "_token_sums_kernel": 128,
     "_projected_merge_fwd_kernel": 255,
     "_projected_merge_bwd_kernel": 255,
     "_projected_merge_bwd_text_kernel": 208,
@@ -54,7 +65,7 @@ REGISTERS = {
 }
 """Of a thread on NVIDIA at most, for all dtypes and sizes: what triton 3.8 takes, rounded up."""
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-STREAMS = ("weighted_merge", "adam_step")
+STREAMS = ("weighted_merge", "adam_step", "combine")
 YES = True
 
 
@@ -72,6 +83,20 @@ def _adam_step(dtype: torch.dtype) -> None:
     adam_step.adam_step_forward(z, z, z, z, *rule)
     adam_step.adam_step_backward(z * 3, z, z, z, *rule, *[YES] * 4)
     adam_step.adam_step_backward(z * 3, z, z, z, *rule, False, YES, YES, YES)
+
+
+def _combine(dtype: torch.dtype) -> None:
+    x = [torch.empty(320, 320, dtype=dtype), torch.empty(33, dtype=dtype)]
+    combine.combine(x, x * 2, [[1, 0.5]])
+    combine.combine(x * 2, x * 3, [[1, -0.5, -0.25], [0, 1, 0.5]])
+
+
+def _token_outputs(dtype: torch.dtype, tokens: int) -> None:
+    X = [torch.empty(o, 768, dtype=dtype) for o in (320, 640)]
+    C, A = torch.empty(tokens, 768, dtype=dtype), torch.empty(960, tokens, dtype=dtype)
+    projected_merge.token_outputs(X, C)
+    projected_merge.add_token_outputs(X, A, C)
+    projected_merge.token_sums(X, A)
 
 
 def _projected_merge(dtype: torch.dtype, tokens: int) -> None:
@@ -109,6 +134,8 @@ Call = tuple[ModuleType, Callable[..., None], tuple[int, ...]]
 USUAL: dict[str, Call] = {
     "weighted_merge": (weighted_merge, _weighted_merge, ()),
     "adam_step": (adam_step, _adam_step, ()),
+    "combine": (combine, _combine, ()),
+    "token_outputs": (projected_merge, _token_outputs, (9,)),
     "projected_merge": (projected_merge, _projected_merge, (9,)),
     "batched_lora": (batched_lora, _batched_lora, (16,)),
     "merge_lora": (merge_lora, _merge_lora, (16,)),
@@ -116,6 +143,7 @@ USUAL: dict[str, Call] = {
 # The largest tiles of each heuristic, which have the most to keep in registers. float16 is left
 # out: its settings and register use are bfloat16's.
 LARGEST: dict[str, Call] = {
+    "token_outputs-77": (projected_merge, _token_outputs, (77,)),
     "projected_merge-77-tokens": (projected_merge, _projected_merge, (77,)),
     "batched_lora-rank-64": (batched_lora, _batched_lora, (64,)),
     "merge_lora-rank-64": (merge_lora, _merge_lora, (64,)),
@@ -162,8 +190,9 @@ def test_compiled_kernels_fit_spill_nothing_and_read_wide(
         if name.startswith((*STREAMS, "projected_merge")):
             assert loads > 0, f"{kernel} has no 128-bit loads on {target}"
             assert stores > 0, f"{kernel} has no 128-bit stores on {target}"
-        if not name.startswith(STREAMS):
-            # whose last blocks, and only they, are masked element by element
+        if not name.startswith((*STREAMS, "token_outputs")):
+            # the streams' last blocks, and only they, are masked element by element; and rows of A
+            # are as long as there are tokens
             assert narrow_loads(compiled) == 0, f"{kernel} loads single elements on {target}"
 
 
@@ -218,8 +247,14 @@ def test_one_launch_serves_a_whole_list() -> None:
         adam_step.adam_step_forward(base, base, base, base, *rule)
         adam_step.adam_step_backward(base * 3, base, base, base, *rule, *[YES] * 4)
     assert len(launches) == 2
+    with recorded_launches(combine) as launches:
+        combine.combine(base, base * 2, [[1, 0.5]])
+    assert len(launches) == 1
     W0 = [torch.empty(o, 8) for o in (3, 640, 0)]
     C = [torch.empty(2, 8)] * 2
     with recorded_launches(projected_merge) as launches:
         projected_merge.projected_merge_forward(W0, W0 * 2, C, C)
-    assert len(launches) == 1
+        projected_merge.token_outputs(W0, C[0])
+        projected_merge.add_token_outputs(W0, torch.empty(643, 2), C[0])
+        projected_merge.token_sums(W0, torch.empty(643, 2))
+    assert len(launches) == 4

@@ -24,14 +24,16 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 )
 def test_kernels_in_the_interpreter() -> None:
     # A process of its own: Triton reads the variable when a kernel is defined.
-    values = Path(__file__).with_name("test_values.py")
+    values, streaming = (
+        Path(__file__).with_name(name) for name in ("test_values.py", "test_streaming.py")
+    )
     # not python -m pytest, which would import the sources in the working directory
     pytest_script = Path(sys.executable).with_name("pytest")
     # nor in several processes: this may be one of several already
     options = ["-p", "no:xdist", "-p", "no:cacheprovider"]
     command = [pytest_script, "-q", *options, "-k", "triton"]
     result = subprocess.run(
-        [*command, values],
+        [*command, values, streaming],
         cwd=values.parents[2],
         env={**os.environ, "TRITON_INTERPRET": "1", "MIMA_TEST_DEVICES": "cpu"},
         capture_output=True,
