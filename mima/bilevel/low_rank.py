@@ -23,23 +23,34 @@ class LowRankWeight(torch.Tensor):
     for a single adapter are as fast there. Gradients flow to W, A and B. Any other operation reads
     the sum.
 
+    With several adapters, ``index`` says which is each sample's, the first dimension of a layer's
+    input; the layer computes `mima.ops.batched_lora`, and there is no sum to be read.
+
     Args:
         weight: W [O, D].
-        A: [R, D].
-        B: [O, R].
-        scale: a number.
+        A: an [R, D] for each adapter.
+        B: an [O, R] for each adapter.
+        scale: a number for each adapter.
+        index: [samples], the adapter of each (``indices``); None where there is one.
     """
 
     weight: torch.Tensor
-    A: torch.Tensor
-    B: torch.Tensor
-    scale: float
+    A: Sequence[torch.Tensor]
+    B: Sequence[torch.Tensor]
+    scale: tuple[float, ...]
+    index: torch.Tensor | None
 
     def __new__(
-        cls, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float
+        cls,
+        weight: torch.Tensor,
+        A: Sequence[torch.Tensor],
+        B: Sequence[torch.Tensor],
+        scale: Sequence[float],
+        index: torch.Tensor | None = None,
     ) -> LowRankWeight:
         self: LowRankWeight = torch.Tensor._make_subclass(cls, weight.detach())
-        self.weight, self.A, self.B, self.scale = weight, A, B, scale
+        self.weight, self.A, self.B = weight, A, B
+        self.scale, self.index = tuple(scale), index
         return self
 
     @classmethod
@@ -70,7 +81,14 @@ def _weight(x: Any) -> Any:
 
 
 def _sum(x: Any) -> Any:
-    return x.weight + x.scale * (x.B @ x.A) if isinstance(x, LowRankWeight) else x
+    if not isinstance(x, LowRankWeight):
+        return x
+    if x.index is not None:
+        raise RuntimeError(
+            "a weight with several adapters can be read by linear layers alone; "
+            "set lower.concepts_per_forward to 1 for this network"
+        )
+    return x.weight + x.scale[0] * (x.B[0] @ x.A[0])
 
 
 def _is_fused(x: torch.Tensor) -> bool:
@@ -86,34 +104,41 @@ def _linear(
     x: torch.Tensor, adapted: LowRankWeight, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """[..., D] -> [..., O]."""
-    if not _is_fused(x):
-        update = F.linear(F.linear(x, adapted.A), adapted.B)
-        return torch.add(F.linear(x, adapted.weight, bias), update, alpha=adapted.scale)
+    index = adapted.index
+    if index is None and not _is_fused(x):
+        update = F.linear(F.linear(x, adapted.A[0]), adapted.B[0])
+        return torch.add(F.linear(x, adapted.weight, bias), update, alpha=adapted.scale[0])
     kind = x.device.type
     # the factors follow the input, as autocast would have it
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    weight, A, B = (t.to(dtype) for t in (adapted.weight, adapted.A, adapted.B))
     y = batched_lora(
         # one adapter: all tokens are those of one sample
-        x.reshape(1, -1, x.shape[-1]).to(dtype),
-        weight,
-        [A],
-        [B],
+        x.reshape(1 if index is None else len(index), -1, x.shape[-1]).to(dtype),
+        adapted.weight.to(dtype),
+        [A.to(dtype) for A in adapted.A],
+        [B.to(dtype) for B in adapted.B],
         _scale(adapted.scale, x.device),
-        _index(x.device),
+        _index(x.device) if index is None else index,
         bias=None if bias is None else bias.to(dtype),
     )
     return y.reshape(*x.shape[:-1], -1)
 
 
-# Both are the same for every layer and step: on a GPU, no layer copies them there or waits.
+# All are the same for every layer and step: on a GPU, no layer copies them there or waits.
 @functools.lru_cache(maxsize=64)
-def _scale(value: float, device: torch.device) -> torch.Tensor:
-    return torch.tensor([value], dtype=torch.float64, device=device)
+def _scale(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 @functools.cache
 def _index(device: torch.device) -> torch.Tensor:
-    index = torch.zeros(1, dtype=torch.int64, device=device)
-    known_in_range(index, 1)
+    return indices((1,), device)
+
+
+@functools.lru_cache(maxsize=64)
+def indices(samples: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """The adapter of each sample, where adapter n has so many of them, one after the other."""
+    places = [n for n, count in enumerate(samples) for _ in range(count)]
+    index = torch.tensor(places, dtype=torch.int64, device=device)
+    known_in_range(index, len(samples))
     return index

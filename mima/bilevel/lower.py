@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +33,7 @@ class LowerLevel(ABC):
         age: steps that were taken before these K, for rules that count them.
         memory: the optimizer's state after those steps; None where there were none.
         continues: whether another K steps are to go on from the last state.
+        at_once: how many of these lower levels may share a forward, see ``joins``.
     """
 
     steps: int
@@ -40,6 +41,7 @@ class LowerLevel(ABC):
     age: int = 0
     memory: Mapping[str, Vector] | None = None
     continues: bool = False
+    at_once: int = 1
 
     def rule(self, name: str) -> Optimizer:
         """The update rule of one of z's tensors: ``optimizer``, or one like it but for its step."""
@@ -52,6 +54,24 @@ class LowerLevel(ABC):
     @abstractmethod
     def loss(self, z: Params, theta: Params, k: int) -> torch.Tensor:
         """Loss of the k-th batch; scalar, differentiable in z and θ."""
+
+    def joins(self, others: Sequence[LowerLevel]) -> bool:
+        """Whether ``losses`` of the first of the others may compute this one's loss, too."""
+        return False
+
+    def losses(
+        self, others: Sequence[LowerLevel], z: Sequence[Params], theta: Params, k: int
+    ) -> list[torch.Tensor]:
+        """This loss and those of others that have joined, by one forward.
+
+        Args:
+            others: lower levels that ``joins`` let in.
+            z: this one's, and those of the others.
+            theta: θ.
+            k: the step.
+        """
+        assert not others
+        return [self.loss(z[0], theta, k)]
 
     @abstractmethod
     def change(self, z: Params, theta: Params) -> Tensors:
@@ -175,12 +195,25 @@ def loss_and_gradient(
     task: LowerLevel, state: State, theta: Params, k: int
 ) -> tuple[torch.Tensor, Tensors]:
     """The k-th batch's loss and its ∇_z, without a graph."""
-    z = {name: value.detach().requires_grad_() for name, value in state.z.items()}
+    (found,) = losses_and_gradients([task], [state], theta, k)
+    return found
+
+
+def losses_and_gradients(
+    tasks: Sequence[LowerLevel], states: Sequence[State], theta: Params, k: int
+) -> list[tuple[torch.Tensor, Tensors]]:
+    """The same for lower levels that share a forward and a backward.
+
+    Each loss reads its own z alone, so that the gradient of their sum has every one's.
+    """
+    z = [{name: v.detach().requires_grad_() for name, v in state.z.items()} for state in states]
     with torch.enable_grad():
-        loss = task.loss(z, theta, k)
+        losses = tasks[0].losses(tasks[1:], z, theta, k)
+    leaves = [value for own in z for value in own.values()]
     # some networks have weights that no picture reads
-    grads = torch.autograd.grad(loss, list(z.values()), materialize_grads=True)
-    return loss.detach(), dict(zip(z, grads, strict=True))
+    grads = iter(torch.autograd.grad(losses, leaves, materialize_grads=True))
+    gradients = [{name: next(grads) for name in own} for own in z]
+    return [(loss.detach(), g) for loss, g in zip(losses, gradients, strict=True)]
 
 
 def descend(
@@ -202,12 +235,22 @@ def path(task: LowerLevel, theta: Params) -> Iterator[State]:
 
     What the optimizer keeps is a state's own until the next is asked for.
     """
-    state = start(task, theta)
-    for k in range(task.steps):
-        # what an attack that goes on starts from may be kept elsewhere: another run's, or constants
-        own = k > 0 or task.memory is None
-        state = advance(task, state, gradient(task, state, theta, k), k, overwrite=own)
+    for (state,) in paths([task], theta):
         yield state
+
+
+def paths(tasks: Sequence[LowerLevel], theta: Params) -> Iterator[list[State]]:
+    """The same for lower levels that share their forwards: all states after each step."""
+    states = [start(task, theta) for task in tasks]
+    for k in range(tasks[0].steps):
+        found = losses_and_gradients(tasks, states, theta, k)
+        for i, (task, (_, g)) in enumerate(zip(tasks, found, strict=True)):
+            # what an attack that goes on starts from may be kept elsewhere: another run's, or
+            # constants
+            own = k > 0 or task.memory is None
+            states[i] = advance(task, states[i], g, k, overwrite=own)
+        del found, g
+        yield list(states)
 
 
 def adapt(task: LowerLevel, theta: Params) -> Tensors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -136,7 +136,8 @@ def outer_gradient(
 
     Returns:
         The gradient, the same in every process; equal to that of ``naive_outer_gradient`` up to
-        rounding. Memory: that of one concept, and φ_k − θ for each state k.
+        rounding. Memory: that of one concept, or of those whose lower levels share their forwards
+        (``LowerLevel.at_once``), and φ_k − θ for each state k.
     """
     theta = {name: value.detach() for name, value in theta.items()}
     # made once: a task may begin with an adaptation of its own
@@ -147,20 +148,22 @@ def outer_gradient(
     points = {k: _Point() for k in parts}
     names: tuple[str, ...] = ()
     ends: dict[int, Carried] = {}
-    for n in mine:
-        task = first.pop(n, None) or tasks[n]
-        if task.steps != steps:
-            raise ValueError(
-                f"upper level: paths that are merged differ in length: {steps} and {task.steps}"
-            )
-        for k, state in enumerate(lower.path(task, theta), start=1):
+    for group in _together(mine, tasks, first):
+        for task in group.values():
+            if task.steps != steps:
+                raise ValueError(
+                    f"upper level: paths that are merged differ in length: {steps} and {task.steps}"
+                )
+        for k, states in enumerate(lower.paths(list(group.values()), theta), start=1):
             if k in points:
-                merged = points[k].add(n, task, task.change(state.z, theta), merge, theta)
-                names = tuple(dict.fromkeys((*names, *merged)))
-        if task.continues:
-            ends[n] = task.stop(state, theta)
-        # the next concept's path is not to find this one's last state in memory
-        del state
+                for (n, task), state in zip(group.items(), states, strict=True):
+                    merged = points[k].add(n, task, task.change(state.z, theta), merge, theta)
+                    names = tuple(dict.fromkeys((*names, *merged)))
+        for (n, task), state in zip(group.items(), states, strict=True):
+            if task.continues:
+                ends[n] = task.stop(state, theta)
+        # the next concepts' paths are not to find these ones' last states in memory
+        del state, states
     bars: dict[int, _Bar] = {}
     total: Tensors = {}
     path: dict[int, dict[Any, float]] = {}
@@ -255,6 +258,31 @@ def along_path(upper: Upper, steps: int) -> Mapping[int, Sequence[Level]]:
     if not parts or not all(1 <= k <= steps for k in parts):
         raise ValueError(f"upper level: states must lie in 1 … {steps}, got {sorted(parts)}")
     return {k: parts[k] for k in sorted(parts)}
+
+
+def _together(
+    mine: Iterable[int], tasks: Sequence[LowerLevel], made: dict[int, LowerLevel]
+) -> Iterator[dict[int, LowerLevel]]:
+    """Concepts' lower levels in turn, by their indices; together those that share their forwards.
+
+    Args:
+        mine: the concepts.
+        tasks: where lower levels are made.
+        made: those that are made already.
+    """
+    group: dict[int, LowerLevel] = {}
+    for n in mine:
+        task = made.pop(n, None) or tasks[n]
+        if group and not task.joins(list(group.values())):
+            yield group
+            group = {}
+        group[n] = task
+        # before the next one is made
+        if len(group) >= task.at_once:
+            yield group
+            group = {}
+    if group:
+        yield group
 
 
 def _gathered(ends: dict[int, Carried], ranks: Ranks, theta: Params) -> dict[int, Carried]:

@@ -4,16 +4,33 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
 
-from mima.bilevel.low_rank import LowRankWeight
+from mima.bilevel.low_rank import LowRankWeight, indices
 from mima.bilevel.lower import Carried, LowerLevel, Params, State, Tensors
 from mima.bilevel.optimizers import Optimizer
 
 StepLoss = Callable[[Params, int], torch.Tensor]
 """``(params, k) ↦ L``: the training loss of step k's batch under the network's parameters."""
+
+
+class SharedLoss(ABC):
+    """A step's loss that can be computed in one forward with others of its kind."""
+
+    @abstractmethod
+    def __call__(self, params: Params, k: int) -> torch.Tensor:
+        """The loss of step k's batch."""
+
+    @abstractmethod
+    def samples(self, k: int) -> int:
+        """How many samples of the network's input step k's batch is."""
+
+    @abstractmethod
+    def together(self, others: Sequence[SharedLoss], params: Params, k: int) -> list[torch.Tensor]:
+        """This loss and others: their samples follow each other in one input of the network."""
 
 
 class FullWeights(LowerLevel):
@@ -83,6 +100,8 @@ class LoraFactors(LowerLevel):
         optimizer: the update rule.
         like: a tensor whose dtype and device the factors have.
         carried: where an earlier attack stopped, which these K steps continue.
+        at_once: how many such lower levels may share a forward, each sample with its own factors;
+            more than one needs a ``SharedLoss``.
     """
 
     def __init__(
@@ -97,8 +116,10 @@ class LoraFactors(LowerLevel):
         optimizer: Optimizer,
         like: torch.Tensor,
         carried: Carried | None = None,
+        at_once: int = 1,
     ) -> None:
         self._loss = loss
+        self.at_once = at_once
         self.names = tuple(shapes)
         self.scale = scale
         self.steps = steps
@@ -126,11 +147,27 @@ class LoraFactors(LowerLevel):
         }
 
     def loss(self, z: Params, theta: Params, k: int) -> torch.Tensor:
-        adapted = {
-            name: LowRankWeight(theta[name], z[f"{name}.lora_A"], z[f"{name}.lora_B"], self.scale)
-            for name in self.names
-        }
-        return self._loss({**theta, **adapted}, k)
+        return self._loss({**theta, **_adapted([self], [z], theta)}, k)
+
+    def joins(self, others: Sequence[LowerLevel]) -> bool:
+        return all(
+            isinstance(one, LoraFactors)
+            and isinstance(one._loss, SharedLoss)
+            and one.names == self.names
+            and one.at_once > len(others)
+            for one in (self, *others)
+        )
+
+    def losses(
+        self, others: Sequence[LowerLevel], z: Sequence[Params], theta: Params, k: int
+    ) -> list[torch.Tensor]:
+        if not others:
+            return [self.loss(z[0], theta, k)]
+        everyone = [self, *(one for one in others if isinstance(one, LoraFactors))]
+        shared = [one._loss for one in everyone if isinstance(one._loss, SharedLoss)]
+        samples = tuple(loss.samples(k) for loss in shared)
+        adapted = _adapted(everyone, z, theta, samples)
+        return shared[0].together(shared[1:], {**theta, **adapted}, k)
 
     def change_pullback(
         self, final: Callable[[], Params], theta: Params, wrt: tuple[str, ...], cotangent: Params
@@ -145,6 +182,27 @@ class LoraFactors(LowerLevel):
 
     def start_pullback(self, cotangent: Params) -> Tensors:
         return {}
+
+
+def _adapted(
+    tasks: Sequence[LoraFactors],
+    z: Sequence[Params],
+    theta: Params,
+    samples: tuple[int, ...] | None = None,
+) -> Tensors:
+    """The weights with the factors of one lower level, or of each sample's, beside them."""
+    scale = [task.scale for task in tasks]
+    index = None if samples is None else indices(samples, next(iter(theta.values())).device)
+    return {
+        name: LowRankWeight(
+            theta[name],
+            [own[f"{name}.lora_A"] for own in z],
+            [own[f"{name}.lora_B"] for own in z],
+            scale,
+            index,
+        )
+        for name in tasks[0].names
+    }
 
 
 class NewWord(LowerLevel):

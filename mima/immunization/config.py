@@ -61,6 +61,10 @@ class LowerConfig(Settings):
     """LoRA's alpha; the factors' product is scaled by alpha / rank. Default: the rank."""
     prior_weight: float = Field(0.0, ge=0)
     """Weight of the loss on class pictures."""
+    concepts_per_forward: int = Field(1, ge=1)
+    """With ``lora``: concepts whose attacks take their steps in one forward and one backward, each
+    with its own factors: faster where the device is not filled, and memory for the activations of
+    as many. Gradients are the same up to rounding; second derivatives are taken one by one."""
     captions: tuple[AttackerCaptions, ...] = ("as_is",)
     """What the attacker's captions call the concept, one of these for each attack: ``as_is``, its
     pictures' own captions; ``without_name``, these without its name; ``rare_token``, with the word
@@ -455,6 +459,14 @@ class ImmunizeConfig(Settings):
         if len({attacker.steps for attacker in attackers}) > 1:
             told = ", ".join(str(attacker.steps) for attacker in attackers)
             raise ValueError(f"lower: all attackers take the same number of steps, got {told}")
+        for attacker in attackers:
+            if attacker.concepts_per_forward > 1 and (
+                attacker.parameters != "lora" or attacker.train_token
+            ):
+                raise ValueError(
+                    "lower.concepts_per_forward: only LoRA's factors can be each sample's own; "
+                    "with other lower.parameters, and with lower.train_token, it is 1"
+                )
         words = self.train_tokens
         if words and not self.new_words:
             raise ValueError("lower.train_token: there are no new words without new_words")

@@ -33,7 +33,7 @@ from mima.bilevel.outer import (
     unmerged_gradient,
     upper_gradient,
 )
-from mima.bilevel.tasks import FullWeights, LoraFactors, NewWord
+from mima.bilevel.tasks import FullWeights, LoraFactors, NewWord, SharedLoss
 from mima.concepts import Concept
 from mima.distributed import ALONE, Ranks, union
 from mima.errors import MimaError
@@ -261,11 +261,7 @@ class Problem:
             for step_batches in batches:
                 step_batches.append(draw(class_images))
 
-        def loss(params: Params, k: int) -> torch.Tensor:
-            read = (batches[k], params) if n is None else self._read(n, batches[k], params)
-            value, *prior = self.losses(*read)
-            return value + prior_weight * prior[0] if prior else value
-
+        loss = _AttackLoss(self, batches, prior_weight, n)
         names = self._trained[config.parameters]
         settings: dict[str, Any] = {
             "steps": steps,
@@ -281,6 +277,7 @@ class Problem:
             scale=(config.alpha or attacker.rank) / attacker.rank,
             generator=draws,
             like=theta[names[0]],
+            at_once=config.concepts_per_forward,
             **settings,
         )
 
@@ -481,6 +478,48 @@ class Problem:
                 ((start, _),) = self.predictions([batch], self._start)
             penalty = F.mse_loss(prediction, start)
         return config.prior_weight * penalty, {LossName(data.name, "prior"): loss}
+
+
+class _AttackLoss(SharedLoss):
+    """The losses of an attack's K steps.
+
+    Args:
+        problem: whose network learns.
+        batches: each step's; a second one is of class pictures.
+        prior_weight: what the loss on class pictures counts.
+        n: the concept whose new word, where there are such, the first batches read; None for none.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        batches: Sequence[Sequence[Batch]],
+        prior_weight: float,
+        n: int | None,
+    ) -> None:
+        self._problem = problem
+        self._batches = batches
+        self._prior_weight = prior_weight
+        self._n = n
+
+    def __call__(self, params: Params, k: int) -> torch.Tensor:
+        read = self._batches[k], params
+        if self._n is not None:
+            read = self._problem._read(self._n, *read)
+        return self._of(self._problem.losses(*read))
+
+    def samples(self, k: int) -> int:
+        return sum(len(batch.latents) for batch in self._batches[k])
+
+    def together(self, others: Sequence[SharedLoss], params: Params, k: int) -> list[torch.Tensor]:
+        everyone = [self, *(one for one in others if isinstance(one, _AttackLoss))]
+        batches = [batch for one in everyone for batch in one._batches[k]]
+        values = iter(self._problem.losses(batches, params))
+        return [one._of([next(values) for _ in one._batches[k]]) for one in everyone]
+
+    def _of(self, losses: Sequence[torch.Tensor]) -> torch.Tensor:
+        own, *prior = losses
+        return own + self._prior_weight * prior[0] if prior else own
 
 
 def _trained(family: Family, parameters: str | None) -> tuple[str, ...]:

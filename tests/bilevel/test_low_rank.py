@@ -131,7 +131,9 @@ def test_a_block_that_is_recomputed_reads_the_same_weight(network):
             for shape in ((2, d), (o, 2))
         ]
         params = {
-            f"0.{name}": LowRankWeight(network.get_parameter(f"0.{name}"), *pair, 0.5)
+            f"0.{name}": LowRankWeight(
+                network.get_parameter(f"0.{name}"), *([x] for x in pair), [0.5]
+            )
             for name, pair in zip(NAMES, (factors[:2], factors[2:]), strict=True)
         }
         y = functional_call(network, params, (x,))
@@ -144,7 +146,7 @@ def test_autocast_rounds_the_factors_as_it_does_the_weight(network):
     W, A, B = torch.randn(6, 4), torch.randn(2, 4), torch.randn(6, 2)
     x = torch.randn(3, 5, 4)
     with torch.autocast("cpu", torch.bfloat16):
-        y = torch.nn.functional.linear(x, LowRankWeight(W, A, B, 0.5))
+        y = torch.nn.functional.linear(x, LowRankWeight(W, [A], [B], [0.5]))
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), x @ (W + 0.5 * B @ A).mT, atol=0.1, rtol=0.05)
 
@@ -152,7 +154,7 @@ def test_autocast_rounds_the_factors_as_it_does_the_weight(network):
 @pytest.mark.usefixtures("fused")
 def test_other_operations_read_the_sum():
     W, A, B = torch.randn(6, 4), torch.randn(2, 4).requires_grad_(), torch.randn(6, 2)
-    adapted, formed = LowRankWeight(W, A, B, 0.5), W + 0.5 * B @ A
+    adapted, formed = LowRankWeight(W, [A], [B], [0.5]), W + 0.5 * B @ A
     x = torch.randn(5, 4)
     assert adapted.shape == W.shape
     torch.testing.assert_close(x @ adapted.mT, x @ formed.mT)
@@ -160,3 +162,20 @@ def test_other_operations_read_the_sum():
     assert type(adapted + 0) is torch.Tensor
     first, second = (torch.autograd.grad(w.square().sum(), A)[0] for w in (adapted, formed))
     torch.testing.assert_close(first, second)
+
+
+def test_each_sample_has_its_own_adapter():
+    draw = torch.Generator().manual_seed(0)
+    randn = functools.partial(torch.randn, generator=draw, dtype=torch.float64)
+    W, bias, x = randn(6, 4), randn(6), randn(3, 5, 4)
+    A, B = [randn(2, 4).requires_grad_(), randn(1, 4)], [randn(6, 2), randn(6, 1)]
+    index = low_rank.indices((2, 1), x.device)
+    adapted = LowRankWeight(W, A, B, [0.5, 2.0], index)
+    y = torch.nn.functional.linear(x, adapted, bias)
+    sums = [W + s * b @ a for s, a, b in zip((0.5, 2.0), A, B, strict=True)]
+    expected = torch.stack([x[i] @ sums[n].mT + bias for i, n in enumerate((0, 0, 1))])
+    torch.testing.assert_close(y, expected)
+    slopes = [torch.autograd.grad(out.square().sum(), A[0])[0] for out in (y, expected)]
+    torch.testing.assert_close(*slopes)
+    with pytest.raises(RuntimeError, match=r"set lower\.concepts_per_forward to 1"):
+        adapted + 0

@@ -124,6 +124,39 @@ def test_losses_computed_in_one_forward_are_those_of_one_each(
     assert gap(ours, total) < 1e-5
 
 
+@pytest.mark.parametrize(("mode", "per_forward"), [("first_order", 2), ("exact", 3)])
+def test_attacks_in_one_forward_are_those_of_one_each(
+    model, tmp_path, mode, per_forward, monkeypatch
+):
+    below = {"parameters": "lora", "steps": 2, "optimizer": "sgd", "lr": 0.1, "prior_weight": 0.5}
+    # each concept draws a rank of its own
+    below |= {"batch_size": 2, "rank": [1, 6]}
+    found, forwards = {}, {}
+    for size in (1, per_forward):
+        config = settings(
+            tmp_path, hypergradient=mode, lower=below | {"concepts_per_forward": size}
+        )
+        problem = make(model, config, 3)
+        losses_of, sizes = problem.losses, []
+        monkeypatch.setattr(
+            problem,
+            "losses",
+            lambda batches, params, losses_of=losses_of, sizes=sizes: (
+                sizes.append(len(batches)) or losses_of(batches, params)
+            ),
+        )
+        levels = problem.lower_levels(0), problem.upper_levels(0)
+        assert len({problem.attacker(n, 0).rank for n in range(3)}) > 1
+        found[size], forwards[size] = problem.hypergradient(problem.theta(), *levels), sizes
+    alone, together = found[1], found[per_forward]
+    assert gap(together.gradient, alone.gradient) < 1e-5
+    assert together.losses == pytest.approx(alone.losses, rel=1e-5)
+    # two steps of each: own and class pictures of two concepts and then of one, or of all three
+    first = {2: [4, 4, 2, 2], 3: [6, 6]}[per_forward]
+    assert forwards[per_forward][: len(first)] == first
+    assert forwards[1][:6] == [2] * 6
+
+
 @pytest.mark.parametrize(
     ("parameters", "lr", "steps"),
     [("cross_attention", 1e-3, 1), ("denoiser", 1e-3, 1), ("lora", 0.1, 2)],
@@ -182,6 +215,7 @@ def test_bfloat16_is_near_float32(model, tmp_path, mode, checkpointing):
         ({"merge": "none"}, "write method: joint"),
         ({"hypergradient": "alternating"}, "write method: alternating"),
         ({"method": "joint", "upper": {"concepts_per_forward": 2}}, "only merged weights"),
+        ({"lower": {"concepts_per_forward": 2}}, "only LoRA's factors"),
         ({"lower": {"train_token": True}}, "no new words without new_words"),
         ({"lower": {"token_lr": 1e-3}}, "no new word is trained"),
         ({"lower": {"parameters": None}}, "leaves nothing to train"),

@@ -44,7 +44,8 @@ def step_parts(
     kinds, upper, low = _kinds(config), config.upper, config.attackers[0]
     mode = "first_order" if config.method == "alternating" else config.hypergradient
     done = concepts_of_a_step(config, len(concepts))
-    count = min(done, max(2, upper.concepts_per_forward, len(kinds)))
+    below = max(kind.concepts_per_forward for kind in kinds)
+    count = min(done, max(2, upper.concepts_per_forward, below, len(kinds)))
     reduced = config.model_copy(
         update={
             "lower": tuple(kinds),
