@@ -14,14 +14,16 @@ where it is late. Nothing here was measured on a GPU: these are predictions.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -81,15 +83,35 @@ Inputs = Callable[[int, torch.dtype], dict[str, Any]]
 class Architecture:
     """A published denoiser and what it is called with."""
 
-    build: Callable[[], torch.nn.Module]
+    build: Callable[..., torch.nn.Module]
+    """Numbers of layers -> the denoiser."""
     inputs: Inputs
     """(batch, dtype) -> arguments of a forward."""
     trained: str
     """Pattern of the names that both levels train: the attention that reads text."""
+    layers: tuple[int, ...] = ()
+    """How many there are of each kind of layer whose like follow each other: a few are counted."""
 
 
-def _unet(**config: Any) -> Callable[[], torch.nn.Module]:
+def _unet(**config: Any) -> Callable[..., torch.nn.Module]:
     return lambda: UNet2DConditionModel(**config)
+
+
+def _sdxl(layers: int) -> torch.nn.Module:
+    """SDXL's UNet with so many transformer layers in its lowest blocks."""
+    return UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, layers),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
 
 
 def _unet_inputs(side: int, tokens: int, width: int, *, is_xl: bool = False) -> Inputs:
@@ -146,51 +168,46 @@ ARCHITECTURES = {
     ),
     # 2.6 G parameters, 1024 pixels
     "sdxl": Architecture(
-        build=_unet(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        ),
+        build=_sdxl,
+        layers=(10,),
         inputs=_unet_inputs(128, 77, 2048, is_xl=True),
         trained=r"\.attn2\.",
     ),
     # medium: 2.0 G parameters, 1024 pixels
     "sd3": Architecture(
-        build=lambda: SD3Transformer2DModel(
-            num_layers=24,
+        build=lambda layers: SD3Transformer2DModel(
+            num_layers=layers,
             num_attention_heads=24,
             caption_projection_dim=1536,
             pos_embed_max_size=192,
         ),
+        layers=(24,),
         inputs=_sd3_inputs,
         trained=r"\.attn\.add_[kv]_proj\.",
     ),
     # dev: 11.9 G parameters, 1024 pixels
     "flux": Architecture(
-        build=lambda: FluxTransformer2DModel(guidance_embeds=True),
+        build=lambda both, single: FluxTransformer2DModel(
+            num_layers=both, num_single_layers=single, guidance_embeds=True
+        ),
+        layers=(19, 38),
         inputs=_flux_inputs,
         trained=r"\.attn\.add_[kv]_proj\.",
     ),
     # for tests: the same blocks in small
     "tiny": Architecture(
-        build=_unet(
+        build=lambda layers: UNet2DConditionModel(
             sample_size=16,
             block_out_channels=(32, 64),
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             layers_per_block=1,
+            transformer_layers_per_block=layers,
             attention_head_dim=4,
             norm_num_groups=8,
             cross_attention_dim=32,
         ),
+        layers=(1,),
         inputs=_unet_inputs(16, 7, 32),
         trained=r"\.attn2\.",
     ),
@@ -225,6 +242,26 @@ class Counts:
     """Of the tensors that lived at once beside the weights."""
     peak_parts: dict[str, int] = field(default_factory=dict)
     """Whose they were."""
+
+    def and_more(self, fewer: Counts, more: Counts, times: int) -> Counts:
+        """These counts, and so many times what ``more`` has beyond ``fewer``."""
+        counts = Counts(
+            seconds=self.seconds + times * (more.seconds - fewer.seconds),
+            reads=self.reads + times * (more.reads - fewer.reads),
+            peak_bytes=self.peak_bytes + times * (more.peak_bytes - fewer.peak_bytes),
+        )
+        for name in {*self.parts, *more.parts}:
+            mine, less, larger = (c.parts.get(name, Part()) for c in (self, fewer, more))
+            counts.parts[name] = Part(
+                *(
+                    a + times * (c - b)
+                    for a, b, c in zip(*map(astuple, (mine, less, larger)), strict=True)
+                )
+            )
+        for name in {*self.peak_parts, *more.peak_parts}:
+            a, b, c = (peaks.peak_parts.get(name, 0) for peaks in (self, fewer, more))
+            counts.peak_parts[name] = a + times * (c - b)
+        return counts
 
     @property
     def total(self) -> Part:
@@ -366,6 +403,10 @@ def _fused_attention() -> Iterator[None]:
         yield
 
 
+FEW = 2
+"""Layers of a kind that are counted; one more tells what each further one adds."""
+
+
 def count(
     model: str,
     *,
@@ -378,6 +419,9 @@ def count(
 ) -> Counts:
     """Count one outer step: N concepts, K steps of Adam each, averaged; then the upper level.
 
+    Layers that follow each other are of the same sizes: two of a kind and three are counted, and
+    each further one adds the difference.
+
     Args:
         model: a key of `ARCHITECTURES`.
         device: a key of `GPUS`.
@@ -388,10 +432,32 @@ def count(
         batch: pictures of a lower-level step; the upper level reads as many of the concept and as
             many that are to be kept.
     """
+    layers = ARCHITECTURES[model].layers
+    settings = device, mode, precision, concepts, steps, batch
+    few = tuple(min(FEW, n) for n in layers)
+    counts = base = _count(model, few, *settings)
+    for i, n in enumerate(layers):
+        if n > FEW:
+            one_more = (*few[:i], FEW + 1, *few[i + 1 :])
+            counts = counts.and_more(base, _count(model, one_more, *settings), n - FEW)
+    return counts
+
+
+def _count(
+    model: str,
+    layers: tuple[int, ...],
+    device: str,
+    mode: str,
+    precision: str,
+    concepts: int,
+    steps: int,
+    batch: int,
+) -> Counts:
+    """Count one outer step of a model with so many layers."""
     architecture = ARCHITECTURES[model]
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     with torch.device("meta"):
-        denoiser = architecture.build().to(dtype).eval().requires_grad_(False)
+        denoiser = architecture.build(*layers).to(dtype).eval().requires_grad_(False)
         below, above = (architecture.inputs(size, dtype) for size in (batch, 2 * batch))
         shares = torch.full((concepts,), 1 / concepts)
     theta = {
@@ -478,8 +544,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--concepts", type=int, default=3, help="N")
     parser.add_argument("--steps", type=int, default=4, help="K")
     parser.add_argument("--batch", type=int, default=1, help="pictures of a lower-level step")
+    parser.add_argument("--json", type=Path, help="file that the counts are written to")
     options = vars(parser.parse_args(argv))
-    counts = count(options.pop("model"), **options)
+    path = options.pop("json")
+    counts = count(**options)
+    if path is not None:
+        path.write_text(json.dumps({**options, **asdict(counts)}, indent=1) + "\n")
     print(table(counts))
     print(
         f"\npredicted: {counts.seconds * 1e3:.0f} ms an outer step, "

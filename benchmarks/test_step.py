@@ -310,7 +310,7 @@ def share_of_step(monkeypatch, machine: Machine, *functions: tuple[type, str]) -
 
 def test_merge_share(monkeypatch, machine: Machine):
     """Merging, forwards and backwards, takes less than 2% of a `first_order` step."""
-    merging = [(MergeLayer, name) for name in ("averaged", "asked", "spread", "missed")]
+    merging = [(MergeLayer, name) for name in ("add_averaged", "asked", "spread", "missed")]
     share = share_of_step(monkeypatch, machine, *merging)
     print(f"merge share of a first_order step: {share:.2%}")
     assert share < 0.02

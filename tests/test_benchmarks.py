@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,25 @@ def test_a_roofline_counts_what_an_outer_step_launches():
     assert first.seconds >= first.total.launches * roofline.HOST_BACKWARD
 
 
+def test_a_roofline_counts_a_few_layers_of_a_kind(monkeypatch):
+    from benchmarks import roofline
+
+    settings = "h100", "first_order", "bfloat16", 1, 1, 1
+    every = roofline._count("tiny", (5,), *settings)
+    deep = replace(roofline.ARCHITECTURES["tiny"], layers=(5,))
+    monkeypatch.setitem(roofline.ARCHITECTURES, "tiny", deep)
+    few = roofline.count("tiny", mode="first_order", concepts=1, steps=1)
+    assert few.parts.keys() == every.parts.keys()
+    for name, part in every.parts.items():
+        assert few.parts[name].launches == part.launches
+        assert few.parts[name].flops == pytest.approx(part.flops)
+        assert few.parts[name].num_bytes == pytest.approx(part.num_bytes)
+        assert few.parts[name].seconds == pytest.approx(part.seconds)
+    assert few.seconds == pytest.approx(every.seconds)
+    assert few.reads == every.reads
+    assert few.peak_bytes == pytest.approx(every.peak_bytes, rel=1e-3)
+
+
 def test_a_roofline_knows_a_product():
     from benchmarks import roofline
 
@@ -175,7 +195,8 @@ def test_a_roofline_builds_the_published_architectures(model):
     from benchmarks import roofline
 
     with torch.device("meta"):
-        denoiser = roofline.ARCHITECTURES[model].build()
+        architecture = roofline.ARCHITECTURES[model]
+        denoiser = architecture.build(*architecture.layers)
     millions = sum(x.numel() for x in denoiser.parameters()) / 1e6
     published = {"sd14": 859.5, "sdxl": 2567.5, "sd3": 2028.3, "flux": 11901.4}
     assert millions == pytest.approx(published[model], rel=0.03)
