@@ -549,7 +549,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = options.pop("json")
     counts = count(**options)
     if path is not None:
-        path.write_text(json.dumps({**options, **asdict(counts)}, indent=1) + "\n")
+        parts = {name: asdict(part) for name, part in counts.parts.items()}
+        told = {**options, **vars(counts), "parts": parts, "total": asdict(counts.total)}
+        path.write_text(json.dumps(told, indent=1) + "\n")
     print(table(counts))
     print(
         f"\npredicted: {counts.seconds * 1e3:.0f} ms an outer step, "

@@ -678,6 +678,7 @@ class _Tokens:
 
     @classmethod
     def of(cls, X: Sequence[Tensor], num_tokens: int) -> _Tokens:
+        """Prepare launches on contiguous X, which the caller keeps: here are only addresses."""
         device, dtype = X[0].device, X[0].dtype
         rows = tuple([len(x) for x in X])
         chosen = settings(dtype, num_tokens)
@@ -713,8 +714,9 @@ def token_outputs(X: Sequence[Tensor], C: Tensor) -> Tensor:
     A = C.new_empty(rows, len(C))
     if A.numel() == 0 or C.shape[1] == 0:
         return A.zero_()
+    X = contiguous(X)
     with on_device_of(C):
-        of = _Tokens.of(contiguous(X), len(C))
+        of = _Tokens.of(X, len(C))
         text = _pack([C], of.slots * of.chosen.block_s)
         _token_outputs_kernel[(len(of.tiles), of.slots)](C_ptr=text, A_ptr=A, **of.arguments)
     return A
@@ -738,8 +740,9 @@ def token_sums(X: Sequence[Tensor], A: Tensor) -> Tensor:
     num_tokens, d = A.shape[1], X[0].shape[1]
     if A.numel() == 0 or d == 0:
         return A.new_zeros(num_tokens, d)
+    X = contiguous(X)
     with on_device_of(A):
-        of = _Tokens.of(contiguous(X), num_tokens)
+        of = _Tokens.of(X, num_tokens)
         splits = min(NUM_SPLITS, len(of.tiles))
         padded = of.slots * of.chosen.block_s
         shares = torch.empty((splits, padded, d), dtype=torch.float32, device=A.device)

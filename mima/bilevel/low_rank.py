@@ -38,7 +38,7 @@ class LowRankWeight(torch.Tensor):
     A: Sequence[torch.Tensor]
     B: Sequence[torch.Tensor]
     scale: tuple[float, ...]
-    index: torch.Tensor | None
+    sample_index: torch.Tensor | None
 
     def __new__(
         cls,
@@ -50,7 +50,7 @@ class LowRankWeight(torch.Tensor):
     ) -> LowRankWeight:
         self: LowRankWeight = torch.Tensor._make_subclass(cls, weight.detach())
         self.weight, self.A, self.B = weight, A, B
-        self.scale, self.index = tuple(scale), index
+        self.scale, self.sample_index = tuple(scale), index
         return self
 
     @classmethod
@@ -83,7 +83,7 @@ def _weight(x: Any) -> Any:
 def _sum(x: Any) -> Any:
     if not isinstance(x, LowRankWeight):
         return x
-    if x.index is not None:
+    if x.sample_index is not None:
         raise RuntimeError(
             "a weight with several adapters can be read by linear layers alone; "
             "set lower.concepts_per_forward to 1 for this network"
@@ -104,7 +104,7 @@ def _linear(
     x: torch.Tensor, adapted: LowRankWeight, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """[..., D] -> [..., O]."""
-    index = adapted.index
+    index = adapted.sample_index
     if index is None and not _is_fused(x):
         update = F.linear(F.linear(x, adapted.A[0]), adapted.B[0])
         return torch.add(F.linear(x, adapted.weight, bias), update, alpha=adapted.scale[0])

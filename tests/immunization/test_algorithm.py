@@ -146,7 +146,7 @@ def test_attacks_in_one_forward_are_those_of_one_each(
             ),
         )
         levels = problem.lower_levels(0), problem.upper_levels(0)
-        assert len({problem.attacker(n, 0).rank for n in range(3)}) > 1
+        assert len({problem.attacker(n, 0, {}).rank for n in range(3)}) > 1
         found[size], forwards[size] = problem.hypergradient(problem.theta(), *levels), sizes
     alone, together = found[1], found[per_forward]
     assert gap(together.gradient, alone.gradient) < 1e-5

@@ -299,7 +299,7 @@ CASES = {
         [[1.0, -0.5, -0.25], [0.0, 1.0, 0.5]],
         dtype,
     ),
-    "combine-one": lambda dtype: combine([(1023,), (5,)], [[-0.5], [2.0], [0.0]], dtype),
+    "combine-one": lambda dtype: combine([(1023,), (5,)], [[-0.5], [2.0], [0.25]], dtype),
     "combine-add": lambda dtype: combine([(1025,), (5,)], [[1.0, 0.3]], dtype),
     "projected_merge-768": lambda dtype: projected_merge([320, 0, 63], [9, 1, 4], 768, dtype),
     "projected_merge-1023": lambda dtype: projected_merge([1, 17], [3, 0], 1023, dtype),
