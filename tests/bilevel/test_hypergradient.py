@@ -18,7 +18,7 @@ from mima.bilevel.outer import (
     unmerged_gradient,
 )
 from mima.bilevel.tasks import FullWeights, LoraFactors
-from mima.immunization.meta_memory import LiveBytes
+from mima.immunization.planning.meta_memory import LiveBytes
 from mima.merging import MergeLayer, MergePlan
 
 # a network that reads text: y = V tanh(K c ⊙ x), K projected, V averaged
