@@ -68,21 +68,10 @@ def settings(*, quick: bool, seed: int) -> DemoSettings:
     """The demonstration in full, or a quick one that shows every part with less effect."""
     immunization = default(
         rate=1e-4,
-        steps=24 if quick else 75,
+        benign=True,
+        steps=24 if quick else 100,
         seed=seed,
-        num_class_images=32 if quick else 96,
-        upper={
-            "benign": {
-                "every": 6,
-                "path_every": 4,
-                "lower": {
-                    "steps": 12,
-                    "lr": (3e-5, 3e-4),
-                    "batch_size": 4,
-                    "parameters": "denoiser",
-                },
-            },
-        },
+        num_class_images=32 if quick else 192,
     )
     steps = 24 if quick else 100
     sampler = Sampler(steps=15, guidance=3.0, batch_size=16, scheduler="dpm++")

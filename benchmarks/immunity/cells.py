@@ -128,7 +128,7 @@ def methods() -> dict[str, Make]:
     }
     for name, recipe in RECIPES.items():
         if name == "default":
-            named[name] = _of_recipe(partial(recipe, rate=USUAL_RATE))
+            named[name] = _of_recipe(partial(recipe, rate=USUAL_RATE, benign=True))
         else:
             named[name] = _of_recipe(recipe, 1.0 if name == "sophon" else USUAL_RATE / THEIR_RATE)
     return named

@@ -128,7 +128,7 @@ class Study:
         targets = [embedded_concept(name) for name in cell.problem.targets]
         original = self._original(cell.problem, targets)
         immunized = self._immunized(cell, original, targets, say)
-        others = [embedded_concept(name) for name in self.cut.others]
+        others = [embedded_concept(name).without(targets) for name in self.cut.others]
         evaluate(
             original,
             immunized,
@@ -227,7 +227,10 @@ class Study:
             # ordinary captions' class pictures, not those of a class prompt
             [replace(target, class_images=()) for target in targets],
             config,
-            benign=[embedded_concept(name) for name in BENIGN] if config.reads_benign else (),
+            # their pictures in a target's style are of the target
+            benign=[embedded_concept(name).without(targets) for name in BENIGN]
+            if config.reads_benign
+            else (),
             output=output,
             resume=True,
         )

@@ -646,7 +646,7 @@ def parse_run(
     # what is no recipe, or no settings, is told with all else that is wrong
     known = named is None or recipe is not None or (isinstance(named, str) and named in RECIPES)
     if (named is not None or task is not None) and known and isinstance(own, dict):
-        raw = {**raw, "immunize": beneath(own, named, task)}
+        raw = {**raw, "immunize": beneath(own, named, task, benign=bool(raw.get("benign")))}
         if named is not None:
             raw["recipe"] = named
     return parse_config(ImmunizeRun, raw, source=source)

@@ -28,7 +28,9 @@ PERSONALIZING_RATE = 2e-5
 """``upper.lr`` of the released scripts to personalize."""
 
 
-def default(task: Task | None = None, *, rate: float = 5e-6, **settings: Any) -> ImmunizeConfig:
+def default(
+    task: Task | None = None, *, rate: float = 5e-6, benign: bool = False, **settings: Any
+) -> ImmunizeConfig:
     """What is recommended: attacks on every weight, along their whole path, first order.
 
     Each attack is 20 steps of Adam on all weights, at a rate drawn between half of and ten times
@@ -36,20 +38,22 @@ def default(task: Task | None = None, *, rate: float = 5e-6, **settings: Any) ->
     outer steps. On every fourth of them the defender raises log L on other pictures, by half the
     length of what retains, which is to predict on class pictures what the model predicted before.
     One concept is attacked at a time, so that cost and memory of a step do not grow with their
-    number; the ``steps`` should: about 40 for each concept. ``docs/results.md`` says what held,
-    against whom, on the embedded model and two concepts; nothing else was measured.
+    number; the ``steps`` should: about 75 for each concept. ``docs/results.md`` says what held,
+    against whom, on the embedded model; nothing else was measured.
 
     Args:
         task: see ``TASKS``.
         rate: the learning rate at which models like this one are usually fine-tuned on a few
             pictures, the unit of all rates: 5e-6 for Stable Diffusion 1.x, 1e-4 for the embedded
             model.
-        settings: win over these. Benign concepts (``upper.benign``) keep others learnable.
+        benign: the run has benign concepts: on every sixth outer step, what the model becomes on
+            the way of learning one of them is to predict what the model before immunization does.
+        settings: win over these.
     """
-    own = {
+    own: Plain = {
         "merge": "sum",
         "hypergradient": "first_order",
-        "steps": 80,
+        "steps": 150,
         "attack_every": 3,
         "concepts_per_step": 1,
         "num_class_images": 192,
@@ -72,6 +76,9 @@ def default(task: Task | None = None, *, rate: float = 5e-6, **settings: Any) ->
             "ascent_ratio": 0.5,
         },
     }
+    if benign:
+        adaptation = {**own["lower"], "steps": 12, "lr": (0.3 * rate, 3 * rate)}
+        own["upper"]["benign"] = {"every": 6, "path_every": 4, "lower": adaptation}
     return _config(own, task, settings)
 
 
@@ -203,7 +210,11 @@ RECIPES: dict[Recipe, Callable[..., ImmunizeConfig]] = {
 
 
 def beneath(
-    settings: Mapping[str, Any], recipe: str | None = None, task: str | None = None
+    settings: Mapping[str, Any],
+    recipe: str | None = None,
+    task: str | None = None,
+    *,
+    benign: bool = False,
 ) -> Plain:
     """Plain settings of a run with those of a recipe and of a task beneath them.
 
@@ -212,6 +223,7 @@ def beneath(
         recipe: one of ``RECIPES``; None for the defaults of ``ImmunizeConfig``, with
             ``PERSONALIZING_RATE`` where that is the task.
         task: one of ``TASKS``, or None.
+        benign: the run has benign concepts; ``default`` asks.
 
     Raises:
         MimaError: no such recipe or task.
@@ -220,7 +232,8 @@ def beneath(
         raise MimaError(f"recipe {recipe!r} is unknown; {nearest(recipe, RECIPES)}")
     if task is not None and task not in TASKS:
         raise MimaError(f"task {task!r} is unknown; {nearest(task, TASKS)}")
-    made = (unnamed if recipe is None else RECIPES[recipe])(task)
+    asked = {"benign": benign} if recipe == "default" else {}
+    made = (unnamed if recipe is None else RECIPES[recipe])(task, **asked)
     return _over(made.model_dump(exclude_unset=True), settings)
 
 

@@ -342,6 +342,22 @@ def test_the_recommended_recipe_takes_the_models_usual_rate_for_its_unit():
     assert (there.steps, there.erase_first, there.upper.batch_size) == (7, True, 1)
     assert there.upper.objective == "log"
     assert there.attackers[0].lr == pytest.approx((2.5e-6, 5e-5))
+    assert here.upper.benign is None
+    adaptation = default(rate=1e-4, benign=True).upper.benign.lower
+    assert adaptation.lr == pytest.approx((3e-5, 3e-4))
+    assert adaptation.parameters == "denoiser"
+
+
+def test_the_recommended_recipe_keeps_benign_concepts_of_a_file_learnable(tmp_path):
+    text = {"model": "embedded", "concepts": ["tiger"], "recipe": "default", "output": "out"}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(text))
+    assert not read_run(path).immunize.reads_benign
+    path.write_text(yaml.safe_dump(text | {"benign": ["hamburger"]}))
+    assert read_run(path).immunize.upper.benign.lower.steps == 12
+    said = {"upper": {"benign": {"every": 2}}}
+    path.write_text(yaml.safe_dump(text | {"benign": ["hamburger"], "immunize": said}))
+    assert read_run(path).immunize.upper.benign.every == 2
 
 
 def test_a_run_names_its_recipe(tmp_path):
