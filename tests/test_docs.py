@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 from mima.cli import app
 from mima.cli.diagnosis import VARIABLES
 from mima.concepts import embedded_names
-from mima.immunization.config import ImmunizeConfig, ImmunizeRun, LowerConfig
+from mima.immunization.config import ImmunizeConfig, LowerConfig, parse_run
 from mima.immunization.recipes import TASKS, paper
 from mima.ops.backends.choice import BACKENDS
-from mima.settings import group_of, parse_config
+from mima.settings import group_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -90,7 +90,8 @@ def flattened(config: BaseModel, prefix: str = "") -> dict[str, object]:
 
 def test_the_guides_config_is_valid():
     (text,) = re.findall(r"```yaml\n(# run.yaml.*?)```", GUIDE, flags=re.DOTALL)
-    assert parse_config(ImmunizeRun, yaml.safe_load(text), source="guide").immunize.lower.steps == 4
+    config = parse_run(yaml.safe_load(text), source="guide").immunize
+    assert (config.steps, config.upper.objective) == (150, "log")
 
 
 def test_the_guides_two_files_work_together(tmp_path, monkeypatch):
@@ -103,7 +104,7 @@ def test_the_guides_two_files_work_together(tmp_path, monkeypatch):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         tiny.picture("red", "round").save(file)
     tiny.save_tiny_stable_diffusion(tmp_path / "model")
-    changes = ("model=model", "steps=1", "lower.steps=1", "num_class_images=1", "num_captions=8")
+    changes = ("model=model", "steps=1", "lower.steps=5", "num_class_images=1", "num_captions=8")
     options = [part for change in changes for part in ("--set", change)]
     done = CliRunner().invoke(app, ["immunize", "run.yaml", *options], catch_exceptions=False)
     assert "immunized against cat, my castle: immunized" in done.output

@@ -269,7 +269,7 @@ CUTS: dict[str, Cut] = {
         problems=(Problem("relearn", STYLES),),
         methods=(CEILING, UNTRAINED, "joint", "mima", "apdm", "default"),
         seeds=(0,),
-        budget=240,
+        budget=500,
         others=("benign-style-twemoji", "benign-owl"),
         grid={
             "methods": {

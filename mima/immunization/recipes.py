@@ -69,7 +69,7 @@ def default(
             "lr_schedule": "cosine",
             "weight_decay": 0.0,
             "batch_size": 4,
-            "prior_batch_size": 12,
+            "prior_batch_size": 20,
             "objective": "log",
             "path_every": 4,
             "retain": "distill",
