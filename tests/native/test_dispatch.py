@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -29,6 +31,14 @@ def test_reasons_name_device_and_dtype():
     assert "meta" in reason
     (reason,) = extension.unsupported_reasons("weighted_merge", torch.empty(0, dtype=torch.int32))
     assert "int32" in reason
+
+
+def test_a_module_of_older_sources_says_what_it_lacks(monkeypatch):
+    older = SimpleNamespace(weighted_merge_forward=None)
+    monkeypatch.setattr(extension, "_load", lambda device_type: (older, ""))
+    assert extension.unsupported_reasons("weighted_merge", torch.empty(0)) == []
+    (reason,) = extension.unsupported_reasons("combine", torch.empty(0))
+    assert "mima._native was built from other sources, which lack it" in reason
 
 
 def test_missing_module_gives_the_reason_that_the_installation_wrote_down(monkeypatch):

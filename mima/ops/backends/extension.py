@@ -79,12 +79,21 @@ def unsupported_reasons(op: str, *tensors: Tensor) -> list[str]:
         module, missing = _load(device_type)
         if module is None:
             reasons.append(missing)
+        elif device_type == "cpu" and not _has(module, op):
+            reasons.append(
+                f"mima.{MODULES[device_type]} was built from other sources, which lack it: "
+                "install mima again"
+            )
         elif device_type == "cuda" and not torch.cuda.is_available():
             reasons.append("no CUDA device")
     for dtype in sorted({str(x.dtype) for x in tensors if x.dtype not in DTYPE_CODES}):
         served = ", ".join(str(d) for d in DTYPE_CODES)
         reasons.append(f"no kernels for {dtype}, only for {served}")
     return reasons
+
+
+def _has(module: Any, op: str) -> bool:
+    return hasattr(module, op) or hasattr(module, f"{op}_forward")
 
 
 def loaded(device_type: str) -> Any:
