@@ -12,7 +12,7 @@ from torch import Tensor
 from mima.kernels._common import TRITON_DTYPE
 from mima.kernels.adam_step import adam_step_backward, adam_step_forward
 from mima.kernels.batched_lora import batched_lora_backward, batched_lora_forward
-from mima.kernels.combine import combine
+from mima.kernels.combine import combine_into
 from mima.kernels.merge_lora import merge_lora_backward, merge_lora_forward
 from mima.kernels.projected_merge import (
     add_token_outputs,
@@ -29,7 +29,7 @@ __all__ = [
     "add_token_outputs",
     "batched_lora_backward",
     "batched_lora_forward",
-    "combine",
+    "combine_into",
     "merge_lora_backward",
     "merge_lora_forward",
     "projected_merge_backward",

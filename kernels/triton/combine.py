@@ -119,7 +119,9 @@ def _combine_kernel(
         )  # fmt: skip
 
 
-def combine(out: Sequence[Tensor], x: Sequence[Tensor], factors: Sequence[Sequence[float]]) -> None:
+def combine_into(
+    out: Sequence[Tensor], x: Sequence[Tensor], factors: Sequence[Sequence[float]]
+) -> None:
     """Write Σ_j f_ij x_j into `out`, contiguous, which may have tensors of `x`, by one launch."""
     num_in = len(factors[0])
     rows = [[*row, *[0.0] * (MOST - num_in)] for row in factors]

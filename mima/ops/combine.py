@@ -112,7 +112,7 @@ def _fill(
     out: Sequence[Tensor], x: Sequence[Tensor], factors: Sequence[float], num_lists: int, name: str
 ) -> None:
     backend = choice.resolve(_OP, x[0], name)
-    backend.combine(out, x, _factor_rows(factors, num_lists))
+    backend.combine_into(out, x, _factor_rows(factors, num_lists))
 
 
 def _made(x: Sequence[Tensor], factors: Sequence[float], num_lists: int, name: str) -> list[Tensor]:

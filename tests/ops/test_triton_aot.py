@@ -87,8 +87,8 @@ def _adam_step(dtype: torch.dtype) -> None:
 
 def _combine(dtype: torch.dtype) -> None:
     x = [torch.empty(320, 320, dtype=dtype), torch.empty(33, dtype=dtype)]
-    combine.combine(x, x * 2, [[1, 0.5]])
-    combine.combine(x * 2, x * 3, [[1, -0.5, -0.25], [0, 1, 0.5]])
+    combine.combine_into(x, x * 2, [[1, 0.5]])
+    combine.combine_into(x * 2, x * 3, [[1, -0.5, -0.25], [0, 1, 0.5]])
 
 
 def _token_outputs(dtype: torch.dtype, tokens: int) -> None:
@@ -248,7 +248,7 @@ def test_one_launch_serves_a_whole_list() -> None:
         adam_step.adam_step_backward(base * 3, base, base, base, *rule, *[YES] * 4)
     assert len(launches) == 2
     with recorded_launches(combine) as launches:
-        combine.combine(base, base * 2, [[1, 0.5]])
+        combine.combine_into(base, base * 2, [[1, 0.5]])
     assert len(launches) == 1
     W0 = [torch.empty(o, 8) for o in (3, 640, 0)]
     C = [torch.empty(2, 8)] * 2

@@ -273,7 +273,7 @@ def combine(
     def run(xs: Sequence[Tensor], rows: Sequence[Sequence[float]] = factors) -> list[Tensor]:
         like = [x for _ in rows for x in xs[:P]]
         out = [torch.empty_like(x) for x in like]
-        cpu.combine(out, xs, rows)
+        cpu.combine_into(out, xs, rows)
         return out
 
     def through_reference(xs: Sequence[Tensor]) -> list[Tensor]:

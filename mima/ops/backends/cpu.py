@@ -70,7 +70,9 @@ def weighted_merge_backward(
     return d_base, d_thetas, d_weights
 
 
-def combine(out: Sequence[Tensor], x: Sequence[Tensor], factors: Sequence[Sequence[float]]) -> None:
+def combine_into(
+    out: Sequence[Tensor], x: Sequence[Tensor], factors: Sequence[Sequence[float]]
+) -> None:
     """Write Σ_j f_ij x_j into `out`, contiguous, which may have tensors of `x`."""
     code = DTYPE_CODES[x[0].dtype]
     loaded("cpu").combine(code, torch.get_num_threads(), factors, contiguous(x), out)

@@ -73,7 +73,9 @@ def weighted_merge_backward(
     return d_base, d_thetas, d_weights
 
 
-def combine(out: Sequence[Tensor], x: Sequence[Tensor], factors: Sequence[Sequence[float]]) -> None:
+def combine_into(
+    out: Sequence[Tensor], x: Sequence[Tensor], factors: Sequence[Sequence[float]]
+) -> None:
     """Write Σ_j f_ij x_j into `out`, which may have tensors of `x`."""
     P = len(x) // len(factors[0])
     for p in range(P):
