@@ -50,7 +50,7 @@ REGISTERS = {
     "_weighted_merge_fwd_kernel": 80,
     "_weighted_merge_bwd_kernel": 88,
     "_combine_kernel": 64,
-    "_token_outputs_kernel": 128,
+    "_token_outputs_kernel": 144,
     "_add_token_outputs_kernel": 128,
     "_token_sums_kernel": 128,
     "_projected_merge_fwd_kernel": 255,
