@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -12,32 +17,81 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.utils import get_total_norm
 
-from mima.errors import MimaError, nearest
+from mima.errors import MimaError, nearest, one_line
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others; one that died is noticed sooner."""
+PERIOD = 2.0
+"""Seconds between two signs of life."""
+PATIENCE = 30.0
+"""Seconds without one after which a process counts as dead."""
+LEFT = "left"
+"""The last sign of a process that has done its part."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that work on one problem, seen from one of them.
+    """The processes that share concepts out, seen from one of them.
+
+    Where several processes hold a model between them, its shards, each of them does the same
+    concepts as the others. Concepts are then shared out over the processes that hold the same
+    shard.
 
     Attributes:
         rank: this process, from 0.
         size: how many there are.
         group: torch's process group; None for a single process.
+        mesh: ``concept`` × ``shard``, of all processes; None where each holds a whole model.
     """
 
     rank: int = 0
     size: int = 1
     group: Any = None
+    mesh: DeviceMesh | None = None
 
     @property
     def main(self) -> bool:
         """Whether this process writes files and reports."""
-        return self.rank == 0
+        return self.rank == 0 and (self.mesh is None or self.mesh.get_local_rank("shard") == 0)
+
+    def split(self, shards: int, device: torch.device) -> Ranks:
+        """The same processes, every ``shards`` neighbours of which hold a model between them.
+
+        Neighbours are on one node where its number of processes is a multiple of ``shards``.
+        """
+        if shards == 1:
+            return self
+        shape = (self.size // shards, shards)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("concept", "shard"))
+        rank, size = mesh.get_local_rank("concept"), mesh["concept"].size()
+        return Ranks(rank, size, mesh.get_group("concept"), mesh)
+
+    def for_one(self) -> Ranks:
+        """Those who do one concept: this process, with the others that hold its model."""
+        return Ranks(mesh=self.mesh)
+
+    def over_shards(self, *mine: float) -> tuple[float, ...]:
+        """Sums over rows of a model: added up over the processes that hold it between them."""
+        if self.mesh is None:
+            return mine
+        device = "cpu" if self.mesh.device_type == "cpu" else torch.cuda.current_device()
+        total = torch.tensor(mine, dtype=torch.float64, device=device)
+        dist.all_reduce(total, group=self.mesh.get_group("shard"))
+        return tuple(total.tolist())
+
+    def norm(self, values: Mapping[str, torch.Tensor]) -> float:
+        """Length of named tensors, of which this process has its rows."""
+        own = float(get_total_norm(list(values.values())))
+        if self.mesh is None:
+            return own
+        (squared,) = self.over_shards(own**2)
+        return float(squared**0.5)
 
     def owner(self, n: int) -> int:
         """The rank that does concept n."""
@@ -67,16 +121,24 @@ class Ranks:
         """Every process' object, by rank, in every process."""
         if self.size == 1:
             return [mine]
-        everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, mine, group=self.group)
-        return everyone
+        return _gather(mine, self.group)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """This process among all, and how many there are, whatever they share."""
+        return (self.rank, self.size) if self.mesh is None else (dist.get_rank(), self.mesh.size())
+
+    def all_gather_everywhere(self, mine: T) -> list[T]:
+        """Every process' object, also of those that hold other shards, in every process."""
+        return self.all_gather(mine) if self.mesh is None else _gather(mine, dist.group.WORLD)
 
     def broadcast(self, value: T) -> T:
         """The main process' value, in every process."""
-        if self.size == 1:
+        if self.size == 1 and self.mesh is None:
             return value
         held: list[Any] = [value if self.main else None]
-        dist.broadcast_object_list(held, src=0, group=self.group)
+        everyone = self.group if self.mesh is None else dist.group.WORLD
+        dist.broadcast_object_list(held, src=0, group=everyone)
         return held[0]  # type: ignore[no-any-return]
 
     def interleave(self, mine: Sequence[T], count: int) -> list[T]:
@@ -95,7 +157,7 @@ class Ranks:
             try:
                 action()
             except MimaError as error:
-                if self.size == 1:
+                if self.size == 1 and self.mesh is None:
                     raise
                 problem = error
         problem = self.broadcast(problem)
@@ -106,10 +168,23 @@ class Ranks:
 ALONE = Ranks()
 
 
+def _gather(mine: T, group: Any) -> list[T]:
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
 def union(parts: Iterable[Mapping[str, T]], order: Collection[str] = ()) -> dict[str, T]:
     """Mappings with distinct names as one; names in ``order`` come first, in that order."""
     merged = {name: value for part in parts for name, value in part.items()}
     return {name: merged[name] for name in dict.fromkeys([*order, *merged]) if name in merged}
+
+
+def world_size() -> int:
+    """How many processes were started."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join(device: torch.device | None = None) -> Ranks:
@@ -124,16 +199,20 @@ def join(device: torch.device | None = None) -> Ranks:
     if not dist.is_available():
         return ALONE
     if not dist.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if world_size() == 1:
             return ALONE
         backend = "nccl" if device is not None and device.type == "cuda" else "gloo"
         try:
             dist.init_process_group(backend, timeout=TIMEOUT)
+            _PULSES.append(Pulse(dist.get_rank(), dist.get_world_size()))
         except (ValueError, dist.DistError) as error:
             raise MimaError(
                 f"distributed: WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes cannot "
                 f"meet ({error}); start them with torchrun or accelerate launch"
             ) from error
+        if backend == "nccl":
+            # what nccl sends of plain objects goes by the current device
+            torch.cuda.set_device(device)
         atexit.register(_leave)
     return Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
 
@@ -158,6 +237,132 @@ def device_of(name: str | torch.device | None) -> torch.device:
     return device
 
 
+class Pulse:
+    """Lets no process wait for one that has died: it names that process and ends this one.
+
+    A collective over nccl waits for a dead process until its time is out, and gloo says that a
+    connection was closed, by whom it does not say. So a thread of each process counts up at the
+    store where all met, and looks whether the others do.
+
+    Args:
+        rank: this process.
+        size: how many there are.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank = rank
+        # a connection of its own: one on which the process waits for a key lets nobody else in
+        self._store = dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=PATIENCE),
+        )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._key = f"mima/pulse/{attempt}"
+        self._size = size
+        self._runs = 0
+        self._problem = ""
+
+    def start(self) -> None:
+        """Begin to count, and to look after the others that have begun."""
+        self._runs += 1
+        self._ended, self._found = threading.Event(), threading.Event()
+        self._problem = ""
+        self._say("0")
+        threading.Thread(target=self._watch, name="mima pulse", daemon=True).start()
+
+    def stop(self, last: str) -> None:
+        """Tell the others that this process waits for nobody any more: why, or ``LEFT``."""
+        self._ended.set()
+        # the store may have gone with the process that had it
+        with contextlib.suppress(dist.DistError):
+            self._say(last)
+
+    @property
+    def lost(self) -> bool:
+        """Whether another process has died or failed in the last run."""
+        return bool(self._problem)
+
+    def problem(self) -> str | None:
+        """Which process has died, waiting as long as it takes to say so; None for none."""
+        return self._problem if self._found.wait(PATIENCE + 2 * PERIOD) else None
+
+    def _key_of(self, rank: int) -> str:
+        return f"{self._key}/{self._runs}/{rank}"
+
+    def _say(self, count: str) -> None:
+        self._store.set(self._key_of(self._rank), count)
+
+    def _watch(self) -> None:
+        seen: dict[int, tuple[bytes, float]] = {}
+        count = 0
+        while not self._ended.wait(PERIOD):
+            count += 1
+            try:
+                self._say(str(count))
+                keys = {n: self._key_of(n) for n in range(self._size) if n != self._rank}
+                told = {n: self._store.get(k) for n, k in keys.items() if self._store.check([k])}
+            except dist.DistError as error:
+                self._end(
+                    "the store where the processes met does not answer: process 0, or torchrun on "
+                    f"its node, has died ({one_line(error)})"
+                )
+                return
+            now = time.monotonic()
+            for n, new in told.items():
+                before, since = seen.get(n, (b"", now))
+                seen[n] = (new, since if new == before else now)
+                silent = now - seen[n][1]
+                if new.isdigit() and silent > PATIENCE:
+                    self._end(f"process {n} has given no sign of life for {silent:.0f} s")
+                elif not new.isdigit() and new != LEFT.encode():
+                    self._end(f"process {n} has failed: {new.decode(errors='replace')}")
+                if self._found.is_set():
+                    return
+
+    def _end(self, problem: str) -> None:
+        self._problem = problem
+        self._found.set()
+        # who is about to fail, too, says so by itself
+        if not self._ended.wait(2 * PERIOD):
+            logger.error("distributed: %s; process %d ends, too", problem, self._rank)
+            os._exit(1)
+
+
+_PULSES: list[Pulse] = []
+"""That of this process, where ``join`` made its process group."""
+
+
+@contextmanager
+def looking_after_each_other() -> Iterator[None]:
+    """While it lasts, a process that dies, or leaves with an error, ends all the others.
+
+    Nothing is done where the process group is the caller's own.
+
+    Raises:
+        MimaError: a collective failed because a process had died, which is named.
+    """
+    if not _PULSES:
+        yield
+        return
+    pulse = _PULSES[-1]
+    pulse.start()
+    try:
+        yield
+    except BaseException as error:
+        of_the_group = isinstance(error, dist.DistError) or "gloo" in str(error)
+        problem = pulse.problem() if of_the_group else None
+        pulse.stop(problem or one_line(error) or type(error).__name__)
+        if problem is not None:
+            raise MimaError(f"distributed: {problem}") from error
+        raise
+    else:
+        pulse.stop(LEFT)
+
+
 def _leave() -> None:
-    if dist.is_initialized():
+    # a group that has lost a process may wait for it
+    if dist.is_initialized() and not any(pulse.lost for pulse in _PULSES):
         dist.destroy_process_group()

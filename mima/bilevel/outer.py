@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.utils import get_total_norm
 
 from mima.bilevel import lower
 from mima.bilevel.hypergradient import accumulate, pullback
@@ -87,8 +86,8 @@ class OuterGradient:
 
     @property
     def norm(self) -> float:
-        """Length of the gradient."""
-        return float(get_total_norm(list(self.gradient.values())))
+        """Length of the gradient, where this process has all of it."""
+        return ALONE.norm(self.gradient)
 
 
 @torch.no_grad()
@@ -209,7 +208,13 @@ def outer_gradient(
         accumulate(total, ranks.all_reduce(second, {name: theta[name] for name in wrt}))
     everyone = _gathered(ends, ranks, theta)
     return OuterGradient(
-        total, path[max(path)], drift(theta, moved), residual(missed, ranks), everyone, path, kept
+        total,
+        path[max(path)],
+        drift(theta, moved, ranks),
+        residual(missed, ranks),
+        everyone,
+        path,
+        kept,
     )
 
 
@@ -241,7 +246,9 @@ def replayed_gradient(
         bar, _, path[k] = upper_gradient(plus(theta, moved[k]), parts, ranks, wrt=wrt)
         accumulate(total, bar)
     last = max(path)
-    return OuterGradient(total, path[last], drift(theta, moved[last]), path=path, moved=dict(moved))
+    return OuterGradient(
+        total, path[last], drift(theta, moved[last], ranks), path=path, moved=dict(moved)
+    )
 
 
 Upper = Sequence[Level] | Mapping[int, Sequence[Level]]
@@ -449,7 +456,7 @@ def unmerged_gradient(
             own = {k: [parts[n]] for k, parts in upper.items() if k <= task.steps}
         else:
             own = [upper[n]]
-        one = outer_gradient(theta, [task], alone, own, mode=mode, wrt=wrt)
+        one = outer_gradient(theta, [task], alone, own, mode=mode, wrt=wrt, ranks=ranks.for_one())
         accumulate(gradient, one.gradient)
         seen.append((one.losses, one.drift, one.path))
         if one.ends:
@@ -505,13 +512,14 @@ def naive_outer_gradient(
     )
 
 
-def drift(theta: Params, moved: Params) -> float:
+def drift(theta: Params, moved: Params, ranks: Ranks = ALONE) -> float:
     """``‖φ − θ‖ / ‖θ‖`` for ``moved`` = φ − θ."""
-    size = float(get_total_norm(list(theta.values())))
-    return float(get_total_norm(list(moved.values()))) / size if moved and size else 0.0
+    size = ranks.norm(theta)
+    return ranks.norm(moved) / size if moved and size else 0.0
 
 
 def residual(missed: tuple[float, float], ranks: Ranks) -> float:
     """The constraint's residual from what ``MergeLayer.missed`` says of this process' concepts."""
-    gaps, asked = map(sum, zip(*ranks.all_gather(missed), strict=True))
+    everyone = ranks.all_gather(ranks.over_shards(*missed))
+    gaps, asked = map(sum, zip(*everyone, strict=True))
     return float((gaps / asked) ** 0.5) if asked else 0.0

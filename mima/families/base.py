@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.func import functional_call
@@ -18,6 +18,9 @@ from torch.func import functional_call
 from mima.errors import MimaError
 from mima.families.pipelines import Pipeline
 from mima.options import TrainingOptions
+
+if TYPE_CHECKING:
+    from mima.families.sharded import ShardedDenoiser
 
 Params = Mapping[str, torch.Tensor]
 Conditioning = dict[str, torch.Tensor]
@@ -80,6 +83,8 @@ class Family(ABC):
     training_defaults: ClassVar[Mapping[str, Any]] = {}
     """By name, of the ``TrainingOptions`` that the family reads."""
     _resolution: int | None = None
+    sharded: ShardedDenoiser | None = None
+    """Predicts in the denoiser's place, where several processes hold its weights."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.training = TrainingOptions()
@@ -106,7 +111,7 @@ class Family(ABC):
         self._check_text()
 
     @cached_property
-    def _shares_weights(self) -> bool:
+    def shares_weights(self) -> bool:
         """Whether a weight of the denoiser goes by several names."""
         every = self.denoiser.named_parameters(remove_duplicate=False)
         return len(list(every)) > len(list(self.denoiser.parameters()))
@@ -530,13 +535,25 @@ class Family(ABC):
         Returns:
             [B, C, H, W] prediction, the counterpart of ``target``.
         """
+        if self.sharded is not None:
+            return self.sharded.predict(noisy, timesteps, conditioning, params)
+        return self.own_prediction(noisy, timesteps, conditioning, params)
+
+    def own_prediction(
+        self,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+        params: Params | None = None,
+    ) -> torch.Tensor:
+        """`predict` by this process' denoiser alone."""
         inputs = {**self._inputs(noisy, timesteps, conditioning), "return_dict": False}
         if params is None:
             output = self.denoiser(**inputs)[0]
         else:
             # looking for shared weights at each call would cost as much as a small model's forward
             output = functional_call(
-                self.denoiser, dict(params), (), inputs, tie_weights=self._shares_weights
+                self.denoiser, dict(params), (), inputs, tie_weights=self.shares_weights
             )[0]
         return self._prediction(output, noisy)
 

@@ -111,29 +111,30 @@ def hold_frozen(module: torch.nn.Module, trained: Collection[str] = ()) -> None:
 
     def held(value: torch.Tensor) -> torch.Tensor:
         if id(value) in masters:
-            return _at_least_float32(value).clone()
+            return at_least_float32(value).clone()
         if value.dtype in HALF and saved >= LARGE:
             return Upcast(value.detach())
-        return value if isinstance(value, Upcast) else _at_least_float32(value)
+        return value if isinstance(value, Upcast) else at_least_float32(value)
 
-    _replace(module, held)
+    replace_parameters(module, held)
     for owner in module.modules():
         for name, buffer in owner.named_buffers(recurse=False):
             if buffer.is_floating_point():
-                setattr(owner, name, _at_least_float32(buffer))
+                setattr(owner, name, at_least_float32(buffer))
 
 
 def make_dense(module: torch.nn.Module) -> None:
     """Make plain float32 parameters of what ``hold_frozen`` keeps in half precision."""
-    _replace(module, _at_least_float32, Upcast)
+    replace_parameters(module, at_least_float32, Upcast)
 
 
-def _at_least_float32(value: torch.Tensor) -> torch.Tensor:
+def at_least_float32(value: torch.Tensor) -> torch.Tensor:
+    """The values of a weight, frozen in half precision or not, in float32 or float64."""
     plain = value.stored if isinstance(value, Upcast) else value.detach()
     return plain if plain.dtype == torch.float64 else plain.float()
 
 
-def _replace(
+def replace_parameters(
     module: torch.nn.Module,
     change: Callable[[torch.Tensor], torch.Tensor],
     kind: type[torch.Tensor] = torch.Tensor,

@@ -22,10 +22,10 @@ from mima.adaptation import TextualInversion
 from mima.concepts import Concept
 from mima.concepts.naming import names_of
 from mima.concepts.reading import load_concepts
-from mima.distributed import ALONE, Ranks, device_of, join
+from mima.distributed import ALONE, Ranks, device_of, join, looking_after_each_other, world_size
 from mima.erasure import edits_of, erase, load_erased
 from mima.errors import MimaError
-from mima.families import ModelSource, family_of, load_pipeline, origin_of, source_of
+from mima.families import Family, ModelSource, family_of, load_pipeline, origin_of, source_of
 from mima.families.base import cast
 from mima.families.frozen import hold_frozen
 from mima.families.new_words import check_token, text_parts
@@ -33,7 +33,7 @@ from mima.families.pipelines import Pipeline, component_name, shared_copy, with_
 from mima.immunization.alternating import alternate
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import encode_concepts, saw
-from mima.immunization.levels import Problem, merge_layer, recomputed_blocks, trained_names
+from mima.immunization.levels import Problem, merge_layer, recomputed_blocks, sharded, trained_names
 from mima.immunization.offload import idle_modules, make_whole, out_of_memory_while
 from mima.immunization.outer_loop import Ascent
 from mima.immunization.planning.plan import large, plan
@@ -184,6 +184,7 @@ def immunize(
             f"method: imma immunizes against one concept, got {len(concepts)}; "
             "use joint, compose or mima"
         )
+    _check_shards(config, dry_run=dry_run)
     if output is not None:
         check_folder(Path(output), overwrite=overwrite)
         checkpoint = checkpoint or default_folder(Path(output))
@@ -194,7 +195,7 @@ def immunize(
     captions = ordinary_captions(config.captions)
     source = source_of(model)
     place = Path(output) if output is not None else None
-    if dry_run or large(source or model):
+    if dry_run or (config.shards == 1 and large(source or model)):
         opening = source or model
         found = plan(
             opening,
@@ -210,7 +211,52 @@ def immunize(
             return found
         if found.refusal is not None:
             raise MimaError(found.refusal)
-    pipeline = _own_copy(source or model, device)
+    where = family_of(model).device if source is None and device is None else device_of(device)
+    ranks = join(where)
+    with looking_after_each_other():
+        return _immunized(
+            model,
+            source,
+            concepts,
+            config,
+            benign,
+            ranks,
+            captions=captions,
+            erased=erased,
+            output=place,
+            folder=CheckpointFolder(checkpoint) if checkpoint else None,
+            resume=resume,
+            overwrite=overwrite,
+            delta=delta,
+            device=device,
+            where=where,
+            callbacks=callbacks,
+        )
+
+
+def _immunized(
+    model: Any,
+    source: ModelSource | None,
+    concepts: Sequence[Concept],
+    config: ImmunizeConfig,
+    benign: Sequence[Concept],
+    ranks: Ranks,
+    *,
+    captions: Sequence[str],
+    erased: str | Path | None,
+    output: Path | None,
+    folder: CheckpointFolder | None,
+    resume: bool,
+    overwrite: bool,
+    delta: bool,
+    device: str | torch.device | None,
+    where: torch.device,
+    callbacks: Sequence[Callback],
+) -> ImmunizeResult:
+    """`immunize`, once its arguments are checked and the processes have met."""
+    # no GPU is to hold the whole of a denoiser that is held in shards
+    apart = source is not None and config.shards > 1
+    pipeline = _own_copy(source or model, "cpu" if apart else device)
     changed: list[str] = []
     if erased is not None:
         loaded = load_erased(pipeline, erased)
@@ -224,9 +270,10 @@ def immunize(
     hold_frozen(family.denoiser, {*written_to, *edited})
     weights = Problem(family, [], config, None).theta()
     _check(pipeline, concepts, config)
-    ranks = join(family.device)
-    folder = CheckpointFolder(checkpoint) if checkpoint else None
-    written = [*([] if output is None else [Path(output)]), *([folder.path] if folder else [])]
+    if apart:
+        _move_others(pipeline, family, where)
+        _check_drawn(concepts, config, where)
+    written = [*([] if output is None else [output]), *([folder.path] if folder else [])]
     with _locked(ranks, written):
         if folder:
             if overwrite and not resume:
@@ -240,17 +287,24 @@ def immunize(
             family = family_of(pipeline, resolution=config.resolution, training=config.training)
         encoded = partial(encode_concepts, family, config=config, cache=folder, ranks=ranks)
         data, others = encoded(concepts), encoded(benign, benign=True)
+        # the last that hold the whole weights, but for the pipeline
+        del encoded, weights
         if config.erase_first:
             pipeline = erase(pipeline, concepts, preserve=captions)
             family = family_of(pipeline, resolution=config.resolution, training=config.training)
+        own = ranks
+        if config.shards > 1:
+            own = ranks.split(config.shards, where)
+            family.sharded = sharded(family, written_to, own, config)
         merge = merge_layer(family, concepts, config)
         words = [TrainedWord.of(family, c) for c in concepts] if config.train_tokens else []
-        problem = Problem(family, data, config, merge, ranks, words, others)
+        problem = Problem(family, data, config, merge, own, words, others)
         # the published update draws captions for each merge
         reads_text = bool(words) or config.method == "alternating"
         # a pipeline in memory keeps its encoders: they are the caller's
         idle = [] if source is None else idle_modules(pipeline, reads_text=reads_text)
-        recomputed = recomputed_blocks(family.denoiser, config.gradient_checkpointing)
+        again = config.gradient_checkpointing
+        recomputed = recomputed_blocks(family.denoiser, again, sharded=config.shards > 1)
         with recomputed, out_of_memory_while(idle, folder.path if folder else None):
             history = _run(problem, callbacks, folder)
 
@@ -265,6 +319,8 @@ def immunize(
         part = component_name(pipeline, family.denoiser)
         # gradients and moments are not needed any more, and the result is larger
         del problem
+        if family.sharded is not None:
+            pipeline = _gathered(pipeline, family, main=ranks.main)
         make_whole(pipeline, family.device)
         result = ImmunizeResult(
             pipeline,
@@ -279,9 +335,8 @@ def immunize(
             saw=saw(concepts, config, benign),
         )
         if output is not None:
-            ranks.together(
-                lambda: _write(result, Path(output), folder, overwrite=overwrite, delta=delta)
-            )
+            write = partial(_write, result, output, folder, overwrite=overwrite, delta=delta)
+            ranks.together(write)
         return result
 
 
@@ -326,6 +381,15 @@ def _compose(
     return [report for history, _ in everyone for report in history]
 
 
+def _gathered(pipeline: Pipeline, family: Family, *, main: bool) -> Pipeline:
+    """The pipeline with a denoiser that is whole in the main process' CPU memory, nowhere else."""
+    assert family.sharded is not None
+    part = component_name(pipeline, family.denoiser)
+    cpu = torch.device("cpu")
+    whole = with_modules(pipeline, **{part: family.sharded.whole(cpu if main else None)})
+    return whole.to(cpu) if main else whole
+
+
 def _check_benign(
     benign: Sequence[Concept], concepts: Sequence[Concept], config: ImmunizeConfig
 ) -> None:
@@ -346,6 +410,39 @@ def _check_benign(
         )
 
 
+def _check_shards(config: ImmunizeConfig, *, dry_run: bool) -> None:
+    if config.shards == 1:
+        return
+    if dry_run:
+        raise MimaError(
+            "dry_run: plans a process that holds the whole model; leave shards out, and divide "
+            "what it says of weights, gradients and moments by it"
+        )
+    size = world_size()
+    if size % config.shards:
+        raise MimaError(
+            f"shards: {config.shards} processes hold one model between them, but {size} were "
+            f"started; start a multiple of {config.shards}: torchrun --nproc-per-node "
+            f"{config.shards} -m mima immunize ..."
+        )
+
+
+def _check_drawn(concepts: Sequence[Concept], config: ImmunizeConfig, where: torch.device) -> None:
+    lacking = [concept.name for concept in concepts if not concept.class_images]
+    if where.type != "cpu" and config.has_prior and lacking:
+        raise MimaError(
+            "shards: class pictures are drawn by a whole model, which no GPU holds here; give "
+            f"class_images (mima sample draws some) to {', '.join(lacking)}"
+        )
+
+
+def _move_others(pipeline: Pipeline, family: Family, where: torch.device) -> None:
+    """Move what encodes pictures and prompts to a device; the denoiser stays where it is."""
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module) and module is not family.denoiser:
+            module.to(where)
+
+
 def _check(pipeline: Pipeline, concepts: Sequence[Concept], config: ImmunizeConfig) -> None:
     """Refuse what a later part of the run would refuse, before pictures are drawn or encoded."""
     kinds = {kind for attacker in config.attackers for kind in attacker.captions}
@@ -359,6 +456,11 @@ def _check(pipeline: Pipeline, concepts: Sequence[Concept], config: ImmunizeConf
     if config.erase_first:
         for concept in concepts:
             edits_of(concept)
+    if config.shards > 1 and family_of(pipeline).shares_weights:
+        raise MimaError(
+            f"shards: weights of this {type(pipeline).__name__} go by several names and cannot be "
+            "split; use 1"
+        )
     merges = config.method not in ("none", "imma", "joint")
     if config.train_tokens and merges and not family_of(pipeline).reads_text_alone:
         raise MimaError(

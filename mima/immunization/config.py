@@ -327,6 +327,10 @@ class ImmunizeConfig(Settings):
     offload_optimizer: bool = False
     """Keep the moments of the upper level's AdamW in the CPU's memory, and bring those of one
     parameter at a time to the device: slower, less memory, the same values."""
+    shards: int = Field(1, ge=1)
+    """How many processes hold a model between them, each 1/shards of every weight, gradient and
+    moment (FSDP2); the number of processes is a multiple of it, and concepts are shared out over
+    the quotient. With ``first_order``; see docs/distributed.md."""
     checkpoint_every: int | None = Field(50, ge=1)
     """Outer steps between checkpoints, where the run has an output folder. None: only at the end,
     and when it is interrupted."""
@@ -440,6 +444,8 @@ class ImmunizeConfig(Settings):
         self._check_attack_every()
         if self.method == "alternating":
             self._check_alternating()
+        if self.shards > 1:
+            self._check_shards()
         if self.precision == "float16":
             raise ValueError(
                 "precision: float16 gradients underflow without loss scaling, and a Hessian "
@@ -548,6 +554,28 @@ class ImmunizeConfig(Settings):
             )
         if self.train_tokens:
             raise ValueError("attack_every: lower.train_token's new words serve one step")
+
+    def _check_shards(self) -> None:
+        what = f"shards: {self.shards} processes hold one model between them"
+        if self.method not in ("mima", "imma", "joint"):
+            raise ValueError(
+                f"{what}, with method 'mima', 'imma' or 'joint'; got {self.method!r}, whose "
+                "processes hold whole models: use shards 1"
+            )
+        if self.hypergradient != "first_order":
+            raise ValueError(
+                f"{what}, and blocks that are gathered for a backward cannot be differentiated "
+                f"twice; use hypergradient 'first_order', got {self.hypergradient!r}"
+            )
+        if any(adapter.parameters == "lora" for adapter in self.adapters):
+            raise ValueError(
+                f"{what}, and LoRA's factors are not split; use lower.parameters "
+                "'cross_attention', 'attention' or 'denoiser'"
+            )
+        if self.train_tokens:
+            raise ValueError(
+                f"{what}, through which no gradient reaches new words; leave out lower.train_token"
+            )
 
     def _check_alternating(self) -> None:
         what = "method: 'alternating' is the published MIMA update"

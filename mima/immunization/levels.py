@@ -7,11 +7,11 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,9 @@ from mima.immunization.trained_words import TrainedWord
 from mima.merging import MergeLayer, MergePlan
 from mima.training.batches import Batch, Encoded, predictions, seeded
 from mima.training.captions import regular_tokens
+
+if TYPE_CHECKING:
+    from mima.families.sharded import ShardedDenoiser
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +117,8 @@ class Problem:
         self._trained = {kind: _trained(family, kind) for kind in kinds}
         self.names = tuple(dict.fromkeys((*self.upper_names, *self.lower_names)))
         # found once: each step asks for them, and a network's modules are many
-        parameters = dict(family.denoiser.named_parameters())
+        sharded = family.sharded
+        parameters = sharded.theta if sharded else dict(family.denoiser.named_parameters())
         self._theta = {name: parameters[name] for name in self.names}
         self._start: dict[str, torch.Tensor] = {}
         compared = config.upper.benign is not None and config.upper.benign.target == "match"
@@ -126,7 +130,7 @@ class Problem:
             self._benign = BenignTerms(self, config.upper.benign, before)
 
     def theta(self) -> dict[str, torch.Tensor]:
-        """θ by name: the denoiser's own tensors, not copies."""
+        """θ by name: the denoiser's own tensors, or this process' rows of them; not copies."""
         return {name: value.detach() for name, value in self._theta.items()}
 
     def predictions(
@@ -136,7 +140,8 @@ class Problem:
         if self.config.precision == "float32":
             return predictions(self.family, batches, params)
         with torch.autocast(self.family.device.type, getattr(torch, self.config.precision)):
-            return predictions(self.family, batches, {**self._frozen, **params})
+            frozen = {} if self.family.sharded else self._frozen
+            return predictions(self.family, batches, {**frozen, **params})
 
     def losses(self, batches: Sequence[Batch], params: Params) -> list[torch.Tensor]:
         """L(batch; params) of each batch in the run's precision, all from one forward."""
@@ -543,11 +548,13 @@ def trained_names(
 
 
 @contextmanager
-def recomputed_blocks(denoiser: torch.nn.Module, on: bool = True) -> Iterator[None]:
+def recomputed_blocks(
+    denoiser: torch.nn.Module, on: bool = True, *, sharded: bool = False
+) -> Iterator[None]:
     """While it lasts, let a denoiser of diffusers recompute each block's activations.
 
     diffusers' own way would recompute with the module's parameters, not with those that the block
-    was called with under ``torch.func.functional_call``.
+    was called with under ``torch.func.functional_call``. Only a sharded one has no others.
     """
 
     def run(block: torch.nn.Module, *args: Any) -> Any:
@@ -564,13 +571,24 @@ def recomputed_blocks(denoiser: torch.nn.Module, on: bool = True) -> Iterator[No
         for module in denoiser.modules()
         if hasattr(module, "gradient_checkpointing")
     ]
-    denoiser.enable_gradient_checkpointing(run)  # type: ignore[operator]
+    denoiser.enable_gradient_checkpointing(None if sharded else run)  # type: ignore[operator]
     try:
         yield
     finally:
         for module, was_on, function in before:
             module.gradient_checkpointing = was_on
             setattr(module, CHECKPOINT_FUNCTION, function)
+
+
+def sharded(
+    family: Family, trained: Collection[str], ranks: Ranks, config: ImmunizeConfig
+) -> ShardedDenoiser:
+    """Let the processes that hold a model between them have their shards of the denoiser."""
+    # torch.distributed's own imports take a second
+    from mima.families.sharded import ShardedDenoiser
+
+    assert ranks.mesh is not None
+    return ShardedDenoiser(family, trained, ranks.mesh, getattr(torch, config.precision))
 
 
 class _Drawn(Sequence[T]):

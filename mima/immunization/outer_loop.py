@@ -8,13 +8,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.utils import get_total_norm
 
 from mima.bilevel.lower import Params, Tensors
 from mima.bilevel.outer import OuterGradient
-from mima.distributed import union
+from mima.distributed import ALONE, Ranks, union
 from mima.errors import MimaError
 from mima.immunization.attackers import Alive, from_tensors, to_tensors
 from mima.immunization.levels import Problem
@@ -30,6 +30,9 @@ from mima.immunization.progress import (
 )
 from mima.storage.checkpoint import Checkpoint, CheckpointFolder
 from mima.storage.runs import uninterrupted
+
+if TYPE_CHECKING:
+    from mima.immunization.sharded_state import ShardedState
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +135,9 @@ class Ascent:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None or issubclass(kind, KeyboardInterrupt):
+        # a Ctrl-C finds processes that write together at different places
+        together = self._problem.family.sharded is not None
+        if kind is None or (issubclass(kind, KeyboardInterrupt) and not together):
             self._write()
         for tracker in self._trackers:
             tracker.finish()
@@ -161,10 +166,11 @@ class Ascent:
         Raises:
             MimaError: too many steps in a row were not finite, or the run diverges.
         """
-        norm = outer.norm if outer.gradient else 0.0
+        ranks = self._problem.ranks
+        norm = ranks.norm(outer.gradient) if outer.gradient else 0.0
         kept = 0.0
         if retain is not None:
-            kept = retain.norm
+            kept = ranks.norm(retain.gradient)
             outer = replace(outer, losses=union([outer.losses, retain.losses]))
         seen = (norm, kept, outer.drift, *outer.losses.values())
         finite = all(map(math.isfinite, seen))
@@ -196,7 +202,7 @@ class Ascent:
         self._check_divergence()
         # every callback is called, also after one that wants to stop
         answers = [callback(report) for callback in self._callbacks]
-        self._stopped = self._problem.ranks.broadcast(True in answers)
+        self._stopped = ranks.broadcast(True in answers)
         every = self._config.checkpoint_every
         if every is not None and report.step % every == 0:
             self._write()
@@ -224,7 +230,7 @@ class Ascent:
         self._retained = MEMORY * before + (1 - MEMORY) * kept
         scale = ratio * pulling * max(self._retained / norm, FLOOR) if norm else 0.0
         if self._config.upper.projection:
-            ascent = without_conflict(ascent, retain)
+            ascent = without_conflict(ascent, retain, self._problem.ranks)
         return {name: value + scale * ascent[name] for name, value in retain.items()}
 
     def _step(self, gradient: Tensors, level: str) -> None:
@@ -302,7 +308,8 @@ class Ascent:
         return f"; the last checkpoint is in {self._folder.path}" if self._folder else ""
 
     def _write(self) -> None:
-        if self._folder is None or not self._problem.ranks.main or not self.history:
+        sharded = self._sharded_state()
+        if self._folder is None or not (self._problem.ranks.main or sharded) or not self.history:
             return
         tensors = {f"theta.{name}": value for name, value in self.theta.items()}
         for level, optimizer in self._optimizers.items():
@@ -320,12 +327,24 @@ class Ascent:
             "retained": self._retained,
             "history": [report.to_dict() for report in self.history],
         }
-        self._folder.write(Checkpoint(len(self.history), tensors, state))
+        (sharded or self._folder).write(Checkpoint(len(self.history), tensors, state))
+
+    def _sharded_state(self) -> ShardedState | None:
+        """What writes and reads checkpoints where a process has its rows of them alone."""
+        denoiser = self._problem.family.sharded
+        if denoiser is None or self._folder is None:
+            return None
+        from mima.immunization.sharded_state import ShardedState
+
+        return ShardedState(self._folder, denoiser, self._problem.ranks)
 
     def _restore(self) -> None:
         ranks = self._problem.ranks
-        kept = self._folder.latest() if self._folder and ranks.main else None
-        kept = ranks.broadcast(kept)
+        if sharded := self._sharded_state():
+            kept = sharded.latest()
+        else:
+            kept = self._folder.latest() if self._folder and ranks.main else None
+            kept = ranks.broadcast(kept)
         if kept is None:
             return
         for name, value in self.theta.items():
@@ -360,16 +379,17 @@ def cosine(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP) * falling
 
 
-def without_conflict(ascent: Tensors, retain: Tensors) -> Tensors:
+def without_conflict(ascent: Tensors, retain: Tensors, ranks: Ranks = ALONE) -> Tensors:
     """``a − min(0, ⟨a, r⟩) r / ‖r‖²``: a gradient without its part against another, as in PCGrad.
 
     ⟨a, r⟩ < 0 where a step along −a undoes what one along −r does.
     """
-    values = list(retain.values())
-    against = sum(float((ascent[name] * value).sum()) for name, value in retain.items())
+    (against,) = ranks.over_shards(
+        sum(float((ascent[name] * value).sum()) for name, value in retain.items())
+    )
     if against >= 0:
         return ascent
-    squared = float(get_total_norm(values)) ** 2
+    squared = ranks.norm(retain) ** 2
     return {name: ascent[name] - against / squared * value for name, value in retain.items()}
 
 

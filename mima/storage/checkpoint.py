@@ -23,8 +23,15 @@ from mima.storage.tensor_files import mapped, save_tensors
 
 logger = logging.getLogger(__name__)
 
+WHOLE_FILE = "state.safetensors"
+"""The tensors of a checkpoint that one process wrote."""
+SHARDS_FILE = ".metadata"
+"""What torch.distributed.checkpoint says of those that several processes wrote in shards."""
 SUMS_FILE = "SHA256SUMS"
 """Checksums of a checkpoint's files, in the form that ``sha256sum -c`` reads."""
+
+Save = Callable[[Path, Mapping[str, torch.Tensor]], Mapping[str, str]]
+Load = Callable[[Path], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,13 @@ class CheckpointFolder:
         """Remove the folder and all that is in it."""
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def write(self, checkpoint: Checkpoint) -> None:
+    def write(self, checkpoint: Checkpoint, save: Save | None = None) -> None:
         """Write a checkpoint; of the earlier ones, the last is kept.
+
+        Args:
+            checkpoint: what is written.
+            save: writes the tensors to a folder and returns checksums of the files that it has
+                read already, by name; by default to one safetensors file.
 
         Raises:
             MimaError: the disk is full or the folder is not writable; the checkpoints that are
@@ -84,10 +96,13 @@ class CheckpointFolder:
 
         def fill(folder: Path) -> None:
             folder.mkdir()
-            save_tensors(folder / "state.safetensors", checkpoint.tensors)
+            known = (save or _save_whole)(folder, checkpoint.tensors)
             text = json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1)
             _write_text(folder / "state.json", text)
-            sums = [f"{sha256_of(file)}  {file.name}" for file in sorted(folder.iterdir())]
+            sums = [
+                f"{known.get(file.name) or sha256_of(file)}  {file.name}"
+                for file in sorted(folder.iterdir())
+            ]
             _write_text(folder / SUMS_FILE, "\n".join(sums))
 
         self._put(final, fill)
@@ -98,10 +113,14 @@ class CheckpointFolder:
             if other not in (final, *before):
                 shutil.rmtree(other)
 
-    def latest(self) -> Checkpoint | None:
+    def latest(self, load: Load | None = None) -> Checkpoint | None:
         """The last checkpoint that is intact, or None where there is none at all.
 
         A damaged one is named in a warning.
+
+        Args:
+            load: reads the tensors from the checkpoint's folder, whose files are intact; by default
+                all of them, whole, whichever way they were written.
 
         Raises:
             MimaError: all are damaged.
@@ -109,7 +128,7 @@ class CheckpointFolder:
         problems = []
         for step in reversed(self._steps()):
             try:
-                found = _read(step)
+                found = _read(step, load or load_whole)
             except MimaError as error:
                 problems.append(str(error))
                 continue
@@ -177,7 +196,39 @@ class CheckpointFolder:
             ) from error
 
 
-def _read(step: Path) -> Checkpoint:
+def load_whole(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, also of one that several processes wrote in shards."""
+    if (folder / WHOLE_FILE).is_file():
+        # copies: a mapped file must not be what an optimizer writes into
+        return {name: value.clone() for name, value in load_file(folder / WHOLE_FILE).items()}
+    kept = kept_in_shards(folder)
+    tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in kept.items()}
+    distributed_checkpoint().load(tensors, checkpoint_id=folder, no_dist=True)
+    return tensors
+
+
+def kept_in_shards(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype, by name, of what several processes wrote in shards."""
+    metadata = distributed_checkpoint().FileSystemReader(folder).read_metadata()
+    return {
+        name: (entry.size, entry.properties.dtype)
+        for name, entry in metadata.state_dict_metadata.items()
+    }
+
+
+def distributed_checkpoint() -> Any:
+    """``torch.distributed.checkpoint``, whose import takes a second."""
+    import torch.distributed.checkpoint
+
+    return torch.distributed.checkpoint
+
+
+def _save_whole(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    save_tensors(folder / WHOLE_FILE, tensors)
+    return {}
+
+
+def _read(step: Path, load: Load) -> Checkpoint:
     """Read a checkpoint whose files are what was written.
 
     Raises:
@@ -186,19 +237,20 @@ def _read(step: Path) -> Checkpoint:
     try:
         lines = (step / SUMS_FILE).read_text(encoding="utf-8").splitlines()
         wanted = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-        for name in ("state.json", "state.safetensors"):
+        there = {file.name for file in step.iterdir()} - {SUMS_FILE}
+        needed = {"state.json", SHARDS_FILE if SHARDS_FILE in there else WHOLE_FILE}
+        if missing := (needed | wanted.keys()) - there:
+            raise MimaError(f"checkpoint: {step} is damaged: it lacks {min(missing)!r}")
+        for name in sorted(there):
             if sha256_of(step / name) != wanted.get(name):
                 raise MimaError(f"checkpoint: {step / name} is damaged: its checksum is another")
-        tensors = load_file(step / "state.safetensors")
+        tensors = load(step)
     except (OSError, UnicodeDecodeError, SafetensorError) as error:
         raise MimaError(f"checkpoint: cannot read {step}: {reason_of(error)}") from error
     state = _read_mapping(step / "state.json")
     if state.get("step") != int(step.name.removeprefix("step-")):
         raise MimaError(f"checkpoint: {step / 'state.json'} is of another step")
-    # copies: a mapped file must not be what an optimizer writes into
-    return Checkpoint(
-        state.pop("step"), {name: value.clone() for name, value in tensors.items()}, state
-    )
+    return Checkpoint(state.pop("step"), tensors, state)
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

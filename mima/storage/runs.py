@@ -20,7 +20,7 @@ from mima.storage.tensor_files import fingerprint
 
 logger = logging.getLogger(__name__)
 
-MAY_CHANGE = frozenset({"steps", "checkpoint_every", "max_skipped", "trackers"})
+MAY_CHANGE = frozenset({"steps", "checkpoint_every", "max_skipped", "trackers", "shards"})
 """Settings that a resumed run may change: no gradient depends on them."""
 
 

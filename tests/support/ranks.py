@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from bilevel import test_new_words
 from bilevel.test_hypergradient import problem, randn
 from support import immunizing, tiny
+from torch.distributed.tensor import DTensor
 
-from mima import evaluation
+from mima import distributed, evaluation
 from mima.bilevel.outer import outer_gradient, unmerged_gradient
-from mima.distributed import ALONE, Ranks
+from mima.distributed import ALONE, Ranks, join
+from mima.errors import MimaError
+from mima.families import family_of, load_pipeline
+from mima.families.frozen import hold_frozen
+from mima.families.sharded import ShardedDenoiser
 from mima.immunization.alternating import merge_step
+from mima.immunization.progress import StepReport
+from mima.immunization.sharded_state import ShardedState
 from mima.merging import MergeLayer, MergePlan
+from mima.storage.checkpoint import Checkpoint, CheckpointFolder
 
 MODES = (
     *("exact", "finite_difference", "first_order", "unmerged", "alternating"),
@@ -92,6 +105,92 @@ def immunize(rank: int, size: int, port: int, args: tuple[Any, ...], options: An
     """`immunizing.run` as torchrun would start it."""
     os.environ.update(_torchrun(rank, size, port))
     immunizing.run(*args, **options)
+
+
+class HeldBytes:
+    """Writes down, after each step, how many bytes the tensors of this process hold."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, report: StepReport) -> None:
+        gc.collect()
+        with warnings.catch_warnings():
+            # some modules warn of names that are looked at
+            warnings.simplefilter("ignore")
+            tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+        locals_ = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+        storages = [x.untyped_storage() for x in locals_ if not x.is_meta]
+        held = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        self.path.write_text(str(sum(held.values())))
+
+
+def immunize_or_say(
+    rank: int, size: int, port: int, log: Path, args: tuple[Any, ...], options: Any
+) -> None:
+    """`immunize`, noticing silence after seconds, with this process' errors in a file."""
+    distributed.PATIENCE, distributed.PERIOD = 5.0, 0.5
+    logging.getLogger("mima").addHandler(logging.FileHandler(log / f"{rank}.txt"))
+    try:
+        immunize(rank, size, port, args, options)
+    except MimaError as error:
+        logging.getLogger("mima").error("%s", error)
+        sys.exit(1)
+
+
+def shards(rank: int, size: int, port: int, model: Path, folder: Path) -> None:
+    """Checkpoints of a denoiser in shards, written and read by other numbers of processes."""
+    torch.set_num_threads(1)
+    os.environ.update(_torchrun(rank, size, port))
+    everyone = join(torch.device("cpu"))
+
+    def sharded(count: int) -> tuple[ShardedDenoiser, ShardedState]:
+        family = family_of(load_pipeline(model, device="cpu"))
+        hold_frozen(family.denoiser, family.parameter_names("attention"))
+        ranks = everyone.split(count, torch.device("cpu"))
+        denoiser = ShardedDenoiser(family, family.parameter_names("attention"), ranks.mesh)
+        return denoiser, ShardedState(CheckpointFolder(folder / "c"), denoiser, ranks)
+
+    def state(denoiser: ShardedDenoiser) -> dict[str, torch.Tensor]:
+        rows = {f"theta.{name}": value for name, value in denoiser.theta.items()}
+        rows |= {f"upper.exp_avg.{name}": 2 * value for name, value in denoiser.theta.items()}
+        return rows | {"upper.step": torch.tensor(7.0)}
+
+    def check(found: Checkpoint, wanted: dict[str, torch.Tensor]) -> None:
+        assert found.state == {"note": "shards"}
+        immunizing.assert_same(found.tensors, wanted)
+
+    two, kept = sharded(2)
+    kept.write(Checkpoint(1, state(two), {"note": "shards"}))
+    kept.write(Checkpoint(2, state(two), {"note": "shards"}))
+    check(kept.latest(), state(two))
+    four, kept = sharded(4)
+    check(kept.latest(), state(four))
+    if everyone.main:
+        whole = CheckpointFolder(folder / "c").latest()
+        unet = load_pipeline(model, device="cpu").unet.state_dict()
+        for name in four.theta:
+            assert torch.equal(whole.tensors[f"theta.{name}"], unet[name]), name
+            assert torch.equal(whole.tensors[f"upper.exp_avg.{name}"], 2 * unet[name]), name
+        one = CheckpointFolder(folder / "c")
+        one.latest()
+        one.write(Checkpoint(3, whole.tensors, whole.state))
+    everyone.broadcast(None)
+    found = kept.latest()
+    assert found.step == 3
+    check(found, state(four))
+    if everyone.main:
+        (folder / "c" / "step-00000003" / "state.json").write_text("{")
+    everyone.broadcast(None)
+    found = kept.latest()
+    assert found.step == 2
+    check(found, state(four))
+    if everyone.main:
+        file = folder / "c" / "step-00000002" / "__1_0.distcp"
+        file.write_bytes(file.read_bytes()[:-9])
+    everyone.broadcast(None)
+    with pytest.raises(MimaError, match="step-00000003"):
+        kept.latest()
 
 
 def _torchrun(rank: int, size: int, port: int) -> dict[str, str]:

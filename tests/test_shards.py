@@ -1,0 +1,170 @@
+"""Processes that hold a model between them give what one gives, each with its share of memory."""
+
+import json
+import os
+import re
+import signal
+import time
+
+import pytest
+from support import ranks, tiny
+from support.immunizing import settings, weights
+from test_distributed import finish, launch, start
+
+from mima.concepts.pictures import Picture
+from mima.errors import MimaError
+from mima.immunization.algorithm import immunize
+from mima.immunization.config import ImmunizeConfig
+from mima.storage.checkpoint import CheckpointFolder
+from mima.storage.runs import default_folder
+
+RECIPE = {
+    "merge": "sum",
+    "attack_every": 2,
+    "gradient_checkpointing": True,
+    # Adam's first steps divide a gradient by its own size, which magnifies rounding
+    "lower": {
+        "steps": 2,
+        "optimizer": "sgd",
+        "lr": 1e-2,
+        "batch_size": 3,
+        "parameters": "denoiser",
+    },
+    "upper": {
+        "lr": 1e-3,
+        "parameters": "denoiser",
+        "batch_size": 2,
+        "prior_batch_size": 3,
+        "objective": "hinge",
+        "margin": 0.3,
+        "path_every": 1,
+        "retain": "distill",
+        "ascent_ratio": 0.5,
+        "projection": True,
+    },
+}
+PAPER = {"method": "mima", "lower": {"lr": 1e-3, "steps": 2, "optimizer": "sgd"}}
+LIVING = {
+    "method": "joint",
+    "concepts_per_step": 2,
+    "lower": {"lr": 1e-3, "optimizer": "adam", "age": (2, 3)},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("changes", [PAPER, RECIPE, LIVING], ids=["paper", "recipe", "living"])
+def test_a_run_in_shards_is_that_of_one_process_and_resumes_on_others(
+    processes, model, tmp_path, changes
+):
+    config = settings(tmp_path, steps=3, checkpoint_every=1, **changes)
+    assert finish(start(processes, 1, model, config, 2, output=tmp_path / "one")) == [0]
+
+    def in_shards(size, shards):
+        split = config.model_copy(update={"shards": shards})
+        return start(processes, size, model, split, 2, output=tmp_path / "more", resume=True)
+
+    killed = in_shards(2, 2)
+    while not list(default_folder(tmp_path / "more").glob("step-*")):
+        assert all(process.is_alive() for process in killed)
+        time.sleep(0.01)
+    for process in killed:
+        process.kill()
+    finish(killed)
+    assert not (tmp_path / "more").exists()
+    assert finish(in_shards(4, 2)) == [0, 0, 0, 0]
+    more, one, before = (weights(path) for path in (tmp_path / "more", tmp_path / "one", model))
+    # AdamW divides a gradient by its own size, too
+    assert distance(more, one) < 5e-3 * distance(one, before)
+    for ours, theirs in zip(steps(tmp_path / "more"), steps(tmp_path / "one"), strict=True):
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=2e-4)
+        assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-3)
+        assert ours["drift"] == pytest.approx(theirs["drift"], rel=1e-3)
+        assert ours["residual"] == pytest.approx(theirs["residual"], rel=1e-3, abs=1e-6)
+
+
+def distance(a, b):
+    return sum(float((a[name] - b[name]).norm()) ** 2 for name in b) ** 0.5
+
+
+def steps(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_each_process_holds_its_share(processes, model, tmp_path):
+    config = settings(tmp_path, **RECIPE | {"attack_every": 1, "steps": 1})
+    held = {}
+    for size in (1, 2, 4):
+        split = config.model_copy(update={"shards": size})
+        path = tmp_path / f"{size}.txt"
+        started = start(processes, size, model, split, 2, callbacks=[ranks.HeldBytes(path)])
+        assert finish(started) == [0] * size
+        held[size] = int(path.read_text())
+    pipeline = tiny.tiny_stable_diffusion(tmp_path / "tokenizer")
+    whole = sum(value.nbytes for value in pipeline.unet.parameters())
+    # θ, the start that is distilled, two gradients and two moments; in shards, the module's, too
+    others = held[1] - 6 * whole
+    assert 0 < others < 2 * whole
+    for size in (2, 4):
+        assert held[size] - others <= 1.05 * 7 * whole / size
+
+
+def test_checkpoints_are_read_by_any_number_of_processes(processes, model, tmp_path):
+    assert finish(launch(processes, ranks.shards, 4, model, tmp_path)) == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("how", "size", "shards"),
+    [(signal.SIGKILL, 4, 2), (signal.SIGSTOP, 2, 1)],
+    ids=["dies", "stands still"],
+)
+def test_a_process_that_gives_no_sign_of_life_ends_the_others(
+    processes, model, tmp_path, how, size, shards
+):
+    config = settings(tmp_path, steps=1000, checkpoint_every=1, shards=shards)
+    run = (model, config, 2), {"output": tmp_path / "out"}
+    started = launch(processes, ranks.immunize_or_say, size, tmp_path, *run)
+    while not list(default_folder(tmp_path / "out").glob("step-*")):
+        assert all(process.is_alive() for process in started)
+        time.sleep(0.01)
+    os.kill(started[1].pid, how)
+    others = [process for process in started if process is not started[1]]
+    assert finish(others, limit=60) == [1] * (size - 1)
+    started[1].kill()
+    said = (tmp_path / "0.txt").read_text()
+    assert re.search(r"distributed: process 1 has given no sign of life for \d+ s", said)
+    assert CheckpointFolder(default_folder(tmp_path / "out")).latest().step >= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hypergradient": "exact"}, "twice; use hypergradient 'first_order', got 'exact'"),
+        ({"hypergradient": "finite_difference"}, "got 'finite_difference'"),
+        ({"method": "compose"}, "got 'compose'.*use shards 1"),
+        ({"method": "alternating"}, "got 'alternating'.*use shards 1"),
+        ({"lower": {"parameters": "lora"}}, "LoRA's factors are not split; use lower.parameters"),
+        (
+            {"new_words": True, "lower": {"parameters": None, "train_token": True}},
+            "leave out lower.train_token",
+        ),
+    ],
+)
+def test_what_shards_do_not_go_with_is_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ImmunizeConfig(**{"shards": 2, "hypergradient": "first_order"} | changes)
+
+
+def test_a_number_of_processes_that_shards_do_not_divide_is_refused(monkeypatch):
+    config = ImmunizeConfig(shards=2, hypergradient="first_order")
+    concept = tiny.concept()
+    assert isinstance(concept.images[0], Picture)
+    for size in (1, 3):
+        monkeypatch.setenv("WORLD_SIZE", str(size))
+        with pytest.raises(MimaError, match=f"shards: 2 .* but {size} were started"):
+            immunize("nowhere", [concept], config)
+    with pytest.raises(MimaError, match="dry_run"):
+        immunize("nowhere", [concept], config, dry_run=True)
