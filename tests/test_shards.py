@@ -94,6 +94,20 @@ def steps(output):
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_blocks_are_computed_in_half_precision(processes, model, tmp_path):
+    changes = RECIPE | {"attack_every": 1, "steps": 1}
+    seen = {}
+    for precision, size in (("float32", 1), ("bfloat16", 1), ("bfloat16", 2)):
+        config = settings(tmp_path, **changes | {"precision": precision, "shards": size})
+        output = tmp_path / f"{precision}-{size}"
+        assert finish(start(processes, size, model, config, 2, output=output)) == [0] * size
+        first = steps(output)[0]
+        seen[precision, size] = [*first["losses"].values(), first["gradient_norm"]]
+    one, two = seen["bfloat16", 1], seen["bfloat16", 2]
+    assert two == pytest.approx(one, rel=2e-2)
+    assert two != pytest.approx(seen["float32", 1], rel=1e-5)
+
+
 def test_each_process_holds_its_share(processes, model, tmp_path):
     config = settings(tmp_path, **RECIPE | {"attack_every": 1, "steps": 1})
     held = {}

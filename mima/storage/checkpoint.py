@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -203,7 +204,10 @@ def load_whole(folder: Path) -> dict[str, torch.Tensor]:
         return {name: value.clone() for name, value in load_file(folder / WHOLE_FILE).items()}
     kept = kept_in_shards(folder)
     tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in kept.items()}
-    distributed_checkpoint().load(tensors, checkpoint_id=folder, no_dist=True)
+    with warnings.catch_warnings():
+        # one process is what is meant
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")
+        distributed_checkpoint().load(tensors, checkpoint_id=folder, no_dist=True)
     return tensors
 
 
