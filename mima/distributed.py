@@ -271,7 +271,8 @@ class Pulse:
         self._ended, self._found = threading.Event(), threading.Event()
         self._problem = ""
         self._say("0")
-        threading.Thread(target=self._watch, name="mima pulse", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="mima pulse", daemon=True)
+        self._thread.start()
 
     def stop(self, last: str) -> None:
         """Tell the others that this process waits for nobody any more: why, or ``LEFT``."""
@@ -279,6 +280,8 @@ class Pulse:
         # the store may have gone with the process that had it
         with contextlib.suppress(dist.DistError):
             self._say(last)
+        # Python ends badly while a thread of it is in the store's code
+        self._thread.join(PATIENCE)
 
     @property
     def lost(self) -> bool:

@@ -130,6 +130,9 @@ class ShardedDenoiser:
         """Put rows into the module's own shards."""
         for name, value in values.items():
             self._held[name].to_local().copy_(value)
+        if self._mesh.device_type == "cuda":
+            # FSDP2 gathers on streams of its own, which in a backward wait for no other
+            torch.cuda.current_stream().synchronize()
 
     def run(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
