@@ -20,6 +20,7 @@ from mima.concepts import embedded_concept
 from mima.concepts.pictures import Picture, spread
 from mima.erasure import erase
 from mima.evaluation import Evaluation, EvaluationFolder, Sampler, evaluate
+from mima.evaluation.encoders import EMBEDDED
 from mima.evaluation.metrics import GapCurve
 from mima.families import load_pipeline
 from mima.immunization.algorithm import StepReport, immunize
@@ -153,7 +154,7 @@ def _run(settings: DemoSettings, folder: Path, bars: console.Bars) -> dict[str, 
         others=[untouched],
         output=folder / "evaluation",
         settings=settings.grid,
-        similarities=["embedded"],
+        similarities=list(EMBEDDED),
         name="demonstration",
         method=settings.immunization.method,
         progress=lambda done, total, _: attacked(done, total),
@@ -198,10 +199,14 @@ def _class_pictures(
 
 def _numbers(evaluation: Evaluation, folder: EvaluationFolder) -> dict[str, Any]:
     """What ``results.json`` says of an evaluation with one seed."""
-    summary = evaluation.summary[evaluation.similarities[0]]
+    primary = evaluation.similarities[0]
+    summary = evaluation.summary[primary]
     curves: dict[str, dict[str, GapCurve]] = {}
+    told = [point for point in folder.curves() if point.similarity == primary]
     for row in folder.attacks():
-        points = [point for point in folder.curves() if point.attack == row.attack]
+        if row.similarity != primary:
+            continue
+        points = [point for point in told if point.attack == row.attack]
         curves.setdefault(row.concept, {})[row.method] = GapCurve(
             concept=row.concept,
             steps=tuple(point.step for point in points),
@@ -237,7 +242,7 @@ def _numbers(evaluation: Evaluation, folder: EvaluationFolder) -> dict[str, Any]
     over = summary.targets
     alignment = evaluation.benign.prompt_alignment
     erased, immunized = alignment.original, alignment.immunized
-    # the embedded encoder reads texts, and ordinary prompts were drawn
+    # the second judge reads texts, and ordinary prompts were drawn
     assert erased is not None
     assert immunized is not None
     return {

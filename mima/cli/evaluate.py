@@ -43,7 +43,9 @@ def evaluate(
     ] = "quick",
     similarity: Annotated[
         list[str] | None,
-        typer.Option(help="clip, dino, lpips, embedded, a hub id or a folder; may be repeated."),
+        typer.Option(
+            help="clip, dino, lpips, embedded, embedded-clip, a hub id or a folder; repeatable."
+        ),
     ] = None,
     tune: Annotated[
         int | None,
@@ -99,10 +101,11 @@ def evaluate(
 
     # only now what takes seconds to import
     from mima.evaluation import evaluate as run_evaluate
+    from mima.evaluation.encoders import EMBEDDED
     from mima.report.terminal import summary_lines, summary_table
 
     given = given_settings({"tune.trials": tune}, settings)
-    default = "embedded" if original == "embedded" else "clip"
+    default = list(EMBEDDED) if original == "embedded" else ["clip"]
     with progress() as bars:
         task = bars.add_task("attacking", total=None, note="")
 
@@ -120,7 +123,7 @@ def evaluate(
                 others=kept,
                 preset=preset,
                 settings=given,
-                similarities=similarity or [default],
+                similarities=similarity or default,
                 protocol=protocol,
                 processes=processes,
                 device=device,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 from PIL import Image
 
 from mima.concepts import Concept
-from mima.concepts.pictures import Picture
 from mima.errors import MimaError
 from mima.evaluation.encoders import ImageEncoder, PairwiseSimilarity, similarity
 
@@ -24,7 +24,9 @@ class Calibration:
     Attributes:
         concept: its name.
         right: of the concept's other pictures.
-        others: of each other concept's pictures.
+        others: of each other concept's pictures, less those whose captions name this one. A tiger
+            in fluent style is no wrong picture of fluent style; a cat in fluent style is a wrong
+            one of the tiger.
         noise: of pictures that are noise at every pixel.
         grey: of pictures in one shade, white among them.
     """
@@ -69,37 +71,47 @@ def calibrate(
     for concept in concepts:
         if not concept.held_out:
             raise MimaError(f"concept {concept.name!r} has no held_out pictures to compare with")
-    pictures = {concept.name: _loaded(concept.images) for concept in concepts}
-    size = next(iter(pictures.values()))[0].size
+    known = [picture for concept in concepts for picture in concept.images]
+    images = [picture.load() for picture in known]
+    size = images[0].size
     draws = np.random.default_rng(0)
     shape = (NOISE_PICTURES, size[1], size[0], 3)
     noise = [Image.fromarray(pixels) for pixels in draws.integers(0, 256, shape, dtype=np.uint8)]
     grey = [Image.new("RGB", size, (shade,) * 3) for shade in GREYS]
+    images += [*noise, *grey]
+    features = judge.embed(images) if isinstance(judge, ImageEncoder) else None
     found = []
     for concept in concepts:
-        references = _loaded(concept.held_out)
-        means = {n: _mean(judge, images, references) for n, images in pictures.items()}
+        references = [picture.load() for picture in concept.held_out]
+        if isinstance(judge, ImageEncoder):
+            assert features is not None
+            table = similarity(features, judge.embed(references))
+        else:
+            table = judge.pairs(images, references)
+        values = table.mean(dim=1).tolist()
+        of_noise, of_grey = values[len(known) : -len(grey)], values[-len(grey) :]
+        name = concept.name.casefold()
+        right, others, place = 0.0, {}, 0
+        for other in concepts:
+            mine = values[place : place + len(other.images)]
+            place += len(mine)
+            if other is concept:
+                right = fmean(mine)
+                continue
+            wrong = [
+                value
+                for value, picture in zip(mine, other.images, strict=True)
+                if name not in picture.prompt.casefold()
+            ]
+            if wrong:
+                others[other.name] = fmean(wrong)
         found.append(
             Calibration(
                 concept=concept.name,
-                right=means.pop(concept.name),
-                others=means,
-                noise=_mean(judge, noise, references),
-                grey=_mean(judge, grey, references),
+                right=right,
+                others=others,
+                noise=fmean(of_noise),
+                grey=fmean(of_grey),
             )
         )
     return found
-
-
-def _loaded(pictures: Sequence[Picture]) -> list[Image.Image]:
-    return [picture.load() for picture in pictures]
-
-
-def _mean(
-    judge: ImageEncoder | PairwiseSimilarity,
-    images: Sequence[Image.Image],
-    references: Sequence[Image.Image],
-) -> float:
-    if isinstance(judge, ImageEncoder):
-        return float(similarity(judge.embed(images), judge.embed(references)).mean())
-    return float(judge.pairs(images, references).mean())

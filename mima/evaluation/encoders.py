@@ -29,6 +29,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from mima.choices import PictureProtocol
 from mima.errors import MimaError, nearest
+from mima.evaluation.discriminants import DiscriminantEncoder
 from mima.families.hub import unreachable
 from mima.storage.inputs import is_hub_id
 
@@ -38,6 +39,8 @@ LPIPS_SIDE = 224
 PUBLISHED_SIDE = 64
 OFFLINE = "embedded (--similarity embedded), which ships with mima and knows only emoji"
 """What can be used where nothing can be fetched."""
+EMBEDDED = {"embedded": "judge", "embedded-clip": "encoder"}
+"""Encoders that ship with mima, and their folders among the assets."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -407,25 +410,29 @@ def load_encoder(
     device: str | torch.device = "cpu",
     batch_size: int = 64,
     protocol: PictureProtocol = "standard",
-) -> ClipEncoder | DinoEncoder:
+) -> ClipEncoder | DinoEncoder | DiscriminantEncoder:
     """Open an image encoder by name.
 
     Args:
-        model: `"embedded"` (the small CLIP-kind encoder that mima ships), `"clip"`, `"dino"`, a hub
-            id, or a folder; CLIP, ViT and DINOv2 models are recognised by their configuration.
+        model: `"embedded"` (the judge of emoji that mima ships), `"embedded-clip"` (a small CLIP of
+            emoji, made otherwise: a second opinion, and one that reads texts), `"clip"`, `"dino"`,
+            a hub id, or a folder; CLIP, ViT and DINOv2 models are recognised by their
+            configuration.
         device: where it runs.
         batch_size: images per forward pass.
-        protocol: how pictures are prepared; see the module.
+        protocol: how pictures are prepared; see the module. `"embedded"` has only one way.
 
     Raises:
         MimaError: nothing there, or a model of another kind.
     """
-    if model == "embedded":
+    if model in EMBEDDED:
         from mima.assets import assets
 
-        folder = assets() / "encoder"
-        if not (folder / "config.json").is_file():
-            raise MimaError(f"the embedded encoder is missing from this installation ({folder})")
+        folder = assets() / EMBEDDED[str(model)]
+        if not folder.is_dir():
+            raise MimaError(f"the {model} encoder is missing from this installation ({folder})")
+        if model == "embedded":
+            return DiscriminantEncoder(folder, device=device, batch_size=batch_size)
         model = folder
     source = {"clip": CLIP_DEFAULT, "dino": DINO_DEFAULT}.get(str(model), str(model))
     folder = Path(source).expanduser()
@@ -434,7 +441,7 @@ def load_encoder(
     elif not is_hub_id(source):
         raise MimaError(
             f"encoder: {source!r} is neither a folder nor a hub id of the form owner/name; "
-            + nearest(source, ("clip", "dino", "embedded"))
+            + nearest(source, ("clip", "dino", *EMBEDDED))
         )
     # before transformers tries for a minute
     elif not isinstance(try_to_load_from_cache(source, "config.json"), str):

@@ -26,7 +26,7 @@ def erased(original):
 
 @pytest.fixture(scope="module")
 def similarity():
-    encoder = load_encoder("embedded")
+    encoder = load_encoder("embedded-clip")
     sampler = Sampler(steps=10, guidance=3.0, batch_size=16, scheduler="dpm++")
 
     def measure(pipeline, name, rename=lambda prompt: prompt):

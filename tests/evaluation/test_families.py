@@ -1,6 +1,9 @@
 """Every family and preparation does to a model what its name says."""
 
 import dataclasses
+import re
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from mima.errors import MimaError
 from mima.evaluation import EvaluationFolder, Sampler, evaluate, preparations
 from mima.evaluation.families import FAMILIES
 from mima.evaluation.grid import attack_grid, grid_config, material, places
+from mima.evaluation.records import Preparation
 from mima.evaluation.trajectory import trajectory
 from mima.families.pipelines import with_values
 from mima.sampling import Job
@@ -168,3 +172,19 @@ def test_every_family_and_preparation_runs(pair, tmp_path):
     starts = {p.attack.split("_")[-2]: p.immunized for p in points
               if p.step == 0 and "_dreambooth_" in p.attack}  # fmt: skip
     assert len({starts[name] for name in ("none", "kick", "undo", "interpolate")}) == 4
+
+
+def test_the_catalogue_has_every_family_and_preparation_with_its_source():
+    catalogue = (Path(__file__).parents[2] / "docs" / "attacks.md").read_text()
+    sources = {}
+    for line in catalogue.splitlines():
+        if line.startswith("| `"):
+            names, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            sources |= dict.fromkeys(re.findall(r"`([^`]+)`", names), cells)
+    named = {*FAMILIES, *get_args(Preparation)} - {"none"}
+    assert named <= sources.keys()
+    for name in named:
+        what, source, cost = sources[name]
+        assert what
+        assert source
+        assert cost

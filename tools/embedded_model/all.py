@@ -16,6 +16,7 @@ STEPS = (
     "train_classifier",
     "export",
     "concepts",
+    "fit_judge",
     "evaluate",
 )
 
