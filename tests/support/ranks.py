@@ -129,7 +129,7 @@ def immunize_or_say(
     rank: int, size: int, port: int, log: Path, args: tuple[Any, ...], options: Any
 ) -> None:
     """`immunize`, noticing silence after seconds, with this process' errors in a file."""
-    distributed.PATIENCE, distributed.PERIOD = 5.0, 0.5
+    distributed.PATIENCE, distributed.PERIOD = 10.0, 0.5
     logging.getLogger("mima").addHandler(logging.FileHandler(log / f"{rank}.txt"))
     try:
         immunize(rank, size, port, args, options)
