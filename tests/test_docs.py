@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from mima.cli import app
 from mima.cli.diagnosis import VARIABLES
 from mima.concepts import embedded_names
-from mima.immunization.config import ImmunizeConfig, LowerConfig, parse_run
+from mima.immunization.config import ImmunizeConfig, LowerConfig
+from mima.immunization.from_file import parse_run
 from mima.immunization.recipes import TASKS, paper
 from mima.ops.backends.choice import BACKENDS
 from mima.settings import group_of

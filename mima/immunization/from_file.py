@@ -6,12 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+from pydantic import Field
+
 from mima.choices import Recipe, Task
 from mima.errors import MimaError, nearest, one_line
-from mima.immunization.config import ImmunizeConfig, ImmunizeRun, parse_run, read_mapping
-from mima.settings import set_nested
+from mima.immunization.config import ImmunizeConfig
+from mima.immunization.recipes import RECIPES, beneath
+from mima.settings import Settings, parse_config, set_nested
 from mima.storage.inputs import check_model, expanded
 from mima.storage.output import check_folder
+from mima.storage.plain_data import read_yaml
 
 if TYPE_CHECKING:
     from mima.concepts import Concept
@@ -19,6 +24,88 @@ if TYPE_CHECKING:
     from mima.immunization.planning.result import Plan
     from mima.immunization.progress import Callback
     from mima.immunization.result import ImmunizeResult
+
+
+class ImmunizeRun(Settings):
+    """What ``mima immunize CONFIG.yaml`` reads."""
+
+    model: str
+    """A diffusers folder, a .safetensors file, a hub id, or ``embedded``."""
+    revision: str | None = None
+    """The hub's branch, tag or commit of the model."""
+    variant: str | None = None
+    """File variant such as ``fp16``."""
+    single_file_config: str | None = None
+    """For a single file, a folder (or hub id) of a model of the same architecture. Default: the
+    published one, which diffusers fetches from the hub."""
+    concepts: list[Any] = Field(min_length=1)
+    """Concept descriptions: folders, files, names of embedded concepts, or inline mappings."""
+    benign: list[Any] = Field(default_factory=list)
+    """Other concepts, described alike, that must stay learnable: ``immunize.upper.benign`` and
+    ``immunize.lower.benign_start`` read them."""
+    recipe: Recipe | None = None
+    """Named settings beneath those of ``immunize``: see ``mima.immunization.recipes``."""
+    erased: Path | None = None
+    """A checkpoint in which the concepts are erased, made from ``model`` by whatever means: see
+    ``mima.erasure.load_erased``. Takes the place of ``immunize.erase_first``."""
+    output: Path | None = None
+    """Where the immunized model goes."""
+    immunize: ImmunizeConfig = ImmunizeConfig()
+    """The settings."""
+
+
+def load_config(path: str | Path) -> ImmunizeRun:
+    """Read a run from YAML (or JSON). Relative paths in it are relative to its folder.
+
+    Raises:
+        MimaError: unreadable, not YAML, or a setting that is unknown or of the wrong type or range;
+            every such setting is named, unknown ones with the nearest valid name.
+    """
+    return parse_run(read_mapping(path), source=str(path))
+
+
+def parse_run(
+    raw: dict[str, Any], *, source: str, recipe: str | None = None, task: str | None = None
+) -> ImmunizeRun:
+    """A run from plain data, a recipe's and a task's settings beneath its own.
+
+    Args:
+        raw: what a file says.
+        source: what errors call it.
+        recipe: takes the place of the one that ``raw`` names.
+        task: see ``mima.immunization.recipes.TASKS``.
+
+    Raises:
+        MimaError: as ``load_config``.
+    """
+    named, own = recipe or raw.get("recipe"), raw.get("immunize", {})
+    # what is no recipe, or no settings, is told with all else that is wrong
+    known = named is None or recipe is not None or (isinstance(named, str) and named in RECIPES)
+    if (named is not None or task is not None) and known and isinstance(own, dict):
+        raw = {**raw, "immunize": beneath(own, named, task, benign=bool(raw.get("benign")))}
+        if named is not None:
+            raw["recipe"] = named
+    return parse_config(ImmunizeRun, raw, source=source)
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """A mapping of settings from YAML (or JSON), unchecked.
+
+    Raises:
+        MimaError: unreadable, not YAML, or no mapping.
+    """
+    path = Path(path)
+    try:
+        raw = read_yaml(path.read_text(encoding="utf-8"))
+    except MimaError as error:
+        raise MimaError(f"config: {path}: {error}") from error
+    except OSError as error:
+        raise MimaError(f"config: cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MimaError(f"config: {path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise MimaError(f"config: {path} must be a mapping of settings, got {type(raw).__name__}")
+    return raw
 
 
 def read_run(

@@ -11,14 +11,8 @@ import yaml
 from pydantic import ValidationError
 
 from mima.errors import MimaError, ProblemList
-from mima.immunization.config import (
-    ImmunizeConfig,
-    ImmunizeRun,
-    LowerConfig,
-    UpperConfig,
-    load_config,
-)
-from mima.immunization.from_file import read_run
+from mima.immunization.config import ImmunizeConfig, LowerConfig, UpperConfig
+from mima.immunization.from_file import ImmunizeRun, load_config, read_run
 from mima.immunization.recipes import RECIPES, TASKS, beneath, default, paper
 from mima.settings import checked, parse_config
 
