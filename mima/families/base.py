@@ -29,6 +29,9 @@ Conditioning = dict[str, torch.Tensor]
 PIXELS_AT_ONCE = 4 * 512**2
 # beyond this many times the side that a model was trained on, memory ends and pictures fall apart
 LARGEST = 4
+UNQUANTIZED = (
+    "open it unquantized (immunize takes a pipeline in memory whose denoiser torchao has quantized)"
+)
 # of a model that does not say it
 USUAL_SIDE = 512
 
@@ -95,7 +98,7 @@ class Family(ABC):
         self.pipeline = pipeline
         self.denoiser: torch.nn.Module = getattr(pipeline, self.parts[0])
         if getattr(self.denoiser, "is_quantized", False):
-            raise MimaError(f"model: the {self.parts[0]} is quantized; open it unquantized")
+            raise MimaError(f"model: the {self.parts[0]} is quantized; {UNQUANTIZED}")
         if any(getattr(module, "fused_projections", False) for module in self.denoiser.modules()):
             raise MimaError(
                 f"model: the {self.parts[0]}'s attention projections are fused, so that their own "

@@ -1,4 +1,4 @@
-"""Frozen weights in the dtype of their file, computed with in float32."""
+"""Frozen weights in the dtype of their file, or quantized, computed with in float32."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from torch.utils._pytree import tree_map_only
+
+from mima.families.pipelines import Pipeline, shared_copy, with_modules
 
 aten = torch.ops.aten
 
@@ -24,34 +27,62 @@ _VIEWS = (
 )
 
 
+View = Callable[[torch.Tensor], torch.Tensor]
+
+
+def is_quantized(x: torch.Tensor) -> bool:
+    """Whether a tensor keeps its values in fewer bits and gives them back, as torchao's do."""
+    return type(x).dequantize is not torch.Tensor.dequantize
+
+
 class Upcast(torch.Tensor):
     """A float32 tensor that is stored in half precision and cast where an operator reads it.
+
+    Or that is quantized, and given back there in float32, of which its operators read views.
 
     The cast is below autograd, so that a graph keeps the stored tensor, and the float32 values
     live as long as one operator. They are the stored values exactly: a network computes what it
     would compute if it had been opened in float32. It cannot be written to.
 
     Args:
-        stored: bfloat16 or float16; used as it is, not copied.
+        stored: bfloat16 or float16, or quantized; used as it is, not copied.
+        views: of a quantized tensor's values, one after the other.
     """
 
     stored: torch.Tensor
+    views: tuple[View, ...]
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, stored: torch.Tensor) -> Upcast:
+    def __new__(cls, stored: torch.Tensor, views: tuple[View, ...] = ()) -> Upcast:
+        like = stored
+        if views:
+            like = torch.empty_strided(stored.shape, stored.stride(), device="meta")
+        for view in views:
+            like = view(like)
         return torch.Tensor._make_wrapper_subclass(
             cls,
-            stored.shape,
-            strides=stored.stride(),
+            like.shape,
+            strides=like.stride(),
             dtype=torch.float32,
             device=stored.device,
             requires_grad=False,
         )
 
-    def __init__(self, stored: torch.Tensor) -> None:
+    def __init__(self, stored: torch.Tensor, views: tuple[View, ...] = ()) -> None:
         self.stored = stored
+        self.views = views
+
+    def dense(self) -> torch.Tensor:
+        """The values in float32, for one operator."""
+        stored = self.stored
+        if is_quantized(stored):
+            stored = stored.dequantize()
+        full = stored.float()
+        for view in self.views:
+            full = view(full)
+        return full
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Upcast({self.stored!r})"
@@ -71,7 +102,12 @@ class Upcast(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if isinstance(first, Upcast):
+        if isinstance(first, Upcast) and is_quantized(first.stored):
+            if func in _VIEWS:
+                return cls(first.stored, (*first.views, lambda x: func(x, *args[1:], **kwargs)))
+            if func is aten._to_copy.default and kwargs.get("dtype") in (None, torch.float32):
+                return cls(first.stored.to(kwargs.get("device") or first.device), first.views)
+        elif isinstance(first, Upcast):
             if func in _VIEWS:
                 return cls(func(first.stored, *args[1:], **kwargs))
             if func is aten._to_copy.default:
@@ -86,11 +122,9 @@ class Upcast(torch.Tensor):
                 return func(first.stored, *args[1:], **kwargs)
             if func is aten.embedding.default:
                 return func(first.stored, *args[1:], **kwargs).float()
-            if func._schema.is_mutable:
-                raise TypeError(
-                    f"{func}: a frozen weight in {first.stored.dtype} is not written to"
-                )
-        args, kwargs = tree_map_only(Upcast, lambda x: x.stored.float(), (args, kwargs))
+        if isinstance(first, Upcast) and func._schema.is_mutable:
+            raise TypeError(f"{func}: a frozen weight in {first.stored.dtype} is not written to")
+        args, kwargs = tree_map_only(Upcast, Upcast.dense, (args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -112,7 +146,7 @@ def hold_frozen(module: torch.nn.Module, trained: Collection[str] = ()) -> None:
     def held(value: torch.Tensor) -> torch.Tensor:
         if id(value) in masters:
             return at_least_float32(value).clone()
-        if value.dtype in HALF and saved >= LARGE:
+        if is_quantized(value) or (value.dtype in HALF and saved >= LARGE):
             return Upcast(value.detach())
         return value if isinstance(value, Upcast) else at_least_float32(value)
 
@@ -130,7 +164,11 @@ def make_dense(module: torch.nn.Module) -> None:
 
 def at_least_float32(value: torch.Tensor) -> torch.Tensor:
     """The values of a weight, frozen in half precision or not, in float32 or float64."""
-    plain = value.stored if isinstance(value, Upcast) else value.detach()
+    plain = value.detach()
+    if is_quantized(plain):
+        plain = Upcast(plain)
+    if isinstance(plain, Upcast):
+        return plain.dense()
     return plain if plain.dtype == torch.float64 else plain.float()
 
 
@@ -150,3 +188,35 @@ def replace_parameters(
         new = torch.nn.Parameter(change(getattr(owner, name)), requires_grad=False)
         for owner, name in shared:
             setattr(owner, name, new)
+
+
+def stored_bytes(x: torch.Tensor) -> int:
+    """Bytes of a tensor as it is stored."""
+    stored = x.stored if isinstance(x, Upcast) else x
+    if is_quantized(stored):
+        inner, _ = stored.__tensor_flatten__()  # type: ignore[attr-defined]
+        return sum(getattr(stored, name).nbytes for name in inner)
+    return stored.numel() * stored.element_size()
+
+
+def with_quantized_held(pipeline: Pipeline) -> Pipeline:
+    """A pipeline in memory whose denoiser torchao has quantized, as one whose weights are frozen.
+
+    Each operator reads the values in float32, so that they can be differentiated any number of
+    times. The denoiser is a copy around the same tensors; what nothing has quantized, and what
+    another library has, is left as it is.
+    """
+    found = {
+        name: module
+        for name in ("unet", "transformer")
+        if isinstance(module := getattr(pipeline, name, None), torch.nn.Module)
+        and any(map(is_quantized, module.parameters()))
+    }
+    copies: dict[str, Any] = {name: shared_copy(module).eval() for name, module in found.items()}
+    for module in copies.values():
+        hold_frozen(module)
+        module.is_quantized = False
+        module.hf_quantizer = None
+        plain = {n: x for n, x in module.config.items() if n != "quantization_config"}
+        module._internal_dict = FrozenDict(plain)
+    return with_modules(pipeline, **copies) if copies else pipeline

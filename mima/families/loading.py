@@ -37,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 
 from mima.assets import assets
 from mima.errors import MimaError
-from mima.families.base import Family, cast
+from mima.families.base import UNQUANTIZED, Family, cast
 from mima.families.flux import Flux
 from mima.families.hub import unreachable
 from mima.families.lumina2 import Lumina2
@@ -227,7 +227,7 @@ def load_pipeline(
     family_of(pipeline)
     for name, component in pipeline.components.items():
         if getattr(component, "is_quantized", False):
-            raise MimaError(f"model: the {name} is quantized; open it unquantized")
+            raise MimaError(f"model: the {name} is quantized; {UNQUANTIZED}")
     if device is not None:
         pipeline.to(device)
     for component in pipeline.components.values():

@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from mima.assets import assets
 from mima.errors import MimaError
 from mima.families.base import cast
+from mima.families.frozen import Upcast, is_quantized
 from mima.families.loading import (
     HUB_ERRORS,
     LOADING_ERRORS,
@@ -123,11 +124,19 @@ def _networks(pipeline: Any) -> dict[str, torch.nn.Module]:
     return {n: m for n, m in pipeline.components.items() if isinstance(m, torch.nn.Module)}
 
 
+def _empty(parameter: torch.Tensor) -> torch.Tensor:
+    """On the meta device, in the dtype that it is stored in; a quantized one has a byte each."""
+    if not isinstance(parameter, Upcast):
+        return torch.empty_like(parameter, device="meta", requires_grad=False)
+    dtype = torch.int8 if is_quantized(parameter.stored) else parameter.stored.dtype
+    return Upcast(torch.empty(parameter.shape, dtype=dtype, device="meta"))
+
+
 def _emptied(module: torch.nn.Module) -> torch.nn.Module:
     """A copy of a module's structure around weights of the same shapes on the meta device."""
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
-        empty = torch.empty_like(parameter, device="meta", requires_grad=False)
+        empty = _empty(parameter)
         memo[id(parameter)] = torch.nn.Parameter(empty, requires_grad=False)
     for buffer in module.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")

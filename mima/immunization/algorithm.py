@@ -27,7 +27,7 @@ from mima.erasure import edits_of, erase, load_erased
 from mima.errors import MimaError
 from mima.families import Family, ModelSource, family_of, load_pipeline, origin_of, source_of
 from mima.families.base import cast
-from mima.families.frozen import hold_frozen
+from mima.families.frozen import hold_frozen, with_quantized_held
 from mima.families.new_words import check_token, text_parts
 from mima.families.pipelines import Pipeline, component_name, shared_copy, with_modules
 from mima.immunization.alternating import alternate
@@ -194,6 +194,8 @@ def immunize(
         raise MimaError(f"erased: {erased} does not exist")
     captions = ordinary_captions(config.captions)
     source = source_of(model)
+    if source is None:
+        model = with_quantized_held(model)
     place = Path(output) if output is not None else None
     if dry_run or (config.shards == 1 and large(source or model)):
         opening = source or model

@@ -14,7 +14,7 @@ import torch
 
 from mima.concepts import Concept
 from mima.families import ModelSource, family_of, load_pipeline
-from mima.families.frozen import hold_frozen
+from mima.families.frozen import hold_frozen, stored_bytes
 from mima.families.skeleton import open_skeleton
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.levels import trained_names
@@ -29,7 +29,6 @@ from mima.immunization.planning.sizes import (
     encoded_pictures,
     encodings_size,
     matched,
-    num_bytes,
     others,
     preparing,
     reads_start,
@@ -135,7 +134,7 @@ def _plan(
     }
     for name, p in family.denoiser.named_parameters():
         part = ("trained weights, " if name in names else "frozen weights, ") + dtype_of(p)
-        denoiser[part] += num_bytes(p)
+        denoiser[part] += stored_bytes(p)
     ground = {
         "Python and its libraries" if on_cpu else "CUDA's context": (
             resident() if on_cpu else GPU_CONTEXT
@@ -164,7 +163,7 @@ def _plan(
         }
     }
     if config.method != "none":
-        offloaded = config.offload_optimizer and not on_cpu
+        offloaded = config.offload_optimizer
         memory["outer steps"] = {
             **ground,
             **denoiser,
@@ -198,6 +197,7 @@ def _plan(
             "encoders, while the run lasts": (
                 weights_of(idle) if on_cpu and opened and config.method != "none" else 0
             ),
+            "AdamW's moments": 2 * mine if on_cpu and config.offload_optimizer else 0,
             "the result": changed if delta else whole,
         }
     return Plan(

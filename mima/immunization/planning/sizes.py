@@ -9,7 +9,7 @@ import torch
 from mima.concepts import Concept
 from mima.families import Family
 from mima.families.base import PIXELS_AT_ONCE
-from mima.families.frozen import Upcast
+from mima.families.frozen import Upcast, stored_bytes
 from mima.families.pipelines import Pipeline
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import caption_kinds
@@ -21,12 +21,6 @@ FLOAT32 = 4
 """Bytes."""
 
 
-def num_bytes(x: torch.Tensor) -> int:
-    """Bytes of a tensor as it is stored."""
-    stored = x.stored if isinstance(x, Upcast) else x
-    return stored.numel() * stored.element_size()
-
-
 def dtype_of(x: torch.Tensor) -> str:
     """The name of the dtype in which a tensor is stored."""
     return str((x.stored if isinstance(x, Upcast) else x).dtype).removeprefix("torch.")
@@ -34,7 +28,7 @@ def dtype_of(x: torch.Tensor) -> str:
 
 def weights_of(modules: Iterable[torch.nn.Module]) -> int:
     """Bytes of networks' weights as they are stored."""
-    return sum(num_bytes(p) for module in modules for p in module.parameters())
+    return sum(stored_bytes(p) for module in modules for p in module.parameters())
 
 
 def others(pipeline: Pipeline, family: Family) -> list[torch.nn.Module]:
@@ -76,8 +70,8 @@ def encodings_size(
             pictures += len(concept.class_images) or drawn
             said = concept.class_prompt and config.captions is None
             prompts += len(own) or (1 if said else drawn)
-    text = sum(num_bytes(v) for v in encoded.prompts.values())
-    return num_bytes(encoded.latents[:1]) * pictures + text * prompts
+    text = sum(stored_bytes(v) for v in encoded.prompts.values())
+    return stored_bytes(encoded.latents[:1]) * pictures + text * prompts
 
 
 def matched(encoded: Encoded, config: ImmunizeConfig, count: int) -> int:
