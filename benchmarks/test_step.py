@@ -348,8 +348,8 @@ def test_host_overhead(monkeypatch, machine: Machine):
     training loop spends, too. Beside it is printed what lies outside the network's calls and
     autograd's alone.
     """
-    losses = [(lower, "loss_and_gradient"), (outer, "part_gradient")]
-    calls = [(Family, "predict"), (torch.autograd, "grad")]
+    losses = [(lower, "losses_and_gradients"), (outer, "part_backward")]
+    calls = [(Family, "predict"), (torch.autograd, "grad"), (torch.autograd, "backward")]
     with monkeypatch.context() as patch:
         outside_calls = 1 - share_of_step(patch, machine, *calls)
     share = 1 - share_of_step(monkeypatch, machine, *losses)

@@ -16,6 +16,9 @@ from mima.bilevel.optimizers import Optimizer, Vector
 Params = Mapping[str, torch.Tensor]
 Tensors = dict[str, torch.Tensor]
 
+SHARE = 2**26
+"""Bytes of what is trained that take a step at once along a path."""
+
 
 def plus(theta: Params, change: Params) -> Tensors:
     """θ with a change of some of its names added."""
@@ -102,7 +105,10 @@ class LowerLevel(ABC):
         """
 
     def stop(self, state: State, theta: Params) -> Carried:
-        """What another lower level of this kind needs to go on from the last state."""
+        """What another lower level of this kind needs to go on from the last state of ``path``.
+
+        Where this one does not continue, nothing of the optimizer's is left.
+        """
         raise NotImplementedError(f"{type(self).__name__} cannot be continued")
 
     @abstractmethod
@@ -233,7 +239,8 @@ def descend(
 def path(task: LowerLevel, theta: Params) -> Iterator[State]:
     """The K states after each step, without a graph, in the memory of one step.
 
-    What the optimizer keeps is a state's own until the next is asked for.
+    A state is emptied when the next is asked for. The last one has nothing of the optimizer's,
+    unless the attack continues.
     """
     for (state,) in paths([task], theta):
         yield state
@@ -241,16 +248,50 @@ def path(task: LowerLevel, theta: Params) -> Iterator[State]:
 
 def paths(tasks: Sequence[LowerLevel], theta: Params) -> Iterator[list[State]]:
     """The same for lower levels that share their forwards: all states after each step."""
-    states = [start(task, theta) for task in tasks]
+    states = [State(task.start(theta), dict(task.memory or {})) for task in tasks]
     for k in range(tasks[0].steps):
         found = losses_and_gradients(tasks, states, theta, k)
         for i, (task, (_, g)) in enumerate(zip(tasks, found, strict=True)):
             # what an attack that goes on starts from may be kept elsewhere: another run's, or
             # constants
             own = k > 0 or task.memory is None
-            states[i] = advance(task, states[i], g, k, overwrite=own)
+            kept = task.continues or k + 1 < task.steps
+            states[i] = _consume(task, states[i], g, k, overwrite=own, keep_memory=kept)
         del found, g
         yield list(states)
+
+
+def _consume(
+    task: LowerLevel, state: State, g: Tensors, k: int, *, overwrite: bool, keep_memory: bool
+) -> State:
+    """As ``advance``, but some tensors after the other, so that what each read is free after it."""
+    z: Tensors = {}
+    memory: dict[str, Vector] = {}
+    for names in _shares(state.z):
+        share = State({}, {})
+        for name in names:
+            value = share.z[name] = state.z.pop(name)
+            # begins where it is needed: after the last step, nobody keeps it
+            share.memory[name] = state.memory.pop(name, ()) or task.rule(name).init(value)
+        own = {name: g.pop(name) for name in names}
+        after = advance(task, share, own, k, overwrite=overwrite)
+        z.update(after.z)
+        if keep_memory:
+            memory.update(after.memory)
+    return State(z, memory)
+
+
+def _shares(tensors: Params) -> list[list[str]]:
+    """The names of tensors in groups of ``SHARE`` bytes, or of one larger tensor."""
+    shares: list[list[str]] = []
+    room = 0
+    for name, value in tensors.items():
+        if not shares or value.nbytes > room:
+            shares.append([])
+            room = SHARE
+        shares[-1].append(name)
+        room -= value.nbytes
+    return shares
 
 
 def adapt(task: LowerLevel, theta: Params) -> Tensors:

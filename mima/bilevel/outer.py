@@ -173,11 +173,14 @@ def outer_gradient(
         else:
             point.merge = merge
         moved = point.moved | point.merge.spread(point.asked, {name: theta[name] for name in names})
+        point.moved = {}
         moved = ranks.all_reduce(moved, theta)
         missed = point.merge.missed(point.asked, {name: moved[name] for name in names})
+        far = drift(theta, moved, ranks)
         if keep:
-            kept[k] = moved
-        phi = plus(theta, moved)
+            kept[k] = dict(moved)
+        # the change is not in memory beside φ, unless it is to be kept
+        phi = {name: v + moved.pop(name) if name in moved else v for name, v in theta.items()}
         # without a second pass, nothing reads the gradient at what the attackers alone change
         asked = wrt if mode == "first_order" else None
         bar, words_bar, path[k] = upper_gradient(phi, parts[k], ranks, point.words, asked)
@@ -207,15 +210,7 @@ def outer_gradient(
             accumulate(second, pullback(mode, task, theta, wrt, cotangents))
         accumulate(total, ranks.all_reduce(second, {name: theta[name] for name in wrt}))
     everyone = _gathered(ends, ranks, theta)
-    return OuterGradient(
-        total,
-        path[max(path)],
-        drift(theta, moved, ranks),
-        residual(missed, ranks),
-        everyone,
-        path,
-        kept,
-    )
+    return OuterGradient(total, path[max(path)], far, residual(missed, ranks), everyone, path, kept)
 
 
 @torch.no_grad()
@@ -356,36 +351,38 @@ def upper_gradient(
         for name, value in phi.items()
     }
     like = {name: value for name, value in leaves.items() if value.requires_grad}
-    phi_bar: Tensors = {}
     words_bar: dict[int, Tensors] = {}
     seen: list[Tensors] = []
     for n in ranks.share(len(upper)):
         own = {name: v.detach() for name, v in (words or {}).get(n, {}).items()}
         if wrt is None:
             own = {name: value.requires_grad_() for name, value in own.items()}
-        losses, grads = part_gradient(upper[n], {**leaves, **own})
-        words_bar[n] = {name: grads[name] for name in own if name in grads}
-        accumulate(phi_bar, {name: grads[name] for name in like})
-        seen.append(losses)
+        # summed in the leaves, parameter by parameter: no part has a gradient of its own in memory
+        seen.append(part_backward(upper[n], {**leaves, **own}))
+        words_bar[n] = {name: _gradient_of(v) for name, v in own.items() if v.requires_grad}
+    phi_bar = {name: _gradient_of(value) for name, value in like.items()}
     # read at the end: each reading waits for the device
     values = ranks.interleave([_values(losses) for losses in seen], len(upper))
     return ranks.all_reduce(phi_bar, like), words_bar, union(values)
 
 
-def part_gradient(part: Level, leaves: Params) -> tuple[Tensors, Tensors]:
-    """Losses of one part of the upper level, and its gradient at each leaf that requires one.
+def part_backward(part: Level, leaves: Params) -> Tensors:
+    """Losses of one part of the upper level; its gradient is added to each leaf's.
 
     No graph is left.
     """
-    asked = {name: value for name, value in leaves.items() if value.requires_grad}
     with torch.enable_grad():
         objective, losses = part(leaves)
-    seen = {name: loss.detach() for name, loss in losses.items()}
-    if not objective.requires_grad:
-        # nothing pulls: no backward is needed to say so
-        return seen, {name: torch.zeros_like(value) for name, value in asked.items()}
-    grads = torch.autograd.grad(objective, list(asked.values()), materialize_grads=True)
-    return seen, dict(zip(asked, grads, strict=True))
+    # where nothing pulls, no backward is needed to say so
+    if objective.requires_grad:
+        asked = [value for value in leaves.values() if value.requires_grad]
+        torch.autograd.backward(objective, inputs=asked)
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def _gradient_of(leaf: torch.Tensor) -> torch.Tensor:
+    """What backward passes have summed at a leaf; zeros where none reached it."""
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def _values(losses: Params) -> dict[str, float]:

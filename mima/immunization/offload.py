@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import mmap
+import os
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +53,8 @@ def out_of_memory_while(
             temporary files.
     """
     moved = [module for module in modules if _num_bytes(module) >= frozen.LARGE]
+    # safetensors stores no quantized tensor
+    moved = [m for m in moved if not any(map(frozen.is_quantized, map(_stored, m.parameters())))]
     devices = [next(module.parameters()).device for module in moved]
     for module, device in zip(moved, devices, strict=True):
         if device.type == "cpu":
@@ -78,7 +84,7 @@ def _spill(module: torch.nn.Module, folder: Path | None) -> None:
 
 
 def _num_bytes(module: torch.nn.Module) -> int:
-    return sum(_stored(value).nbytes for value in module.parameters())
+    return sum(map(frozen.stored_bytes, module.parameters()))
 
 
 def _stored(parameter: torch.Tensor) -> torch.Tensor:
@@ -96,7 +102,7 @@ def make_whole(pipeline: Pipeline, device: torch.device) -> None:
     """Make every network of a pipeline plain float32, in the CPU's memory if a GPU is too small."""
     modules = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
     more = sum(
-        value.numel() * 4 - value.stored.nbytes
+        value.numel() * 4 - frozen.stored_bytes(value)
         for module in modules
         for value in module.parameters()
         if isinstance(value, Upcast)
@@ -113,11 +119,56 @@ def make_whole(pipeline: Pipeline, device: torch.device) -> None:
         frozen.make_dense(module)
 
 
+class MomentsOnDisk:
+    """An AdamW's moments in a file without a name, which is mapped: in memory while a step lasts.
+
+    Args:
+        optimizer: an AdamW of parameters on the CPU, which has no state yet. Linux alone tells a
+            full disk before the moments are written, and leaves memory when it is asked to.
+        folder: whose disk takes the file; by default that of temporary files.
+
+    Raises:
+        MimaError: the disk is full.
+    """
+
+    def __init__(self, optimizer: torch.optim.AdamW, folder: Path | None = None) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.numel()]
+        size = 2 * sum(parameter.nbytes for parameter in parameters)
+        try:
+            with tempfile.TemporaryFile(prefix="mima-", dir=folder) as file:
+                # otherwise a full disk would end the process when a page is written
+                os.posix_fallocate(file.fileno(), 0, size)
+                self._mapped = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            where = folder or tempfile.gettempdir()
+            raise MimaError(f"cannot write AdamW's moments to {where}: {error.strerror}") from error
+        offset = 0
+        for parameter in parameters:
+            state = optimizer.state[parameter]
+            state["step"] = torch.tensor(0.0)
+            for key in ("exp_avg", "exp_avg_sq"):
+                count = parameter.numel()
+                flat = torch.frombuffer(
+                    self._mapped, dtype=parameter.dtype, count=count, offset=offset
+                )
+                state[key] = flat.view(parameter.shape)
+                offset += parameter.nbytes
+
+    @staticmethod
+    def serves(device: torch.device) -> bool:
+        """Whether moments of parameters on a device can be kept so."""
+        return device.type == "cpu" and sys.platform == "linux"
+
+    def leave_memory(self) -> None:
+        """Give the pages back; what they hold is in the file."""
+        self._mapped.madvise(mmap.MADV_DONTNEED)
+
+
 def step_offloaded(
     optimizer: torch.optim.Optimizer,
     gradients: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
 ) -> None:
-    """A step of an optimizer whose state stays in the CPU's memory, one parameter at a time.
+    """A step of an optimizer whose state stays elsewhere, one parameter at a time.
 
     Args:
         optimizer: its state of a parameter is on the CPU, or not there yet.

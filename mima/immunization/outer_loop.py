@@ -18,7 +18,7 @@ from mima.distributed import ALONE, Ranks, union
 from mima.errors import MimaError
 from mima.immunization.attackers import Alive, from_tensors, to_tensors
 from mima.immunization.levels import Problem
-from mima.immunization.offload import step_offloaded
+from mima.immunization.offload import MomentsOnDisk, step_offloaded
 from mima.immunization.progress import (
     LOSSES,
     Callback,
@@ -106,6 +106,11 @@ class Ascent:
             )
             if names
         }
+        self._on_disk: list[MomentsOnDisk] = []
+        whole = problem.family.sharded is None
+        if config.offload_optimizer and whole and MomentsOnDisk.serves(problem.family.device):
+            place = folder.path if folder is not None and folder.path.is_dir() else None
+            self._on_disk = [MomentsOnDisk(one, place) for one in self._optimizers.values()]
         # of each level: where they take turns, one that always fails is not to go unnoticed
         self._skipped_in_a_row = {"upper": 0, "lower": 0}
         self._retained: float | None = None
@@ -243,11 +248,16 @@ class Ascent:
                 group["lr"] = share * self._config.upper.lr
         if self._config.offload_optimizer:
             step_offloaded(optimizer, {n: (parameters[n], gradient[n]) for n in self._names[level]})
+            self._leave_memory()
             return
         for name in self._names[level]:
             parameters[name].grad = gradient[name]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    def _leave_memory(self) -> None:
+        for moments in self._on_disk:
+            moments.leave_memory()
 
     def _report(self, outer: OuterGradient, norm: float, *, skipped: bool) -> StepReport:
         now = time.perf_counter()
@@ -328,6 +338,7 @@ class Ascent:
             "history": [report.to_dict() for report in self.history],
         }
         (sharded or self._folder).write(Checkpoint(len(self.history), tensors, state))
+        self._leave_memory()
 
     def _sharded_state(self) -> ShardedState | None:
         """What writes and reads checkpoints where a process has its rows of them alone."""
@@ -354,7 +365,9 @@ class Ascent:
                 parameter = self.theta[name]
                 for key in ("step", "exp_avg", "exp_avg_sq"):
                     moment = kept.tensors.get(f"{level}.{key}.{name}")
-                    if moment is not None:
+                    if moment is not None and self._on_disk:
+                        optimizer.state[parameter][key].copy_(moment)
+                    elif moment is not None:
                         on_cpu = key == "step" or self._config.offload_optimizer
                         device = moment.device if on_cpu else parameter.device
                         optimizer.state[parameter][key] = moment.to(device)

@@ -47,7 +47,7 @@ def along(states, weight=0.4):
 
 
 def objective(theta, tasks, layer, upper):
-    paths = [[state.z for state in lower.path(task, theta)] for task in tasks]
+    paths = [[dict(state.z) for state in lower.path(task, theta)] for task in tasks]
     total = 0.0
     for k, parts in upper.items():
         changes = [task.change(path[k - 1], theta) for task, path in zip(tasks, paths, strict=True)]
@@ -97,7 +97,7 @@ def test_first_order_along_a_path_is_the_sum_of_the_gradients_at_its_merged_stat
     outer = outer_gradient(theta, tasks, layer, upper, mode="first_order", wrt=tuple(theta))
     total = {n: torch.zeros_like(v) for n, v in theta.items()}
     for k, parts in upper.items():
-        states = [[s.z for s in lower.path(task, theta)][k - 1] for task in tasks]
+        states = [[dict(s.z) for s in lower.path(task, theta)][k - 1] for task in tasks]
         phi = layer(theta, [{**theta, **z} for z in states])
         leaves = {n: v.detach().requires_grad_() for n, v in phi.items()}
         sum(part(leaves)[0] for part in parts).backward()
@@ -162,6 +162,7 @@ def test_an_attack_that_goes_on_takes_the_steps_that_one_long_attack_takes(theta
 
     whole = task(0, 6)
     first = task(0, 2)
+    first.continues = True
     carried = first.stop(list(lower.path(first, theta))[-1], theta)
     assert carried.age == 2
     second = task(2, 4, carried)
@@ -175,6 +176,7 @@ def test_the_gradient_through_an_attack_that_goes_on(theta):
     tasks, layer, _ = problem(theta, optimizer=RULES[2], steps=3, merge="average")
     went_on = []
     for task in tasks:
+        task.continues = True
         carried = task.stop(list(lower.path(task, theta))[-1], theta)
         went_on.append(
             FullWeights(task._loss, task.names, steps=3, optimizer=task.optimizer, carried=carried)

@@ -78,7 +78,7 @@ def test_the_term_is_its_formula(model, tmp_path, target, mode):
         """The term at step 4, at both states of the one path that it draws."""
         task, value = terms._adaptation(b, j), 0.0
         starts = (theta, before)
-        ends = [[state.z for state in lower.path(task, start)] for start in starts]
+        ends = [[dict(state.z) for state in lower.path(task, start)] for start in starts]
         for k in (1, 2):
             (v, goal), (v_before, _) = (
                 problem.predictions(

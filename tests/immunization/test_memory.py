@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,15 @@ import torch
 from support import tiny
 from support.immunizing import assert_same, concepts, settings
 
+from mima.bilevel import lower
 from mima.bilevel.optimizers import Adam
-from mima.bilevel.outer import UpperLevel, UpperTerm, outer_gradient
+from mima.bilevel.outer import UpperLevel, UpperTerm, outer_gradient, upper_gradient
 from mima.bilevel.tasks import FullWeights
+from mima.errors import MimaError
 from mima.families import frozen, load_pipeline
 from mima.families.frozen import Upcast
 from mima.immunization.algorithm import immunize
-from mima.immunization.offload import idle_modules, out_of_memory_while
+from mima.immunization.offload import MomentsOnDisk, idle_modules, out_of_memory_while
 from mima.immunization.planning.meta_memory import LiveBytes
 from mima.merging import MergeLayer
 
@@ -114,6 +117,59 @@ def test_offloaded_moments_change_nothing(half, tmp_path, method):
     assert_same(unet, other)
 
 
+def resident(x: torch.Tensor) -> int:
+    """Kilobytes of the mapping around a tensor that are in this process' memory."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            low, high = (int(part, 16) for part in first.split("-"))
+            inside = low <= x.data_ptr() < high
+        elif inside and first == "Rss:":
+            return int(line.split()[1])
+    raise AssertionError("not mapped")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_moments_on_disk_are_in_memory_while_a_step_lasts_alone(tmp_path):
+    parameters = [torch.randn(256, 1024), torch.randn(3)]
+    gradients = [torch.randn_like(p) for p in parameters]
+    both = []
+    for on_disk in (True, False):
+        own = [p.clone() for p in parameters]
+        optimizer = torch.optim.AdamW(own, lr=1e-3)
+        moments = MomentsOnDisk(optimizer, tmp_path) if on_disk else None
+        for _ in range(3):
+            for parameter, gradient in zip(own, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+            if moments is not None:
+                large = optimizer.state[own[0]]["exp_avg"]
+                assert resident(large) >= 2 * parameters[0].nbytes // 1024
+                moments.leave_memory()
+                assert resident(large) == 0
+        both.append((own, [optimizer.state[p]["exp_avg_sq"] for p in own]))
+    for ours, theirs in zip(*both, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_with_moments_on_disk_goes_on_bit_by_bit(half, tmp_path):
+    config = settings(tmp_path, steps=4, checkpoint_every=2, offload_optimizer=True)
+    whole = immunize(half, concepts(), config)
+    options = {"checkpoint": tmp_path / "run"}
+    immunize(half, concepts(), config, callbacks=[lambda r: r.step == 2], **options)
+    resumed = immunize(half, concepts(), config, resume=True, **options)
+    assert [r.losses for r in resumed.history] == [r.losses for r in whole.history]
+    assert_same(resumed.pipeline.unet.state_dict(), whole.pipeline.unet.state_dict())
+
+
+def test_a_full_disk_is_told_before_the_moments_are_written(tmp_path):
+    optimizer = torch.optim.AdamW([torch.empty(1, device="meta").expand(2**44)], lr=1e-3)
+    with pytest.raises(MimaError, match="cannot write AdamW's moments"):
+        MomentsOnDisk(optimizer, tmp_path)
+
+
 def test_a_concepts_path_is_out_of_memory_before_the_next_begins():
     """A second concept adds to the peak its share of the merge, not what an attack holds."""
     theta = {"w": torch.randn(256, 256)}
@@ -133,3 +189,39 @@ def test_a_concepts_path_is_out_of_memory_before_the_next_begins():
         return live.peak / theta["w"].nbytes
 
     assert copies(3) - copies(1) <= 1.1
+
+
+def small_ones():
+    return {f"w{i}": torch.randn(64, 64) for i in range(16)}
+
+
+def squares(params, k=0):
+    return sum(value.square().sum() for value in params.values())
+
+
+@pytest.mark.parametrize(("steps", "copies"), [(1, 1), (3, 4)])
+def test_each_step_of_a_path_frees_what_it_read(monkeypatch, steps, copies):
+    """Of one step, a gradient that becomes θ'; of several, θ', its gradient and two moments."""
+    monkeypatch.setattr(lower, "SHARE", 2**14)
+    theta = small_ones()
+    task = FullWeights(squares, tuple(theta), steps=steps, optimizer=Adam(lr=1e-3))
+    wanted = lower.descend(task, theta, steps)
+    with LiveBytes(theta.values(), [], "cpu") as live:
+        for state, other in zip(lower.path(task, theta), wanted[1:], strict=True):
+            assert_same(state.z, other.z)
+    assert state.memory == {}
+    whole = sum(value.nbytes for value in theta.values())
+    # a share of the tensors, and what the loss computes, come on top
+    assert live.peak / whole <= copies + 0.5
+
+
+def test_parts_of_the_upper_level_have_no_gradients_of_their_own():
+    theta = small_ones()
+    part = UpperLevel([UpperTerm("one", -1.0)], lambda phi: [squares(phi)])
+    peaks = []
+    for count in (1, 3):
+        with LiveBytes(theta.values(), [], "cpu") as live:
+            gradient, _, _ = upper_gradient(theta, [part] * count)
+        peaks.append(live.peak)
+        assert_same(gradient, {name: -2 * count * value for name, value in theta.items()})
+    assert peaks[1] <= 1.2 * peaks[0]

@@ -14,13 +14,13 @@ from mima.bilevel.hypergradient import accumulate
 from mima.bilevel.outer import upper_gradient
 from mima.concepts import Concept
 from mima.families import Conditioning, Family, Params
-from mima.families.frozen import Upcast
+from mima.families.frozen import Upcast, stored_bytes
 from mima.immunization.attackers import Alive, Attacker
 from mima.immunization.config import BenignConfig, ImmunizeConfig, LowerConfig
 from mima.immunization.encoding import ConceptData
 from mima.immunization.levels import NOBODY, Problem, recomputed_blocks, trained_names
 from mima.immunization.planning.meta_memory import counted
-from mima.immunization.planning.sizes import FLOAT32, num_bytes
+from mima.immunization.planning.sizes import FLOAT32
 from mima.immunization.planning.work import concepts_of_a_step
 from mima.immunization.trained_words import TrainedWord
 from mima.merging import MergeLayer
@@ -222,7 +222,7 @@ def _followed(
             live.restart()
     frozen = {n: p for n, p in family.denoiser.named_parameters() if n in copies}
     made = sum(
-        0 if isinstance(p, Upcast) and p.stored.dtype == torch.bfloat16 else num_bytes(copies[n])
+        0 if isinstance(p, Upcast) and p.stored.dtype == torch.bfloat16 else stored_bytes(copies[n])
         for n, p in frozen.items()
     )
     largest = max(found, key=lambda parts: sum(parts.values()))
