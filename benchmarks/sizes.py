@@ -1,17 +1,23 @@
-"""Peak memory of one outer step of models of real size, planned and measured.
+"""Peak memory of outer steps of models of real size, planned and measured.
 
-    python -m benchmarks.sizes [--models sd14 sdxl] [--modes first_order exact] [--plan-only]
+    python -m benchmarks.sizes [--models sd14 sdxl] [--rows kv kv-4] [--output FILE]
 
-Writes a model of the published architecture with random weights in bfloat16 to a temporary folder
-(SD 1.4: 2.1 GB, a minute; SDXL: 7 GB, two minutes), then immunizes it against two concepts at 256
-pixels for one step, in a fresh process: SD 1.4 takes about two minutes a mode on two CPU cores,
-SDXL about ten. Keys and values of cross-attention are trained on both levels; ``--parameters``
-trains others.
+Writes a model of the published architecture with random weights in bfloat16 (SD 1.4: 2.1 GB, ten
+seconds; SDXL: 7 GB, a minute), then immunizes it against two concepts at 256 pixels for two steps,
+in a fresh process for each row: the second step is the first that has the optimizer's moments. On
+two free CPU cores a row of SD 1.4 takes about two minutes, one of SDXL about ten.
+
+Rows: ``kv``, one step of Adam on keys and values of cross-attention below, the same above;
+``kv-bf16``, the same in bfloat16; ``kv-4``, four steps; ``lora-4``, four steps on LoRA's factors of
+rank 8 on every projection of attention; ``xattn``, one step on all of cross-attention, the same
+above: the package's default. All recompute activations. The merge is the default one, its plan made
+from 8 captions instead of 200: that saves minutes, not memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import subprocess
@@ -39,8 +45,10 @@ from mima.families.loading import load_embedded
 from mima.immunization.algorithm import immunize
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.planning.plan import plan
+from mima.immunization.progress import StepReport, peak_memory
 
 SIDE = 256
+STEPS = 2
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072}
 CLIP_L |= {"num_hidden_layers": 12, "num_attention_heads": 12}
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1280}
@@ -110,17 +118,27 @@ def filled(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def settings(mode: str, parameters: str, savers: bool) -> ImmunizeConfig:
-    """One step at both levels, all concepts."""
-    return ImmunizeConfig(
-        steps=1,
-        hypergradient=mode,
-        resolution=SIDE,
-        merge="average",
-        gradient_checkpointing=savers,
-        lower={"parameters": parameters},
-        upper={"parameters": parameters},
-    )
+ROWS: dict[str, dict[str, Any]] = {
+    "kv": {"lower": {"parameters": "cross_attention_kv"}},
+    "kv-bf16": {"lower": {"parameters": "cross_attention_kv"}, "precision": "bfloat16"},
+    "kv-4": {"lower": {"parameters": "cross_attention_kv", "steps": 4}},
+    "lora-4": {"lower": {"parameters": "lora", "rank": 8, "steps": 4}},
+    "xattn": {"upper": {"parameters": "cross_attention"}, "lower": {}},
+}
+"""What the levels train, by the name of the row."""
+
+
+def settings(row: str, mode: str) -> ImmunizeConfig:
+    """Two steps, of all concepts."""
+    common: dict[str, Any] = {
+        "steps": STEPS,
+        "hypergradient": mode,
+        "resolution": SIDE,
+        "num_captions": 8,
+        "gradient_checkpointing": True,
+        "upper": {"parameters": "cross_attention_kv"},
+    }
+    return ImmunizeConfig.model_validate({**common, **ROWS[row]})
 
 
 def concepts() -> list[Concept]:
@@ -134,62 +152,90 @@ def concepts() -> list[Concept]:
     ]
 
 
-def measure(folder: str, config: ImmunizeConfig, *, plan_only: bool) -> dict[str, Any]:
+def measure(folder: str, row: str, mode: str, *, plan_only: bool) -> dict[str, Any]:
     """Plan, and immunize in this process; sizes in bytes."""
-    seen: dict[str, Any] = {
-        "plan": str(plan(ModelSource(folder), concepts(), config, device="cpu"))
-    }
+    config = settings(row, mode)
+    planned = plan(ModelSource(folder), concepts(), config, device="cpu")
+    phases = {phase: sum(parts.values()) for phase, parts in planned.memory.items()}
+    seen: dict[str, Any] = {"plan": str(planned), "planned": phases}
     if plan_only:
         return seen
+    reports: list[StepReport] = []
     started = time.perf_counter()
+    immunize(ModelSource(folder), concepts(), config, device="cpu", callbacks=[reports.append])
+    return {
+        **seen,
+        "threads": torch.get_num_threads(),
+        "peak_after_step": [report.memory for report in reports],
+        "peak_with_result": peak_memory(torch.device("cpu")),
+        "step_seconds": [round(report.seconds, 1) for report in reports],
+        "seconds": round(time.perf_counter() - started, 1),
+    }
 
-    def note(report: Any) -> None:
-        seen.update(steps=report.memory, step_seconds=report.seconds)
 
-    immunize(ModelSource(folder), concepts(), config, device="cpu", callbacks=[note])
-    from mima.immunization.progress import peak_memory
-
-    whole = peak_memory(torch.device("cpu"))
-    return {**seen, "whole": whole, "seconds": time.perf_counter() - started}
+def cpu() -> str:
+    """The processor's name."""
+    try:
+        told = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next(line.split(":")[1].strip() for line in told if line.startswith("model name"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=["sd14", "sdxl"], default=["sd14", "sdxl"])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=["kv", "kv-4", "lora-4"])
     parser.add_argument("--modes", nargs="+", default=["first_order"])
-    parser.add_argument("--parameters", default="cross_attention_kv")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--plan-only", action="store_true", help="count on the meta device alone")
-    parser.add_argument("--folder", type=Path, help="of temporary files")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="where models are kept, or found again")
+    parser.add_argument("--output", type=Path, help="a JSON file, to which the rows are added")
+    parser.add_argument("--write", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        folder, mode = args.one
-        config = settings(mode, args.parameters, args.gradient_checkpointing)
-        print(json.dumps(measure(folder, config, plan_only=args.plan_only)))
+    if args.write:
+        write_model(args.write[0], Path(args.write[1]))
         return
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, GiB")
+    if args.one:
+        print(json.dumps(measure(*args.one, plan_only=args.plan_only)))
+        return
+    print(f"{cpu()}, torch {torch.__version__}, GiB")
     print(__doc__.split("\n\n")[2].replace("\n", " "), flush=True)
-    for model in args.models:
-        with tempfile.TemporaryDirectory(dir=args.folder) as made:
-            folder = Path(made) / model
-            write_model(model, folder)
-            for mode in args.modes:
-                command = [sys.executable, "-m", "benchmarks.sizes", "--one", str(folder), mode]
-                command += ["--parameters", args.parameters]
-                command += ["--gradient-checkpointing"] * args.gradient_checkpointing
-                command += ["--plan-only"] * args.plan_only
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                row = json.loads(done.stdout.splitlines()[-1])
-                print(f"\n{model}, {mode}\n{row['plan']}", flush=True)
-                if args.plan_only:
-                    continue
-                print(
-                    f"measured: {row['steps'] / 2**30:.2f} GiB up to the end of the step, "
-                    f"{row['whole'] / 2**30:.2f} with the float32 result; "
-                    f"{row['step_seconds']:.0f} s the step, {row['seconds']:.0f} s in all",
-                    flush=True,
-                )
+    with tempfile.TemporaryDirectory() as made:
+        for model in args.models:
+            folder = (args.folder or Path(made)) / model
+            if not folder.is_dir():
+                # in a process of its own, so that its memory is given back
+                _in_a_process("--write", model, str(folder))
+            for row, mode in itertools.product(args.rows, args.modes):
+                _row(args, model, folder, row, mode)
+
+
+def _row(args: argparse.Namespace, model: str, folder: Path, row: str, mode: str) -> None:
+    only = ["--plan-only"] * args.plan_only
+    found = json.loads(_in_a_process("--one", str(folder), row, mode, *only).splitlines()[-1])
+    print(f"\n{model}, {row}, {mode}\n{found.pop('plan')}", flush=True)
+    if args.plan_only:
+        return
+    peak, planned = max(found["peak_after_step"]), found["planned"]
+    before = max(planned["preparing"], planned["outer steps"])
+    print(
+        f"measured: {peak / 2**30:.2f} GiB up to the end of the last step, {before / peak:.2f} of "
+        f"it planned; {found['peak_with_result'] / 2**30:.2f} with the float32 result; "
+        f"{found['step_seconds'][-1]:.0f} s the step, {found['seconds']:.0f} s in all",
+        flush=True,
+    )
+    if args.output:
+        known = json.loads(args.output.read_text()) if args.output.exists() else {"rows": []}
+        told = {"model": model, "row": row, "mode": mode}
+        rows = [one for one in known["rows"] if not told.items() <= one.items()]
+        known |= {"cpu": cpu(), "torch": torch.__version__, "rows": [*rows, {**told, **found}]}
+        args.output.write_text(json.dumps(known, indent=1) + "\n")
+
+
+def _in_a_process(*arguments: str) -> str:
+    command = [sys.executable, "-m", "benchmarks.sizes", *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 if __name__ == "__main__":
