@@ -310,7 +310,7 @@ def test_states_of_an_attack_serve_several_steps(model, tmp_path, monkeypatch):
             expected = {name: torch.zeros_like(run.theta[name]) for name in problem.upper_names}
             for k, parts in upper.items():
                 phi = {n: v + outer.moved[k].get(n, 0) for n, v in run.theta.items()}
-                grads, _, _ = upper_gradient(phi, parts[:1])
+                grads, _, _ = upper_gradient(phi, [parts[0]])
                 for name in expected:
                     expected[name] += grads[name]
             for name, value in expected.items():
