@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import re
@@ -349,6 +350,7 @@ def check_folder_of_model(
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise MimaError(f"model: {path / MODEL_INDEX} names no diffusers pipeline")
     _family_class(index["_class_name"], str(path))
+    _check_code(path, index)
     if not weights:
         return index
     for name, kind in index.items():
@@ -360,6 +362,38 @@ def check_folder_of_model(
         found = ", ".join(sorted(str(file.relative_to(path)) for file in files))
         raise MimaError(f"variant: {path} holds no {variant!r} weights, only {found}")
     return index
+
+
+def _check_code(path: Path, index: Mapping[str, Any]) -> None:
+    """Refuse an index that would have diffusers run code other than its own and transformers'.
+
+    diffusers imports whatever module an index names as a part's library, and takes a file of that
+    name in the part's folder before it.
+    """
+    for name, kind in index.items():
+        if not isinstance(kind, list) or kind == [None, None]:
+            continue
+        shown = shortened(f"{name}: {kind}")
+        if len(kind) != 2 or not all(
+            isinstance(part, str) and part.isidentifier() for part in kind
+        ):
+            raise MimaError(f"model: {path / MODEL_INDEX} names no library and class for {shown}")
+        library = library_of(kind[0])
+        own = (path / name / f"{kind[0]}.py", path / name / MODEL_INDEX)
+        if library is None or any(file.exists() for file in own):
+            raise MimaError(
+                f"model: {path} would run code of its own for {shown}, which is not done; "
+                "its parts must be of diffusers and transformers"
+            )
+
+
+def library_of(name: str) -> str | None:
+    """The module that an index means by a part's library; None for one of somebody else's."""
+    if name in ("diffusers", "transformers"):
+        return name
+    # such as stable_diffusion, which has the safety checker
+    inside = f"diffusers.pipelines.{name}"
+    return inside if importlib.util.find_spec(inside) is not None else None
 
 
 def _stored_dtypes(
@@ -449,8 +483,11 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
         raise MimaError(f"model: {folder} is missing; it should hold the {kind}")
     for file in sorted(folder.glob("*.json")):
         content = _read_json(file)
+        # diffusers takes a configuration that is a text for the name of a model, and fetches it
+        if not isinstance(content, dict):
+            raise MimaError(f"model: {file} is damaged: expected a mapping")
         if file.name.endswith(".index.json"):
-            places = content.get("weight_map") if isinstance(content, dict) else None
+            places = content.get("weight_map")
             if not isinstance(places, dict):
                 raise MimaError(f"model: {file} names no files of weights")
             shards = sorted({str(shard) for shard in places.values()})
@@ -496,6 +533,8 @@ def _open_file(path: Path, dtype: torch.dtype | None, config: str | Path | None)
         return _open_transformer(path, opener, keywords, config, others)
     if config is not None:
         keywords["config"] = str(config)
+        if expanded(config).is_dir():
+            check_folder_of_model(expanded(config), None, weights=False)
     elif unreachable():
         # diffusers then looks for the configuration in the hub's cache
         keywords["local_files_only"] = True

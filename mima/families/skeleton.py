@@ -20,6 +20,7 @@ from mima.families.loading import (
     LOADING_ERRORS,
     ModelSource,
     check_folder_of_model,
+    library_of,
     stored_dtype,
     weight_files,
 )
@@ -108,7 +109,7 @@ def _snapshot(name: str, revision: str | None) -> Path:
 def _network(folder: Path, kind: list[str]) -> torch.nn.Module:
     library, name = kind
     try:
-        cls = getattr(importlib.import_module(library), name)
+        cls = getattr(importlib.import_module(library_of(library) or library), name)
         with torch.device("meta"):
             if library == "diffusers":
                 made = cls.from_config(cls.load_config(str(folder)))

@@ -20,7 +20,9 @@ from support import builders, ldm, tiny
 from mima.errors import MimaError
 from mima.families import ModelSource, family_of, load_pipeline, origin_of
 from mima.families.flux import Flux
+from mima.families.loading import library_of
 from mima.families.sd3 import StableDiffusion3
+from mima.families.skeleton import open_skeleton
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -470,6 +472,60 @@ HOSTILE_SETTINGS = {
     "shards-list": ("unet/diffusion_pytorch_model.safetensors.index.json", '{"weight_map": [1]}'),
     "shards-none": ("unet/diffusion_pytorch_model.safetensors.index.json", "[]"),
 }
+
+
+MARK = "import pathlib\npathlib.Path('ran').touch()\nclass Part: pass\n"
+CODE = {
+    "a module on the path": ("evil", "Part", "evil.py"),
+    "a file in the folder of the part": ("evil", "Part", "model/unet/evil.py"),
+    "a file that hides diffusers": ("diffusers", "UNet2DConditionModel", "model/unet/diffusers.py"),
+    "a module of Python": ("antigravity", "Part", None),
+    "a module within diffusers": ("diffusers.utils", "logging", None),
+    "no class": ("diffusers", "a b", None),
+    "nothing": ("", "", None),
+}
+
+
+@pytest.mark.parametrize("open_", [load_pipeline, lambda at: open_skeleton(ModelSource(at))])
+@pytest.mark.parametrize("case", CODE)
+def test_no_code_of_a_model_is_run(tmp_path, monkeypatch, case, open_):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tiny.save_tiny_stable_diffusion(tmp_path / "model", blocks=1)
+    library, name, file = CODE[case]
+    if file is not None:
+        (tmp_path / file).write_text(MARK)
+    index = folder / "model_index.json"
+    told = json.loads(index.read_text())
+    index.write_text(json.dumps({**told, "unet": [library, name]}))
+    with pytest.raises(MimaError, match=r"unet: \[") as caught:
+        open_(folder)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pipeline_within_a_model_is_not_opened(tmp_path):
+    folder = tiny.save_tiny_stable_diffusion(tmp_path / "model", blocks=1)
+    index = folder / "model_index.json"
+    told = json.loads(index.read_text())
+    index.write_text(json.dumps({**told, "unet": ["diffusers", "DiffusionPipeline"]}))
+    (folder / "unet" / "model_index.json").write_text(json.dumps(told))
+    with pytest.raises(MimaError, match="code of its own"):
+        load_pipeline(folder)
+
+
+def test_parts_of_diffusers_pipelines_are_opened():
+    assert library_of("stable_diffusion") == "diffusers.pipelines.stable_diffusion"
+    assert library_of("evil") is None
+
+
+@pytest.mark.parametrize("text", ['"a"', "[]", "3", "null"])
+@pytest.mark.parametrize("name", ["scheduler/scheduler_config.json", "unet/config.json"])
+def test_a_configuration_that_is_a_name_is_not_fetched(tmp_path, name, text):
+    folder = tiny.save_tiny_stable_diffusion(tmp_path / "model", blocks=1)
+    (folder / name).write_text(text)
+    with pytest.raises(MimaError, match=rf"{name} is damaged: expected a mapping"):
+        load_pipeline(folder)
 
 
 @pytest.mark.parametrize("case", HOSTILE_SETTINGS)
