@@ -12,7 +12,8 @@ differs: that script compares the i-th reference with the i-th picture by LPIPS,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from urllib.error import URLError
@@ -22,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPModel
 from transformers.image_processing_utils import BaseImageProcessor
@@ -31,12 +31,15 @@ from mima.choices import PictureProtocol
 from mima.errors import MimaError, nearest
 from mima.evaluation.discriminants import DiscriminantEncoder
 from mima.families.hub import unreachable
+from mima.families.loading import LOADING_ERRORS
 from mima.storage.inputs import is_hub_id
+from mima.storage.plain_data import shortened
 
 CLIP_DEFAULT = "openai/clip-vit-base-patch32"
 DINO_DEFAULT = "facebook/dino-vits16"
 LPIPS_SIDE = 224
 PUBLISHED_SIDE = 64
+LARGEST_SIDE = 4096
 OFFLINE = "embedded (--similarity embedded), which ships with mima and knows only emoji"
 """What can be used where nothing can be fetched."""
 EMBEDDED = {"embedded": "judge", "embedded-clip": "encoder"}
@@ -112,6 +115,11 @@ class Preprocessor:
             crop = settings.get("crop_size", 224)
             self.crop = (
                 (crop, crop) if isinstance(crop, int) else (int(crop["width"]), int(crop["height"]))
+            )
+        sides = (self.shorter_side, *(self.exact or ()), *(self.crop or ()))
+        if not all(0 < side <= LARGEST_SIDE for side in sides if side is not None):
+            raise MimaError(
+                f"encoder: the preprocessor's sizes must be from 1 to {LARGEST_SIDE} pixels"
             )
         self.resample = Image.Resampling(settings.get("resample", Image.Resampling.BICUBIC))
         scale = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
@@ -232,9 +240,10 @@ class ClipEncoder(_TransformersEncoder):
     ) -> None:
         source = str(model)
         clip, settings = _open(source, CLIPModel, {})
-        preprocess = _preprocessor(protocol, settings, clip.config.vision_config.image_size)
+        preprocess = _preprocessor(source, protocol, settings, clip.config.vision_config.image_size)
         super().__init__(clip, preprocess, name=source, device=device, batch_size=batch_size)
-        self.tokenizer = AutoTokenizer.from_pretrained(source)
+        with _opening(source):
+            self.tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         return _pooled(self.model.get_image_features(pixel_values=pixels))
@@ -285,7 +294,7 @@ class DinoEncoder(_TransformersEncoder):
         # a ViTModel's pooling layer is random in DINO checkpoints and not used
         pooling = {"add_pooling_layer": False} if _model_type(source) == "vit" else {}
         dino, settings = _open(source, AutoModel, pooling)
-        preprocess = _preprocessor(protocol, settings, dino.config.image_size)
+        preprocess = _preprocessor(source, protocol, settings, dino.config.image_size)
         super().__init__(dino, preprocess, name=source, device=device, batch_size=batch_size)
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -338,8 +347,10 @@ class Lpips:
             net = lpips.LPIPS(net="alex", pretrained=False, pnet_rand=True, verbose=False)
             try:
                 net.load_state_dict(load_file(_weights_file(self.name)))
-            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-                raise MimaError(f"similarity lpips: cannot open {self.name!r}: {error}") from error
+            except LOADING_ERRORS as error:
+                raise MimaError(
+                    f"similarity lpips: cannot open {self.name!r}: {shortened(error)}"
+                ) from error
         self.model: Any = net.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
         self.batch_size = batch_size
@@ -461,28 +472,37 @@ def load_encoder(
 
 
 def _model_type(source: str) -> str:
-    try:
-        return str(AutoConfig.from_pretrained(source).model_type)
-    except (OSError, ValueError) as error:
-        raise MimaError(f"encoder: cannot open {source!r}: {error}") from error
+    with _opening(source):
+        # False: where nothing is said, transformers asks on the terminal whether to run its code
+        return str(AutoConfig.from_pretrained(source, trust_remote_code=False).model_type)
 
 
 def _open(source: str, kind: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The model, in float32, and the settings of its image processor."""
-    try:
+    with _opening(source):
         model = kind.from_pretrained(source, dtype=torch.float32, **keywords)
         settings, _ = BaseImageProcessor.get_image_processor_dict(source)
-    except OSError as error:
-        raise MimaError(f"encoder: cannot open {source!r}: {error}") from error
-    return model, settings
+        return model, settings
+
+
+@contextmanager
+def _opening(source: str) -> Iterator[None]:
+    """Refuse an encoder whose files are missing, damaged, or do not fit each other."""
+    try:
+        yield
+    except MimaError:
+        raise
+    except LOADING_ERRORS as error:
+        raise MimaError(f"encoder: cannot open {source!r}: {shortened(error)}") from error
 
 
 def _preprocessor(
-    protocol: PictureProtocol, settings: dict[str, Any], side: int
+    source: str, protocol: PictureProtocol, settings: dict[str, Any], side: int
 ) -> Preprocessor | PublishedPreprocessor:
     if protocol not in ("standard", "published"):
         raise ValueError(f"encoder: protocol must be standard or published, got {protocol!r}")
-    return Preprocessor(settings) if protocol == "standard" else PublishedPreprocessor(side)
+    with _opening(source):
+        return Preprocessor(settings) if protocol == "standard" else PublishedPreprocessor(side)
 
 
 def _weights_file(source: str) -> str:

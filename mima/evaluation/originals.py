@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from mima._version import installed_versions
-from mima.errors import MimaError
+from mima.errors import MimaError, one_line
+from mima.storage.plain_data import read_json
 
 CONTENT = "entry.json"
 
@@ -68,14 +69,18 @@ class Entry:
         if not self._path.is_dir():
             return None
         try:
-            content = json.loads((self._path / CONTENT).read_text(encoding="utf-8"))
+            content = read_json((self._path / CONTENT).read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError(f"{CONTENT} holds no mapping")
             for name, place in files.items():
                 if (self._path / name).is_file():
                     place.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(self._path / name, place)
         except (OSError, ValueError) as error:
-            raise MimaError(f"originals: {self._path} is damaged: {error}; remove it") from error
-        return dict(content)
+            raise MimaError(
+                f"originals: {self._path} is damaged: {one_line(error)}; remove it"
+            ) from error
+        return content
 
     def write(self, content: Mapping[str, Any], files: Mapping[str, Path]) -> None:
         """Keep data and copies of files, all or nothing; an entry that exists stays."""

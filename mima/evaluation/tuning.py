@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from mima.adaptation import Adaptation
 from mima.adaptation.steps import Optimizer, Schedule
-from mima.errors import MimaError
+from mima.errors import MimaError, one_line
 from mima.evaluation.records import Side, _Record
 from mima.settings import Settings
 from mima.storage.output import write_whole
@@ -176,8 +176,8 @@ class TuningLog:
             try:
                 with path.open(encoding="utf-8", newline="") as file:
                     self.rows = [TrialRow.model_validate(row) for row in csv.DictReader(file)]
-            except (OSError, csv.Error, ValidationError) as error:
-                raise MimaError(f"evaluation: cannot read {path}: {error}") from error
+            except (OSError, csv.Error, ValueError) as error:
+                raise MimaError(f"evaluation: cannot read {path}: {one_line(error)}") from error
 
     def missing(self, attack: str, side: Side) -> list[int]:
         """Numbers of the trials of an attack on a model that have not been done."""

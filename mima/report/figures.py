@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
+
+from mima.concepts.pictures import Picture
 
 # Okabe and Ito's palette: told apart with any kind of colour vision, and in grey
 ORIGINAL = "#D55E00"
@@ -357,9 +358,8 @@ def picture_sheet(
                 place.grid(visible=False)
                 file = files[y]
                 if file is not None:
-                    with Image.open(file) as image:
-                        # edges of small pictures stay sharp
-                        place.imshow(np.asarray(image.convert("RGB")), interpolation="nearest")
+                    # edges of small pictures stay sharp
+                    place.imshow(np.asarray(Picture(file, "").load()), interpolation="nearest")
                 if y == 0:
                     place.set_title(heading, fontsize=9)
                 if x == 0:

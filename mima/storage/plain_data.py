@@ -13,7 +13,7 @@ from mima.errors import MimaError
 
 DEEPEST = 100
 """Levels of nesting that are read; Python's own recursion ends at 1000."""
-MOST_VALUES = 200_000
+MOST_VALUES = 100_000
 """Values that a YAML text may stand for, each alias counted as all that it repeats."""
 LONGEST_INTEGER = 1000
 """Digits; to read a million of them takes minutes."""
@@ -29,6 +29,7 @@ class _OnceLoader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
+        self._values = 0
         self._sizes: dict[int, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -36,6 +37,10 @@ class _OnceLoader(yaml.SafeLoader):
         self._depth += 1
         if self._depth > DEEPEST:
             raise MimaError(f"nested more than {DEEPEST} levels deep")
+        # as they come, for a list is measured at its end
+        self._values += 1
+        if self._values > MOST_VALUES:
+            raise MimaError(f"more than {MOST_VALUES} values")
         node = super().compose_node(parent, index)
         self._depth -= 1
         if node is None:

@@ -15,6 +15,10 @@ from safetensors.torch import save_file
 
 from mima.errors import MimaError
 from mima.storage.atomic import WRITING_ERRORS, reason_of
+from mima.storage.plain_data import read_json
+
+LARGEST_HEADER = 100_000_000
+"""Bytes; safetensors' own bound."""
 
 
 def save_tensors(
@@ -65,7 +69,9 @@ def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
     try:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(size))
+            if size > min(LARGEST_HEADER, path.stat().st_size):
+                raise ValueError(f"its header is said to have {size} bytes")
+            header = read_json(file.read(size).decode())
         return {
             name: (told["dtype"], told["shape"])
             for name, told in header.items()

@@ -10,6 +10,7 @@ import torch
 from mima.assets import assets
 from mima.errors import MimaError
 from mima.families import Family
+from mima.storage.atomic import reason_of
 from mima.training.batches import CHUNK, seeded
 
 MEASURED_EVERY = 4
@@ -25,8 +26,8 @@ def ordinary_captions(path: Path | None) -> list[str]:
     path = path or assets() / "captions.txt"
     try:
         captions = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise MimaError(f"captions: cannot read {path}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise MimaError(f"captions: cannot read {path}: {reason_of(error)}") from error
     captions = [caption for caption in captions if caption]
     if not captions:
         raise MimaError(f"captions: {path} holds no caption")

@@ -68,7 +68,8 @@ def test_the_original_is_attacked_once_for_all(folders, tmp_path, monkeypatch):
     trained.clear()
     run(folders, "two", tmp_path / "third", shared, repair_steps=0, tune={"trials": 0})
     assert ("original", "none") in trained
-    for entry in shared.iterdir():
-        (entry / "entry.json").write_text("{")
-    with pytest.raises(MimaError, match="is damaged"):
-        run(folders, "two", tmp_path / "fourth", shared)
+    for content in ("{", "[1]", "[" * 100_000, "\xff"):
+        for entry in shared.iterdir():
+            (entry / "entry.json").write_text(content, encoding="latin-1")
+        with pytest.raises(MimaError, match="is damaged"):
+            run(folders, "two", tmp_path / "fourth", shared)

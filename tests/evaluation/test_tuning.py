@@ -7,6 +7,7 @@ import pytest
 from support import tiny
 
 from mima.adaptation import LoRA
+from mima.errors import MimaError
 from mima.evaluation import EvaluationFolder, evaluate
 from mima.evaluation.grid import attack_grid, grid_config
 from mima.evaluation.plan import Plan
@@ -107,6 +108,14 @@ def test_attacks_wait_for_their_own_trials_only(tmp_path):
     with (tmp_path / "tuning.csv").open(newline="") as file:
         chosen = [(r["side"], r["trial"]) for r in csv.DictReader(file) if r["chosen"] == "True"]
     assert sorted(chosen) == [("immunized", "1"), ("original", "0")]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"side,trial\noriginal,many\n", b"a\n\0\n"])
+def test_a_damaged_log_of_trials_is_one_line(tmp_path, content):
+    (tmp_path / "tuning.csv").write_bytes(content)
+    with pytest.raises(MimaError, match=r"cannot read .*tuning\.csv") as caught:
+        TuningLog(tmp_path, Tuning(trials=2))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")

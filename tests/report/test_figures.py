@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mima.concepts.pictures import PictureError
 from mima.report import curve_sheet, picture_sheet
 from mima.report.figures import ORIGINAL, RUN_COLOURS, Line, save_figure
 
@@ -71,3 +72,10 @@ def test_empty_sheets_are_refused():
         curve_sheet([], quantity="s")
     with pytest.raises(ValueError, match="1 rows and columns of"):
         picture_sheet(["row"], [("a", [])])
+
+
+def test_postscript_is_no_picture_of_a_results_folder(tmp_path):
+    file = tmp_path / "0.png"
+    file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    with pytest.raises(PictureError, match=r"0\.png: not a picture"):
+        picture_sheet(["row"], [("a", [file])])

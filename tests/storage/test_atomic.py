@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from mima.errors import MimaError
 from mima.storage.atomic import recover, sha256_of, staged
 from mima.storage.output import fresh_folder, slug, write_whole
-from mima.storage.tensor_files import save_tensors
+from mima.storage.tensor_files import read_header, save_tensors
 
 WRITER = """
 import itertools, sys
@@ -117,6 +118,27 @@ def test_tensors_have_the_same_bytes_each_time(tmp_path):
         assert file.metadata() == metadata
         assert torch.equal(file.get_tensor("b"), tensors["b"])
         assert torch.equal(file.get_tensor("a"), tensors["a"])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"abc",
+        struct.pack("<Q", 2**62),
+        struct.pack("<Q", 9) + b"{}",
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 2) + b"\xff\xff",
+        struct.pack("<Q", 100_000) + b"[" * 100_000,
+        struct.pack("<Q", 9) + b'{"a": {}}',
+    ],
+)
+def test_a_header_that_is_none_is_one_line(tmp_path, data):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(MimaError, match=r"cannot read .*safetensors: ") as caught:
+        read_header(path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ HOSTILE_YAML = {
     ),
     "itself": "&a [*a]",
     "deep": "[" * 500,
+    "many values": "[" + "1," * 110_000,
     "long integer": "a: " + "9" * 5000,
     "no integer": "a: !!int ''",
     "no date": "a: 2001-99-99",
