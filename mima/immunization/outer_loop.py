@@ -356,8 +356,13 @@ class Ascent:
         else:
             kept = self._folder.latest() if self._folder and ranks.main else None
             kept = ranks.broadcast(kept)
-        if kept is None:
+        if kept is None or self._folder is None:
             return
+        with self._folder.restoring():
+            self._take_up(kept)
+        logger.info("going on after step %d", kept.step)
+
+    def _take_up(self, kept: Checkpoint) -> None:
         for name, value in self.theta.items():
             value.copy_(kept.tensors[f"theta.{name}"])
         for level, optimizer in self._optimizers.items():
@@ -383,7 +388,6 @@ class Ascent:
         self._skipped_in_a_row = kept.state["skipped_in_a_row"]
         self._retained = kept.state.get("retained")
         self._stopped = kept.state["stopped"]
-        logger.info("going on after step %d", kept.step)
 
 
 def cosine(step: int, steps: int) -> float:
