@@ -4,8 +4,8 @@ An input is a good file, of which bytes are changed, cut out, repeated or taken 
 or, of a file with a structure, a value, a name or a cell is replaced by one that is hostile.
 
 Outcomes: `ok`, read; `refused`, a MimaError; `accident`, any other exception, or a message with a
-line of more than 2000 characters; `hang`, more than ten seconds of computing; `escape`, a
-program started or a file opened for writing.
+line of more than 2000 characters; `hang`, more than ten seconds of computing, or 500 MB of memory;
+`escape`, a program started, a file opened for writing or another machine called.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import signal
 import struct
 import sys
 import tempfile
+import unittest.mock
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 import yaml
+from diffusers.pipelines import pipeline_utils
 from PIL import Image
 from safetensors.torch import save_file
 from support import tiny
@@ -39,6 +41,7 @@ from mima.cli.options import parse_setting
 from mima.concepts import Concept, load_concepts
 from mima.concepts.pictures import Picture
 from mima.errors import MimaError
+from mima.evaluation import load_encoder
 from mima.families.loading import load_pipeline
 from mima.immunization.from_file import read_run
 from mima.release.delta import Delta, read_delta
@@ -52,8 +55,10 @@ from mima.storage.runs import claim, describe_run
 
 OUTCOMES = ("ok", "refused", "accident", "hang", "escape")
 SECONDS = 10
+MEGABYTES = 500
 LONGEST_LINE = 2000
 STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork")
+CALLS = ("socket.connect", "socket.getaddrinfo")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 HOSTILE: tuple[Any, ...] = (
@@ -79,12 +84,12 @@ class Parser:
     """How the first file may be damaged besides in its bytes: json, yaml, csv or safetensors."""
     own: tuple[type[Exception], ...] = ()
     """Errors beside MimaError with which it refuses, for those who say what is wrong."""
-    cost: int = 1
-    """How many times as long as others it takes: it is given so many times fewer inputs."""
+    prepares: bool = False
+    """Whether `read` writes files of its own before it reads, and says by `reading` what counts."""
 
 
-class Hang(BaseException):
-    """Raised by the alarm; no reader catches it."""
+class Stop(BaseException):
+    """Ends a reading; no reader catches it."""
 
 
 def parsers(place: Path) -> dict[str, Callable[[], Parser]]:
@@ -204,7 +209,7 @@ def _with_a_model(place: Path) -> dict[str, Callable[[], Parser]]:
 
     def model() -> Path:
         folder = place / "model"
-        return folder if folder.exists() else tiny.save_tiny_stable_diffusion(folder)
+        return folder if folder.exists() else tiny.save_tiny_stable_diffusion(folder, blocks=1)
 
     def adapter(damaged: str) -> Callable[[], Parser]:
         def make() -> Parser:
@@ -296,7 +301,29 @@ def _with_a_model(place: Path) -> dict[str, Callable[[], Parser]]:
                     return found
 
             kind = {"state.safetensors": "safetensors", SUMS_FILE: "bytes"}.get(damaged, "json")
-            return Parser(files, read, kind)
+            return Parser(files, read, kind, prepares=True)
+
+        return make
+
+    opened: dict[tuple[str, ...], Any] = {}
+    load_sub_model = pipeline_utils.load_sub_model
+
+    def encoder_file(name: str) -> Callable[[], Parser]:
+        def make() -> Parser:
+            folder = place / "encoder"
+            if not folder.exists():
+                tiny.save_tiny_clip(folder)
+            good = (folder / name).read_bytes()
+
+            def read(at: Path) -> object:
+                (folder / name).write_bytes((at / "file").read_bytes())
+                try:
+                    with reading():
+                        return load_encoder(folder).embed([Image.new("RGB", (9, 9))])
+                finally:
+                    (folder / name).write_bytes(good)
+
+            return Parser({"file": good}, read, "json", prepares=True)
 
         return make
 
@@ -305,15 +332,25 @@ def _with_a_model(place: Path) -> dict[str, Callable[[], Parser]]:
             folder = model()
             good = (folder / name).read_bytes()
 
+            def once(**options: Any) -> Any:
+                """Open a part whose own files are good once for all inputs, to save time."""
+                if name.startswith(f"{options['name']}/"):
+                    return load_sub_model(**options)
+                key = tuple(str(options[part]) for part in ("name", "library_name", "class_name"))
+                if key not in opened:
+                    opened[key] = load_sub_model(**options)
+                return opened[key]
+
             def read(at: Path) -> object:
                 (folder / name).write_bytes((at / "file").read_bytes())
+                parts = unittest.mock.patch.object(pipeline_utils, "load_sub_model", once)
                 try:
-                    with reading():
+                    with parts, reading():
                         return load_pipeline(str(folder))
                 finally:
                     (folder / name).write_bytes(good)
 
-            return Parser({"file": good}, read, "json", cost=160)
+            return Parser({"file": good}, read, "json", prepares=True)
 
         return make
 
@@ -323,11 +360,13 @@ def _with_a_model(place: Path) -> dict[str, Callable[[], Parser]]:
         *("model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json"),
         *("scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"),
     )
+    encoders = ("config.json", "preprocessor_config.json")
     return {
         **{name: adapter(name) for name in adapters},
         "delta": delta,
         **{f"checkpoint's {name}": checkpoint(name) for name in checkpoints},
         **{f"model's {name}": model_file(name) for name in models},
+        **{f"encoder's {name}": encoder_file(name) for name in encoders},
     }
 
 
@@ -439,6 +478,10 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
             _escapes.append(f"writes {path!r}")
     elif event in STARTS:
         _escapes.append(event)
+    elif event in CALLS:
+        _escapes.append(f"{event} {arguments[-2:]!r}")
+        # whoever calls waits long, and tries again
+        raise Stop
 
 
 @contextmanager
@@ -455,27 +498,40 @@ def reading() -> Iterator[None]:
         _watching = before
 
 
+def _most_memory() -> int:
+    """The most megabytes that this process held since `_forget_memory`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) // 1024
+    raise OSError("/proc/self/status names no VmHWM")
+
+
+def _forget_memory() -> int:
+    """Count memory anew, and return the megabytes held now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _most_memory()
+
+
 def outcome_of(parser: Parser, data: bytes) -> tuple[str, BaseException | str | None]:
     """Read one input; the outcome, and what was raised or done."""
 
     def alarm(_: int, frame: FrameType | None) -> None:
-        raise Hang
+        raise Stop
 
     first, *others = parser.files
     # computing, for on a busy machine ten seconds pass by themselves; and a minute of waiting
     before = [(number, signal.signal(number, alarm)) for number in (signal.SIGPROF, signal.SIGALRM)]
     _escapes.clear()
-    # parsers that prepare what they read watch the reading alone
-    prepares = parser.cost > 1 or SUMS_FILE in parser.files
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
         for other in others:
             (folder / other).write_bytes(parser.files[other])
         (folder / first).write_bytes(data)
+        held = _forget_memory()
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         signal.alarm(6 * SECONDS)
         try:
-            if prepares:
+            if parser.prepares:
                 parser.read(folder)
             else:
                 with reading():
@@ -485,7 +541,7 @@ def outcome_of(parser: Parser, data: bytes) -> tuple[str, BaseException | str | 
             outcome, problem = "refused", error
             if max(map(len, str(error).splitlines()), default=0) > LONGEST_LINE:
                 outcome = "accident"
-        except Hang:
+        except Stop:
             outcome, problem = "hang", None
         except Exception as error:
             outcome, problem = "accident", error
@@ -494,4 +550,7 @@ def outcome_of(parser: Parser, data: bytes) -> tuple[str, BaseException | str | 
             signal.alarm(0)
             for number, handler in before:
                 signal.signal(number, handler)
-    return ("escape", _escapes[0]) if _escapes else (outcome, problem)
+    if _escapes:
+        return "escape", _escapes[0]
+    grown = _most_memory() - held
+    return ("hang", f"{grown} MB") if grown > MEGABYTES else (outcome, problem)

@@ -106,12 +106,12 @@ def tiny_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def _text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+def _text_config(tokenizer: CLIPTokenizer, width: int, layers: int = 2) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=MAX_TOKENS,
         projection_dim=16,
@@ -122,17 +122,20 @@ def _text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
 
 
 def tiny_stable_diffusion(
-    folder: Path, *, seed: int = 0, prediction_type: str = "epsilon"
+    folder: Path, *, seed: int = 0, prediction_type: str = "epsilon", blocks: int = 2
 ) -> StableDiffusionPipeline:
-    """Stable Diffusion for 32×32 pictures, 0.4 M parameters; `folder` holds the tokenizer."""
+    """Stable Diffusion for 32×32 pictures, 0.4 M parameters; `folder` holds the tokenizer.
+
+    `blocks` are those of the UNet, and one less than those of the VAE.
+    """
     tokenizer = tiny_tokenizer(folder)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        text_encoder = CLIPTextModel(_text_config(tokenizer, width=32))
+        text_encoder = CLIPTextModel(_text_config(tokenizer, width=32, layers=blocks))
         vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(8, 8, 16),
+            down_block_types=("DownEncoderBlock2D",) * (blocks + 1),
+            up_block_types=("UpDecoderBlock2D",) * (blocks + 1),
+            block_out_channels=(*[8] * blocks, 16),
             layers_per_block=1,
             norm_num_groups=4,
             latent_channels=4,
@@ -142,9 +145,9 @@ def tiny_stable_diffusion(
             sample_size=RESOLUTION // 4,
             in_channels=4,
             out_channels=4,
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            block_out_channels=(16, 32),
+            down_block_types=("CrossAttnDownBlock2D",) * blocks,
+            up_block_types=("CrossAttnUpBlock2D",) * blocks,
+            block_out_channels=(16, 32)[:blocks],
             layers_per_block=1,
             norm_num_groups=8,
             cross_attention_dim=32,
@@ -174,11 +177,11 @@ def tiny_stable_diffusion(
 
 
 def save_tiny_stable_diffusion(
-    folder: Path, *, seed: int = 0, prediction_type: str = "epsilon"
+    folder: Path, *, seed: int = 0, prediction_type: str = "epsilon", blocks: int = 2
 ) -> Path:
     """The pipeline of `tiny_stable_diffusion` as a diffusers folder, `folder` itself."""
     pipeline = tiny_stable_diffusion(
-        folder / "tokenizer", seed=seed, prediction_type=prediction_type
+        folder / "tokenizer", seed=seed, prediction_type=prediction_type, blocks=blocks
     )
     pipeline.save_pretrained(folder)
     return folder
