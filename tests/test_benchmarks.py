@@ -437,3 +437,21 @@ def test_inputs_take_turns_past_a_cache():
     taken.clear()
     rotating(build, device).measure(device)
     assert len(set(taken)) == 1
+
+
+def test_the_start_of_commands_is_timed_where_the_answer_is_right(capsys, monkeypatch):
+    from benchmarks import start_up
+
+    chosen = [answer for answer in start_up.ANSWERS if answer.arguments[0] in ("--version", "demo")]
+    # no time is judged here
+    monkeypatch.setattr(start_up, "ANSWERS", [replace(one, seconds=1e9) for one in chosen])
+    assert start_up.main(["--runs", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        "`mima --version`",
+        "`mima demo -o out`",
+    ]
+    monkeypatch.setattr(start_up, "ANSWERS", [replace(chosen[0], seconds=0.0)])
+    assert start_up.main(["--runs", "1"]) == 1
+    with pytest.raises(RuntimeError, match="mima --version: 0: mima"):
+        start_up.seconds_of(replace(chosen[0], says="something else"))

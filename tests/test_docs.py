@@ -12,6 +12,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 from support import tiny
+from support.commands import run, write_config
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -109,6 +110,17 @@ def test_the_guides_two_files_work_together(tmp_path, monkeypatch):
     options = [part for change in changes for part in ("--set", change)]
     done = CliRunner().invoke(app, ["immunize", "run.yaml", *options], catch_exceptions=False)
     assert "immunized against cat, my castle: immunized" in done.output
+
+
+def test_the_guides_several_attackers_are_simulated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (text,) = re.findall(r"```yaml\n(lower:.*?)```", GUIDE, flags=re.DOTALL)
+    lower = [{**one, "steps": 1} for one in yaml.safe_load(text)["lower"]]
+    tiny.save_tiny_stable_diffusion(tmp_path / "model")
+    small = {"steps": 2, "num_class_images": 1, "num_captions": 8, "hypergradient": "first_order"}
+    config = {"concepts": ["tiger"], "output": "out", "immunize": {**small, "lower": lower}}
+    path = write_config(tmp_path / "run.yaml", **config)
+    assert "immunized against tiger: out" in run("immunize", path)
 
 
 def commands() -> list[str]:

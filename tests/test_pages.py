@@ -1,7 +1,8 @@
 """Every block and command of README and guide runs, on the files that the text describes.
 
 Small: models are tiny, steps few. What is left out here runs elsewhere: `mima demo` and
-`pip install` in `.ci/run`, `torchrun` in the tests of several processes, `mima push` in its own.
+`pip install` in `.ci/run`, `torchrun` in the tests of several processes, `mima push` in its own,
+`mima immunize` with the guide's two files and its several attackers in `test_docs.py`.
 """
 
 from __future__ import annotations
