@@ -464,11 +464,16 @@ def load_encoder(
                 f"{OFFLINE}"
             )
     kind = _model_type(source)
-    if kind == "clip":
-        return ClipEncoder(source, device=device, batch_size=batch_size, protocol=protocol)
-    if kind in ("vit", "dinov2"):
-        return DinoEncoder(source, device=device, batch_size=batch_size, protocol=protocol)
-    raise MimaError(f"encoder: {source} is a {kind} model; clip, vit and dinov2 are supported")
+    encoders = {"clip": ClipEncoder, "vit": DinoEncoder, "dinov2": DinoEncoder}
+    if kind not in encoders:
+        raise MimaError(
+            f"encoder: {source} is a {shortened(kind)} model; clip, vit and dinov2 are supported"
+        )
+    opened = encoders[kind](source, device=device, batch_size=batch_size, protocol=protocol)
+    with _opening(source):
+        # whether the preprocessor makes pictures of the size that the model reads
+        opened.embed([Image.new("RGB", (PUBLISHED_SIDE, PUBLISHED_SIDE))])
+    return opened
 
 
 def _model_type(source: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DDPMScheduler
 
-from mima.errors import MimaError
+from mima.errors import MimaError, quoted
 from mima.families.base import Family
 from mima.families.pipelines import Pipeline
 
@@ -51,7 +51,7 @@ class DDPM(Family):
         if prediction not in PREDICTIONS:
             raise MimaError(
                 f"scheduler: prediction_type of {kind} must be one of {', '.join(PREDICTIONS)}, "
-                f"got {prediction!r}"
+                f"got {quoted(prediction)}"
             )
 
     @property

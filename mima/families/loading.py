@@ -84,6 +84,9 @@ OLD_NAMES = {
     ".to_out.0.": ".proj_attn.",
 }
 
+MOST_TIMESTEPS = 100_000
+"""Noise levels of a schedule, of which diffusers makes tables; models have 1000."""
+
 HALF_PRECISION = {"BF16": torch.bfloat16, "F16": torch.float16}
 """By the names that safetensors has for them."""
 
@@ -486,6 +489,9 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
         # diffusers takes a configuration that is a text for the name of a model, and fetches it
         if not isinstance(content, dict):
             raise MimaError(f"model: {file} is damaged: expected a mapping")
+        steps = content.get("num_train_timesteps")
+        if isinstance(steps, (int, float)) and steps > MOST_TIMESTEPS:
+            raise MimaError(f"model: {file}: num_train_timesteps is over {MOST_TIMESTEPS}")
         if file.name.endswith(".index.json"):
             places = content.get("weight_map")
             if not isinstance(places, dict):
