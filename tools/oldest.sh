@@ -11,11 +11,18 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-venv=${VENV:-$work/venv}
+venv=$(realpath -m "${VENV:-$work/venv}")
 
 # two torch processes that spin on the same cores slow each other several times over
 export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 HF_HUB_OFFLINE=1
 unset PYTHONPATH MIMA_BACKEND
+
+# a copy: what changes while the tests run is not tested with what is installed
+mkdir "$work/src"
+git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
+  if [[ -e $file ]]; then printf '%s\0' "$file"; fi
+done | xargs -0 cp --parents -t "$work/src"
+cd "$work/src"
 
 if ! command -v uv >/dev/null; then
   python3 -m venv "$work/uv"
