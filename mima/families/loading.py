@@ -374,7 +374,7 @@ def _check_code(path: Path, index: Mapping[str, Any]) -> None:
     name in the part's folder before it.
     """
     for name, kind in index.items():
-        if not isinstance(kind, list) or kind == [None, None]:
+        if not isinstance(kind, list) or not kind or not isinstance(kind[0], str):
             continue
         shown = shortened(f"{name}: {kind}")
         if len(kind) != 2 or not all(

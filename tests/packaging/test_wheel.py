@@ -163,6 +163,13 @@ def test_the_embedded_model_opens_far_from_the_checkout(target, tmp_path):
     assert (tmp_path / "x.png").stat().st_size > 0
 
 
+@pytest.mark.slow
+def test_the_wheel_runs_the_demonstration_without_a_compiler(target, tmp_path):
+    python("-m", "mima", "demo", "--quick", "-o", "out", cwd=tmp_path, PYTHONPATH=str(target))
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"results.json", "grid.png", "curves.png", "report.html"} <= written
+
+
 def test_the_tests_run_on_the_installed_package():
     """Nothing is imported from the checkout by accident."""
     origin = metadata.distribution("mima").read_text("direct_url.json")
