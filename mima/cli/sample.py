@@ -53,12 +53,13 @@ def sample(
 ) -> None:
     """Draw pictures."""
     from mima.storage.inputs import check_adapters
-    from mima.storage.output import check_file, slug
+    from mima.storage.output import check_file, slug, write_picture
 
     if not prompt.strip():
         raise MimaError("the prompt is empty")
     path = output or Path(f"{slug(prompt)}.png")
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+    kinds = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+    if path.suffix.lower() not in kinds:
         raise MimaError(f"output {path}: expected a file ending in .png, .jpg or .webp")
     paths = [path]
     if num > 1:
@@ -91,5 +92,5 @@ def sample(
             progress=lambda done, total: bars.update(task, completed=done, total=total),
         )
     for one, picture in zip(paths, row, strict=True):
-        picture.save(one)
+        write_picture(one, picture, kinds[one.suffix.lower()])
         stdout().print(str(one))

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from PIL import Image
 
 from mima.choices import PictureProtocol
 from mima.concepts.pictures import Picture
+from mima.errors import MimaError, one_line
 from mima.evaluation.encoders import ImageEncoder, PairwiseSimilarity, similarity
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -100,18 +101,24 @@ class CachedSimilarity:
             )
         return torch.from_numpy(np.stack([[self._known[key][0] for key in row] for row in keys]))
 
-    def _open(self) -> sqlite3.Connection:
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
         assert self._path is not None
-        # another process may be writing
-        file = sqlite3.connect(self._path, timeout=60)
-        file.execute("CREATE TABLE IF NOT EXISTS seen (key TEXT PRIMARY KEY, value BLOB)")
-        return file
+        try:
+            # another process may be writing
+            with closing(sqlite3.connect(self._path, timeout=60)) as file, file:
+                file.execute("CREATE TABLE IF NOT EXISTS seen (key TEXT PRIMARY KEY, value BLOB)")
+                yield file
+        except (sqlite3.Error, TypeError, ValueError) as error:
+            raise MimaError(
+                f"evaluation: cannot use {self._path}: {one_line(error)}; it may be removed"
+            ) from error
 
     def _recall(self, keys: Sequence[str]) -> None:
         wanted = [key for key in dict.fromkeys(keys) if key not in self._known]
         if self._path is None or not wanted:
             return
-        with closing(self._open()) as file:
+        with self._open() as file:
             for key in wanted:
                 row = file.execute("SELECT value FROM seen WHERE key = ?", (key,)).fetchone()
                 if row is not None:
@@ -122,7 +129,7 @@ class CachedSimilarity:
         if self._path is None:
             return
         rows = [(key, value.astype(np.float32).tobytes()) for key, value in values.items()]
-        with closing(self._open()) as file, file:
+        with self._open() as file:
             file.executemany("INSERT OR REPLACE INTO seen VALUES (?, ?)", rows)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from mima._version import installed_versions
 from mima.errors import MimaError, one_line
+from mima.storage.atomic import reason_of
 from mima.storage.plain_data import read_json
 
 CONTENT = "entry.json"
@@ -84,17 +85,22 @@ class Entry:
 
     def write(self, content: Mapping[str, Any], files: Mapping[str, Path]) -> None:
         """Keep data and copies of files, all or nothing; an entry that exists stays."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(dir=self._path.parent, prefix=".new-"))
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            building = Path(tempfile.mkdtemp(dir=self._path.parent, prefix=".new-"))
+        except OSError as error:
+            raise MimaError(f"originals: cannot write {self._path}: {reason_of(error)}") from error
         try:
             for name, file in files.items():
                 shutil.copyfile(file, building / name)
             (building / CONTENT).write_text(json.dumps(dict(content)), encoding="utf-8")
             os.replace(building, self._path)
-        except OSError:
-            # another process was quicker
+        except OSError as error:
+            # another process may have been quicker
             if not self.kept:
-                raise
+                raise MimaError(
+                    f"originals: cannot write {self._path}: {reason_of(error)}"
+                ) from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
 

@@ -238,9 +238,8 @@ class Bench:
                 (self.folder.reference_folder(slug), concept.held_out or concept.images),
                 (self.training_folder(slug), concept.images),
             ):
-                place.mkdir(parents=True, exist_ok=True)
                 for file, picture in zip(_numbered(place, len(pictures)), pictures, strict=True):
-                    picture.load().save(file)
+                    write_picture(file, picture.load())
 
 
 class Worker:

@@ -51,6 +51,7 @@ from mima.report.wording import (
     setting_text,
     share,
 )
+from mima.storage.atomic import reason_of
 from mima.storage.output import check_file, write_whole
 from mima.storage.plain_data import flat
 
@@ -117,10 +118,13 @@ def write_report(
     runs = load_runs(folders)
     _check_output(path)
     figures = path.with_name(f"{path.stem}-figures")
-    figures.mkdir(parents=True, exist_ok=True)
-    report = Report(runs, figures, picture_budget)
-    page = _render(report)
-    report.write_sheets()
+    try:
+        figures.mkdir(parents=True, exist_ok=True)
+        report = Report(runs, figures, picture_budget)
+        page = _render(report)
+        report.write_sheets()
+    except OSError as error:
+        raise MimaError(f"report: cannot write {figures}: {reason_of(error)}") from error
     write_whole(path, page.encode())
     return path
 

@@ -101,10 +101,10 @@ def write_whole(path: Path, data: bytes) -> None:
         raise MimaError(f"cannot write {path}: {reason_of(error)}") from error
 
 
-def write_picture(path: Path, image: Image.Image) -> None:
-    """Write a PNG of a results folder, as `write_whole`."""
+def write_picture(path: Path, image: Image.Image, kind: str = "PNG") -> None:
+    """Write a picture of a results folder, as `write_whole`; `kind` is Pillow's name for it."""
     data = io.BytesIO()
-    image.save(data, format="PNG")
+    image.save(data, format=kind)
     write_whole(path, data.getvalue())
 
 

@@ -1,5 +1,7 @@
 import json
+import sqlite3
 import sys
+from contextlib import closing
 from urllib.error import URLError
 
 import numpy as np
@@ -314,3 +316,21 @@ def test_each_file_is_looked_at_once(clip, pictures, tmp_path):
         pictures[0].save(files[0])
     with pytest.raises(ValueError, match="got 0, 4"):
         cached.table([], files)
+
+
+@pytest.mark.parametrize("damage", ["no database", "another table", "no bytes"])
+def test_a_damaged_file_of_what_was_seen_is_one_line(tmp_path, damage):
+    file, picture = tmp_path / "seen.sqlite", tmp_path / "0.png"
+    tiny.picture("red", "round").save(picture)
+    cached = CachedSimilarity(load_encoder(), name="x", path=file)
+    cached.features([picture])
+    if damage == "no database":
+        file.write_bytes(b"hello" * 1000)
+    else:
+        with closing(sqlite3.connect(file)) as seen, seen:
+            change = "DROP TABLE seen; CREATE TABLE seen (a TEXT)"
+            seen.executescript("UPDATE seen SET value = 3" if damage == "no bytes" else change)
+    again = CachedSimilarity(load_encoder(), name="x", path=file)
+    with pytest.raises(MimaError, match=r"cannot use .*seen\.sqlite: .*may be removed") as caught:
+        again.features([picture])
+    assert "\n" not in str(caught.value)

@@ -452,6 +452,12 @@ def test_the_command_writes_the_page_and_replaces_it(small, tmp_path, monkeypatc
     assert "nowhere holds no evaluation.json" in " ".join(result.output.split())
 
 
+def test_figures_that_cannot_be_written_are_one_line(small, tmp_path):
+    (tmp_path / "page-figures").write_text("somebody's")
+    with pytest.raises(MimaError, match="cannot write .*page-figures: File exists"):
+        write_report([small], tmp_path / "page.html")
+
+
 def test_two_sheets_hold_all_curves_and_a_picture_of_each_attack(folder, page):
     for name in ("curves", "grid"):
         with Image.open(folder / "report-figures" / f"{name}.png") as image:
