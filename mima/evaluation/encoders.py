@@ -464,7 +464,11 @@ def load_encoder(
                 f"{OFFLINE}"
             )
     kind = _model_type(source)
-    encoders = {"clip": ClipEncoder, "vit": DinoEncoder, "dinov2": DinoEncoder}
+    encoders: dict[str, type[ClipEncoder] | type[DinoEncoder]] = {
+        "clip": ClipEncoder,
+        "vit": DinoEncoder,
+        "dinov2": DinoEncoder,
+    }
     if kind not in encoders:
         raise MimaError(
             f"encoder: {source} is a {shortened(kind)} model; clip, vit and dinov2 are supported"

@@ -454,7 +454,7 @@ def test_the_command_writes_the_page_and_replaces_it(small, tmp_path, monkeypatc
 
 def test_figures_that_cannot_be_written_are_one_line(small, tmp_path):
     (tmp_path / "page-figures").write_text("somebody's")
-    with pytest.raises(MimaError, match="cannot write .*page-figures: File exists"):
+    with pytest.raises(MimaError, match=r"cannot write .*page-figures: File exists"):
         write_report([small], tmp_path / "page.html")
 
 
