@@ -240,7 +240,8 @@ def evaluate(
         tasks.extend(side for side in SIDES if not bench.benign_done(side))
         tasks.extend(plan.first())
         # before anything else: whoever finds the folder sees whose it is
-        ledger.write()
+        if not folder.exists():
+            folder.write_evaluation(evaluation)
         bench.write_references()
         known = _calibrations(worker, [c for c in by_slug.values() if c.held_out])
         ledger.evaluation = evaluation.model_copy(update={"calibration": known})
