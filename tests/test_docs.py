@@ -115,10 +115,11 @@ def test_the_guides_two_files_work_together(tmp_path, monkeypatch):
 def test_the_guides_several_attackers_are_simulated(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (text,) = re.findall(r"```yaml\n(lower:.*?)```", GUIDE, flags=re.DOTALL)
-    lower = [{**one, "steps": 1} for one in yaml.safe_load(text)["lower"]]
+    told = yaml.safe_load(text)
+    told["lower"] = [{**one, "steps": 1} for one in told["lower"]]
     tiny.save_tiny_stable_diffusion(tmp_path / "model")
     small = {"steps": 2, "num_class_images": 1, "num_captions": 8, "hypergradient": "first_order"}
-    config = {"concepts": ["tiger"], "output": "out", "immunize": {**small, "lower": lower}}
+    config = {"concepts": ["tiger"], "output": "out", "immunize": {**small, **told}}
     path = write_config(tmp_path / "run.yaml", **config)
     assert "immunized against tiger: out" in run("immunize", path)
 
