@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mima.errors import MimaError, one_line
+from mima.errors import MimaError, one_line, quoted
 from mima.storage.atomic import WRITING_ERRORS, reason_of, recover, sha256_of, staged
 from mima.storage.plain_data import read_json
 from mima.storage.tensor_files import mapped, save_tensors
@@ -244,7 +244,7 @@ def _read(step: Path, load: Load) -> Checkpoint:
         there = {file.name for file in step.iterdir()} - {SUMS_FILE}
         needed = {"state.json", SHARDS_FILE if SHARDS_FILE in there else WHOLE_FILE}
         if missing := (needed | wanted.keys()) - there:
-            raise MimaError(f"checkpoint: {step} is damaged: it lacks {min(missing)!r}")
+            raise MimaError(f"checkpoint: {step} is damaged: it lacks {quoted(min(missing))}")
         for name in sorted(there):
             if sha256_of(step / name) != wanted.get(name):
                 raise MimaError(f"checkpoint: {step / name} is damaged: its checksum is another")

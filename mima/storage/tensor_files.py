@@ -69,7 +69,7 @@ def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
     try:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
-            if size > min(LARGEST_HEADER, path.stat().st_size):
+            if size > min(LARGEST_HEADER, path.stat().st_size - 8):
                 raise ValueError(f"its header is said to have {size} bytes")
             header = read_json(file.read(size).decode())
         return {
