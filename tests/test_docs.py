@@ -121,7 +121,8 @@ def test_the_guides_several_attackers_are_simulated(tmp_path, monkeypatch):
     small = {"steps": 2, "num_class_images": 1, "num_captions": 8, "hypergradient": "first_order"}
     config = {"concepts": ["tiger"], "output": "out", "immunize": {**small, **told}}
     path = write_config(tmp_path / "run.yaml", **config)
-    assert "immunized against tiger: out" in run("immunize", path)
+    assert "immunized against tiger: " in run("immunize", path)
+    assert (tmp_path / "out" / "model_index.json").is_file()
 
 
 def commands() -> list[str]:
