@@ -12,7 +12,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -126,7 +125,6 @@ def line_panel(
         raise ValueError("line_panel: lines is empty")
     with house_style():
         figure = Figure(figsize=(4.0, 2.9))
-        FigureCanvasAgg(figure)
         panel = figure.add_axes((0.125, 0.155, 0.635, 0.61))
         for line in lines:
             _draw_line(panel, line)
@@ -197,7 +195,6 @@ def strip_chart(strips: Sequence[Strip], *, quantity: str) -> Figure:
     with house_style():
         height = 0.95 + 0.5 * len(strips)
         figure = Figure(figsize=(7.2, height))
-        FigureCanvasAgg(figure)
         panel = figure.add_axes((0.22, 0.56 / height, 0.75, 1 - 0.68 / height))
         panel.grid(visible=False)
         panel.grid(visible=True, axis="x")
@@ -205,8 +202,9 @@ def strip_chart(strips: Sequence[Strip], *, quantity: str) -> Figure:
         rng = np.random.default_rng(0)
         for row, strip in enumerate(strips):
             values = np.asarray(strip.values)
-            heights = row + (rng.uniform(-0.2, 0.2, len(values)) if len(values) > 1 else 0)
-            heights = np.broadcast_to(heights, values.shape)
+            heights = np.full(values.shape, float(row))
+            if len(values) > 1:
+                heights += rng.uniform(-0.2, 0.2, len(values))
             panel.scatter(values, heights, s=22, color=strip.colour, alpha=0.45, linewidths=0)
             panel.scatter(
                 *(values[strip.worst], heights[strip.worst]),
@@ -276,15 +274,12 @@ def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def curve_sheet(
-    panels: Sequence[tuple[str, Sequence[Line]]], *, quantity: str, columns: int = 3
-) -> Figure:
+def curve_sheet(panels: Sequence[tuple[str, Sequence[Line]]], *, quantity: str) -> Figure:
     """All panels of lines against adaptation steps on one sheet, with one legend.
 
     Args:
         panels: title and lines of each, at least one.
         quantity: what the y axes show.
-        columns: panels side by side, at most.
 
     Returns:
         A figure to save.
@@ -294,11 +289,10 @@ def curve_sheet(
     """
     if not panels:
         raise ValueError("curve_sheet: panels is empty")
-    width = min(columns, len(panels))
+    width = min(3, len(panels))
     height = -(-len(panels) // width)
     with house_style():
         figure = Figure(figsize=(3.9 * width + 0.6, 2.9 * height + 0.75), layout="constrained")
-        FigureCanvasAgg(figure)
         grid = figure.subplots(height, width, squeeze=False, sharey=True)
         entries: dict[str, Any] = {}
         for index, panel in enumerate(grid.flat):
@@ -348,7 +342,6 @@ def picture_sheet(
         figure = Figure(
             figsize=(1.5 * len(columns) + 1.9, 1.5 * len(rows) + 0.7), layout="constrained"
         )
-        FigureCanvasAgg(figure)
         places = figure.subplots(len(rows), len(columns), squeeze=False)
         for y, label in enumerate(rows):
             for x, (heading, files) in enumerate(columns):

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mima._version import __version__
@@ -36,7 +37,7 @@ from mima.report.figures import (
     save_figure,
     strip_chart,
 )
-from mima.report.runs import Run, Setting, load_runs, setting
+from mima.report.runs import Pair, Run, Setting, load_runs, setting
 from mima.report.svg import inline
 from mima.report.verdict import verdict
 from mima.report.wording import (
@@ -143,7 +144,6 @@ class Panel:
 
     svg: Markup
     similarity: int
-    caption: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,10 +166,6 @@ class Card:
     gaps: Sequence[tuple[str, float | None]]
     references: Sequence[str]
     frames: Sequence[tuple[int, Sequence[Column]]]
-
-
-Pair = tuple[float | None, float | None]
-"""A number of the original and of the immunized model; None where it was not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,12 +196,10 @@ class Report:
         by_name = {c.name: c for run in reversed(runs) for c in run.evaluation.concepts}
         order = dict.fromkeys(c.name for run in runs for c in run.evaluation.concepts)
         self.concepts = sorted((by_name[name] for name in order), key=lambda c: c.role != "target")
-        # equally plain ones stay in the order of the attacks
+        # equally plain settings stay in the order of the attacks
         every = dict.fromkeys(chosen for run in runs for chosen, _ in run.by_setting)
         self.settings = sorted(every, key=lambda s: s.plainness)
         self.left_out: list[str] = []
-
-    # -- figures
 
     def curves(self) -> list[tuple[ConceptRecord, list[Panel]]]:
         """Panels by concept: the usual attack of each method, and the worst variation of it."""
@@ -230,74 +224,75 @@ class Report:
                         limits=limits[similarity],
                     )
                     name = _file_name(concept.slug, chosen.method, similarity, kind)
-                    told = "; ".join(
+                    ends = "; ".join(
                         f"{line.label} from {line.values[0]:.2f} at step {line.steps[0]} "
                         f"to {line.values[-1]:.2f} at step {line.steps[-1]}"
                         for line in lines
                     )
-                    label = f"{similarity} similarity, {concept.name}, {method}, {subtitle}: {told}"
-                    svg = inline(save_figure(figure, self.figures / name), label=label)
-                    panels.append(Panel(svg=svg, similarity=index))
+                    label = f"{similarity} similarity, {concept.name}, {method}, {subtitle}: {ends}"
+                    panels.append(self._panel(figure, name, label, index))
             if panels:
                 found.append((concept, panels))
         return found
+
+    def _panel(self, figure: Figure, name: str, label: str, similarity: int) -> Panel:
+        """A figure, written beside the page and made fit to stand in it."""
+        svg = inline(save_figure(figure, self.figures / name), label=label)
+        return Panel(svg=svg, similarity=similarity)
 
     def strips(self) -> list[Panel]:
         """For each similarity, every attack on a target as a dot."""
         found = []
         for index, similarity in enumerate(self.similarities):
-            strips = []
-            for run in self.runs:
-                rows = [
-                    row
-                    for row in run.attacks
-                    if row.similarity == similarity
-                    and row.role == "target"
-                    and row.sgr_mean is not None
-                ]
-                groups = {run.label if len(self.runs) > 1 else "all attacks": rows}
-                if len(self.runs) == 1:
-                    for row in rows:
-                        groups.setdefault(method_name(row.method), []).append(row)
-                    if len(groups) == 2:
-                        groups.popitem()
-                for label, group in groups.items():
-                    values = [row.sgr_mean for row in group if row.sgr_mean is not None]
-                    if not values:
-                        continue
-                    # an attack that teaches neither model is no measure
-                    taught = [index for index, row in enumerate(group) if row.taught_either]
-                    names = dict.fromkeys(row.concept for row in group)
-                    over = over_seeds(
-                        [[row for row in group if row.concept == name] for name in names],
-                        "sgr_mean",
-                    )
-                    ends = None if over.low is None or over.high is None else (over.low, over.high)
-                    strips.append(
-                        Strip(
-                            label=label,
-                            values=values,
-                            worst=min(taught or range(len(values)), key=values.__getitem__),
-                            mean=over.mean,
-                            interval=ends,
-                            colour=run.colour,
-                        )
-                    )
+            strips = [strip for run in self.runs for strip in self._strips(run, similarity)]
             if strips:
                 figure = strip_chart(
                     strips, quantity=f"similarity gap ratio of each attack ({similarity})"
                 )
-                told = "; ".join(
+                ends = "; ".join(
                     f"{s.label}: {len(s.values)} attacks, worst {s.values[s.worst]:.2f}, "
                     f"highest {max(s.values):.2f}"
                     for s in strips
                 )
                 name = _file_name("attacks", similarity)
-                svg = inline(
-                    save_figure(figure, self.figures / name), label=f"SGR by {similarity}. {told}"
-                )
-                found.append(Panel(svg=svg, similarity=index))
+                found.append(self._panel(figure, name, f"SGR by {similarity}. {ends}", index))
         return found
+
+    def _strips(self, run: Run, similarity: str) -> Iterator[Strip]:
+        """One run's attacks on targets: all, and where there is no other run, by method."""
+        rows = [
+            row
+            for row in run.attacks
+            if row.similarity == similarity and row.role == "target" and row.sgr_mean is not None
+        ]
+        groups = {self._label(run, "all attacks"): rows}
+        if len(self.runs) == 1:
+            for row in rows:
+                groups.setdefault(method_name(row.method), []).append(row)
+            if len(groups) == 2:
+                groups.popitem()
+        for label, group in groups.items():
+            values = [row.sgr_mean for row in group if row.sgr_mean is not None]
+            if not values:
+                continue
+            # an attack that teaches neither model is no measure
+            taught = [index for index, row in enumerate(group) if row.taught_either]
+            names = dict.fromkeys(row.concept for row in group)
+            over = over_seeds(
+                [[row for row in group if row.concept == name] for name in names], "sgr_mean"
+            )
+            yield Strip(
+                label=label,
+                values=values,
+                worst=min(taught or range(len(values)), key=values.__getitem__),
+                mean=over.mean,
+                interval=None if over.low is None or over.high is None else (over.low, over.high),
+                colour=run.colour,
+            )
+
+    def _label(self, run: Run, alone: str) -> str:
+        """How a run is called among several, and where it is alone."""
+        return run.label if len(self.runs) > 1 else alone
 
     def _limits(self, similarity: str) -> tuple[float, float]:
         values = [
@@ -346,10 +341,7 @@ class Report:
         lines = []
         originals: set[str] = set()
         for run in self.runs:
-            rows = run.by_setting.get((chosen, similarity), [])
-            curves = [
-                run.curves[key] for row in rows if (key := (row.attack, similarity)) in run.curves
-            ]
+            curves = run.curves_of(chosen, similarity)
             if not curves:
                 continue
             model = run.evaluation.models.original
@@ -357,28 +349,27 @@ class Report:
                 label = "original" if not originals else f"original {len(originals) + 1}"
                 lines.append(_line(curves, 0, label, ORIGINAL, "X"))
                 originals.add(model)
-            label = run.label if len(self.runs) > 1 else "immunized"
+            label = self._label(run, "immunized")
             lines.append(_line(curves, 1, label, run.colour, run.marker))
         return lines
 
-    # -- pictures
-
     def cards(self) -> list[Card]:
         """Pictures of the attack that got furthest on each concept and of the usual ones."""
-        wanted: list[Setting] = []
-        for concept in self.concepts:
-            worst = self._worst(
-                (s for s in self.settings if s.concept == concept.name), self.primary
-            )
-            if worst is not None:
-                wanted.append(worst)
-        for concept in self.concepts:
-            wanted += [s for kind, s in self._shown(concept.name, self.primary) if kind == "usual"]
-        wanted = list(dict.fromkeys(wanted))
+        names = [concept.name for concept in self.concepts]
+        furthest = [
+            self._worst((s for s in self.settings if s.concept == name), self.primary)
+            for name in names
+        ]
+        usual = [
+            chosen
+            for name in names
+            for kind, chosen in self._shown(name, self.primary)
+            if kind == "usual"
+        ]
         by_name = {concept.name: concept for concept in self.concepts}
         cards: list[Card] = []
         spent = 0
-        for chosen in wanted:
+        for chosen in dict.fromkeys([*(s for s in furthest if s is not None), *usual]):
             card = self._card(by_name[chosen.concept], chosen)
             if card is None:
                 continue
@@ -395,27 +386,24 @@ class Report:
             f"{PICTURE_SIDE} pixels, at most {MAX_PICTURES} for each model and step; all are in "
             "the evaluation's folder under images."
         )
-        order = [concept.name for concept in self.concepts]
-        return sorted(cards, key=lambda card: order.index(card.concept.name))
+        return sorted(cards, key=lambda card: names.index(card.concept.name))
 
     def _card(self, concept: ConceptRecord, chosen: Setting) -> Card | None:
-        rows = {
-            run.index: found[0]
-            for run in self.runs
-            if (found := run.by_setting.get((chosen, self.primary)))
-        }
         frames: dict[int, list[Column]] = {}
         originals: set[str] = set()
         gaps = []
         references: list[str] = []
+        seeds: list[int] = []
         for run in self.runs:
-            row = rows.get(run.index)
-            if row is None:
+            rows = run.by_setting.get((chosen, self.primary))
+            if not rows:
                 continue
+            row = rows[0]
             curve = run.curves.get((row.attack, self.primary), {})
             gaps.append((run.label, row.sgr_mean))
+            seeds.append(row.seed)
             sides: list[tuple[Side, str, str]] = [
-                ("immunized", run.label if len(self.runs) > 1 else "Immunized", f"run-{run.index}")
+                ("immunized", self._label(run, "Immunized"), f"run-{run.index}")
             ]
             if run.evaluation.models.original not in originals:
                 originals.add(run.evaluation.models.original)
@@ -425,30 +413,22 @@ class Report:
                     files = run.folder.images(row.attack, side, step)[:MAX_PICTURES]
                     if files:
                         score = curve[step][side == "immunized"]
-                        frames.setdefault(step, []).append(
-                            Column(
-                                label=label,
-                                kind=kind,
-                                score=score,
-                                images=[encode(file) for file in files],
-                            )
-                        )
+                        images = [encode(file) for file in files]
+                        column = Column(label=label, kind=kind, score=score, images=images)
+                        frames.setdefault(step, []).append(column)
             if not references:
                 files = run.folder.references(concept.slug)[:MAX_REFERENCES]
                 references = [encode(file) for file in files]
         if not frames:
             return None
-        seed = next(iter(rows.values())).seed
         return Card(
             concept=concept,
             title=method_name(chosen.method),
-            words=f"{chosen.words}, seed {seed}",
+            words=f"{chosen.words}, seed {seeds[0]}",
             gaps=gaps,
             references=references,
             frames=sorted(frames.items()),
         )
-
-    # -- sheets
 
     def write_sheets(self) -> None:
         """All usual curves on ``curves.png`` and pictures of every method on ``grid.png``."""
@@ -465,12 +445,12 @@ class Report:
             return
         rows = ["original", "original,\nattacked"]
         for run in self.runs:
-            label = run.label if len(self.runs) > 1 else "immunized"
+            label = self._label(run, "immunized")
             rows += [label, f"{label},\nattacked"]
         save_figure(
             curve_sheet(panels, quantity=f"{self.primary} similarity"), self.figures / "curves"
         )
-        # pixels: as SVG it would only wrap them
+        # PNG alone: an SVG would only wrap the pixels
         sheet = picture_sheet([*rows, "reference"], columns)
         sheet.savefig(self.figures / "grid.png", dpi=160, facecolor="white")
 
@@ -490,8 +470,6 @@ class Report:
             files += first(run, "immunized")
         references = self.runs[0].folder.references(concept.slug)
         return [*files, references[0] if references else None]
-
-    # -- tables
 
     def rows(self) -> list[tuple[Run, int, AttackRow]]:
         """Rows of the table of attacks, the worst first."""
@@ -568,11 +546,8 @@ class Report:
         table = []
         for title, found in groups.items():
             names = dict.fromkeys(name for values in found for name in values)
-            lines = []
-            for name in names:
-                cells = [values.get(name, "–") for values in found]
-                lines.append((name, cells, len(set(cells)) > 1))
-            table.append((title, lines))
+            cells = {name: [values.get(name, "–") for values in found] for name in names}
+            table.append((title, [(n, each, len(set(each)) > 1) for n, each in cells.items()]))
         return table
 
 
@@ -664,7 +639,7 @@ def _render(report: Report) -> str:
         preparations=PREPARATIONS,
         mark=Markup(MARK),
         version=__version__,
-        # package files, not anybody's input
+        # package files, which hold nobody's input
         style=Markup(style),
         script=Markup(script),
         style_hash=_hash(style),

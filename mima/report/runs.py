@@ -13,6 +13,9 @@ from mima.report.wording import PICTURES, PREPARATIONS, VARIANTS
 
 _MARKERS = "osD^v"
 
+Pair = tuple[float | None, float | None]
+"""A number of the original and of the immunized model; None where it was not measured."""
+
 
 class Setting(NamedTuple):
     """An attack but for its seed."""
@@ -74,13 +77,12 @@ class Run:
         self.marker = _MARKERS[index]
         self.evaluation: Evaluation = folder.evaluation()
         self.attacks = folder.attacks()
-        for row in self.attacks:
+        named = [("an attack", row.attack) for row in self.attacks]
+        named += [("a concept's folder", concept.slug) for concept in self.evaluation.concepts]
+        for what, name in named:
             # a damaged or hostile table must not lead out of the folder
-            if row.attack != Path(row.attack).name or row.attack in ("", ".", ".."):
-                raise MimaError(f"report: {folder.path} names an attack {row.attack!r}")
-        for concept in self.evaluation.concepts:
-            if concept.slug != Path(concept.slug).name or concept.slug in ("", ".", ".."):
-                raise MimaError(f"report: {folder.path} names a concept's folder {concept.slug!r}")
+            if name != Path(name).name or name in ("", ".", ".."):
+                raise MimaError(f"report: {folder.path} names {what} {name!r}")
         self.curves: dict[tuple[str, str], dict[int, tuple[float, float]]] = {}
         for point in folder.curves():
             steps = self.curves.setdefault((point.attack, point.similarity), {})
@@ -95,9 +97,7 @@ class Run:
         values = [row.sgr_mean for row in rows if row.sgr_mean is not None]
         return sum(values) / len(values) if values else None
 
-    def pair(
-        self, chosen: Setting, similarity: str, name: str
-    ) -> tuple[float | None, float | None]:
+    def pair(self, chosen: Setting, similarity: str, name: str) -> Pair:
         """Means over seeds of what is recorded of the original and of the immunized model.
 
         Args:
@@ -107,24 +107,19 @@ class Run:
         """
         rows = self.by_setting.get((chosen, similarity), [])
         pairs = [[getattr(row, f"{name}_{side}") for side in SIDES] for row in rows]
-        whole = [pair for pair in pairs if None not in pair]
-        if not whole:
-            return None, None
-        original, immunized = (sum(values) / len(whole) for values in zip(*whole, strict=True))
-        return original, immunized
+        return _means([pair for pair in pairs if None not in pair])
 
-    def last(self, chosen: Setting, similarity: str) -> tuple[float | None, float | None]:
+    def last(self, chosen: Setting, similarity: str) -> Pair:
         """Means over seeds of both models' similarity at the last step."""
-        curves = [
+        return _means([curve[max(curve)] for curve in self.curves_of(chosen, similarity)])
+
+    def curves_of(self, chosen: Setting, similarity: str) -> list[dict[int, tuple[float, float]]]:
+        """The curves of a setting's attacks: one of each seed that has been measured."""
+        return [
             self.curves[key]
             for row in self.by_setting.get((chosen, similarity), [])
             if (key := (row.attack, similarity)) in self.curves
         ]
-        if not curves:
-            return None, None
-        ends = [curve[max(curve)] for curve in curves]
-        original, immunized = (sum(values) / len(ends) for values in zip(*ends, strict=True))
-        return original, immunized
 
     def learned(self, chosen: Setting, similarity: str) -> bool:
         """Whether the attack taught either model the concept, with any seed."""
@@ -134,6 +129,13 @@ class Run:
         """The row of one attack."""
         found = (r for r in self.attacks if r.attack == attack and r.similarity == similarity)
         return next(found, None)
+
+
+def _means(pairs: Sequence[Sequence[float]]) -> Pair:
+    if not pairs:
+        return None, None
+    original, immunized = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
+    return original, immunized
 
 
 def load_runs(folders: Sequence[str | Path]) -> list[Run]:
