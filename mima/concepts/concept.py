@@ -36,34 +36,39 @@ HELD_OUT_FOLDER = "held_out"
 CLASS_FOLDER = "class_images"
 
 _TEXT_KEYS = (
-    "name",
-    "prompt",
-    "class_prompt",
-    "kind",
-    "token",
-    "initializer",
-    "description",
-    "validation_prompt",
+    *("name", "prompt", "class_prompt", "kind"),
+    *("token", "initializer", "description", "validation_prompt"),
 )
 _PICTURE_KEYS = ("images", "held_out", "class_images")
+_KEYS = (*_TEXT_KEYS, *_PICTURE_KEYS)
 
 
 @dataclass(frozen=True, init=False)
 class Concept:
     """A concept with its reference pictures, all of them readable.
 
+    Pictures are given as a folder, a file, a PIL image, a `Picture`, or a sequence of the last
+    three. All are decoded once.
+
     Attributes:
         name: what tables and file names call it.
-        prompt: the text that asks for it.
+        prompt: the text that asks for it, and the caption of pictures that come without one.
         images: reference pictures that adaptation and immunization train on.
-        class_prompt: what the concept is one of, for prior preservation; may be empty.
+        class_prompt: what the concept is one of, for prior preservation, and the caption of class
+            images that come without one; may be empty.
         held_out: further reference pictures, for measuring only.
         class_images: pictures of the class, for prior preservation.
-        kind: an object, a style, a new instance, or something that must stay learnable.
-        token: a new word that stands for an instance, as in "photo of a <new1> castle".
+        kind: an object, a style, a new instance, or something that must stay learnable: one of
+            "object", "style", "instance", "benign".
+        token: a new word that stands for an instance, as in "photo of a <new1> castle"; it must
+            occur in `prompt` and in the captions of `images`.
         initializer: an ordinary word whose embedding the new word starts from.
         description: a sentence for people.
-        validation_prompt: the prompt for sample pictures; `prompt` when empty.
+        validation_prompt: the prompt for sample pictures; by default `prompt`.
+
+    Raises:
+        MimaError: no name, no prompt, no pictures, or a prompt without the token.
+        PictureError: pictures that cannot be read, all of them listed.
 
     Example:
         >>> Concept("cat", "a photo of a cat", "pictures/cat", class_prompt="a photo of an animal")
@@ -95,25 +100,6 @@ class Concept:
         description: str = "",
         validation_prompt: str = "",
     ) -> None:
-        """Check everything, and decode every picture once.
-
-        Args:
-            name: see the attributes, as for the others.
-            prompt: also the caption of pictures that come without one.
-            images: a folder, a file, a PIL image, a `Picture`, or a sequence of the last three.
-            class_prompt: also the caption of class images that come without one.
-            held_out: like `images`; default none.
-            class_images: like `images`; default none.
-            kind: one of "object", "style", "instance", "benign".
-            token: must occur in `prompt` and in the captions of `images`.
-            initializer: default none.
-            description: default none.
-            validation_prompt: default `prompt`.
-
-        Raises:
-            MimaError: no name, no prompt, no pictures, or a prompt without the token.
-            PictureError: pictures that cannot be read, all of them listed.
-        """
         texts: dict[str, Any] = {
             "name": name,
             "prompt": prompt,
@@ -216,9 +202,9 @@ class Concept:
             given = _parse(described[0])
             if not isinstance(given, Mapping):
                 raise MimaError(f"{described[0]}: expected the attributes of one concept")
-            _check_keys(str(described[0]), given, (*_TEXT_KEYS, *_PICTURE_KEYS))
+            _check_keys(str(described[0]), given, _KEYS)
             description |= _with_base(given, folder)
-        _check_keys("from_folder", overrides, (*_TEXT_KEYS, *_PICTURE_KEYS))
+        _check_keys("from_folder", overrides, _KEYS)
         return _from_description({**description, **overrides}, str(folder))
 
 
@@ -326,7 +312,7 @@ def _count(problems: list[str]) -> str:
 
 def _from_description(given: Mapping[str, object], where: str) -> Concept:
     """Build a concept from its attributes, paths already resolved."""
-    _check_keys(where, given, (*_TEXT_KEYS, *_PICTURE_KEYS))
+    _check_keys(where, given, _KEYS)
     attributes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     for key in _TEXT_KEYS:
         if not isinstance(attributes.get(key, ""), str):

@@ -28,31 +28,16 @@ METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 
 # files that people keep beside pictures; anything else in a folder must be a picture
 _COMPANION_ENDINGS = {
-    ".caption",
-    ".csv",
-    ".json",
-    ".jsonl",
-    ".license",
-    ".md",
-    ".rst",
-    ".toml",
-    ".txt",
-    ".yaml",
-    ".yml",
+    *(".caption", ".csv", ".json", ".jsonl", ".license"),
+    *(".md", ".rst", ".toml", ".txt", ".yaml", ".yml"),
 }
 _COMPANION_NAMES = {"license", "notice", "copying", "authors", "readme", "thumbs.db", "desktop.ini"}
 
 # what Pillow's decoders raise on damaged files; UnidentifiedImageError is an OSError
 _DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error),
     Image.DecompressionBombError,
 )
-
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA")
 """What Pillow may read: formats that need no other program, as PostScript does, and well tried."""
@@ -75,7 +60,7 @@ class Picture:
 
     image: Path | Image.Image
     prompt: str
-    # decoded once without an error; spares copies of a concept the second look
+    # set when the picture was decoded without an error; copies of a concept skip the check
     _checked: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -157,7 +142,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "La":
         image = image.convert("LA")
     if image.mode in ("P", "PA", "LA", "RGBa") or "transparency" in image.info:
-        # a palette of opaque colours costs nothing to take the same way
+        # palettes without transparency take the same way
         image = image.convert("RGBA")
     image = _to_srgb(image)
     if image.mode == "RGBA":
@@ -175,7 +160,7 @@ def _scale_to_8_bit(image: Image.Image) -> Image.Image:
             f"expected 0 to {full_scale:g}: save the picture with 8 bits per channel"
         )
     scaled = np.empty(values.shape, dtype=np.uint8)
-    # some rows at a time, for eight bytes of each pixel are many
+    # 256 rows at a time, because float64 takes eight bytes for each pixel
     for start in range(0, len(values), 256):
         rows = values[start : start + 256].astype(np.float64)
         scaled[start : start + 256] = np.rint(rows * (255.0 / full_scale))
@@ -226,7 +211,7 @@ def check_pictures(pictures: Iterable[Picture]) -> list[str]:
 def is_candidate(path: Path) -> bool:
     """Whether a file in a folder of pictures is meant to be a picture."""
     name = path.name.lower()
-    # a link to nowhere is a picture that is missing
+    # a broken link counts as a picture, which is then reported missing
     broken = path.is_symlink() and not path.exists()
     if name.startswith((".", "~")) or not (path.is_file() or broken):
         return False
@@ -289,13 +274,12 @@ def read_folder(folder: Path, prompt: str = "") -> tuple[Picture, ...]:
     return pictures
 
 
-def read_captions(folder: Path, metadata: Path, *, complete: bool = True) -> tuple[Picture, ...]:
+def read_captions(folder: Path, metadata: Path) -> tuple[Picture, ...]:
     """Pair the pictures of a folder with the rows of a metadata file.
 
     Args:
         folder: what file names in the metadata are relative to.
         metadata: a `.csv` or `.jsonl` file.
-        complete: refuse pictures that no row names.
 
     Returns:
         One picture for each row, in the order of the rows.
@@ -318,12 +302,8 @@ def read_captions(folder: Path, metadata: Path, *, complete: bool = True) -> tup
             problems.append(f"{place}: {name} is not in {folder}")
         named.add(path.resolve())
         pictures.append(Picture(path, caption))
-    if complete:
-        problems += [
-            f"{path.name} has no row"
-            for path in picture_files(folder)
-            if path.resolve() not in named
-        ]
+    files = picture_files(folder)
+    problems += [f"{path.name} has no row" for path in files if path.resolve() not in named]
     if problems:
         raise ProblemList(f"{metadata} does not fit its pictures:", problems)
     return tuple(pictures)

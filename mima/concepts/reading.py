@@ -38,16 +38,9 @@ from mima.storage.inputs import expanded
 
 # the entries of concept lists that DreamBooth and Custom Diffusion scripts read
 _LIST_KEYS = (
-    "instance_prompt",
-    "class_prompt",
-    "instance_data_dir",
-    "class_data_dir",
-    "prompt_filename",
-    "token",
-    "validation_prompt",
-    "name",
+    *("instance_prompt", "class_prompt", "instance_data_dir", "class_data_dir"),
+    *("prompt_filename", "token", "validation_prompt", "name"),
 )
-
 
 ConceptSource: TypeAlias = str | Path | Concept | Mapping[str, object]
 """What ``load_concepts`` reads one or more concepts from."""
@@ -162,7 +155,7 @@ def _class_images(
         if not class_prompt:
             raise MimaError(f"{where}: class_data_dir needs a class_prompt")
         return tuple(Picture(file, class_prompt) for file in picture_files(path))
-    # not there yet: whoever preserves the prior generates the class images
+    # no folder yet: prior preservation draws the class images
     return ()
 
 
@@ -249,15 +242,20 @@ def _makers_in(content: object, base: Path, group: str | None, where: str) -> li
     if isinstance(content, list) and content and all(isinstance(part, list) for part in content):
         # CustomConcept101's compositions are lists without names; their folders name them
         content = {_group_name(part): part for part in content}
+    entries: Sequence[object] = content if isinstance(content, list) else [content]
+    names: Sequence[str | None] = [None] * len(entries)
     if isinstance(content, Mapping) and _is_grouped(content):
-        return _makers_in_group(content, base, group, where)
-    entries = content if isinstance(content, list) else [content]
+        key, entries = _chosen_group(content, group, where)
+        where = f"{where}, {key}"
+        names = [part.strip() or None for part in key.split("+")]
+        if len(names) != len(entries):
+            names = [None] * len(entries)
     if not entries:
         raise MimaError(f"{where} describes no concepts")
     return [
         make
-        for number, entry in enumerate(entries, start=1)
-        for make in _makers_of(entry, base, f"{where}, concept {number}", None)
+        for number, (entry, name) in enumerate(zip(entries, names, strict=True), start=1)
+        for make in _makers_of(entry, base, f"{where}, concept {number}", name)
     ]
 
 
@@ -275,9 +273,9 @@ def _is_grouped(content: Mapping[str, object]) -> bool:
     )
 
 
-def _makers_in_group(
-    groups: Mapping[str, Any], base: Path, group: str | None, where: str
-) -> list[_Maker]:
+def _chosen_group(
+    groups: Mapping[str, Any], group: str | None, where: str
+) -> tuple[str, Sequence[object]]:
     if group is None and len(groups) > 1:
         raise MimaError(
             f"{where} holds {len(groups)} groups of concepts, say which: {', '.join(groups)}"
@@ -285,17 +283,9 @@ def _makers_in_group(
     key = next(iter(groups)) if group is None else group
     if key not in groups:
         raise MimaError(f"{where} holds no group {quoted(key)}; {nearest(key, groups)}")
-    entries = groups[key]
-    if not entries:
+    if not groups[key]:
         raise MimaError(f"{where}: group {quoted(key)} is empty")
-    names: list[str | None] = [part.strip() or None for part in key.split("+")]
-    if len(names) != len(entries):
-        names = [None] * len(entries)
-    return [
-        make
-        for number, (entry, name) in enumerate(zip(entries, names, strict=True), start=1)
-        for make in _makers_of(entry, base, f"{where}, {key}, concept {number}", name)
-    ]
+    return key, groups[key]
 
 
 def _makers_of(entry: object, base: Path, where: str, name: str | None) -> list[_Maker]:
