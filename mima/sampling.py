@@ -147,7 +147,7 @@ class Sampler:
                 config, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero"
             )
         if getattr(drawer, "safety_checker", None) is not None:
-            # it would paint pictures black, and every comparison with them would be void
+            # the checker paints pictures black, which would void every comparison
             drawer.register_to_config(requires_safety_checker=False)
             drawer.safety_checker = None
         return drawer
