@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,8 +19,7 @@ from mima.concepts import Concept, Picture
 from mima.errors import MimaError, check_settings
 from mima.families import Conditioning, Family, TrainingOptions, family_of
 from mima.families.base import cast
-from mima.families.new_words import readers
-from mima.families.pipelines import Pipeline, with_modules
+from mima.families.pipelines import Pipeline, networks, readers, with_modules
 from mima.storage.checkpoint import Checkpoint
 from mima.storage.tensor_files import order_metadata
 from mima.training.batches import Batch, Encoded, encode_images, losses, seeded
@@ -189,11 +189,8 @@ class Run:
                 f"concept {concept.name!r}: prior preservation needs class_images, or a "
                 "class_prompt to draw them by; it has neither"
             )
-        said: dict[str, Any] = {
-            "resolution": adaptation.resolution,
-            "training": adaptation.training,
-        }
-        given = family_of(pipeline, **said)
+        sized = partial(family_of, resolution=adaptation.resolution, training=adaptation.training)
+        given = sized(pipeline)
         injection = adaptation.inject(pipeline, concept)
         self.adaptation = adaptation
         self.concept = concept
@@ -201,8 +198,8 @@ class Run:
         self.step = 0
         self.losses: list[float] = []
         self._injection = injection
-        self._family = family_of(injection.pipeline, **said)
-        # before the pictures are encoded: it may be missing
+        self._family = sized(injection.pipeline)
+        # before the pictures are encoded: bitsandbytes may be missing
         self._optimizers = self._new_optimizers()
         self._average: Average | None = None
         if adaptation.ema_decay is not None:
@@ -214,22 +211,23 @@ class Run:
         if adaptation.fp16_vae:
             vae = copy.deepcopy(self.pipeline.vae)
             cast(vae, torch.float16)
-            lighter = with_modules(self.pipeline, vae=vae)
-            encoder = family_of(lighter, **said)
-        latents = encode_images(encoder, concept.images)
-        prompts = [picture.prompt for picture in concept.images]
-        self._images = _Shuffled.of(self._family, latents, prompts, concept.images)
+            encoder = sized(with_modules(self.pipeline, vae=vae))
+
+        def shuffled(pictures: Sequence[Picture]) -> _Shuffled:
+            prompts = [picture.prompt for picture in pictures]
+            encoded = Encoded.of(self._family, encode_images(encoder, pictures), prompts, pictures)
+            return _Shuffled(encoded, list(dict.fromkeys(prompts)))
+
+        self._images = shuffled(concept.images)
         self._class_images: _Shuffled | None = None
-        if adaptation.prior_weight > 0:
-            prompts = [picture.prompt for picture in concept.class_images]
-            if prompts:
-                latents = encode_images(encoder, concept.class_images)
-            else:
-                prompts = [concept.class_prompt] * adaptation.num_class_images
-                # of the model as it was given, so that every method finds the same ones
-                draws = seeded(adaptation.seed, "class images")
-                latents = ClassPictures(given).latents(prompts, draws)
-            self._class_images = _Shuffled.of(self._family, latents, prompts, concept.class_images)
+        if adaptation.prior_weight > 0 and concept.class_images:
+            self._class_images = shuffled(concept.class_images)
+        elif adaptation.prior_weight > 0:
+            prompts = [concept.class_prompt] * adaptation.num_class_images
+            # the unadapted model draws, so that every method finds the same pictures
+            latents = ClassPictures(given).latents(prompts, seeded(adaptation.seed, "class images"))
+            encoded = Encoded.of(self._family, latents, prompts)
+            self._class_images = _Shuffled(encoded, [concept.class_prompt])
         self._scaler = torch.amp.GradScaler(
             self._family.device.type, enabled=self._family.dtype == torch.float16
         )
@@ -314,11 +312,8 @@ class Run:
             kept = optimizer.state_dict()
             for n, values in kept["state"].items():
                 for key, value in values.items():
-                    name = f"optimizer.{first + n}.{key}"
-                    if isinstance(value, torch.Tensor):
-                        tensors[name] = value
-                    else:
-                        numbers[name] = value
+                    kind: dict[str, Any] = tensors if isinstance(value, torch.Tensor) else numbers
+                    kind[f"optimizer.{first + n}.{key}"] = value
             first += _num_parameters(kept)
         state = {
             "losses": self.losses,
@@ -382,7 +377,7 @@ class Run:
         self._update(total)
 
     def _batches(self) -> Iterator[tuple[float, Batch]]:
-        """What one backward reads: pictures of the concept, then of its class, with weights."""
+        """The batches of one backward, each with its weight: the concept's, then its class's."""
         yield 1.0, self._draw(self._images)
         if self._class_images is not None:
             yield self.adaptation.prior_weight, self._draw(self._class_images)
@@ -434,7 +429,7 @@ class Run:
 
     @contextlib.contextmanager
     def _prepared(self) -> Iterator[None]:
-        """With the parameters themselves, not their average, and without the encoders."""
+        """For training: the parameters in place of their average, and the encoders offloaded."""
         with self._offloaded():
             if self._average is None:
                 yield
@@ -449,14 +444,13 @@ class Run:
 
     @contextlib.contextmanager
     def _offloaded(self) -> Iterator[None]:
-        """Without the encoders on the device, if the settings say so."""
+        """With the encoders on the CPU, if the settings say so."""
         waiting: list[tuple[torch.nn.Module, torch.device]] = []
         if self.adaptation.offload_encoders:
-            for name, module in self.pipeline.components.items():
-                text_is_trained = self._injection.encode_prompts is not None
-                idle = ("vae",) if text_is_trained else ("vae", "text_encoder")
-                if name.startswith(idle) and module is not None:
-                    waiting.append((module, next(module.parameters()).device))
+            text_is_trained = self._injection.encode_prompts is not None
+            idle = ("vae",) if text_is_trained else ("vae", "text_encoder")
+            parts = networks(self.pipeline).items()
+            waiting = [(m, next(m.parameters()).device) for n, m in parts if n.startswith(idle)]
         try:
             for module, _ in waiting:
                 module.to("cpu")
@@ -501,18 +495,6 @@ class _Shuffled:
     pictures: Encoded
     texts: list[str]
     queue: list[int] = field(default_factory=list)
-
-    @classmethod
-    def of(
-        cls,
-        family: Family,
-        latents: torch.Tensor,
-        prompts: Sequence[str],
-        pictures: Sequence[Picture] = (),
-    ) -> _Shuffled:
-        """Arguments of ``Encoded.of``."""
-        encoded = Encoded.of(family, latents, prompts, pictures)
-        return cls(encoded, list(dict.fromkeys(prompts)))
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Encoded:
         while len(self.queue) < batch_size:

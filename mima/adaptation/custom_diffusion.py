@@ -15,7 +15,7 @@ from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import family_of
 from mima.families.new_words import add_word
-from mima.families.pipelines import Pipeline, component_name, with_modules
+from mima.families.pipelines import Pipeline, with_modules
 from mima.storage.names import CUSTOM_DIFFUSION_FILE
 
 
@@ -47,7 +47,7 @@ class CustomDiffusion(Adaptation):
             name: denoiser.get_parameter(name).requires_grad_(True)
             for name in family.text_projections()
         }
-        name = component_name(pipeline, family.denoiser)
+        name = family.denoiser_name
 
         def save(folder: Path) -> None:
             save_file(_attention_state(denoiser, weights), folder / CUSTOM_DIFFUSION_FILE)

@@ -12,7 +12,7 @@ from mima.adaptation.lora import LoRA
 from mima.concepts import Concept
 from mima.errors import MimaError, nearest
 from mima.families import family_of
-from mima.families.pipelines import Pipeline, component_name, with_modules
+from mima.families.pipelines import Pipeline, with_modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class DreamBooth(Adaptation):
         """Copy the denoiser and free all of it, but for what is `frozen`."""
         require_full_precision(pipeline, self.method)
         family = family_of(pipeline)
-        name = component_name(pipeline, family.denoiser)
+        name = family.denoiser_name
         denoiser: Any = copy.deepcopy(family.denoiser).requires_grad_(True)
         parameters = dict(denoiser.named_parameters())
         for parameter in self.frozen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,11 +15,14 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from mima.adaptation.base import Adaptation, Injection
+from mima.adapters.adapter import check_unadapted
 from mima.concepts import Concept
 from mima.errors import MimaError
-from mima.families import Conditioning, Family, family_of
-from mima.families.pipelines import Pipeline, component_name, shared_copy, with_modules
+from mima.families import Family, family_of
+from mima.families.pipelines import Pipeline, shared_copy, with_modules
 
+encode_with_graph = partial(Family.encode_prompts, differentiable=True)
+"""Encodes a family's prompts with a graph into the text encoder."""
 TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """Attention projections of a CLIP text encoder."""
 
@@ -61,31 +65,27 @@ class LoRA(Adaptation):
     def inject(self, pipeline: Pipeline, concept: Concept) -> Injection:
         """Put a fresh adapter into a denoiser that shares the pipeline's weights."""
         family = family_of(pipeline)
-        if getattr(family.denoiser, "peft_config", None):
-            raise MimaError(
-                "model: adapters are loaded already; fuse_lora() and unload_lora_weights() first"
-            )
-        name = component_name(pipeline, family.denoiser)
-        denoiser: Any = shared_copy(family.denoiser)
-        config = self._config(self._targets(family))
-        modules: dict[str, Any] = {name: denoiser}
+        check_unadapted(family)
+        part = family.denoiser_name
+        modules: dict[str, Any] = {part: shared_copy(family.denoiser)}
+        configs = {part: self._config(self._targets(family))}
         if self.text_encoder:
             modules["text_encoder"] = self._text_encoder(pipeline)
+            configs["text_encoder"] = self._config(TEXT_PROJECTIONS)
         devices = [family.device] if family.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.seed)
             try:
-                if hasattr(denoiser, "add_adapter"):
-                    denoiser.add_adapter(config)
-                else:
-                    inject_adapter_in_model(config, denoiser)
-                if self.text_encoder:
-                    text_config = self._config(TEXT_PROJECTIONS)
-                    inject_adapter_in_model(text_config, modules["text_encoder"])
+                for name, module in modules.items():
+                    if name == part and hasattr(module, "add_adapter"):
+                        module.add_adapter(configs[name])
+                    else:
+                        inject_adapter_in_model(configs[name], module)
             except ValueError as error:
                 raise MimaError(f"lora: {error}") from error
-        # peft makes a set of the list, whose order differs from process to process in files
-        config.target_modules = sorted(config.target_modules or ())
+        for config in configs.values():
+            # peft makes a set of the list, whose order differs from process to process in files
+            config.target_modules = sorted(config.target_modules or ())
         parameters = [
             weight
             for module in modules.values()
@@ -97,24 +97,19 @@ class LoRA(Adaptation):
         adapted = with_modules(pipeline, **modules)
 
         def save(folder: Path) -> None:
-            layers = get_peft_model_state_dict(denoiser)
-            if name == "unet":
-                # the names that other programs know, too; transformers' files keep peft's
-                layers = convert_state_dict_to_diffusers(layers)
-            if hasattr(adapted, "save_lora_weights"):
-                parts = {
-                    f"{name}_lora_layers": layers,
-                    f"{name}_lora_adapter_metadata": config.to_dict(),
-                }
-                if self.text_encoder:
-                    state = get_peft_model_state_dict(adapted.text_encoder)
-                    parts["text_encoder_lora_layers"] = convert_state_dict_to_diffusers(state)
-                    parts["text_encoder_lora_adapter_metadata"] = text_config.to_dict()
-                adapted.save_lora_weights(folder, **parts)
-            else:
-                config.save_pretrained(str(folder))
-                prefixed = {f"base_model.model.{key}": value for key, value in layers.items()}
-                save_file(prefixed, folder / SAFETENSORS_WEIGHTS_NAME)
+            states = {name: get_peft_model_state_dict(module) for name, module in modules.items()}
+            if not hasattr(adapted, "save_lora_weights"):
+                configs[part].save_pretrained(str(folder))
+                named = {f"base_model.model.{key}": value for key, value in states[part].items()}
+                save_file(named, folder / SAFETENSORS_WEIGHTS_NAME)
+                return
+            parts: dict[str, Any] = {}
+            for name, state in states.items():
+                # other programs know diffusers' names of these parts, and peft's of transformers
+                known = state if name == "transformer" else convert_state_dict_to_diffusers(state)
+                parts[f"{name}_lora_layers"] = known
+                parts[f"{name}_lora_adapter_metadata"] = configs[name].to_dict()
+            adapted.save_lora_weights(folder, **parts)
 
         return Injection(
             pipeline=adapted,
@@ -151,8 +146,3 @@ class LoRA(Adaptation):
                 f"for, got {type(pipeline).__name__}"
             )
         return shared_copy(pipeline.text_encoder)
-
-
-def encode_with_graph(family: Family, prompts: Sequence[str]) -> Conditioning:
-    """Encode prompts with a graph into the text encoder."""
-    return family.encode_prompts(prompts, differentiable=True)

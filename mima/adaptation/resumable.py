@@ -67,7 +67,7 @@ def learn(
     parts = [folder] if len(runs) == 1 else [folder / f"run-{n:03d}" for n in range(len(runs))]
     total = runs[0].adaptation.steps
     kept = [one for part in parts if (one := part.latest()) is not None]
-    # killed between two runs' checkpoints, they have no step in common and start again
+    # a process killed between two runs' checkpoints leaves different steps: all start again
     if len(kept) == len(runs) and len({one.step for one in kept}) == 1:
         if kept[0].step > total:
             raise MimaError(f"steps: {kept[0].step} are done already, more than {total}")
@@ -82,7 +82,7 @@ def learn(
         for run, part in zip(runs, parts, strict=True):
             part.write(run.checkpoint())
 
-    # the last step done comes again: its pictures may be missing
+    # a stop that was reached comes again: its pictures may be missing
     for stop in sorted(step for step in stops if step >= runs[0].step):
         with uninterrupted() as arrived:
 
@@ -176,8 +176,8 @@ def adapt(
         if overwrite and not resume:
             kept.remove()
         weights = dict(family_of(pipeline).denoiser.state_dict())
-        plain = {"method": adaptation.method, **json.loads(json.dumps(asdict(adaptation)))}
-        claim(kept, describe_run(plain, concepts, weights), resume=resume)
+        config = {"method": adaptation.method, **json.loads(json.dumps(asdict(adaptation)))}
+        claim(kept, describe_run(config, concepts, weights), resume=resume)
         learn(
             runs[0] if len(runs) == 1 else Together(runs),
             kept,
@@ -229,7 +229,7 @@ def _folder_names(concepts: Sequence[Concept], adaptation: Adaptation) -> list[s
 
 
 def _save_whole(run: Run, pipeline: Pipeline, folder: Path) -> None:
-    """The model with what was learned in it, by the way that any adapter goes into a model."""
+    """Write the model with what was learned merged into it."""
     with tempfile.TemporaryDirectory(prefix="mima-") as scratch:
         adapter = run.save(Path(scratch) / slug(run.concept.name))
         merged = merge_adapters(pipeline, [adapter], weights=[1.0], method="weighted")

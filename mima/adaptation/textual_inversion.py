@@ -9,7 +9,7 @@ from mima.adaptation.base import Adaptation, Injection, require_full_precision
 from mima.concepts import Concept
 from mima.families import family_of
 from mima.families.new_words import add_word
-from mima.families.pipelines import Pipeline, component_name, shared_copy, with_modules
+from mima.families.pipelines import Pipeline, shared_copy, with_modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,9 @@ class TextualInversion(Adaptation):
         """Add the word to copies of tokenizer and text encoder."""
         require_full_precision(pipeline, self.method)
         worded, word = add_word(pipeline, concept)
-        denoiser = family_of(pipeline).denoiser
-        # frozen, and its own object, so that the run does not touch the caller's flags and modes
-        modules = {component_name(pipeline, denoiser): shared_copy(denoiser)}
+        family = family_of(pipeline)
+        # a copy of the frozen denoiser, so that training leaves the caller's flags and modes alone
+        modules = {family.denoiser_name: shared_copy(family.denoiser)}
         return Injection(
             pipeline=with_modules(worded, **modules),
             parameters=[word.embedding],

@@ -92,7 +92,7 @@ class Together:
                 part = weight * value / count
                 totals[n] += part.item()
                 scaled.append(self.runs[n]._scaler.scale(part))
-            # no adapter has a part in another's loss, so that the sum's gradients are theirs
+            # no adapter enters another's loss, so the sum's gradients are those of each loss
             torch.stack(scaled).sum().backward()
         for run, total in zip(self.runs, totals, strict=True):
             run._update(total)

@@ -13,8 +13,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from mima.errors import MimaError
-from mima.families import family_of
-from mima.families.pipelines import Pipeline, component_name
+from mima.families import Family, family_of
+from mima.families.pipelines import Pipeline
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class LowRank:
         return (self.B @ self.A) * self.scale
 
     def copied(self) -> LowRank:
-        """The update as it is now, whatever happens to its tensors later."""
+        """A copy of the update, which shares no tensor with it."""
         return LowRank(self.A.detach().clone(), self.B.detach().clone(), self.scale)
 
 
@@ -67,15 +67,14 @@ class Adapter:
         Raises:
             MimaError: there is none, or one of a kind that is no low-rank update.
         """
-        denoiser = family_of(pipeline).denoiser
-        factors = low_rank_updates(denoiser, "default", "lora")
+        family = family_of(pipeline)
+        factors = low_rank_updates(family.denoiser, "default", "lora")
         if not factors:
             raise MimaError("lora: the pipeline holds no adapter")
-        part = component_name(pipeline, denoiser)
-        return cls("lora", {f"{part}.{name}": update for name, update in factors.items()})
+        return cls("lora", {f"{family.denoiser_name}.{n}": one for n, one in factors.items()})
 
     def copied(self) -> Adapter:
-        """The adapter as it is now, whatever training does to its factors later."""
+        """A copy of the adapter, whose factors training does not reach."""
         return replace(self, factors={name: one.copied() for name, one in self.factors.items()})
 
     def changes(self, name: str) -> bool:
@@ -83,10 +82,22 @@ class Adapter:
         return name in self.factors or name in self.values
 
     def adapted(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The weight as the adapter has it; the given one where the adapter leaves it alone."""
+        """The adapter's weight of a name; the given one where the adapter does not change it."""
         if name in self.factors:
             return weight.clone().add_(self.factors[name].delta().view_as(weight).to(weight.device))
         return self.values[name].to(weight) if name in self.values else weight
+
+
+def check_unadapted(family: Family) -> None:
+    """Refuse a model that adapters are loaded into.
+
+    Raises:
+        MimaError: its denoiser holds one.
+    """
+    if getattr(family.denoiser, "peft_config", None):
+        raise MimaError(
+            "model: adapters are loaded already; fuse_lora() and unload_lora_weights() first"
+        )
 
 
 def lora_layers(module: torch.nn.Module) -> dict[str, Any]:

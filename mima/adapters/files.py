@@ -18,14 +18,21 @@ import torch
 from peft import PeftConfig, PeftType, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mima.adapters.adapter import Adapter, LowRank, low_rank_updates
+from mima.adapters.adapter import Adapter, check_unadapted, low_rank_updates
 from mima.errors import MimaError
 from mima.families import family_of, load_pipeline
-from mima.families.new_words import TOKEN, readers
-from mima.families.pipelines import Pipeline, component_name, shared_copy, with_modules
+from mima.families.new_words import TOKEN
+from mima.families.pipelines import (
+    Pipeline,
+    networks,
+    parameter,
+    readers,
+    shared_copy,
+    with_modules,
+)
 from mima.release.delta import is_delta, read_delta
 from mima.storage.inputs import expanded
 from mima.storage.names import (
@@ -37,6 +44,7 @@ from mima.storage.names import (
 )
 from mima.storage.plain_data import read_json, shortened
 from mima.storage.record import prompt_of
+from mima.storage.tensor_files import header_texts
 
 # what diffusers and peft raise for files that are damaged or do not fit
 READING_ERRORS = (
@@ -44,7 +52,7 @@ READING_ERRORS = (
     # diffusers: no layer of the file is in the model
     *(KeyError, IndexError),
 )
-# what they moreover raise for settings and pickles of another shape than they expect
+# what they and torch raise for settings and pickles of unexpected types
 FOREIGN_ERRORS = (
     *(TypeError, AttributeError, AssertionError, ArithmeticError),
     *(EOFError, MemoryError, struct.error),
@@ -58,7 +66,7 @@ MOST_RANK = 256
 """A rank of which no matrix is in the file is believed up to this: peft makes matrices of it."""
 MOST_NAMES = 10_000
 """Entries of one list of an adapter's configuration."""
-# names of layers as peft reads them: expressions, of which those that repeat anything are not run
+# peft matches layers by regular expressions; one that repeats a part may run for hours
 _PLAIN = re.compile(r"\^?[\w.\\-]*\$?|all-linear")
 _LAYER = re.compile(r"\.(lora|lokr|hada)_.*$")
 _LORA_DOWN = re.compile(r"(\.down|lora_A)(\.[^.]+)?\.weight$")
@@ -76,13 +84,10 @@ class AdapterReader:
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
-        family = family_of(pipeline)
-        if getattr(family.denoiser, "peft_config", None):
-            raise MimaError(
-                "model: adapters are loaded already; fuse_lora() and unload_lora_weights() first"
-            )
+        self.family = family_of(pipeline)
+        check_unadapted(self.family)
         self.pipeline = pipeline
-        self.denoiser = component_name(pipeline, family.denoiser)
+        self.denoiser = self.family.denoiser_name
         self._count = 0
 
     def read(self, source: str | Path) -> Adapter:
@@ -110,7 +115,7 @@ class AdapterReader:
             if isinstance(error, KeyError):
                 message = f"it lacks {message}"
             elif isinstance(error, UnpicklingError):
-                # torch's own message advises to run what is in there
+                # torch's message advises weights_only=False, which runs the code in the file
                 message = "it is damaged, or holds more than tensors, which is not run"
             raise MimaError(f"adapter {path} cannot be read: {message}") from error
         self._check(path, found)
@@ -129,7 +134,7 @@ class AdapterReader:
         found: dict[str, Any] = {}
         files = [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".bin", ".pt")]
         if (path / CUSTOM_DIFFUSION_FILE).is_file():
-            # a training script may leave both forms
+            # diffusers' training script may leave the same weights in both formats
             other = Path(CUSTOM_DIFFUSION_FILE).with_suffix(".bin").name
             files = [file for file in files if file.name != other]
         for file in files:
@@ -173,14 +178,14 @@ class AdapterReader:
                 )
         if any("lora" in key for key in state):
             if any("dora_scale" in key for key in state):
-                # diffusers leaves it out of what other programs wrote
+                # diffusers drops dora_scale from the files of other programs
                 raise MimaError(f"adapter {path} is a DoRA; this is not supported, LoRA is")
             return self._lora(path)
         if any("_custom_diffusion" in key for key in state):
             return {"values": self._custom_diffusion(state)}
         if any(key.startswith("model.diffusion_model.") for key in state):
             return {"values": self._model(load_pipeline(str(path)))}
-        names = {name for name, _ in self._denoiser().named_parameters()}
+        names = {name for name, _ in self.family.denoiser.named_parameters()}
         tail = f"{self.denoiser}."
         stripped = {key.removeprefix(tail): value for key, value in state.items()}
         if names & set(stripped):
@@ -213,12 +218,8 @@ class AdapterReader:
             raise MimaError(f"adapter {path}: its word has {counts} vectors for the encoders")
         word = path.stem
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                word = (file.metadata() or {}).get(TOKEN, word)
+            word = header_texts(path).get(TOKEN, word)
         return {word: torch.cat(parts, dim=1)}
-
-    def _denoiser(self) -> torch.nn.Module:
-        return family_of(self.pipeline).denoiser
 
     def _scratch(self) -> tuple[Any, str]:
         """A pipeline to load an adapter into, and a fresh name for it; weights are shared."""
@@ -236,7 +237,7 @@ class AdapterReader:
                 f"adapter {path}: {type(scratch).__name__} reads no LoRA files; peft's folders "
                 f"({PEFT_CONFIG}) are read"
             )
-        # older diffusers looks for no name itself when it must not ask the hub
+        # offline, older diffusers look for no file unless its name is given
         place = {"weight_name": path.name, "local_files_only": True}
         with _foreign(path):
             state = scratch.lora_state_dict(str(path.parent), **place)
@@ -246,14 +247,7 @@ class AdapterReader:
         with _foreign(path):
             scratch.load_lora_weights(str(path.parent), adapter_name=name, **place)
         dora = any(MAGNITUDE in key for key in state)
-        found: dict[str, Any] = {}
-        for component, module in scratch.components.items():
-            if not isinstance(module, torch.nn.Module):
-                continue
-            if dora:
-                found |= _merged_weights(component, module, name)
-            else:
-                found |= _copied(component, low_rank_updates(module, name, f"adapter {path}"))
+        found = _learned(networks(scratch), name, path, whole=dora)
         expected = sum(bool(_LORA_DOWN.search(key)) for key in state)
         if len(found) != expected:
             raise MimaError(
@@ -263,15 +257,15 @@ class AdapterReader:
         return {"values" if dora else "factors": found}
 
     def _peft(self, path: Path) -> dict[str, Any]:
-        told = read_json((path / PEFT_CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(told, dict):
+        settings = read_json((path / PEFT_CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
             raise MimaError(f"adapter {path}: {PEFT_CONFIG} holds no settings")
         with _foreign(path):
             weights = {
                 key.removeprefix("base_model.model."): value
                 for key, value in load_peft_weights(str(path), device="cpu").items()
             }
-        _check_config(path, told, weights)
+        _check_config(path, settings, weights)
         with _foreign(path):
             config = PeftConfig.from_pretrained(str(path))
         if config.peft_type not in READ_TYPES:
@@ -284,13 +278,8 @@ class AdapterReader:
         with _foreign(path):
             inject_adapter_in_model(config, module, name)
             report: Any = set_peft_model_state_dict(module, weights, adapter_name=name)
-        found: dict[str, Any]
         whole = config.peft_type != PeftType.LORA or getattr(config, "use_dora", False)
-        if whole:
-            with _foreign(path):
-                found = _merged_weights(self.denoiser, module, name)
-        else:
-            found = _copied(self.denoiser, low_rank_updates(module, name, f"adapter {path}"))
+        found = _learned({self.denoiser: module}, name, path, whole=whole)
         expected = len({_LAYER.sub("", key) for key in weights})
         if report.unexpected_keys or len(found) != expected:
             raise MimaError(
@@ -313,7 +302,7 @@ class AdapterReader:
         return values
 
     def _denoiser_folder(self, path: Path) -> dict[str, torch.Tensor]:
-        kind: Any = type(self._denoiser())
+        kind: Any = type(self.family.denoiser)
         settings = read_json((path / "config.json").read_text(encoding="utf-8"))
         given = settings.get("_class_name") if isinstance(settings, dict) else None
         if given != kind.__name__:
@@ -335,8 +324,8 @@ class AdapterReader:
         values: dict[str, torch.Tensor] = {}
         for component, module in modules.items():
             own = dict(getattr(self.pipeline, component).named_parameters())
-            for name, parameter in module.named_parameters():
-                value = parameter.detach()
+            for name, changed in module.named_parameters():
+                value = changed.detach()
                 if name not in own:
                     raise MimaError(f"adapter: the model's {component} has no {name}")
                 same = own[name].shape == value.shape and torch.equal(
@@ -349,9 +338,8 @@ class AdapterReader:
     def _check(self, path: Path, found: Mapping[str, Any]) -> None:
         """Refuse what the pipeline has no place for."""
         for name, value in found.get("values", {}).items():
-            component, _, parameter = name.partition(".")
             try:
-                own = getattr(self.pipeline, component).get_parameter(parameter)
+                own = parameter(self.pipeline, name)
             except AttributeError:
                 raise MimaError(
                     f"adapter {path} does not fit the model, which has no {name}"
@@ -381,7 +369,7 @@ class AdapterReader:
 
 @contextmanager
 def _foreign(path: Path) -> Iterator[None]:
-    """Around what diffusers, peft and torch read: their own errors say that a file is unusable."""
+    """Turn what diffusers, peft and torch raise for an unusable file into a MimaError."""
     try:
         yield
     except FOREIGN_ERRORS as error:
@@ -397,22 +385,20 @@ def _check_metadata(path: Path, state: Mapping[str, Any]) -> None:
     """Check the configuration in a LoRA file's header, of which diffusers makes matrices."""
     if path.suffix != ".safetensors":
         return
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get("lora_adapter_metadata")
-    told = None if text is None else read_json(text)
-    if not isinstance(told, dict):
+    text = header_texts(path).get("lora_adapter_metadata")
+    header = None if text is None else read_json(text)
+    if not isinstance(header, dict):
         return
-    parts = {name.partition(".")[0] for name in told}
-    for part in parts:
+    for part in {name.partition(".")[0] for name in header}:
         settings = {
             name.removeprefix(f"{part}."): value
-            for name, value in told.items()
+            for name, value in header.items()
             if name.startswith(f"{part}.")
         }
         _check_config(path, settings, state)
 
 
-def _check_config(path: Path, told: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+def _check_config(path: Path, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Refuse settings of a LoRA that would take hours to match or memory without end.
 
     Raises:
@@ -421,14 +407,14 @@ def _check_config(path: Path, told: Mapping[str, Any], state: Mapping[str, Any])
     """
     names: list[object] = []
     for setting in ("target_modules", "exclude_modules"):
-        value = told.get(setting)
+        value = settings.get(setting)
         given = value if isinstance(value, list) else [value]
         if len(given) > MOST_NAMES:
             raise MimaError(f"adapter {path}: {setting} has {len(given)} entries")
         names += [one for one in given if one is not None]
-    ranks = [told["r"]] if "r" in told else []
+    ranks = [settings["r"]] if "r" in settings else []
     for setting in ("rank_pattern", "alpha_pattern"):
-        pattern = told.get(setting) or {}
+        pattern = settings.get(setting) or {}
         if not isinstance(pattern, dict) or len(pattern) > MOST_NAMES:
             raise MimaError(f"adapter {path}: {setting} is no short mapping of names to numbers")
         names += pattern
@@ -439,8 +425,8 @@ def _check_config(path: Path, told: Mapping[str, Any], state: Mapping[str, Any])
                 f"adapter {path}: {shortened(repr(name), 80)} is an expression for layers, "
                 "which is not run; name the layers"
             )
-    held = [len(value) for key, value in state.items() if _LORA_DOWN.search(key) and value.ndim]
-    most = max(held, default=0)
+    downs = [value for key, value in state.items() if _LORA_DOWN.search(key) and value.ndim]
+    most = max(map(len, downs), default=0)
     for rank in ranks:
         if not isinstance(rank, int) or not 1 <= rank <= max(most, MOST_RANK):
             raise MimaError(
@@ -449,25 +435,34 @@ def _check_config(path: Path, told: Mapping[str, Any], state: Mapping[str, Any])
             )
 
 
-def _merged_weights(component: str, module: torch.nn.Module, adapter: str) -> dict[str, Any]:
-    """The weights that peft makes of an adapter that is no low-rank matrix, by name.
+def _learned(
+    modules: Mapping[str, torch.nn.Module], adapter: str, path: Path, *, whole: bool
+) -> dict[str, Any]:
+    """What peft has put into modules: whole weights, or low-rank updates."""
+    found: dict[str, Any] = {}
+    for component, module in modules.items():
+        if whole:
+            with _foreign(path):
+                changes = _merged_weights(module, adapter)
+        else:
+            updates = low_rank_updates(module, adapter, f"adapter {path}")
+            changes = {name: update.copied() for name, update in updates.items()}
+        found |= {f"{component}.{name}": change for name, change in changes.items()}
+    return found
 
-    The module keeps them; weights that it shares with another are not written into.
-    """
+
+def _merged_weights(module: torch.nn.Module, adapter: str) -> dict[str, Any]:
+    """The weights that peft makes of an adapter that is no low-rank matrix, by name."""
     values = {}
     for name, layer in module.named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
         if any(adapter in getattr(layer, part) for part in layer.adapter_layer_names):
-            # peft merges in place unless it is to look at what comes out
+            # without safe_merge peft writes into the weight
             layer.merge(safe_merge=True, adapter_names=[adapter])
             weight: Any = layer.get_base_layer().weight
-            values[f"{component}.{name}.weight"] = weight.detach()
+            values[f"{name}.weight"] = weight.detach()
     return values
-
-
-def _copied(component: str, updates: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    return {f"{component}.{name}": update.copied() for name, update in updates.items()}
 
 
 def _reading_modules(pipeline: Pipeline, denoiser: str) -> dict[str, torch.nn.Module]:
@@ -508,7 +503,7 @@ def _words(path: Path, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _prompt(path: Path) -> str | None:
-    """What ``mima adapt`` wrote down."""
+    """The prompt that ``mima adapt`` recorded beside the adapter."""
     try:
         return prompt_of(path)
     except MimaError as error:

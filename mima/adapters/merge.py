@@ -27,7 +27,7 @@ from mima.choices import MergeMethod
 from mima.errors import MimaError, nearest
 from mima.families import Family, family_of, load_pipeline, origin_of, source_of
 from mima.families.new_words import with_words
-from mima.families.pipelines import Pipeline, component_name, with_values
+from mima.families.pipelines import Pipeline, parameter, with_values
 from mima.merging import MergePlan
 from mima.release.card import CardFacts
 from mima.release.delta import Delta
@@ -155,7 +155,7 @@ def merge_adapters(
         dtype: of a model that is opened; one in memory keeps its own.
 
     Returns:
-        The merged pipeline, in the model's dtype, with what was missed.
+        The merged pipeline, in the model's dtype, and how far it misses the constraint.
 
     Raises:
         MimaError: an adapter that cannot be read or does not fit, two that bring the same word,
@@ -191,15 +191,14 @@ def merge_adapters(
         pipeline.to(device)
     reader = AdapterReader(pipeline)
     kept = [n for n, share in enumerate(shares) if share]
-    read = {n: reader.read(adapters[n]) for n in kept}
-    chosen = [read[n] for n in kept]
+    chosen = [reader.read(adapters[n]) for n in kept]
     texts = (
         _prompts(chosen, prompts and [prompts[n] for n in kept]) if method == "projected" else []
     )
     words = _all_words(chosen)
     merge = _Merge(pipeline, chosen, [shares[n] for n in kept], words)
     if len(kept) == 1 and merge.weights == [1.0]:
-        values = merge.alone()
+        values = {name: chosen[0].adapted(name, weight) for name, weight in merge.base.items()}
         report: dict[str, Any] = {"residual": [0.0 if method == "projected" else None]}
     elif method == "weighted":
         values, report = merge.weighted(merge.names), {}
@@ -256,29 +255,23 @@ class _Merge:
         self.names = list(
             dict.fromkeys(name for one in adapters for name in (*one.factors, *one.values))
         )
-        self.base = {name: self._own(name) for name in self.names}
-
-    def _own(self, name: str) -> torch.Tensor:
-        component, _, parameter = name.partition(".")
-        weight: torch.Tensor = getattr(self.pipeline, component).get_parameter(parameter)
-        return weight.detach()
-
-    def alone(self) -> dict[str, torch.Tensor]:
-        """The only adapter's own values."""
-        (adapter,) = self.adapters
-        return {name: adapter.adapted(name, weight) for name, weight in self.base.items()}
+        self.base = {name: parameter(pipeline, name).detach() for name in self.names}
 
     def weighted(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """``φ = W0 + Σ_n w_n (W_n − W0)``."""
-        merged = {}
-        full = [name for name in names if not self._low_rank(name)]
-        for name in names:
-            if self._low_rank(name):
-                touching = [n for n, one in enumerate(self.adapters) if name in one.factors]
-                merged[name] = self._add(name, touching, [self.weights[n] for n in touching])
-        thetas = [[one.adapted(name, self.base[name]) for name in full] for one in self.adapters]
-        values = ops.weighted_merge([self.base[name] for name in full], thetas, self.weights)
+        merged = {name: self._add(name) for name in names if self._low_rank(name)}
+        full = [name for name in names if name not in merged]
+        values = ops.weighted_merge(*self._whole(full), self.weights)
         return {**merged, **dict(zip(full, values, strict=True))}
+
+    def _whole(self, names: Sequence[str]) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+        """The model's own weights of these names, and each adapter's."""
+        base = [self.base[name] for name in names]
+        thetas = [
+            [one.adapted(name, weight) for name, weight in zip(names, base, strict=True)]
+            for one in self.adapters
+        ]
+        return base, thetas
 
     def plan(
         self,
@@ -288,9 +281,9 @@ class _Merge:
         lam: float,
         seed: int,
     ) -> MergePlan:
-        """Where the text leads, as the merged model will read it."""
-        spoken = self.weighted([name for name in self.names if name.startswith("text_encoder")])
-        reader: Family = family_of(with_words(with_values(self.pipeline, spoken), self.words))
+        """The merge plan of the prompts, as the merged text encoders read them."""
+        encoders = self.weighted([name for name in self.names if name.startswith("text_encoder")])
+        reader: Family = family_of(with_words(with_values(self.pipeline, encoders), self.words))
         C = [reader.token_embeddings(prompt) for prompt in prompts]
         regular = regular_tokens(reader, captions, num_captions, seed)
         try:
@@ -301,8 +294,7 @@ class _Merge:
     def projected(self, plan: MergePlan) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """``φ = W0 + Σ_n (W_n − W0) C_nᵀ M_n`` where text is read, the average elsewhere."""
         family = family_of(self.pipeline)
-        denoiser = component_name(self.pipeline, family.denoiser)
-        reads_text = {f"{denoiser}.{name}" for name in family.text_projections()}
+        reads_text = {f"{family.denoiser_name}.{name}" for name in family.text_projections()}
         here = [name for name in self.names if name in reads_text]
         if not here:
             raise MimaError(
@@ -310,26 +302,25 @@ class _Merge:
                 "project; use the weighted merge"
             )
         values = self.weighted([name for name in self.names if name not in reads_text])
-        asked = [
-            {name: self._asked(one, name, C_SD) for name in here if one.changes(name)}
+        targets = [
+            {name: self._target(one, name, C_SD) for name in here if one.changes(name)}
             for one, C_SD in zip(self.adapters, plan.C, strict=True)
         ]
-        full = [name for name in here if not self._low_rank(name)]
-        for name in here:
-            if self._low_rank(name):
-                touching = [n for n, one in enumerate(self.adapters) if name in one.factors]
-                values[name] = ops.merge_lora(
-                    self.base[name],
-                    [plan.M[n] for n in touching],
-                    [asked[n][name] for n in touching],
-                    [1.0] * len(touching),
-                    [1.0] * len(touching),
-                )
-        thetas = [[one.adapted(name, self.base[name]) for name in full] for one in self.adapters]
-        merged = ops.projected_merge([self.base[name] for name in full], thetas, plan.C, plan.M)
+        low_rank = [name for name in here if self._low_rank(name)]
+        for name in low_rank:
+            touching = self._touching(name)
+            values[name] = ops.merge_lora(
+                self.base[name],
+                [plan.M[n] for n in touching],
+                [targets[n][name] for n in touching],
+                [1.0] * len(touching),
+                [1.0] * len(touching),
+            )
+        full = [name for name in here if name not in low_rank]
+        merged = ops.projected_merge(*self._whole(full), plan.C, plan.M)
         values |= dict(zip(full, merged, strict=True))
 
-        residual = self._residual(plan, asked, {name: values[name] for name in here})
+        residual = self._residual(plan, targets, {name: values[name] for name in here})
         return values, {
             "residual": residual,
             "drift_bound": plan.drift_bound.tolist(),
@@ -339,43 +330,47 @@ class _Merge:
     def _residual(
         self,
         plan: MergePlan,
-        asked: Sequence[Mapping[str, torch.Tensor]],
+        targets: Sequence[Mapping[str, torch.Tensor]],
         merged: Mapping[str, torch.Tensor],
     ) -> list[float | None]:
-        """Per adapter, how far its prompt's outputs are from what it asked for, relative to that.
+        """Per adapter, ``‖(φ − W0) C_nᵀ − A_n‖ / ‖A_n‖``, with ``targets`` the ``A_n`` by weight.
 
-        Measured on the merged weights themselves, with the rounding of their dtype. A weight that
-        the adapter leaves alone should answer its prompt as before.
+        Measured on the merged weights themselves, with the rounding of their dtype. Of a weight
+        that the adapter leaves alone, ``A_n`` is 0.
         """
         lengths = [len(C_SD) for C_SD in plan.C]
         C_TD = torch.cat(plan.C)
-        missed, whole = [0.0] * len(asked), [0.0] * len(asked)
+        errors, norms = [0.0] * len(targets), [0.0] * len(targets)
         for name, value in merged.items():
             moved = ((value - self.base[name]) @ C_TD.mT).split(lengths, dim=1)
-            for n, (wanted, gap_oS) in enumerate(zip(asked, moved, strict=True)):
+            for n, (wanted, gap_oS) in enumerate(zip(targets, moved, strict=True)):
                 if name in wanted:
                     gap_oS = gap_oS - wanted[name]
-                    whole[n] += float(wanted[name].float().square().sum())
-                missed[n] += float(gap_oS.float().square().sum())
-        return [math.sqrt(m / w) if w else None for m, w in zip(missed, whole, strict=True)]
+                    norms[n] += float(wanted[name].float().square().sum())
+                errors[n] += float(gap_oS.float().square().sum())
+        return [math.sqrt(e / n) if n else None for e, n in zip(errors, norms, strict=True)]
 
     def _low_rank(self, name: str) -> bool:
         return all(name in one.factors for one in self.adapters if one.changes(name))
 
-    def _add(self, name: str, touching: Sequence[int], weights: Sequence[float]) -> torch.Tensor:
+    def _touching(self, name: str) -> list[int]:
+        """Which adapters have a low-rank update of a weight."""
+        return [n for n, one in enumerate(self.adapters) if name in one.factors]
+
+    def _add(self, name: str) -> torch.Tensor:
         """The weight plus low-rank updates, none of which is formed."""
-        weight = self.base[name]
+        weight, touching = self.base[name], self._touching(name)
         factors = [self.adapters[n].factors[name] for n in touching]
         merged = ops.merge_lora(
             weight.flatten(1),
             [one.A.to(weight) for one in factors],
             [one.B.to(weight) for one in factors],
             [one.scale for one in factors],
-            weights,
+            [self.weights[n] for n in touching],
         )
         return merged.view_as(weight)
 
-    def _asked(self, adapter: Adapter, name: str, C_SD: torch.Tensor) -> torch.Tensor:
+    def _target(self, adapter: Adapter, name: str, C_SD: torch.Tensor) -> torch.Tensor:
         """``A_n = (W_n − W0) C_nᵀ`` [o, S_n], in the weight's dtype."""
         weight = self.base[name]
         if name in adapter.factors:

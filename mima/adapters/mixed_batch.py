@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from mima.adapters.adapter import Adapter, LowRank, lora_layers
 from mima.errors import MimaError
 from mima.families import family_of
-from mima.families.pipelines import Pipeline, component_name, shared_copy, with_modules
+from mima.families.pipelines import Pipeline, shared_copy, with_modules
 from mima.ops._checks import known_in_range
 from mima.ops.batched_lora import batched_lora
 
@@ -75,10 +75,10 @@ class MixedLinear(torch.nn.Module):
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
         present = [f for f in factors if f is not None]
-        # in lists, which hide parameters: they belong to whoever trains them
+        # lists, in which torch registers no parameters: this layer does not own them
         self._A = [f.A for f in present]
         self._B = [f.B for f in present]
-        # as the operator takes it, on the device: a list would be copied there in every forward
+        # on the device: batched_lora would copy a list there in every forward
         self._scale = torch.tensor(
             [f.scale for f in present], dtype=torch.float32, device=base.weight.device
         )
@@ -89,7 +89,7 @@ class MixedLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[b, ..., d] -> [b, ..., o]."""
         kind = x.device.type
-        # as peft does under autocast, and as it does not without: the adapters follow the input
+        # autocast's dtype, as in peft; without autocast the input's, to which adapters are cast
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         y = batched_lora(
             x.reshape(len(x), -1, x.shape[-1]).to(dtype),
@@ -125,9 +125,9 @@ def with_adapters(pipeline: Pipeline, adapters: Sequence[Adapter]) -> tuple[Any,
     Raises:
         MimaError: an adapter changes another layer than a linear one.
     """
-    denoiser = family_of(pipeline).denoiser
-    part = component_name(pipeline, denoiser)
-    mixed, rows = shared_copy(denoiser), Rows()
+    family = family_of(pipeline)
+    part = family.denoiser_name
+    mixed, rows = shared_copy(family.denoiser), Rows()
     for weight in dict.fromkeys(name for adapter in adapters for name in adapter.factors):
         name = weight.removeprefix(f"{part}.").removesuffix(".weight")
         base: Any = mixed.get_submodule(name)

@@ -27,10 +27,10 @@ import torch.nn.functional as F
 
 from mima.adaptation.base import require_full_precision
 from mima.concepts import Concept
-from mima.erasure.uce import Edit, edits_of, require_list
+from mima.erasure.uce import Edit, edit_groups
 from mima.errors import MimaError, check_settings
 from mima.families import Conditioning, Family, family_of
-from mima.families.pipelines import Pipeline, component_name, with_modules
+from mima.families.pipelines import Pipeline, with_modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,17 +105,11 @@ class ESD:
             TypeError: one concept instead of a list.
             ValueError: no concepts.
         """
-        require_list("ESD.erase", concepts)
-        groups = [
-            edits_of(concept, target=target) if isinstance(concept, (Concept, str)) else [*concept]
-            for concept in concepts
-        ]
-        if not all(groups):
-            raise ValueError("ESD.erase: a list of edits is empty")
+        groups = edit_groups("ESD.erase", concepts, (), target)
         require_full_precision(pipeline, "esd")
         frozen = family_of(pipeline, resolution=self.resolution)
         denoiser = copy.deepcopy(frozen.denoiser).requires_grad_(False).eval()
-        erased = with_modules(pipeline, **{component_name(pipeline, frozen.denoiser): denoiser})
+        erased = with_modules(pipeline, **{frozen.denoiser_name: denoiser})
         family = family_of(erased, resolution=self.resolution)
         parameters = [
             denoiser.get_parameter(name).requires_grad_(True)
@@ -175,10 +169,10 @@ class ESD:
         generator: torch.Generator,
     ) -> torch.Tensor:
         """x_t [B, C, H, W] at the last of `levels`, from noise at the first."""
-        side = family.resolution // family.pipeline.vae_scale_factor
-        shape = (self.batch_size, family._latent_channels, side, side)
         # drawn on the CPU, so that a seed means the same on every device
-        noisy = torch.randn(shape, generator=generator).to(family.device, family.dtype)
+        noisy = torch.randn(family.latent_shape(self.batch_size), generator=generator).to(
+            family.device, family.dtype
+        )
         both = {name: torch.cat([neutral[name], prompt[name]]) for name in prompt}
         for now, following in itertools.pairwise(levels):
             if self.start_guidance == 1:

@@ -36,7 +36,7 @@ from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import Family, family_of
 from mima.families.base import TextReader
-from mima.families.pipelines import Pipeline, component_name, with_modules
+from mima.families.pipelines import Pipeline, with_modules
 
 logger = logging.getLogger(__name__)
 
@@ -109,19 +109,10 @@ def erase(
         raise ValueError(f"erase: preserve_scale must be at least 0, got {preserve_scale}")
     if technique not in ("replace", "tensor"):
         raise ValueError(f"erase: technique must be replace or tensor, got {technique!r}")
-    require_list("erase", concepts)
     captions = _captions(preserve)
-    groups, kept = [], set(captions)
-    for concept in concepts:
-        if isinstance(concept, (Concept, str)):
-            group = edits_of(concept, captions, target)
-        else:
-            group = list(concept)
-        if not group:
-            raise ValueError("erase: a list of edits is empty")
-        groups.append(group)
-        kept -= {edit.source for edit in group}
-    preserved = [caption for caption in captions if caption in kept]
+    groups = edit_groups("erase", concepts, captions, target)
+    edited = {edit.source for group in groups for edit in group}
+    preserved = [caption for caption in captions if caption not in edited]
     logger.info(
         "erasing %d concepts: %d prompts edited, %d preserved",
         len(groups),
@@ -129,9 +120,9 @@ def erase(
         len(preserved),
     )
 
-    denoiser = copy.deepcopy(family_of(pipeline).denoiser)
-    name = component_name(pipeline, family_of(pipeline).denoiser)
-    erased = with_modules(pipeline, **{name: denoiser})
+    original = family_of(pipeline)
+    denoiser = copy.deepcopy(original.denoiser)
+    erased = with_modules(pipeline, **{original.denoiser_name: denoiser})
     family = family_of(erased)
 
     # all rows are read before any weight changes
@@ -183,8 +174,8 @@ def edits_of(concept: Concept | str, captions: Sequence[str] = (), target: str =
     Raises:
         MimaError: none of the concept's own prompts names it, or its name is empty.
     """
-    said = concept if isinstance(concept, str) else concept.name
-    words = re.split(r"[\s_-]+", said.strip())
+    called = concept if isinstance(concept, str) else concept.name
+    words = re.split(r"[\s_-]+", called.strip())
     if not any(words):
         raise MimaError("erase: a concept's name is empty")
     name = re.compile(r"(?<!\w)" + r"[\s_-]+".join(map(re.escape, words)) + r"(?!\w)", re.I)
@@ -194,7 +185,7 @@ def edits_of(concept: Concept | str, captions: Sequence[str] = (), target: str =
     own = _captions([concept])
     if not any(name.search(prompt) for prompt in own):
         raise MimaError(
-            f"concept {said!r}: none of its prompts contains its name (one is {own[0]!r}), so "
+            f"concept {called!r}: none of its prompts contains its name (one is {own[0]!r}), so "
             "there is nothing to replace; name it as its prompts do, or in Python pass Edits"
         )
     edits = []
@@ -206,12 +197,25 @@ def edits_of(concept: Concept | str, captions: Sequence[str] = (), target: str =
     return edits
 
 
-def require_list(who: str, concepts: object) -> None:
-    """Refuse no concepts, and a single one: a name would be read letter by letter."""
+def edit_groups(
+    who: str,
+    concepts: Sequence[Concept | str | Sequence[Edit]],
+    captions: Sequence[str],
+    target: str,
+) -> list[list[Edit]]:
+    """The edits of each concept, arguments as for `edits_of`; `who` begins error messages."""
+    # a single name would be read letter by letter
     if isinstance(concepts, (str, Concept)):
         raise TypeError(f"{who}: concepts must be a list, got {concepts!r}")
     if not concepts:
         raise ValueError(f"{who}: concepts is empty")
+    groups = [
+        edits_of(one, captions, target) if isinstance(one, (Concept, str)) else [*one]
+        for one in concepts
+    ]
+    if not all(groups):
+        raise ValueError(f"{who}: a list of edits is empty")
+    return groups
 
 
 def _captions(preserve: Sequence[str | Concept]) -> list[str]:
@@ -228,7 +232,7 @@ def _captions(preserve: Sequence[str | Concept]) -> list[str]:
 def _embed(
     family: Family, reader: TextReader, prompts: Sequence[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is there to read, [B, S, D] in float64, and which of it is read, [B, S].
+    """Text embeddings [B, S, D] in float64, and a mask [B, S] of those that are read.
 
     CLIP-conditioned models read padding as well as tokens; models with a mask do not.
     """

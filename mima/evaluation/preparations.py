@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mima.families import family_of
-from mima.families.pipelines import Pipeline, component_name, with_values
+from mima.families.pipelines import Pipeline, with_values
 
 KICK = 0.1
 """Noise of a kick, as a share of each weight's own standard deviation."""
@@ -38,7 +38,7 @@ def with_weights(pipeline: Pipeline, change: Callable[[str, torch.Tensor], torch
         pipeline: a diffusers pipeline.
         change: gives a new value for a name and an old value.
     """
-    place = component_name(pipeline, family_of(pipeline).denoiser)
+    place = family_of(pipeline).denoiser_name
     weights = denoiser_weights(pipeline)
     return with_values(pipeline, {f"{place}.{n}": change(n, value) for n, value in weights.items()})
 

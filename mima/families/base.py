@@ -16,7 +16,7 @@ import torch
 from torch.func import functional_call
 
 from mima.errors import MimaError
-from mima.families.pipelines import Pipeline
+from mima.families.pipelines import Pipeline, readers
 from mima.options import TrainingOptions
 
 if TYPE_CHECKING:
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 Params = Mapping[str, torch.Tensor]
 Conditioning = dict[str, torch.Tensor]
 
-# pictures are encoded this many pixels at a time: activations of four 512 px pictures
+# how many pixels are encoded at once: those of four 512 px pictures
 PIXELS_AT_ONCE = 4 * 512**2
-# beyond this many times the side that a model was trained on, memory ends and pictures fall apart
+# the largest resolution, in multiples of the side that the model was trained on
 LARGEST = 4
 UNQUANTIZED = (
     "open it unquantized (immunize takes a pipeline in memory whose denoiser torchao has quantized)"
 )
-# of a model that does not say it
+# the side assumed of a model whose configuration names none
 USUAL_SIDE = 512
 
 
@@ -83,7 +83,7 @@ class Family(ABC):
     """What the names of parameter sets stand for, as expressions on parameter names."""
     reads_text_alone: ClassVar[bool] = True
     """Whether what the text projections read is ``read_text`` of the text encoders' output."""
-    training_defaults: ClassVar[Mapping[str, Any]] = {}
+    training_defaults: ClassVar[dict[str, Any]] = {}
     """By name, of the ``TrainingOptions`` that the family reads."""
     _resolution: int | None = None
     sharded: ShardedDenoiser | None = None
@@ -96,18 +96,19 @@ class Family(ABC):
         if missing:
             raise MimaError(f"model: this {kind} has no {' and no '.join(missing)}")
         self.pipeline = pipeline
-        self.denoiser: torch.nn.Module = getattr(pipeline, self.parts[0])
+        denoiser = self.denoiser_name
+        self.denoiser: torch.nn.Module = getattr(pipeline, denoiser)
         if getattr(self.denoiser, "is_quantized", False):
-            raise MimaError(f"model: the {self.parts[0]} is quantized; {UNQUANTIZED}")
+            raise MimaError(f"model: the {denoiser} is quantized; {UNQUANTIZED}")
         if any(getattr(module, "fused_projections", False) for module in self.denoiser.modules()):
             raise MimaError(
-                f"model: the {self.parts[0]}'s attention projections are fused, so that their own "
+                f"model: the {denoiser}'s attention projections are fused, so that their own "
                 "weights are not read; call unfuse_qkv_projections() first"
             )
         expected, latent = self._latent_channels, self._vae_channels
         if expected != latent:
             raise MimaError(
-                f"model: the {self.parts[0]} reads {expected} latent channels and the vae makes "
+                f"model: the {denoiser} reads {expected} latent channels and the vae makes "
                 f"{latent}; models with further picture inputs (inpainting, editing) are not "
                 "supported, text-to-image models are"
             )
@@ -118,6 +119,11 @@ class Family(ABC):
         """Whether a weight of the denoiser goes by several names."""
         every = self.denoiser.named_parameters(remove_duplicate=False)
         return len(list(every)) > len(list(self.denoiser.parameters()))
+
+    @property
+    def denoiser_name(self) -> str:
+        """Under which name the pipeline holds the denoiser, ``unet`` or ``transformer``."""
+        return self.parts[0]
 
     @property
     def device(self) -> torch.device:
@@ -131,27 +137,23 @@ class Family(ABC):
 
     def _check_text(self) -> None:
         """Refuse tokenizers, text encoders and a denoiser of different models."""
-        for number in ("", "_2", "_3"):
-            tokenizer = getattr(self.pipeline, f"tokenizer{number}", None)
-            encoder = getattr(self.pipeline, f"text_encoder{number}", None)
-            if tokenizer is None or encoder is None:
-                continue
-            rows = encoder.get_input_embeddings().weight.shape[0]
-            if len(tokenizer) > rows:
+        for reader in readers(self.pipeline):
+            tokens, rows = len(reader.tokenizer), len(reader.rows)
+            if tokens > rows:
                 raise MimaError(
-                    f"model: tokenizer{number} has {len(tokenizer)} tokens and "
-                    f"text_encoder{number} knows {rows}: they are of different models"
+                    f"model: tokenizer{reader.number} has {tokens} tokens and "
+                    f"text_encoder{reader.number} knows {rows}: they are of different models"
                 )
         for what, read, made in self._text_widths():
             if read != made:
                 raise MimaError(
-                    f"model: the {self.parts[0]} reads {what} of width {read} and the text "
+                    f"model: the {self.denoiser_name} reads {what} of width {read} and the text "
                     f"encoders make {made}: they are of different models"
                 )
 
     @abstractmethod
     def _text_widths(self) -> list[tuple[str, Any, int]]:
-        """What the denoiser reads of the text encoders, the width that it reads, and theirs."""
+        """Kinds of text, each with the width that the denoiser reads and the one it is given."""
 
     @property
     def resolution(self) -> int:
@@ -166,9 +168,9 @@ class Family(ABC):
         sides = self._trained_sides
         if len(sides) != 1:
             raise MimaError(
-                f"model: sample_size of the {self.parts[0]} must be one number or two equal ones, "
-                f"got {self._sample_size}; only square pictures are supported, whose resolution "
-                "must be said"
+                f"model: sample_size of the {self.denoiser_name} must be one number or two equal "
+                f"ones, got {self._sample_size}; only square pictures are supported, whose "
+                "resolution must be said"
             )
         return sides.pop()
 
@@ -203,7 +205,7 @@ class Family(ABC):
 
     @property
     def _trained_sides(self) -> set[int]:
-        """Of the pictures that it was trained on, in pixels: one where they are square."""
+        """Sides in pixels of the pictures that training read: one where they are square."""
         size = self._sample_size
         sides = (size,) if isinstance(size, int) else size or ()
         return {int(side * self.pipeline.vae_scale_factor) for side in sides}
@@ -225,6 +227,11 @@ class Family(ABC):
     @property
     def _vae_channels(self) -> int:
         return int(self.pipeline.vae.config.latent_channels)
+
+    def latent_shape(self, batch: int) -> tuple[int, int, int, int]:
+        """[B, C, H, W] of a batch's latents at ``resolution``."""
+        side = self.resolution // self.pipeline.vae_scale_factor
+        return batch, self._latent_channels, side, side
 
     @property
     def _sample_size(self) -> Any:
@@ -279,7 +286,7 @@ class Family(ABC):
         return mean
 
     def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
-        """What the denoiser is trained on, from what the VAE encodes."""
+        """Latents as the denoiser reads them, from the VAE's."""
         return latents * float(self.pipeline.vae.config.scaling_factor)
 
     def encode_prompts(
@@ -346,6 +353,22 @@ class Family(ABC):
         mask = self.token_mask(several)
         return self.text_embeddings(several)[mask.to(self.device)]
 
+    @property
+    def _stream_tokenizer(self) -> Any:
+        """The tokenizer of the longest text stream; None where that has no tokens."""
+        return self.pipeline.tokenizer
+
+    @property
+    def _tokens_read(self) -> int:
+        """Places of the longest text stream in training."""
+        return self._max_tokens(self.training.max_sequence_length)
+
+    def _max_tokens(self, wanted: int | None) -> int:
+        """As many of the wanted tokens as the tokenizer gives."""
+        assert wanted is not None
+        tokenizer = self._stream_tokenizer
+        return wanted if tokenizer is None else min(wanted, int(tokenizer.model_max_length))
+
     def _mask(self, tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tensor:
         """[B, length]: the tokens of each prompt and its end token."""
         prompts = list(prompts)
@@ -378,8 +401,8 @@ class Family(ABC):
         ]
         if not names:
             raise MimaError(
-                f"model: the {self.parts[0]} has no weights named {self.text_weights}; if adapters "
-                "are loaded, fuse_lora() and unload_lora_weights() first"
+                f"model: the {self.denoiser_name} has no weights named {self.text_weights}; if "
+                "adapters are loaded, fuse_lora() and unload_lora_weights() first"
             )
         return names
 
@@ -554,7 +577,7 @@ class Family(ABC):
         if params is None:
             output = self.denoiser(**inputs)[0]
         else:
-            # looking for shared weights at each call would cost as much as a small model's forward
+            # torch's own search for shared weights takes as long as a small model's forward
             output = functional_call(
                 self.denoiser, dict(params), (), inputs, tie_weights=self.shares_weights
             )[0]

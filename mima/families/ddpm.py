@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +13,7 @@ from diffusers import DDPMScheduler
 from mima.errors import MimaError, quoted
 from mima.families.base import Family
 from mima.families.pipelines import Pipeline
+from mima.reference import wide
 
 # what determines the training process; the rest of a scheduler's settings concerns sampling
 SCHEDULE = (
@@ -33,7 +33,7 @@ class DDPM(Family):
         schedule: the training process as a DDPM scheduler, whatever the pipeline samples with.
     """
 
-    training_defaults: ClassVar[Mapping[str, Any]] = {"snr_gamma": None}
+    training_defaults: ClassVar[dict[str, Any]] = {"snr_gamma": None}
 
     def __init__(self, pipeline: Pipeline) -> None:
         super().__init__(pipeline)
@@ -56,7 +56,7 @@ class DDPM(Family):
 
     @property
     def _multiple(self) -> int:
-        # the pipelines of these families draw nothing else, whatever the vae's factor
+        # these pipelines draw no other sides, whatever the VAE's factor
         return math.lcm(super()._multiple, 8)
 
     @property
@@ -71,7 +71,7 @@ class DDPM(Family):
     def add_noise(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
-        x, eps = (at_least_float32(tensor) for tensor in (latents, noise))
+        x, eps = wide(latents), wide(noise)
         signal, sigma = self._levels(timesteps, x)
         return (signal * x + sigma * eps).to(latents.dtype)
 
@@ -93,7 +93,7 @@ class DDPM(Family):
             return noise
         if kind == "sample":
             return latents
-        x, eps = (at_least_float32(tensor) for tensor in (latents, noise))
+        x, eps = wide(latents), wide(noise)
         signal, sigma = self._levels(timesteps, x)
         return (signal * eps - sigma * x).to(latents.dtype)
 
@@ -121,7 +121,7 @@ class DDPM(Family):
         following: torch.Tensor,
     ) -> torch.Tensor:
         """DDIM (Song et al. 2021, η = 0): the same x and ε, mixed for another noise level."""
-        x_t, predicted = (at_least_float32(tensor) for tensor in (noisy, prediction))
+        x_t, predicted = wide(noisy), wide(prediction)
         signal, sigma = self._levels(timesteps, x_t)
         kind = self.schedule.config["prediction_type"]
         if kind == "epsilon":
@@ -132,8 +132,3 @@ class DDPM(Family):
             x = signal * x_t - sigma * predicted
             eps = sigma * x_t + signal * predicted
         return self.add_noise(x, eps, following).to(noisy.dtype)
-
-
-def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """Half precision as float32, the rest as it is."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from mima.families.base import Conditioning, Family, TextReader
 from mima.families.rectified_flow import RectifiedFlow
@@ -16,16 +17,16 @@ from mima.families.rectified_flow import RectifiedFlow
 class JointAttention(RectifiedFlow):
     """Where text reaches the denoiser of SD3, Flux, Qwen-Image and the like.
 
-    A text stream runs beside the picture's; its ``add_k_proj`` and
-    ``add_v_proj`` play the part of cross-attention's keys and values, and the preset
-    ``cross_attention`` is the text stream's attention: ``add_q_proj``, ``add_k_proj``,
-    ``add_v_proj``, their norms and ``to_add_out``. What they read is not the text encoders'
-    output: it is embedded, updated block by block, and each block normalises and modulates it by
-    the noise level and the pooled text. ``text_embeddings`` is therefore one point of it: *what the
-    first block reads at the middle noise level* (σ = ½). The merge plan made of it meets its
-    constraint exactly there, and approximately in later blocks and at other noise levels;
-    ``projection_embeddings`` says what each weight reads, block by block. Flux's single-stream
-    blocks have no weights for text alone; they are merged like any other weight.
+    A text stream runs beside the picture's; its ``add_k_proj`` and ``add_v_proj`` play the part of
+    cross-attention's keys and values, and the preset ``cross_attention`` is the text stream's
+    attention: ``add_q_proj``, ``add_k_proj``, ``add_v_proj``, their norms and ``to_add_out``. What
+    they read is not the text encoders' output: it is embedded, updated block by block, and each
+    block normalises and modulates it by the noise level and the pooled text. ``text_embeddings`` is
+    therefore one point of it: *what the first block reads at the middle noise level* (σ = ½). The
+    merge plan made of it meets its constraint exactly there, and approximately in later blocks and
+    at other noise levels; ``projection_embeddings`` says what each weight reads, block by block.
+    Flux's single-stream blocks have no weights for text alone; they are merged like any other
+    weight.
     """
 
     reads_text_alone = False
@@ -38,7 +39,8 @@ class JointAttention(RectifiedFlow):
     def text_embeddings(self, prompts: Sequence[str]) -> torch.Tensor:
         """[B, S, D] that the first block's text projections read at σ = ½, padding included."""
         # the picture reaches the text stream in the first block's attention, after its projections
-        smallest = self._latents(len(prompts), self._patch)
+        size = (len(prompts), self._latent_channels, self._patch, self._patch)
+        smallest = torch.zeros(size, device=self.device, dtype=self.dtype)
         return self._read(prompts, smallest)[self.text_projections()[0]]
 
     def text_readers(self) -> list[TextReader]:
@@ -74,18 +76,46 @@ class JointAttention(RectifiedFlow):
         Returns:
             [S, D] by name of the weight; those of one block share a tensor.
         """
-        noise = torch.randn(
-            self._latents(1, self.resolution // self.pipeline.vae_scale_factor).shape,
-            generator=generator,
-        )
+        noise = torch.randn(self.latent_shape(1), generator=generator)
         mask = self.token_mask([prompt])[0].to(self.device)
         inputs = self._read([prompt], noise.to(self.device, self.dtype))
         return {name: value[0][mask] for name, value in inputs.items()}
 
-    def _latents(self, batch: int, side: int) -> torch.Tensor:
-        size = (batch, self._latent_channels, side, side)
-        return torch.zeros(size, device=self.device, dtype=self.dtype)
-
     def _read(self, prompts: Sequence[str], noisy: torch.Tensor) -> Conditioning:
         middle = torch.full((len(prompts),), self.num_train_timesteps / 2, device=self.device)
         return self.projection_inputs(noisy, middle, self.encode_prompts(prompts))
+
+
+class PackedLatents(JointAttention):
+    """Flux and Qwen-Image, whose transformers read 2×2 latents as one token.
+
+    Latents are [B, C, H, W] everywhere but within ``predict``.
+    """
+
+    @property
+    def _latent_channels(self) -> int:
+        return super()._latent_channels // self._patch**2
+
+    @property
+    def _sample_size(self) -> Any:
+        return self.pipeline.default_sample_size
+
+    @property
+    def _patch(self) -> int:
+        # of the packing: patch_size is 1 in Flux's transformer
+        return 2
+
+    def _sampled(self, latents: torch.Tensor) -> torch.Tensor:
+        return self._unpacked(latents, self.latent_shape(len(latents)))
+
+    def _prediction(self, output: torch.Tensor, noisy: torch.Tensor) -> torch.Tensor:
+        return self._unpacked(output, noisy.shape)
+
+    def _unpacked(self, tokens: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """Tokens [B, H/2 · W/2, 4C] as latents of a shape [B, C, H, W]."""
+        return F.pixel_shuffle(tokens.mT.unflatten(2, (shape[-2] // 2, shape[-1] // 2)), 2)
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """[B, C, H, W] to tokens [B, H/2 · W/2, 4C]."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).mT

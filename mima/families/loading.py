@@ -42,7 +42,7 @@ from mima.families.base import UNQUANTIZED, Family, cast
 from mima.families.flux import Flux
 from mima.families.hub import unreachable
 from mima.families.lumina2 import Lumina2
-from mima.families.pipelines import Pipeline
+from mima.families.pipelines import Pipeline, networks
 from mima.families.pixart import PixArt
 from mima.families.qwen_image import QwenImage
 from mima.families.sana import Sana
@@ -75,7 +75,7 @@ LOADING_ERRORS = (
 # what huggingface_hub and diffusers raise for what cannot be fetched
 HUB_ERRORS = (OSError, ValueError, HfHubHTTPError, EntryNotFoundError)
 
-# a tokenizer without its files opens all the same, and knows no word
+# transformers opens a tokenizer without these files, which then knows no word
 VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"})
 OLD_NAMES = {
     ".to_q.": ".query.",
@@ -131,15 +131,15 @@ class ModelSource:
 
     @property
     def label(self) -> str:
-        """The model, with what was said of it."""
-        said = [f"{name} {value}" for name, value in self.options.items()]
-        return f"{self.model} ({', '.join(said)})" if said else str(self.model)
+        """The model with its options, for people."""
+        options = [f"{name} {value}" for name, value in self.options.items()]
+        return f"{self.model} ({', '.join(options)})" if options else str(self.model)
 
     @property
     def options(self) -> dict[str, str]:
         """What diffusers' ``from_pretrained`` must be told beside the model."""
-        said = {"revision": self.revision, "variant": self.variant}
-        return {name: value for name, value in said.items() if value is not None}
+        options = {"revision": self.revision, "variant": self.variant}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 def source_of(model: Any) -> ModelSource | None:
@@ -234,11 +234,10 @@ def load_pipeline(
             raise MimaError(f"model: the {name} is quantized; {UNQUANTIZED}")
     if device is not None:
         pipeline.to(device)
-    for component in pipeline.components.values():
-        if isinstance(component, torch.nn.Module):
-            if dtype is not None:
-                cast(component, dtype)
-            component.requires_grad_(False).eval()
+    for network in networks(pipeline).values():
+        if dtype is not None:
+            cast(network, dtype)
+        network.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -269,7 +268,7 @@ def _open_hub(
     model: str, dtype: torch.dtype | None, revision: str | None, variant: str | None
 ) -> Any:
     try:
-        # before huggingface_hub tries six times
+        # huggingface_hub tries six times before it reports an unreachable hub
         known = isinstance(try_to_load_from_cache(model, MODEL_INDEX, revision=revision), str)
         problem = None if known else unreachable()
         if problem:
@@ -282,16 +281,16 @@ def _open_hub(
     index = _read_json(Path(file))
     if not isinstance(index, dict):
         raise MimaError(f"model: {model} names no diffusers pipeline")
-    # before gigabytes are fetched
+    # refuse other pipelines before gigabytes are fetched
     _family_class(str(index.get("_class_name")), model)
     try:
         folder = DiffusionPipeline.download(
-            model, revision=revision, variant=variant, **_absent(index)
+            model, revision=revision, variant=variant, **absent_parts(index)
         )
     except HUB_ERRORS as error:
         raise MimaError(f"model: {_explain(model, revision, error)}") from error
     pipeline = _open_folder(Path(folder), dtype, variant)
-    # what diffusers writes down of a model of the hub, not the cache's folder
+    # diffusers writes down the hub id, not the cache's folder
     pipeline.register_to_config(_name_or_path=model)
     return pipeline
 
@@ -325,13 +324,12 @@ def _open_folder(path: Path, dtype: torch.dtype | None, variant: str | None) -> 
     wanted = _dtype(_stored_dtypes(path, index, variant) if dtype is None else dtype)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            str(path), variant=variant, local_files_only=True, **wanted, **_absent(index)
+            str(path), variant=variant, local_files_only=True, **wanted, **absent_parts(index)
         )
     except LOADING_ERRORS as error:
         raise MimaError(f"model: cannot open {path}: {shortened(error)}") from error
-    for name, component in pipeline.components.items():
-        if isinstance(component, torch.nn.Module):
-            _check_complete(path / name, component)
+    for name, network in networks(pipeline).items():
+        _check_complete(path / name, network)
     return pipeline
 
 
@@ -475,7 +473,7 @@ def _check_complete(folder: Path, module: torch.nn.Module) -> None:
         )
 
 
-def _absent(index: dict[str, Any]) -> dict[str, None]:
+def absent_parts(index: dict[str, Any]) -> dict[str, None]:
     """Components that the pipeline was saved without; diffusers wants that confirmed for some."""
     return {name: None for name, kind in index.items() if kind == [None, None]}
 
@@ -513,7 +511,7 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
     weights += sorted(folder.glob("*.bin"))
     if not weights:
         raise MimaError(f"model: {folder} holds no weights (.safetensors or .bin) of the {kind}")
-    # diffusion_pytorch_model.fp16-00001-of-00002.safetensors
+    # such as fp16 in diffusion_pytorch_model.fp16-00001-of-00002.safetensors
     variants = {match[1] if (match := VARIANT.search(file.name)) else None for file in weights}
     if not variants & {None, variant}:
         found = " or ".join(sorted(str(name) for name in variants))
@@ -542,7 +540,7 @@ def _open_file(path: Path, dtype: torch.dtype | None, config: str | Path | None)
         if expanded(config).is_dir():
             check_folder_of_model(expanded(config), None, weights=False)
     elif unreachable():
-        # diffusers then looks for the configuration in the hub's cache
+        # offline, diffusers looks for the configuration in the hub's cache
         keywords["local_files_only"] = True
     try:
         pipeline = opener.from_single_file(str(path), **keywords)
@@ -554,9 +552,8 @@ def _open_file(path: Path, dtype: torch.dtype | None, config: str | Path | None)
                 "(--single-file-config), a diffusers folder of a model of the same architecture"
             )
         raise MimaError(f"model: cannot open {path}: {shortened(error)}{hint}") from error
-    for name, component in pipeline.components.items():
-        if isinstance(component, torch.nn.Module):
-            _check_filled(path, name, component)
+    for name, network in networks(pipeline).items():
+        _check_filled(path, name, network)
     return pipeline
 
 
@@ -651,9 +648,8 @@ def load_embedded(
         MimaError: this installation came without its assets.
     """
     loaded = load_pipeline("embedded", dtype=dtype or torch.float32, device=device)
-    # as diffusers gives it: ready to be trained, though in evaluation mode
-    for component in loaded.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.requires_grad_(True)
+    # diffusers opens models in evaluation mode with gradients
+    for network in networks(loaded).values():
+        network.requires_grad_(True)
     pipeline: StableDiffusionPipeline = loaded
     return pipeline

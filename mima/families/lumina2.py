@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from mima.families.base import Conditioning
+from mima.families.masked_text import MaskedText
 from mima.families.rectified_flow import RectifiedFlow
 
 # tokens that the pipeline reads by default
 GEMMA_TOKENS = 256
 
 
-class Lumina2(RectifiedFlow):
+class Lumina2(MaskedText, RectifiedFlow):
     """``Lumina2Pipeline``.
 
     Text and picture share every weight of the blocks; before them, text alone passes
@@ -28,16 +29,12 @@ class Lumina2(RectifiedFlow):
     """
 
     pipeline_names = ("Lumina2Pipeline",)
-    training_defaults: ClassVar[Mapping[str, Any]] = {
-        **RectifiedFlow.training_defaults,
-        "max_sequence_length": GEMMA_TOKENS,
-    }
+    training_defaults = RectifiedFlow.training_defaults | {"max_sequence_length": GEMMA_TOKENS}
     text_weights = r"caption_embedder\.1\.weight$"
     presets = RectifiedFlow.presets | {
         "attention": r"\.attn\.|caption_embedder|context_refiner",
         "cross_attention": r"caption_embedder|context_refiner",
     }
-    parts = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
     def _text_widths(self) -> list[tuple[str, Any, int]]:
         made = self.pipeline.text_encoder.config.hidden_size
@@ -49,16 +46,6 @@ class Lumina2(RectifiedFlow):
     def loss_weights(self, timesteps: torch.Tensor) -> torch.Tensor | None:
         return super().loss_weights(self.num_train_timesteps - timesteps)
 
-    def _encode(self, prompts: list[str]) -> Conditioning:
-        pipeline = self.pipeline
-        hidden, mask, _, _ = pipeline.encode_prompt(
-            prompts,
-            do_classifier_free_guidance=False,
-            device=pipeline.text_encoder.device,
-            max_sequence_length=self._max_tokens(self.training.max_sequence_length),
-        )
-        return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
-
     def read_text(self, conditioning: Conditioning) -> torch.Tensor:
         norm = self.pipeline.transformer.time_caption_embed.caption_embedder[0]
         text: torch.Tensor = norm(conditioning["encoder_hidden_states"])
@@ -68,11 +55,9 @@ class Lumina2(RectifiedFlow):
         return f"{self.pipeline.system_prompt} <Prompt Start> {prompt}"
 
     def token_mask(self, prompts: Sequence[str]) -> torch.Tensor:
-        length = self._max_tokens(self.training.max_sequence_length)
-        tokenizer = self.pipeline.tokenizer
-        mask = self._mask(tokenizer, [*map(self.token_text, prompts)], length)
+        mask = super().token_mask(prompts)
         # the words before a prompt's own end with a space, which may be part of its first token
-        before = tokenizer(self.token_text("").rstrip()).input_ids
+        before = self.pipeline.tokenizer(self.token_text("").rstrip()).input_ids
         mask[:, : len(before)] = False
         return mask
 

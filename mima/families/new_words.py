@@ -17,48 +17,11 @@ from safetensors.torch import save_file
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import Conditioning, Family
-from mima.families.pipelines import Pipeline, with_modules
+from mima.families.pipelines import Pipeline, Reader, readers, with_modules
 from mima.storage.names import WORD_FILE
 
 TOKEN = "token"
 """Under which a file of a word for several encoders says the word, in its header."""
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A text encoder that reads new words.
-
-    Attributes:
-        number: of the components: ``""``, ``"_2"`` or ``"_3"``.
-        name: what files of learned words call it.
-        tokenizer: its tokenizer.
-        encoder: the text encoder.
-    """
-
-    number: str
-    name: str
-    tokenizer: Any
-    encoder: Any
-
-    @property
-    def rows(self) -> torch.Tensor:
-        """[V, D] embeddings of its tokens."""
-        rows: torch.Tensor = self.encoder.get_input_embeddings().weight
-        return rows
-
-
-def readers(pipeline: Pipeline) -> list[Reader]:
-    """The tokenizers and text encoders of a pipeline, in order."""
-    found = []
-    for number in ("", "_2", "_3"):
-        tokenizer = getattr(pipeline, f"tokenizer{number}", None)
-        encoder = getattr(pipeline, f"text_encoder{number}", None)
-        if tokenizer is None or encoder is None:
-            continue
-        clip = "CLIP" in type(encoder).__name__
-        name = ("clip_g" if number else "clip_l") if clip else "t5xxl"
-        found.append(Reader(number, name, tokenizer, encoder))
-    return found
 
 
 def text_parts(pipeline: Pipeline) -> dict[str, Any]:
@@ -68,6 +31,12 @@ def text_parts(pipeline: Pipeline) -> dict[str, Any]:
         for reader in readers(pipeline)
         for part, attribute in (("tokenizer", "tokenizer"), ("text_encoder", "encoder"))
     }
+
+
+def _with_own_text(pipeline: Pipeline) -> Pipeline:
+    """The pipeline with copies of its tokenizers and text encoders."""
+    copies = {name: copy.deepcopy(part) for name, part in text_parts(pipeline).items()}
+    return with_modules(pipeline, **copies)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,11 +131,9 @@ def with_words(pipeline: Pipeline, words: Mapping[str, torch.Tensor]) -> Any:
     for word in words:
         if any(word in reader.tokenizer.get_vocab() for reader in several):
             raise MimaError(f"the word {word!r} is in the model's vocabulary already")
-    adapted = with_modules(
-        pipeline, **{name: copy.deepcopy(part) for name, part in text_parts(pipeline).items()}
-    )
+    adapted = _with_own_text(pipeline)
     if len(several) == 1 and hasattr(adapted, "load_textual_inversion"):
-        # the new rows are drawn before they are set
+        # transformers draws the new rows at random before diffusers sets them
         with torch.random.fork_rng(devices=[]):
             adapted.load_textual_inversion([{word: rows} for word, rows in words.items()])
         return adapted
@@ -209,9 +176,7 @@ def add_word(pipeline: Pipeline, concept: Concept) -> tuple[Any, Word]:
         MimaError: as for `check_token`.
     """
     token, initial = check_token(pipeline, concept)
-    own = with_modules(
-        pipeline, **{name: copy.deepcopy(part) for name, part in text_parts(pipeline).items()}
-    )
+    own = _with_own_text(pipeline)
     starts = []
     for reader, ids in zip(readers(own), initial, strict=True):
         rows_VD = reader.rows.detach().float()
@@ -219,7 +184,7 @@ def add_word(pipeline: Pipeline, concept: Concept) -> tuple[Any, Word]:
         reader.encoder.requires_grad_(False)
     word = _add(own, token, torch.nn.Parameter(torch.cat(starts)))
     for reader in readers(own):
-        # resizing makes new rows
+        # resizing makes new rows, which want gradients
         reader.encoder.requires_grad_(False)
     return own, word
 

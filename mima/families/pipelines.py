@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -40,6 +41,59 @@ class Pipeline(Protocol):
         """A part by its name, such as ``unet``."""
 
 
+@dataclass(frozen=True)
+class Reader:
+    """A text encoder with its tokenizer.
+
+    Attributes:
+        number: of the components: ``""``, ``"_2"`` or ``"_3"``.
+        name: what files of learned words call it.
+        tokenizer: its tokenizer.
+        encoder: the text encoder.
+    """
+
+    number: str
+    name: str
+    tokenizer: Any
+    encoder: Any
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """[V, D] embeddings of its tokens."""
+        rows: torch.Tensor = self.encoder.get_input_embeddings().weight
+        return rows
+
+
+def readers(pipeline: Pipeline) -> list[Reader]:
+    """The tokenizers and text encoders of a pipeline, in order."""
+    found = []
+    for number in ("", "_2", "_3"):
+        tokenizer = getattr(pipeline, f"tokenizer{number}", None)
+        encoder = getattr(pipeline, f"text_encoder{number}", None)
+        if tokenizer is None or encoder is None:
+            continue
+        clip = "CLIP" in type(encoder).__name__
+        name = ("clip_g" if number else "clip_l") if clip else "t5xxl"
+        found.append(Reader(number, name, tokenizer, encoder))
+    return found
+
+
+def networks(pipeline: Pipeline) -> dict[str, torch.nn.Module]:
+    """The parts of a pipeline that have weights, by name."""
+    return {n: m for n, m in pipeline.components.items() if isinstance(m, torch.nn.Module)}
+
+
+def parameter(pipeline: Pipeline, name: str) -> torch.nn.Parameter:
+    """A parameter by component and name, as in ``unet.conv_in.weight``.
+
+    Raises:
+        AttributeError: the pipeline has none of that name.
+    """
+    component, _, inner = name.partition(".")
+    found: torch.nn.Parameter = getattr(pipeline, component).get_parameter(inner)
+    return found
+
+
 def shared_copy(module: Module) -> Module:
     """Copy a module's structure around the same weights.
 
@@ -68,14 +122,6 @@ def with_modules(pipeline: Pipeline, **modules: Any) -> Pipeline:
     clone = copy.copy(pipeline)
     clone.register_modules(scheduler=copy.deepcopy(pipeline.scheduler), **modules)
     return clone
-
-
-def component_name(pipeline: Pipeline, module: torch.nn.Module) -> str:
-    """Under which name a pipeline holds a module, for instance `"unet"`."""
-    for name, component in pipeline.components.items():
-        if component is module:
-            return str(name)
-    raise ValueError(f"{type(pipeline).__name__} does not hold this {type(module).__name__}")
 
 
 def with_values(pipeline: Pipeline, values: Mapping[str, torch.Tensor]) -> Pipeline:

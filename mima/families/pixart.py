@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from mima.families.base import Conditioning
 from mima.families.ddpm import DDPM
+from mima.families.masked_text import MaskedText
 
 # tokens that the pipelines read by default
 MAX_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 
 
-class PixArt(DDPM):
+class PixArt(MaskedText, DDPM):
     """``PixArtAlphaPipeline`` and ``PixArtSigmaPipeline``.
 
     Keys and values read the transformer's ``caption_projection`` of T5's output, which
@@ -26,11 +26,7 @@ class PixArt(DDPM):
     """
 
     pipeline_names = tuple(MAX_TOKENS)
-    training_defaults: ClassVar[Mapping[str, Any]] = {
-        **DDPM.training_defaults,
-        "max_sequence_length": None,
-    }
-    parts = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+    training_defaults = DDPM.training_defaults | {"max_sequence_length": None}
 
     def _text_widths(self) -> list[tuple[str, Any, int]]:
         read = self._config["caption_channels"] or self._config["cross_attention_dim"]
@@ -41,39 +37,17 @@ class PixArt(DDPM):
         return int(self._config["patch_size"])
 
     def _max_tokens(self, wanted: int | None = None) -> int:
-        """As many of the wanted tokens as the tokenizer gives; by default the pipeline's."""
-        default = MAX_TOKENS[type(self.pipeline).__name__]
-        return min(wanted or default, int(self.pipeline.tokenizer.model_max_length))
-
-    def _encode(self, prompts: list[str]) -> Conditioning:
-        pipeline = self.pipeline
-        hidden, mask, _, _ = pipeline.encode_prompt(
-            prompts,
-            do_classifier_free_guidance=False,
-            device=pipeline.text_encoder.device,
-            max_sequence_length=self._max_tokens(self.training.max_sequence_length),
-        )
-        return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
+        return super()._max_tokens(wanted or MAX_TOKENS[type(self.pipeline).__name__])
 
     def read_text(self, conditioning: Conditioning) -> torch.Tensor:
         hidden = conditioning["encoder_hidden_states"]
         projection = self.pipeline.transformer.caption_projection
         return hidden if projection is None else projection(hidden)
 
-    def token_text(self, prompt: str) -> str:
-        # lower case
-        text: str = self.pipeline._text_preprocessing([prompt], clean_caption=False)[0]
-        return text
-
-    def token_mask(self, prompts: Sequence[str]) -> torch.Tensor:
-        texts = [self.token_text(prompt) for prompt in prompts]
-        length = self._max_tokens(self.training.max_sequence_length)
-        return self._mask(self.pipeline.tokenizer, texts, length)
-
     def _sampling(self) -> dict[str, Any]:
         return {
             "max_sequence_length": self._max_tokens(),
-            # as in encode_prompts, whether or not the cleaner's packages are installed
+            # as in training, whether or not the cleaner's packages are installed
             "clean_caption": False,
             "use_resolution_binning": False,
         }

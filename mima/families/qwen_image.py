@@ -4,23 +4,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from mima.errors import MimaError
 from mima.families.base import Conditioning, TextReader
-from mima.families.flux import pack, unpack
-from mima.families.joint_attention import JointAttention
+from mima.families.joint_attention import PackedLatents, pack
 from mima.families.pipelines import Pipeline
 
 # tokens that the pipeline's call reads by default
 QWEN_TOKENS = 512
 
 
-class QwenImage(JointAttention):
+class QwenImage(PackedLatents):
     """``QwenImagePipeline``.
 
     Prompts stand in a template, whose beginning the pipeline cuts off after Qwen has read it; its
@@ -29,10 +28,7 @@ class QwenImage(JointAttention):
     """
 
     pipeline_names = ("QwenImagePipeline",)
-    training_defaults: ClassVar[Mapping[str, Any]] = {
-        **JointAttention.training_defaults,
-        "max_sequence_length": 512,
-    }
+    training_defaults = PackedLatents.training_defaults | {"max_sequence_length": 512}
     parts = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
     def __init__(self, pipeline: Pipeline) -> None:
@@ -48,16 +44,8 @@ class QwenImage(JointAttention):
         return [("text", self._config["joint_attention_dim"], made)]
 
     @property
-    def _latent_channels(self) -> int:
-        return super()._latent_channels // self._patch**2
-
-    @property
     def _vae_channels(self) -> int:
         return int(self.pipeline.vae.config.z_dim)
-
-    @property
-    def _sample_size(self) -> Any:
-        return self.pipeline.default_sample_size
 
     def _posterior_mean(self, pixels: torch.Tensor) -> torch.Tensor:
         # an autoencoder of videos: one frame
@@ -97,7 +85,7 @@ class QwenImage(JointAttention):
         assert length is not None
         template = self.pipeline.prompt_template_encode
         start, end = (len(tokenizer(part).input_ids) for part in template.split("{}"))
-        # of the template that is kept: nothing before the prompt, after it one token, its end
+        # of the template, one token after the prompt counts, its end
         first = max(0, start - self.pipeline.prompt_template_encode_start_idx)
         ends = [len(self.token_ids(tokenizer, p, 10 * length)) - end + 1 for p in prompts]
         place = torch.arange(length)
@@ -117,10 +105,6 @@ class QwenImage(JointAttention):
     def _sampling(self) -> dict[str, Any]:
         return {"max_sequence_length": QWEN_TOKENS}
 
-    def _sampled(self, latents: torch.Tensor) -> torch.Tensor:
-        side = self.resolution // self.pipeline.vae_scale_factor // self._patch
-        return unpack(latents, side, side)
-
     def _inputs(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> dict[str, Any]:
@@ -132,7 +116,3 @@ class QwenImage(JointAttention):
             "encoder_hidden_states_mask": conditioning["encoder_attention_mask"].bool(),
             "img_shapes": [[(1, rows, columns)]] * len(noisy),
         }
-
-    def _prediction(self, output: torch.Tensor, noisy: torch.Tensor) -> torch.Tensor:
-        rows, columns = (side // self._patch for side in noisy.shape[-2:])
-        return unpack(output, rows, columns)

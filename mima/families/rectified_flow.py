@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -14,9 +13,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from mima.errors import MimaError
 from mima.families.base import Family
-from mima.families.ddpm import at_least_float32
 from mima.families.pipelines import Pipeline
 from mima.options import TrainingOptions
+from mima.reference import wide
 
 
 class RectifiedFlow(Family):
@@ -28,7 +27,7 @@ class RectifiedFlow(Family):
     where it shifts by resolution when it samples.
     """
 
-    training_defaults: ClassVar[Mapping[str, Any]] = {
+    training_defaults: ClassVar[dict[str, Any]] = {
         "weighting_scheme": "none",
         "logit_mean": 0.0,
         "logit_std": 1.0,
@@ -79,7 +78,7 @@ class RectifiedFlow(Family):
             shift = float(config["shift"] if "shift" in config else config["flow_shift"])
             return shift * sigmas / (1 + (shift - 1) * sigmas)
         # a straight line through (base_image_seq_len, base_shift), (max_image_seq_len, max_shift)
-        side = self.resolution // self.pipeline.vae_scale_factor // self._patch
+        side = self.latent_shape(1)[-1] // self._patch
         slope = (config.max_shift - config.base_shift) / (
             config.max_image_seq_len - config.base_image_seq_len
         )
@@ -93,15 +92,14 @@ class RectifiedFlow(Family):
     def add_noise(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
-        x, eps = (at_least_float32(tensor) for tensor in (latents, noise))
+        x, eps = wide(latents), wide(noise)
         sigmas = self._sigmas(timesteps, x)
         return ((1 - sigmas) * x + sigmas * eps).to(latents.dtype)
 
     def target(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
-        x, eps = (at_least_float32(tensor) for tensor in (latents, noise))
-        return (eps - x).to(latents.dtype)
+        return (wide(noise) - wide(latents)).to(latents.dtype)
 
     def sampling_timesteps(self, steps: int) -> torch.Tensor:
         """Euler's: evenly spaced before the shift, as the pipeline's scheduler has them."""
@@ -116,20 +114,9 @@ class RectifiedFlow(Family):
         following: torch.Tensor,
     ) -> torch.Tensor:
         """Euler's step along the predicted flow."""
-        x, flow = (at_least_float32(tensor) for tensor in (noisy, prediction))
+        x, flow = wide(noisy), wide(prediction)
         step = self._sigmas(following, x) - self._sigmas(timesteps, x)
         return (x + step * flow).to(noisy.dtype)
-
-    @property
-    def _stream_tokenizer(self) -> Any:
-        """The tokenizer of the longest text stream; None where that has no tokens."""
-        return self.pipeline.tokenizer
-
-    def _max_tokens(self, wanted: int | None) -> int:
-        """As many of the wanted tokens as the tokenizer gives."""
-        assert wanted is not None
-        tokenizer = self._stream_tokenizer
-        return wanted if tokenizer is None else min(wanted, tokenizer.model_max_length)
 
 
 def density(options: TrainingOptions, batch: int, generator: torch.Generator) -> torch.Tensor:

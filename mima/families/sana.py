@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from mima.families.base import Conditioning, Family
+from mima.families.base import Conditioning
+from mima.families.masked_text import MaskedText
 from mima.families.rectified_flow import RectifiedFlow
 
 # tokens that the pipeline reads by default
 GEMMA_TOKENS = 300
 
 
-class Sana(RectifiedFlow):
+class Sana(MaskedText, RectifiedFlow):
     """``SanaPipeline``.
 
     Keys and values read the transformer's ``caption_norm`` of its ``caption_projection`` of
@@ -24,12 +25,7 @@ class Sana(RectifiedFlow):
     """
 
     pipeline_names = ("SanaPipeline",)
-    training_defaults: ClassVar[Mapping[str, Any]] = {
-        **RectifiedFlow.training_defaults,
-        "max_sequence_length": GEMMA_TOKENS,
-    }
-    text_weights = Family.text_weights
-    parts = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+    training_defaults = RectifiedFlow.training_defaults | {"max_sequence_length": GEMMA_TOKENS}
 
     def _text_widths(self) -> list[tuple[str, Any, int]]:
         made = self.pipeline.text_encoder.config.hidden_size
@@ -40,30 +36,16 @@ class Sana(RectifiedFlow):
         latents: torch.Tensor = self.pipeline.vae.encode(pixels).latent
         return latents
 
-    def _encode(self, prompts: list[str]) -> Conditioning:
-        pipeline = self.pipeline
-        hidden, mask, _, _ = pipeline.encode_prompt(
-            prompts,
-            do_classifier_free_guidance=False,
-            device=pipeline.text_encoder.device,
-            max_sequence_length=self._max_tokens(self.training.max_sequence_length),
-        )
-        return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
-
     def read_text(self, conditioning: Conditioning) -> torch.Tensor:
         transformer = self.pipeline.transformer
         projected = transformer.caption_projection(conditioning["encoder_hidden_states"])
         text: torch.Tensor = transformer.caption_norm(projected)
         return text
 
-    def token_text(self, prompt: str) -> str:
-        text: str = self.pipeline._text_preprocessing([prompt], clean_caption=False)[0]
-        return text
-
     def token_mask(self, prompts: Sequence[str]) -> torch.Tensor:
-        length = self._max_tokens(self.training.max_sequence_length)
+        # as the pipeline sets it when it encodes prompts
         self.pipeline.tokenizer.padding_side = "right"
-        return self._mask(self.pipeline.tokenizer, [*map(self.token_text, prompts)], length)
+        return super().token_mask(prompts)
 
     def _sampling(self) -> dict[str, Any]:
         return {

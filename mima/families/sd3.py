@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -22,8 +22,7 @@ class StableDiffusion3(JointAttention):
     """
 
     pipeline_names = ("StableDiffusion3Pipeline",)
-    training_defaults: ClassVar[Mapping[str, Any]] = {
-        **JointAttention.training_defaults,
+    training_defaults = JointAttention.training_defaults | {
         "weighting_scheme": "logit_normal",
         "precondition_outputs": True,
         "max_sequence_length": 77,
@@ -62,7 +61,7 @@ class StableDiffusion3(JointAttention):
             prompts,
             device=pipeline.text_encoder.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self._max_tokens(self.training.max_sequence_length),
+            max_sequence_length=self._tokens_read,
         )
         return {"encoder_hidden_states": hidden_BSD, "pooled_projections": pooled}
 
@@ -77,8 +76,7 @@ class StableDiffusion3(JointAttention):
             length = self.encode_prompts(prompts)["encoder_hidden_states"].shape[1]
             t5 = torch.zeros(len(prompts), length - first.shape[1], dtype=torch.bool)
         else:
-            length = self._max_tokens(self.training.max_sequence_length)
-            t5 = self._mask(self._stream_tokenizer, prompts, length)
+            t5 = self._mask(self._stream_tokenizer, prompts, self._tokens_read)
         return torch.cat([first | second, t5], dim=1)
 
     def _sampling(self) -> dict[str, Any]:

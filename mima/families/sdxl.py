@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -23,10 +23,7 @@ class StableDiffusionXL(StableDiffusion):
 
     pipeline_names = ("StableDiffusionXLPipeline",)
     added_conditions = "text_time"
-    training_defaults: ClassVar[Mapping[str, Any]] = {
-        **StableDiffusion.training_defaults,
-        "picture_sizes": True,
-    }
+    training_defaults = StableDiffusion.training_defaults | {"picture_sizes": True}
     parts = (
         *("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
         "scheduler",

@@ -19,12 +19,13 @@ from mima.families.loading import (
     HUB_ERRORS,
     LOADING_ERRORS,
     ModelSource,
+    absent_parts,
     check_folder_of_model,
     library_of,
     stored_dtype,
     weight_files,
 )
-from mima.families.pipelines import Pipeline, with_modules
+from mima.families.pipelines import Pipeline, networks, with_modules
 from mima.storage.inputs import check_model, expanded
 from mima.storage.plain_data import shortened
 
@@ -43,8 +44,8 @@ def open_skeleton(model: Any) -> Pipeline:
             weights: a single file without ``config``, a hub id whose files are not on this machine.
     """
     if not isinstance(model, ModelSource):
-        networks = {n: _emptied(m) for n, m in _networks(model).items()}
-        return _reading_all(with_modules(model, **networks))
+        emptied = {name: _emptied(network) for name, network in networks(model).items()}
+        return _reading_all(with_modules(model, **emptied))
     name, single = str(model.model), None
     check_model(name)
     folder = expanded(name)
@@ -60,20 +61,19 @@ def open_skeleton(model: Any) -> Pipeline:
     elif not folder.is_dir():
         folder = _snapshot(name, model.revision)
     index = check_folder_of_model(folder, model.variant, weights=single is None)
-    networks = {}
+    made = {}
     for part, kind in index.items():
         if isinstance(kind, list) and (folder / part / "config.json").is_file():
             files = [single] if single else weight_files(folder / part, model.variant)
-            networks[part] = _network(folder / part, kind)
-            cast(networks[part], stored_dtype(files))
-    absent = {part: None for part, kind in index.items() if kind == [None, None]}
+            made[part] = _network(folder / part, kind)
+            cast(made[part], stored_dtype(files))
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            str(folder), local_files_only=True, **networks, **absent
+            str(folder), local_files_only=True, **made, **absent_parts(index)
         )
     except LOADING_ERRORS as error:
         raise MimaError(f"model: cannot open {folder}: {shortened(error)}") from error
-    for module in networks.values():
+    for module in made.values():
         module.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return _reading_all(pipeline)
@@ -119,10 +119,6 @@ def _network(folder: Path, kind: list[str]) -> torch.nn.Module:
         raise MimaError(f"model: cannot read {folder}: {shortened(error)}") from error
     assert isinstance(made, torch.nn.Module)
     return made
-
-
-def _networks(pipeline: Any) -> dict[str, torch.nn.Module]:
-    return {n: m for n, m in pipeline.components.items() if isinstance(m, torch.nn.Module)}
 
 
 def _empty(parameter: torch.Tensor) -> torch.Tensor:

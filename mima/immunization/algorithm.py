@@ -29,7 +29,7 @@ from mima.families import Family, ModelSource, family_of, load_pipeline, origin_
 from mima.families.base import cast
 from mima.families.frozen import hold_frozen, with_quantized_held
 from mima.families.new_words import check_token, text_parts
-from mima.families.pipelines import Pipeline, component_name, shared_copy, with_modules
+from mima.families.pipelines import Pipeline, shared_copy, with_modules
 from mima.immunization.alternating import alternate
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import encode_concepts, saw
@@ -318,7 +318,7 @@ def _immunized(
             published = config.method == "alternating"
             names = problem.names if published else problem.upper_names
         names = tuple(dict.fromkeys((*names, *edited)))
-        part = component_name(pipeline, family.denoiser)
+        part = family.denoiser_name
         # gradients and moments are not needed any more, and the result is larger
         del problem
         if family.sharded is not None:
@@ -511,12 +511,12 @@ def _own_copy(model: Any, device: str | torch.device | None) -> Any:
             if isinstance(module, torch.nn.Module):
                 hold_frozen(module)
         return pipeline
-    denoiser = family_of(model).denoiser
-    own = shared_copy(denoiser).eval()
-    if family_of(model).dtype == torch.float64:
+    family = family_of(model)
+    own = shared_copy(family.denoiser).eval()
+    if family.dtype == torch.float64:
         cast(own, torch.float32)
     hold_frozen(own)
-    pipeline = with_modules(model, **{component_name(model, denoiser): own})
+    pipeline = with_modules(model, **{family.denoiser_name: own})
     return pipeline if device is None else pipeline.to(device_of(device))
 
 

@@ -11,7 +11,8 @@ import torch
 
 from mima.concepts import Concept
 from mima.families import Conditioning, Family
-from mima.families.new_words import Word, readers
+from mima.families.new_words import Word
+from mima.families.pipelines import readers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from mima.errors import MimaError, one_line
 from mima.families.new_words import with_words
-from mima.families.pipelines import Pipeline, with_values
+from mima.families.pipelines import Pipeline, parameter, with_values
 from mima.storage.inputs import delta_file
 from mima.storage.names import DELTA_FILE
 from mima.storage.plain_data import read_json
-from mima.storage.tensor_files import save_tensors
+from mima.storage.tensor_files import header_texts, save_tensors
 
 _HEADER = "mima_delta"
 NEW_WORDS = "new_words"
@@ -41,11 +42,7 @@ class Delta:
     @classmethod
     def of(cls, pipeline: Pipeline, names: Iterable[str], **rest: Any) -> Delta:
         """The pipeline's present values of some parameters, as ``values`` names them."""
-        values = {}
-        for name in names:
-            component, _, parameter = name.partition(".")
-            values[name] = getattr(pipeline, component).get_parameter(parameter).detach()
-        return cls(values, **rest)
+        return cls({name: parameter(pipeline, name).detach() for name in names}, **rest)
 
     def save(self, folder: str | Path) -> Path:
         """Write ``model_delta.safetensors``; what it came from is in the file's metadata.
@@ -77,9 +74,7 @@ def read_delta(path: str | Path) -> Delta:
     """
     path = delta_file(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(_HEADER)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        header, tensors = header_texts(path).get(_HEADER), load_file(path)
         origin = None if header is None else read_json(header)
     except (OSError, SafetensorError, json.JSONDecodeError, MimaError) as error:
         raise MimaError(
@@ -97,8 +92,7 @@ def read_delta(path: str | Path) -> Delta:
 
 def is_delta(path: Path) -> bool:
     """Whether a safetensors file is a delta of this package."""
-    with safe_open(path, framework="pt") as file:
-        return _HEADER in (file.metadata() or {})
+    return _HEADER in header_texts(path)
 
 
 def load_delta(pipeline: Pipeline, path: str | Path) -> Any:
@@ -119,9 +113,10 @@ def load_delta(pipeline: Pipeline, path: str | Path) -> Any:
     """
     delta = read_delta(path)
     for name, value in delta.values.items():
-        component, _, parameter = name.partition(".")
-        module = getattr(pipeline, component, None)
-        own = dict(module.named_parameters()).get(parameter) if module is not None else None
+        try:
+            own: torch.nn.Parameter | None = parameter(pipeline, name)
+        except AttributeError:
+            own = None
         if own is None or own.shape != value.shape:
             found = "nothing" if own is None else f"a {list(own.shape)}"
             raise MimaError(

@@ -81,6 +81,12 @@ def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
         raise MimaError(f"cannot read {path}: {reason_of(error)}") from error
 
 
+def header_texts(path: Path) -> dict[str, str]:
+    """The texts in a safetensors file's header, by name."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
 def mapped(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of a safetensors file, mapped: pages are read when they are first used.
 

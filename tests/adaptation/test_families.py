@@ -13,17 +13,7 @@ from mima.concepts import Concept
 from mima.erasure import Edit, erase
 from mima.evaluation import Sampler, attack
 from mima.families import family_of, load_pipeline
-from mima.families.new_words import readers
-
-KINDS = {
-    "sdxl": builders.sdxl,
-    "pixart": builders.pixart,
-    "sd3": builders.sd3,
-    "flux": builders.flux,
-    "sana": builders.sana,
-    "lumina2": builders.lumina2,
-    "qwen-image": builders.qwen_image,
-}
+from mima.families.pipelines import readers
 
 
 class Flat:
@@ -34,9 +24,11 @@ class Flat:
         return torch.nn.functional.normalize(torch.stack(pixels), dim=-1)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=builders.KINDS)
 def folder(request, tmp_path_factory):
-    return builders.save(KINDS[request.param], tmp_path_factory.mktemp("families") / request.param)
+    return builders.save(
+        builders.KINDS[request.param], tmp_path_factory.mktemp("families") / request.param
+    )
 
 
 def draw(pipeline):
@@ -111,7 +103,7 @@ def test_erasure_edits_what_reads_text(folder):
 @pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
 def test_erasure_is_exact(kind, tmp_path):
     """Of text, only what is edited is read: the prompt is its target, whatever the picture."""
-    pipeline = load_pipeline(builders.save(KINDS[kind], tmp_path / kind))
+    pipeline = load_pipeline(builders.save(builders.KINDS[kind], tmp_path / kind))
     source, target = "a red emoji", "a cat emoji"
     erased = family_of(erase(pipeline, [[Edit(source, target)]], ridge=1e-12))
     family = family_of(pipeline)

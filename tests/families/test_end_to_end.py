@@ -21,23 +21,13 @@ from mima.immunization.config import ImmunizeConfig, LowerConfig, UpperConfig
 from mima.merging import MergePlan
 from mima.training.loss import prediction_and_target
 
-KINDS = {
-    "sdxl": builders.sdxl,
-    "pixart": builders.pixart,
-    "sd3": builders.sd3,
-    "flux": builders.flux,
-    "sana": builders.sana,
-    "lumina2": builders.lumina2,
-    "qwen-image": builders.qwen_image,
-}
 
-
-@pytest.fixture(scope="module", params=["sd", *KINDS])
+@pytest.fixture(scope="module", params=["sd", *builders.KINDS])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("families") / request.param
     if request.param == "sd":
         return tiny.save_tiny_stable_diffusion(path)
-    return builders.save(KINDS[request.param], path)
+    return builders.save(builders.KINDS[request.param], path)
 
 
 def open_pipeline(folder: Path, **options: Any) -> Any:

@@ -403,6 +403,18 @@ def qwen_image(folder: Path) -> QwenImagePipeline:
     )
 
 
+KINDS = {
+    "sdxl": sdxl,
+    "pixart": pixart,
+    "sd3": sd3,
+    "flux": flux,
+    "sana": sana,
+    "lumina2": lumina2,
+    "qwen-image": qwen_image,
+}
+"""One of each family but Stable Diffusion's own, by name."""
+
+
 def save(kind: Any, folder: Path, *, seed: int = 0, **options: Any) -> Path:
     """Build a pipeline with one of the functions above and write it to `folder`."""
     with torch.random.fork_rng():
