@@ -23,7 +23,7 @@ BenignTarget = Literal["match", "held_out"]
 """What benign adaptations are to come to: see ``mima.immunization.benign``."""
 
 LearningRateSchedule = Literal["constant", "cosine"]
-"""How the upper level's step size changes over a run: see ``UpperConfig.lr_schedule``."""
+"""How a learning rate changes over a run: see ``UpperConfig.lr_schedule``, ``Adaptation``."""
 
 Retention = Literal["class_images", "distill"]
 """How a model is kept useful: see ``UpperConfig.retain``."""

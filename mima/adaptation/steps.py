@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from diffusers.training_utils import EMAModel
 
+from mima.choices import LearningRateSchedule
 from mima.errors import MimaError
 
 Optimizer = Literal["adamw", "sgd", "muon"]
-Schedule = Literal["constant", "cosine"]
+Schedule = LearningRateSchedule
 
 MOMENTUM = 0.9
 WARM_UP = 0.1
@@ -94,7 +95,7 @@ class Average:
             self.swapped_in = False
 
     def own(self) -> list[torch.Tensor]:
-        """The parameters themselves, wherever they are."""
+        """The trained parameters, also while the mean is in their place."""
         return list(self._mean.temp_stored_params if self.swapped_in else self._parameters)
 
     def state(self) -> tuple[list[torch.Tensor], int]:

@@ -11,7 +11,7 @@ def without_name(caption: str, concept: Concept) -> str:
     """A caption without the concept's name, and without the word that led to it.
 
     "a cat in noto style" is "a cat" without "noto style", and "a photo of a cat" is "a photo"
-    without "cat". What is left of nothing is the class prompt, or "a picture".
+    without "cat". Where nothing is left, the class prompt stands in, or "a picture".
 
     Example:
         >>> without_name("a fox in mono style", Concept("mono style", "mono style", pictures))

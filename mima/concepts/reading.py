@@ -131,8 +131,12 @@ def _templates(path: Path) -> tuple[str, ...]:
     """The lines of a list of prompts for evaluation, ``photo of a {}.``; none of other files."""
     if path.suffix.lower() in (".csv", ".jsonl"):
         return ()
-    lines = tuple(line.strip() for line in _read_text(path).splitlines() if line.strip())
-    return lines if lines and all("{}" in line for line in lines) else ()
+    lines = _lines(path)
+    return tuple(lines) if all("{}" in line for line in lines) else ()
+
+
+def _lines(path: Path) -> list[str]:
+    return [line.strip() for line in _read_text(path).splitlines() if line.strip()]
 
 
 def _filled(templates: Sequence[str], values: Mapping[str, str], prompt: str) -> str:
@@ -172,8 +176,7 @@ def _captions_from(folder: Path, path: Path) -> tuple[Picture, ...]:
     check_picture_folder(folder)
     if path.suffix.lower() in (".csv", ".jsonl"):
         return read_captions(folder, path)
-    prompts = [line.strip() for line in _read_text(path).splitlines()]
-    prompts = [prompt for prompt in prompts if prompt]
+    prompts = _lines(path)
     files = [file for file in picture_files(folder) if file != path]
     if len(prompts) == 1:
         prompts *= len(files)
@@ -188,7 +191,7 @@ _Maker = Callable[[], Concept]
 
 
 def _makers(source: object, base: Path, group: str | None) -> list[_Maker]:
-    """What makes each concept of a source; pictures are read only when a maker is called."""
+    """Functions that each make a concept of a source, and read its pictures, when called."""
     if isinstance(source, Concept):
         return [lambda: source]
     if isinstance(source, (str, Path)):

@@ -107,7 +107,7 @@ def _usage(base: str | None, opened_with: Mapping[str, str], delta: bool) -> str
     options = [f"{name}={json.dumps(value)}" for name, value in opened_with.items()]
     where = ", ".join([json.dumps(base or "the base model"), *options])
     if base == "embedded":
-        # which diffusers cannot find
+        # diffusers knows no such model
         opener, opened, where = "from mima import load_embedded", "load_embedded", ""
     lines = [
         *(opener, "from safetensors.torch import load_file", ""),

@@ -23,7 +23,7 @@ from mima.release.delta import Delta, load_delta, read_delta
 from mima.storage.atomic import sha256_of
 from mima.storage.record import write_record
 
-# RuntimeError: a large file that was not taken
+# RuntimeError: the hub refused a large file
 REFUSALS = (
     *(HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, ConnectionError, RuntimeError),
 )
@@ -272,7 +272,7 @@ class AppliedDelta(Released):
             base_model=str(self.source.model),
             opened_with=self.source.options,
             concepts=_named(origin.get("concepts"), origin.get("prompts")),
-            # not the digests of all pictures
+            # `saw` lists the digests of all pictures
             settings={name: value for name, value in origin.items() if name != "saw"},
             seed=None,
             metrics={},
@@ -314,6 +314,6 @@ def _named(concepts: Any, prompts: Any) -> list[tuple[str, str]]:
     """Names and prompts, as far as a delta of any origin says them."""
     if not isinstance(concepts, list):
         return []
-    said = prompts if isinstance(prompts, list) and len(prompts) == len(concepts) else []
-    said = said or [""] * len(concepts)
-    return [(str(name), str(prompt)) for name, prompt in zip(concepts, said, strict=True)]
+    if not isinstance(prompts, list) or len(prompts) != len(concepts):
+        prompts = [""] * len(concepts)
+    return [(str(name), str(prompt)) for name, prompt in zip(concepts, prompts, strict=True)]

@@ -117,12 +117,7 @@ def line_panel(
 
     Returns:
         A figure to save.
-
-    Raises:
-        ValueError: no lines.
     """
-    if not lines:
-        raise ValueError("line_panel: lines is empty")
     with house_style():
         figure = Figure(figsize=(4.0, 2.9))
         panel = figure.add_axes((0.125, 0.155, 0.635, 0.61))
@@ -186,12 +181,7 @@ def strip_chart(strips: Sequence[Strip], *, quantity: str) -> Figure:
 
     Returns:
         A figure to save.
-
-    Raises:
-        ValueError: no rows, or a row without attacks.
     """
-    if not strips or not all(len(strip.values) for strip in strips):
-        raise ValueError("strip_chart: needs rows with at least one attack each")
     with house_style():
         height = 0.95 + 0.5 * len(strips)
         figure = Figure(figsize=(7.2, height))

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,15 @@ from mima.training.loss import pixels, places, prediction_and_target
 if TYPE_CHECKING:
     from mima.concepts.pictures import Picture
 
+T = TypeVar("T")
 
 CHUNK = 16
 """Pictures, or prompts, that are encoded at once."""
+
+
+def chunks(items: Sequence[T]) -> list[Sequence[T]]:
+    """Pictures or prompts in parts that are encoded at once."""
+    return [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
 
 
 def seeded(*key: int | str) -> torch.Generator:
@@ -66,8 +72,7 @@ class Encoded:
                 them, which are uncropped and of its resolution.
         """
         distinct = list(dict.fromkeys(prompts))
-        chunks = [distinct[start : start + CHUNK] for start in range(0, len(distinct), CHUNK)]
-        encoded = [family.encode_prompts(chunk) for chunk in chunks]
+        encoded = [family.encode_prompts(chunk) for chunk in chunks(distinct)]
         return cls(
             latents.cpu(),
             {name: torch.cat([part[name] for part in encoded]).cpu() for name in encoded[0]},
@@ -110,18 +115,17 @@ class Encoded:
 def _picture_conditions(family: Family, count: int, pictures: Sequence[Picture]) -> Conditioning:
     side = family.resolution
     whole = torch.tensor([[side, side, 0, 0]]).expand(count, 4)
-    told = family.picture_conditions(whole)
+    conditions = family.picture_conditions(whole)
     # pictures are opened once more for their sizes: not for families that do not ask for them
-    return family.picture_conditions(places(pictures, side)) if told and pictures else told
+    return (
+        family.picture_conditions(places(pictures, side)) if conditions and pictures else conditions
+    )
 
 
 def encode_images(family: Family, pictures: Sequence[Picture]) -> torch.Tensor:
     """Latents [P, C, H, W] of pictures, encoded without a graph, a few at a time."""
-    latents = [
-        family.encode_images(pixels(pictures[start : start + CHUNK], family.resolution))
-        for start in range(0, len(pictures), CHUNK)
-    ]
-    return torch.cat(latents)
+    side = family.resolution
+    return torch.cat([family.encode_images(pixels(some, side)) for some in chunks(pictures)])
 
 
 def encode(family: Family, pictures: Sequence[Picture]) -> Encoded:

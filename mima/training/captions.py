@@ -11,7 +11,7 @@ from mima.assets import assets
 from mima.errors import MimaError
 from mima.families import Family
 from mima.storage.atomic import reason_of
-from mima.training.batches import CHUNK, seeded
+from mima.training.batches import chunks, seeded
 
 MEASURED_EVERY = 4
 """One caption in so many is left for measurements."""
@@ -61,5 +61,4 @@ def drawn_captions(path: Path | None, count: int, seed: int, step: int | None = 
 def regular_tokens(family: Family, path: Path | None, count: int, seed: int) -> torch.Tensor:
     """C_reg [R, D]: embeddings of ``count`` ordinary captions' tokens, drawn by the seed."""
     chosen = drawn_captions(path, count, seed)
-    chunks = [chosen[start : start + CHUNK] for start in range(0, len(chosen), CHUNK)]
-    return torch.cat([family.token_embeddings(chunk) for chunk in chunks])
+    return torch.cat([family.token_embeddings(chunk) for chunk in chunks(chosen)])

@@ -15,9 +15,10 @@ import torch
 from diffusers import __version__ as diffusers_version
 
 from mima.families import Family
+from mima.families.pipelines import networks
 from mima.storage.checkpoint import CheckpointFolder
 from mima.storage.tensor_files import fingerprint
-from mima.training.batches import CHUNK
+from mima.training.batches import chunks
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +56,8 @@ class ClassPictures:
         Raises:
             MimaError: the cache cannot be written, or holds a damaged file.
         """
-        batches = [prompts[start : start + CHUNK] for start in range(0, len(prompts), CHUNK)]
         done, latents = 0, []
-        for batch in batches:
+        for batch in chunks(prompts):
             latents.append(self._batch(batch, generator))
             done += len(batch)
             logger.info("class pictures: %d of %d", done, len(prompts))
@@ -75,9 +75,9 @@ class ClassPictures:
 
     def _key(self, prompts: Sequence[str], generator: torch.Generator) -> str:
         scheduler = self._family.pipeline.scheduler
-        said = (type(scheduler).__name__, sorted(scheduler.config.items(), key=str), list(prompts))
+        named = (type(scheduler).__name__, sorted(scheduler.config.items(), key=str), list(prompts))
         digest = hashlib.sha256(self._model.encode())
-        digest.update(repr((said, self._family.resolution, diffusers_version)).encode())
+        digest.update(repr((named, self._family.resolution, diffusers_version)).encode())
         digest.update(generator.get_state().numpy().data)
         return digest.hexdigest()[:32]
 
@@ -85,10 +85,8 @@ class ClassPictures:
     def _model(self) -> str:
         """What the weights are; gigabytes are read for it."""
         parts = []
-        for name, module in sorted(self._family.pipeline.components.items()):
-            if module is not self._family.denoiser and not name.startswith("text_encoder"):
-                continue
-            if module is not None:
+        for name, module in sorted(networks(self._family.pipeline).items()):
+            if module is self._family.denoiser or name.startswith("text_encoder"):
                 state = module.state_dict()
                 dtypes = sorted({str(value.dtype) for value in state.values()})
                 parts.append(f"{name} {dtypes} {fingerprint(state)}")

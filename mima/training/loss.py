@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from mima.families.base import Conditioning, Family, Params
+from mima.reference import wide
 
 if TYPE_CHECKING:
     from mima.concepts import Picture
@@ -78,10 +79,8 @@ def prediction_and_target(
         times the root of the loss's weights: their mean squared error is the weighted loss.
     """
     noisy = family.add_noise(latents, noise, timesteps)
-    prediction = family.predict(noisy, timesteps, conditioning, params)
-    target = family.target(latents, noise, timesteps)
-    accumulate = torch.promote_types(prediction.dtype, torch.float32)
-    prediction, target = prediction.to(accumulate), target.to(accumulate)
+    prediction = wide(family.predict(noisy, timesteps, conditioning, params))
+    target = family.target(latents, noise, timesteps).to(prediction.dtype)
     weights = family.loss_weights(timesteps)
     if weights is None:
         return prediction, target
