@@ -386,7 +386,7 @@ def _compose(
 def _gathered(pipeline: Pipeline, family: Family, *, main: bool) -> Pipeline:
     """The pipeline with a denoiser that is whole in the main process' CPU memory, nowhere else."""
     assert family.sharded is not None
-    part = component_name(pipeline, family.denoiser)
+    part = family.denoiser_name
     cpu = torch.device("cpu")
     whole = with_modules(pipeline, **{part: family.sharded.whole(cpu if main else None)})
     return whole.to(cpu) if main else whole
