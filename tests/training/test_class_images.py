@@ -16,7 +16,7 @@ def pipeline(tmp_path_factory):
 
 
 def test_class_images_go_on_after_the_last_batch_that_is_kept(pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr("mima.training.class_images.CHUNK", 2)
+    monkeypatch.setattr("mima.training.batches.CHUNK", 2)
     family = family_of(pipeline)
     prompts = ["a cat", "a dog", "a cat", "a dog", "a cat"]
 
