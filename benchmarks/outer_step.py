@@ -119,6 +119,7 @@ def make_problem(
     batch: int = 2,
     device: str | torch.device = "cpu",
     model: str = "embedded",
+    times: int = 1,
     **config: Any,
 ) -> Problem:
     """A problem of 1 to 16 concepts, K = 1, SGD below, cross-attention on both levels.
@@ -128,12 +129,15 @@ def make_problem(
         batch: pictures per concept, step and level.
         device: where the model goes.
         model: "embedded", or a key of `SD1`.
+        times: the pictures' side, in sides that the model was trained on.
         config: further settings of the run.
     """
     if model == "embedded":
         family = family_of(load_embedded(device=device))
     else:
         family = family_of(sd1_pipeline(model, device))
+    if times > 1:
+        family.resolution = family.resolution * times
     settings = ImmunizeConfig(
         lower=LowerConfig(optimizer="sgd", lr=1e-3, batch_size=batch),
         upper=UpperConfig(batch_size=batch),

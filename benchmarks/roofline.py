@@ -40,6 +40,7 @@ from mima.bilevel.lower import Params
 from mima.bilevel.optimizers import Adam
 from mima.bilevel.outer import UpperLevel, UpperTerm, outer_gradient
 from mima.bilevel.tasks import FullWeights
+from mima.families.fused_layers import FusedLayers
 from mima.merging import MergeLayer
 
 aten = torch.ops.aten
@@ -283,6 +284,22 @@ _FUSED = (
     aten._scaled_dot_product_efficient_attention,
     aten._scaled_dot_product_efficient_attention_backward,
 )
+_OPERATORS = torch.ops.mima
+# operands that are multiplied, in products of queries, keys and columns of a head, by the tiles'
+# passes of kernels/triton/attention.py; and where q, k and v stand
+_ATTENTION = {
+    _OPERATORS.attention: (2, 0),
+    _OPERATORS.attention_backward: (9, 1),
+    _OPERATORS.attention_double_backward: (21, 4),
+}
+
+
+def _attention_flops(products: int, first: int, args: Sequence[Any]) -> int:
+    q, k, v = args[first : first + 3]
+    n, T, d = q.shape
+    return products * n * T * k.shape[1] * (d + v.shape[2])
+
+
 # no kernel: a new name for memory, or memory alone
 _FREE = (aten.detach, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.alias)
 
@@ -334,12 +351,14 @@ class Counter(TorchDispatchMode):
             return out
         formula = flop_registry.get(packet)
         flops = formula(*args, **(kwargs or {}), out_val=out) if formula else 0
+        if packet in _ATTENTION:
+            flops = _attention_flops(*_ATTENTION[packet], args)
         num_bytes = sum(_bytes(x) for x in (*tensors, *results))
         self._launch(self.counts.parts[part], flops, num_bytes)
         return out
 
     def _part(self, packet: Any, tensors: Sequence[Tensor]) -> str:
-        if packet in _FUSED:
+        if packet in _FUSED or packet in _ATTENTION:
             return "fused attention"
         if any(
             set(x.shape[-2:]) <= self._tokens and math.prod(x.shape[:-2]) in self._matrices
@@ -479,7 +498,7 @@ def _count(
         _token_counts(denoiser, below),
         [heads * size for heads in _heads(denoiser) for size in (batch, 2 * batch)],
     )
-    with _fused_attention(), counter:
+    with FusedLayers(denoiser), _fused_attention(), counter:
         outer_gradient(
             theta,
             [task] * concepts,

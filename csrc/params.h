@@ -83,6 +83,47 @@ struct TokenParams {
   Matrix A;                   // [sum of o_l, S], out of the first, in otherwise
 };
 
+// y = gamma xhat + beta, or y sigmoid(y), over the groups of x [B, G, channels, m]. Addresses of
+// vectors are those of [G * channels]; null where there are none, or not needed.
+struct GroupNormParams {
+  DType dtype;
+  int threads;
+  int64_t B, groups, channels, m;
+  double eps;
+  bool silu;
+  const void *x, *weight, *bias;
+  void* out;                            // forward
+  const void* d_out;                    // backward: upstream
+  const void *u_x, *u_weight, *u_bias;  // double backward: directions
+  void *d_d_out, *d_x, *d_weight, *d_bias;
+};
+
+// y = a gelu(b), rows of x: [a b]
+struct GegluParams {
+  DType dtype;
+  int threads;
+  int64_t rows, d;
+  const void* x;      // [rows, 2 d]
+  void* out;          // [rows, d], forward
+  const void* d_out;  // backward: upstream
+  const void* u_x;    // double backward: direction
+  void* d_d_out;
+  void* d_x;
+};
+
+// out = softmax(scale q k^T) v, for each of n heads
+struct AttentionParams {
+  DType dtype;
+  int threads;
+  int64_t n, T, S, d, e;
+  double scale;
+  const void *q, *k, *v;        // [n, T, d], [n, S, d], [n, S, e]
+  void* out;                    // [n, T, e], forward
+  const void* d_out;            // backward: upstream
+  const void *u_q, *u_k, *u_v;  // double backward: directions
+  void *d_d_out, *d_q, *d_k, *d_v;
+};
+
 // out_l = W0_l + sum_n (W_nl - W0_l) C_n^T M_n
 struct ProjectedMergeParams {
   DType dtype;

@@ -464,3 +464,81 @@ def _qr_r(x: Tensor) -> Tensor:
     mode = "reduced" if x.requires_grad and torch.is_grad_enabled() else "r"
     R: Tensor = torch.linalg.qr(x, mode=mode)[1]
     return R
+
+
+def group_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float = 1e-5,
+    silu: bool = False,
+) -> Tensor:
+    """Normalise groups of channels: y = γ x̂ + β, or with ``silu`` y σ(y).
+
+    x̂ has mean 0 and variance 1 (but for ``eps``) over a group of a sample.
+
+    Args:
+        x: [B, C, ...].
+        weight: γ [C], or None for 1.
+        bias: β [C], or None for 0.
+        groups: a divisor of C.
+        eps: added to the variance.
+        silu: whether the activation follows.
+
+    Returns:
+        A tensor shaped as x.
+    """
+    grouped = wide(x).reshape(len(x), groups, x.shape[1] // groups, math.prod(x.shape[2:]))
+    centred = grouped - grouped.mean((2, 3), keepdim=True)
+    variance = centred.square().mean((2, 3), keepdim=True)
+    y = centred * (variance + eps).rsqrt()
+    if weight is not None:
+        y = y * wide(weight).reshape(groups, -1, 1)
+    if bias is not None:
+        y = y + wide(bias).reshape(groups, -1, 1)
+    if silu:
+        y = y * y.sigmoid()
+    return y.reshape(x.shape).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    """Normalise the last dimension: `group_norm` of every row as one group.
+
+    Args:
+        x: [..., D].
+        weight: [D] or None.
+        bias: [D] or None.
+        eps: added to the variance.
+    """
+    return group_norm(x.reshape(-1, x.shape[-1]), weight, bias, 1, eps).reshape(x.shape)
+
+
+def geglu(x: Tensor) -> Tensor:
+    """Gate one half of the last dimension by the other: y = a · gelu(b), x = [a b].
+
+    Args:
+        x: [..., 2 D].
+
+    Returns:
+        [..., D].
+    """
+    a, b = wide(x).chunk(2, dim=-1)
+    return (a * (b * (0.5 * (1 + torch.erf(b * math.sqrt(0.5)))))).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Scaled dot-product attention without a mask: softmax(scale · q kᵀ) v.
+
+    Args:
+        q: [..., T, d].
+        k: [..., S, d].
+        v: [..., S, e].
+        scale: 1/√d by default.
+
+    Returns:
+        [..., T, e].
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    weights = (scale * (wide(q) @ wide(k).mT)).softmax(-1)
+    return (weights @ wide(v)).to(q.dtype)

@@ -159,6 +159,169 @@ void adam_step_backward(int dtype, int threads, const Reals& rule, int64_t step,
   cpu::adam_step_backward(params);
 }
 
+using MaybeTensor = std::optional<TensorArg>;
+
+// The address of a contiguous tensor, or null.
+void* whole(const char* what, const MaybeTensor& arg) {
+  if (!arg) return nullptr;
+  if (!arg->contiguous) throw py::value_error(std::string(what) + " must be contiguous");
+  return pointer({what}, *arg);
+}
+
+// `layer`: B, groups, channels of each, elements of each; x and all that follow but vectors have
+// B * groups * channels * elements.
+GroupNormParams group_norm_params(int dtype, int threads, const Indices& layer, double eps,
+                                  bool silu, const TensorArg& x, const MaybeTensor& weight,
+                                  const MaybeTensor& bias) {
+  check_count("group_norm: layer", layer.size(), 4);
+  GroupNormParams params{};
+  params.dtype = dtype_of(dtype);
+  params.threads = threads;
+  params.B = layer[0], params.groups = layer[1], params.channels = layer[2], params.m = layer[3];
+  params.eps = eps;
+  params.silu = silu;
+  if (x.numel != params.B * params.groups * params.channels * params.m)
+    throw py::value_error("group_norm: x must have as many elements as its layer says");
+  params.x = whole("group_norm: x", x);
+  params.weight = whole("group_norm: weight", weight);
+  params.bias = whole("group_norm: bias", bias);
+  return params;
+}
+
+void group_norm_forward(int dtype, int threads, const Indices& layer, double eps, bool silu,
+                        const TensorArg& x, const MaybeTensor& weight, const MaybeTensor& bias,
+                        const TensorArg& out) {
+  auto params = group_norm_params(dtype, threads, layer, eps, silu, x, weight, bias);
+  params.out = whole("group_norm: out", out);
+  py::gil_scoped_release unlocked;
+  cpu::group_norm_forward(params);
+}
+
+void group_norm_backward(int dtype, int threads, const Indices& layer, double eps, bool silu,
+                         const TensorArg& x, const MaybeTensor& weight, const MaybeTensor& bias,
+                         const TensorArg& d_out, const MaybeTensor& d_x,
+                         const MaybeTensor& d_weight, const MaybeTensor& d_bias) {
+  auto params = group_norm_params(dtype, threads, layer, eps, silu, x, weight, bias);
+  params.d_out = whole("group_norm: d_out", d_out);
+  params.d_x = whole("group_norm: d_x", d_x);
+  params.d_weight = whole("group_norm: d_weight", d_weight);
+  params.d_bias = whole("group_norm: d_bias", d_bias);
+  py::gil_scoped_release unlocked;
+  cpu::group_norm_backward(params);
+}
+
+void group_norm_double_backward(int dtype, int threads, const Indices& layer, double eps, bool silu,
+                                const TensorArg& x, const MaybeTensor& weight,
+                                const MaybeTensor& bias, const TensorArg& d_out,
+                                const MaybeTensor& u_x, const MaybeTensor& u_weight,
+                                const MaybeTensor& u_bias, const MaybeTensor& d_d_out,
+                                const MaybeTensor& d_x, const MaybeTensor& d_weight,
+                                const MaybeTensor& d_bias) {
+  auto params = group_norm_params(dtype, threads, layer, eps, silu, x, weight, bias);
+  params.d_out = whole("group_norm: d_out", d_out);
+  params.u_x = whole("group_norm: u_x", u_x);
+  params.u_weight = whole("group_norm: u_weight", u_weight);
+  params.u_bias = whole("group_norm: u_bias", u_bias);
+  params.d_d_out = whole("group_norm: d_d_out", d_d_out);
+  params.d_x = whole("group_norm: d_x", d_x);
+  params.d_weight = whole("group_norm: d_weight", d_weight);
+  params.d_bias = whole("group_norm: d_bias", d_bias);
+  py::gil_scoped_release unlocked;
+  cpu::group_norm_double_backward(params);
+}
+
+GegluParams geglu_params(int dtype, int threads, int64_t d, const TensorArg& x) {
+  GegluParams params{};
+  params.dtype = dtype_of(dtype);
+  params.threads = threads;
+  params.d = d;
+  params.rows = d == 0 ? 0 : x.numel / (2 * d);
+  params.x = whole("geglu: x", x);
+  return params;
+}
+
+void geglu_forward(int dtype, int threads, int64_t d, const TensorArg& x, const TensorArg& out) {
+  auto params = geglu_params(dtype, threads, d, x);
+  params.out = whole("geglu: out", out);
+  py::gil_scoped_release unlocked;
+  cpu::geglu_forward(params);
+}
+
+void geglu_backward(int dtype, int threads, int64_t d, const TensorArg& x, const TensorArg& d_out,
+                    const TensorArg& d_x) {
+  auto params = geglu_params(dtype, threads, d, x);
+  params.d_out = whole("geglu: d_out", d_out);
+  params.d_x = whole("geglu: d_x", d_x);
+  py::gil_scoped_release unlocked;
+  cpu::geglu_backward(params);
+}
+
+void geglu_double_backward(int dtype, int threads, int64_t d, const TensorArg& x,
+                           const TensorArg& d_out, const TensorArg& u_x, const MaybeTensor& d_d_out,
+                           const MaybeTensor& d_x) {
+  auto params = geglu_params(dtype, threads, d, x);
+  params.d_out = whole("geglu: d_out", d_out);
+  params.u_x = whole("geglu: u_x", u_x);
+  params.d_d_out = whole("geglu: d_d_out", d_d_out);
+  params.d_x = whole("geglu: d_x", d_x);
+  py::gil_scoped_release unlocked;
+  cpu::geglu_double_backward(params);
+}
+
+AttentionParams attention_params(int dtype, int threads, double scale, const TensorArg& q,
+                                 const TensorArg& k, const TensorArg& v) {
+  if (q.ndim != 3 || k.ndim != 3 || v.ndim != 3)
+    throw py::value_error("attention: q, k and v must have 3 dimensions");
+  AttentionParams params{};
+  params.dtype = dtype_of(dtype);
+  params.threads = threads;
+  params.scale = scale;
+  params.n = q.sizes[0], params.T = q.sizes[1], params.d = q.sizes[2];
+  params.S = k.sizes[1], params.e = v.sizes[2];
+  params.q = whole("attention: q", q);
+  params.k = whole("attention: k", k);
+  params.v = whole("attention: v", v);
+  return params;
+}
+
+void attention_forward(int dtype, int threads, double scale, const TensorArg& q, const TensorArg& k,
+                       const TensorArg& v, const TensorArg& out) {
+  auto params = attention_params(dtype, threads, scale, q, k, v);
+  params.out = whole("attention: out", out);
+  py::gil_scoped_release unlocked;
+  cpu::attention_forward(params);
+}
+
+void attention_backward(int dtype, int threads, double scale, const TensorArg& q,
+                        const TensorArg& k, const TensorArg& v, const TensorArg& d_out,
+                        const MaybeTensor& d_q, const MaybeTensor& d_k, const MaybeTensor& d_v) {
+  auto params = attention_params(dtype, threads, scale, q, k, v);
+  params.d_out = whole("attention: d_out", d_out);
+  params.d_q = whole("attention: d_q", d_q);
+  params.d_k = whole("attention: d_k", d_k);
+  params.d_v = whole("attention: d_v", d_v);
+  py::gil_scoped_release unlocked;
+  cpu::attention_backward(params);
+}
+
+void attention_double_backward(int dtype, int threads, double scale, const TensorArg& q,
+                               const TensorArg& k, const TensorArg& v, const TensorArg& d_out,
+                               const TensorArg& u_q, const TensorArg& u_k, const TensorArg& u_v,
+                               const MaybeTensor& d_d_out, const MaybeTensor& d_q,
+                               const MaybeTensor& d_k, const MaybeTensor& d_v) {
+  auto params = attention_params(dtype, threads, scale, q, k, v);
+  params.d_out = whole("attention: d_out", d_out);
+  params.u_q = whole("attention: u_q", u_q);
+  params.u_k = whole("attention: u_k", u_k);
+  params.u_v = whole("attention: u_v", u_v);
+  params.d_d_out = whole("attention: d_d_out", d_d_out);
+  params.d_q = whole("attention: d_q", d_q);
+  params.d_k = whole("attention: d_k", d_k);
+  params.d_v = whole("attention: d_v", d_v);
+  py::gil_scoped_release unlocked;
+  cpu::attention_double_backward(params);
+}
+
 void projected_merge_forward(int dtype, int threads, const TensorArgs& W0, const TensorArgs& W,
                              const TensorArgs& C, const TensorArgs& M, const TensorArgs& out) {
   auto params = projected_merge_params(dtype, W0, W, C, M);
@@ -310,6 +473,15 @@ PYBIND11_MODULE(_native, module) {
   module.def("token_sums", &mima::token_sums);
   module.def("adam_step_forward", &mima::adam_step_forward);
   module.def("adam_step_backward", &mima::adam_step_backward);
+  module.def("group_norm_forward", &mima::group_norm_forward);
+  module.def("group_norm_backward", &mima::group_norm_backward);
+  module.def("group_norm_double_backward", &mima::group_norm_double_backward);
+  module.def("geglu_forward", &mima::geglu_forward);
+  module.def("geglu_backward", &mima::geglu_backward);
+  module.def("geglu_double_backward", &mima::geglu_double_backward);
+  module.def("attention_forward", &mima::attention_forward);
+  module.def("attention_backward", &mima::attention_backward);
+  module.def("attention_double_backward", &mima::attention_double_backward);
   module.def("projected_merge_forward", &mima::projected_merge_forward);
   module.def("projected_merge_backward", &mima::projected_merge_backward);
   module.def("merges_adapters", &mima::cpu::merges_adapters);

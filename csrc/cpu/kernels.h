@@ -46,8 +46,29 @@ struct BlockKernels {
                      int64_t width, int64_t j, T* panels);
   // total[size] = factor * the sum of `count` runs, `stride` apart, in whole vectors
   void (*sum)(const T* runs, int64_t count, int64_t stride, int64_t size, T factor, T* total);
+  // Strips of attention: `rows` rows of n columns and padding, `ld` apart. Zeros in the padding.
+  // s = softmax(s)
+  void (*softmax)(T* s, int64_t ld, int64_t rows, int64_t n);
+  // g = scale p (g - sum(p g))
+  void (*softmax_backward)(const T* p, T* g, int64_t ld, int64_t rows, int64_t n, T scale);
+  // With r = sum(p s), D = sum(p g) and E = s g - r g - D s + h:
+  // s = p (s - r), g = scale p (g - D), h = scale p (E - sum(p E))
+  void (*softmax_double_backward)(const T* p, T* s, T* g, T* h, int64_t ld, int64_t rows, int64_t n,
+                                  T scale);
   int64_t widest_panel;  // columns
 };
+
+// One group of one sample, `channels` of m elements each. Null where there is none, or not needed.
+struct NormGroup {
+  int64_t channels, m;
+  double eps;
+  bool silu;
+  const void *x, *weight, *bias, *d_out, *u_x, *u_weight, *u_bias;
+  void *out, *d_d_out, *d_x;
+  void *d_weight, *d_bias;  // of the accumulator type, added to
+  void* scratch;            // of the accumulator type, kNormScratch rows of channels * m + a vector
+};
+constexpr int64_t kNormScratch = 3;
 
 // What depends on the stored type. `Acc` of the comments is its accumulator type.
 struct StorageKernels {
@@ -84,6 +105,15 @@ struct StorageKernels {
   // g, m, v before it. Null where not needed.
   void (*adam_backward)(const AdamRule& rule, const void* const in[6], void* const out[4],
                         int64_t size, bool stream);
+  void (*norm)(const NormGroup& group);
+  void (*norm_backward)(const NormGroup& group);
+  void (*norm_double_backward)(const NormGroup& group);
+  // in: a, b; out: a gelu(b)
+  void (*geglu)(const void* const in[2], void* const out[1], int64_t size);
+  // in: upstream, a, b; out: the gradients of a, b
+  void (*geglu_backward)(const void* const in[3], void* const out[2], int64_t size);
+  // in: upstream, directions of a, b, then a, b; out: the gradients of upstream, a, b
+  void (*geglu_double_backward)(const void* const in[5], void* const out[3], int64_t size);
 };
 
 struct Kernels {

@@ -3,8 +3,9 @@
 #if defined(__x86_64__)
 
 #if !defined(__clang__)
-// The intrinsics' own "undefined" operands, which the conversions ignore, trip this one.
+// The intrinsics' own "undefined" operands, which the conversions ignore, trip these two.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 // Before the target changes: what these headers define stays runnable everywhere.

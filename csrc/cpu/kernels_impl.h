@@ -609,9 +609,24 @@ void combine(const double* factors, int num_in, int num_out, const void* const* 
   kRuns[num_in - 1][num_out - 1](factors, in, out, size, stream);
 }
 
+}  // namespace
+}  // namespace mima
+
+#include "cpu/layers_impl.h"
+
+namespace mima {
+namespace {
+
 template <class T>
-constexpr BlockKernels<T> kBlock = {gemm_nt<T>,    gemm_nn<T>,  gemm_panels<T>,
-                                    pack_panel<T>, sum_runs<T>, kPanelVecs * kLanes<T>};
+constexpr BlockKernels<T> kBlock = {gemm_nt<T>,
+                                    gemm_nn<T>,
+                                    gemm_panels<T>,
+                                    pack_panel<T>,
+                                    sum_runs<T>,
+                                    softmax_rows<T>,
+                                    softmax_backward_rows<T>,
+                                    softmax_double_backward_rows<T>,
+                                    kPanelVecs * kLanes<T>};
 
 template <class T>
 constexpr StorageKernels kStorage = {load_rows<T>,
@@ -623,7 +638,13 @@ constexpr StorageKernels kStorage = {load_rows<T>,
                                      merge_backward<T>,
                                      combine<T>,
                                      adam<T>,
-                                     adam_backward<T>};
+                                     adam_backward<T>,
+                                     norm<T>,
+                                     norm_backward<T>,
+                                     norm_double_backward<T>,
+                                     geglu<T>,
+                                     geglu_backward<T>,
+                                     geglu_double_backward<T>};
 
 }  // namespace
 

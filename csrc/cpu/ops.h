@@ -13,6 +13,15 @@ void combine(const CombineParams& params);
 void token_outputs(const TokenParams& params);
 void add_token_outputs(const TokenParams& params);
 void token_sums(const TokenParams& params);
+void group_norm_forward(const GroupNormParams& params);
+void group_norm_backward(const GroupNormParams& params);
+void group_norm_double_backward(const GroupNormParams& params);
+void geglu_forward(const GegluParams& params);
+void geglu_backward(const GegluParams& params);
+void geglu_double_backward(const GegluParams& params);
+void attention_forward(const AttentionParams& params);
+void attention_backward(const AttentionParams& params);
+void attention_double_backward(const AttentionParams& params);
 void projected_merge_forward(const ProjectedMergeParams& params);
 void projected_merge_backward(const ProjectedMergeParams& params);
 // Whether adapters are merged into a float32 weight. A question of one sample's size, for its

@@ -11,8 +11,19 @@ from torch import Tensor
 
 from mima.kernels._common import TRITON_DTYPE
 from mima.kernels.adam_step import adam_step_backward, adam_step_forward
+from mima.kernels.attention import (
+    attention_backward,
+    attention_double_backward,
+    attention_forward,
+)
 from mima.kernels.batched_lora import batched_lora_backward, batched_lora_forward
 from mima.kernels.combine import combine_into
+from mima.kernels.geglu import geglu_backward, geglu_double_backward, geglu_forward
+from mima.kernels.group_norm import (
+    group_norm_backward,
+    group_norm_double_backward,
+    group_norm_forward,
+)
 from mima.kernels.merge_lora import merge_lora_backward, merge_lora_forward
 from mima.kernels.projected_merge import (
     add_token_outputs,
@@ -27,9 +38,18 @@ __all__ = [
     "adam_step_backward",
     "adam_step_forward",
     "add_token_outputs",
+    "attention_backward",
+    "attention_double_backward",
+    "attention_forward",
     "batched_lora_backward",
     "batched_lora_forward",
     "combine_into",
+    "geglu_backward",
+    "geglu_double_backward",
+    "geglu_forward",
+    "group_norm_backward",
+    "group_norm_double_backward",
+    "group_norm_forward",
     "merge_lora_backward",
     "merge_lora_forward",
     "projected_merge_backward",

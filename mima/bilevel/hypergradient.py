@@ -22,6 +22,7 @@ from torch.nn.utils import get_total_norm
 from mima.bilevel import lower
 from mima.bilevel.lower import LowerLevel, Params, State, Tensors
 from mima.bilevel.optimizers import Vector
+from mima.ops.attention import TwiceDifferentiable
 
 Product = Callable[[Params], tuple[Tensors, Tensors]]
 """``u ↦ (∂²L/∂z∂z · u, ∂²L/∂θ∂z · u)``, the second for those of the θ names that were asked for
@@ -36,10 +37,11 @@ Linearise = Callable[[LowerLevel, State, Params, tuple[str, ...], int], tuple[Te
 def twice_differentiable_attention() -> Iterator[None]:
     """Run attention on the math backend: the fused kernels have no double backward.
 
-    ``exact`` enters it for the steps that it differentiates twice, and nothing else does, so that
-    every other pass keeps the fused kernels.
+    Where a run has entered `FusedLayers`, attention without a mask runs on `mima.ops.attention`,
+    whose second derivative keeps no matrix. ``exact`` enters this for the steps that it
+    differentiates twice, and nothing else does, so that every other pass keeps the fused kernels.
     """
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
         yield
 
 

@@ -38,6 +38,7 @@ from mima.concepts import Concept
 from mima.distributed import ALONE, Ranks, union
 from mima.errors import MimaError
 from mima.families import Family, Params
+from mima.families.fused_layers import FusedLayers
 from mima.immunization import published
 from mima.immunization.attackers import Alive, Attacker, choose
 from mima.immunization.benign import BenignTerms
@@ -185,6 +186,10 @@ class Problem:
             for name, value in layer.named_parameters(path, recurse=False)
             if name not in self.names
         }
+
+    @cached_property
+    def _fused(self) -> FusedLayers:
+        return FusedLayers(self.family.denoiser)
 
     def attacker(self, n: int, step: int, alive: Mapping[int, Alive]) -> Attacker:
         """Concept n's attacker at one outer step: the one that is alive, or else a new one."""
@@ -437,6 +442,16 @@ class Problem:
             upper: its upper level.
             moved: φ − θ along the path of the attack that serves again; None simulates one.
         """
+        with self._fused:
+            return self._hypergradient(theta, lower, upper, moved)
+
+    def _hypergradient(
+        self,
+        theta: Params,
+        lower: Sequence[LowerLevel],
+        upper: Upper,
+        moved: Mapping[int, Tensors] | None,
+    ) -> OuterGradient:
         mode, wrt = self.config.hypergradient, self.upper_names
         if moved:
             return replayed_gradient(theta, moved, upper, wrt=wrt, ranks=self.ranks)

@@ -120,7 +120,7 @@ def _register(
     name: str, function: Callable[..., Any], schema: str, writes: Sequence[str] = ()
 ) -> CustomOpDef:
     # the tag: a backend may copy tables of addresses to the device, which a graph cannot repeat
-    function = _without_autocast(function)
+    function = without_autocast(function)
     op = torch.library.custom_op(name, function, mutates_args=writes, schema=schema, tags=_TAGS)
     _functions[op] = function
     return op
@@ -147,7 +147,7 @@ def split(tensors: Sequence[Any], sizes: Sequence[int | None], needs: Sequence[b
     return out
 
 
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep autocast from changing the precision, and the type, of what an operator computes."""
 
     @functools.wraps(function)
@@ -176,7 +176,7 @@ def call(op: CustomOpDef, *args: object, **directly: object) -> Any:
     nothing. Tensors without data must, for their shapes. `directly` is for the function alone: the
     schema of the operator has no such arguments.
     """
-    if _first(args).is_meta or _is_watched(args, requires_grad=False):
+    if _first(args).is_meta or is_watched(args, requires_grad=False):
         return op(*args)
     return _functions[op](*args, **directly)
 
@@ -188,7 +188,7 @@ def apply(function: type[Operator], *args: object) -> tuple[Any, ...]:
         # where no graph is needed, torch.compile hands a context to a forward of this signature
         plain = not (with_graph and any(isinstance(x, Tensor) and x.requires_grad for x in args))
     else:
-        plain = not _is_watched(args, requires_grad=with_graph)
+        plain = not is_watched(args, requires_grad=with_graph)
     if plain:
         outputs: tuple[Any, ...] = function.forward(*args)
         return outputs
@@ -196,7 +196,7 @@ def apply(function: type[Operator], *args: object) -> tuple[Any, ...]:
     return outputs
 
 
-def _is_watched(args: Sequence[object], *, requires_grad: bool) -> bool:
+def is_watched(args: Sequence[object], *, requires_grad: bool) -> bool:
     """Whether anything of PyTorch's would notice a call: modes, transforms, tracers, subclasses."""
     return (
         torch.compiler.is_compiling()

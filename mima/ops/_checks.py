@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # tensor -> the version and limit it was last found good at. Reading values back from a GPU waits
 # for it, and one index serves every layer of a model.
@@ -46,7 +46,7 @@ def require_floating(op: str, name: str, x: object) -> None:
     """Refuse what is not a floating-point tensor that every backend knows."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {describe(x)}")
-    if x.dtype not in _FLOATING:
+    if x.dtype not in FLOATING:
         raise TypeError(
             f"{op}: {name} must be float32, bfloat16, float16 or float64, got {describe(x)}"
         )

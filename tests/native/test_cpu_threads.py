@@ -40,8 +40,15 @@ def _bits(case: native_cases.Case) -> list[torch.Tensor]:
             lambda: native_cases.combine([(700, 300), (99,)] * 4, [[1, 0.5]], torch.float32)
         ),
         pytest.param(lambda: native_cases.merge_lora(640, 512, [16, 4], torch.float32)),
+        pytest.param(lambda: native_cases.group_norm((4, 64, 500), 8, torch.float32, second=True)),
+        pytest.param(lambda: native_cases.group_norm((999, 320), 1, torch.float32, second=True)),
+        pytest.param(lambda: native_cases.geglu((99, 2048), torch.float32, second=True)),
+        pytest.param(lambda: native_cases.attention(5, 99, 99, 32, 32, torch.float32, True)),
     ],
-    ids=["weighted_merge", "projected_merge", "adam_step", "combine", "merge_lora"],
+    ids=[
+        *("weighted_merge", "projected_merge", "adam_step", "combine", "merge_lora"),
+        *("group_norm", "layer_norm", "geglu", "attention"),
+    ],
 )
 @pytest.mark.usefixtures("_threads_restored")
 def test_same_bits_for_any_number_of_threads(case):

@@ -25,7 +25,33 @@ def _raw_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     index = torch.tensor([1, -1, 0])
     positive, adam = [x.square() for x in base], (0.1, 0.9, 0.99, 1e-3, 0.0, 2)
     yes, no = True, False
+    image, channels = r(2, 4, 3), r(4)
+    norm = image, channels, channels, 2, 1e-3, True
+    q, k, v = r(2, 3, 2), r(2, 4, 2), r(2, 4, 5)
+    heads = q, k, v, 0.5
     return {
+        "group_norm": (raw.group_norm, (*norm, "")),
+        "group_norm_backward": (raw.group_norm_backward, (image, *norm, [yes] * 3, "")),
+        "group_norm_double_backward": (
+            raw.group_norm_double_backward,
+            (image, image, channels, None, *norm, [yes] * 4, ""),
+        ),
+        "group_norm_double_backward-partly": (
+            raw.group_norm_double_backward,
+            (image, image, None, None, *norm, [no, yes, no, yes], ""),
+        ),
+        "geglu": (raw.geglu, (weight, "")),
+        "geglu_backward": (raw.geglu_backward, (r(5, 2), weight, [yes], "")),
+        "geglu_double_backward": (
+            raw.geglu_double_backward,
+            (r(5, 2), weight, weight, [yes, no], ""),
+        ),
+        "attention": (raw.attention, (*heads, "")),
+        "attention_backward": (raw.attention_backward, (r(2, 3, 5), *heads, [yes] * 3, "")),
+        "attention_double_backward": (
+            raw.attention_double_backward,
+            (r(2, 3, 5), q, k, None, *heads, [yes, no, yes, yes], ""),
+        ),
         "weighted_merge": (raw.weighted_merge, (base, thetas, weights, "")),
         "weighted_merge_backward": (
             raw.weighted_merge_backward,

@@ -18,8 +18,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 from mima.kernels import (
     adam_step,
+    attention,
     batched_lora,
     combine,
+    geglu,
+    group_norm,
     merge_lora,
     projected_merge,
     weighted_merge,
@@ -47,6 +50,16 @@ SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx94
 REGISTERS = {
     "_adam_step_fwd_kernel": 64,
     "_adam_step_bwd_kernel": 80,
+    "_group_norm_fwd_kernel": 80,
+    "_group_norm_bwd_kernel": 168,
+    "_group_norm_double_bwd_kernel": 248,
+    "_geglu_fwd_kernel": 80,
+    "_geglu_bwd_kernel": 96,
+    "_geglu_double_bwd_kernel": 136,
+    "_attention_fwd_kernel": 255,
+    "_attention_sums_kernel": 255,
+    "_attention_queries_kernel": 255,
+    "_attention_keys_kernel": 255,
     "_weighted_merge_fwd_kernel": 80,
     "_weighted_merge_bwd_kernel": 88,
     "_combine_kernel": 64,
@@ -129,6 +142,32 @@ def _merge_lora(dtype: torch.dtype, rank: int) -> None:
     merge_lora.merge_lora_backward(weight, weight, A, B, scale, scale, *[YES] * 5)
 
 
+def _group_norm(dtype: torch.dtype, channels: int, groups: int, side: int) -> None:
+    x = torch.empty(2, channels, side, side, dtype=dtype)
+    weight = torch.empty(channels, dtype=dtype)
+    arguments = x, weight, weight, groups, 1e-5, side > 1
+    group_norm.group_norm_forward(*arguments)
+    for weights in (False, YES):
+        group_norm.group_norm_backward(x, *arguments, YES, weights, weights)
+        u = (weight, weight) if weights else (None, None)
+        needs = YES, YES, weights, weights
+        group_norm.group_norm_double_backward(x, x, *u, *arguments, *needs)
+
+
+def _geglu(dtype: torch.dtype) -> None:
+    x, y = torch.empty(77, 2560, dtype=dtype), torch.empty(77, 1280, dtype=dtype)
+    geglu.geglu_forward(x)
+    geglu.geglu_backward(y, x, YES)
+    geglu.geglu_double_backward(y, x, x, YES, YES)
+
+
+def _attention(dtype: torch.dtype, width: int, keys: int) -> None:
+    q, k = torch.empty(8, 1024, width, dtype=dtype), torch.empty(8, keys, width, dtype=dtype)
+    attention.attention_forward(q, k, k, 0.125)
+    attention.attention_backward(q, q, k, k, 0.125, *[YES] * 3)
+    attention.attention_double_backward(q, q, k, k, q, k, k, 0.125, *[YES] * 4)
+
+
 Call = tuple[ModuleType, Callable[..., None], tuple[int, ...]]
 
 USUAL: dict[str, Call] = {
@@ -147,6 +186,12 @@ LARGEST: dict[str, Call] = {
     "projected_merge-77-tokens": (projected_merge, _projected_merge, (77,)),
     "batched_lora-rank-64": (batched_lora, _batched_lora, (64,)),
     "merge_lora-rank-64": (merge_lora, _merge_lora, (64,)),
+}
+# Of a network, compiled for one target: what they take of others was not looked at.
+LAYERS: dict[str, Call] = {
+    "group_norm": (group_norm, _group_norm, (320, 32, 64)),
+    "geglu": (geglu, _geglu, ()),
+    "attention": (attention, _attention, (64, 1024)),
 }
 COMBINATIONS = [
     *((name, call, dtype) for name, call in USUAL.items() for dtype in DTYPES),
@@ -194,6 +239,20 @@ def test_compiled_kernels_fit_spill_nothing_and_read_wide(
             # the streams' last blocks, and only they, are masked element by element; and rows of A
             # are as long as there are tokens
             assert narrow_loads(compiled) == 0, f"{kernel} loads single elements on {target}"
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_compiled_layers_fit_and_spill_nothing(name: str, dtype: str) -> None:
+    for launch in _distinct(_launches(LAYERS[name], DTYPES[dtype], "sm_90")):
+        compiled = compile_launch(launch, SM90)
+        kernel = launch.kernel.__name__
+        used = resources(compiled)
+        assert used.spilled == 0, f"{kernel} spills"
+        assert used.shared <= SHARED["sm_90"], f"{kernel}: {used.shared} bytes"
+        assert used.registers <= REGISTERS[kernel], f"{kernel}: {used.registers}"
+        if name != "attention":  # 16 rows of 64 elements are 8 bytes a thread
+            assert widest_accesses(compiled)[0] > 0, f"{kernel} has no 128-bit loads"
 
 
 def _distinct(launches: list[Launch]) -> list[Launch]:

@@ -51,6 +51,23 @@ def _ml(**changes: Any) -> Any:
     return ops.merge_lora(**{**arguments, **changes})
 
 
+def _gn(**changes: Any) -> Any:
+    arguments = {"x": e(2, 4, 3), "weight": e(4), "bias": e(4), "groups": 2}
+    return ops.group_norm(**{**arguments, **changes})
+
+
+def _ln(**changes: Any) -> Any:
+    return ops.layer_norm(**{"x": e(2, 4), "weight": e(4), "bias": e(4), **changes})
+
+
+def _gg(**changes: Any) -> Any:
+    return ops.geglu(**{"x": e(2, 4), **changes})
+
+
+def _at(**changes: Any) -> Any:
+    return ops.attention(**{"q": e(2, 3, 4), "k": e(2, 5, 4), "v": e(2, 5, 6), **changes})
+
+
 def _as(**changes: Any) -> Any:
     lists = {name: [e(2, 3), e(4)] for name in "zgmv"}
     return ops.adam_step(**{**lists, "lr": 0.1, "step": 0, **changes})
@@ -101,6 +118,23 @@ MISTAKES: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] 
     (_wm, {"weights": e(2) * inf}, ValueError, r"weights must be finite, got \[inf, inf\]"),
     (_wm, {"backend": "cuda"}, ValueError, r"weighted_merge: unknown backend 'cuda'"),
     (_wm, {"backend": 3}, TypeError, r"backend must be a string or None, got 3"),
+    (_gn, {"x": e(2)}, ValueError, r"group_norm: x must be \[B, C, ...\], got \[2\]"),
+    (_gn, {"x": e(2, 4).int()}, TypeError, r"x must be float32, bfloat16, .*, got torch.int32"),
+    (_gn, {"weight": e(3)}, ValueError, r"weight must be \[4\] to match x \[2, 4, 3\], got \[3\]"),
+    (_gn, {"bias": e(4, dtype=half)}, TypeError, r"bias must be torch.float32 on cpu like x"),
+    (_gn, {"groups": 3}, ValueError, r"groups must divide the 4 channels of x, got 3"),
+    (_gn, {"groups": 0}, ValueError, r"groups must divide the 4 channels of x, got 0"),
+    (_gn, {"eps": -1.0}, ValueError, r"group_norm: eps must be ≥ 0, got -1.0"),
+    (_gn, {"x": e(2, 4, 0)}, ValueError, r"x must have elements to normalise, got \[2, 4, 0\]"),
+    (_ln, {"x": e(())}, ValueError, r"layer_norm: x must be \[..., D\], got \[\]"),
+    (_ln, {"bias": e(5)}, ValueError, r"layer_norm: bias must be \[4\] to match x"),
+    (_gg, {"x": e(2, 3)}, ValueError, r"geglu: x must be \[..., 2 D\], got \[2, 3\]"),
+    (_gg, {"x": 1.0}, TypeError, r"geglu: x must be a tensor, got float 1.0"),
+    (_at, {"q": e(4)}, ValueError, r"q must be \[..., T, d\] with T, d ≥ 1, got \[4\]"),
+    (_at, {"k": e(2, 5, 3)}, ValueError, r"k must be \[2, S, 4\] to match q \[2, 3, 4\]"),
+    (_at, {"v": e(2, 4, 6)}, ValueError, r"v must be \[2, 5, e\] to match k \[2, 5, 4\]"),
+    (_at, {"v": e(2, 5, 6).double()}, TypeError, r"v must be torch.float32 on cpu like k"),
+    (_at, {"k": e(2, 0, 4), "v": e(2, 0, 6)}, ValueError, r"with S, e ≥ 1, got \[2, 0, 6\]"),
     (_as, {"z": e(2, 3)}, TypeError, r"adam_step: z must be a sequence of tensors"),
     (_as, {"z": [e(2, 3), 4.0]}, TypeError, r"z\[1\] must be a tensor, got float 4.0"),
     (_as, {"z": [e(2, 3), e(4, dtype=half)]}, TypeError, r"z\[1\] must be .* like z\[0\]"),

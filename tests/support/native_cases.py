@@ -6,6 +6,7 @@ same inputs twice: as they are, and in float64, which is the truth.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -287,6 +288,103 @@ def combine(
     return Case(inputs, run, through_reference, backward, J)
 
 
+def layer(
+    name: str,
+    inputs: list[Tensor],
+    numbers: tuple[float, ...],
+    through_reference: Callable[[Sequence[Tensor]], Tensor],
+    length: int,
+    *,
+    second: bool = False,
+) -> Case:
+    """A layer and its backward; or, `second`, its backward and the backward of this."""
+    forward, backward, double_backward = (
+        getattr(cpu, f"{name}_{which}") for which in ("forward", "backward", "double_backward")
+    )
+    needs = [True] * len(inputs)
+    if not second:
+        return Case(
+            inputs,
+            lambda xs: [forward(*xs, *numbers)],
+            lambda xs: [through_reference(xs)],
+            lambda d_out, xs: list(backward(*d_out, *xs, *numbers, *needs)),
+            length,
+        )
+
+    def gradients(xs: Sequence[Tensor]) -> list[Tensor]:
+        leaves = [x if x.requires_grad else x.clone().requires_grad_() for x in xs]
+        d_out, *tensors = leaves
+        out = through_reference(tensors)
+        return list(torch.autograd.grad(out, tensors, d_out, create_graph=True))
+
+    return Case(
+        [torch.randn(through_reference(inputs).shape).to(inputs[0].dtype), *inputs],
+        lambda xs: list(backward(*xs, *numbers, *needs)),
+        gradients,
+        lambda u, xs: list(double_backward(xs[0], *u, *xs[1:], *numbers, True, *needs)),
+        length,
+    )
+
+
+def group_norm(
+    shape: tuple[int, ...], groups: int, dtype: torch.dtype, silu: bool = True, second: bool = False
+) -> Case:
+    """A normalisation with weights."""
+    inputs = [torch.randn(s).to(dtype) for s in (shape, shape[1:2], shape[1:2])]
+    numbers = groups, 0.1, silu
+    length = 8 * inputs[0].numel()
+    return layer(
+        "group_norm",
+        inputs,
+        numbers,
+        lambda xs: reference.group_norm(*xs, *numbers),
+        length,
+        second=second,
+    )
+
+
+def geglu(shape: tuple[int, ...], dtype: torch.dtype, second: bool = False) -> Case:
+    """A gated activation, of values in both tails, too."""
+    x = (3 * torch.randn(shape)).to(dtype)
+    return layer("geglu", [x], (), lambda xs: reference.geglu(xs[0]), 16, second=second)
+
+
+def attention(
+    n: int, T: int, S: int, d: int, e: int, dtype: torch.dtype, second: bool = False
+) -> Case:
+    """Heads whose scores are of order one."""
+    inputs = [torch.randn(s).to(dtype) for s in ((n, T, d), (n, S, d), (n, S, e))]
+    scale = d**-0.5
+    return layer(
+        "attention",
+        inputs,
+        (scale,),
+        lambda xs: reference.attention(*xs, scale),
+        T * S,
+        second=second,
+    )
+
+
+LAYERS: dict[str, Callable[..., Case]] = {
+    "group_norm-runs": functools.partial(group_norm, (3, 12, 5, 7), 4),
+    "group_norm-long-runs": functools.partial(group_norm, (1, 6, 300), 2, silu=False),
+    "group_norm-one-channel": functools.partial(group_norm, (2, 5, 33), 5),
+    "group_norm-pairs": functools.partial(group_norm, (3, 8, 2), 2),
+    "group_norm-rows": functools.partial(group_norm, (70, 1023), 1, silu=False),
+    "group_norm-short-rows": functools.partial(group_norm, (9, 20), 4),
+    "group_norm-none": functools.partial(group_norm, (0, 4, 3), 2),
+    "geglu-63": functools.partial(geglu, (5, 126)),
+    "geglu-whole-vectors": functools.partial(geglu, (3, 7, 256)),
+    "geglu-none": functools.partial(geglu, (0, 6)),
+    "attention-cross": functools.partial(attention, 3, 65, 77, 40, 40),
+    "attention-strips": functools.partial(attention, 1, 203, 301, 33, 17),
+    "attention-one": functools.partial(attention, 2, 1, 1, 1, 1),
+    "attention-one-query": functools.partial(attention, 2, 1, 63, 5, 160),
+    "attention-one-key": functools.partial(attention, 2, 9, 1, 8, 8),
+    "attention-none": functools.partial(attention, 0, 3, 4, 2, 2),
+}
+"""Channels of one element and of many, whole vectors and not, one strip and several."""
+
 # Sizes around every vector width and unrolling; zero rows, tokens, elements and concepts.
 CASES = {
     "weighted_merge-awkward": lambda dtype: weighted_merge(
@@ -327,4 +425,9 @@ CASES = {
         [(0,), (), (1,), (63,), (1023,), (17, 33), (3, 0), (257, 300)], dtype
     ),
     "merge_lora-narrow": lambda dtype: merge_lora(7, 1, [3], dtype),
+    **{name: lambda dtype, case=case: case(dtype=dtype) for name, case in LAYERS.items()},
+    **{
+        f"{name}-second": lambda dtype, case=case: case(dtype=dtype, second=True)
+        for name, case in LAYERS.items()
+    },
 }

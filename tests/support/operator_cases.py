@@ -156,6 +156,44 @@ def combined(
     return Case("combine", name, (*shapes,) * J, call, small=small)
 
 
+def norm(
+    name: str, shape: tuple[int, ...], groups: int, *, affine: bool = True, silu: bool = False,
+    small: bool = False,
+) -> Case:  # fmt: skip
+    def call(tensors: Sequence[Tensor], backend: str | None) -> list[Tensor]:
+        x, *rest = tensors
+        weight, bias = rest or (None, None)
+        return [_function("group_norm", backend)(x, weight, bias, groups, 1e-3, silu=silu)]
+
+    every = (shape, *([shape[1:2]] * 2 if affine else []))
+    return Case("group_norm", name, every, call, small=small)
+
+
+def rows_norm(name: str, shape: tuple[int, ...], *, small: bool = False) -> Case:
+    def call(tensors: Sequence[Tensor], backend: str | None) -> list[Tensor]:
+        return [_function("layer_norm", backend)(*tensors, 1e-3)]
+
+    return Case("group_norm", f"layer-{name}", (shape, shape[-1:], shape[-1:]), call, small=small)
+
+
+def gated(name: str, shape: tuple[int, ...], *, small: bool = False) -> Case:
+    def call(tensors: Sequence[Tensor], backend: str | None) -> list[Tensor]:
+        return [_function("geglu", backend)(tensors[0])]
+
+    return Case("geglu", name, (shape,), call, small=small)
+
+
+def attend(
+    name: str, heads: tuple[int, ...], T: int, S: int, d: int, e: int, *, small: bool = False
+) -> Case:
+    def call(tensors: Sequence[Tensor], backend: str | None) -> list[Tensor]:
+        # scores of order one, whatever the width
+        return [_function("attention", backend)(*tensors, 2.0 * d**0.5)]
+
+    every = (*heads, T, d), (*heads, S, d), (*heads, S, e)
+    return Case("attention", name, every, call, small=small)
+
+
 # Sizes 0, 1, 63 and 1023 appear as elements, rows, columns, tokens, ranks and samples; the full
 # product of them would test no more paths.
 CASES = (
@@ -204,6 +242,32 @@ CASES = (
     combined("all", [[1, 0, 2], [-0.3, 1, 0.1], [0, 0, 0.7]], [(1023,), (2, 2)]),
     combined("only-empty", [[1, 1], [2, 3]], [(0, 3)], small=True),
     combined("long", [[0.5, 0.25], [0, -1], [3, 0]], [(5000,), (2048,), (2049,)]),
+    norm("small", (2, 4, 3), 2, silu=True, small=True),
+    norm("plain", (2, 6, 2, 2), 2, small=True),
+    norm("no-affine", (2, 4, 3), 2, affine=False, small=True),
+    norm("sizes", (3, 63, 7, 5), 9, silu=True),
+    norm("one-channel-groups", (2, 5, 33), 5, silu=True),
+    norm("one-element", (2, 3), 3),
+    norm("aligned", (1, 64, 16, 16), 8, silu=True),
+    norm("long", (2, 4, 63, 65), 2),
+    norm("no-samples", (0, 4, 3), 2),
+    rows_norm("small", (3, 5), small=True),
+    rows_norm("sizes", (7, 1, 1023)),
+    rows_norm("aligned", (3, 20, 128)),
+    rows_norm("one-column", (3, 1)),
+    gated("small", (3, 4), small=True),
+    gated("sizes", (5, 2, 126)),
+    gated("aligned", (9, 1024)),
+    gated("empty", (0, 4)),
+    gated("no-columns", (3, 0)),
+    attend("small", (2,), 3, 4, 2, 3, small=True),
+    attend("sizes", (1, 3), 63, 77, 40, 33),
+    attend("one", (2,), 1, 1, 1, 1),
+    attend("one-query", (3,), 1, 63, 5, 7),
+    attend("aligned", (2, 2), 64, 128, 64, 64),
+    attend("long", (1,), 70, 90, 80, 80),
+    attend("wide", (1,), 33, 65, 160, 160),
+    attend("no-heads", (0,), 3, 4, 2, 3),
 )
 BY_ID = {case.id: case for case in CASES}
 SMALL = tuple(case for case in CASES if case.small)

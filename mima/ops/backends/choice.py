@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 OPERATORS = (
     *("weighted_merge", "projected_merge", "batched_lora", "merge_lora"),
     *("adam_step", "combine", "token_outputs"),
+    *("group_norm", "geglu", "attention"),
 )
 
 _MODULES = {

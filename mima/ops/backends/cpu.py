@@ -10,6 +10,7 @@ adapter n, b batch, t tokens. Flat lists are concept-major.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -339,3 +340,135 @@ def merge_lora_backward(
     d_scale = weights * products if need_scale else None
     d_weights = scale * products if need_weights else None
     return d_weight, d_A, d_B, d_scale, d_weights
+
+
+def _run_layer(name: str, x: Tensor, *args: object) -> None:
+    """Run a layer's kernel on tensors of x's dtype."""
+    getattr(loaded("cpu"), name)(DTYPE_CODES[x.dtype], torch.get_num_threads(), *args)
+
+
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def _made(like: Tensor | None, need: bool) -> Tensor | None:
+    """A result's memory, where it is needed."""
+    if not need:
+        return None
+    assert like is not None
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def _groups(x: Tensor, groups: int) -> list[int]:
+    return [len(x), groups, x.shape[1] // groups, math.prod(x.shape[2:])]
+
+
+def group_norm_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
+) -> Tensor:
+    """Return γ x̂ + β, or its SiLU."""
+    (out,) = empty_like([x])
+    given = _groups(x, groups), eps, silu, *_dense(x, weight, bias)
+    _run_layer("group_norm_forward", x, *given, out)
+    return out
+
+
+def group_norm_backward(
+    d_out: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    *needs: bool,
+) -> list[Tensor | None]:
+    """Return the gradients of x, weight and bias, None where not needed."""
+    made = [_made(*pair) for pair in zip((x, weight, bias), needs, strict=True)]
+    given = _groups(x, groups), eps, silu, *_dense(x, weight, bias, d_out)
+    _run_layer("group_norm_backward", x, *given, *made)
+    return made
+
+
+def group_norm_double_backward(
+    d_out: Tensor,
+    u_x: Tensor | None,
+    u_weight: Tensor | None,
+    u_bias: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    *needs: bool,
+) -> list[Tensor | None]:
+    """Return the gradients of d_out, x, weight and bias, None where not needed."""
+    made = [_made(*pair) for pair in zip((d_out, x, weight, bias), needs, strict=True)]
+    tensors = _dense(x, weight, bias, d_out, u_x, u_weight, u_bias)
+    _run_layer("group_norm_double_backward", x, _groups(x, groups), eps, silu, *tensors, *made)
+    return made
+
+
+def geglu_forward(x: Tensor) -> Tensor:
+    """Return a · gelu(b), x = [a b]."""
+    d = x.shape[-1] // 2
+    out = x.new_empty(*x.shape[:-1], d)
+    _run_layer("geglu_forward", x, d, x.contiguous(), out)
+    return out
+
+
+def geglu_backward(d_out: Tensor, x: Tensor, need_x: bool) -> list[Tensor | None]:
+    """Return the gradient of x."""
+    d_x = _made(x, need_x)
+    if need_x:
+        _run_layer("geglu_backward", x, x.shape[-1] // 2, *_dense(x, d_out), d_x)
+    return [d_x]
+
+
+def geglu_double_backward(
+    d_out: Tensor, u_x: Tensor | None, x: Tensor, *needs: bool
+) -> list[Tensor | None]:
+    """Return the gradients of d_out and x."""
+    u_x = torch.zeros_like(x) if u_x is None else u_x
+    made = [_made(*pair) for pair in zip((d_out, x), needs, strict=True)]
+    _run_layer("geglu_double_backward", x, x.shape[-1] // 2, *_dense(x, d_out, u_x), *made)
+    return made
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Return softmax(scale · q kᵀ) v, [n, T, e]."""
+    out = q.new_empty(*q.shape[:2], v.shape[2])
+    _run_layer("attention_forward", q, scale, *_dense(q, k, v), out)
+    return out
+
+
+def attention_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, *needs: bool
+) -> list[Tensor | None]:
+    """Return the gradients of q, k and v, None where not needed."""
+    made = [_made(*pair) for pair in zip((q, k, v), needs, strict=True)]
+    _run_layer("attention_backward", q, scale, *_dense(q, k, v, d_out), *made)
+    return made
+
+
+def attention_double_backward(
+    d_out: Tensor,
+    u_q: Tensor | None,
+    u_k: Tensor | None,
+    u_v: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *needs: bool,
+) -> list[Tensor | None]:
+    """Return the gradients of d_out, q, k and v, None where not needed."""
+    directions = [
+        torch.zeros_like(x) if u is None else u
+        for u, x in zip((u_q, u_k, u_v), (q, k, v), strict=True)
+    ]
+    made = [_made(*pair) for pair in zip((d_out, q, k, v), needs, strict=True)]
+    tensors = _dense(q, k, v, d_out, *directions)
+    _run_layer("attention_double_backward", q, scale, *tensors, *made)
+    return made

@@ -24,6 +24,7 @@ OPS = {
     "cpu": (
         *("weighted_merge", "projected_merge", "batched_lora", "merge_lora"),
         *("adam_step", "combine", "token_outputs"),
+        *("group_norm", "geglu", "attention"),
     ),
     "cuda": ("weighted_merge", "projected_merge"),
 }

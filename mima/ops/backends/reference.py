@@ -8,6 +8,7 @@ is a formula of its own, which the tests hold against autograd through the refer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -364,4 +365,259 @@ def merge_lora_backward(
         d_B,
         d_c * weights if need_scale else None,
         d_c * scale if need_weights else None,
+    )
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """Return a layer's tensor [B, C, ...] as [B, G, C / G, rest], in the type of sums."""
+    return wide(x).reshape(len(x), groups, x.shape[1] // groups, math.prod(x.shape[2:]))
+
+
+def _per_channel(x: Tensor | None, groups: int) -> Tensor | None:
+    return None if x is None else wide(x).reshape(groups, -1, 1)
+
+
+def _mean(x: Tensor) -> Tensor:
+    """The mean of each group of each sample."""
+    return x.mean((2, 3), keepdim=True)
+
+
+def _normalised(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor | float, Tensor]:
+    """Return x̂, ρ = 1/√(variance + eps), γ and y = γ x̂ + β."""
+    grouped = _grouped(x, groups)
+    centred = grouped - _mean(grouped)
+    rho = (_mean(centred * centred) + eps).rsqrt()
+    x_hat = centred * rho
+    gamma, beta = _per_channel(weight, groups), _per_channel(bias, groups)
+    y = x_hat if gamma is None else x_hat * gamma
+    return x_hat, rho, 1.0 if gamma is None else gamma, y if beta is None else y + beta
+
+
+def _projected(x: Tensor, x_hat: Tensor, rho: Tensor) -> Tensor:
+    """Apply the Jacobian of x̂ in x, which is symmetric: ρ (x − mean x − x̂ mean(x x̂))."""
+    return rho * (x - _mean(x) - x_hat * _mean(x * x_hat))
+
+
+def _silu_slopes(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first and second derivative of y σ(y)."""
+    s = y.sigmoid()
+    return s * (1 + y * (1 - s)), s * (1 - s) * (2 + y * (1 - 2 * s))
+
+
+def group_norm_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
+) -> Tensor:
+    """Return γ x̂ + β, or its SiLU."""
+    return reference.group_norm(x, weight, bias, groups, eps, silu).contiguous()
+
+
+def group_norm_backward(
+    d_out: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of x, weight and bias.
+
+    With ȳ = z̄ φ'(y), φ the activation: ρ (γȳ − mean γȳ − x̂ mean(γȳ x̂)), Σ ȳ x̂ and Σ ȳ.
+    """
+    x_hat, rho, gamma, y = _normalised(x, weight, bias, groups, eps)
+    d_y = _grouped(d_out, groups)
+    if silu:
+        d_y = d_y * _silu_slopes(y)[0]
+    d_x = d_weight = d_bias = None
+    if need_x:
+        d_x = _projected(gamma * d_y, x_hat, rho).reshape(x.shape).to(x.dtype)
+    if need_weight:
+        d_weight = (d_y * x_hat).sum((0, 3)).flatten().to(x.dtype)
+    if need_bias:
+        d_bias = d_y.sum((0, 3)).flatten().to(x.dtype)
+    return d_x, d_weight, d_bias
+
+
+def group_norm_double_backward(
+    d_out: Tensor,
+    u_x: Tensor | None,
+    u_weight: Tensor | None,
+    u_bias: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    need_d_out: bool,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of d_out, x, weight and bias. The formula is in `docs/math.md`."""
+    x_hat, rho, gamma, y = _normalised(x, weight, bias, groups, eps)
+    d_z = _grouped(d_out, groups)
+    zero = torch.zeros_like(x_hat)
+    u = zero if u_x is None else _grouped(u_x, groups)
+    v = _projected(u, x_hat, rho)
+    y_dot = gamma * v
+    u_gamma, u_beta = _per_channel(u_weight, groups), _per_channel(u_bias, groups)
+    if u_gamma is not None:
+        y_dot = y_dot + u_gamma * x_hat
+    if u_beta is not None:
+        y_dot = y_dot + u_beta
+    d_y, d_d_out, e = d_z, y_dot, zero
+    if silu:
+        slope, curve = _silu_slopes(y)
+        d_y, d_d_out, e = d_z * slope, y_dot * slope, d_z * curve * y_dot
+    h = gamma * d_y
+    d_x = d_weight = d_bias = None
+    if need_x:
+        t = gamma * e if u_gamma is None else gamma * e + u_gamma * d_y
+        t = t - rho * (h * _mean(u * x_hat) + u * _mean(h * x_hat))
+        d_x = _projected(t, x_hat, rho) - rho * x_hat * _mean(h * v)
+        d_x = d_x.reshape(x.shape).to(x.dtype)
+    if need_weight:
+        d_weight = (d_y * v + e * x_hat).sum((0, 3)).flatten().to(x.dtype)
+    if need_bias:
+        d_bias = e.sum((0, 3)).flatten().to(x.dtype)
+    return d_d_out.reshape(x.shape).to(x.dtype) if need_d_out else None, d_x, d_weight, d_bias
+
+
+def _gelu(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gelu(b) = b Φ(b) and its first two derivatives."""
+    below = 0.5 * (1 + torch.erf(b * math.sqrt(0.5)))
+    density = torch.exp(-0.5 * b * b) * (0.5 / math.pi) ** 0.5
+    return b * below, below + b * density, density * (2 - b * b)
+
+
+def geglu_forward(x: Tensor) -> Tensor:
+    """Return a · gelu(b)."""
+    return reference.geglu(x).contiguous()
+
+
+def geglu_backward(d_out: Tensor, x: Tensor, need_x: bool) -> tuple[Tensor | None]:
+    """Return the gradient of x = [a b]: ȳ gelu(b) and ȳ a gelu'(b)."""
+    a, b = wide(x).chunk(2, dim=-1)
+    value, slope, _ = _gelu(b)
+    d = wide(d_out)
+    return (torch.cat([d * value, d * a * slope], -1).to(x.dtype) if need_x else None,)
+
+
+def geglu_double_backward(
+    d_out: Tensor, u_x: Tensor | None, x: Tensor, need_d_out: bool, need_x: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of d_out and x.
+
+    With u = [u_a u_b]: u_a gelu(b) + u_b a gelu'(b), and the gradient of ȳ times this in a and b.
+    """
+    a, b = wide(x).chunk(2, dim=-1)
+    u_a, u_b = wide(torch.zeros_like(x) if u_x is None else u_x).chunk(2, dim=-1)
+    value, slope, curve = _gelu(b)
+    d = wide(d_out)
+    d_x = torch.cat([d * slope * u_b, d * (u_a * slope + u_b * a * curve)], -1)
+    return (
+        (u_a * value + u_b * a * slope).to(x.dtype) if need_d_out else None,
+        d_x.to(x.dtype) if need_x else None,
+    )
+
+
+STRIP = 1 << 22
+"""Elements of a strip of the attention matrix: some queries, all keys, all heads."""
+
+
+def _strips(q: Tensor, k: Tensor) -> list[slice]:
+    """Cut the queries, so that no more of the matrix is there at a time than a strip."""
+    rows = max(1, STRIP // max(1, k.shape[0] * k.shape[1]))
+    return [slice(start, start + rows) for start in range(0, q.shape[1], rows)]
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Return softmax(scale · q kᵀ) v, [n, T, e]."""
+    parts = [reference.attention(q[:, rows], k, v, scale) for rows in _strips(q, k)]
+    return torch.cat(parts, 1)
+
+
+def attention_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    need_q: bool,
+    need_k: bool,
+    need_v: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of q, k and v: scale · S̄ k, scale · S̄ᵀ q and Pᵀ Ō.
+
+    P = softmax(scale · q kᵀ), S̄ = P ∘ (Ō vᵀ − rowsum(P ∘ Ō vᵀ)), a strip of queries at a time.
+    """
+    k_wide, v_wide = wide(k), wide(v)
+    d_q: list[Tensor] = []
+    d_k, d_v = torch.zeros_like(k_wide), torch.zeros_like(v_wide)
+    for rows in _strips(q, k):
+        q_rows, d_rows = wide(q[:, rows]), wide(d_out[:, rows])
+        P = (scale * (q_rows @ k_wide.mT)).softmax(-1)
+        G = d_rows @ v_wide.mT
+        d_S = scale * P * (G - (P * G).sum(-1, keepdim=True))
+        d_q.append(d_S @ k_wide)
+        d_k = d_k + d_S.mT @ q_rows
+        d_v = d_v + P.mT @ d_rows
+    return (
+        torch.cat(d_q, 1).to(q.dtype) if need_q else None,
+        d_k.to(k.dtype) if need_k else None,
+        d_v.to(v.dtype) if need_v else None,
+    )
+
+
+def attention_double_backward(
+    d_out: Tensor,
+    u_q: Tensor | None,
+    u_k: Tensor | None,
+    u_v: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    need_d_out: bool,
+    need_q: bool,
+    need_k: bool,
+    need_v: bool,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of d_out, q, k and v, a strip of queries at a time.
+
+    The formula is in `docs/math.md`; four strips are there at once, and never the matrix.
+    """
+    k_wide, v_wide = wide(k), wide(v)
+    u_q, u_k, u_v = (
+        wide(torch.zeros_like(x) if u is None else u)
+        for u, x in zip((u_q, u_k, u_v), (q, k, v), strict=True)
+    )
+    d_d_out: list[Tensor] = []
+    d_q: list[Tensor] = []
+    d_k, d_v = torch.zeros_like(k_wide), torch.zeros_like(v_wide)
+    for rows in _strips(q, k):
+        q_rows, u_rows, d_rows = wide(q[:, rows]), u_q[:, rows], wide(d_out[:, rows])
+        P = (scale * (q_rows @ k_wide.mT)).softmax(-1)
+        S_dot = scale * (u_rows @ k_wide.mT + q_rows @ u_k.mT)
+        G, H = d_rows @ v_wide.mT, d_rows @ u_v.mT
+        r, D = (P * S_dot).sum(-1, keepdim=True), (P * G).sum(-1, keepdim=True)
+        P_dot = P * (S_dot - r)
+        d_S = scale * P * (G - D)
+        E = S_dot * G - r * G - D * S_dot + H
+        X = scale * P * (E - (P * E).sum(-1, keepdim=True))
+        d_d_out.append(P_dot @ v_wide + P @ u_v)
+        d_q.append(X @ k_wide + d_S @ u_k)
+        d_k = d_k + X.mT @ q_rows + d_S.mT @ u_rows
+        d_v = d_v + P_dot.mT @ d_rows
+    return (
+        torch.cat(d_d_out, 1).to(q.dtype) if need_d_out else None,
+        torch.cat(d_q, 1).to(q.dtype) if need_q else None,
+        d_k.to(k.dtype) if need_k else None,
+        d_v.to(v.dtype) if need_v else None,
     )

@@ -1,0 +1,258 @@
+"""Layers of a network as operators whose second derivative is an operator, too.
+
+Forward, backward and double backward recompute what they need from the layer's inputs, which are
+all that a graph keeps. A backend serves ``<name>_forward(*tensors, *numbers)``,
+``<name>_backward(d_out, *tensors, *numbers, *needs)`` and ``<name>_double_backward(d_out,
+*directions, *tensors, *numbers, *needs)``; derivatives of higher order are those of the reference's
+backward, in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+
+from mima.ops._autograd import (
+    Operator,
+    apply,
+    apply_backward,
+    call,
+    flat,
+    is_watched,
+    raw_operator,
+    raw_operators,
+    vmap_formula,
+    without_autocast,
+)
+from mima.ops.backends import choice
+from mima.ops.backends import reference as reference_backend
+
+_RAW: dict[str, tuple[CustomOpDef, CustomOpDef, CustomOpDef]] = {}
+"""Forward, backward and double backward by name."""
+
+
+def define(name: str, tensors: Sequence[str], numbers: str, *, fake: Any) -> None:
+    """Register a layer's three operators with torch.library.
+
+    Args:
+        name: one of `choice.OPERATORS`.
+        tensors: its inputs, the first of which is there: as in a schema, ``"Tensor? weight"``.
+        numbers: further arguments as in a schema; may be empty.
+        fake: the output for (*tensors, *numbers), without data.
+    """
+    count = len(tensors)
+    inputs = ", ".join([*tensors, *([numbers] if numbers else [])])
+
+    def like(d_out: Tensor, *args: Any) -> Sequence[Any]:
+        return args[:count]
+
+    forward, backward = raw_operators(name, inputs, "Tensor", fake=fake, like=like)
+
+    def double_backward(*args: Any) -> list[Tensor]:
+        *given, needs, backend = args
+        module = choice.resolve(name, given[0], backend)
+        return flat(getattr(module, f"{name}_double_backward")(*given, *needs), needs)
+
+    def fake_double_backward(*args: Any) -> list[Tensor]:
+        *given, needs, _ = args
+        like = given[0], *given[1 + count : 1 + 2 * count]
+        return [x.new_empty(x.shape) for x in flat(like, needs)]
+
+    directions = ", ".join(f"Tensor? u_{tensor.split()[1]}" for tensor in tensors)
+    schema = f"(Tensor d_out, {directions}, {inputs}, bool[] needs, str backend) -> Tensor[]"
+    double = raw_operator(
+        f"{name}_double_backward", schema, double_backward, fake=fake_double_backward
+    )
+    _RAW[name] = forward, backward, double
+
+
+def layer(
+    name: str, backend: str | None, numbers: tuple[Any, ...], *tensors: Tensor | None
+) -> Tensor:
+    """Apply a layer to checked arguments."""
+    out: Tensor
+    assert tensors[0] is not None
+    if tensors[0].is_meta or is_watched(tensors, requires_grad=False):
+        (out,) = apply(Layer, name, backend or "", numbers, *tensors)
+        return out
+    kernels = _kernels(choice.resolve(name, tensors[0], backend or ""), name)
+    if torch.is_grad_enabled():
+        out = DirectLayer.apply(kernels, (name, backend or "", numbers), *tensors)
+        return out
+    out = kernels[0](*tensors, *numbers)
+    return out
+
+
+Kernels = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
+
+
+@functools.cache
+def _kernels(module: ModuleType, name: str) -> Kernels:
+    """A backend's forward, backward and double backward of a layer."""
+    forward, backward, double_backward = (
+        without_autocast(getattr(module, f"{name}_{which}"))
+        for which in ("forward", "backward", "double_backward")
+    )
+    return forward, backward, double_backward
+
+
+class DirectLayer(torch.autograd.Function):
+    """`Layer` where nothing of PyTorch's watches: its kernels, (name, backend, numbers), tensors.
+
+    A network calls dozens of layers, and each of its steps three functions of each. Without the
+    dispatcher, and without a context of its own, which PyTorch makes by binding signatures, that
+    takes a third of the time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, constants: Any, *tensors: Tensor | None) -> Tensor:
+        ctx.kernels, ctx.constants = kernels, constants
+        ctx.save_for_backward(*tensors)
+        out: Tensor = kernels[0](*tensors, *constants[2])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+        needs, tensors = ctx.needs_input_grad[2:], ctx.saved_tensors
+        if is_watched((d_out, *tensors), requires_grad=False):
+            grads = apply_backward(LayerBackward, *ctx.constants, needs, d_out, *tensors)
+            return None, None, *_spread(grads, needs)
+        if torch.is_grad_enabled():
+            return (
+                None,
+                None,
+                *_spread(
+                    DirectBackward.apply(ctx.kernels, ctx.constants, needs, d_out, *tensors), needs
+                ),
+            )
+        return None, None, *ctx.kernels[1](d_out, *tensors, *ctx.constants[2], *needs)
+
+
+class DirectBackward(torch.autograd.Function):
+    """`LayerBackward` likewise: kernels, constants, needs, d_out, tensors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: Kernels, constants: Any, needs: Any, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.kernels, ctx.constants, ctx.needs = kernels, constants, needs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return tuple(x for x in kernels[1](*tensors, *constants[2], *needs) if x is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *u: Tensor | None) -> tuple[Any, ...]:
+        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled():
+            # a graph of this is asked for: a third derivative
+            return None, None, None, *_differentiable(ctx, wanted, u, tensors)
+        d_out, *rest = tensors
+        directions = _spread(u, ctx.needs)
+        double_backward = ctx.kernels[2]
+        numbers = ctx.constants[2]
+        return None, None, None, *double_backward(d_out, *directions, *rest, *numbers, *wanted)
+
+
+def _spread(values: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Put the needed ones in their places, None in the others."""
+    rest = iter(values)
+    return [next(rest) if need else None for need in needs]
+
+
+def _forward_formula(
+    name: str, backend: str, numbers: tuple[Any, ...], *tensors: Tensor
+) -> tuple[Tensor]:
+    return (getattr(reference_backend, f"{name}_forward")(*tensors, *numbers),)
+
+
+def _backward_formula(
+    name: str,
+    backend: str,
+    numbers: tuple[Any, ...],
+    needs: Sequence[bool],
+    *tensors: Tensor | None,
+) -> list[Tensor]:
+    formula = getattr(reference_backend, f"{name}_backward")
+    return flat(formula(*tensors, *numbers, *needs), needs)
+
+
+class Layer(Operator):
+    """(name, backend, numbers, *tensors) -> the layer's output."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        name, backend, numbers, *tensors = args
+        return (call(_RAW[name][0], *tensors, *numbers, backend),)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.constants = inputs[:3]
+        ctx.save_for_backward(*inputs[3:])
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+        needs = tuple(ctx.needs_input_grad[3:])
+        tensors = ctx.saved_tensors
+        grads = apply_backward(LayerBackward, *ctx.constants, needs, d_out, *tensors)
+        return *(None,) * 3, *_spread(grads, needs)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return vmap_formula(_forward_formula, info, in_dims, args)
+
+
+class LayerBackward(Operator):
+    """(name, backend, numbers, needs, d_out, *tensors) -> the gradients that are needed."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        name, backend, numbers, needs, *tensors = args
+        return tuple(call(_RAW[name][1], *tensors, *numbers, list(needs), backend))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *ctx.constants, ctx.needs = inputs[:4]
+        ctx.save_for_backward(*inputs[4:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *u: Tensor | None) -> tuple[Any, ...]:
+        d_out, *tensors = ctx.saved_tensors
+        wanted = tuple(ctx.needs_input_grad[4:])
+        if torch.is_grad_enabled():
+            # a graph of this is asked for: a third derivative
+            return *(None,) * 4, *_differentiable(ctx, wanted, u, (d_out, *tensors))
+        name, backend, numbers = ctx.constants
+        directions = _spread(u, ctx.needs)
+        arguments = d_out, *directions, *tensors, *numbers, list(wanted), backend
+        grads = call(_RAW[name][2], *arguments)
+        return *(None,) * 4, *_spread(grads, wanted)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return vmap_formula(_backward_formula, info, in_dims, args)
+
+
+def _differentiable(
+    ctx: Any, wanted: Sequence[bool], u: Sequence[Tensor | None], tensors: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The double backward in plain PyTorch: the gradients of the tensors that want one."""
+    leaves = [x for x, want in zip(tensors, wanted, strict=True) if want]
+
+    def formula(*leaves: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(leaves)
+        every = [next(rest) if want else x for x, want in zip(tensors, wanted, strict=True)]
+        return tuple(_backward_formula(*ctx.constants, ctx.needs, *every))
+
+    # not autograd.grad, which would follow the tensors' own graphs to each other
+    outputs, pullback = torch.func.vjp(formula, *leaves)  # type: ignore[misc]  # no aux
+    grads = pullback(
+        tuple(torch.zeros_like(y) if v is None else v for y, v in zip(outputs, u, strict=True))
+    )
+    return _spread(grads, wanted)
