@@ -91,7 +91,7 @@ def study(tmp_path):
                 strength=strengths[cell.method][cell.seed],
                 adaptations=("lora", "sgd"),
                 seeds=(0, 1),
-                similarities=("clip",),
+                similarities=("clip", "dino"),
                 num_pictures=1,
             )
     return made
@@ -107,7 +107,10 @@ def test_the_report_says_what_the_cells_hold(study, tmp_path):
     docs = tmp_path / "results.md"
     docs.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     written = report.write(study, docs)
-    assert {path.name for path in written} == {"results.csv", "results.md", "relearn_tiger.svg"}
+    assert {path.name for path in written} == {
+        *("results.csv", "results.md"),
+        *("relearn_tiger.clip.svg", "relearn_tiger.dino.svg"),
+    }
     text = (study.folder / "results.md").read_text()
     assert docs.read_text().startswith("before\n")
     assert docs.read_text().endswith("after\n")
@@ -120,11 +123,14 @@ def test_the_report_says_what_the_cells_hold(study, tmp_path):
     def mean(method, seed, kind, field):
         attacks = study.evaluation(cells[f"relearn_tiger.{method}.seed{seed}"]).attacks()
         return fmean(
-            getattr(row, field) for row in attacks if row.role == "target" and row.method == kind
+            getattr(row, field)
+            for row in attacks
+            if (row.role, row.method, row.similarity) == ("target", kind, "clip")
         )
 
     for method in ("joint", "default"):
-        (line,) = (row for row in table if row[0] == method and len(row) == 15)
+        # the second is the other judge's
+        line, _ = (row for row in table if row[0] == method and len(row) == 15)
         assert line[1] == "2 × 2"
         rises = [mean(method, seed, "lora", "rise_left") for seed in (0, 1)]
         ends = [share(value) for value in (fmean(rises), min(rises), max(rises))]
@@ -134,7 +140,7 @@ def test_the_report_says_what_the_cells_hold(study, tmp_path):
         gaps = [mean(method, seed, "lora", "sgr_mean") for seed in (0, 1)]
         assert line[5].startswith(number(fmean(gaps)))
         assert line[12] == "−2.0\u00a0%"
-    (paired,) = (row for row in table if row[0] == "joint" and len(row) == 4)
+    paired, _ = (row for row in table if row[0] == "joint" and len(row) == 4)
     expected = [
         fmean(
             mean("default", seed, kind, "sgr_mean") - mean("joint", seed, kind, "sgr_mean")
@@ -146,8 +152,8 @@ def test_the_report_says_what_the_cells_hold(study, tmp_path):
     assert paired[3] == "2"
     with (study.folder / "results.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    # 4 cells, 2 concepts, 2 methods, 2 seeds
-    assert len(lines) == 4 * 2 * 2 * 2
+    # 4 cells, 2 concepts, 2 methods, 2 seeds, 2 judges
+    assert len(lines) == 4 * 2 * 2 * 2 * 2
     assert {line["study_method"] for line in lines} == {"joint", "default"}
 
 

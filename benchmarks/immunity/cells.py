@@ -84,7 +84,7 @@ class Cut:
     budget: int
     grid: Mapping[str, Any]
     model: str = "embedded"
-    similarities: tuple[str, ...] = ("embedded",)
+    similarities: tuple[str, ...] = ("embedded", "embedded-clip")
     settings: Mapping[str, Any] = field(default_factory=dict)
     others: tuple[str, ...] = OTHERS
 

@@ -18,7 +18,7 @@ from mima.evaluation.metrics import run_interval
 from mima.evaluation.records import AttackRow, CurvePoint, Evaluation, Gap, Interval
 from mima.evaluation.summary import gap_of, over_seeds, paired_difference
 from mima.report.wording import method_name, number, percent, share
-from mima.storage.output import write_whole
+from mima.storage.output import slug, write_whole
 
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 """What stands around the tables in a text that they are written into."""
@@ -28,9 +28,10 @@ REFERENCE = "default"
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """A cell whose attacks are all done, by its primary judge."""
+    """A cell whose attacks are all done, as one judge saw them."""
 
     cell: Cell
+    judge: str
     evaluation: Evaluation
     rows: list[AttackRow]
     points: dict[str, list[CurvePoint]]
@@ -48,26 +49,27 @@ class Finished:
 
 
 def finished(study: Study) -> list[Finished]:
-    """Every cell of a study whose attacks are all done."""
+    """Every cell of a study whose attacks are all done, once for each judge."""
     found = []
     for cell in study.cells():
         folder = study.evaluation(cell)
         if not folder.exists() or not (evaluation := folder.evaluation()).complete:
             continue
-        primary = evaluation.similarities[0]
-        points: dict[str, list[CurvePoint]] = {}
-        for point in folder.curves():
-            if point.similarity == primary:
-                points.setdefault(point.attack, []).append(point)
-        found.append(
-            Finished(
-                cell=cell,
-                evaluation=evaluation,
-                rows=[row for row in folder.attacks() if row.similarity == primary],
-                points=points,
-                compute=study.compute(cell),
+        for judge in evaluation.similarities:
+            points: dict[str, list[CurvePoint]] = {}
+            for point in folder.curves():
+                if point.similarity == judge:
+                    points.setdefault(point.attack, []).append(point)
+            found.append(
+                Finished(
+                    cell=cell,
+                    judge=judge,
+                    evaluation=evaluation,
+                    rows=[row for row in folder.attacks() if row.similarity == judge],
+                    points=points,
+                    compute=study.compute(cell),
+                )
             )
-        )
     return found
 
 
@@ -111,8 +113,8 @@ def write(study: Study, docs: Path | None = None) -> list[Path]:
     write_whole(rows, _csv(cells).encode())
     write_whole(tables, text.encode())
     written = [rows, tables]
-    for problem in _problems(cells):
-        written.append(_plot(problem, [one for one in cells if one.cell.problem == problem], study))
+    for problem, judge in _parts(cells):
+        written.append(_plot(_of(cells, problem, judge), study.folder / _plot_name(problem, judge)))
     if docs is not None:
         write_between(docs, text)
         written.append(docs)
@@ -133,26 +135,38 @@ def write_between(path: Path, text: str) -> None:
     write_whole(path, f"{before}{BEGIN}\n\n{text.strip()}\n\n{END}{after}".encode())
 
 
-def _problems(cells: Iterable[Finished]) -> list[Problem]:
-    return list(dict.fromkeys(one.cell.problem for one in cells))
+def _parts(cells: Iterable[Finished]) -> list[tuple[Problem, str]]:
+    """What has tables and a plot of its own: every problem by every judge."""
+    return list(dict.fromkeys((one.cell.problem, one.judge) for one in cells))
+
+
+def _of(cells: Iterable[Finished], problem: Problem, judge: str) -> list[Finished]:
+    return [one for one in cells if (one.cell.problem, one.judge) == (problem, judge)]
+
+
+def _plot_name(problem: Problem, judge: str) -> str:
+    return f"{problem.name}.{slug(Path(judge).name)}.svg"
 
 
 def _text(study: Study, cells: Sequence[Finished]) -> Iterable[str]:
-    planned = study.cells()
+    planned, done = study.cells(), {one.cell for one in cells}
     yield (
-        f"{len(cells)} of {len(planned)} cells are finished. {_seeds(study)} Shown is the mean and "
+        f"{len(done)} of {len(planned)} cells are finished. {_seeds(study)} Shown is the mean and "
         "in brackets the 95 % interval over seeds (from five on), else their range, which claims "
         "nothing of the mean: over seeds of the immunization where a method has several, else over "
         "attack seeds. Rise left: what an attack adds on the immunized model, over what it adds on "
         "the original, at the last step; held out: attacks of families that no method simulates. "
-        f"Judge: {cells[0].evaluation.similarities[0]}."
+        "Judges that disagree are not averaged."
     )
-    missing = [cell.name for cell in planned if cell not in {one.cell for one in cells}]
+    missing = [cell.name for cell in planned if cell not in done]
     if missing:
         yield f"\nNot finished: {', '.join(missing)}."
-    for problem in _problems(cells):
-        yield f"\n### {problem.task}: {', '.join(problem.targets)} (N = {len(problem.targets)})\n"
-        mine = [one for one in cells if one.cell.problem == problem]
+    for problem, judge in _parts(cells):
+        yield (
+            f"\n### {problem.task}: {', '.join(problem.targets)} (N = {len(problem.targets)}), "
+            f"judged by {Path(judge).name}\n"
+        )
+        mine = _of(cells, problem, judge)
         groups = {
             method: [one for one in mine if one.cell.method == method]
             for method in dict.fromkeys(one.cell.method for one in mine)
@@ -161,7 +175,7 @@ def _text(study: Study, cells: Sequence[Finished]) -> Iterable[str]:
         yield ""
         yield from _steps_table(groups)
         yield from _difference_table(groups)
-        yield f"\n![SGR over steps]({problem.name}.svg)"
+        yield f"\n![SGR over steps]({_plot_name(problem, judge)})"
 
 
 def _seeds(study: Study) -> str:
@@ -338,7 +352,7 @@ def _csv(cells: Sequence[Finished]) -> str:
     return text.getvalue()
 
 
-def _plot(problem: Problem, cells: Sequence[Finished], study: Study) -> Path:
+def _plot(cells: Sequence[Finished], path: Path) -> Path:
     """SGR over steps, a panel for each kind of attack and a line for each method."""
     kinds = list(dict.fromkeys(row.method for one in cells for row in one.targets()))
     methods = list(dict.fromkeys(one.cell.method for one in cells))
@@ -361,7 +375,6 @@ def _plot(problem: Problem, cells: Sequence[Finished], study: Study) -> Path:
         place.tick_params(labelsize=8)
     places[0].set_ylabel("similarity gap ratio", fontsize=8)
     places[-1].legend(fontsize=7, frameon=False)
-    path = study.folder / f"{problem.name}.svg"
     figure.savefig(path, metadata={"Date": None})
     return path
 
