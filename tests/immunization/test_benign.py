@@ -119,8 +119,8 @@ def test_it_is_added_to_what_retains(model, tmp_path):
 def test_what_the_start_becomes_is_computed_once_for_each_path(model, tmp_path, monkeypatch):
     problem = make(model, settings(tmp_path, BENIGN | {"paths": 2}), 1)
     terms, theta, begun = problem._benign, problem.theta(), []
-    path = lower.path
-    monkeypatch.setattr(lower, "path", lambda task, at: begun.append(at) or path(task, at))
+    paths = lower.paths
+    monkeypatch.setattr(lower, "paths", lambda tasks, at: begun.append(at) or paths(tasks, at))
     for step in range(12):
         terms.gradient(moved(theta, problem.upper_names), step)
     at_the_start = [at for at in begun if at is terms._before]
@@ -203,18 +203,23 @@ def test_a_step_of_all_of_it_evaluates_nothing_twice(model, tmp_path, monkeypatc
     upper = config.upper.model_copy(update={"objective": "hinge", "margin": 9.0, "path_every": 3})
     problem = make(model, config.model_copy(update={"upper": upper}), 1)
     counts = {"graph": 0, "none": 0, "backward": 0}
-    predict, grad = type(problem.family).predict, torch.autograd.grad
+    predict = type(problem.family).predict
+    grad, backward = torch.autograd.grad, torch.autograd.backward
 
     def counted(self, *args):
         counts["graph" if torch.is_grad_enabled() else "none"] += 1
         return predict(self, *args)
 
-    def gradient(*args, **options):
-        counts["backward"] += 1
-        return grad(*args, **options)
+    def differentiating(function):
+        def counting(*args, **options):
+            counts["backward"] += 1
+            return function(*args, **options)
+
+        return counting
 
     monkeypatch.setattr(type(problem.family), "predict", counted)
-    monkeypatch.setattr(torch.autograd, "grad", gradient)
+    monkeypatch.setattr(torch.autograd, "grad", differentiating(grad))
+    monkeypatch.setattr(torch.autograd, "backward", differentiating(backward))
     theta = problem.theta()
     outer = problem.hypergradient(theta, problem.lower_levels(0), problem.upper_path(0))
     # five steps of the attack, two states of its path, each beside the start's prediction

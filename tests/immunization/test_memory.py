@@ -158,7 +158,13 @@ def test_a_run_with_moments_on_disk_goes_on_bit_by_bit(half, tmp_path):
     config = settings(tmp_path, steps=4, checkpoint_every=2, offload_optimizer=True)
     whole = immunize(half, concepts(), config)
     options = {"checkpoint": tmp_path / "run"}
-    immunize(half, concepts(), config, callbacks=[lambda r: r.step == 2], **options)
+
+    def interrupt(report):
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        immunize(half, concepts(), config, callbacks=[interrupt], **options)
     resumed = immunize(half, concepts(), config, resume=True, **options)
     assert [r.losses for r in resumed.history] == [r.losses for r in whole.history]
     assert_same(resumed.pipeline.unet.state_dict(), whole.pipeline.unet.state_dict())
