@@ -11,6 +11,13 @@ from support.operator_cases import BY_ID, SMALL, Case, values_and_gradients
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    """One code object serves every case; Dynamo compiles it anew for eight of them at most."""
+    torch.compiler.reset()
+
+
 TINY = [case for case in SMALL if case.name == "small"]
 r = torch.randn
 
