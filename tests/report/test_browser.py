@@ -316,8 +316,10 @@ def written(folder: Path, names: Sequence[str]) -> Path:
     return write_report([evaluation])
 
 
-# each element and the names of its attributes, in the page's order
-STRUCTURE = """() => [...document.querySelectorAll("*")].map(
+# each element and the names of its attributes, in the page's order, but for the places where the
+# names of settings may break
+STRUCTURE = """() => [...document.querySelectorAll("*")].filter(
+  (element) => element.tagName != "WBR" || element.getAttributeNames().length).map(
   (element) => [element.tagName, ...element.getAttributeNames()].join(" "))"""
 TEXTS = """() => {
   const found = [document.body.textContent];
