@@ -10,6 +10,7 @@ counts less; memory is the peak above what was held before the step, in a proces
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import subprocess
 import sys
@@ -102,7 +103,11 @@ def main() -> None:
             spent = seconds(mode, times, args.rounds)
             held = {variant: memory(mode, times, variant) for variant in VARIANTS}
             for variant in VARIANTS:
-                ratios = [values[variant] / values[VARIANTS[0]] for values in (spent, held)]
+                # a small step may need no more than loading the model did
+                ratios = [
+                    values[variant] / values[VARIANTS[0]] if values[VARIANTS[0]] else math.nan
+                    for values in (spent, held)
+                ]
                 print(
                     f"{mode:12} {times**2:7}x {variant:10} {spent[variant]:7.3f} {ratios[0]:6.2f} "
                     f"{held[variant]:6.0f} {ratios[1]:6.2f}",
