@@ -13,7 +13,7 @@ from mima.concepts import Concept
 from mima.families import Family
 from mima.immunization.config import ImmunizeConfig
 from mima.merging import MergePlan
-from mima.training.batches import CHUNK
+from mima.training.batches import chunks
 from mima.training.captions import drawn_captions
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,7 @@ def text_tokens(family: Family, texts: Sequence[str]) -> torch.Tensor:
     Of a text with ``OPENING`` in its first 15 letters, the first three words are left out.
     """
     rows = []
-    for start in range(0, len(texts), CHUNK):
-        chunk = list(texts[start : start + CHUNK])
+    for chunk in chunks(list(texts)):
         mask = family.token_mask(chunk)
         for row, text in zip(mask, chunk, strict=True):
             if OPENING in text[:15]:
