@@ -218,6 +218,7 @@ def evaluate(
             "grid": config.model_dump(mode="json"),
             "sampler": asdict(sampler),
             "similarities": {name: str(s) for name, s in zip(names, similarities, strict=True)},
+            "judges": worker.judges,
             "weights": worker.fingerprints(),
         },
         versions=installed_versions(),

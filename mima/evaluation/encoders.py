@@ -12,6 +12,7 @@ differs: that script compares the i-th reference with the i-th picture by LPIPS,
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ from mima.families.hub import unreachable
 from mima.families.loading import LOADING_ERRORS
 from mima.storage.inputs import is_hub_id
 from mima.storage.plain_data import shortened
+from mima.storage.tensor_files import fingerprint
 
 CLIP_DEFAULT = "openai/clip-vit-base-patch32"
 DINO_DEFAULT = "facebook/dino-vits16"
@@ -388,6 +390,39 @@ class Lpips:
         for a, b, lin in zip(one, many, self.model.lins, strict=True):
             total += lin((a - b).square()).mean(dim=(1, 2, 3))
         return total.cpu()
+
+
+def judge_fingerprint(judge: ImageEncoder | PairwiseSimilarity) -> str:
+    """A hash that another version of a judge's assets does not have.
+
+    It covers the weights, the class that reads them, how pictures are prepared and, of an encoder
+    that embeds texts, the vocabulary. A judge that none of this module's loaders opened has its
+    name alone.
+    """
+    match judge:
+        case DiscriminantEncoder():
+            weights, how = judge.numbers, []
+        case _TransformersEncoder() | Lpips():
+            weights = dict(judge.model.named_parameters())
+            how = [f"{name} {_plain(value)}" for name, value in _preparation(judge).items()]
+        case _:
+            return judge.name
+    told = "\n".join([type(judge).__name__, fingerprint(weights), *sorted(how)])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def _preparation(judge: _TransformersEncoder | Lpips) -> dict[str, Any]:
+    """What else an answer of the judge depends on, by name."""
+    if isinstance(judge, Lpips):
+        return {"protocol": judge.protocol}
+    told = {"preprocess": type(judge.preprocess).__name__, **vars(judge.preprocess)}
+    if isinstance(judge, ClipEncoder):
+        told["vocabulary"] = sorted(judge.tokenizer.get_vocab().items())
+    return told
+
+
+def _plain(value: Any) -> Any:
+    return value.flatten().tolist() if isinstance(value, torch.Tensor) else value
 
 
 def load_similarity(

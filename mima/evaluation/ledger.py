@@ -16,6 +16,9 @@ from mima.storage.output import check_folder
 
 logger = logging.getLogger(__name__)
 
+JUDGES = "judges"
+"""In a record's configuration: a hash of each judge's assets, by name."""
+
 
 def check(folder: EvaluationFolder, *, overwrite: bool) -> None:
     """Make sure that the folder is new, or an earlier evaluation's."""
@@ -44,7 +47,15 @@ def refuse_other_settings(folder: EvaluationFolder, now: Evaluation) -> None:
     then = folder.evaluation()
     same = ("models", "protocol", "similarities", "seeds", "concepts")
     differing = [name for name in same if getattr(then, name) != getattr(now, name)]
-    differing += [key for key in now.config if then.config.get(key) != now.config[key]]
+    differing += [
+        key for key in now.config if key != JUDGES and then.config.get(key) != now.config[key]
+    ]
+    known = then.config.get(JUDGES)
+    differing += [
+        f"assets of the judge {name}"
+        for name, digest in now.config[JUDGES].items()
+        if name in then.similarities and (not isinstance(known, dict) or known.get(name) != digest)
+    ]
     if differing:
         raise MimaError(
             f"output {folder.path} holds an evaluation with other {', '.join(differing)}; "

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,7 +24,7 @@ from mima.concepts.naming import without_name
 from mima.concepts.pictures import Picture, by_prompt, digest
 from mima.evaluation import preparations
 from mima.evaluation.benign import cmmd, text_features
-from mima.evaluation.encoders import TextImageEncoder, load_similarity
+from mima.evaluation.encoders import TextImageEncoder, judge_fingerprint, load_similarity
 from mima.evaluation.feature_cache import CachedSimilarity
 from mima.evaluation.grid import (
     Attack,
@@ -278,6 +279,11 @@ class Worker:
             for side, pipeline in self.pipelines.items()
         }
 
+    @cached_property
+    def judges(self) -> dict[str, str]:
+        """A hash of each similarity model's assets, by name."""
+        return {one.name: judge_fingerprint(one.model) for one in self.similarities}
+
     def run(self, task: Task) -> Result:
         """Run an attack or a trial, or draw one model's pictures of ordinary prompts."""
         if isinstance(task, Attack):
@@ -387,7 +393,8 @@ class Worker:
         common = (type(adaptation).__name__, adaptation, learned, bench.sampler, attack.transplant)
         if trial is not None:
             jobs, files = bench.training_jobs(attack)
-            judge = (*next(iter(bench.similarities.items())), bench.protocol)
+            first = self.similarities[0].name
+            judge = (first, self.judges[first], bench.protocol)
             digests = [[digest(Picture(file, "")) for file in group] for group in files]
             return self._originals.entry(
                 "trial", *common, bench.config.tune.by, jobs, digests, judge

@@ -201,6 +201,15 @@ class Report:
         self.settings = sorted(every, key=lambda s: s.plainness)
         self.left_out: list[str] = []
 
+    def other_judges(self) -> list[str]:
+        """Similarities that are of different judges in different runs, as far as is on record."""
+        return [
+            name
+            for name in self.similarities
+            if len({run.judge(name) for run in self.runs if name in run.evaluation.similarities})
+            > 1
+        ]
+
     def curves(self) -> list[tuple[ConceptRecord, list[Panel]]]:
         """Panels by concept: the usual attack of each method, and the worst variation of it."""
         limits = {name: self._limits(name) for name in self.similarities}

@@ -91,6 +91,11 @@ class Run:
         for row in self.attacks:
             self.by_setting.setdefault((setting(row), row.similarity), []).append(row)
 
+    def judge(self, similarity: str) -> str | None:
+        """What tells a judge from others of its name; None where the run does not say."""
+        known = self.evaluation.config.get("judges")
+        return str(known[similarity]) if isinstance(known, dict) and similarity in known else None
+
     def mean(self, chosen: Setting, similarity: str) -> float | None:
         """Mean SGR of a setting over its seeds; None where nothing was measured."""
         rows = self.by_setting.get((chosen, similarity), [])

@@ -1,6 +1,7 @@
 """The attack grid on two models, from end to end on tiny ones."""
 
 import dataclasses
+import json
 import logging
 import sys
 
@@ -225,6 +226,29 @@ def test_a_stopped_evaluation_goes_on_and_ends_the_same(folders, tmp_path, proce
     (tmp_path / "mine" / "diary.txt").touch()
     with pytest.raises(MimaError, match="not empty"):
         run(folders, tmp_path / "mine")
+
+
+def test_another_judge_of_the_same_name_is_refused(folders, tmp_path):
+    clip, grid = tmp_path / "clip", GRID | {"seeds": (0,), "evaluations": 1, "benign_prompts": 0}
+    tiny.save_tiny_clip(clip)
+    arguments = {"settings": grid, "similarities": [clip], "others": []}
+    run(folders, tmp_path / "out", **arguments)
+    kept = (tmp_path / "out" / "attacks.csv").read_bytes()
+    tiny.save_tiny_clip(clip, seed=1)
+    refused = "holds an evaluation with other assets of the judge clip;"
+    with pytest.raises(MimaError, match=refused):
+        run(folders, tmp_path / "out", **arguments)
+    # a folder that says nothing of its judges may be of any
+    tiny.save_tiny_clip(clip)
+    run(folders, tmp_path / "out", **arguments)
+    record = tmp_path / "out" / "evaluation.json"
+    for judges in (None, 5, {}):
+        told = json.loads(record.read_text())
+        told["config"]["judges"] = judges
+        record.write_text(json.dumps(told))
+        with pytest.raises(MimaError, match=refused):
+            run(folders, tmp_path / "out", **arguments)
+    assert (tmp_path / "out" / "attacks.csv").read_bytes() == kept
 
 
 def test_preparations_attack_other_weights(folders, tmp_path):

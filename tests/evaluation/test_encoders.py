@@ -24,7 +24,7 @@ from mima.evaluation import (
     prompt_alignment,
     similarity,
 )
-from mima.evaluation.encoders import Preprocessor
+from mima.evaluation.encoders import Preprocessor, judge_fingerprint
 from mima.evaluation.feature_cache import CachedSimilarity
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
@@ -260,6 +260,36 @@ def test_lpips_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(MimaError, match=r"pip install 'mima\[lpips\]'"):
         load_similarity("lpips")
+
+
+def test_another_version_of_a_judge_has_another_fingerprint(clip, clip_folder, tmp_path):
+    again = judge_fingerprint(load_encoder(clip_folder, batch_size=3))
+    assert again == judge_fingerprint(clip)
+    others = [
+        load_encoder(tiny.save_tiny_clip(tmp_path / "weights", seed=1)),
+        load_encoder(clip_folder, protocol="published"),
+        load_encoder("embedded"),
+        load_encoder("embedded-clip"),
+    ]
+    cropped = tiny.save_tiny_clip(tmp_path / "cropped")
+    settings = json.loads((cropped / "preprocessor_config.json").read_text())
+    settings["image_mean"] = [0.5] * 3
+    (cropped / "preprocessor_config.json").write_text(json.dumps(settings))
+    others.append(load_encoder(cropped))
+    judge = load_encoder("embedded")
+    judge.numbers["shares"] = judge.numbers["shares"].flip(0)
+    others.append(judge)
+    found = {judge_fingerprint(other) for other in others}
+    assert len(found | {again}) == len(others) + 1
+
+
+def test_lpips_has_a_fingerprint_of_its_protocol(lpips_net):
+    _, folder = lpips_net
+    one, other = (
+        judge_fingerprint(load_similarity(f"lpips:{folder}", protocol=protocol))
+        for protocol in ("standard", "published")
+    )
+    assert one != other
 
 
 class Counting:

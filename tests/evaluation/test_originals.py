@@ -30,7 +30,7 @@ def folders(tmp_path_factory):
     return root
 
 
-def run(folders, immunized, output, originals=None, **changes):
+def run(folders, immunized, output, originals=None, similarities=None, **changes):
     evaluate(
         folders / "original",
         folders / immunized,
@@ -38,7 +38,7 @@ def run(folders, immunized, output, originals=None, **changes):
         others=[tiny.concept("blue", "square")],
         output=output,
         settings=GRID | changes,
-        similarities=[folders / "clip"],
+        similarities=similarities or [folders / "clip"],
         processes=1,
         originals=originals,
     )
@@ -68,6 +68,12 @@ def test_the_original_is_attacked_once_for_all(folders, tmp_path, monkeypatch):
     trained.clear()
     run(folders, "two", tmp_path / "third", shared, repair_steps=0, tune={"trials": 0})
     assert ("original", "none") in trained
+    # another judge chooses among trials of its own
+    trained.clear()
+    tiny.save_tiny_clip(tmp_path / "clip", seed=1)
+    run(folders, "two", tmp_path / "judged", shared, similarities=[tmp_path / "clip"])
+    tried = [preparation for side, preparation in trained if side == "original"]
+    assert tried.count("none") >= 2
     for content in ("{", "[1]", "[" * 100_000, "\xff"):
         for entry in shared.iterdir():
             (entry / "entry.json").write_text(content, encoding="latin-1")

@@ -306,6 +306,17 @@ def test_where_nothing_was_taught_the_headline_claims_nothing(small, tmp_path):
     assert "1 of 1 taught the immunized model a concept and the original none" in text
 
 
+def test_runs_of_different_judges_are_marked(tmp_path):
+    def write(name, judges):
+        config = {} if judges is None else {"judges": judges}
+        return write_evaluation(tmp_path / name, name=name, **SMALL, config=config)
+
+    new, old, unknown = write("new", {"clip": "1"}), write("old", {"clip": "2"}), write("a", None)
+    for folders, marked in (([new, old], True), ([new, unknown], True), ([new, new], False)):
+        text = Page(write_report(folders, tmp_path / "page.html")).text
+        assert ("What the runs call clip is not known to be the same judge" in text) == marked
+
+
 def test_single_seeds_and_overlaps_are_marked(small, tmp_path, folder):
     page = Page(write_report([small], tmp_path / "page.html"))
     assert "One seed. Every attack of run ran once" in page.text
