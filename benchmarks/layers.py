@@ -10,7 +10,6 @@ counts less; memory is the peak above what was held before the step, in a proces
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.outer_step import make_problem, two_pass
+from benchmarks.outer_step import forget_peak_memory, make_problem, two_pass
 from mima.bilevel import hypergradient
 from mima.immunization import levels
 from mima.immunization.progress import peak_memory
@@ -79,7 +78,7 @@ def memory(mode: str, times: int, variant: str) -> float:
 def measured(mode: str, times: int, variant: str) -> float:
     """The same, in this process."""
     step = step_of(mode, times, variant)
-    before = peak_memory(torch.device("cpu"))
+    before = forget_peak_memory(torch.device("cpu"))
     step()
     return (peak_memory(torch.device("cpu")) - before) / 2**20
 
@@ -103,11 +102,7 @@ def main() -> None:
             spent = seconds(mode, times, args.rounds)
             held = {variant: memory(mode, times, variant) for variant in VARIANTS}
             for variant in VARIANTS:
-                # a small step may need no more than loading the model did
-                ratios = [
-                    values[variant] / values[VARIANTS[0]] if values[VARIANTS[0]] else math.nan
-                    for values in (spent, held)
-                ]
+                ratios = [values[variant] / values[VARIANTS[0]] for values in (spent, held)]
                 print(
                     f"{mode:12} {times**2:7}x {variant:10} {spent[variant]:7.3f} {ratios[0]:6.2f} "
                     f"{held[variant]:6.0f} {ratios[1]:6.2f}",

@@ -20,17 +20,16 @@ from pathlib import Path
 def measure(engine: str, concepts: int, batch: int, device: str) -> dict[str, float]:
     """Run in this process; sizes in MiB."""
     import torch
-    from outer_step import make_problem, naive, two_pass
+    from outer_step import forget_peak_memory, make_problem, naive, two_pass
 
     from mima.immunization.progress import peak_memory
 
     torch.set_num_threads(1)
     problem = make_problem(concepts, batch=batch, device=device)
     if device != "cpu":
-        # memory for the first products, and what loading the model took at its peak
+        # memory for the first products
         torch.zeros(8, 8, device=device).square().mm(torch.ones(8, 8, device=device))
-        torch.cuda.reset_peak_memory_stats(device)
-    before = peak_memory(problem.family.device)
+    before = forget_peak_memory(problem.family.device)
     started = time.perf_counter()
     outer = {"two-pass": two_pass, "naive": naive}[engine](problem)
     # reading it waits for the device

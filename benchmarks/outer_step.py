@@ -6,6 +6,8 @@ take as long as trained ones.
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from mima.families.loading import load_embedded
 from mima.immunization.config import ImmunizeConfig, LowerConfig, UpperConfig
 from mima.immunization.encoding import ConceptData
 from mima.immunization.levels import Problem, merge_layer
+from mima.immunization.progress import peak_memory
 from mima.training.batches import Encoded, seeded
 
 NOUNS = (
@@ -155,6 +158,17 @@ def make_problem(
         ordinary = Encoded.of(family, latents.flip(0), ["a photo"] * 8)
         data.append(ConceptData(concept.name, images, ordinary))
     return Problem(family, data, settings, merge_layer(family, named, settings))
+
+
+def forget_peak_memory(device: torch.device) -> int:
+    """Bytes in use; ``peak_memory`` counts from here on, not from what loading the model took."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        # what loading freed and the allocator keeps would hide what a step takes of that
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory(device)
 
 
 def two_pass(problem: Problem) -> OuterGradient:

@@ -203,6 +203,22 @@ def test_a_roofline_builds_the_published_architectures(model):
     assert any(re.search(roofline.ARCHITECTURES[model].trained, n) for n in denoiser.state_dict())
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_the_peak_of_a_step_is_not_that_of_loading_nor_of_the_process_that_started_this_one():
+    from benchmarks.outer_step import forget_peak_memory
+    from mima.immunization.progress import peak_memory
+
+    cpu, most = torch.device("cpu"), 2**28
+    loaded = torch.ones(most // 4)
+    assert peak_memory(cpu) >= most
+    del loaded
+    held = forget_peak_memory(cpu)
+    taken = torch.ones(most // 16)
+    # pages of others come and go
+    assert 0.9 * most / 4 <= peak_memory(cpu) - held < most / 2
+    del taken
+
+
 def test_weights_are_cast_once_in_a_run_of_half_precision():
     from benchmarks.outer_step import make_problem
 

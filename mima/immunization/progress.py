@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -132,6 +133,13 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes in use so far: tensors on a GPU, the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        status = ""
+    if told := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
+        return int(told[1]) * 1024
+    # on Linux at least what the process that started this one held
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # kilobytes, but on macOS bytes
     return peak if sys.platform == "darwin" else peak * 1024
