@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -11,7 +12,9 @@ from PIL import Image
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """One quick run, in a process and a folder of its own."""
+    """One quick run, in a process and a folder of its own, or the one that was made already."""
+    if made := os.environ.get("MIMA_TEST_DEMO"):
+        return Path(made), Path(f"{made}.txt").read_text(encoding="utf-8")
     folder = tmp_path_factory.mktemp("demo") / "out"
     command = [sys.executable, "-m", "mima", "demo", "--quick", "--output", str(folder)]
     done = subprocess.run(

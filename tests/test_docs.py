@@ -153,7 +153,7 @@ def test_the_readme_has_the_two_commands_and_every_other():
 
 def test_the_environment_variables_are_those_that_are_read():
     stated = set(re.findall(r"`(MIMA_[A-Z_]+)`", GUIDE))
-    tests = [ROOT / "tests" / name for name in ("conftest.py", "report/test_browser.py")]
+    tests = [ROOT / "tests" / f"{n}.py" for n in ("conftest", "report/test_browser", "test_demo")]
     sources = [ROOT / "setup.py", *tests, *(ROOT / "mima").rglob("*.py")]
     text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     read = set(re.findall(r"environ(?:\.get)?[\[(][\"'](MIMA_[A-Z_]+)", text))

@@ -69,7 +69,7 @@ def check_adapters(adapters: Iterable[str | Path]) -> None:
     """
     absent = [str(adapter) for adapter in adapters if not expanded(adapter).exists()]
     if absent:
-        raise MimaError(f"merge: no such adapter: {', '.join(absent)}")
+        raise MimaError(f"no such adapter: {', '.join(absent)}")
 
 
 def delta_file(path: str | Path) -> Path:

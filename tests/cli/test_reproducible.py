@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
-from support.commands import write_config
+from support.commands import in_a_process, write_config
 
 ADAPT = ["adapt", "cat", "--model", "MODEL", "--steps", "2", "--lr", "0.01"]
 COMMANDS = {
-    "lora": [*ADAPT, "--rank", "2", "-o", "OUT"],
-    "whole dreambooth": [*ADAPT, "--method", "dreambooth", "--whole", "-o", "OUT"],
-    "immunize": ["immunize", "run.yaml", "-o", "OUT"],
-    "delta": ["immunize", "run.yaml", "--delta", "-o", "OUT"],
+    "lora": [*ADAPT, "--rank", "2"],
+    "whole dreambooth": [*ADAPT, "--method", "dreambooth", "--whole"],
+    "immunize": ["immunize", "run.yaml"],
+    "delta": ["immunize", "run.yaml", "--delta"],
 }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_two_runs_write_the_same_bytes(workdir, model, name):
+def test_two_runs_write_the_same_bytes(workdir, model):
     write_config(workdir / "run.yaml", model=str(model))
+    commands = [
+        ([model if word == "MODEL" else word for word in words] + ["-o", name], {})
+        for name, words in COMMANDS.items()
+    ]
     written = []
     for seed in ("1", "2"):
-        arguments = [
-            {"MODEL": str(model), "OUT": "out"}.get(argument, argument)
-            for argument in COMMANDS[name]
-        ]
         # sets of texts have another order in each process
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "mima", *arguments]
-        subprocess.run(command, env=environment, check=True, capture_output=True)
-        files = [path for path in Path("out").rglob("*") if path.is_file()]
-        written.append({str(path): path.read_bytes() for path in files})
-        Path("out").rename(f"out-{seed}")
+        ended = in_a_process(*commands, cwd=workdir, PYTHONHASHSEED=seed, OMP_NUM_THREADS="1")
+        assert [code for code, _ in ended] == [0] * len(commands), ended
+        Path(seed).mkdir()
+        for name in COMMANDS:
+            Path(name).rename(Path(seed, name))
+        files = [path for path in Path(seed).rglob("*") if path.is_file()]
+        written.append({str(path.relative_to(seed)): path.read_bytes() for path in files})
     first, second = written
     assert first.keys() == second.keys()
-    assert len(first) > 1
+    for name in COMMANDS:
+        assert sum(path.startswith(f"{name}/") for path in first) > 1
     assert [path for path in first if first[path] != second[path]] == []

@@ -45,7 +45,7 @@ def modules(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def broken(tmp_path) -> Path:
-    """A copy of the sources in which the CPU code does not compile."""
+    """A copy of the sources in which the CPU code does not compile, and is one file."""
     copy = tmp_path / "copy"
     copy.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -54,6 +54,8 @@ def broken(tmp_path) -> Path:
     shutil.copytree(ROOT / "csrc", copy / "csrc")
     (copy / "mima").mkdir()
     shutil.copy(ROOT / "mima/_version.py", copy / "mima")
+    for source in (copy / "csrc/cpu").glob("*.cpp"):
+        source.unlink()
     (copy / "csrc/cpu/dispatch.cpp").write_text("this is no C++;\n")
     return copy
 

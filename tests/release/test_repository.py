@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +14,7 @@ from huggingface_hub import constants, utils
 from PIL import Image
 from safetensors.torch import load, save_file
 from support import hub, tiny
+from support.commands import in_a_process
 from support.immunizing import assert_same
 
 import mima
@@ -47,19 +45,6 @@ def online(monkeypatch, served):
         utils.reset_sessions()
 
 
-def command(*arguments: object, cwd: Path, **environment: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "mima", *map(str, arguments)],
-        env={**os.environ, "COLUMNS": "200", **environment},
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    return done.returncode, done.stdout.strip()
-
-
 def test_push_then_open_a_revision_and_a_variant(served, model, tmp_path):
     served.token = "hf_me"
     other = StableDiffusionPipeline.from_pretrained(model).to(torch.float16)
@@ -69,10 +54,21 @@ def test_push_then_open_a_revision_and_a_variant(served, model, tmp_path):
     result = tmp_path / "result"
     shutil.copytree(model, result)
     (result / "mima.json").write_text("{}")
-    environment = served.environment(tmp_path / "cache")
-
-    code, said = command("push", result, "me/model", "--private", cwd=tmp_path, **environment)
-    assert (code, said) == (0, f"published {result}: {served.address}/me/model/commit/{hub.COMMIT}")
+    pushing, drawing = ["push", result, "me/model"], ["sample", "a cat", "--steps", 2, "--model"]
+    chosen = {
+        "main": ["me/model"],
+        "v1": ["me/model", "--revision", "v1", "--variant", "fp16"],
+        "local": [tmp_path / "other", "--variant", "fp16"],
+    }
+    pushed, *drawn, absent, refused = in_a_process(
+        ([*pushing, "--private"], {}),
+        *(([*drawing, *words, "-o", f"{name}.png"], {}) for name, words in chosen.items()),
+        ([*drawing, "me/model", "--revision", "v9"], {}),
+        (pushing, {"HF_TOKEN": "hf_stranger"}),
+        cwd=tmp_path,
+        **served.environment(tmp_path / "cache"),
+    )
+    assert pushed == (0, f"published {result}: {served.address}/me/model/commit/{hub.COMMIT}")
     created = next(body for _, path, body in served.requests if path.endswith("repos/create"))
     assert (created["organization"], created["name"]) == ("me", "model")
     # huggingface_hub has said it in two ways
@@ -82,22 +78,12 @@ def test_push_then_open_a_revision_and_a_variant(served, model, tmp_path):
         str(path.relative_to(result)): path.read_bytes() for path in files
     }
 
-    drawing = ["sample", "a cat", "--steps", 2, "--model"]
-    pictures = {}
-    for name, arguments in {
-        "main": ["me/model"],
-        "v1": ["me/model", "--revision", "v1", "--variant", "fp16"],
-        "local": [tmp_path / "other", "--variant", "fp16"],
-    }.items():
-        code, said = command(*drawing, *arguments, "-o", f"{name}.png", cwd=tmp_path, **environment)
-        assert (code, said) == (0, f"{name}.png")
-        pictures[name] = Image.open(tmp_path / f"{name}.png").tobytes()
+    assert drawn == [(0, f"{name}.png") for name in chosen]
+    pictures = {name: Image.open(tmp_path / f"{name}.png").tobytes() for name in chosen}
     assert pictures["v1"] == pictures["local"] != pictures["main"]
 
-    code, said = command(*drawing, "me/model", "--revision", "v9", cwd=tmp_path, **environment)
-    assert (code, said) == (2, "error: model: me/model has no revision 'v9'")
-    environment["HF_TOKEN"] = "hf_stranger"
-    code, said = command("push", result, "me/model", cwd=tmp_path, **environment)
+    assert absent == (2, "error: model: me/model has no revision 'v9'")
+    code, said = refused
     assert code == 2
     assert said.startswith("error: hub: cannot publish 'me/model': ")
     assert "401" in said
@@ -109,7 +95,8 @@ def test_a_hub_that_cannot_be_reached_is_one_error_at_once(model, tmp_path):
     with hub.serve() as gone:
         environment = gone.environment(tmp_path / "cache")
     began = time.monotonic()
-    code, said = command("sample", "x", "--model", "me/absent", cwd=tmp_path, **environment)
+    absent = ["sample", "x", "--model", "me/absent"]
+    ((code, said),) = in_a_process((absent, {}), cwd=tmp_path, **environment)
     assert code == 2
     assert said.startswith("error: model: there is no folder 'me/absent'")
     assert "the hub cannot be reached: 127.0.0.1: " in said
