@@ -130,7 +130,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def processes(tmp_path_factory):
     """A server that has imported everything once and forks each process in milliseconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["support.immunizing", "support.ranks", "support.faults"])
+    context.set_forkserver_preload(["support.served"])
     with pytest.MonkeyPatch.context() as patch:
         # before Python 3.13 the server ignores the paths that it is given
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))

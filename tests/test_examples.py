@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.commands import run_script
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
@@ -17,17 +15,11 @@ def test_there_are_examples():
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_example(example, tmp_path):
-    # users do not set MIMA_STRICT
-    environment = {name: value for name, value in os.environ.items() if name != "MIMA_STRICT"}
-    done = subprocess.run(
-        [sys.executable, str(example), str(tmp_path)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+def test_example(example, tmp_path, processes):
+    folder, said = tmp_path / "out", tmp_path / "said"
+    folder.mkdir()
+    process = processes.Process(target=run_script, args=(example, folder, said))
+    process.start()
+    process.join(timeout=300)
+    assert process.exitcode == 0, said.read_text()
+    assert said.read_text().strip()

@@ -111,13 +111,7 @@ class AdapterReader:
         except MimaError:
             raise
         except READING_ERRORS as error:
-            message = shortened(error)
-            if isinstance(error, KeyError):
-                message = f"it lacks {message}"
-            elif isinstance(error, UnpicklingError):
-                # torch's message advises weights_only=False, which runs the code in the file
-                message = "it is damaged, or holds more than tensors, which is not run"
-            raise MimaError(f"adapter {path} cannot be read: {message}") from error
+            raise MimaError(f"adapter {path} {_refusal(error)}") from error
         self._check(path, found)
         return Adapter(path.name if path.is_dir() else path.stem, prompt=_prompt(path), **found)
 
@@ -374,6 +368,20 @@ def _foreign(path: Path) -> Iterator[None]:
         yield
     except FOREIGN_ERRORS as error:
         raise MimaError(f"adapter {path} cannot be read: {shortened(error)}") from error
+
+
+def _refusal(error: Exception) -> str:
+    """What is to be said of an adapter that raised one of `READING_ERRORS`."""
+    if isinstance(error, KeyError):
+        return f"cannot be read: it lacks {shortened(error)}"
+    if isinstance(error, UnpicklingError):
+        # torch's message advises weights_only=False, which runs the code in the file
+        return "cannot be read: it is damaged, or holds more than tensors, which is not run"
+    first, *named = str(error).splitlines() or [""]
+    if named and "loading state_dict" in first:
+        # torch names the weights below a line that names their module alone
+        return f"does not fit the model: {shortened(named[0].strip())}"
+    return f"cannot be read: {shortened(error)}"
 
 
 def _is_plain(value: object) -> bool:

@@ -46,7 +46,9 @@ def adapt(
     variant: Variant = None,
     single_file_config: SingleFileConfig = None,
     dtype: Dtype = "float32",
-    method: Annotated[str, typer.Option(help="How to adapt.")] = "lora",
+    method: Annotated[
+        str, typer.Option(help=f"How to adapt: {', '.join(get_args(AdaptationMethod))}.")
+    ] = "lora",
     output: Annotated[
         Path | None,
         typer.Option(

@@ -70,6 +70,8 @@ def check_named(*models: str, device: str | None = None) -> None:
         check_model(model)
     if device is not None:
         kind, _, _ = device.partition(":")
+        if kind == "gpu":
+            raise MimaError(f"device {device!r} is unknown; a GPU is cuda, or cuda:N")
         check_choice("device", kind, DEVICES)
 
 

@@ -24,7 +24,7 @@ from mima.concepts.pictures import (
 )
 from mima.errors import MimaError, nearest, quoted
 from mima.storage.inputs import expanded
-from mima.storage.plain_data import read_json, read_yaml
+from mima.storage.plain_data import read_json, read_yaml, yaml_problem
 
 Kind = Literal["object", "style", "instance", "benign"]
 # a folder, a file, a picture, {file_name: ..., text: ...}, or several of the last three
@@ -379,7 +379,7 @@ def _parse(path: Path) -> object:
     except json.JSONDecodeError as error:
         raise MimaError(f"{path} is not valid JSON: {error}") from error
     except yaml.YAMLError as error:
-        raise MimaError(f"{path} is not valid YAML: {error}") from error
+        raise MimaError(f"{path} is not valid YAML: {yaml_problem(error)}") from error
 
 
 def _check_keys(where: str, given: Mapping[str, object], known: tuple[str, ...]) -> None:

@@ -100,7 +100,7 @@ class Family(ABC):
         self.denoiser: torch.nn.Module = getattr(pipeline, denoiser)
         if getattr(self.denoiser, "is_quantized", False):
             raise MimaError(f"model: the {denoiser} is quantized; {UNQUANTIZED}")
-        if any(getattr(module, "fused_projections", False) for module in self.denoiser.modules()):
+        if any(vars(module).get("fused_projections") for module in self.denoiser.modules()):
             raise MimaError(
                 f"model: the {denoiser}'s attention projections are fused, so that their own "
                 "weights are not read; call unfuse_qkv_projections() first"

@@ -16,7 +16,7 @@ from mima.immunization.recipes import RECIPES, beneath
 from mima.settings import Settings, parse_config, set_nested
 from mima.storage.inputs import check_model, expanded
 from mima.storage.output import check_folder
-from mima.storage.plain_data import read_yaml
+from mima.storage.plain_data import read_yaml, yaml_problem
 
 if TYPE_CHECKING:
     from mima.concepts import Concept
@@ -102,7 +102,9 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise MimaError(f"config: cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MimaError(f"config: {path} is not valid YAML: {error}") from error
+        raise MimaError(f"config: {path} is not valid YAML: {yaml_problem(error)}") from error
+    if raw is None:
+        raise MimaError(f"config: {path} is empty, expected a mapping of settings")
     if not isinstance(raw, dict):
         raise MimaError(f"config: {path} must be a mapping of settings, got {type(raw).__name__}")
     return raw

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mima.errors import MimaError, one_line
+from mima.errors import MimaError, one_line, quoted
 from mima.families.new_words import with_words
 from mima.families.pipelines import Pipeline, parameter, with_values
 from mima.storage.inputs import delta_file
@@ -119,8 +119,10 @@ def load_delta(pipeline: Pipeline, path: str | Path) -> Any:
             own = None
         if own is None or own.shape != value.shape:
             found = "nothing" if own is None else f"a {list(own.shape)}"
+            made = delta.origin.get("model")
+            hint = f"; it was made from {quoted(made)}" if isinstance(made, str) else ""
             raise MimaError(
                 f"delta {path} is not of this model: it holds {name} {list(value.shape)}, the "
-                f"model has {found} there"
+                f"model has {found} there{hint}"
             )
     return with_words(with_values(pipeline, delta.values), delta.words)

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mima.errors import MimaError
+from mima.errors import MimaError, one_line
 
 DEEPEST = 100
 """Levels of nesting that are read; Python's own recursion ends at 1000."""
@@ -82,6 +82,16 @@ def read_yaml(text: str) -> Any:
         raise
     except _VALUE_ERRORS as error:
         raise MimaError(f"a value cannot be read: {shortened(error)}") from error
+
+
+def yaml_problem(error: yaml.YAMLError | ValueError) -> str:
+    """What `read_yaml` or the decoding of its text raised, and where, in one line."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is no UTF-8 text"
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return one_line(error)
+    mark = error.problem_mark
+    return f"line {mark.line + 1}, column {mark.column + 1}: {one_line(error.problem)}"
 
 
 def read_json(text: str) -> Any:

@@ -329,10 +329,17 @@ def _bad_lora(base, path):
     save_file({"unet.nowhere.lora_A.weight": torch.zeros(1, 2)}, path)
 
 
+def _lora_of_a_wider_model(base, path):
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    factors = {"lora_A": torch.zeros(1, 99), "lora_B": torch.zeros(16, 1)}
+    save_file({f"{layer}.{name}.weight": factor for name, factor in factors.items()}, path)
+
+
 BAD = {
     "absent": (lambda base, path: None, "does not exist"),
     "damaged": (lambda base, path: path.write_bytes(b"no"), "cannot be read"),
     "not-of-this-model": (_bad_lora, r"does not fit the model|cannot be read"),
+    "of-a-wider-model": (_lora_of_a_wider_model, r"does not fit the model: size mismatch for mid_"),
     "unknown": (
         lambda base, path: save_file({f"x{n}": torch.zeros(2) for n in range(9)}, path),
         "of no known kind",

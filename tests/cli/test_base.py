@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 from support.commands import run, write_config
 from typer.testing import CliRunner
 
 import mima
+from mima.choices import Adaptation
 from mima.cli import app
 from mima.errors import MimaError
 
@@ -23,11 +25,16 @@ def test_version():
     "command",
     [
         *([], ["demo"], ["immunize"], ["adapt"], ["erase"], ["merge"], ["apply"], ["evaluate"]),
-        *(["sample"], ["push"], ["doctor"]),
+        *(["report"], ["sample"], ["push"], ["doctor"]),
     ],
 )
 def test_help_for_everything(command):
     assert "Usage" in run(*command, "--help")
+
+
+def test_the_help_of_adapt_names_every_method():
+    said = run("adapt", "--help")
+    assert [name for name in get_args(Adaptation) if name not in said] == []
 
 
 def test_help_imports_nothing_heavy():

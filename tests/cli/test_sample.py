@@ -64,7 +64,7 @@ def test_a_model_that_does_not_say_its_size(workdir, model):
         (["--model", "absent"], "absent"),
         (["--model", "cat"], "not a diffusers folder"),
         (["--model", "cat/0.png"], "only .safetensors files"),
-        (["--device", "gpu"], "device 'gpu' is unknown"),
+        (["--device", "gpu"], "device 'gpu' is unknown; a GPU is cuda"),
         (["--adapter", "absent"], "no such adapter: absent"),
         (["--lora", "cat"], "adapter cat holds no adapter"),
     ],

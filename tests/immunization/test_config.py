@@ -390,10 +390,12 @@ def test_a_run_is_read_from_yaml(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [", "is not valid YAML"),
-        (b"\xff\xfe\xff", "is not valid YAML"),
+        ("a: [", "is not valid YAML: line 1, column 5: "),
+        ("a: b\n\tc: d", r"is not valid YAML: line 2, column 1: found character '\\t' .*token$"),
+        ("a: \0", "is not valid YAML: unacceptable character"),
+        (b"\xff\xfe\xff", "is not valid YAML: byte 0 is no UTF-8 text"),
         ("- 1", "must be a mapping of settings, got list"),
-        ("", "must be a mapping of settings, got NoneType"),
+        ("", "is empty, expected a mapping of settings"),
         ("model: embedded", "concepts: Field required"),
         ("{model: embedded, concepts: [cat], immunise: {}}", "did you mean 'immunize'"),
         ("{model: embedded, concepts: [cat], immunize: {upper: 3}}", r"immunize\.upper: .*got 3"),

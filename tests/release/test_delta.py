@@ -254,8 +254,10 @@ BAD = {
         r"it holds unet.conv_in.weight \[2\], the model has a \[16, 4, 3, 3\]",
     ),
     "other-part": (
-        lambda path: Delta({"transformer.x.weight": torch.zeros(2)}).save(path),
-        "the model has nothing there",
+        lambda path: Delta(
+            {"transformer.x.weight": torch.zeros(2)}, origin={"model": "owner/name"}
+        ).save(path),
+        "the model has nothing there; it was made from 'owner/name'",
     ),
 }
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import yaml
@@ -66,6 +69,23 @@ def in_a_process(
     )
     assert done.returncode == 0, done.stderr
     return [(code, said) for code, said in json.loads(done.stdout)]
+
+
+def run_script(script: Path, folder: Path, said: Path) -> None:
+    """Run a script in this process as users do, in a folder, which is also its argument.
+
+    What it prints goes to a file.
+    """
+    # users do not set it
+    os.environ.pop("MIMA_STRICT", None)
+    os.chdir(folder)
+    sys.argv[:] = [str(script), str(folder)]
+    with said.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except BaseException:
+            traceback.print_exc()
+            raise
 
 
 def write_config(path: Path, **changes: object) -> Path:
