@@ -7,17 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import yaml
 from support import ranks, tiny
-from support.immunizing import captions, settings, weights
+from support.immunizing import captions, concepts, settings, weights
 from test_distributed import finish, launch, start
 
 from mima.concepts.pictures import Picture
 from mima.errors import MimaError
+from mima.families import Family, ModelSource
 from mima.immunization.algorithm import immunize
 from mima.immunization.config import ImmunizeConfig
+from mima.immunization.planning.plan import plan
 from mima.storage.checkpoint import CheckpointFolder
 from mima.storage.runs import default_folder
 
@@ -115,7 +118,11 @@ def test_blocks_are_computed_in_half_precision(processes, model, tmp_path):
     assert two != pytest.approx(seen["float32", 1], rel=1e-5)
 
 
-def test_each_process_holds_its_share(processes, model, tmp_path):
+def split_in(config, shards):
+    return config.model_copy(update={"shards": shards})
+
+
+def test_each_process_holds_its_share(processes, model, tmp_path, monkeypatch):
     config = settings(tmp_path, **RECIPE | {"attack_every": 1, "steps": 1})
     held = {}
     for size in (1, 2, 4):
@@ -132,6 +139,31 @@ def test_each_process_holds_its_share(processes, model, tmp_path):
     # and the shards that the module computes from
     for size in (2, 4):
         assert held[size] - others == pytest.approx(8 * whole / size, rel=0.05)
+        monkeypatch.setenv("WORLD_SIZE", str(size))
+        found = plan(ModelSource(model), concepts(2), split_in(config, size), device="cpu")
+        assert (found.processes, found.shards) == (size, size)
+        parts = found.memory["outer steps"]
+        kept = ("the denoiser's shard", "trained weights' rows", "weights as they were before")
+        assert sum(parts[name] for name in kept) == pytest.approx(3 * whole / size, rel=0.05)
+        assert parts["AdamW's moments"] == pytest.approx(2 * whole / size, rel=0.05)
+        # θ', its gradient, the states of its path and what they sum up to
+        step = parts["attacks, their gradients and merge"] + parts["further states of the path"]
+        assert 3 * whole / size <= step < 7 * whole / size
+        assert "of each process on cpu" in str(found)
+
+
+def test_a_plan_says_what_a_process_receives(processes, model, tmp_path, monkeypatch):
+    config = settings(tmp_path, **RECIPE | {"attack_every": 1, "steps": 2, "shards": 2})
+    path = tmp_path / "received.json"
+    started = start(processes, 4, model, config, 2, callbacks=[ranks.ReceivedBytes(path)])
+    assert finish(started) == [0] * 4
+    received = json.loads(path.read_text())
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    found = plan(ModelSource(model), concepts(2), config, device="cpu").received
+    for where, named in (("within", "within a group"), ("between", "between groups")):
+        told = sum(size for what, size in found.items() if what.endswith(named))
+        # weights that FSDP2 need not gather again are counted on paper
+        assert 0.9 * told <= received[where] <= 1.01 * told
 
 
 def num_bytes(module):
@@ -231,5 +263,24 @@ def test_a_number_of_processes_that_shards_do_not_divide_is_refused(monkeypatch)
         monkeypatch.setenv("WORLD_SIZE", str(size))
         with pytest.raises(MimaError, match=f"shards: 2 .* but {size} were started"):
             immunize("nowhere", [concept], config)
-    with pytest.raises(MimaError, match="dry_run"):
-        immunize("nowhere", [concept], config, dry_run=True)
+        # of one process, a plan is of those that are to be started
+        refused = "nowhere" if size == 1 else f"shards: 2 .* but {size} were started"
+        with pytest.raises(MimaError, match=refused):
+            immunize("nowhere", [concept], config, dry_run=True)
+
+
+def test_a_plan_refuses_what_the_run_in_shards_refuses(model, tmp_path, monkeypatch):
+    config = settings(tmp_path, hypergradient="first_order", shards=2)
+    bare = [replace(concept, class_images=()) for concept in concepts(2)]
+    arguments = {"dry_run": True, "device": "h100"}
+    with pytest.raises(MimaError, match=r"no GPU holds here; give class_images .* to cat, dog"):
+        immunize(model, bare, config, **arguments)
+    found = immunize(model, concepts(2), config, **arguments)
+    assert found.refusal is None
+    # on a GPU, the whole denoiser is on the CPU before and after
+    assert not any("weights" in part for part in found.memory["preparing"])
+    assert sum(found.host.values()) > 0
+    assert all(name in str(found) for name in ("LoRA attackers", "exact", "2 processes, 2 of"))
+    monkeypatch.setattr(Family, "shares_weights", True)
+    with pytest.raises(MimaError, match="go by several names and cannot be split"):
+        immunize(model, concepts(2), config, **arguments)

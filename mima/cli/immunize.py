@@ -101,7 +101,8 @@ def immunize(
         from mima.immunization.from_file import plan_file
 
         found = plan_file(config, **said)
-        stdout().print(str(found), markup=False, highlight=False)
+        if os.environ.get("RANK", "0") == "0":
+            stdout().print(str(found), markup=False, highlight=False)
         if found.refusal is not None:
             raise MimaError(found.refusal)
         return

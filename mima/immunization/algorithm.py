@@ -38,6 +38,7 @@ from mima.immunization.offload import idle_modules, make_whole, out_of_memory_wh
 from mima.immunization.outer_loop import Ascent
 from mima.immunization.planning.plan import large, plan
 from mima.immunization.planning.result import Plan
+from mima.immunization.planning.shards import check_drawn, check_splittable
 from mima.immunization.progress import Callback, StepReport
 from mima.immunization.result import ImmunizeResult
 from mima.immunization.trained_words import TrainedWord
@@ -274,7 +275,7 @@ def _immunized(
     _check(pipeline, concepts, config)
     if apart:
         _move_others(pipeline, family, where)
-        _check_drawn(concepts, config, where)
+        check_drawn(concepts, config, on_cpu=where.type == "cpu")
     written = [*([] if output is None else [output]), *([folder.path] if folder else [])]
     with _locked(ranks, written):
         if folder:
@@ -415,26 +416,13 @@ def _check_benign(
 def _check_shards(config: ImmunizeConfig, *, dry_run: bool) -> None:
     if config.shards == 1:
         return
-    if dry_run:
-        raise MimaError(
-            "dry_run: plans a process that holds the whole model; leave shards out, and divide "
-            "what it says of weights, gradients and moments by it"
-        )
     size = world_size()
-    if size % config.shards:
+    # a plan is made before the processes are started
+    if size % config.shards and not (dry_run and size == 1):
         raise MimaError(
             f"shards: {config.shards} processes hold one model between them, but {size} were "
             f"started; start a multiple of {config.shards}: torchrun --nproc-per-node "
             f"{config.shards} -m mima immunize ..."
-        )
-
-
-def _check_drawn(concepts: Sequence[Concept], config: ImmunizeConfig, where: torch.device) -> None:
-    lacking = [concept.name for concept in concepts if not concept.class_images]
-    if where.type != "cpu" and config.has_prior and lacking:
-        raise MimaError(
-            "shards: class pictures are drawn by a whole model, which no GPU holds here; give "
-            f"class_images (mima sample draws some) to {', '.join(lacking)}"
         )
 
 
@@ -458,11 +446,8 @@ def _check(pipeline: Pipeline, concepts: Sequence[Concept], config: ImmunizeConf
     if config.erase_first:
         for concept in concepts:
             edits_of(concept)
-    if config.shards > 1 and family_of(pipeline).shares_weights:
-        raise MimaError(
-            f"shards: weights of this {type(pipeline).__name__} go by several names and cannot be "
-            "split; use 1"
-        )
+    if config.shards > 1:
+        check_splittable(pipeline)
     merges = config.method not in ("none", "imma", "joint")
     if config.train_tokens and merges and not family_of(pipeline).reads_text_alone:
         raise MimaError(

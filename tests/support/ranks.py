@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import sys
@@ -123,6 +124,54 @@ class HeldBytes:
         storages = [x.untyped_storage() for x in locals_ if not x.is_meta]
         held = {storage.data_ptr(): storage.nbytes() for storage in storages}
         self.path.write_text(str(sum(held.values())))
+
+
+class ReceivedBytes:
+    """Writes down what the main process receives of weights and gradients in the second step."""
+
+    # what FSDP2 calls differs between versions of torch
+    GATHERS = ("all_gather_single", "all_gather_into_tensor")
+    SCATTERS = ("reduce_scatter_single", "reduce_scatter_tensor")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.received: dict[str, float] | None = None
+
+    def __call__(self, report: StepReport) -> None:
+        if self.received is None:
+            self.received = {"within": 0, "between": 0}
+            for names, output in ((self.GATHERS, True), (self.SCATTERS, False)):
+                for name in names:
+                    if hasattr(dist, name):
+                        setattr(dist, name, self._in_a_group(getattr(dist, name), output))
+            dist.all_reduce = self._between_groups(dist.all_reduce)
+        elif not self.path.exists():
+            self.path.write_text(json.dumps(self.received))
+
+    def _in_a_group(self, call: Any, output: bool) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            # first the result, then what each process gives
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+            whole = max(x.nbytes for x in tensors)
+            assert (tensors[0].nbytes == whole) == output
+            self._add("within", whole, kwargs["group"])
+            return call(*args, **kwargs)
+
+        return counted
+
+    def _between_groups(self, call: Any) -> Any:
+        def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            # norms and numbers of pictures are not counted
+            if tensor.numel() > 16:
+                self._add("between", 2 * tensor.nbytes, kwargs["group"])
+            return call(tensor, *args, **kwargs)
+
+        return counted
+
+    def _add(self, where: str, size: int, group: Any) -> None:
+        assert self.received is not None
+        count = dist.get_world_size(group)
+        self.received[where] += size * (count - 1) / count
 
 
 def immunize_or_say(

@@ -20,6 +20,7 @@ from mima.immunization.config import BenignConfig, ImmunizeConfig, LowerConfig
 from mima.immunization.encoding import ConceptData
 from mima.immunization.levels import NOBODY, Problem, recomputed_blocks, trained_names
 from mima.immunization.planning.meta_memory import counted
+from mima.immunization.planning.shards import Mesh, of_each_process
 from mima.immunization.planning.sizes import FLOAT32
 from mima.immunization.planning.work import concepts_of_a_step
 from mima.immunization.trained_words import TrainedWord
@@ -39,8 +40,21 @@ def step_parts(
     config: ImmunizeConfig,
     numels: Mapping[str, int],
     benign: int,
+    mesh: Mesh,
 ) -> dict[str, int]:
-    """Bytes of an outer step's own tensors, at their peak."""
+    """Bytes of an outer step's own tensors in one process, at their peak.
+
+    Args:
+        family: on the meta device.
+        encoded: two pictures.
+        concepts: N concepts.
+        config: the settings.
+        numels: what the process has of each trained weight.
+        benign: concepts that must stay learnable.
+        mesh: the run's processes.
+    """
+    if mesh.shards > 1:
+        config = of_each_process(config, mesh)
     kinds, upper, low = _kinds(config), config.upper, config.attackers[0]
     mode = "first_order" if config.method == "alternating" else config.hypergradient
     done = concepts_of_a_step(config, len(concepts))
@@ -82,7 +96,14 @@ def step_parts(
         )
         for first in range(0, len(kinds), count)
     ]
-    return max(found, key=lambda parts: sum(parts.values()))
+    parts = max(found, key=lambda parts: sum(parts.values()))
+    if mesh.shards > 1:
+        whole = sum(family.denoiser.get_parameter(name).numel() for name in numels)
+        weights = "attacks, their gradients and merge"
+        parts[weights] = round(parts[weights] * sum(numels.values()) / whole)
+        # shards are float32, or cast as they are gathered
+        parts["casts of frozen weights"] = 0
+    return parts
 
 
 def _kinds(config: ImmunizeConfig) -> list[LowerConfig]:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mima.concepts import Concept
+from mima.distributed import world_size
 from mima.families import ModelSource, family_of, load_pipeline
 from mima.families.frozen import hold_frozen, stored_bytes
 from mima.families.skeleton import open_skeleton
@@ -23,6 +24,14 @@ from mima.immunization.planning.devices import GPU_CONTEXT, device_memory, free_
 from mima.immunization.planning.outer_step import MOMENTS, attacked, step_parts
 from mima.immunization.planning.refusal import refusal_of
 from mima.immunization.planning.result import Plan
+from mima.immunization.planning.shards import (
+    Mesh,
+    check_drawn,
+    check_splittable,
+    gathered_at_once,
+    received,
+    rows_of,
+)
 from mima.immunization.planning.sizes import (
     FLOAT32,
     dtype_of,
@@ -59,6 +68,10 @@ def plan(
     One outer step is followed on the meta device, of two concepts (or one of each kind of attacker)
     and two lower-level steps; what grows with their number is added. Not counted: what an allocator
     loses, and the text encoder's activations where new words are trained.
+
+    In shards, memory is that of one process, and what each receives from the others is counted on
+    paper. There are as many processes as were started, or as ``WORLD_SIZE`` says; of one, as many
+    as ``shards``.
 
     Args:
         model: a ``ModelSource``, or a pipeline in memory, which is left as it is.
@@ -109,6 +122,11 @@ def _plan(
     pipeline = open_skeleton(model)
     family = family_of(pipeline, resolution=config.resolution)
     upper_names, lower_names = trained_names(family, config)
+    if config.shards > 1:
+        check_splittable(pipeline)
+        if opened:
+            check_drawn(concepts, config, on_cpu=on_cpu)
+    mesh = Mesh(max(1, world_size() // config.shards), config.shards)
     both = [name for name in upper_names if name in lower_names]
     trained = {
         "both levels": both,
@@ -120,6 +138,8 @@ def _plan(
         if isinstance(module, torch.nn.Module) and (opened or module is family.denoiser):
             hold_frozen(module, names if module is family.denoiser else ())
     numels = {n: p.numel() for n, p in family.denoiser.named_parameters() if n in names}
+    # what one process has of them
+    own = {n: mesh.rows(p.shape) for n, p in family.denoiser.named_parameters() if n in names}
     encoded = encoded_pictures(family)
     encodings = encodings_size(encoded, concepts, benign, config)
 
@@ -141,18 +161,29 @@ def _plan(
         ),
         "encoded pictures and prompts": encodings if on_cpu else 0,
     }
-    mine = sum(numels[name] for name in upper_names) * FLOAT32
+    mine, all_mine = (sum(n[name] for name in upper_names) * FLOAT32 for n in (own, numels))
     done = concepts_of_a_step(config, len(concepts))
-    living = done * max(
-        attacked(family, attacker, numels) * (1 + MOMENTS[attacker.optimizer])
-        if attacker.age
-        else 0
-        for attacker in config.attackers
-    )
+
+    def living(sizes: Mapping[str, int]) -> int:
+        return done * max(
+            attacked(family, attacker, sizes) * (1 + MOMENTS[attacker.optimizer])
+            if attacker.age
+            else 0
+            for attacker in config.attackers
+        )
+
+    split: dict[str, int] = {}
+    if mesh.shards > 1:
+        split = {
+            "the denoiser's shard": rows_of(family.denoiser, mesh) * FLOAT32,
+            "trained weights' rows": sum(own.values()) * FLOAT32,
+        }
+    # no GPU is to hold the whole of a denoiser that is held in shards
+    on_host = bool(split) and opened and not on_cpu
     memory = {
         "preparing": {
             **ground,
-            **denoiser,
+            **({} if on_host else denoiser),
             "text encoders and VAE": weights_of(others(pipeline, family)),
             "activations": preparing(
                 family,
@@ -166,7 +197,8 @@ def _plan(
         offloaded = config.offload_optimizer
         memory["outer steps"] = {
             **ground,
-            **denoiser,
+            **(split or denoiser),
+            "blocks that compute, whole": gathered_at_once(family.denoiser) if split else 0,
             "encoders that stay": waiting,
             "weights as they were before": mine if reads_start(config) else 0,
             "immunized models": (
@@ -175,29 +207,35 @@ def _plan(
                 else 0
             ),
             # those that were alive before the step, and where they are after it
-            "attackers that live on": 2 * living,
+            "attackers that live on": 2 * living(own),
             "what benign adaptations predicted": matched(encoded, config, len(benign)),
             "AdamW's moments": 0 if offloaded else 2 * mine,
-            **step_parts(family, encoded, concepts, config, numels, len(benign)),
+            **step_parts(family, encoded, concepts, config, own, len(benign), mesh),
         }
     whole = sum(
         p.numel() * FLOAT32
         for module in (family.denoiser, *(others(pipeline, family) if opened else ()))
         for p in module.parameters()
     )
-    memory["the result, in float32"] = {**ground, "weights": whole}
+    largest = max(p.numel() for p in family.denoiser.parameters()) * FLOAT32
+    # shards are gathered in the main process, on the CPU
+    memory["the result, in float32"] = {
+        **ground,
+        **split,
+        "weights": largest if split and not on_cpu else whole,
+    }
     changed = sum(numels.values()) * FLOAT32
     disk: dict[str, int] = {}
     if output is not None:
         disk = {
             "checkpoints, two and one that is being written": (
-                3 * (changed + 2 * mine + living + served(config, lower_names, numels))
+                3 * (changed + 2 * all_mine + living(numels) + served(config, lower_names, numels))
             ),
             "encoded pictures and prompts": encodings,
             "encoders, while the run lasts": (
                 weights_of(idle) if on_cpu and opened and config.method != "none" else 0
             ),
-            "AdamW's moments": 2 * mine if on_cpu and config.offload_optimizer else 0,
+            "AdamW's moments": 2 * all_mine if on_cpu and config.offload_optimizer else 0,
             "the result": changed if delta else whole,
         }
     return Plan(
@@ -211,6 +249,15 @@ def _plan(
         steps=config.steps * (len(concepts) if config.method == "compose" else 1),
         pictures=pictures_of_a_step(config, len(concepts), len(benign)),
         drawn=drawn(pipeline, concepts, config),
+        processes=mesh.groups * mesh.shards,
+        shards=mesh.shards,
+        host={
+            "the denoiser, before its shard is taken": sum(denoiser.values()) if on_host else 0,
+            "the result, in the main process": whole if split and not on_cpu else 0,
+        },
+        received=received(
+            family.denoiser, names, config, mesh, count=len(concepts), benign=len(benign)
+        ),
     )
 
 

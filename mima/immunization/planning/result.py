@@ -6,8 +6,17 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+REFUSED = (
+    "hypergradient exact and finite_difference",
+    "method compose and alternating",
+    "LoRA attackers",
+    "lower.train_token",
+    "class pictures drawn on GPUs",
+    "denoisers a weight of which goes by several names",
+)
+"""What a run in shards refuses before any work."""
 KINDS = 12
 """Kinds of tensors that are told by name."""
 BACKWARD, DOUBLE_BACKWARD = 2, 6
@@ -32,6 +41,10 @@ class Plan:
         drawn: pictures that go forward, without a graph, to draw class pictures.
         seconds: of one picture's forward, where it was measured.
         refusal: why the run cannot fit, and with which settings it would; None where it fits.
+        processes: that are to be started; memory is that of one.
+        shards: how many of them hold a model between them.
+        host: by part, bytes of the CPU's memory that each process takes beside its GPU's.
+        received: by part, bytes that each process receives from others in one outer step.
     """
 
     device: str
@@ -46,6 +59,10 @@ class Plan:
     drawn: int
     seconds: float | None = None
     refusal: str | None = None
+    processes: int = 1
+    shards: int = 1
+    host: Mapping[str, int] = field(default_factory=dict)
+    received: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
@@ -76,10 +93,24 @@ class Plan:
             yield from (f"    {number} × {kind}" for kind, number in kinds[:KINDS])
             if len(kinds) > KINDS:
                 yield f"    {len(kinds) - KINDS} further kinds of tensors"
-        yield f"memory on {self.device}, {gib(self.peak)} at the peak:"
+        each = ""
+        if self.shards > 1:
+            each = " of each process"
+            yield (
+                f"{self.processes} processes, {self.shards} of which hold a model between them; "
+                f"in shards is refused: {', '.join(REFUSED)}"
+            )
+        yield f"memory{each} on {self.device}, {gib(self.peak)} at the peak:"
         for phase, parts in self.memory.items():
             yield f"  {phase}: {gib(sum(parts.values()))}"
             yield from (f"    {part}: {gib(size)}" for part, size in parts.items() if size)
+        if any(self.host.values()):
+            yield "memory of the CPU besides, for each process:"
+            yield from (f"  {part}: {gib(size)}" for part, size in self.host.items() if size)
+        if self.received:
+            told = gib(sum(self.received.values()))
+            yield f"each process receives {told} in an outer step, on paper:"
+            yield from (f"  {part}: {gib(size)}" for part, size in self.received.items())
         yield f"disk: {gib(sum(self.disk.values()))}"
         yield from (f"  {part}: {gib(size)}" for part, size in self.disk.items() if size)
         told = ", ".join(f"{round(n, 1):g} {way}" for way, n in self.pictures.items() if n)

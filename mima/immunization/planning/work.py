@@ -88,13 +88,13 @@ def _attack(low: LowerConfig, config: ImmunizeConfig) -> Work:
     attack = _adaptation(low, config.hypergradient)
     if low.benign_start is None:
         return attack
-    begun = sum(low.benign_start) / 2 * low.batch_size / _outer_steps(low)
+    begun = sum(low.benign_start) / 2 * low.batch_size / outer_steps(low)
     # the second pass over the concepts makes an attack anew
     passes = 2 if config.method == "mima" and config.hypergradient != "first_order" else 1
     return _total((1, attack), (passes, _work(begun, THERE_AND_BACK)))
 
 
-def _outer_steps(low: LowerConfig) -> float:
+def outer_steps(low: LowerConfig) -> float:
     """How many outer steps an attacker lives through, in the mean."""
     if low.age is None:
         return 1.0
