@@ -42,7 +42,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     known = sorted(valid)
     if not known:
         return "none is available"
-    close = get_close_matches(name.lower(), known, n=1, cutoff=0.6)
+    close = get_close_matches(name.lower(), known, n=1, cutoff=0.55)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}Known: {', '.join(known)}"
 

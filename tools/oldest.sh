@@ -16,6 +16,8 @@ venv=$(realpath -m "${VENV:-$work/venv}")
 # two torch processes that spin on the same cores slow each other several times over
 export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 HF_HUB_OFFLINE=1
 unset PYTHONPATH MIMA_BACKEND
+# whatever no kernel serves is a failure
+export MIMA_STRICT="${MIMA_STRICT:-1}"
 
 # a copy: what changes while the tests run is not tested with what is installed
 mkdir "$work/src"

@@ -382,7 +382,7 @@ def test_a_dora_file_is_read(base, tmp_path):
     before = {name: value.clone() for name, value in base.unet.state_dict().items()}
     merged = mima.merge_adapters(base, [tmp_path / "dora"], method="weighted")
     adapted = copy.deepcopy(base)
-    adapted.load_lora_weights(tmp_path / "dora")
+    adapted.load_lora_weights(tmp_path / "dora", weight_name=LORA_WEIGHT_NAME_SAFE)
     adapted.fuse_lora()
     adapted.unload_lora_weights()
     assert_same_weights(merged.pipeline.unet.state_dict(), adapted.unet.state_dict())
