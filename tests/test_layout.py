@@ -13,8 +13,9 @@ ROOT = Path(mima.__file__).parent
 
 FLOORS = (
     ("_version", "errors", "choices"),
-    ("console", "settings", "options", "distributed", "storage", "assets", "reference", "kernels"),
+    ("console", "settings", "options", "distributed", "storage", "assets", "reference"),
     ("ops",),
+    ("kernels",),
     ("merging", "concepts"),
     ("families",),
     ("training", "release"),

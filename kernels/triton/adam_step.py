@@ -8,9 +8,6 @@ four. Some 20 operations per element: memory is the only limit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +20,8 @@ from mima.kernels._common import (
     load_wide,
     store_narrow,
 )
+from mima.ops.backends import arguments
+from mima.ops.backends.arguments import Needs, Tensors
 
 
 @triton.jit
@@ -201,45 +200,33 @@ def _factors(
     return {name: float(value) for name, value in values.items()}
 
 
-def adam_step_forward(
-    z: Sequence[Tensor],
-    g: Sequence[Tensor],
-    m: Sequence[Tensor],
-    v: Sequence[Tensor],
-    *rule: Any,
-    overwrite: bool = False,
-) -> list[Tensor]:
+def adam_step_forward(inputs: arguments.AdamStep, *, overwrite: bool = False) -> list[Tensor]:
     """Return z, m and v after the step, one after the other, by one launch; m, v in place if asked.
 
     Each program reads its elements before it writes them.
     """
-    z, g, m, v = contiguous(z), contiguous(g), contiguous(m), contiguous(v)
+    z, g, m, v = map(contiguous, inputs[:4])
     moments = [*m, *v]
     out = [torch.empty_like(x) for x in z]
     out += moments if overwrite else [torch.empty_like(x) for x in moments]
-    launch_stream(_adam_step_fwd_kernel, z, [*z, *g, *moments, *out], **_factors(*rule))
+    launch_stream(_adam_step_fwd_kernel, z, [*z, *g, *moments, *out], **_factors(*inputs[4:]))
     return out
 
 
 def adam_step_backward(
-    d_out: Sequence[Tensor],
-    g: Sequence[Tensor],
-    m: Sequence[Tensor],
-    v: Sequence[Tensor],
-    *rule_and_needs: Any,
+    d_out: Tensors, saved: arguments.AdamStepSaved, needs: Needs
 ) -> list[list[Tensor]]:
     """Return the gradients of z, g, m and v, an empty list where not needed, by one launch."""
-    *rule, need_z, need_g, need_m, need_v = rule_and_needs
-    needs = need_z, need_g, need_m, need_v
-    given = contiguous([*d_out, *g, *m, *v])
-    like = given[: len(g)]
+    need_z, need_g, need_m, need_v = needs
+    given = contiguous([*d_out, *saved.g, *saved.m, *saved.v])
+    like = given[: len(saved.g)]
     grads = [[torch.empty_like(x) for x in like] if need else [] for need in needs]
-    written = [x for grad in grads for x in (grad or [None] * len(g))]
+    written = [x for grad in grads for x in (grad or [None] * len(like))]
     if any(needs):
         launch_stream(
             _adam_step_bwd_kernel,
             *(like, [*given, *written]),
-            **_factors(*rule),
+            **_factors(*saved[3:]),
             NEED_Z=need_z,
             NEED_G=need_g,
             NEED_M=need_m,

@@ -27,6 +27,8 @@ from mima.kernels._common import (
     on_device_of,
     store_narrow,
 )
+from mima.ops.backends import arguments
+from mima.ops.backends.arguments import Directions, Needs
 
 NUM_WARPS = 8
 
@@ -330,97 +332,73 @@ def _settings(q: Tensor, v: Tensor, tiles: int) -> dict[str, Any]:
     }
 
 
-def _launch(kernel: Any, length: int, block: str, q: Tensor, k: Tensor, **arguments: Any) -> None:
+def _launch(kernel: Any, length: int, block: str, q: Tensor, k: Tensor, **options: Any) -> None:
     """Launch a kernel with a program for each block of `length` rows of each head."""
-    programs = q.shape[0] * ceil_div(length, arguments[block])
+    programs = q.shape[0] * ceil_div(length, options[block])
     if programs == 0:
         return
     with on_device_of(q):
-        kernel[(programs,)](q_ptr=q, k_ptr=k, T=q.shape[1], S=k.shape[1], **arguments)
+        kernel[(programs,)](q_ptr=q, k_ptr=k, T=q.shape[1], S=k.shape[1], **options)
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attention_forward(inputs: arguments.Attention) -> Tensor:
     """Return softmax(scale · q kᵀ) v, by one launch."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    q, k, v = (x.contiguous() for x in inputs[:3])
     out = q.new_empty(*q.shape[:2], v.shape[2])
     _launch(
         *(_attention_fwd_kernel, q.shape[1], "BLOCK_T", q, k),
         v_ptr=v,
         out_ptr=out,
-        scale=float(scale),
+        scale=float(inputs.scale),
         **_settings(q, v, 3),
     )
     return out
 
 
 def _gradients(
-    d_out: Tensor,
-    u: tuple[Tensor, Tensor, Tensor] | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    of_queries: bool,
-    of_keys: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of d_out, q, k and v; those that are not asked for hold nothing."""
-    q, k, v, d_out = q.contiguous(), k.contiguous(), v.contiguous(), d_out.contiguous()
-    u_q, u_k, u_v = (q, k, v) if u is None else (x.contiguous() for x in u)
+    d_out: Tensor, directions: Directions | None, inputs: arguments.Attention, needs: Needs
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of d_out, q, k and v, by three launches; None where not needed."""
+    need_d_out, need_q, need_k, need_v = needs
+    q, k, v, d_out = (x.contiguous() for x in (*inputs[:3], d_out))
+    # without directions, addresses that nothing reads
+    u = q, k, v
+    if directions is not None:
+        u = tuple(
+            torch.zeros_like(x) if direction is None else direction.contiguous()
+            for direction, x in zip(directions, u, strict=True)
+        )
+    u_q, u_k, u_v = u
     rows = q.shape[0] * q.shape[1]
     sums = torch.empty(4, rows, dtype=torch.float32, device=q.device)
     given = {"v_ptr": v, "d_out_ptr": d_out, "u_q_ptr": u_q, "u_k_ptr": u_k, "u_v_ptr": u_v}
     # float32 operands are multiplied as they are, by threads that hold more of them
-    settings = _settings(q, v, 6 if u is None and q.dtype != torch.float32 else 12)
-    shared = {**given, "sums_ptr": sums, "rows": rows, "scale": float(scale), **settings}
-    shared["SECOND"] = u is not None
+    second = directions is not None
+    settings = _settings(q, v, 12 if second or q.dtype == torch.float32 else 6)
+    shared = {**given, "sums_ptr": sums, "rows": rows, "scale": float(inputs.scale), **settings}
+    shared["SECOND"] = second
     d_d_out, d_q, d_k, d_v = (torch.empty_like(x) for x in (d_out, q, k, v))
     _launch(_attention_sums_kernel, q.shape[1], "BLOCK_T", q, k, **shared)
-    if of_queries:
+    if need_d_out or need_q:
         kernel = _attention_queries_kernel
         outputs = {"d_q_ptr": d_q, "d_d_out_ptr": d_d_out}
         _launch(kernel, q.shape[1], "BLOCK_T", q, k, **outputs, **shared)
-    if of_keys:
+    if need_k or need_v:
         outputs = {"d_k_ptr": d_k, "d_v_ptr": d_v}
         _launch(_attention_keys_kernel, k.shape[1], "BLOCK_S", q, k, **outputs, **shared)
-    return d_d_out, d_q, d_k, d_v
+    grads = d_d_out, d_q, d_k, d_v
+    return tuple(x if need else None for x, need in zip(grads, needs, strict=True))
 
 
 def attention_backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    need_q: bool,
-    need_k: bool,
-    need_v: bool,
+    d_out: Tensor, inputs: arguments.Attention, needs: Needs
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of q, k and v, by three launches; None where not needed."""
-    _, *grads = _gradients(d_out, None, q, k, v, scale, need_q, need_k or need_v)
-    needs = need_q, need_k, need_v
-    return tuple(x if need else None for x, need in zip(grads, needs, strict=True))
+    """Return the gradients of q, k and v, None where not needed."""
+    return _gradients(d_out, None, inputs, (False, *needs))[1:]
 
 
 def attention_double_backward(
-    d_out: Tensor,
-    u_q: Tensor | None,
-    u_k: Tensor | None,
-    u_v: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    need_d_out: bool,
-    need_q: bool,
-    need_k: bool,
-    need_v: bool,
+    d_out: Tensor, directions: Directions, inputs: arguments.Attention, needs: Needs
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of d_out, q, k and v, by three launches; None where not needed."""
-    u = tuple(
-        torch.zeros_like(x) if direction is None else direction
-        for x, direction in zip((q, k, v), (u_q, u_k, u_v), strict=True)
-    )
-    of_queries, of_keys = need_d_out or need_q, need_k or need_v
-    grads = _gradients(d_out, u, q, k, v, scale, of_queries, of_keys)
-    needs = need_d_out, need_q, need_k, need_v
-    return tuple(x if need else None for x, need in zip(grads, needs, strict=True))
+    """Return the gradients of d_out, q, k and v, None where not needed."""
+    return _gradients(d_out, directions, inputs, needs)

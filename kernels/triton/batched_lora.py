@@ -41,6 +41,8 @@ from mima.kernels._common import (
     rank_multiple,
     sizes_on_device,
 )
+from mima.ops.backends import arguments
+from mima.ops.backends.arguments import Needs
 
 OUTER_BLOCK_K = OUTER_BLOCK_T = 64
 """Features per program of the adapters' gradients, and tokens per step: twice as many tokens take
@@ -516,17 +518,9 @@ def _outer(h: Tensor, x: Tensor, adapters: _Adapters, *, transposed: bool) -> li
     return out
 
 
-def batched_lora_forward(
-    x: Tensor,
-    weight: Tensor,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    scale: Tensor,
-    index: Tensor,
-    bias: Tensor | None,
-    kept: list[Tensor] | None = None,
-) -> Tensor:
+def batched_lora_forward(inputs: arguments.BatchedLora, kept: list[Tensor] | None = None) -> Tensor:
     """Return y [b, t, o], by one launch; put x Aᵀ into `kept`, float32 [b, t, R]."""
+    x, weight, A, B, scale, index, bias = inputs
     bias = None if bias is None else bias.contiguous()
     with on_device_of(x):
         adapters = _Adapters.prepare(x, A, B, scale, index)
@@ -544,20 +538,7 @@ def batched_lora_forward(
 
 
 def batched_lora_backward(
-    d_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    scale: Tensor,
-    index: Tensor,
-    projection: Tensor | None,
-    need_x: bool,
-    need_weight: bool,
-    need_A: bool,
-    need_B: bool,
-    need_scale: bool,
-    need_bias: bool,
+    d_y: Tensor, saved: arguments.BatchedLoraSaved, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
     """Return d_x, d_weight, d_A, d_B, d_scale, d_bias.
 
@@ -565,6 +546,8 @@ def batched_lora_backward(
     its own where it is missing. d_weight is one plain product over all tokens, which PyTorch's own
     library is best at.
     """
+    x, weight, A, B, scale, index, projection = saved
+    need_x, need_weight, need_A, need_B, need_scale, need_bias = needs
     d_y, x = d_y.contiguous(), x.contiguous()
     need_Q = bool(A) and (need_A or need_scale)
     need_P = bool(A) and (need_B or need_scale)

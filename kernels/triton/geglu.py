@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mima.kernels._common import ceil_div, launch_options, on_device_of, store_narrow
+from mima.ops.backends import arguments
+from mima.ops.backends.arguments import Directions, Needs
 
 NUM_WARPS = 4
 
@@ -110,15 +112,17 @@ def _launch(kernel: Any, x: Tensor, **pointers: Tensor) -> None:
         )
 
 
-def geglu_forward(x: Tensor) -> Tensor:
+def geglu_forward(inputs: arguments.Geglu) -> Tensor:
     """Return a · gelu(b), by one launch."""
+    x = inputs.x
     out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
     _launch(_geglu_fwd_kernel, x, out_ptr=out)
     return out
 
 
-def geglu_backward(d_out: Tensor, x: Tensor, need_x: bool) -> tuple[Tensor | None]:
+def geglu_backward(d_out: Tensor, inputs: arguments.Geglu, needs: Needs) -> tuple[Tensor | None]:
     """Return the gradient of x, by one launch."""
+    (x,), (need_x,) = inputs, needs
     if not need_x:
         return (None,)
     d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -127,9 +131,10 @@ def geglu_backward(d_out: Tensor, x: Tensor, need_x: bool) -> tuple[Tensor | Non
 
 
 def geglu_double_backward(
-    d_out: Tensor, u_x: Tensor | None, x: Tensor, need_d_out: bool, need_x: bool
+    d_out: Tensor, directions: Directions, inputs: arguments.Geglu, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of d_out and x, by one launch; None where not needed."""
+    (x,), (u_x,), (need_d_out, need_x) = inputs, directions, needs
     d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     d_d_out = torch.empty_like(d_out, memory_format=torch.contiguous_format)
     _launch(

@@ -19,6 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mima.kernels._common import launch_options, on_device_of, store_narrow
+from mima.ops.backends import arguments
+from mima.ops.backends.arguments import Directions, Needs
 
 
 @triton.jit
@@ -249,17 +251,9 @@ def _group_norm_double_bwd_kernel(
         store_narrow(d_x_ptr + offs, rho * (t - t_mean - x_hat * t_slope), mask, False)
 
 
-def _launch(
-    kernel: Any,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
-    **arguments: Any,
-) -> None:
+def _launch(kernel: Any, inputs: arguments.GroupNorm, **outputs: Any) -> None:
     """Launch a kernel with a program for each group of each sample."""
+    x, weight, bias, groups, eps, silu = inputs
     x = x.contiguous()
     programs = len(x) * groups
     if programs == 0:
@@ -278,7 +272,7 @@ def _launch(
             SILU=silu,
             HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None,
-            **arguments,
+            **outputs,
             BLOCK=block,
             # 16 elements a thread: two 16-byte accesses of 16 bits, on AMD one
             num_warps=max(1, block // 512),
@@ -298,33 +292,24 @@ def _summed(of_elements: Tensor, x: Tensor, needed: bool) -> Tensor | None:
     return of_elements.view(len(x), x.shape[1], math.prod(x.shape[2:])).sum((0, 2)).to(x.dtype)
 
 
-def group_norm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
-) -> Tensor:
+def group_norm_forward(inputs: arguments.GroupNorm) -> Tensor:
     """Return γ x̂ + β, or its SiLU, by one launch."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch(_group_norm_fwd_kernel, x, weight, bias, groups, eps, silu, out_ptr=out)
+    out = torch.empty_like(inputs.x, memory_format=torch.contiguous_format)
+    _launch(_group_norm_fwd_kernel, inputs, out_ptr=out)
     return out
 
 
 def group_norm_backward(
-    d_out: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
+    d_out: Tensor, inputs: arguments.GroupNorm, needs: Needs
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, weight and bias, None where not needed."""
+    x = inputs.x
+    need_x, need_weight, need_bias = needs
     d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     need_weights = need_weight or need_bias
     along, d_y = (_of_elements(x, need_weights) for _ in range(2))
     _launch(
-        *(_group_norm_bwd_kernel, x, weight, bias, groups, eps, silu),
+        *(_group_norm_bwd_kernel, inputs),
         d_out_ptr=d_out.contiguous(),
         d_x_ptr=d_x,
         along_ptr=along,
@@ -336,28 +321,18 @@ def group_norm_backward(
 
 
 def group_norm_double_backward(
-    d_out: Tensor,
-    u_x: Tensor | None,
-    u_weight: Tensor | None,
-    u_bias: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
-    need_d_out: bool,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
+    d_out: Tensor, directions: Directions, inputs: arguments.GroupNorm, needs: Needs
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of d_out, x, weight and bias, None where not needed."""
+    x = inputs.x
+    u_x, u_weight, u_bias = directions
+    need_d_out, need_x, need_weight, need_bias = needs
     d_out = d_out.contiguous()
     d_d_out, d_x = torch.empty_like(d_out), torch.empty_like(d_out)
     need_weights = need_weight or need_bias
     along, e = (_of_elements(x, need_weights) for _ in range(2))
     _launch(
-        *(_group_norm_double_bwd_kernel, x, weight, bias, groups, eps, silu),
+        *(_group_norm_double_bwd_kernel, inputs),
         d_out_ptr=d_out,
         u_x_ptr=d_out if u_x is None else u_x.contiguous(),
         u_weight_ptr=d_out if u_weight is None else u_weight.contiguous(),

@@ -11,7 +11,6 @@ Bytes: one read and one write of the weight. FLOPs: 2 o d Σ r_n.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +33,8 @@ from mima.kernels._common import (
     rank_multiple,
     sizes_on_device,
 )
+from mima.ops.backends import arguments
+from mima.ops.backends.arguments import Needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,10 +170,9 @@ def _merge_lora_bwd_kernel(
             _store_tile(d_B_n, coefficient * d_B, rows, offs_r, o, rank)
 
 
-def merge_lora_forward(
-    weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], scale: Tensor, weights: Tensor
-) -> Tensor:
+def merge_lora_forward(inputs: arguments.MergeLora) -> Tensor:
     """Return φ [o, d], by one launch."""
+    weight, A, B, scale, weights = inputs
     weight, A, B = weight.contiguous(), contiguous(A), contiguous(B)
     out = torch.empty_like(weight)
     o, d = weight.shape
@@ -206,19 +206,11 @@ def merge_lora_forward(
 
 
 def merge_lora_backward(
-    d_out: Tensor,
-    weight: Tensor,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    scale: Tensor,
-    weights: Tensor,
-    need_weight: bool,
-    need_A: bool,
-    need_B: bool,
-    need_scale: bool,
-    need_weights: bool,
+    d_out: Tensor, inputs: arguments.MergeLora, needs: Needs
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
     """Return d_weight, d_A, d_B, d_scale, d_weights, by one launch."""
+    _, A, B, scale, weights = inputs
+    need_weight, need_A, need_B, need_scale, need_weights = needs
     d_out, A, B = d_out.contiguous(), contiguous(A), contiguous(B)
     need_inner = need_scale or need_weights
     o, d = d_out.shape

@@ -39,6 +39,8 @@ from mima.kernels._common import (
     pointer_table,
     sizes_on_device,
 )
+from mima.ops.backends import arguments
+from mima.ops.backends.arguments import Needs, Tensors
 
 NUM_SPLITS = 32
 """Shares of the sum over rows in the text's gradients: about 4 programs a multiprocessor of an H100
@@ -508,10 +510,9 @@ def _unpack(packed: Tensor, text: Sequence[Tensor]) -> list[Tensor]:
     return [row[: len(x)].to(x.dtype, copy=True) for row, x in zip(packed, text, strict=True)]
 
 
-def projected_merge_forward(
-    W0: Sequence[Tensor], W: Sequence[Tensor], C: Sequence[Tensor], M: Sequence[Tensor]
-) -> list[Tensor]:
+def projected_merge_forward(inputs: arguments.ProjectedMerge) -> list[Tensor]:
     """Return φ, L tensors, by one launch."""
+    W0, W, C, M = inputs
     longest = max((len(C_n) for C_n in C), default=0)
     if longest == 0:
         return [x.clone(memory_format=torch.contiguous_format) for x in W0]
@@ -554,17 +555,11 @@ def projected_merge_forward(
 
 
 def projected_merge_backward(
-    d_out: Sequence[Tensor],
-    W0: Sequence[Tensor],
-    W: Sequence[Tensor],
-    C: Sequence[Tensor],
-    M: Sequence[Tensor],
-    need_W0: bool,
-    need_W: bool,
-    need_C: bool,
-    need_M: bool,
+    d_out: Tensors, inputs: arguments.ProjectedMerge, needs: Needs
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Return d_W0, d_W, d_C, d_M, by one launch, or two if the text's gradients are needed."""
+    W0, W, C, M = inputs
+    need_W0, need_W, need_C, need_M = needs
     d_out = contiguous(d_out)
     device, dtype, d = d_out[0].device, d_out[0].dtype, d_out[0].shape[1]
     longest = max((len(C_n) for C_n in C), default=0)

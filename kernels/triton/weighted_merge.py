@@ -9,7 +9,6 @@ writes up to N + 1. A multiply and an add per value read: memory is the only lim
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +28,8 @@ from mima.kernels._common import (
     sizes_on_device,
     store_narrow,
 )
+from mima.ops.backends import arguments
+from mima.ops.backends.arguments import Needs, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,10 +164,9 @@ def _weighted_merge_bwd_kernel(
         )  # fmt: skip
 
 
-def weighted_merge_forward(
-    base: Sequence[Tensor], thetas: Sequence[Tensor], weights: Tensor
-) -> list[Tensor]:
+def weighted_merge_forward(inputs: arguments.WeightedMerge) -> list[Tensor]:
     """Return φ, P tensors, by one launch."""
+    base, thetas, weights = inputs
     base, thetas, weights = contiguous(base), contiguous(thetas), weights.contiguous()
     out = [torch.empty_like(b) for b in base]
     everything = [*base, *thetas, *out]
@@ -193,15 +193,11 @@ def weighted_merge_forward(
 
 
 def weighted_merge_backward(
-    d_out: Sequence[Tensor],
-    base: Sequence[Tensor],
-    thetas: Sequence[Tensor],
-    weights: Tensor,
-    need_base: bool,
-    need_thetas: bool,
-    need_weights: bool,
+    d_out: Tensors, inputs: arguments.WeightedMerge, needs: Needs
 ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
     """Return d_base, d_thetas, d_weights, by one launch and the sum of the programs' shares."""
+    base, thetas, weights = inputs
+    need_base, need_thetas, need_weights = needs
     d_out, weights = contiguous(d_out), weights.contiguous()
     if need_weights:
         base, thetas = contiguous(base), contiguous(thetas)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
 from mima.ops.backends import choice
+from mima.ops.backends.arguments import schema
 
 _functions: dict[CustomOpDef, Callable[..., Any]] = {}
 _TAGS = (torch.Tag.cudagraph_unsafe,)
@@ -32,25 +33,22 @@ class Operator(torch.autograd.Function):
 
 def raw_operators(
     name: str,
-    inputs: str,
+    inputs: type[Any],
     output: str,
     *,
-    fake: Callable[..., Any],
-    like: Callable[..., Sequence[Any]],
-    saved: str | None = None,
-    check: Callable[..., None] | None = None,
+    fake: Callable[[Any], Any],
+    like: Callable[[Tensor, Any], Sequence[Any]],
+    saved: type[Any] | None = None,
+    check: Callable[[Any], None] | None = None,
 ) -> tuple[CustomOpDef, CustomOpDef]:
-    """Register an operator and its backward with torch.library, from arguments written once.
-
-    A backend serves them by ``<name>_forward(*inputs)`` and ``<name>_backward(d_out, *saved,
-    *needs)``, which returns a tensor or a list for each gradient.
+    """Register an operator and its backward with torch.library.
 
     Args:
         name: one of `choice.OPERATORS`.
-        inputs: the arguments as in a schema, ``"Tensor x, Tensor[] A"``.
+        inputs: its arguments, a tuple of `mima.ops.backends.arguments`, where it says what serves.
         output: ``"Tensor"`` or ``"Tensor[]"``.
         fake: inputs -> tensors like the output.
-        like: (d_out, *saved) -> for each gradient a tensor, or a list of them, of its shape.
+        like: (d_out, saved) -> for each gradient a tensor, or a list of them, of its shape.
         saved: what the backward reads; by default `inputs`.
         check: refuses values of the inputs that only a running operator can see.
 
@@ -58,32 +56,35 @@ def raw_operators(
         The operator ``(*inputs, backend)`` and its backward ``(d_out, *saved, needs, backend)``,
         which gives the gradients that `needs` names, one after the other.
     """
+    read = saved or inputs
 
     def forward(*args: Any, **directly: Any) -> Any:
-        *given, backend = args
+        *values, backend = args
+        given = inputs(*values)
         if check is not None:
-            check(*given)
-        module = choice.resolve(name, _first(given), backend)
-        return getattr(module, f"{name}_forward")(*given, **directly)
+            check(given)
+        module = choice.resolve(name, _first(values), backend)
+        return getattr(module, f"{name}_forward")(given, **directly)
 
-    def backward(*args: Any) -> list[Tensor]:
+    def backward(d_out: Any, *args: Any) -> list[Tensor]:
         *given, needs, backend = args
-        module = choice.resolve(name, _first(given), backend)
-        return flat(getattr(module, f"{name}_backward")(*given, *needs), needs)
+        module = choice.resolve(name, _first([d_out]), backend)
+        return flat(getattr(module, f"{name}_backward")(d_out, read(*given), needs), needs)
 
-    def fake_backward(*args: Any) -> list[Tensor]:
+    def fake_backward(d_out: Any, *args: Any) -> list[Tensor]:
         *given, needs, _ = args
-        return [x.new_empty(x.shape) for x in flat(like(*given), needs)]
+        return [x.new_empty(x.shape) for x in flat(like(d_out, read(*given)), needs)]
 
+    given, kept = (", ".join(schema(arguments)) for arguments in (inputs, read))
     ops = (
-        _register(f"mima::{name}", forward, f"({inputs}, str backend) -> {output}"),
+        _register(f"mima::{name}", forward, f"({given}, str backend) -> {output}"),
         _register(
             f"mima::{name}_backward",
             backward,
-            f"({output} d_out, {saved or inputs}, bool[] needs, str backend) -> Tensor[]",
+            f"({output} d_out, {kept}, bool[] needs, str backend) -> Tensor[]",
         ),
     )
-    ops[0].register_fake(lambda *args: fake(*args[:-1]))
+    ops[0].register_fake(lambda *args: fake(inputs(*args[:-1])))
     ops[1].register_fake(fake_backward)
     return ops
 

@@ -1,10 +1,9 @@
 """Layers of a network as operators whose second derivative is an operator, too.
 
 Forward, backward and double backward recompute what they need from the layer's inputs, which are
-all that a graph keeps. A backend serves ``<name>_forward(*tensors, *numbers)``,
-``<name>_backward(d_out, *tensors, *numbers, *needs)`` and ``<name>_double_backward(d_out,
-*directions, *tensors, *numbers, *needs)``; derivatives of higher order are those of the reference's
-backward, in plain PyTorch.
+all that a graph keeps. Beside the two functions of every operator, a backend serves
+``<name>_double_backward(d_out, directions, inputs, needs)``, a direction for each tensor of the
+inputs or None. Derivatives of higher order are those of the reference's backward, in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,44 +31,51 @@ from mima.ops._autograd import (
 )
 from mima.ops.backends import choice
 from mima.ops.backends import reference as reference_backend
+from mima.ops.backends.arguments import schema
 
+_INPUTS: dict[str, type[Any]] = {}
+"""A tuple of `mima.ops.backends.arguments` by name."""
 _RAW: dict[str, tuple[CustomOpDef, CustomOpDef, CustomOpDef]] = {}
 """Forward, backward and double backward by name."""
 
 
-def define(name: str, tensors: Sequence[str], numbers: str, *, fake: Any) -> None:
+def define(name: str, inputs: type[Any], *, fake: Callable[[Any], Tensor]) -> None:
     """Register a layer's three operators with torch.library.
 
     Args:
         name: one of `choice.OPERATORS`.
-        tensors: its inputs, the first of which is there: as in a schema, ``"Tensor? weight"``.
-        numbers: further arguments as in a schema; may be empty.
-        fake: the output for (*tensors, *numbers), without data.
+        inputs: its arguments, tensors before numbers; the first is there.
+        fake: the output for the inputs, without data.
     """
+    fields = schema(inputs)
+    tensors = [field.split()[1] for field in fields if field.startswith("Tensor")]
     count = len(tensors)
-    inputs = ", ".join([*tensors, *([numbers] if numbers else [])])
+    forward, backward = raw_operators(
+        name, inputs, "Tensor", fake=fake, like=lambda d_out, given: given[:count]
+    )
 
-    def like(d_out: Tensor, *args: Any) -> Sequence[Any]:
-        return args[:count]
-
-    forward, backward = raw_operators(name, inputs, "Tensor", fake=fake, like=like)
-
-    def double_backward(*args: Any) -> list[Tensor]:
+    def double_backward(d_out: Tensor, *args: Any) -> list[Tensor]:
         *given, needs, backend = args
-        module = choice.resolve(name, given[0], backend)
-        return flat(getattr(module, f"{name}_double_backward")(*given, *needs), needs)
+        directions, given = given[:count], inputs(*given[count:])
+        function = getattr(choice.resolve(name, d_out, backend), f"{name}_double_backward")
+        return flat(function(d_out, directions, given, needs), needs)
 
-    def fake_double_backward(*args: Any) -> list[Tensor]:
+    def fake_double_backward(d_out: Tensor, *args: Any) -> list[Tensor]:
         *given, needs, _ = args
-        like = given[0], *given[1 + count : 1 + 2 * count]
+        like = d_out, *given[count : 2 * count]
         return [x.new_empty(x.shape) for x in flat(like, needs)]
 
-    directions = ", ".join(f"Tensor? u_{tensor.split()[1]}" for tensor in tensors)
-    schema = f"(Tensor d_out, {directions}, {inputs}, bool[] needs, str backend) -> Tensor[]"
-    double = raw_operator(
-        f"{name}_double_backward", schema, double_backward, fake=fake_double_backward
+    given = ", ".join([*(f"Tensor? u_{tensor}" for tensor in tensors), *fields])
+    _INPUTS[name] = inputs
+    _RAW[name] = (
+        *(forward, backward),
+        raw_operator(
+            f"{name}_double_backward",
+            f"(Tensor d_out, {given}, bool[] needs, str backend) -> Tensor[]",
+            double_backward,
+            fake=fake_double_backward,
+        ),
     )
-    _RAW[name] = forward, backward, double
 
 
 def layer(
@@ -85,21 +91,26 @@ def layer(
     if torch.is_grad_enabled():
         out = DirectLayer.apply(kernels, (name, backend or "", numbers), *tensors)
         return out
-    out = kernels[0](*tensors, *numbers)
+    out = kernels.forward(kernels.inputs(*tensors, *numbers))
     return out
 
 
-Kernels = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
+class Kernels(NamedTuple):
+    """A backend's functions of a layer, and the tuple of its arguments that they take."""
+
+    inputs: type[Any]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    double_backward: Callable[..., Any]
 
 
 @functools.cache
 def _kernels(module: ModuleType, name: str) -> Kernels:
-    """A backend's forward, backward and double backward of a layer."""
-    forward, backward, double_backward = (
+    functions = (
         without_autocast(getattr(module, f"{name}_{which}"))
         for which in ("forward", "backward", "double_backward")
     )
-    return forward, backward, double_backward
+    return Kernels(_INPUTS[name], *functions)
 
 
 class DirectLayer(torch.autograd.Function):
@@ -114,7 +125,7 @@ class DirectLayer(torch.autograd.Function):
     def forward(ctx: Any, kernels: Kernels, constants: Any, *tensors: Tensor | None) -> Tensor:
         ctx.kernels, ctx.constants = kernels, constants
         ctx.save_for_backward(*tensors)
-        out: Tensor = kernels[0](*tensors, *constants[2])
+        out: Tensor = kernels.forward(kernels.inputs(*tensors, *constants[2]))
         return out
 
     @staticmethod
@@ -124,14 +135,10 @@ class DirectLayer(torch.autograd.Function):
             grads = apply_backward(LayerBackward, *ctx.constants, needs, d_out, *tensors)
             return None, None, *_spread(grads, needs)
         if torch.is_grad_enabled():
-            return (
-                None,
-                None,
-                *_spread(
-                    DirectBackward.apply(ctx.kernels, ctx.constants, needs, d_out, *tensors), needs
-                ),
-            )
-        return None, None, *ctx.kernels[1](d_out, *tensors, *ctx.constants[2], *needs)
+            grads = DirectBackward.apply(ctx.kernels, ctx.constants, needs, d_out, *tensors)
+            return None, None, *_spread(grads, needs)
+        given = ctx.kernels.inputs(*tensors, *ctx.constants[2])
+        return None, None, *ctx.kernels.backward(d_out, given, needs)
 
 
 class DirectBackward(torch.autograd.Function):
@@ -139,24 +146,25 @@ class DirectBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, kernels: Kernels, constants: Any, needs: Any, *tensors: Tensor | None
+        ctx: Any, kernels: Kernels, constants: Any, needs: Any, d_out: Tensor, *tensors: Any
     ) -> tuple[Tensor, ...]:
         ctx.kernels, ctx.constants, ctx.needs = kernels, constants, needs
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(d_out, *tensors)
         ctx.set_materialize_grads(False)
-        return tuple(x for x in kernels[1](*tensors, *constants[2], *needs) if x is not None)
+        given = kernels.inputs(*tensors, *constants[2])
+        return tuple(x for x in kernels.backward(d_out, given, needs) if x is not None)
 
     @staticmethod
     def backward(ctx: Any, *u: Tensor | None) -> tuple[Any, ...]:
-        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        d_out, *tensors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
             # a graph of this is asked for: a third derivative
-            return None, None, None, *_differentiable(ctx, wanted, u, tensors)
-        d_out, *rest = tensors
+            return None, None, None, *_differentiable(ctx, wanted, u, (d_out, *tensors))
+        given = ctx.kernels.inputs(*tensors, *ctx.constants[2])
         directions = _spread(u, ctx.needs)
-        double_backward = ctx.kernels[2]
-        numbers = ctx.constants[2]
-        return None, None, None, *double_backward(d_out, *directions, *rest, *numbers, *wanted)
+        grads = ctx.kernels.double_backward(d_out, directions, given, wanted)
+        return None, None, None, *grads
 
 
 def _spread(values: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -168,7 +176,7 @@ def _spread(values: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tens
 def _forward_formula(
     name: str, backend: str, numbers: tuple[Any, ...], *tensors: Tensor
 ) -> tuple[Tensor]:
-    return (getattr(reference_backend, f"{name}_forward")(*tensors, *numbers),)
+    return (getattr(reference_backend, f"{name}_forward")(_INPUTS[name](*tensors, *numbers)),)
 
 
 def _backward_formula(
@@ -176,10 +184,11 @@ def _backward_formula(
     backend: str,
     numbers: tuple[Any, ...],
     needs: Sequence[bool],
+    d_out: Tensor,
     *tensors: Tensor | None,
 ) -> list[Tensor]:
     formula = getattr(reference_backend, f"{name}_backward")
-    return flat(formula(*tensors, *numbers, *needs), needs)
+    return flat(formula(d_out, _INPUTS[name](*tensors, *numbers), needs), needs)
 
 
 class Layer(Operator):
@@ -229,9 +238,8 @@ class LayerBackward(Operator):
             # a graph of this is asked for: a third derivative
             return *(None,) * 4, *_differentiable(ctx, wanted, u, (d_out, *tensors))
         name, backend, numbers = ctx.constants
-        directions = _spread(u, ctx.needs)
-        arguments = d_out, *directions, *tensors, *numbers, list(wanted), backend
-        grads = call(_RAW[name][2], *arguments)
+        given = *_spread(u, ctx.needs), *tensors, *numbers
+        grads = call(_RAW[name][2], d_out, *given, list(wanted), backend)
         return *(None,) * 4, *_spread(grads, wanted)
 
     @staticmethod

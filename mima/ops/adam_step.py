@@ -22,6 +22,7 @@ from mima.ops._autograd import (
     split,
     vmap_formula,
 )
+from mima.ops.backends import arguments
 from mima.ops.backends import reference as reference_backend
 
 _OP = "adam_step"
@@ -162,14 +163,13 @@ def _rule(
     return float(lr), float(beta1), float(beta2), float(eps), float(weight_decay), int(step)
 
 
-_NUMBERS = "float lr, float beta1, float beta2, float eps, float weight_decay, int step"
 _forward, _backward = raw_operators(
     _OP,
-    f"Tensor[] z, Tensor[] g, Tensor[] m, Tensor[] v, {_NUMBERS}",
+    arguments.AdamStep,
     "Tensor[]",
-    saved=f"Tensor[] g, Tensor[] m, Tensor[] v, {_NUMBERS}",
-    fake=lambda z, *rest: [x.new_empty(x.shape) for _ in range(3) for x in z],
-    like=lambda d_out, g, m, v, *rule: (g, g, m, v),
+    saved=arguments.AdamStepSaved,
+    fake=lambda given: [x.new_empty(x.shape) for _ in range(3) for x in given.z],
+    like=lambda d_out, saved: (saved.g, saved.g, saved.m, saved.v),
 )
 
 
@@ -182,14 +182,15 @@ def _forward_formula(
     P: int, backend: str, rule: Rule, overwrite: bool, *tensors: Tensor
 ) -> Tensors:
     z, g, m, v = _lists(tensors, P)
-    return reference_backend.adam_step_forward(z, g, m, v, *rule)
+    return reference_backend.adam_step_forward(arguments.AdamStep(z, g, m, v, *rule))
 
 
 def _backward_formula(
     P: int, backend: str, rule: Rule, needs: Sequence[bool], *tensors: Tensor
 ) -> Tensors:
-    d_out, (g, m, v) = tensors[: 3 * P], _lists(tensors[3 * P :], P)
-    return flat(reference_backend.adam_step_backward(d_out, g, m, v, *rule, *needs), needs)
+    g, m, v = _lists(tensors[3 * P :], P)
+    saved = arguments.AdamStepSaved(g, m, v, *rule)
+    return flat(reference_backend.adam_step_backward(tensors[: 3 * P], saved, needs), needs)
 
 
 class AdamStep(Operator):
@@ -209,8 +210,8 @@ class AdamStep(Operator):
     @staticmethod
     def backward(ctx: Any, *d_out: Tensor) -> tuple[Any, ...]:
         needs = tuple(any(group) for group in _lists(ctx.needs_input_grad[4:], ctx.P))
-        arguments = ctx.P, ctx.backend, ctx.rule, needs, *d_out, *ctx.saved_tensors
-        grads = apply_backward(AdamStepBackward, *arguments)
+        args = ctx.P, ctx.backend, ctx.rule, needs, *d_out, *ctx.saved_tensors
+        grads = apply_backward(AdamStepBackward, *args)
         split_up = split(grads, (ctx.P,) * 4, needs)
         return *(None,) * 4, *(x for group in split_up for x in group)
 

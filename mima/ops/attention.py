@@ -18,14 +18,13 @@ from torch.overrides import TorchFunctionMode
 
 from mima.ops import _checks
 from mima.ops._layers import define, layer
+from mima.ops.backends import arguments
 
 _OP = "attention"
 _PYTORCHS = F.scaled_dot_product_attention
 define(
-    _OP,
-    ("Tensor q", "Tensor k", "Tensor v"),
-    "float scale",
-    fake=lambda q, k, v, scale: q.new_empty((*q.shape[:2], v.shape[2])),
+    *(_OP, arguments.Attention),
+    fake=lambda given: given.q.new_empty((*given.q.shape[:2], given.v.shape[2])),
 )
 
 

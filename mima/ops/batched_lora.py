@@ -25,6 +25,7 @@ from mima.ops._autograd import (
     total,
     vmap_formula,
 )
+from mima.ops.backends import arguments
 from mima.ops.backends import reference as reference_backend
 
 _OP = "batched_lora"
@@ -119,20 +120,12 @@ def _require_agreement(
 
 _forward, _backward = raw_operators(
     _OP,
-    "Tensor x, Tensor weight, Tensor[] A, Tensor[] B, Tensor scale, Tensor index, Tensor? bias",
+    arguments.BatchedLora,
     "Tensor",
-    saved=(
-        "Tensor x, Tensor weight, Tensor[] A, Tensor[] B, Tensor scale, Tensor index, "
-        "Tensor? projection"
-    ),
-    fake=lambda x, weight, *rest: x.new_empty(*x.shape[:2], weight.shape[0]),
-    like=lambda d_y, x, weight, A, B, scale, index, projection: (
-        *(x, weight, A, B, scale),
-        d_y.new_empty(d_y.shape[2:]),
-    ),
-    check=lambda x, weight, A, B, scale, index, bias: _checks.require_in_range(
-        _OP, "index", index, len(A)
-    ),
+    saved=arguments.BatchedLoraSaved,
+    fake=lambda given: given.x.new_empty(*given.x.shape[:2], given.weight.shape[0]),
+    like=lambda d_y, saved: (*saved[:5], d_y.new_empty(d_y.shape[2:])),
+    check=lambda given: _checks.require_in_range(_OP, "index", given.indices, len(given.A)),
 )
 
 
@@ -157,10 +150,8 @@ def _forward_formula(
 
 def _backward_formula(N: int, backend: str, *args: Any) -> list[Tensor]:
     needs, (d_y, x, weight, scale, index, projection, *AB) = args[:6], args[6:]
-    grads = reference_backend.batched_lora_backward(
-        d_y, x, weight, AB[:N], AB[N:], scale, index, projection, *needs
-    )
-    return flat(grads, needs)
+    saved = arguments.BatchedLoraSaved(x, weight, AB[:N], AB[N:], scale, index, projection)
+    return flat(reference_backend.batched_lora_backward(d_y, saved, needs), needs)
 
 
 class BatchedLora(Operator):

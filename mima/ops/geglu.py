@@ -6,13 +6,12 @@ from torch import Tensor
 
 from mima.ops import _checks
 from mima.ops._layers import define, layer
+from mima.ops.backends import arguments
 
 _OP = "geglu"
 define(
-    _OP,
-    ("Tensor x",),
-    "",
-    fake=lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
+    *(_OP, arguments.Geglu),
+    fake=lambda given: given.x.new_empty((*given.x.shape[:-1], given.x.shape[-1] // 2)),
 )
 
 

@@ -8,13 +8,9 @@ from torch import Tensor
 
 from mima.ops import _checks
 from mima.ops._layers import define, layer
+from mima.ops.backends import arguments
 
-define(
-    "group_norm",
-    ("Tensor x", "Tensor? weight", "Tensor? bias"),
-    "int groups, float eps, bool silu",
-    fake=lambda x, *rest: x.new_empty(x.shape),
-)
+define("group_norm", arguments.GroupNorm, fake=lambda given: given.x.new_empty(given.x.shape))
 
 
 def group_norm(

@@ -23,6 +23,7 @@ from mima.ops._autograd import (
     total,
     vmap_formula,
 )
+from mima.ops.backends import arguments
 from mima.ops.backends import reference as reference_backend
 
 _OP = "merge_lora"
@@ -78,11 +79,11 @@ def merge_lora(
 
 _forward, _backward = raw_operators(
     _OP,
-    "Tensor weight, Tensor[] A, Tensor[] B, Tensor scale, Tensor weights",
+    arguments.MergeLora,
     "Tensor",
-    fake=lambda weight, A, B, scale, weights: weight.new_empty(weight.shape),
-    like=lambda d_out, *inputs: inputs,
-    check=lambda weight, A, B, scale, weights: _checks.require_finite(_OP, "weights", weights),
+    fake=lambda given: given.weight.new_empty(given.weight.shape),
+    like=lambda d_out, given: given,
+    check=lambda given: _checks.require_finite(_OP, "weights", given.weights),
 )
 
 
@@ -94,15 +95,14 @@ def _sizes(N: int) -> tuple[int | None, ...]:
 def _forward_formula(
     N: int, backend: str, weight: Tensor, scale: Tensor, weights: Tensor, *AB: Tensor
 ) -> list[Tensor]:
-    return [reference_backend.merge_lora_forward(weight, AB[:N], AB[N:], scale, weights)]
+    given = arguments.MergeLora(weight, AB[:N], AB[N:], scale, weights)
+    return [reference_backend.merge_lora_forward(given)]
 
 
 def _backward_formula(N: int, backend: str, *args: Any) -> list[Tensor]:
     needs, (d_out, weight, scale, weights, *AB) = args[:5], args[5:]
-    grads = reference_backend.merge_lora_backward(
-        d_out, weight, AB[:N], AB[N:], scale, weights, *needs
-    )
-    return flat(grads, needs)
+    given = arguments.MergeLora(weight, AB[:N], AB[N:], scale, weights)
+    return flat(reference_backend.merge_lora_backward(d_out, given, needs), needs)
 
 
 class MergeLora(Operator):

@@ -23,6 +23,7 @@ from mima.ops._autograd import (
     total,
     vmap_formula,
 )
+from mima.ops.backends import arguments
 from mima.ops.backends import reference as reference_backend
 
 _OP = "projected_merge"
@@ -148,10 +149,10 @@ def _require_agreement(
 
 _forward, _backward = raw_operators(
     _OP,
-    "Tensor[] W0, Tensor[] W, Tensor[] C, Tensor[] M",
+    arguments.ProjectedMerge,
     "Tensor[]",
-    fake=lambda W0, W, C, M: [x.new_empty(x.shape) for x in W0],
-    like=lambda d_out, W0, W, C, M: (W0, W, C, M),
+    fake=lambda given: [x.new_empty(x.shape) for x in given.W0],
+    like=lambda d_out, given: given,
 )
 
 
@@ -166,14 +167,14 @@ def _groups(given: Sequence[Any], L: int, N: int) -> list[list[Any]]:
 
 
 def _forward_formula(L: int, N: int, backend: str, *given: Tensor) -> list[Tensor]:
-    return reference_backend.projected_merge_forward(*_groups(given, L, N))
+    merge = arguments.ProjectedMerge(*_groups(given, L, N))
+    return reference_backend.projected_merge_forward(merge)
 
 
 def _backward_formula(L: int, N: int, backend: str, *args: Any) -> list[Tensor]:
     needs, d_out, given = args[:4], args[4 : 4 + L], args[4 + L :]
-    W0, W, C, M = _groups(given, L, N)
-    grads = reference_backend.projected_merge_backward(d_out, W0, W, C, M, *needs)
-    return flat(grads, needs)
+    merge = arguments.ProjectedMerge(*_groups(given, L, N))
+    return flat(reference_backend.projected_merge_backward(d_out, merge, needs), needs)
 
 
 class ProjectedMerge(Operator):

@@ -23,6 +23,7 @@ from mima.ops._autograd import (
     total,
     vmap_formula,
 )
+from mima.ops.backends import arguments
 from mima.ops.backends import reference as reference_backend
 
 _OP = "weighted_merge"
@@ -158,23 +159,23 @@ def _require_agreement(base: Sequence[Tensor], thetas: Sequence[Sequence[Tensor]
 
 _forward, _backward = raw_operators(
     _OP,
-    "Tensor[] base, Tensor[] thetas, Tensor weights",
+    arguments.WeightedMerge,
     "Tensor[]",
-    fake=lambda base, thetas, weights: [b.new_empty(b.shape) for b in base],
-    like=lambda d_out, base, thetas, weights: (base, thetas, weights),
-    check=lambda base, thetas, weights: _checks.require_finite(_OP, "weights", weights),
+    fake=lambda given: [b.new_empty(b.shape) for b in given.base],
+    like=lambda d_out, given: given,
+    check=lambda given: _checks.require_finite(_OP, "weights", given.weights),
 )
 
 
 def _forward_formula(P: int, backend: str, weights: Tensor, *given: Tensor) -> list[Tensor]:
-    return reference_backend.weighted_merge_forward(given[:P], given[P:], weights)
+    merge = arguments.WeightedMerge(given[:P], given[P:], weights)
+    return reference_backend.weighted_merge_forward(merge)
 
 
 def _backward_formula(P: int, backend: str, *args: Any) -> list[Tensor]:
     needs, (weights, *given) = args[:3], args[3:]
-    d_out, base, thetas = given[:P], given[P : 2 * P], given[2 * P :]
-    grads = reference_backend.weighted_merge_backward(d_out, base, thetas, weights, *needs)
-    return flat(grads, needs)
+    merge = arguments.WeightedMerge(given[P : 2 * P], given[2 * P :], weights)
+    return flat(reference_backend.weighted_merge_backward(given[:P], merge, needs), needs)
 
 
 class WeightedMerge(Operator):

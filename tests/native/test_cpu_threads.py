@@ -12,6 +12,7 @@ import torch
 from support import native_cases
 
 from mima.ops.backends import cpu
+from mima.ops.backends.arguments import BatchedLora, WeightedMerge
 
 
 @pytest.fixture
@@ -87,21 +88,21 @@ def test_a_sample_has_the_same_bits_whatever_is_beside_it(tokens):
     index = torch.tensor([1, -1, 0, 1, 1, 0])
     scale = torch.tensor([0.5, 2.0])
     kept: list[torch.Tensor] = []
-    together = cpu.batched_lora_forward(x, weight, A, B, scale, index, None, kept)
+    together = cpu.batched_lora_forward(BatchedLora(x, weight, A, B, scale, index, None), kept)
     assert [h.shape for h in kept] == ([(6, 200, 64)] if tokens == 200 else [])
     for b in range(6):
-        args = x[b : b + 1], weight, A, B, scale, index[b : b + 1], None
-        assert torch.equal(cpu.batched_lora_forward(*args)[0], together[b])
+        alone = BatchedLora(x[b : b + 1], weight, A, B, scale, index[b : b + 1], None)
+        assert torch.equal(cpu.batched_lora_forward(alone)[0], together[b])
 
 
 def test_concurrent_callers():
     torch.manual_seed(0)
     base, theta = torch.randn(400_000), torch.randn(400_000)
-    w = torch.tensor([0.5])
-    expected = cpu.weighted_merge_forward([base], [theta], w)[0]
+    merge = WeightedMerge([base], [theta], torch.tensor([0.5]))
+    expected = cpu.weighted_merge_forward(merge)[0]
 
     def call(_: int) -> bool:
-        return torch.equal(cpu.weighted_merge_forward([base], [theta], w)[0], expected)
+        return torch.equal(cpu.weighted_merge_forward(merge)[0], expected)
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(call, range(64)))
@@ -112,12 +113,14 @@ def test_pool_works_in_a_forked_child(pool, tmp_path):
     code = """
 import os, torch
 from mima.ops.backends import cpu
+from mima.ops.backends.arguments import WeightedMerge
 torch.set_num_threads(2)
-base, theta, w = torch.zeros(500_000), torch.ones(500_000), torch.tensor([0.5])
-assert cpu.weighted_merge_forward([base], [theta], w)[0].sum() == 250_000
+w = torch.tensor([0.5])
+merge = WeightedMerge([torch.zeros(500_000)], [torch.ones(500_000)], w)
+assert cpu.weighted_merge_forward(merge)[0].sum() == 250_000
 child = os.fork()
 # no PyTorch operator that uses OpenMP here: its threads do not survive a fork
-out = cpu.weighted_merge_forward([base], [theta], w)[0]
+out = cpu.weighted_merge_forward(merge)[0]
 value = out[::100_000].tolist()
 if child == 0:
     os._exit(0 if value == [0.5] * 5 else 1)
@@ -143,11 +146,12 @@ def test_own_pool_gives_the_same_bits(tmp_path):
 import torch
 from concurrent.futures import ThreadPoolExecutor
 from mima.ops.backends import cpu
+from mima.ops.backends.arguments import WeightedMerge
 torch.manual_seed(0)
 base, theta, w = torch.randn(700_001), torch.randn(700_001), torch.tensor([0.3])
 def call(_):
-    flags = False, False, True
-    return cpu.weighted_merge_backward([base], [base], [theta], w, *flags)[2].item()
+    merge = WeightedMerge([base], [theta], w)
+    return cpu.weighted_merge_backward([base], merge, [False, False, True])[2].item()
 values = set()
 for threads in (1, 2, 3, 8):
     torch.set_num_threads(threads)
@@ -172,7 +176,8 @@ def test_the_lock_of_the_interpreter_is_released():
     base = torch.zeros(30_000_000)
     ticks = 0
     with ThreadPoolExecutor(1) as pool:
-        work = pool.submit(cpu.weighted_merge_forward, [base], [base], torch.tensor([0.5]))
+        merge = WeightedMerge([base], [base], torch.tensor([0.5]))
+        work = pool.submit(cpu.weighted_merge_forward, merge)
         while not work.done():
             ticks += 1
     assert ticks > 100

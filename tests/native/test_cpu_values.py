@@ -16,6 +16,7 @@ from support.native_cases import (
 
 from mima import ops, reference
 from mima.ops.backends import cpu, extension
+from mima.ops.backends.arguments import AdamStep, ProjectedMerge, WeightedMerge
 
 LEVELS = ["generic", "avx2", "avx512"]
 
@@ -46,7 +47,7 @@ def test_backward(name, dtype, level):
 def test_conversions_round_like_torch(dtype, level):
     # every 16-bit pattern, through a merge that only converts there and back
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    (same,) = cpu.weighted_merge_forward([patterns], [], torch.empty(0))
+    (same,) = cpu.weighted_merge_forward(WeightedMerge([patterns], [], torch.empty(0)))
     finite = torch.isfinite(patterns)
     assert torch.equal(same[finite], patterns[finite])
     # infinities minus infinities aside, NaN stays NaN and infinity infinity
@@ -61,7 +62,7 @@ def test_results_round_to_nearest_even(dtype, level):
     theta = (torch.randn(1 << 14) * torch.logspace(-7, 5, 1 << 14)).to(dtype)
     zero = torch.zeros_like(theta)
     weight = torch.tensor([1.2345678])
-    (actual,) = cpu.weighted_merge_forward([zero], [theta], weight)
+    (actual,) = cpu.weighted_merge_forward(WeightedMerge([zero], [theta], weight))
     expected = (theta.float() * weight).to(dtype)
     assert torch.equal(actual, expected)
 
@@ -70,12 +71,12 @@ def test_views_are_read_where_they_lie(level):
     wide = torch.randn(40, 130)
     W0, W = wide[::2, 1:65], wide[1::2, 30:94].clone().T.contiguous().T
     C, M = torch.randn(64, 3).T, torch.randn(6, 64)[::2]
-    (actual,) = cpu.projected_merge_forward([W0], [W], [C], [M])
+    (actual,) = cpu.projected_merge_forward(ProjectedMerge([W0], [W], [C], [M]))
     (expected,) = reference.projected_merge([W0], [[W]], [C], [M])
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-5)
     # an expanded weight has a leading dimension of zero
     row = torch.randn(1, 64).expand(20, 64)
-    (actual,) = cpu.projected_merge_forward([row], [W], [C], [M])
+    (actual,) = cpu.projected_merge_forward(ProjectedMerge([row], [W], [C], [M]))
     (expected,) = reference.projected_merge([row], [[W]], [C], [M])
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-5)
 
@@ -83,14 +84,14 @@ def test_views_are_read_where_they_lie(level):
 def test_permuted_tensors_are_merged_by_position(level):
     base = torch.randn(3, 5, 7).permute(2, 0, 1)
     theta = torch.randn(7, 3, 5)
-    (actual,) = cpu.weighted_merge_forward([base], [theta], torch.tensor([0.25]))
+    (actual,) = cpu.weighted_merge_forward(WeightedMerge([base], [theta], torch.tensor([0.25])))
     torch.testing.assert_close(actual, base + 0.25 * (theta - base))
 
 
 def test_gradients_that_are_not_needed_are_not_made(level):
     base, theta, w = torch.randn(5), torch.randn(5), torch.tensor([0.5])
     d_base, d_thetas, d_w = cpu.weighted_merge_backward(
-        [torch.ones(5)], [base], [theta], w, False, False, True
+        [torch.ones(5)], WeightedMerge([base], [theta], w), [False, False, True]
     )
     assert d_base == []
     assert d_thetas == []
@@ -98,7 +99,7 @@ def test_gradients_that_are_not_needed_are_not_made(level):
     W = [torch.randn(4, 8) for _ in range(2)]
     C = [torch.randn(2, 8)]
     d_W0, d_W, d_C, d_M = cpu.projected_merge_backward(
-        W[:1], W[:1], W[1:], C, C, False, False, True, False
+        W[:1], ProjectedMerge(W[:1], W[1:], C, C), [False, False, True, False]
     )
     assert (d_W0, d_W, d_M) == ([], [], [])
     torch.testing.assert_close(d_C[0], (W[0] @ C[0].mT).mT @ (W[1] - W[0]))
@@ -111,11 +112,11 @@ def test_results_larger_than_the_caches(dtype, offset, level):
     size = (17 << 20) // torch.empty(0, dtype=dtype).element_size() + 5
     base, theta, d_out = (torch.randn(size + 1).to(dtype)[offset : size + offset] for _ in range(3))
     w = torch.tensor([0.25], dtype=vector_dtype(dtype))
-    (out,) = cpu.weighted_merge_forward([base], [theta], w)
+    (out,) = cpu.weighted_merge_forward(WeightedMerge([base], [theta], w))
     (expected,) = reference.weighted_merge([base], [[theta]], w)
     torch.testing.assert_close(out, expected)
     (d_base,), (d_theta,), d_w = cpu.weighted_merge_backward(
-        [d_out], [base], [theta], w, True, True, True
+        [d_out], WeightedMerge([base], [theta], w), [True] * 3
     )
     torch.testing.assert_close(d_base, (0.75 * d_out.double()).to(dtype))
     torch.testing.assert_close(d_theta, (0.25 * d_out.double()).to(dtype))
@@ -127,12 +128,12 @@ def test_results_larger_than_the_caches(dtype, offset, level):
 def test_a_large_step_in_place_and_beside_has_the_same_bits(offset, level):
     size = (6 << 20) // 4 + 5
     z, g, m, v = ([torch.rand(size + 1)[offset : size + offset]] for _ in range(4))
-    numbers = 1e-3, 0.9, 0.999, 1e-8, 0.0, 4
-    beside = cpu.adam_step_forward(z, g, m, v, *numbers)
+    step = AdamStep(z, g, m, v, 1e-3, 0.9, 0.999, 1e-8, 0.0, 4)
+    beside = cpu.adam_step_forward(step)
     torch.testing.assert_close(
         beside, [x for xs in reference.adam_step(z, g, m, v, lr=1e-3, step=4) for x in xs]
     )
-    in_place = cpu.adam_step_forward(z, g, m, v, *numbers, overwrite=True)
+    in_place = cpu.adam_step_forward(step, overwrite=True)
     for x, y in zip(in_place, beside, strict=True):
         assert torch.equal(x, y)
     assert in_place[1] is m[0]
@@ -167,7 +168,7 @@ def test_more_than_2_31_elements():
     base = torch.zeros(size, dtype=torch.bfloat16)
     theta = torch.ones(size, dtype=torch.bfloat16)
     theta[-1] = 3
-    (out,) = cpu.weighted_merge_forward([base], [theta], torch.tensor([0.5]))
+    (out,) = cpu.weighted_merge_forward(WeightedMerge([base], [theta], torch.tensor([0.5])))
     assert out[-1] == 1.5
     assert out[2**31] == 0.5
     assert out[0] == 0.5

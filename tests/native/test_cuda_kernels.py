@@ -19,6 +19,7 @@ from support.native_cases import DTYPE_IDS, DTYPES, check_backward, check_forwar
 
 from mima._version import __version__
 from mima.ops.backends import cuda, extension
+from mima.ops.backends.arguments import WeightedMerge
 
 ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parent / "emulation"
@@ -95,7 +96,9 @@ def test_values_in_emulation(name, dtype):
 @pytest.mark.usefixtures("_on_emulation")
 def test_views_off_the_16_byte_grid():
     base, theta = torch.randn(5001)[1:], torch.randn(5002)[2:]
-    (actual,) = cuda.weighted_merge_forward([base], [theta[:5000]], torch.tensor([0.25]))
+    (actual,) = cuda.weighted_merge_forward(
+        WeightedMerge([base], [theta[:5000]], torch.tensor([0.25]))
+    )
     torch.testing.assert_close(actual, base + 0.25 * (theta[:5000] - base))
     case = native_cases.projected_merge([9], [3], 64, torch.float32, cuda)
     off = [torch.cat([x.new_zeros(x.shape[0], 1), x], 1)[:, 1:] for x in case.inputs]
@@ -167,6 +170,8 @@ def test_current_stream_and_device():
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)
         theta = torch.full_like(base, 4.0)
-        (out,) = cuda.weighted_merge_forward([base], [theta], torch.tensor([0.5], device="cuda"))
+        (out,) = cuda.weighted_merge_forward(
+            WeightedMerge([base], [theta], torch.tensor([0.5], device="cuda"))
+        )
     stream.synchronize()
     assert bool((out == 2).all())

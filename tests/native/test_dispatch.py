@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mima.ops.backends import cpu, extension
+from mima.ops.backends.arguments import WeightedMerge
 
 
 def test_unknown_level_is_an_error(monkeypatch):
@@ -17,7 +18,7 @@ def test_unknown_level_is_an_error(monkeypatch):
     ):
         cpu.cpu_level()
     with pytest.raises(ValueError, match="MIMA_CPU_LEVEL"):
-        cpu.weighted_merge_forward([torch.ones(3)], [], torch.empty(0))
+        cpu.weighted_merge_forward(WeightedMerge([torch.ones(3)], [], torch.empty(0)))
 
 
 @pytest.mark.parametrize("op", extension.OPS["cpu"])
@@ -53,7 +54,7 @@ def test_missing_module_gives_the_reason_that_the_installation_wrote_down(monkey
         (reason,) = extension.unsupported_reasons("merge_lora", torch.empty(0))
         assert reason == "mima._native was not built: no C++ compiler: install g++"
         with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
-            cpu.weighted_merge_forward([torch.ones(3)], [], torch.empty(0))
+            cpu.weighted_merge_forward(WeightedMerge([torch.ones(3)], [], torch.empty(0)))
     finally:
         extension._load.cache_clear()
 

@@ -40,6 +40,8 @@ from support.triton_aot import (
     widest_accesses,
 )
 
+from mima.ops.backends import arguments
+
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 replaces the compiler"
 )
@@ -85,17 +87,19 @@ YES = True
 def _weighted_merge(dtype: torch.dtype) -> None:
     base = [torch.empty(320, 320, dtype=dtype), torch.empty(33, dtype=dtype)]
     weights = torch.ones(3)
-    weighted_merge.weighted_merge_forward(base, base * 3, weights)
-    weighted_merge.weighted_merge_backward(base, base, base * 3, weights, YES, YES, YES)
-    weighted_merge.weighted_merge_backward(base, base, base * 3, weights, YES, YES, False)
+    inputs = arguments.WeightedMerge(base, base * 3, weights)
+    weighted_merge.weighted_merge_forward(inputs)
+    weighted_merge.weighted_merge_backward(base, inputs, (YES, YES, YES))
+    weighted_merge.weighted_merge_backward(base, inputs, (YES, YES, False))
 
 
 def _adam_step(dtype: torch.dtype) -> None:
     z = [torch.empty(320, 320, dtype=dtype), torch.empty(33, dtype=dtype)]
     rule = 1e-4, 0.9, 0.999, 1e-8, 0.01, 3
-    adam_step.adam_step_forward(z, z, z, z, *rule)
-    adam_step.adam_step_backward(z * 3, z, z, z, *rule, *[YES] * 4)
-    adam_step.adam_step_backward(z * 3, z, z, z, *rule, False, YES, YES, YES)
+    saved = arguments.AdamStepSaved(z, z, z, *rule)
+    adam_step.adam_step_forward(arguments.AdamStep(z, *saved))
+    adam_step.adam_step_backward(z * 3, saved, (YES, YES, YES, YES))
+    adam_step.adam_step_backward(z * 3, saved, (False, YES, YES, YES))
 
 
 def _combine(dtype: torch.dtype) -> None:
@@ -116,9 +120,10 @@ def _projected_merge(dtype: torch.dtype, tokens: int) -> None:
     # The key and value projections of Stable Diffusion 1.x: 768 columns.
     W0 = [torch.empty(o, 768, dtype=dtype) for o in (320, 640)]
     C = [torch.empty(tokens, 768, dtype=dtype)] * 3
-    projected_merge.projected_merge_forward(W0, W0 * 3, C, C)
-    projected_merge.projected_merge_backward(W0, W0, W0 * 3, C, C, YES, YES, False, False)
-    projected_merge.projected_merge_backward(W0, W0, W0 * 3, C, C, YES, YES, YES, YES)
+    inputs = arguments.ProjectedMerge(W0, W0 * 3, C, C)
+    projected_merge.projected_merge_forward(inputs)
+    projected_merge.projected_merge_backward(W0, inputs, (YES, YES, False, False))
+    projected_merge.projected_merge_backward(W0, inputs, (YES, YES, YES, YES))
 
 
 def _batched_lora(dtype: torch.dtype, rank: int) -> None:
@@ -126,46 +131,48 @@ def _batched_lora(dtype: torch.dtype, rank: int) -> None:
     A, B = [torch.empty(rank, 768, dtype=dtype)] * 8, [torch.empty(320, rank, dtype=dtype)] * 8
     scale, index = torch.ones(8), torch.arange(8)
     d_y = torch.empty(8, 77, 320, dtype=dtype)
-    batched_lora.batched_lora_forward(x, weight, A, B, scale, index, bias, [])
-    needs = YES, False, YES, YES, False, False
-    batched_lora.batched_lora_backward(d_y, x, weight, A, B, scale, index, None, *needs)
+    inputs = arguments.BatchedLora(x, weight, A, B, scale, index, bias)
+    batched_lora.batched_lora_forward(inputs, [])
+    saved = arguments.BatchedLoraSaved(*inputs[:-1], None)
+    batched_lora.batched_lora_backward(d_y, saved, (YES, False, YES, YES, False, False))
     # for adapters alone, whose gradients need projections of their own
-    needs = False, False, YES, YES, False, False
-    batched_lora.batched_lora_backward(d_y, x, weight, A, B, scale, index, None, *needs)
+    batched_lora.batched_lora_backward(d_y, saved, (False, False, YES, YES, False, False))
 
 
 def _merge_lora(dtype: torch.dtype, rank: int) -> None:
     weight = torch.empty(320, 768, dtype=dtype)
     A, B = [torch.empty(rank, 768, dtype=dtype)] * 3, [torch.empty(320, rank, dtype=dtype)] * 3
     scale = torch.ones(3)
-    merge_lora.merge_lora_forward(weight, A, B, scale, scale)
-    merge_lora.merge_lora_backward(weight, weight, A, B, scale, scale, *[YES] * 5)
+    inputs = arguments.MergeLora(weight, A, B, scale, scale)
+    merge_lora.merge_lora_forward(inputs)
+    merge_lora.merge_lora_backward(weight, inputs, (YES,) * 5)
 
 
 def _group_norm(dtype: torch.dtype, channels: int, groups: int, side: int) -> None:
     x = torch.empty(2, channels, side, side, dtype=dtype)
     weight = torch.empty(channels, dtype=dtype)
-    arguments = x, weight, weight, groups, 1e-5, side > 1
-    group_norm.group_norm_forward(*arguments)
+    inputs = arguments.GroupNorm(x, weight, weight, groups, 1e-5, side > 1)
+    group_norm.group_norm_forward(inputs)
     for weights in (False, YES):
-        group_norm.group_norm_backward(x, *arguments, YES, weights, weights)
-        u = (weight, weight) if weights else (None, None)
-        needs = YES, YES, weights, weights
-        group_norm.group_norm_double_backward(x, x, *u, *arguments, *needs)
+        group_norm.group_norm_backward(x, inputs, (YES, weights, weights))
+        u = (x, weight, weight) if weights else (x, None, None)
+        group_norm.group_norm_double_backward(x, u, inputs, (YES, YES, weights, weights))
 
 
 def _geglu(dtype: torch.dtype) -> None:
     x, y = torch.empty(77, 2560, dtype=dtype), torch.empty(77, 1280, dtype=dtype)
-    geglu.geglu_forward(x)
-    geglu.geglu_backward(y, x, YES)
-    geglu.geglu_double_backward(y, x, x, YES, YES)
+    inputs = arguments.Geglu(x)
+    geglu.geglu_forward(inputs)
+    geglu.geglu_backward(y, inputs, (YES,))
+    geglu.geglu_double_backward(y, (x,), inputs, (YES, YES))
 
 
 def _attention(dtype: torch.dtype, width: int, keys: int) -> None:
     q, k = torch.empty(8, 1024, width, dtype=dtype), torch.empty(8, keys, width, dtype=dtype)
-    attention.attention_forward(q, k, k, 0.125)
-    attention.attention_backward(q, q, k, k, 0.125, *[YES] * 3)
-    attention.attention_double_backward(q, q, k, k, q, k, k, 0.125, *[YES] * 4)
+    inputs = arguments.Attention(q, k, k, 0.125)
+    attention.attention_forward(inputs)
+    attention.attention_backward(q, inputs, (YES,) * 3)
+    attention.attention_double_backward(q, (q, k, k), inputs, (YES,) * 4)
 
 
 Call = tuple[ModuleType, Callable[..., None], tuple[int, ...]]
@@ -293,7 +300,7 @@ def test_every_full_block_of_the_stream_is_wide(target: str) -> None:
 def test_unaligned_tensors_get_kernels_that_promise_nothing() -> None:
     base = [torch.empty(4097)[1:]]
     with recorded_launches(weighted_merge) as launches:
-        weighted_merge.weighted_merge_forward(base, base, torch.ones(1))
+        weighted_merge.weighted_merge_forward(arguments.WeightedMerge(base, base, torch.ones(1)))
     (launch,) = launches
     assert launch.arguments["ALIGNED"] is False
     loads, _ = widest_accesses(compile_launch(launch, SM90))
@@ -303,12 +310,14 @@ def test_unaligned_tensors_get_kernels_that_promise_nothing() -> None:
 def test_one_launch_serves_a_whole_list() -> None:
     base = [torch.empty(size) for size in (3, 70_000, 5, 1)]
     with recorded_launches(weighted_merge) as launches:
-        weighted_merge.weighted_merge_forward(base, base * 2, torch.ones(2))
+        weighted_merge.weighted_merge_forward(
+            arguments.WeightedMerge(base, base * 2, torch.ones(2))
+        )
     assert len(launches) == 1
-    rule = 1e-4, 0.9, 0.999, 1e-8, 0.0, 3
+    saved = arguments.AdamStepSaved(base, base, base, 1e-4, 0.9, 0.999, 1e-8, 0.0, 3)
     with recorded_launches(adam_step) as launches:
-        adam_step.adam_step_forward(base, base, base, base, *rule)
-        adam_step.adam_step_backward(base * 3, base, base, base, *rule, *[YES] * 4)
+        adam_step.adam_step_forward(arguments.AdamStep(base, *saved))
+        adam_step.adam_step_backward(base * 3, saved, (YES,) * 4)
     assert len(launches) == 2
     with recorded_launches(combine) as launches:
         combine.combine_into(base, base * 2, [[1, 0.5]])
@@ -316,7 +325,7 @@ def test_one_launch_serves_a_whole_list() -> None:
     W0 = [torch.empty(o, 8) for o in (3, 640, 0)]
     C = [torch.empty(2, 8)] * 2
     with recorded_launches(projected_merge) as launches:
-        projected_merge.projected_merge_forward(W0, W0 * 2, C, C)
+        projected_merge.projected_merge_forward(arguments.ProjectedMerge(W0, W0 * 2, C, C))
         projected_merge.token_outputs(W0, C[0])
         projected_merge.add_token_outputs(W0, torch.empty(643, 2), C[0])
         projected_merge.token_sums(W0, torch.empty(643, 2))

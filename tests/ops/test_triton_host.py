@@ -21,7 +21,7 @@ from support.triton_aot import recorded_launches
 from mima.adapters.adapter import LowRank
 from mima.adapters.mixed_batch import MixedLinear, Rows
 from mima.ops._autograd import _functions
-from mima.ops.backends import choice
+from mima.ops.backends import arguments, choice
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 replaces the launches"
@@ -110,14 +110,16 @@ def test_tables_are_copied_once_for_the_same_tensors() -> None:
     W0, C = [torch.randn(6, 8)], [torch.randn(2, 8)]
 
     def calls() -> None:
-        batched_lora.batched_lora_forward(x, weight, A, B, scale, index, None, [])
+        adapted = x, weight, A, B, scale, index, None
+        batched_lora.batched_lora_forward(arguments.BatchedLora(*adapted), [])
         needs = True, False, False, False, True, False
-        batched_lora.batched_lora_backward(x[..., :6], x, weight, A, B, scale, index, None, *needs)
-        merge_lora.merge_lora_forward(weight, A, B, scale, scale)
+        saved = arguments.BatchedLoraSaved(*adapted)
+        batched_lora.batched_lora_backward(x[..., :6], saved, needs)
+        merge_lora.merge_lora_forward(arguments.MergeLora(weight, A, B, scale, scale))
 
     def merges() -> None:
-        weighted_merge.weighted_merge_forward(base, base, torch.ones(1))
-        projected_merge.projected_merge_forward(W0, W0, C, C)
+        weighted_merge.weighted_merge_forward(arguments.WeightedMerge(base, base, torch.ones(1)))
+        projected_merge.projected_merge_forward(arguments.ProjectedMerge(W0, W0, C, C))
 
     modules = batched_lora, merge_lora, weighted_merge, projected_merge
     with recorded_launches(*modules), _copies() as copied:
@@ -154,7 +156,9 @@ def test_launches_under_a_default_device() -> None:
         _common._pointer_table.cache_clear()
         _common._sizes_on_device.cache_clear()
         _common._block_map.cache_clear()
-        weighted_merge.weighted_merge_forward(base, base, torch.ones(1, device="cpu"))
+        weighted_merge.weighted_merge_forward(
+            arguments.WeightedMerge(base, base, torch.ones(1, device="cpu"))
+        )
     (launch,) = launches
     assert launch.arguments["table_ptr"].tolist()[:2] == [b.data_ptr() for b in base]
     assert launch.arguments["sizes_ptr"].tolist() == [7, 2048]

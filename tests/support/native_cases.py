@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mima import reference
-from mima.ops.backends import cpu, cuda
+from mima.ops.backends import arguments, cpu, cuda
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 DTYPE_IDS = ["f32", "f64", "bf16", "f16"]
@@ -110,11 +111,11 @@ def weighted_merge(
     tensors = [torch.randn(shape).to(dtype) for _ in range(N + 1) for shape in shapes]
     weights = torch.rand(N, dtype=vector_dtype(dtype))
 
-    def split(xs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        return list(xs[:P]), list(xs[P:-1]), xs[-1]
+    def split(xs: Sequence[Tensor]) -> arguments.WeightedMerge:
+        return arguments.WeightedMerge(list(xs[:P]), list(xs[P:-1]), xs[-1])
 
     def run(xs: Sequence[Tensor]) -> list[Tensor]:
-        return _half(xs, native).weighted_merge_forward(*split(xs))
+        return _half(xs, native).weighted_merge_forward(split(xs))
 
     def through_reference(xs: Sequence[Tensor]) -> list[Tensor]:
         base, thetas, w = split(xs)
@@ -122,7 +123,7 @@ def weighted_merge(
 
     def backward(d_out: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
         d_base, d_thetas, d_w = _half(xs, native).weighted_merge_backward(
-            d_out, *split(xs), True, True, True
+            d_out, split(xs), [True] * 3
         )
         assert d_w is not None
         return [*d_base, *d_thetas, d_w]
@@ -145,21 +146,19 @@ def projected_merge(
     # a plan undoes the length of C: outputs stay of the size of the weights
     M = [(torch.randn(s, d) / max(d, 1)).to(dtype) for s in tokens]
 
-    def split(xs: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
+    def split(xs: Sequence[Tensor]) -> arguments.ProjectedMerge:
         ends = [0, L, L * (N + 1), L * (N + 1) + N, len(xs)]
-        return tuple(list(xs[a:b]) for a, b in pairwise(ends))
+        return arguments.ProjectedMerge(*(list(xs[a:b]) for a, b in pairwise(ends)))
 
     def run(xs: Sequence[Tensor]) -> list[Tensor]:
-        return _half(xs, native).projected_merge_forward(*split(xs))
+        return _half(xs, native).projected_merge_forward(split(xs))
 
     def through_reference(xs: Sequence[Tensor]) -> list[Tensor]:
         W0, W, C, M = split(xs)
         return reference.projected_merge(W0, [W[n * L : n * L + L] for n in range(N)], C, M)
 
     def backward(d_out: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
-        parts = _half(xs, native).projected_merge_backward(
-            d_out, *split(xs), True, True, True, True
-        )
+        parts = _half(xs, native).projected_merge_backward(d_out, split(xs), [True] * 4)
         return [x for part in parts for x in part]
 
     return Case([*weights, *C, *M], run, through_reference, backward, sum(rows) * max(d, 1))
@@ -186,7 +185,8 @@ def batched_lora(
     def run(xs: Sequence[Tensor]) -> list[Tensor]:
         A, B, scale, bias_o = split(xs)
         kept.clear()
-        return [cpu.batched_lora_forward(xs[0], xs[1], A, B, scale, index, bias_o, kept)]
+        given = arguments.BatchedLora(*xs[:2], A, B, scale, index, bias_o)
+        return [cpu.batched_lora_forward(given, kept)]
 
     def through_reference(xs: Sequence[Tensor]) -> list[Tensor]:
         A, B, scale, bias_o = split(xs)
@@ -195,9 +195,9 @@ def batched_lora(
     def backward(d_out: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
         A, B, scale, _ = split(xs)
         needs = (True, True, True, True, True, bias)
-        d_x, d_weight, d_A, d_B, d_scale, d_bias = cpu.batched_lora_backward(
-            d_out[0], xs[0], xs[1], A, B, scale, index, kept[0] if kept else None, *needs
-        )
+        projection = kept[0] if kept else None
+        saved = arguments.BatchedLoraSaved(*xs[:2], A, B, scale, index, projection)
+        d_x, d_weight, d_A, d_B, d_scale, d_bias = cpu.batched_lora_backward(d_out[0], saved, needs)
         singles = [d_x, d_weight, *d_A, *d_B, d_scale, *([d_bias] if bias else [])]
         return [x for x in singles if x is not None]
 
@@ -213,20 +213,19 @@ def merge_lora(o: int, d: int, ranks: Sequence[int], dtype: torch.dtype) -> Case
     B = [torch.randn(o, r).to(dtype) for r in ranks]
     vectors = [torch.rand(N, dtype=vector_dtype(dtype)) for _ in range(2)]
 
-    def split(xs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
-        return xs[0], list(xs[1 : 1 + N]), list(xs[1 + N : 1 + 2 * N]), xs[-2], xs[-1]
+    def split(xs: Sequence[Tensor]) -> arguments.MergeLora:
+        A, B = list(xs[1 : 1 + N]), list(xs[1 + N : 1 + 2 * N])
+        return arguments.MergeLora(xs[0], A, B, xs[-2], xs[-1])
 
     def run(xs: Sequence[Tensor]) -> list[Tensor]:
-        return [cpu.merge_lora_forward(*split(xs))]
+        return [cpu.merge_lora_forward(split(xs))]
 
     def through_reference(xs: Sequence[Tensor]) -> list[Tensor]:
         return [reference.merge_lora(*split(xs))]
 
     def backward(d_out: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
         needs = (True, True, True, True, True)
-        d_weight, d_A, d_B, d_scale, d_weights = cpu.merge_lora_backward(
-            d_out[0], *split(xs), *needs
-        )
+        d_weight, d_A, d_B, d_scale, d_weights = cpu.merge_lora_backward(d_out[0], split(xs), needs)
         assert d_weight is not None
         assert d_scale is not None
         assert d_weights is not None
@@ -253,12 +252,13 @@ def adam_step(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Case:
         return [x for values in reference.adam_step(*split(xs), **rule) for x in values]
 
     def backward(d_out: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
-        grads = cpu.adam_step_backward(d_out, *split(xs)[1:], *numbers, *[True] * 4)
+        saved = arguments.AdamStepSaved(*split(xs)[1:], *numbers)
+        grads = cpu.adam_step_backward(d_out, saved, [True] * 4)
         return [x for values in grads for x in values]
 
     return Case(
         [x for values in lists for x in values],
-        lambda xs: cpu.adam_step_forward(*split(xs), *numbers),
+        lambda xs: cpu.adam_step_forward(arguments.AdamStep(*split(xs), *numbers)),
         through_reference,
         backward,
         4,
@@ -290,6 +290,7 @@ def combine(
 
 def layer(
     name: str,
+    tuple_of: Callable[..., Any],
     inputs: list[Tensor],
     numbers: tuple[float, ...],
     through_reference: Callable[[Sequence[Tensor]], Tensor],
@@ -302,12 +303,16 @@ def layer(
         getattr(cpu, f"{name}_{which}") for which in ("forward", "backward", "double_backward")
     )
     needs = [True] * len(inputs)
+
+    def given(xs: Sequence[Tensor]) -> tuple[Any, ...]:
+        return tuple_of(*xs, *numbers)
+
     if not second:
         return Case(
             inputs,
-            lambda xs: [forward(*xs, *numbers)],
+            lambda xs: [forward(given(xs))],
             lambda xs: [through_reference(xs)],
-            lambda d_out, xs: list(backward(*d_out, *xs, *numbers, *needs)),
+            lambda d_out, xs: list(backward(*d_out, given(xs), needs)),
             length,
         )
 
@@ -319,9 +324,9 @@ def layer(
 
     return Case(
         [torch.randn(through_reference(inputs).shape).to(inputs[0].dtype), *inputs],
-        lambda xs: list(backward(*xs, *numbers, *needs)),
+        lambda xs: list(backward(xs[0], given(xs[1:]), needs)),
         gradients,
-        lambda u, xs: list(double_backward(xs[0], *u, *xs[1:], *numbers, True, *needs)),
+        lambda u, xs: list(double_backward(xs[0], u, given(xs[1:]), [True, *needs])),
         length,
     )
 
@@ -335,6 +340,7 @@ def group_norm(
     length = 8 * inputs[0].numel()
     return layer(
         "group_norm",
+        arguments.GroupNorm,
         inputs,
         numbers,
         lambda xs: reference.group_norm(*xs, *numbers),
@@ -346,7 +352,9 @@ def group_norm(
 def geglu(shape: tuple[int, ...], dtype: torch.dtype, second: bool = False) -> Case:
     """A gated activation, of values in both tails, too."""
     x = (3 * torch.randn(shape)).to(dtype)
-    return layer("geglu", [x], (), lambda xs: reference.geglu(xs[0]), 16, second=second)
+    return layer(
+        "geglu", arguments.Geglu, [x], (), lambda xs: reference.geglu(xs[0]), 16, second=second
+    )
 
 
 def attention(
@@ -357,6 +365,7 @@ def attention(
     scale = d**-0.5
     return layer(
         "attention",
+        arguments.Attention,
         inputs,
         (scale,),
         lambda xs: reference.attention(*xs, scale),

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mima.ops.backends import arguments
+from mima.ops.backends.arguments import Directions, Needs, Tensors
 from mima.ops.backends.extension import DTYPE_CODES, contiguous, empty_like, loaded
 
 
@@ -26,17 +28,16 @@ def cpu_level() -> str:
     return level
 
 
-def _with_rows(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _with_rows(tensors: Tensors) -> list[Tensor]:
     """Matrices whose rows are contiguous: the tensors where they are, copies where not."""
     if loaded("cpu").have_contiguous_rows(tensors):
         return list(tensors)
     return [x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in tensors]
 
 
-def weighted_merge_forward(
-    base: Sequence[Tensor], thetas: Sequence[Tensor], weights: Tensor
-) -> list[Tensor]:
+def weighted_merge_forward(inputs: arguments.WeightedMerge) -> list[Tensor]:
     """Return base_p + Σ_n w_n (θ_np − base_p) for each p."""
+    base, thetas, weights = inputs
     out = empty_like(base)
     if not base:
         return out
@@ -48,38 +49,32 @@ def weighted_merge_forward(
 
 
 def weighted_merge_backward(
-    d_out: Sequence[Tensor],
-    base: Sequence[Tensor],
-    thetas: Sequence[Tensor],
-    weights: Tensor,
-    need_base: bool,
-    need_thetas: bool,
-    need_weights: bool,
+    d_out: Tensors, inputs: arguments.WeightedMerge, needs: Needs
 ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
     """Return (1 − Σ w) d_out, w_n d_out and ⟨d_out, θ_n − base⟩, each where needed."""
+    base, thetas, weights = inputs
+    need_base, need_thetas, need_weights = needs
     d_base = empty_like(base) if need_base else []
     d_thetas = empty_like(thetas) if need_thetas else []
     if not base:
         return d_base, d_thetas, torch.zeros_like(weights) if need_weights else None
     d_out, base, thetas = contiguous(d_out), contiguous(base), contiguous(thetas)
     code = DTYPE_CODES[base[0].dtype]
-    inputs = base, thetas, weights.tolist()
+    tensors = d_out, base, thetas, weights.tolist(), d_base, d_thetas
     sums = loaded("cpu").weighted_merge_backward(
-        code, torch.get_num_threads(), d_out, *inputs, d_base, d_thetas, need_weights
+        code, torch.get_num_threads(), *tensors, need_weights
     )
     d_weights = weights.new_tensor(sums) if need_weights else None
     return d_base, d_thetas, d_weights
 
 
-def combine_into(
-    out: Sequence[Tensor], x: Sequence[Tensor], factors: Sequence[Sequence[float]]
-) -> None:
+def combine_into(out: Tensors, x: Tensors, factors: Sequence[Sequence[float]]) -> None:
     """Write Σ_j f_ij x_j into `out`, contiguous, which may have tensors of `x`."""
     code = DTYPE_CODES[x[0].dtype]
     loaded("cpu").combine(code, torch.get_num_threads(), factors, contiguous(x), out)
 
 
-def token_outputs(X: Sequence[Tensor], C: Tensor) -> Tensor:
+def token_outputs(X: Tensors, C: Tensor) -> Tensor:
     """Return A = X Cᵀ, [Σ o_l, s]."""
     A = C.new_empty(sum(len(X_l) for X_l in X), len(C))
     X, (C,) = _with_rows(X), _with_rows([C])
@@ -88,14 +83,14 @@ def token_outputs(X: Sequence[Tensor], C: Tensor) -> Tensor:
     return A
 
 
-def add_token_outputs(X: Sequence[Tensor], A: Tensor, M: Tensor) -> None:
+def add_token_outputs(X: Tensors, A: Tensor, M: Tensor) -> None:
     """Add A_l M to X_l, whose rows are contiguous."""
     A, M = _with_rows([A, M])
     code = DTYPE_CODES[M.dtype]
     loaded("cpu").add_token_outputs(code, torch.get_num_threads(), X, M, A)
 
 
-def token_sums(X: Sequence[Tensor], A: Tensor) -> Tensor:
+def token_sums(X: Tensors, A: Tensor) -> Tensor:
     """Return Σ_l A_lᵀ X_l, [s, d]."""
     sums = A.new_empty(A.shape[1], X[0].shape[1])
     X, (A,) = _with_rows(X), _with_rows([A])
@@ -104,17 +99,10 @@ def token_sums(X: Sequence[Tensor], A: Tensor) -> Tensor:
     return sums
 
 
-def adam_step_forward(
-    z: Sequence[Tensor],
-    g: Sequence[Tensor],
-    m: Sequence[Tensor],
-    v: Sequence[Tensor],
-    *rule: float,
-    overwrite: bool = False,
-) -> list[Tensor]:
+def adam_step_forward(inputs: arguments.AdamStep, *, overwrite: bool = False) -> list[Tensor]:
     """Return z, m and v after the step, one after the other; m and v in place on request."""
-    *numbers, step = rule
-    z, g, m, v = contiguous(z), contiguous(g), contiguous(m), contiguous(v)
+    z, g, m, v = map(contiguous, inputs[:4])
+    *numbers, step = inputs[4:]
     out = empty_like(z), m if overwrite else empty_like(m), v if overwrite else empty_like(v)
     code = DTYPE_CODES[z[0].dtype]
     loaded("cpu").adam_step_forward(
@@ -124,17 +112,13 @@ def adam_step_forward(
 
 
 def adam_step_backward(
-    d_out: Sequence[Tensor],
-    g: Sequence[Tensor],
-    m: Sequence[Tensor],
-    v: Sequence[Tensor],
-    *rule_and_needs: float,
+    d_out: Tensors, saved: arguments.AdamStepSaved, needs: Needs
 ) -> list[list[Tensor]]:
     """Return the gradients of z, g, m and v, an empty list where not needed."""
-    *numbers, step = rule_and_needs[:-4]
-    d_out, g, m, v = contiguous(d_out), contiguous(g), contiguous(m), contiguous(v)
+    d_out, g, m, v = map(contiguous, (d_out, *saved[:3]))
+    *numbers, step = saved[3:]
     P = len(g)
-    grads = [empty_like(g) if need else [] for need in rule_and_needs[-4:]]
+    grads = [empty_like(g) if need else [] for need in needs]
     bars = d_out[:P], d_out[P : 2 * P], d_out[2 * P :]
     code = DTYPE_CODES[g[0].dtype]
     loaded("cpu").adam_step_backward(
@@ -143,64 +127,41 @@ def adam_step_backward(
     return grads
 
 
-def projected_merge_forward(
-    W0: Sequence[Tensor], W: Sequence[Tensor], C: Sequence[Tensor], M: Sequence[Tensor]
-) -> list[Tensor]:
+def projected_merge_forward(inputs: arguments.ProjectedMerge) -> list[Tensor]:
     """Return W0_l + Σ_n (W_nl − W0_l) C_nᵀ M_n for each l."""
-    if not W0:
+    if not inputs.W0:
         return []
-    out = empty_like(W0)
-    W0, W, C, M = _with_rows(W0), _with_rows(W), _with_rows(C), _with_rows(M)
+    out = empty_like(inputs.W0)
+    code = DTYPE_CODES[out[0].dtype]
     loaded("cpu").projected_merge_forward(
-        DTYPE_CODES[W0[0].dtype], torch.get_num_threads(), W0, W, C, M, out
+        code, torch.get_num_threads(), *map(_with_rows, inputs), out
     )
     return out
 
 
 def projected_merge_backward(
-    d_out: Sequence[Tensor],
-    W0: Sequence[Tensor],
-    W: Sequence[Tensor],
-    C: Sequence[Tensor],
-    M: Sequence[Tensor],
-    need_W0: bool,
-    need_W: bool,
-    need_C: bool,
-    need_M: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    d_out: Tensors, inputs: arguments.ProjectedMerge, needs: Needs
+) -> tuple[list[Tensor], ...]:
     """Return the gradients of `projected_merge_forward`, an empty list where not needed."""
-    d_W0 = empty_like(W0) if need_W0 else []
-    d_W = empty_like(W) if need_W else []
-    d_C = empty_like(C) if need_C else []
-    d_M = empty_like(M) if need_M else []
-    if not W0:
-        return d_W0, d_W, [x.zero_() for x in d_C], [x.zero_() for x in d_M]
-    d_out, W0, W = _with_rows(d_out), _with_rows(W0), _with_rows(W)
-    C, M = _with_rows(C), _with_rows(M)
-    loaded("cpu").projected_merge_backward(
-        DTYPE_CODES[W0[0].dtype],
-        torch.get_num_threads(),
-        *(d_out, W0, W, C, M),
-        *(d_W0, d_W, d_C, d_M),
+    grads = tuple(
+        empty_like(given) if need else [] for given, need in zip(inputs, needs, strict=True)
     )
-    return d_W0, d_W, d_C, d_M
+    if not inputs.W0:
+        return tuple([x.zero_() for x in grad] for grad in grads)
+    code = DTYPE_CODES[d_out[0].dtype]
+    loaded("cpu").projected_merge_backward(
+        code, torch.get_num_threads(), *map(_with_rows, (d_out, *inputs)), *grads
+    )
+    return grads
 
 
-def batched_lora_forward(
-    x: Tensor,
-    weight: Tensor,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    scale: Tensor,
-    index: Tensor,
-    bias: Tensor | None,
-    kept: list[Tensor] | None = None,
-) -> Tensor:
+def batched_lora_forward(inputs: arguments.BatchedLora, kept: list[Tensor] | None = None) -> Tensor:
     """Return x_b Wᵀ + bias + s_i (x_b A_iᵀ) B_iᵀ with i = index[b], [b, t, o].
 
     Puts x_b A_iᵀ into `kept`, for the backward with the same inputs: [b, t, largest rank or more],
     in the accumulator type. Where adapters are merged it is not formed, and `kept` stays empty.
     """
+    x, weight, A, B, scale, index, bias = inputs
     x = x.contiguous()
     computes_base = bool(A) and _computes_base(x, weight)
     if computes_base:
@@ -240,22 +201,11 @@ def _computes_base(x: Tensor, weight: Tensor) -> bool:
 
 
 def batched_lora_backward(
-    d_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    scale: Tensor,
-    index: Tensor,
-    projection: Tensor | None,
-    need_x: bool,
-    need_weight: bool,
-    need_A: bool,
-    need_B: bool,
-    need_scale: bool,
-    need_bias: bool,
+    d_y: Tensor, saved: arguments.BatchedLoraSaved, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
     """Return the gradients of x, weight, A, B, scale and bias; None or empty where not needed."""
+    x, weight, A, B, scale, index, projection = saved
+    need_x, need_weight, need_A, need_B, need_scale, need_bias = needs
     (b, t, d), o = x.shape, weight.shape[0]
     x, d_y = x.contiguous(), d_y.contiguous()
     d_x = None
@@ -286,10 +236,9 @@ def batched_lora_backward(
     return d_x, d_weight, d_A, d_B, d_scale, d_bias
 
 
-def merge_lora_forward(
-    weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], scale: Tensor, weights: Tensor
-) -> Tensor:
+def merge_lora_forward(inputs: arguments.MergeLora) -> Tensor:
     """Return W + Σ_n w_n s_n B_n A_n, [o, d]."""
+    weight, A, B, scale, weights = inputs
     (out,) = empty_like([weight])
     (weight,) = _with_rows([weight])
     A, B = _with_rows(A), contiguous(B)
@@ -305,19 +254,11 @@ def merge_lora_forward(
 
 
 def merge_lora_backward(
-    d_out: Tensor,
-    weight: Tensor,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    scale: Tensor,
-    weights: Tensor,
-    need_weight: bool,
-    need_A: bool,
-    need_B: bool,
-    need_scale: bool,
-    need_weights: bool,
+    d_out: Tensor, inputs: arguments.MergeLora, needs: Needs
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
     """Return the gradients of weight, A, B, scale and weights; None or empty where not needed."""
+    _, A, B, scale, weights = inputs
+    need_weight, need_A, need_B, need_scale, need_weights = needs
     # a copy: an operator's output may not be its input
     d_weight = d_out.clone(memory_format=torch.contiguous_format) if need_weight else None
     d_A = empty_like(A) if need_A else []
@@ -351,124 +292,102 @@ def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-def _made(like: Tensor | None, need: bool) -> Tensor | None:
-    """A result's memory, where it is needed."""
-    if not need:
-        return None
-    assert like is not None
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
+def _made(like: Sequence[Tensor | None], needs: Needs) -> list[Tensor | None]:
+    """Memory for results, where they are needed."""
+    return [
+        None if x is None or not need else empty_like([x])[0]
+        for x, need in zip(like, needs, strict=True)
+    ]
 
 
-def _groups(x: Tensor, groups: int) -> list[int]:
-    return [len(x), groups, x.shape[1] // groups, math.prod(x.shape[2:])]
+def _group_norm_numbers(inputs: arguments.GroupNorm) -> tuple[list[int], float, bool]:
+    x, groups = inputs.x, inputs.groups
+    sizes = [len(x), groups, x.shape[1] // groups, math.prod(x.shape[2:])]
+    return sizes, inputs.eps, inputs.silu
 
 
-def group_norm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
-) -> Tensor:
+def group_norm_forward(inputs: arguments.GroupNorm) -> Tensor:
     """Return γ x̂ + β, or its SiLU."""
-    (out,) = empty_like([x])
-    given = _groups(x, groups), eps, silu, *_dense(x, weight, bias)
-    _run_layer("group_norm_forward", x, *given, out)
+    (out,) = empty_like([inputs.x])
+    given = *_group_norm_numbers(inputs), *_dense(*inputs[:3])
+    _run_layer("group_norm_forward", out, *given, out)
     return out
 
 
 def group_norm_backward(
-    d_out: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
-    *needs: bool,
+    d_out: Tensor, inputs: arguments.GroupNorm, needs: Needs
 ) -> list[Tensor | None]:
     """Return the gradients of x, weight and bias, None where not needed."""
-    made = [_made(*pair) for pair in zip((x, weight, bias), needs, strict=True)]
-    given = _groups(x, groups), eps, silu, *_dense(x, weight, bias, d_out)
-    _run_layer("group_norm_backward", x, *given, *made)
+    made = _made(inputs[:3], needs)
+    given = *_group_norm_numbers(inputs), *_dense(*inputs[:3], d_out)
+    _run_layer("group_norm_backward", d_out, *given, *made)
     return made
 
 
 def group_norm_double_backward(
-    d_out: Tensor,
-    u_x: Tensor | None,
-    u_weight: Tensor | None,
-    u_bias: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
-    *needs: bool,
+    d_out: Tensor, directions: Directions, inputs: arguments.GroupNorm, needs: Needs
 ) -> list[Tensor | None]:
     """Return the gradients of d_out, x, weight and bias, None where not needed."""
-    made = [_made(*pair) for pair in zip((d_out, x, weight, bias), needs, strict=True)]
-    tensors = _dense(x, weight, bias, d_out, u_x, u_weight, u_bias)
-    _run_layer("group_norm_double_backward", x, _groups(x, groups), eps, silu, *tensors, *made)
+    made = _made((d_out, *inputs[:3]), needs)
+    given = *_group_norm_numbers(inputs), *_dense(*inputs[:3], d_out, *directions)
+    _run_layer("group_norm_double_backward", d_out, *given, *made)
     return made
 
 
-def geglu_forward(x: Tensor) -> Tensor:
+def geglu_forward(inputs: arguments.Geglu) -> Tensor:
     """Return a · gelu(b), x = [a b]."""
+    x = inputs.x
     d = x.shape[-1] // 2
     out = x.new_empty(*x.shape[:-1], d)
     _run_layer("geglu_forward", x, d, x.contiguous(), out)
     return out
 
 
-def geglu_backward(d_out: Tensor, x: Tensor, need_x: bool) -> list[Tensor | None]:
+def geglu_backward(d_out: Tensor, inputs: arguments.Geglu, needs: Needs) -> list[Tensor | None]:
     """Return the gradient of x."""
-    d_x = _made(x, need_x)
-    if need_x:
-        _run_layer("geglu_backward", x, x.shape[-1] // 2, *_dense(x, d_out), d_x)
-    return [d_x]
-
-
-def geglu_double_backward(
-    d_out: Tensor, u_x: Tensor | None, x: Tensor, *needs: bool
-) -> list[Tensor | None]:
-    """Return the gradients of d_out and x."""
-    u_x = torch.zeros_like(x) if u_x is None else u_x
-    made = [_made(*pair) for pair in zip((d_out, x), needs, strict=True)]
-    _run_layer("geglu_double_backward", x, x.shape[-1] // 2, *_dense(x, d_out, u_x), *made)
+    made = _made(inputs, needs)
+    if any(needs):
+        _run_layer("geglu_backward", d_out, d_out.shape[-1], *_dense(*inputs, d_out), *made)
     return made
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def geglu_double_backward(
+    d_out: Tensor, directions: Directions, inputs: arguments.Geglu, needs: Needs
+) -> list[Tensor | None]:
+    """Return the gradients of d_out and x."""
+    made = _made((d_out, *inputs), needs)
+    tensors = _dense(*inputs, d_out, *_or_zeros(directions, inputs))
+    _run_layer("geglu_double_backward", d_out, d_out.shape[-1], *tensors, *made)
+    return made
+
+
+def _or_zeros(directions: Directions, like: Tensors) -> list[Tensor]:
+    return [torch.zeros_like(x) if u is None else u for u, x in zip(directions, like, strict=True)]
+
+
+def attention_forward(inputs: arguments.Attention) -> Tensor:
     """Return softmax(scale · q kᵀ) v, [n, T, e]."""
+    q, _, v, scale = inputs
     out = q.new_empty(*q.shape[:2], v.shape[2])
-    _run_layer("attention_forward", q, scale, *_dense(q, k, v), out)
+    _run_layer("attention_forward", q, scale, *_dense(*inputs[:3]), out)
     return out
 
 
 def attention_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, *needs: bool
+    d_out: Tensor, inputs: arguments.Attention, needs: Needs
 ) -> list[Tensor | None]:
     """Return the gradients of q, k and v, None where not needed."""
-    made = [_made(*pair) for pair in zip((q, k, v), needs, strict=True)]
-    _run_layer("attention_backward", q, scale, *_dense(q, k, v, d_out), *made)
+    made = _made(inputs[:3], needs)
+    tensors = _dense(*inputs[:3], d_out)
+    _run_layer("attention_backward", d_out, inputs.scale, *tensors, *made)
     return made
 
 
 def attention_double_backward(
-    d_out: Tensor,
-    u_q: Tensor | None,
-    u_k: Tensor | None,
-    u_v: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    *needs: bool,
+    d_out: Tensor, directions: Directions, inputs: arguments.Attention, needs: Needs
 ) -> list[Tensor | None]:
     """Return the gradients of d_out, q, k and v, None where not needed."""
-    directions = [
-        torch.zeros_like(x) if u is None else u
-        for u, x in zip((u_q, u_k, u_v), (q, k, v), strict=True)
-    ]
-    made = [_made(*pair) for pair in zip((d_out, q, k, v), needs, strict=True)]
-    tensors = _dense(q, k, v, d_out, *directions)
-    _run_layer("attention_double_backward", q, scale, *tensors, *made)
+    made = _made((d_out, *inputs[:3]), needs)
+    tensors = _dense(*inputs[:3], d_out, *_or_zeros(directions, inputs[:3]))
+    _run_layer("attention_double_backward", d_out, inputs.scale, *tensors, *made)
     return made

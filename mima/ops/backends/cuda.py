@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mima.ops.backends import arguments
+from mima.ops.backends.arguments import Needs, Tensors
 from mima.ops.backends.extension import DTYPE_CODES, contiguous, empty_like, loaded
 
 
@@ -26,10 +28,9 @@ def _launching(call: Any, device: torch.device) -> Iterator[tuple[Tensor, int]]:
         yield table, torch.cuda.current_stream(device).cuda_stream
 
 
-def weighted_merge_forward(
-    base: Sequence[Tensor], thetas: Sequence[Tensor], weights: Tensor
-) -> list[Tensor]:
+def weighted_merge_forward(inputs: arguments.WeightedMerge) -> list[Tensor]:
     """Return base_p + Σ_n w_n (θ_np − base_p) for each p."""
+    base, thetas, weights = inputs
     out = empty_like(base)
     if not base:
         return out
@@ -43,23 +44,19 @@ def weighted_merge_forward(
 
 
 def weighted_merge_backward(
-    d_out: Sequence[Tensor],
-    base: Sequence[Tensor],
-    thetas: Sequence[Tensor],
-    weights: Tensor,
-    need_base: bool,
-    need_thetas: bool,
-    need_weights: bool,
+    d_out: Tensors, inputs: arguments.WeightedMerge, needs: Needs
 ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
     """Return (1 − Σ w) d_out, w_n d_out and ⟨d_out, θ_n − base⟩, each where needed."""
+    base, thetas, weights = inputs
+    need_base, need_thetas, need_weights = needs
     d_base = empty_like(base) if need_base else []
     d_thetas = empty_like(thetas) if need_thetas else []
     if not base:
         return d_base, d_thetas, torch.zeros_like(weights) if need_weights else None
     d_out, base, thetas = contiguous(d_out), contiguous(base), contiguous(thetas)
     code = DTYPE_CODES[base[0].dtype]
-    inputs = base, thetas, weights.tolist()
-    call = loaded("cuda").WeightedMerge(code, *inputs, [], d_out, d_base, d_thetas)
+    given = base, thetas, weights.tolist()
+    call = loaded("cuda").WeightedMerge(code, *given, [], d_out, d_base, d_thetas)
     with _launching(call, base[0].device) as (table, stream):
         # a sum per piece, added in a fixed order: the same result each time
         shape = (call.num_pieces if need_weights else 0, weights.shape[0])
@@ -69,47 +66,38 @@ def weighted_merge_backward(
     return d_base, d_thetas, d_weights
 
 
-def projected_merge_forward(
-    W0: Sequence[Tensor], W: Sequence[Tensor], C: Sequence[Tensor], M: Sequence[Tensor]
-) -> list[Tensor]:
+def projected_merge_forward(inputs: arguments.ProjectedMerge) -> list[Tensor]:
     """Return W0_l + Σ_n (W_nl − W0_l) C_nᵀ M_n for each l."""
+    W0 = inputs.W0
     if not W0:
         return []
     d = W0[0].shape[1]
     width = _vector_multiple(d, W0[0])
     out = _padded_like(W0, width)
-    inputs = [_pad_rows(x, width) for x in (W0, W, C, M)]
-    call = _projected_merge_call(inputs, out=out)
+    call = _projected_merge_call([_pad_rows(x, width) for x in inputs], out=out)
     with _launching(call, W0[0].device) as (table, stream):
         call.forward(table.data_ptr(), 0, stream)
     return _cut(out, d)
 
 
 def projected_merge_backward(
-    d_out: Sequence[Tensor],
-    W0: Sequence[Tensor],
-    W: Sequence[Tensor],
-    C: Sequence[Tensor],
-    M: Sequence[Tensor],
-    need_W0: bool,
-    need_W: bool,
-    need_C: bool,
-    need_M: bool,
+    d_out: Tensors, inputs: arguments.ProjectedMerge, needs: Needs
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Return the gradients of `projected_merge_forward`, an empty list where not needed."""
+    W0, W, C, M = inputs
+    need_W0, need_W, need_C, need_M = needs
     d = W0[0].shape[1]
     width = _vector_multiple(d, W0[0])
     d_W0 = _padded_like(W0, width) if need_W0 else []
     d_W = _padded_like(W, width) if need_W else []
-    inputs = [_pad_rows(x, width) for x in (W0, W, C, M)]
-    upstream = _pad_rows(d_out, width)
-    call = _projected_merge_call(inputs, d_out=upstream, d_W0=d_W0, d_W=d_W)
+    padded = [_pad_rows(x, width) for x in inputs]
+    call = _projected_merge_call(padded, d_out=_pad_rows(d_out, width), d_W0=d_W0, d_W=d_W)
     acc = torch.float64 if W0[0].dtype == torch.float64 else torch.float32
     # [all rows, tokens]: d_out M^T for d_C, (W - W0) C^T for d_M
     coefficients = W0[0].new_empty((call.all_rows, call.num_tokens), dtype=acc)
     with _launching(call, W0[0].device) as (table, stream):
 
-        def row_sums(like: Sequence[Tensor], differences: bool) -> list[Tensor]:
+        def row_sums(like: Tensors, differences: bool) -> list[Tensor]:
             shape = (call.num_chunks, call.num_tokens, width)
             partial = coefficients.new_empty(shape)
             address = coefficients.data_ptr()
@@ -127,7 +115,7 @@ def projected_merge_backward(
     return _cut(d_W0, d), _cut(d_W, d), d_C, d_M
 
 
-def _pad_rows(tensors: Sequence[Tensor], width: int) -> list[Tensor]:
+def _pad_rows(tensors: Tensors, width: int) -> list[Tensor]:
     """Matrices of at least `width` columns whose rows start at multiples of 16 bytes.
 
     Views where they are so already, copies, padded with zeros, where not: the CUDA kernels access
@@ -143,11 +131,11 @@ def _pad_rows(tensors: Sequence[Tensor], width: int) -> list[Tensor]:
     return padded
 
 
-def _padded_like(tensors: Sequence[Tensor], width: int) -> list[Tensor]:
+def _padded_like(tensors: Tensors, width: int) -> list[Tensor]:
     return [x.new_empty((x.shape[0], width)) for x in tensors]
 
 
-def _cut(tensors: Sequence[Tensor], d: int) -> list[Tensor]:
+def _cut(tensors: Tensors, d: int) -> list[Tensor]:
     """Undo the padding of outputs."""
     return [x if x.shape[1] == d else x[:, :d].contiguous() for x in tensors]
 
@@ -159,12 +147,12 @@ def _vector_multiple(d: int, like: Tensor) -> int:
 
 
 def _projected_merge_call(
-    inputs: Sequence[Sequence[Tensor]],
+    inputs: Sequence[Tensors],
     *,
-    out: Sequence[Tensor] = (),
-    d_out: Sequence[Tensor] = (),
-    d_W0: Sequence[Tensor] = (),
-    d_W: Sequence[Tensor] = (),
+    out: Tensors = (),
+    d_out: Tensors = (),
+    d_W0: Tensors = (),
+    d_W: Tensors = (),
 ) -> Any:
     code = DTYPE_CODES[inputs[0][0].dtype]
     return loaded("cuda").ProjectedMerge(code, *inputs, out, d_out, d_W0, d_W)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from mima import reference
+from mima.ops.backends import arguments
+from mima.ops.backends.arguments import Directions, Needs, Tensors
 from mima.reference import wide
 
 
@@ -34,23 +36,18 @@ def _narrow(values: Sequence[Tensor], templates: Sequence[Tensor]) -> list[Tenso
     return [x.to(template.dtype) for x, template in zip(values, templates, strict=bool(values))]
 
 
-def weighted_merge_forward(
-    base: Sequence[Tensor], thetas: Sequence[Tensor], weights: Tensor
-) -> list[Tensor]:
+def weighted_merge_forward(inputs: arguments.WeightedMerge) -> list[Tensor]:
     """Return φ, P tensors."""
+    base, thetas, weights = inputs
     return reference.weighted_merge(base, _rows(thetas, len(weights)), weights)
 
 
 def weighted_merge_backward(
-    d_out: Sequence[Tensor],
-    base: Sequence[Tensor],
-    thetas: Sequence[Tensor],
-    weights: Tensor,
-    need_base: bool,
-    need_thetas: bool,
-    need_weights: bool,
+    d_out: Tensors, inputs: arguments.WeightedMerge, needs: Needs
 ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
     """Return the gradients: (1 − Σw) φ̄, w_n φ̄ and ⟨φ̄, θ_n − base⟩."""
+    base, thetas, weights = inputs
+    need_base, need_thetas, need_weights = needs
     d_base: list[Tensor] = []
     d_thetas: list[Tensor] = []
     d_weights = None
@@ -74,9 +71,7 @@ def weighted_merge_backward(
     return d_base, d_thetas, d_weights
 
 
-def combine_into(
-    out: Sequence[Tensor], x: Sequence[Tensor], factors: Sequence[Sequence[float]]
-) -> None:
+def combine_into(out: Tensors, x: Tensors, factors: Sequence[Sequence[float]]) -> None:
     """Write Σ_j f_ij x_j into `out`, which may have tensors of `x`."""
     P = len(x) // len(factors[0])
     for p in range(P):
@@ -86,57 +81,32 @@ def combine_into(
             out_ip.copy_(value)
 
 
-def token_outputs(X: Sequence[Tensor], C: Tensor) -> Tensor:
+def token_outputs(X: Tensors, C: Tensor) -> Tensor:
     """Return A [Σ o_l, s]."""
     return reference.token_outputs(X, C)
 
 
-def add_token_outputs(X: Sequence[Tensor], A: Tensor, M: Tensor) -> None:
+def add_token_outputs(X: Tensors, A: Tensor, M: Tensor) -> None:
     """Add A_l M to X_l."""
     for X_l, A_l in zip(X, A.split([len(x) for x in X]), strict=True):
         X_l.copy_(reference.add_token_outputs([X_l], A_l, M)[0])
 
 
-def token_sums(X: Sequence[Tensor], A: Tensor) -> Tensor:
+def token_sums(X: Tensors, A: Tensor) -> Tensor:
     """Return Σ_l A_lᵀ X_l [s, d]."""
     return reference.token_sums(X, A)
 
 
-def adam_step_forward(
-    z: Sequence[Tensor],
-    g: Sequence[Tensor],
-    m: Sequence[Tensor],
-    v: Sequence[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    *,
-    overwrite: bool = False,
-) -> list[Tensor]:
+def adam_step_forward(inputs: arguments.AdamStep, *, overwrite: bool = False) -> list[Tensor]:
     """Return z, m and v after the step, one after the other. Overwrites nothing."""
+    z, g, m, v, lr, beta1, beta2, eps, weight_decay, step = inputs
     rule = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
     stepped = reference.adam_step(z, g, m, v, **rule, step=step)  # type: ignore[arg-type]
     return [x for values in stepped for x in values]
 
 
 def adam_step_backward(
-    d_out: Sequence[Tensor],
-    g: Sequence[Tensor],
-    m: Sequence[Tensor],
-    v: Sequence[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    need_z: bool,
-    need_g: bool,
-    need_m: bool,
-    need_v: bool,
+    d_out: Tensors, saved: arguments.AdamStepSaved, needs: Needs
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Return the gradients of z, g, m and v; differentiable.
 
@@ -144,6 +114,8 @@ def adam_step_backward(
     step come m̄ = m̄⁺ − s / (1 − β₁ᵏ⁺¹) and v̄ = v̄⁺ + s u / (2 (1 − β₂ᵏ⁺¹) √v̂), and from them
     (1 − β₁) m̄ + 2 (1 − β₂) g v̄ to g, β₁ m̄ to m, β₂ v̄ to v.
     """
+    g, m, v, lr, beta1, beta2, eps, weight_decay, step = saved
+    need_z, need_g, need_m, need_v = needs
     correction1, correction2 = 1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1)
     P = len(g)
     grads: tuple[list[Tensor], ...] = [], [], [], []
@@ -171,28 +143,21 @@ def adam_step_backward(
     return grads[0], grads[1], grads[2], grads[3]
 
 
-def projected_merge_forward(
-    W0: Sequence[Tensor], W: Sequence[Tensor], C: Sequence[Tensor], M: Sequence[Tensor]
-) -> list[Tensor]:
+def projected_merge_forward(inputs: arguments.ProjectedMerge) -> list[Tensor]:
     """Return φ, L tensors."""
+    W0, W, C, M = inputs
     return reference.projected_merge(W0, _rows(W, len(C)), C, M)
 
 
 def projected_merge_backward(
-    d_out: Sequence[Tensor],
-    W0: Sequence[Tensor],
-    W: Sequence[Tensor],
-    C: Sequence[Tensor],
-    M: Sequence[Tensor],
-    need_W0: bool,
-    need_W: bool,
-    need_C: bool,
-    need_M: bool,
+    d_out: Tensors, inputs: arguments.ProjectedMerge, needs: Needs
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Return the gradients, with D = W_n − W0 of one layer and sums over layers for the text's.
 
     W̄_n = (φ̄ M_nᵀ) C_n, W̄0 = φ̄ − Σ_n W̄_n, C̄_n = Σ (φ̄ M_nᵀ)ᵀ D, M̄_n = Σ (D C_nᵀ)ᵀ φ̄.
     """
+    W0, W, C, M = inputs
+    need_W0, need_W, need_C, need_M = needs
     d_W0 = [wide(d) + 0 for d in d_out] if need_W0 else []
     d_W: list[Tensor] = []
     d_C = [torch.zeros_like(wide(C_n)) for C_n in C] if need_C else []
@@ -222,37 +187,17 @@ def projected_merge_backward(
     )
 
 
-def batched_lora_forward(
-    x: Tensor,
-    weight: Tensor,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    scale: Tensor,
-    index: Tensor,
-    bias: Tensor | None,
-    kept: list[Tensor] | None = None,
-) -> Tensor:
+def batched_lora_forward(inputs: arguments.BatchedLora, kept: list[Tensor] | None = None) -> Tensor:
     """Return y [b, t, o]. Keeps nothing."""
-    return reference.batched_lora(x, weight, A, B, scale, index, bias)
+    return reference.batched_lora(*inputs)
 
 
 def batched_lora_backward(
-    d_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    scale: Tensor,
-    index: Tensor,
-    projection: Tensor | None,
-    need_x: bool,
-    need_weight: bool,
-    need_A: bool,
-    need_B: bool,
-    need_scale: bool,
-    need_bias: bool,
+    d_y: Tensor, saved: arguments.BatchedLoraSaved, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
     """Return d_x, d_weight, d_A, d_B, d_scale, d_bias."""
+    x, weight, A, B, scale, index, _ = saved
+    need_x, need_weight, need_A, need_B, need_scale, need_bias = needs
     d_y_wide = wide(d_y)
     d_x, d_A, d_B, d_scale = low_rank_backward(
         d_y_wide, wide(x), A, B, scale, index, need_x, need_A, need_B, need_scale
@@ -270,8 +215,8 @@ def batched_lora_backward(
 def low_rank_backward(
     d_y: Tensor,
     x: Tensor,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
+    A: Tensors,
+    B: Tensors,
     scale: Tensor,
     index: Tensor,
     need_x: bool,
@@ -321,30 +266,20 @@ def _sum_by_slot(per_sample: Tensor, slot: Tensor, num_slots: int) -> Tensor:
     return sums.index_add(0, slot, per_sample)[:num_slots]
 
 
-def merge_lora_forward(
-    weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], scale: Tensor, weights: Tensor
-) -> Tensor:
+def merge_lora_forward(inputs: arguments.MergeLora) -> Tensor:
     """Return φ [o, d]."""
-    return reference.merge_lora(weight, A, B, scale, weights)
+    return reference.merge_lora(*inputs)
 
 
 def merge_lora_backward(
-    d_out: Tensor,
-    weight: Tensor,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    scale: Tensor,
-    weights: Tensor,
-    need_weight: bool,
-    need_A: bool,
-    need_B: bool,
-    need_scale: bool,
-    need_weights: bool,
+    d_out: Tensor, inputs: arguments.MergeLora, needs: Needs
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
     """Return d_weight, d_A, d_B, d_scale, d_weights.
 
     With c_n = w_n s_n: φ̄, c_n B_nᵀ φ̄, c_n φ̄ A_nᵀ, and ⟨φ̄, B_n A_n⟩ times w_n and s_n.
     """
+    _, A, B, scale, weights = inputs
+    need_weight, need_A, need_B, need_scale, need_weights = needs
     d = wide(d_out)
     d_A: list[Tensor] = []
     d_B: list[Tensor] = []
@@ -382,10 +317,9 @@ def _mean(x: Tensor) -> Tensor:
     return x.mean((2, 3), keepdim=True)
 
 
-def _normalised(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor | float, Tensor]:
+def _normalised(inputs: arguments.GroupNorm) -> tuple[Tensor, Tensor, Tensor | float, Tensor]:
     """Return x̂, ρ = 1/√(variance + eps), γ and y = γ x̂ + β."""
+    x, weight, bias, groups, eps, _ = inputs
     grouped = _grouped(x, groups)
     centred = grouped - _mean(grouped)
     rho = (_mean(centred * centred) + eps).rsqrt()
@@ -406,32 +340,23 @@ def _silu_slopes(y: Tensor) -> tuple[Tensor, Tensor]:
     return s * (1 + y * (1 - s)), s * (1 - s) * (2 + y * (1 - 2 * s))
 
 
-def group_norm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
-) -> Tensor:
+def group_norm_forward(inputs: arguments.GroupNorm) -> Tensor:
     """Return γ x̂ + β, or its SiLU."""
-    return reference.group_norm(x, weight, bias, groups, eps, silu).contiguous()
+    return reference.group_norm(*inputs).contiguous()
 
 
 def group_norm_backward(
-    d_out: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
+    d_out: Tensor, inputs: arguments.GroupNorm, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x, weight and bias.
 
     With ȳ = z̄ φ'(y), φ the activation: ρ (γȳ − mean γȳ − x̂ mean(γȳ x̂)), Σ ȳ x̂ and Σ ȳ.
     """
-    x_hat, rho, gamma, y = _normalised(x, weight, bias, groups, eps)
-    d_y = _grouped(d_out, groups)
-    if silu:
+    x = inputs.x
+    need_x, need_weight, need_bias = needs
+    x_hat, rho, gamma, y = _normalised(inputs)
+    d_y = _grouped(d_out, inputs.groups)
+    if inputs.silu:
         d_y = d_y * _silu_slopes(y)[0]
     d_x = d_weight = d_bias = None
     if need_x:
@@ -444,23 +369,13 @@ def group_norm_backward(
 
 
 def group_norm_double_backward(
-    d_out: Tensor,
-    u_x: Tensor | None,
-    u_weight: Tensor | None,
-    u_bias: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
-    need_d_out: bool,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
+    d_out: Tensor, directions: Directions, inputs: arguments.GroupNorm, needs: Needs
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of d_out, x, weight and bias. The formula is in `docs/math.md`."""
-    x_hat, rho, gamma, y = _normalised(x, weight, bias, groups, eps)
+    x, groups = inputs.x, inputs.groups
+    u_x, u_weight, u_bias = directions
+    need_d_out, need_x, need_weight, need_bias = needs
+    x_hat, rho, gamma, y = _normalised(inputs)
     d_z = _grouped(d_out, groups)
     zero = torch.zeros_like(x_hat)
     u = zero if u_x is None else _grouped(u_x, groups)
@@ -472,7 +387,7 @@ def group_norm_double_backward(
     if u_beta is not None:
         y_dot = y_dot + u_beta
     d_y, d_d_out, e = d_z, y_dot, zero
-    if silu:
+    if inputs.silu:
         slope, curve = _silu_slopes(y)
         d_y, d_d_out, e = d_z * slope, y_dot * slope, d_z * curve * y_dot
     h = gamma * d_y
@@ -496,13 +411,14 @@ def _gelu(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return b * below, below + b * density, density * (2 - b * b)
 
 
-def geglu_forward(x: Tensor) -> Tensor:
+def geglu_forward(inputs: arguments.Geglu) -> Tensor:
     """Return a · gelu(b)."""
-    return reference.geglu(x).contiguous()
+    return reference.geglu(inputs.x).contiguous()
 
 
-def geglu_backward(d_out: Tensor, x: Tensor, need_x: bool) -> tuple[Tensor | None]:
+def geglu_backward(d_out: Tensor, inputs: arguments.Geglu, needs: Needs) -> tuple[Tensor | None]:
     """Return the gradient of x = [a b]: ȳ gelu(b) and ȳ a gelu'(b)."""
+    (x,), (need_x,) = inputs, needs
     a, b = wide(x).chunk(2, dim=-1)
     value, slope, _ = _gelu(b)
     d = wide(d_out)
@@ -510,12 +426,13 @@ def geglu_backward(d_out: Tensor, x: Tensor, need_x: bool) -> tuple[Tensor | Non
 
 
 def geglu_double_backward(
-    d_out: Tensor, u_x: Tensor | None, x: Tensor, need_d_out: bool, need_x: bool
+    d_out: Tensor, directions: Directions, inputs: arguments.Geglu, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of d_out and x.
 
     With u = [u_a u_b]: u_a gelu(b) + u_b a gelu'(b), and the gradient of ȳ times this in a and b.
     """
+    (x,), (u_x,), (need_d_out, need_x) = inputs, directions, needs
     a, b = wide(x).chunk(2, dim=-1)
     u_a, u_b = wide(torch.zeros_like(x) if u_x is None else u_x).chunk(2, dim=-1)
     value, slope, curve = _gelu(b)
@@ -537,26 +454,22 @@ def _strips(q: Tensor, k: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, q.shape[1], rows)]
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attention_forward(inputs: arguments.Attention) -> Tensor:
     """Return softmax(scale · q kᵀ) v, [n, T, e]."""
+    q, k, v, scale = inputs
     parts = [reference.attention(q[:, rows], k, v, scale) for rows in _strips(q, k)]
     return torch.cat(parts, 1)
 
 
 def attention_backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    need_q: bool,
-    need_k: bool,
-    need_v: bool,
+    d_out: Tensor, inputs: arguments.Attention, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of q, k and v: scale · S̄ k, scale · S̄ᵀ q and Pᵀ Ō.
 
     P = softmax(scale · q kᵀ), S̄ = P ∘ (Ō vᵀ − rowsum(P ∘ Ō vᵀ)), a strip of queries at a time.
     """
+    q, k, v, scale = inputs
+    need_q, need_k, need_v = needs
     k_wide, v_wide = wide(k), wide(v)
     d_q: list[Tensor] = []
     d_k, d_v = torch.zeros_like(k_wide), torch.zeros_like(v_wide)
@@ -576,27 +489,18 @@ def attention_backward(
 
 
 def attention_double_backward(
-    d_out: Tensor,
-    u_q: Tensor | None,
-    u_k: Tensor | None,
-    u_v: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    need_d_out: bool,
-    need_q: bool,
-    need_k: bool,
-    need_v: bool,
+    d_out: Tensor, directions: Directions, inputs: arguments.Attention, needs: Needs
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of d_out, q, k and v, a strip of queries at a time.
 
     The formula is in `docs/math.md`; four strips are there at once, and never the matrix.
     """
+    q, k, v, scale = inputs
+    need_d_out, need_q, need_k, need_v = needs
     k_wide, v_wide = wide(k), wide(v)
     u_q, u_k, u_v = (
         wide(torch.zeros_like(x) if u is None else u)
-        for u, x in zip((u_q, u_k, u_v), (q, k, v), strict=True)
+        for u, x in zip(directions, (q, k, v), strict=True)
     )
     d_d_out: list[Tensor] = []
     d_q: list[Tensor] = []
