@@ -25,13 +25,8 @@ from mima.kernels.group_norm import (
     group_norm_forward,
 )
 from mima.kernels.merge_lora import merge_lora_backward, merge_lora_forward
-from mima.kernels.projected_merge import (
-    add_token_outputs,
-    projected_merge_backward,
-    projected_merge_forward,
-    token_outputs,
-    token_sums,
-)
+from mima.kernels.projected_merge import projected_merge_backward, projected_merge_forward
+from mima.kernels.token_products import add_token_outputs, token_outputs, token_sums
 from mima.kernels.weighted_merge import weighted_merge_backward, weighted_merge_forward
 
 __all__ = [

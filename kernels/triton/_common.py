@@ -44,6 +44,16 @@ def load_pointer(table_ptr, i, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def stream_place(block_map_ptr, sizes_ptr, BLOCK: tl.constexpr):
+    """Return a program's tensor, where it begins there, and the tensor's size."""
+    pid = tl.program_id(0)
+    p = tl.load(block_map_ptr + 2 * pid)
+    # int64: a tensor may pass 2**31 elements
+    start = tl.load(block_map_ptr + 2 * pid + 1).to(tl.int64) * BLOCK
+    return p, start, tl.load(sizes_ptr + p)
+
+
+@triton.jit
 def load_wide(ptrs, mask, FULL: tl.constexpr):
     """Load as float32: everything, or where the mask says so and zero elsewhere.
 
@@ -223,12 +233,17 @@ def stream_block(dtype: torch.dtype) -> int:
 
 
 def launch_stream(
-    kernel: Any, like: Sequence[Tensor], tensors: Sequence[Tensor | None], **arguments: Any
+    kernel: Any,
+    like: Sequence[Tensor],
+    tensors: Sequence[Tensor | None],
+    *,
+    block: int | None = None,
+    **arguments: Any,
 ) -> None:
     """Launch a kernel that streams over lists of P tensors, each shaped as `like`."""
     device = like[0].device
     sizes = tuple([x.numel() for x in like])
-    block = stream_block(like[0].dtype)
+    block = block or stream_block(like[0].dtype)
     blocks = block_map(sizes, block, device)
     if len(blocks) == 0:
         return

@@ -19,6 +19,7 @@ from mima.kernels._common import (
     load_pointer,
     load_wide,
     store_narrow,
+    stream_place,
 )
 from mima.ops.backends import arguments
 from mima.ops.backends.arguments import Needs, Tensors
@@ -81,11 +82,7 @@ def _adam_step_fwd_kernel(
     ALIGNED: tl.constexpr,  # every address is a multiple of 16 bytes
     BLOCK: tl.constexpr,  # elements per program
 ):
-    pid = tl.program_id(0)
-    p = tl.load(block_map_ptr + 2 * pid)
-    # int64: a tensor may pass 2**31 elements
-    start = tl.load(block_map_ptr + 2 * pid + 1).to(tl.int64) * BLOCK
-    size = tl.load(sizes_ptr + p)
+    p, start, size = stream_place(block_map_ptr, sizes_ptr, BLOCK)
     if start + BLOCK <= size:
         _step_block(
             table_ptr, p, num_tensors, start, size,
@@ -162,11 +159,7 @@ def _adam_step_bwd_kernel(
     ALIGNED: tl.constexpr,  # every address is a multiple of 16 bytes
     BLOCK: tl.constexpr,  # elements per program
 ):
-    pid = tl.program_id(0)
-    p = tl.load(block_map_ptr + 2 * pid)
-    # int64: a tensor may pass 2**31 elements
-    start = tl.load(block_map_ptr + 2 * pid + 1).to(tl.int64) * BLOCK
-    size = tl.load(sizes_ptr + p)
+    p, start, size = stream_place(block_map_ptr, sizes_ptr, BLOCK)
     if start + BLOCK <= size:
         _pullback_block(
             table_ptr, p, num_tensors, start, size,

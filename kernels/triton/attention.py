@@ -41,6 +41,13 @@ def _rows_of(pointer, head, length, cols, offs_i, offs_j):
 
 
 @triton.jit
+def _rows_of_both(x_ptr, y_ptr, head, length, d, e, offs_i, offs_d, offs_e):
+    """Load the same rows of [n, length, d] and of [n, length, e]."""
+    x = _rows_of(x_ptr, head, length, d, offs_i, offs_d)
+    return x, _rows_of(y_ptr, head, length, e, offs_i, offs_e)
+
+
+@triton.jit
 def _store_rows(pointer, value, head, length, cols, offs_i, offs_j):
     ptrs = pointer + head * length * cols + offs_i.to(tl.int64)[:, None] * cols + offs_j[None, :]
     mask = (offs_i < length)[:, None] & (offs_j < cols)[None, :]
@@ -96,8 +103,7 @@ def _attention_fwd_kernel(
     out = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     for start in range(0, S, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
-        k = _rows_of(k_ptr, head, S, d, offs_s, offs_d)
-        v = _rows_of(v_ptr, head, S, e, offs_s, offs_e)
+        k, v = _rows_of_both(k_ptr, v_ptr, head, S, d, e, offs_s, offs_d, offs_e)
         s = _scores(q, k, scale, offs_s, S, PRECISION)
         risen = tl.maximum(top, tl.max(s, 1))
         p, shrink = tl.exp(s - risen[:, None]), tl.exp(top - risen)
@@ -134,8 +140,7 @@ def _attention_sums_kernel(
     d, e = tl.multiple_of(d, MULTIPLE), tl.multiple_of(e, MULTIPLE)
     head, offs_t = _place(T, BLOCK_T)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    q = _rows_of(q_ptr, head, T, d, offs_t, offs_d)
-    d_out = _rows_of(d_out_ptr, head, T, e, offs_t, offs_e)
+    q, d_out = _rows_of_both(q_ptr, d_out_ptr, head, T, d, e, offs_t, offs_d, offs_e)
     if SECOND:
         u_q = _rows_of(u_q_ptr, head, T, d, offs_t, offs_d)
     top = tl.full((BLOCK_T,), -float("inf"), tl.float32)
@@ -145,8 +150,7 @@ def _attention_sums_kernel(
     mixed = tl.zeros((BLOCK_T,), tl.float32)
     for start in range(0, S, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
-        k = _rows_of(k_ptr, head, S, d, offs_s, offs_d)
-        v = _rows_of(v_ptr, head, S, e, offs_s, offs_e)
+        k, v = _rows_of_both(k_ptr, v_ptr, head, S, d, e, offs_s, offs_d, offs_e)
         s = _scores(q, k, scale, offs_s, S, PRECISION)
         g = _product(d_out, v, PRECISION)
         risen = tl.maximum(top, tl.max(s, 1))
@@ -154,8 +158,7 @@ def _attention_sums_kernel(
         total = total * shrink + tl.sum(p, 1)
         D = D * shrink + tl.sum(p * g, 1)
         if SECOND:
-            u_k = _rows_of(u_k_ptr, head, S, d, offs_s, offs_d)
-            u_v = _rows_of(u_v_ptr, head, S, e, offs_s, offs_e)
+            u_k, u_v = _rows_of_both(u_k_ptr, u_v_ptr, head, S, d, e, offs_s, offs_d, offs_e)
             s_dot = dot(q, tl.trans(u_k), _product(u_q, k, PRECISION), PRECISION) * scale
             h = _product(d_out, u_v, PRECISION)
             r = r * shrink + tl.sum(p * s_dot, 1)
@@ -218,8 +221,7 @@ def _attention_queries_kernel(
     d, e = tl.multiple_of(d, MULTIPLE), tl.multiple_of(e, MULTIPLE)
     head, offs_t = _place(T, BLOCK_T)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    q = _rows_of(q_ptr, head, T, d, offs_t, offs_d)
-    d_out = _rows_of(d_out_ptr, head, T, e, offs_t, offs_e)
+    q, d_out = _rows_of_both(q_ptr, d_out_ptr, head, T, d, e, offs_t, offs_d, offs_e)
     lse, D, r, mean = _load_sums(sums_ptr, rows, head, T, offs_t, SECOND)
     d_q = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     if SECOND:
@@ -227,13 +229,11 @@ def _attention_queries_kernel(
         d_d_out = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     for start in range(0, S, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
-        k = _rows_of(k_ptr, head, S, d, offs_s, offs_d)
-        v = _rows_of(v_ptr, head, S, e, offs_s, offs_e)
+        k, v = _rows_of_both(k_ptr, v_ptr, head, S, d, e, offs_s, offs_d, offs_e)
         p = tl.exp(_scores(q, k, scale, offs_s, S, PRECISION) - lse)
         g = _product(d_out, v, PRECISION)
         if SECOND:
-            u_k = _rows_of(u_k_ptr, head, S, d, offs_s, offs_d)
-            u_v = _rows_of(u_v_ptr, head, S, e, offs_s, offs_e)
+            u_k, u_v = _rows_of_both(u_k_ptr, u_v_ptr, head, S, d, e, offs_s, offs_d, offs_e)
             p_dot, x, d_s = _second_parts(
                 p, g, D, r, mean, q, k, u_q, u_k, d_out, u_v, scale, PRECISION
             )
@@ -275,18 +275,15 @@ def _attention_keys_kernel(
     d, e = tl.multiple_of(d, MULTIPLE), tl.multiple_of(e, MULTIPLE)
     head, offs_s = _place(S, BLOCK_S)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    k = _rows_of(k_ptr, head, S, d, offs_s, offs_d)
-    v = _rows_of(v_ptr, head, S, e, offs_s, offs_e)
+    k, v = _rows_of_both(k_ptr, v_ptr, head, S, d, e, offs_s, offs_d, offs_e)
     d_k = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
     d_v = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
     if SECOND:
-        u_k = _rows_of(u_k_ptr, head, S, d, offs_s, offs_d)
-        u_v = _rows_of(u_v_ptr, head, S, e, offs_s, offs_e)
+        u_k, u_v = _rows_of_both(u_k_ptr, u_v_ptr, head, S, d, e, offs_s, offs_d, offs_e)
     for start in range(0, T, BLOCK_T):
         offs_t = start + tl.arange(0, BLOCK_T)
         # rows that there are not are zero, and so is what they add
-        q = _rows_of(q_ptr, head, T, d, offs_t, offs_d)
-        d_out = _rows_of(d_out_ptr, head, T, e, offs_t, offs_e)
+        q, d_out = _rows_of_both(q_ptr, d_out_ptr, head, T, d, e, offs_t, offs_d, offs_e)
         lse, D, r, mean = _load_sums(sums_ptr, rows, head, T, offs_t, SECOND)
         p = tl.exp(_scores(q, k, scale, offs_s, S, PRECISION) - lse)
         g = _product(d_out, v, PRECISION)

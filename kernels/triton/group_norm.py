@@ -33,6 +33,14 @@ def _read(pointer, offs, mask, PRESENT: tl.constexpr, absent):
 
 
 @triton.jit
+def _place(groups, n, m):
+    """Return the group of a program, all samples' one after the other, and its first channel."""
+    # int64: a tensor may pass 2**31 elements
+    group = tl.program_id(0).to(tl.int64)
+    return group, group % groups * (n // m)
+
+
+@triton.jit
 def _moments(x_ptr, n, eps, BLOCK: tl.constexpr):
     """Return the mean and ρ = 1/√(variance + eps) of a group."""
     total = tl.zeros((BLOCK,), tl.float32)
@@ -47,6 +55,20 @@ def _moments(x_ptr, n, eps, BLOCK: tl.constexpr):
         centred = tl.where(mask, _read(x_ptr, offs, mask, True, 0.0) - mean, 0.0)
         squares += centred * centred
     return mean, 1.0 / tl.sqrt(tl.sum(squares) / n + eps)
+
+
+@triton.jit
+def _normalised(
+    x_ptr, weight_ptr, bias_ptr, start, first, n, m, mean, rho,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Return a step's places in a group, and which there are, x̂, γ and y = γ x̂ + β."""
+    offs = start + tl.arange(0, BLOCK)
+    mask, channels = offs < n, first + offs // m
+    x_hat = (_read(x_ptr, offs, mask, True, 0.0) - mean) * rho
+    gamma = _read(weight_ptr, channels, mask, HAS_WEIGHT, 1.0)
+    y = x_hat * gamma + _read(bias_ptr, channels, mask, HAS_BIAS, 0.0)
+    return offs, mask, x_hat, gamma, y
 
 
 @triton.jit
@@ -69,18 +91,14 @@ def _group_norm_fwd_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,  # elements per step
 ):
-    # int64: a tensor may pass 2**31 elements
-    group = tl.program_id(0).to(tl.int64)
+    group, first = _place(groups, n, m)
     x_ptr += group * n
     out_ptr += group * n
-    first = group % groups * (n // m)
     mean, rho = _moments(x_ptr, n, eps, BLOCK)
     for start in range(0, n, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        mask = offs < n
-        x_hat = (_read(x_ptr, offs, mask, True, 0.0) - mean) * rho
-        gamma = _read(weight_ptr, first + offs // m, mask, HAS_WEIGHT, 1.0)
-        y = x_hat * gamma + _read(bias_ptr, first + offs // m, mask, HAS_BIAS, 0.0)
+        offs, mask, _, _, y = _normalised(
+            x_ptr, weight_ptr, bias_ptr, start, first, n, m, mean, rho, HAS_WEIGHT, HAS_BIAS, BLOCK
+        )
         if SILU:
             y = y * _sigmoid(y)
         store_narrow(out_ptr + offs, y, mask, False)
@@ -115,20 +133,17 @@ def _group_norm_bwd_kernel(
     NEED_WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    group = tl.program_id(0).to(tl.int64)
+    group, first = _place(groups, n, m)
     x_ptr += group * n
     d_out_ptr += group * n
     d_x_ptr += group * n
-    first = group % groups * (n // m)
     mean, rho = _moments(x_ptr, n, eps, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     slope = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        mask = offs < n
-        x_hat = (_read(x_ptr, offs, mask, True, 0.0) - mean) * rho
-        gamma = _read(weight_ptr, first + offs // m, mask, HAS_WEIGHT, 1.0)
-        y = x_hat * gamma + _read(bias_ptr, first + offs // m, mask, HAS_BIAS, 0.0)
+        offs, mask, x_hat, gamma, y = _normalised(
+            x_ptr, weight_ptr, bias_ptr, start, first, n, m, mean, rho, HAS_WEIGHT, HAS_BIAS, BLOCK
+        )
         d_y = _upstream(d_out_ptr, y, offs, mask, SILU)
         total += gamma * d_y
         slope += gamma * d_y * x_hat
@@ -137,11 +152,9 @@ def _group_norm_bwd_kernel(
             tl.store(d_y_ptr + group * n + offs, d_y, mask)
     g_mean, g_slope = tl.sum(total) / n, tl.sum(slope) / n
     for start in range(0, n, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        mask = offs < n
-        x_hat = (_read(x_ptr, offs, mask, True, 0.0) - mean) * rho
-        gamma = _read(weight_ptr, first + offs // m, mask, HAS_WEIGHT, 1.0)
-        y = x_hat * gamma + _read(bias_ptr, first + offs // m, mask, HAS_BIAS, 0.0)
+        offs, mask, x_hat, gamma, y = _normalised(
+            x_ptr, weight_ptr, bias_ptr, start, first, n, m, mean, rho, HAS_WEIGHT, HAS_BIAS, BLOCK
+        )
         g = gamma * _upstream(d_out_ptr, y, offs, mask, SILU)
         store_narrow(d_x_ptr + offs, rho * (g - g_mean - x_hat * g_slope), mask, False)
 
@@ -149,13 +162,16 @@ def _group_norm_bwd_kernel(
 @triton.jit
 def _second_parts(
     x_ptr, weight_ptr, bias_ptr, d_out_ptr, u_x_ptr, u_weight_ptr, u_bias_ptr,
-    offs, channels, mask, mean, rho, u_mean, u_slope,
+    start, first, n, m, mean, rho, u_mean, u_slope,
     SILU: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_U_X: tl.constexpr, HAS_U_WEIGHT: tl.constexpr, HAS_U_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return x̂, u, v, ȳ, e, h, f and the gradient of the upstream, as `docs/math.md` names them."""
-    x_hat = (_read(x_ptr, offs, mask, True, 0.0) - mean) * rho
-    gamma = _read(weight_ptr, channels, mask, HAS_WEIGHT, 1.0)
+    """Return places, x̂, u, v, ȳ, e, h, f and the gradient of the upstream; see `docs/math.md`."""
+    offs, mask, x_hat, gamma, y = _normalised(
+        x_ptr, weight_ptr, bias_ptr, start, first, n, m, mean, rho, HAS_WEIGHT, HAS_BIAS, BLOCK
+    )
+    channels = first + offs // m
     u = _read(u_x_ptr, offs, mask, HAS_U_X, 0.0)
     u_gamma = _read(u_weight_ptr, channels, mask, HAS_U_WEIGHT, 0.0)
     v = rho * (u - u_mean - x_hat * u_slope)
@@ -163,13 +179,12 @@ def _second_parts(
     d_y = _read(d_out_ptr, offs, mask, True, 0.0)
     e = tl.zeros_like(d_y)
     if SILU:
-        y = x_hat * gamma + _read(bias_ptr, channels, mask, HAS_BIAS, 0.0)
         s = _sigmoid(y)
         e = d_y * y_dot * s * (1.0 - s) * (2.0 + y * (1.0 - 2.0 * s))
         slope = s * (1.0 + y * (1.0 - s))
         d_y = d_y * slope
         y_dot = y_dot * slope
-    return x_hat, u, v, d_y, e, gamma * d_y, gamma * e + u_gamma * d_y, y_dot
+    return offs, mask, x_hat, u, v, d_y, e, gamma * d_y, gamma * e + u_gamma * d_y, y_dot
 
 
 @triton.jit
@@ -198,13 +213,12 @@ def _group_norm_double_bwd_kernel(
     NEED_WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    group = tl.program_id(0).to(tl.int64)
+    group, first = _place(groups, n, m)
     x_ptr += group * n
     d_out_ptr += group * n
     u_x_ptr += group * n
     d_d_out_ptr += group * n
     d_x_ptr += group * n
-    first = group % groups * (n // m)
     mean, rho = _moments(x_ptr, n, eps, BLOCK)
     u_total = tl.zeros((BLOCK,), tl.float32)
     u_along = tl.zeros((BLOCK,), tl.float32)
@@ -221,12 +235,10 @@ def _group_norm_double_bwd_kernel(
     # of f and v together, whose sums are needed only so
     f_along = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        mask = offs < n
-        x_hat, u, v, d_y, e, h, f, d_d_out = _second_parts(
+        offs, mask, x_hat, u, v, d_y, e, h, f, d_d_out = _second_parts(
             x_ptr, weight_ptr, bias_ptr, d_out_ptr, u_x_ptr, u_weight_ptr, u_bias_ptr,
-            offs, first + offs // m, mask, mean, rho, u_mean, u_slope,
-            SILU, HAS_WEIGHT, HAS_BIAS, HAS_U_X, HAS_U_WEIGHT, HAS_U_BIAS,
+            start, first, n, m, mean, rho, u_mean, u_slope,
+            SILU, HAS_WEIGHT, HAS_BIAS, HAS_U_X, HAS_U_WEIGHT, HAS_U_BIAS, BLOCK,
         )  # fmt: skip
         h_total += h
         h_along += h * x_hat
@@ -240,12 +252,10 @@ def _group_norm_double_bwd_kernel(
     t_mean = tl.sum(f_total) / n - rho * (tl.sum(h_total) / n * u_slope + u_mean * h_slope)
     t_slope = tl.sum(f_along) / n - 2.0 * rho * u_slope * h_slope
     for start in range(0, n, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        mask = offs < n
-        x_hat, u, v, d_y, e, h, f, d_d_out = _second_parts(
+        offs, mask, x_hat, u, v, d_y, e, h, f, d_d_out = _second_parts(
             x_ptr, weight_ptr, bias_ptr, d_out_ptr, u_x_ptr, u_weight_ptr, u_bias_ptr,
-            offs, first + offs // m, mask, mean, rho, u_mean, u_slope,
-            SILU, HAS_WEIGHT, HAS_BIAS, HAS_U_X, HAS_U_WEIGHT, HAS_U_BIAS,
+            start, first, n, m, mean, rho, u_mean, u_slope,
+            SILU, HAS_WEIGHT, HAS_BIAS, HAS_U_X, HAS_U_WEIGHT, HAS_U_BIAS, BLOCK,
         )  # fmt: skip
         t = f - rho * (h * u_slope + u * h_slope)
         store_narrow(d_x_ptr + offs, rho * (t - t_mean - x_hat * t_slope), mask, False)

@@ -15,98 +15,26 @@ W_n. FLOPs: 4 o d s per concept, in float32 accuracy on the tensor cores.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mima.kernels._common import (
-    TRITON_DTYPE,
-    block_map,
-    block_size,
-    ceil_div,
-    contiguous,
-    dot_precision,
-    launch_options,
-    load_pointer,
-    on_device_of,
-    pointer_table,
-    sizes_on_device,
+from mima.kernels._common import ceil_div, contiguous, on_device_of
+from mima.kernels._tiles import (
+    NUM_SPLITS,
+    Tiles,
+    load_text,
+    load_tile,
+    pack,
+    place,
+    store_tile,
+    tile_pointer,
 )
 from mima.ops.backends import arguments
 from mima.ops.backends.arguments import Needs, Tensors
-
-NUM_SPLITS = 32
-"""Shares of the sum over rows in the text's gradients: about 4 programs a multiprocessor of an H100
-at N = 3, d = 768; chosen from that count, not measured."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Launch settings of the kernels."""
-
-    block_o: int
-    """Rows per program."""
-    block_s: int
-    """Tokens per product; a power of 2."""
-    block_d: int
-    """Columns per step."""
-    num_warps: int
-    num_stages: int
-
-
-@functools.cache
-def settings(dtype: torch.dtype, longest: int) -> Settings:
-    """Return the settings for a dtype and the longest concept.
-
-    tl.dot needs 16 tokens at least; beyond 64 a program loops. A row of a tile is one 128-byte
-    line; twice that spills registers in float32 (compiled for sm_90 with triton 3.8). Not measured
-    on a GPU.
-    """
-    block_s = block_size(longest, 64)
-    return Settings(
-        block_o=32, block_s=block_s, block_d=128 // dtype.itemsize, num_warps=4, num_stages=2
-    )
-
-
-@triton.jit
-def _tile_pointer(table_ptr, i, first, d, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return a pointer to row `first` of the i-th matrix; offsets within a tile fit in 32 bits."""
-    return load_pointer(table_ptr, i, DTYPE, ALIGNED) + first * d
-
-
-@triton.jit
-def _load_tile(
-    pointer, offs_d, rows, d, BLOCK_O: tl.constexpr, EVICTION: tl.constexpr = ""
-):  # fmt: skip
-    """Load a tile of rows as float32, zero outside; EVICTION tells the cache what comes next."""
-    offs_o = tl.arange(0, BLOCK_O)
-    mask = (offs_o < rows)[:, None] & (offs_d < d)[None, :]
-    ptrs = pointer + offs_o[:, None] * d + offs_d[None, :]
-    return tl.load(ptrs, mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)
-
-
-@triton.jit
-def _store_tile(pointer, tile, offs_d, rows, d, BLOCK_O: tl.constexpr):
-    """Round a tile of rows to the pointer's dtype and store what is inside."""
-    offs_o = tl.arange(0, BLOCK_O)
-    mask = (offs_o < rows)[:, None] & (offs_d < d)[None, :]
-    ptrs = pointer + offs_o[:, None] * d + offs_d[None, :]
-    tl.store(ptrs, tile.to(ptrs.dtype.element_ty), mask)
-
-
-@triton.jit
-def _load_text(text_ptr, n, j, offs_d, d, BLOCK_S: tl.constexpr, SLOTS: tl.constexpr):
-    """Load tokens j BLOCK_S … of concept n from [N, S, d] as float32."""
-    first = tl.cast((n * SLOTS + j) * BLOCK_S, tl.int64)
-    ptrs = text_ptr + first * d + tl.arange(0, BLOCK_S)[:, None] * d + offs_d[None, :]
-    return tl.load(ptrs, (offs_d < d)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -128,8 +56,8 @@ def _add_product(
     tile = rows_of_base
     if DIFFERENCE:
         # each W_n is read here and nowhere else
-        tile = _load_tile(W_ptr, offs_d, rows, d, BLOCK_O, "evict_first") - rows_of_base
-    text = _load_text(text_ptr, i, 0, offs_d, d, BLOCK_S, 1)
+        tile = load_tile(W_ptr, offs_d, rows, d, BLOCK_O, "evict_first") - rows_of_base
+    text = load_text(text_ptr, i, 0, offs_d, d, BLOCK_S, 1)
     return tl.dot(tile, tl.trans(text), product, input_precision=PRECISION)
 
 
@@ -146,7 +74,7 @@ def _project(
     columns of base are read once for GROUP products, those of one concept and of several alike; the
     cache is asked to keep them, for base is needed again at the end.
     """
-    base_ptr = _tile_pointer(table_ptr, base * num_layers + layer, first, d, DTYPE, ALIGNED)
+    base_ptr = tile_pointer(table_ptr, base * num_layers + layer, first, d, DTYPE, ALIGNED)
     num_products = num_concepts * SLOTS
     for i in range(0, num_products, GROUP):
         # a last group that is too large does the last product again
@@ -157,17 +85,17 @@ def _project(
         W_i1 = (i1 // SLOTS + 1) * num_layers + layer
         W_i2 = (i2 // SLOTS + 1) * num_layers + layer
         W_i3 = (i3 // SLOTS + 1) * num_layers + layer
-        W_ptr = _tile_pointer(table_ptr, W_i, first, d, DTYPE, ALIGNED)
-        W_ptr1 = _tile_pointer(table_ptr, W_i1, first, d, DTYPE, ALIGNED)
-        W_ptr2 = _tile_pointer(table_ptr, W_i2, first, d, DTYPE, ALIGNED)
-        W_ptr3 = _tile_pointer(table_ptr, W_i3, first, d, DTYPE, ALIGNED)
+        W_ptr = tile_pointer(table_ptr, W_i, first, d, DTYPE, ALIGNED)
+        W_ptr1 = tile_pointer(table_ptr, W_i1, first, d, DTYPE, ALIGNED)
+        W_ptr2 = tile_pointer(table_ptr, W_i2, first, d, DTYPE, ALIGNED)
+        W_ptr3 = tile_pointer(table_ptr, W_i3, first, d, DTYPE, ALIGNED)
         A = tl.zeros((BLOCK_O, BLOCK_S), tl.float32)
         A1 = tl.zeros((BLOCK_O, BLOCK_S), tl.float32)
         A2 = tl.zeros((BLOCK_O, BLOCK_S), tl.float32)
         A3 = tl.zeros((BLOCK_O, BLOCK_S), tl.float32)
         for start in range(0, d, BLOCK_D):
             offs_d = start + tl.arange(0, BLOCK_D)
-            rows_of_base = _load_tile(base_ptr, offs_d, rows, d, BLOCK_O, "evict_last")
+            rows_of_base = load_tile(base_ptr, offs_d, rows, d, BLOCK_O, "evict_last")
             A = _add_product(
                 A, rows_of_base, W_ptr, text_ptr, i, offs_d, rows, d,
                 DIFFERENCE, PRECISION, BLOCK_O, BLOCK_S,
@@ -218,28 +146,26 @@ def _projected_merge_fwd_kernel(
 ):
     # int64: offsets into weights and scratch may pass 2**31
     tile = tl.program_id(0).to(tl.int64)
-    layer = tl.load(block_map_ptr + 2 * tile)
-    first = tl.load(block_map_ptr + 2 * tile + 1).to(tl.int64) * BLOCK_O
-    rows = tl.minimum(tl.load(rows_ptr + layer) - first, BLOCK_O).to(tl.int32)
+    layer, first, rows = place(block_map_ptr, rows_ptr, tile, BLOCK_O)
     _project(
         table_ptr, 0, C_ptr, A_ptr, layer, tile, first, rows, d, num_layers, num_concepts,
         True, DTYPE, ALIGNED, PRECISION, BLOCK_O, BLOCK_S, BLOCK_D, SLOTS, GROUP,
     )  # fmt: skip
     # The projections were written by other threads of this program.
     tl.debug_barrier()
-    W0_ptr = _tile_pointer(table_ptr, layer, first, d, DTYPE, ALIGNED)
-    out_ptr = _tile_pointer(
+    W0_ptr = tile_pointer(table_ptr, layer, first, d, DTYPE, ALIGNED)
+    out_ptr = tile_pointer(
         table_ptr, (num_concepts + 1) * num_layers + layer, first, d, DTYPE, ALIGNED
     )
     for start in range(0, d, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
-        merged = _load_tile(W0_ptr, offs_d, rows, d, BLOCK_O)
+        merged = load_tile(W0_ptr, offs_d, rows, d, BLOCK_O)
         for n in range(num_concepts):
             for j in range(SLOTS):
                 A = tl.load(_scratch(A_ptr, tile, n, j, num_concepts, BLOCK_O, BLOCK_S, SLOTS))
-                M = _load_text(M_ptr, n, j, offs_d, d, BLOCK_S, SLOTS)
+                M = load_text(M_ptr, n, j, offs_d, d, BLOCK_S, SLOTS)
                 merged = tl.dot(A, M, merged, input_precision=PRECISION)
-        _store_tile(out_ptr, merged, offs_d, rows, d, BLOCK_O)
+        store_tile(out_ptr, merged, offs_d, rows, d, BLOCK_O)
 
 
 @triton.jit
@@ -268,9 +194,7 @@ def _projected_merge_bwd_kernel(
     GROUP: tl.constexpr,  # products per pass over the rows, 4 at most
 ):
     tile = tl.program_id(0).to(tl.int64)
-    layer = tl.load(block_map_ptr + 2 * tile)
-    first = tl.load(block_map_ptr + 2 * tile + 1).to(tl.int64) * BLOCK_O
-    rows = tl.minimum(tl.load(rows_ptr + layer) - first, BLOCK_O).to(tl.int32)
+    layer, first, rows = place(block_map_ptr, rows_ptr, tile, BLOCK_O)
     if NEED_A:
         _project(
             table_ptr, 0, C_ptr, A_ptr, layer, tile, first, rows, d, num_layers, num_concepts,
@@ -281,7 +205,7 @@ def _projected_merge_bwd_kernel(
             table_ptr, num_concepts + 1, M_ptr, B_ptr, layer, tile, first, rows, d, num_layers,
             num_concepts, False, DTYPE, ALIGNED, PRECISION, BLOCK_O, BLOCK_S, BLOCK_D, SLOTS, GROUP,
         )  # fmt: skip
-    d_out_ptr = _tile_pointer(
+    d_out_ptr = tile_pointer(
         table_ptr, (num_concepts + 1) * num_layers + layer, first, d, DTYPE, ALIGNED
     )
     if NEED_W0 or NEED_W:
@@ -289,22 +213,22 @@ def _projected_merge_bwd_kernel(
         tl.debug_barrier()
         for start in range(0, d, BLOCK_D):
             offs_d = start + tl.arange(0, BLOCK_D)
-            d_W0 = _load_tile(d_out_ptr, offs_d, rows, d, BLOCK_O)
+            d_W0 = load_tile(d_out_ptr, offs_d, rows, d, BLOCK_O)
             for n in range(num_concepts):
                 d_W = tl.zeros((BLOCK_O, BLOCK_D), tl.float32)
                 for j in range(SLOTS):
                     B = tl.load(_scratch(B_ptr, tile, n, j, num_concepts, BLOCK_O, BLOCK_S, SLOTS))
-                    C = _load_text(C_ptr, n, j, offs_d, d, BLOCK_S, SLOTS)
+                    C = load_text(C_ptr, n, j, offs_d, d, BLOCK_S, SLOTS)
                     d_W = tl.dot(B, C, d_W, input_precision=PRECISION)
                 d_W0 -= d_W
                 if NEED_W:
                     i = (num_concepts + 3 + n) * num_layers + layer
-                    d_W_ptr = _tile_pointer(table_ptr, i, first, d, DTYPE, ALIGNED)
-                    _store_tile(d_W_ptr, d_W, offs_d, rows, d, BLOCK_O)
+                    d_W_ptr = tile_pointer(table_ptr, i, first, d, DTYPE, ALIGNED)
+                    store_tile(d_W_ptr, d_W, offs_d, rows, d, BLOCK_O)
             if NEED_W0:
                 i = (num_concepts + 2) * num_layers + layer
-                d_W0_ptr = _tile_pointer(table_ptr, i, first, d, DTYPE, ALIGNED)
-                _store_tile(d_W0_ptr, d_W0, offs_d, rows, d, BLOCK_O)
+                d_W0_ptr = tile_pointer(table_ptr, i, first, d, DTYPE, ALIGNED)
+                store_tile(d_W0_ptr, d_W0, offs_d, rows, d, BLOCK_O)
 
 
 @triton.jit
@@ -338,21 +262,19 @@ def _projected_merge_bwd_text_kernel(
     d_M = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
     for tile_i32 in range(split, num_tiles, num_splits):
         tile = tl.cast(tile_i32, tl.int64)
-        layer = tl.load(block_map_ptr + 2 * tile)
-        first = tl.load(block_map_ptr + 2 * tile + 1).to(tl.int64) * BLOCK_O
-        rows = tl.minimum(tl.load(rows_ptr + layer) - first, BLOCK_O).to(tl.int32)
+        layer, first, rows = place(block_map_ptr, rows_ptr, tile, BLOCK_O)
         if NEED_C:
-            W0_ptr = _tile_pointer(table_ptr, layer, first, d, DTYPE, ALIGNED)
-            W_ptr = _tile_pointer(table_ptr, (n + 1) * num_layers + layer, first, d, DTYPE, ALIGNED)
-            D = _load_tile(W_ptr, offs_d, rows, d, BLOCK_O) - _load_tile(
+            W0_ptr = tile_pointer(table_ptr, layer, first, d, DTYPE, ALIGNED)
+            W_ptr = tile_pointer(table_ptr, (n + 1) * num_layers + layer, first, d, DTYPE, ALIGNED)
+            D = load_tile(W_ptr, offs_d, rows, d, BLOCK_O) - load_tile(
                 W0_ptr, offs_d, rows, d, BLOCK_O
             )
             B = tl.load(_scratch(B_ptr, tile, n, j, num_concepts, BLOCK_O, BLOCK_S, SLOTS))
             d_C = tl.dot(tl.trans(B), D, d_C, input_precision=PRECISION)
         if NEED_M:
             i = (num_concepts + 1) * num_layers + layer
-            d_out_ptr = _tile_pointer(table_ptr, i, first, d, DTYPE, ALIGNED)
-            d_out = _load_tile(d_out_ptr, offs_d, rows, d, BLOCK_O)
+            d_out_ptr = tile_pointer(table_ptr, i, first, d, DTYPE, ALIGNED)
+            d_out = load_tile(d_out_ptr, offs_d, rows, d, BLOCK_O)
             A = tl.load(_scratch(A_ptr, tile, n, j, num_concepts, BLOCK_O, BLOCK_S, SLOTS))
             d_M = tl.dot(tl.trans(A), d_out, d_M, input_precision=PRECISION)
     first_row = tl.cast(((split * num_concepts + n) * SLOTS + j) * BLOCK_S, tl.int64)
@@ -362,129 +284,6 @@ def _projected_merge_bwd_text_kernel(
         tl.store(d_C_ptr + offs, d_C, mask)
     if NEED_M:
         tl.store(d_M_ptr + offs, d_M, mask)
-
-
-@triton.jit
-def _token_pointers(A_ptr, first_row, j, num_tokens, BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Return pointers to [BLOCK_O, BLOCK_S] of A [Σ o, s] for tokens j BLOCK_S …."""
-    rows = first_row + tl.arange(0, BLOCK_O)
-    tokens = j * BLOCK_S + tl.arange(0, BLOCK_S)
-    return A_ptr + rows[:, None] * num_tokens + tokens[None, :]
-
-
-@triton.jit
-def _token_mask(rows, j, num_tokens, BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr):
-    tokens = j * BLOCK_S + tl.arange(0, BLOCK_S)
-    return (tl.arange(0, BLOCK_O) < rows)[:, None] & (tokens < num_tokens)[None, :]
-
-
-@triton.jit
-def _token_outputs_kernel(
-    table_ptr,  # [L] in, int64: addresses of X
-    rows_ptr,  # [L] in, int64: o of each layer
-    first_rows_ptr,  # [L] in, int64: where each layer begins in A
-    block_map_ptr,  # [num_tiles, 2] in, int32: layer, tile of rows
-    C_ptr,  # [S, d] in, zero rows beyond the tokens
-    A_ptr,  # [Σ o, s] out: X Cᵀ
-    d,  # columns
-    num_tokens,  # s
-    DTYPE: tl.constexpr,  # of all tensors
-    ALIGNED: tl.constexpr,  # every address is a multiple of 16 bytes
-    PRECISION: tl.constexpr,  # of tl.dot
-    BLOCK_O: tl.constexpr,  # rows per program
-    BLOCK_S: tl.constexpr,  # tokens per program
-    BLOCK_D: tl.constexpr,  # columns per step
-):
-    # int64: offsets into weights and A may pass 2**31
-    tile = tl.program_id(0).to(tl.int64)
-    j = tl.program_id(1)
-    layer = tl.load(block_map_ptr + 2 * tile)
-    first = tl.load(block_map_ptr + 2 * tile + 1).to(tl.int64) * BLOCK_O
-    rows = tl.minimum(tl.load(rows_ptr + layer) - first, BLOCK_O).to(tl.int32)
-    X_ptr = _tile_pointer(table_ptr, layer, first, d, DTYPE, ALIGNED)
-    A = tl.zeros((BLOCK_O, BLOCK_S), tl.float32)
-    for start in range(0, d, BLOCK_D):
-        offs_d = start + tl.arange(0, BLOCK_D)
-        X = _load_tile(X_ptr, offs_d, rows, d, BLOCK_O)
-        C = _load_text(C_ptr, 0, j, offs_d, d, BLOCK_S, 1)
-        A = tl.dot(X, tl.trans(C), A, input_precision=PRECISION)
-    ptrs = _token_pointers(
-        A_ptr, tl.load(first_rows_ptr + layer) + first, j, num_tokens, BLOCK_O, BLOCK_S
-    )
-    mask = _token_mask(rows, j, num_tokens, BLOCK_O, BLOCK_S)
-    tl.store(ptrs, A.to(ptrs.dtype.element_ty), mask)
-
-
-@triton.jit
-def _add_token_outputs_kernel(
-    table_ptr,  # [L] in, int64: addresses of X, read and written
-    rows_ptr,  # [L] in, int64: o of each layer
-    first_rows_ptr,  # [L] in, int64: where each layer begins in A
-    block_map_ptr,  # [num_tiles, 2] in, int32: layer, tile of rows
-    M_ptr,  # [S, d] in, zero rows beyond the tokens
-    A_ptr,  # [Σ o, s] in
-    d,  # columns
-    num_tokens,  # s
-    DTYPE: tl.constexpr,  # of all tensors
-    ALIGNED: tl.constexpr,  # every address is a multiple of 16 bytes
-    PRECISION: tl.constexpr,  # of tl.dot
-    BLOCK_O: tl.constexpr,  # rows per program
-    BLOCK_S: tl.constexpr,  # tokens per product
-    BLOCK_D: tl.constexpr,  # columns per program
-    SLOTS: tl.constexpr,  # products
-):
-    tile = tl.program_id(0).to(tl.int64)
-    layer = tl.load(block_map_ptr + 2 * tile)
-    first = tl.load(block_map_ptr + 2 * tile + 1).to(tl.int64) * BLOCK_O
-    rows = tl.minimum(tl.load(rows_ptr + layer) - first, BLOCK_O).to(tl.int32)
-    X_ptr = _tile_pointer(table_ptr, layer, first, d, DTYPE, ALIGNED)
-    first_row = tl.load(first_rows_ptr + layer) + first
-    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    X = _load_tile(X_ptr, offs_d, rows, d, BLOCK_O)
-    for j in range(SLOTS):
-        ptrs = _token_pointers(A_ptr, first_row, j, num_tokens, BLOCK_O, BLOCK_S)
-        A = tl.load(ptrs, _token_mask(rows, j, num_tokens, BLOCK_O, BLOCK_S), other=0.0)
-        M = _load_text(M_ptr, 0, j, offs_d, d, BLOCK_S, 1)
-        X = tl.dot(A.to(tl.float32), M, X, input_precision=PRECISION)
-    _store_tile(X_ptr, X, offs_d, rows, d, BLOCK_O)
-
-
-@triton.jit
-def _token_sums_kernel(
-    table_ptr,  # [L] in, int64: addresses of X
-    rows_ptr,  # [L] in, int64: o of each layer
-    first_rows_ptr,  # [L] in, int64: where each layer begins in A
-    block_map_ptr,  # [num_tiles, 2] in, int32: layer, tile of rows
-    A_ptr,  # [Σ o, s] in
-    sums_ptr,  # [num_splits, S, d] out, fp32: each program's share of Σ Aᵀ X
-    d,  # columns
-    num_tokens,  # s
-    num_tiles,  # of rows, all layers together
-    DTYPE: tl.constexpr,  # of X and A
-    ALIGNED: tl.constexpr,  # every address is a multiple of 16 bytes
-    PRECISION: tl.constexpr,  # of tl.dot
-    BLOCK_O: tl.constexpr,  # rows per tile
-    BLOCK_S: tl.constexpr,  # tokens per program
-    BLOCK_D: tl.constexpr,  # columns per program
-):
-    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    j, num_slots = tl.program_id(1), tl.num_programs(1)
-    split, num_splits = tl.program_id(2), tl.num_programs(2)
-    sums = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-    for tile_i32 in range(split, num_tiles, num_splits):
-        tile = tl.cast(tile_i32, tl.int64)
-        layer = tl.load(block_map_ptr + 2 * tile)
-        first = tl.load(block_map_ptr + 2 * tile + 1).to(tl.int64) * BLOCK_O
-        rows = tl.minimum(tl.load(rows_ptr + layer) - first, BLOCK_O).to(tl.int32)
-        first_row = tl.load(first_rows_ptr + layer) + first
-        ptrs = _token_pointers(A_ptr, first_row, j, num_tokens, BLOCK_O, BLOCK_S)
-        A = tl.load(ptrs, _token_mask(rows, j, num_tokens, BLOCK_O, BLOCK_S), other=0.0)
-        X_ptr = _tile_pointer(table_ptr, layer, first, d, DTYPE, ALIGNED)
-        X = _load_tile(X_ptr, offs_d, rows, d, BLOCK_O)
-        sums = tl.dot(tl.trans(A.to(tl.float32)), X, sums, input_precision=PRECISION)
-    first_token = tl.cast((split * num_slots + j) * BLOCK_S, tl.int64)
-    offs = first_token * d + tl.arange(0, BLOCK_S)[:, None] * d + offs_d[None, :]
-    tl.store(sums_ptr + offs, sums, (offs_d < d)[None, :])
 
 
 def _group(num_products: int, dtype: torch.dtype, *, both: bool = False) -> int:
@@ -497,16 +296,8 @@ def _group(num_products: int, dtype: torch.dtype, *, both: bool = False) -> int:
     return ceil_div(num_products, ceil_div(num_products, largest))
 
 
-def _pack(text: Sequence[Tensor], padded: int) -> Tensor:
-    """Return [N, padded, d], each concept's tokens followed by zero rows."""
-    packed = text[0].new_zeros(len(text), padded, text[0].shape[1])
-    for row, x in zip(packed, text, strict=True):
-        row[: len(x)] = x
-    return packed
-
-
 def _unpack(packed: Tensor, text: Sequence[Tensor]) -> list[Tensor]:
-    """Undo `_pack`: [N, padded, d] -> N tensors [s_n, d], of the text's dtype."""
+    """Undo `pack`: [N, padded, d] -> N tensors [s_n, d], of the text's dtype."""
     return [row[: len(x)].to(x.dtype, copy=True) for row, x in zip(packed, text, strict=True)]
 
 
@@ -518,38 +309,20 @@ def projected_merge_forward(inputs: arguments.ProjectedMerge) -> list[Tensor]:
         return [x.clone(memory_format=torch.contiguous_format) for x in W0]
     W0, W = contiguous(W0), contiguous(W)
     out = [torch.empty_like(x) for x in W0]
-    everything = [*W0, *W, *out]
-    d = W0[0].shape[1]
-    chosen = settings(W0[0].dtype, longest)
-    slots = ceil_div(longest, chosen.block_s)
-    rows = tuple([x.shape[0] for x in W0])
-    tiles = block_map(rows, chosen.block_o, W0[0].device)
-    if len(tiles) == 0 or d == 0:
+    if W0[0].shape[1] == 0 or sum(map(len, W0)) == 0:
         return out
-    size = len(tiles) * len(C) * slots * chosen.block_o * chosen.block_s
+    of = Tiles.of(W0, [*W0, *W, *out], longest)
+    size = of.count * len(C) * of.chosen.block_o * of.padded
     with on_device_of(W0[0]):
-        table = pointer_table(everything, W0[0].device)
-        _projected_merge_fwd_kernel[(len(tiles),)](
-            table_ptr=table.pointers,
-            rows_ptr=sizes_on_device(rows, W0[0].device),
-            block_map_ptr=tiles,
-            C_ptr=_pack(C, slots * chosen.block_s),
-            M_ptr=_pack(M, slots * chosen.block_s),
+        _projected_merge_fwd_kernel[(of.count,)](
+            C_ptr=pack(C, of.padded),
+            M_ptr=pack(M, of.padded),
             A_ptr=torch.empty(size, dtype=torch.float32, device=W0[0].device),
-            d=d,
             num_layers=len(W0),
             num_concepts=len(C),
-            DTYPE=TRITON_DTYPE[W0[0].dtype],
-            ALIGNED=table.aligned,
-            PRECISION=dot_precision(W0[0].dtype),
-            BLOCK_O=chosen.block_o,
-            BLOCK_S=chosen.block_s,
-            BLOCK_D=chosen.block_d,
-            SLOTS=slots,
-            GROUP=_group(len(C) * slots, W0[0].dtype),
-            num_warps=chosen.num_warps,
-            num_stages=chosen.num_stages,
-            **launch_options(),
+            SLOTS=of.slots,
+            GROUP=_group(len(C) * of.slots, W0[0].dtype),
+            **of.arguments,
         )
     return out
 
@@ -563,8 +336,7 @@ def projected_merge_backward(
     d_out = contiguous(d_out)
     device, dtype, d = d_out[0].device, d_out[0].dtype, d_out[0].shape[1]
     longest = max((len(C_n) for C_n in C), default=0)
-    rows = tuple([x.shape[0] for x in d_out])
-    if longest == 0 or d == 0 or sum(rows) == 0:
+    if longest == 0 or d == 0 or sum(map(len, d_out)) == 0:
         return (
             [x.clone() for x in d_out] if need_W0 else [],
             [torch.zeros_like(x) for _ in C for x in d_out] if need_W else [],
@@ -583,75 +355,39 @@ def projected_merge_backward(
         *(d_W0 or nothing * len(W0)),
         *d_W,
     ]
-    chosen = settings(dtype, longest)
-    slots = ceil_div(longest, chosen.block_s)
-    padded = slots * chosen.block_s
-    tiles = block_map(rows, chosen.block_o, device)
-    size = len(tiles) * len(C) * chosen.block_o * padded
+    of = Tiles.of(d_out, everything, longest)
+    size = of.count * len(C) * of.chosen.block_o * of.padded
     A = torch.empty(size if need_M else 0, dtype=torch.float32, device=device)
     B = torch.empty(size, dtype=torch.float32, device=device)
+    common = {
+        **{"A_ptr": A, "B_ptr": B, "num_layers": len(W0), "num_concepts": len(C)},
+        **{"SLOTS": of.slots, **of.arguments},
+    }
     with on_device_of(d_out[0]):
-        table = pointer_table(everything, device)
-        _projected_merge_bwd_kernel[(len(tiles),)](
-            table_ptr=table.pointers,
-            rows_ptr=sizes_on_device(rows, device),
-            block_map_ptr=tiles,
-            C_ptr=_pack(C, padded),
-            M_ptr=_pack(M, padded),
-            A_ptr=A,
-            B_ptr=B,
-            d=d,
-            num_layers=len(W0),
-            num_concepts=len(C),
+        _projected_merge_bwd_kernel[(of.count,)](
+            C_ptr=pack(C, of.padded),
+            M_ptr=pack(M, of.padded),
             NEED_W0=need_W0,
             NEED_W=need_W,
             NEED_A=need_M,
             NEED_B=need_W0 or need_W or need_C,
-            DTYPE=TRITON_DTYPE[dtype],
-            ALIGNED=table.aligned,
-            PRECISION=dot_precision(dtype),
-            BLOCK_O=chosen.block_o,
-            BLOCK_S=chosen.block_s,
-            BLOCK_D=chosen.block_d,
-            SLOTS=slots,
-            GROUP=_group(len(C) * slots, dtype, both=need_M),
-            num_warps=chosen.num_warps,
-            num_stages=chosen.num_stages,
-            **launch_options(),
+            GROUP=_group(len(C) * of.slots, dtype, both=need_M),
+            **common,
         )
         if not (need_C or need_M):
             return d_W0, d_W, [], []
-        splits = min(NUM_SPLITS, len(tiles))
-        shares_C = torch.empty(
-            (splits if need_C else 0, len(C), padded, d), dtype=torch.float32, device=device
+        splits = min(NUM_SPLITS, of.count)
+        shares_C, shares_M = (
+            torch.empty((splits if need else 0, len(C), of.padded, d), dtype=B.dtype, device=device)
+            for need in (need_C, need_M)
         )
-        shares_M = torch.empty(
-            (splits if need_M else 0, len(C), padded, d), dtype=torch.float32, device=device
-        )
-        _projected_merge_bwd_text_kernel[(ceil_div(d, chosen.block_d), len(C) * slots, splits)](
-            table_ptr=table.pointers,
-            rows_ptr=sizes_on_device(rows, device),
-            block_map_ptr=tiles,
-            A_ptr=A,
-            B_ptr=B,
+        _projected_merge_bwd_text_kernel[ceil_div(d, of.chosen.block_d), len(C) * of.slots, splits](
             d_C_ptr=shares_C,
             d_M_ptr=shares_M,
-            d=d,
-            num_layers=len(W0),
-            num_concepts=len(C),
-            num_tiles=len(tiles),
+            num_tiles=of.count,
             NEED_C=need_C,
             NEED_M=need_M,
-            DTYPE=TRITON_DTYPE[dtype],
-            ALIGNED=table.aligned,
-            PRECISION=dot_precision(dtype),
-            BLOCK_O=chosen.block_o,
-            BLOCK_S=chosen.block_s,
-            BLOCK_D=chosen.block_d,
-            SLOTS=slots,
-            num_warps=chosen.num_warps,
-            num_stages=chosen.num_stages,
-            **launch_options(),
+            **common,
         )
     return (
         d_W0,
@@ -659,92 +395,3 @@ def projected_merge_backward(
         _unpack(shares_C.sum(0), C) if need_C else [],
         _unpack(shares_M.sum(0), M) if need_M else [],
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Tokens:
-    """What the launches for one text have in common."""
-
-    chosen: Settings
-    slots: int
-    """Products of block_s tokens."""
-    tiles: Tensor
-    arguments: dict[str, Any]
-
-    @classmethod
-    def of(cls, X: Sequence[Tensor], num_tokens: int, most: int = 64) -> _Tokens:
-        """Prepare launches on contiguous X, which the caller keeps: here are only addresses."""
-        device, dtype = X[0].device, X[0].dtype
-        rows = tuple([len(x) for x in X])
-        chosen = settings(dtype, num_tokens)
-        chosen = replace(chosen, block_s=min(chosen.block_s, most))
-        tiles = block_map(rows, chosen.block_o, device)
-        table = pointer_table(X, device)
-        return cls(
-            chosen=chosen,
-            slots=ceil_div(num_tokens, chosen.block_s),
-            tiles=tiles,
-            arguments={
-                "table_ptr": table.pointers,
-                "rows_ptr": sizes_on_device(rows, device),
-                "first_rows_ptr": sizes_on_device(tuple(accumulate(rows, initial=0))[:-1], device),
-                "block_map_ptr": tiles,
-                "d": X[0].shape[1],
-                "num_tokens": num_tokens,
-                "DTYPE": TRITON_DTYPE[dtype],
-                "ALIGNED": table.aligned,
-                "PRECISION": dot_precision(dtype),
-                "BLOCK_O": chosen.block_o,
-                "BLOCK_S": chosen.block_s,
-                "BLOCK_D": chosen.block_d,
-                "num_warps": chosen.num_warps,
-                "num_stages": chosen.num_stages,
-                **launch_options(),
-            },
-        )
-
-
-def token_outputs(X: Sequence[Tensor], C: Tensor) -> Tensor:
-    """Return X Cᵀ [Σ o_l, s], by one launch."""
-    rows = sum(map(len, X))
-    A = C.new_empty(rows, len(C))
-    if A.numel() == 0 or C.shape[1] == 0:
-        return A.zero_()
-    X = contiguous(X)
-    with on_device_of(C):
-        of = _Tokens.of(X, len(C))
-        text = _pack([C], of.slots * of.chosen.block_s)
-        _token_outputs_kernel[(len(of.tiles), of.slots)](C_ptr=text, A_ptr=A, **of.arguments)
-    return A
-
-
-def add_token_outputs(X: Sequence[Tensor], A: Tensor, M: Tensor) -> None:
-    """Add A_l M to X_l, contiguous, by one launch."""
-    if A.numel() == 0 or M.shape[1] == 0:
-        return
-    with on_device_of(M):
-        # of 64 tokens, three products for float32 spill registers (triton 3.8, sm_90)
-        of = _Tokens.of(X, len(M), most=32)
-        text = _pack([M], of.slots * of.chosen.block_s)
-        grid = len(of.tiles), ceil_div(M.shape[1], of.chosen.block_d)
-        _add_token_outputs_kernel[grid](
-            M_ptr=text, A_ptr=A.contiguous(), SLOTS=of.slots, **of.arguments
-        )
-
-
-def token_sums(X: Sequence[Tensor], A: Tensor) -> Tensor:
-    """Return Σ_l A_lᵀ X_l [s, d], by one launch and the sum of the programs' shares."""
-    num_tokens, d = A.shape[1], X[0].shape[1]
-    if A.numel() == 0 or d == 0:
-        return A.new_zeros(num_tokens, d)
-    X = contiguous(X)
-    with on_device_of(A):
-        of = _Tokens.of(X, num_tokens)
-        splits = min(NUM_SPLITS, len(of.tiles))
-        padded = of.slots * of.chosen.block_s
-        shares = torch.empty((splits, padded, d), dtype=torch.float32, device=A.device)
-        grid = ceil_div(d, of.chosen.block_d), of.slots, splits
-        _token_sums_kernel[grid](
-            A_ptr=A.contiguous(), sums_ptr=shares, num_tiles=len(of.tiles), **of.arguments
-        )
-        return shares.sum(0)[:num_tokens].to(A.dtype)

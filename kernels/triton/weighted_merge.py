@@ -8,47 +8,31 @@ writes up to N + 1. A multiply and an add per value read: memory is the only lim
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mima.kernels._common import (
-    TRITON_DTYPE,
-    block_map,
+    ceil_div,
     contiguous,
-    launch_options,
+    launch_stream,
     load_pointer,
     load_wide,
-    on_device_of,
-    pointer_table,
-    sizes_on_device,
     store_narrow,
+    stream_place,
 )
 from mima.ops.backends import arguments
 from mima.ops.backends.arguments import Needs, Tensors
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Launch settings of the two kernels."""
-
-    block: int
-    """Elements per program."""
-    num_warps: int
-
-
-@functools.cache
-def settings(dtype: torch.dtype) -> Settings:
-    """Return the settings for a dtype: each thread makes two 16-byte accesses per tensor.
+def _block(dtype: torch.dtype) -> int:
+    """Return the elements per program: each thread makes two 16-byte accesses per tensor.
 
     Chosen from the count of bytes in flight, not measured on a GPU: N + 1 independent loads of 512
     bytes a warp, twice, before the last use.
     """
-    return Settings(block=1024 * (4 // dtype.itemsize), num_warps=4)
+    return 1024 * (4 // dtype.itemsize)
 
 
 @triton.jit
@@ -82,11 +66,7 @@ def _weighted_merge_fwd_kernel(
     ALIGNED: tl.constexpr,  # every address is a multiple of 16 bytes
     BLOCK: tl.constexpr,  # elements per program
 ):
-    pid = tl.program_id(0)
-    p = tl.load(block_map_ptr + 2 * pid)
-    # int64: a tensor may pass 2**31 elements
-    start = tl.load(block_map_ptr + 2 * pid + 1).to(tl.int64) * BLOCK
-    size = tl.load(sizes_ptr + p)
+    p, start, size = stream_place(block_map_ptr, sizes_ptr, BLOCK)
     if start + BLOCK <= size:
         _merge_block(
             table_ptr, weights_ptr, p, num_tensors, start, size,
@@ -149,9 +129,7 @@ def _weighted_merge_bwd_kernel(
 ):
     # int64: programs times concepts may pass 2**31
     pid = tl.program_id(0).to(tl.int64)
-    p = tl.load(block_map_ptr + 2 * pid)
-    start = tl.load(block_map_ptr + 2 * pid + 1).to(tl.int64) * BLOCK
-    size = tl.load(sizes_ptr + p)
+    p, start, size = stream_place(block_map_ptr, sizes_ptr, BLOCK)
     if start + BLOCK <= size:
         _merge_bwd_block(
             table_ptr, weights_ptr, d_weights_ptr, pid, p, num_tensors, start, size,
@@ -169,26 +147,12 @@ def weighted_merge_forward(inputs: arguments.WeightedMerge) -> list[Tensor]:
     base, thetas, weights = inputs
     base, thetas, weights = contiguous(base), contiguous(thetas), weights.contiguous()
     out = [torch.empty_like(b) for b in base]
-    everything = [*base, *thetas, *out]
-    chosen, device = settings(base[0].dtype), base[0].device
-    sizes = tuple([x.numel() for x in base])
-    blocks = block_map(sizes, chosen.block, device)
-    if len(blocks) > 0:
-        table = pointer_table(everything, device)
-        with on_device_of(base[0]):
-            _weighted_merge_fwd_kernel[(len(blocks),)](
-                table_ptr=table.pointers,
-                sizes_ptr=sizes_on_device(sizes, device),
-                block_map_ptr=blocks,
-                weights_ptr=weights,
-                num_tensors=len(base),
-                NUM_CONCEPTS=len(weights),
-                DTYPE=TRITON_DTYPE[base[0].dtype],
-                ALIGNED=table.aligned,
-                BLOCK=chosen.block,
-                num_warps=chosen.num_warps,
-                **launch_options(),
-            )
+    launch_stream(
+        *(_weighted_merge_fwd_kernel, base, [*base, *thetas, *out]),
+        block=_block(base[0].dtype),
+        weights_ptr=weights,
+        NUM_CONCEPTS=len(weights),
+    )
     return out
 
 
@@ -210,28 +174,18 @@ def weighted_merge_backward(
         *(d_base or [None] * len(base)),
         *d_thetas,
     ]
-    chosen, device = settings(d_out[0].dtype), d_out[0].device
-    sizes = tuple([x.numel() for x in d_out])
-    blocks = block_map(sizes, chosen.block, device)
-    shares = weights.new_empty(len(blocks) if need_weights else 0, len(weights))
-    if len(blocks) > 0 and (need_base or need_thetas or need_weights):
-        table = pointer_table(everything, device)
-        with on_device_of(d_out[0]):
-            _weighted_merge_bwd_kernel[(len(blocks),)](
-                table_ptr=table.pointers,
-                sizes_ptr=sizes_on_device(sizes, device),
-                block_map_ptr=blocks,
-                weights_ptr=weights,
-                d_weights_ptr=shares,
-                num_tensors=len(d_out),
-                NEED_BASE=need_base,
-                NEED_THETAS=need_thetas,
-                NEED_WEIGHTS=need_weights,
-                NUM_CONCEPTS=len(weights),
-                DTYPE=TRITON_DTYPE[d_out[0].dtype],
-                ALIGNED=table.aligned,
-                BLOCK=chosen.block,
-                num_warps=chosen.num_warps,
-                **launch_options(),
-            )
+    block = _block(d_out[0].dtype)
+    programs = sum(ceil_div(d.numel(), block) for d in d_out)
+    shares = weights.new_empty(programs if need_weights else 0, len(weights))
+    if any(needs):
+        launch_stream(
+            *(_weighted_merge_bwd_kernel, d_out, everything),
+            block=block,
+            weights_ptr=weights,
+            d_weights_ptr=shares,
+            NEED_BASE=need_base,
+            NEED_THETAS=need_thetas,
+            NEED_WEIGHTS=need_weights,
+            NUM_CONCEPTS=len(weights),
+        )
     return d_base, d_thetas, shares.double().sum(0).float() if need_weights else None

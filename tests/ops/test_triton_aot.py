@@ -25,6 +25,7 @@ from mima.kernels import (
     group_norm,
     merge_lora,
     projected_merge,
+    token_products,
     weighted_merge,
 )
 from support.triton_aot import (
@@ -111,9 +112,9 @@ def _combine(dtype: torch.dtype) -> None:
 def _token_outputs(dtype: torch.dtype, tokens: int) -> None:
     X = [torch.empty(o, 768, dtype=dtype) for o in (320, 640)]
     C, A = torch.empty(tokens, 768, dtype=dtype), torch.empty(960, tokens, dtype=dtype)
-    projected_merge.token_outputs(X, C)
-    projected_merge.add_token_outputs(X, A, C)
-    projected_merge.token_sums(X, A)
+    token_products.token_outputs(X, C)
+    token_products.add_token_outputs(X, A, C)
+    token_products.token_sums(X, A)
 
 
 def _projected_merge(dtype: torch.dtype, tokens: int) -> None:
@@ -181,14 +182,14 @@ USUAL: dict[str, Call] = {
     "weighted_merge": (weighted_merge, _weighted_merge, ()),
     "adam_step": (adam_step, _adam_step, ()),
     "combine": (combine, _combine, ()),
-    "token_outputs": (projected_merge, _token_outputs, (9,)),
+    "token_outputs": (token_products, _token_outputs, (9,)),
     "projected_merge": (projected_merge, _projected_merge, (9,)),
     "batched_lora": (batched_lora, _batched_lora, (16,)),
     "merge_lora": (merge_lora, _merge_lora, (16,)),
 }
 # The largest tiles of each heuristic, which have the most to keep in registers.
 LARGEST: dict[str, Call] = {
-    "token_outputs-77": (projected_merge, _token_outputs, (77,)),
+    "token_outputs-77": (token_products, _token_outputs, (77,)),
     "projected_merge-77-tokens": (projected_merge, _projected_merge, (77,)),
     "batched_lora-rank-64": (batched_lora, _batched_lora, (64,)),
     "merge_lora-rank-64": (merge_lora, _merge_lora, (64,)),
@@ -324,9 +325,9 @@ def test_one_launch_serves_a_whole_list() -> None:
     assert len(launches) == 1
     W0 = [torch.empty(o, 8) for o in (3, 640, 0)]
     C = [torch.empty(2, 8)] * 2
-    with recorded_launches(projected_merge) as launches:
+    with recorded_launches(projected_merge, token_products) as launches:
         projected_merge.projected_merge_forward(arguments.ProjectedMerge(W0, W0 * 2, C, C))
-        projected_merge.token_outputs(W0, C[0])
-        projected_merge.add_token_outputs(W0, torch.empty(643, 2), C[0])
-        projected_merge.token_sums(W0, torch.empty(643, 2))
+        token_products.token_outputs(W0, C[0])
+        token_products.add_token_outputs(W0, torch.empty(643, 2), C[0])
+        token_products.token_sums(W0, torch.empty(643, 2))
     assert len(launches) == 4
