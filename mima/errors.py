@@ -26,10 +26,21 @@ class ProblemList(MimaError):  # noqa: N818 - reads as what it holds; MimaError 
         super().__init__("\n".join([summary, *(f"  - {problem}" for problem in self.problems)]))
 
 
+def cut(text: str, longest: int) -> str:
+    """A text that is not too long, whose cut end shows."""
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
 def one_line(error: object, longest: int = 200) -> str:
     """An error or a value as one line that is not too long, whatever stands in it."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
-    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+    return cut(text, longest)
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says first, or its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return one_line(lines[0] if lines else type(error).__name__)
 
 
 def quoted(value: object, longest: int = 200) -> str:

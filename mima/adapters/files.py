@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mima.adapters.adapter import Adapter, check_unadapted, low_rank_updates
-from mima.errors import MimaError
+from mima.errors import MimaError, first_line, one_line, quoted
 from mima.families import family_of, load_pipeline
 from mima.families.new_words import TOKEN
 from mima.families.pipelines import (
@@ -42,7 +42,7 @@ from mima.storage.names import (
     MODEL_INDEX,
     PEFT_CONFIG,
 )
-from mima.storage.plain_data import read_json, shortened
+from mima.storage.plain_data import read_json
 from mima.storage.record import prompt_of
 from mima.storage.tensor_files import header_texts
 
@@ -161,7 +161,7 @@ class AdapterReader:
         for key, value in state.items():
             learned_word = key == "string_to_param" and isinstance(value, Mapping)
             if not isinstance(key, str) or not (learned_word or _is_plain(value)):
-                raise MimaError(f"adapter {path}: {shortened(repr(key))} is no tensor by name")
+                raise MimaError(f"adapter {path}: {quoted(key)} is no tensor by name")
         if path.suffix == ".safetensors" and is_delta(path):
             delta = read_delta(path)
             return {"values": delta.values, "words": delta.words}
@@ -367,21 +367,21 @@ def _foreign(path: Path) -> Iterator[None]:
     try:
         yield
     except FOREIGN_ERRORS as error:
-        raise MimaError(f"adapter {path} cannot be read: {shortened(error)}") from error
+        raise MimaError(f"adapter {path} cannot be read: {first_line(error)}") from error
 
 
 def _refusal(error: Exception) -> str:
     """What is to be said of an adapter that raised one of `READING_ERRORS`."""
     if isinstance(error, KeyError):
-        return f"cannot be read: it lacks {shortened(error)}"
+        return f"cannot be read: it lacks {first_line(error)}"
     if isinstance(error, UnpicklingError):
         # torch's message advises weights_only=False, which runs the code in the file
         return "cannot be read: it is damaged, or holds more than tensors, which is not run"
     first, *named = str(error).splitlines() or [""]
     if named and "loading state_dict" in first:
         # torch names the weights below a line that names their module alone
-        return f"does not fit the model: {shortened(named[0].strip())}"
-    return f"cannot be read: {shortened(error)}"
+        return f"does not fit the model: {one_line(named[0])}"
+    return f"cannot be read: {first_line(error)}"
 
 
 def _is_plain(value: object) -> bool:
@@ -430,7 +430,7 @@ def _check_config(path: Path, settings: Mapping[str, Any], state: Mapping[str, A
     for name in names:
         if not isinstance(name, str) or not _PLAIN.fullmatch(name):
             raise MimaError(
-                f"adapter {path}: {shortened(repr(name), 80)} is an expression for layers, "
+                f"adapter {path}: {quoted(name, 80)} is an expression for layers, "
                 "which is not run; name the layers"
             )
     downs = [value for key, value in state.items() if _LORA_DOWN.search(key) and value.ndim]
@@ -438,7 +438,7 @@ def _check_config(path: Path, settings: Mapping[str, Any], state: Mapping[str, A
     for rank in ranks:
         if not isinstance(rank, int) or not 1 <= rank <= max(most, MOST_RANK):
             raise MimaError(
-                f"adapter {path}: rank {shortened(repr(rank), 40)}, the largest of the file's "
+                f"adapter {path}: rank {quoted(rank, 40)}, the largest of the file's "
                 f"matrices is {most}"
             )
 

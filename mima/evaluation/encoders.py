@@ -29,12 +29,11 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from mima.choices import PictureProtocol
-from mima.errors import MimaError, nearest
+from mima.errors import MimaError, first_line, nearest, one_line
 from mima.evaluation.discriminants import DiscriminantEncoder
 from mima.families.hub import unreachable
 from mima.families.loading import LOADING_ERRORS
 from mima.storage.inputs import is_hub_id
-from mima.storage.plain_data import shortened
 from mima.storage.tensor_files import fingerprint
 
 CLIP_DEFAULT = "openai/clip-vit-base-patch32"
@@ -351,7 +350,7 @@ class Lpips:
                 net.load_state_dict(load_file(_weights_file(self.name)))
             except LOADING_ERRORS as error:
                 raise MimaError(
-                    f"similarity lpips: cannot open {self.name!r}: {shortened(error)}"
+                    f"similarity lpips: cannot open {self.name!r}: {first_line(error)}"
                 ) from error
         self.model: Any = net.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
@@ -506,7 +505,7 @@ def load_encoder(
     }
     if kind not in encoders:
         raise MimaError(
-            f"encoder: {source} is a {shortened(kind)} model; clip, vit and dinov2 are supported"
+            f"encoder: {source} is a {one_line(kind)} model; clip, vit and dinov2 are supported"
         )
     opened = encoders[kind](source, device=device, batch_size=batch_size, protocol=protocol)
     with _opening(source):
@@ -537,7 +536,7 @@ def _opening(source: str) -> Iterator[None]:
     except MimaError:
         raise
     except LOADING_ERRORS as error:
-        raise MimaError(f"encoder: cannot open {source!r}: {shortened(error)}") from error
+        raise MimaError(f"encoder: cannot open {source!r}: {first_line(error)}") from error
 
 
 def _preprocessor(

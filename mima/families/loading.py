@@ -37,7 +37,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 
 from mima.assets import assets
-from mima.errors import MimaError
+from mima.errors import MimaError, first_line, one_line
 from mima.families.base import UNQUANTIZED, Family, cast
 from mima.families.flux import Flux
 from mima.families.hub import unreachable
@@ -52,7 +52,6 @@ from mima.families.stable_diffusion import StableDiffusion
 from mima.options import TrainingOptions
 from mima.storage.inputs import check_model, expanded
 from mima.storage.names import MODEL_INDEX
-from mima.storage.plain_data import shortened
 from mima.storage.tensor_files import read_header
 
 logger = logging.getLogger(__name__)
@@ -306,7 +305,7 @@ def _absent_offline(model: str, revision: str | None) -> str:
 def _explain(model: str, revision: str | None, error: Exception) -> str:
     match error:
         case LocalEntryNotFoundError() | OfflineModeIsEnabled():
-            return f"{_absent_offline(model, revision)}: {shortened(error)}"
+            return f"{_absent_offline(model, revision)}: {first_line(error)}"
         case GatedRepoError():
             return f"{model} is gated: accept its conditions on the hub, then `hf auth login`"
         case RevisionNotFoundError():
@@ -316,7 +315,7 @@ def _explain(model: str, revision: str | None, error: Exception) -> str:
         case RepositoryNotFoundError():
             return f"neither a folder nor a public model of the hub is called {model!r}"
         case _:
-            return f"cannot get {model!r} from the hub: {shortened(error)}"
+            return f"cannot get {model!r} from the hub: {first_line(error)}"
 
 
 def _open_folder(path: Path, dtype: torch.dtype | None, variant: str | None) -> Any:
@@ -327,7 +326,7 @@ def _open_folder(path: Path, dtype: torch.dtype | None, variant: str | None) -> 
             str(path), variant=variant, local_files_only=True, **wanted, **absent_parts(index)
         )
     except LOADING_ERRORS as error:
-        raise MimaError(f"model: cannot open {path}: {shortened(error)}") from error
+        raise MimaError(f"model: cannot open {path}: {first_line(error)}") from error
     for name, network in networks(pipeline).items():
         _check_complete(path / name, network)
     return pipeline
@@ -356,7 +355,7 @@ def check_folder_of_model(
         return index
     for name, kind in index.items():
         if isinstance(kind, list) and all(isinstance(part, str) for part in kind):
-            _check_component(path / name, shortened(".".join(kind)), variant)
+            _check_component(path / name, one_line(".".join(kind)), variant)
     files = [*path.glob("*/*.safetensors"), *path.glob("*/*.bin")]
     # diffusers takes the plain weights of components that come in no variant
     if variant is not None and not any(f".{variant}" in file.name for file in files):
@@ -374,7 +373,7 @@ def _check_code(path: Path, index: Mapping[str, Any]) -> None:
     for name, kind in index.items():
         if not isinstance(kind, list) or not kind or not isinstance(kind[0], str):
             continue
-        shown = shortened(f"{name}: {kind}")
+        shown = one_line(f"{name}: {kind}")
         if len(kind) != 2 or not all(
             isinstance(part, str) and part.isidentifier() for part in kind
         ):
@@ -551,7 +550,7 @@ def _open_file(path: Path, dtype: torch.dtype | None, config: str | Path | None)
                 "; diffusers reads its configuration from the hub: offline, pass config "
                 "(--single-file-config), a diffusers folder of a model of the same architecture"
             )
-        raise MimaError(f"model: cannot open {path}: {shortened(error)}{hint}") from error
+        raise MimaError(f"model: cannot open {path}: {first_line(error)}{hint}") from error
     for name, network in networks(pipeline).items():
         _check_filled(path, name, network)
     return pipeline
@@ -586,7 +585,7 @@ def _open_transformer(
         )
     except LOADING_ERRORS as error:
         raise MimaError(
-            f"model: cannot open {path} with the parts of {config}: {shortened(error)}"
+            f"model: cannot open {path} with the parts of {config}: {first_line(error)}"
         ) from error
     if type(pipeline).__name__ != TRANSFORMERS[kind]:
         raise MimaError(
@@ -614,7 +613,7 @@ def safetensors_keys(path: Path) -> list[str]:
             return list(file.keys())
     except (OSError, SafetensorError) as error:
         raise MimaError(
-            f"model: {path} is damaged or no safetensors file: {shortened(error)}"
+            f"model: {path} is damaged or no safetensors file: {first_line(error)}"
         ) from error
 
 
@@ -622,7 +621,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise MimaError(f"model: cannot read {path}: {shortened(error)}") from error
+        raise MimaError(f"model: cannot read {path}: {first_line(error)}") from error
 
 
 def _open_embedded(dtype: torch.dtype | None) -> Any:

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
 from mima.assets import assets
-from mima.errors import MimaError
+from mima.errors import MimaError, first_line
 from mima.families.base import cast
 from mima.families.frozen import Upcast, is_quantized
 from mima.families.loading import (
@@ -27,7 +27,6 @@ from mima.families.loading import (
 )
 from mima.families.pipelines import Pipeline, networks, with_modules
 from mima.storage.inputs import check_model, expanded
-from mima.storage.plain_data import shortened
 
 
 def open_skeleton(model: Any) -> Pipeline:
@@ -72,7 +71,7 @@ def open_skeleton(model: Any) -> Pipeline:
             str(folder), local_files_only=True, **made, **absent_parts(index)
         )
     except LOADING_ERRORS as error:
-        raise MimaError(f"model: cannot open {folder}: {shortened(error)}") from error
+        raise MimaError(f"model: cannot open {folder}: {first_line(error)}") from error
     for module in made.values():
         module.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
@@ -116,7 +115,7 @@ def _network(folder: Path, kind: list[str]) -> torch.nn.Module:
             else:
                 made = cls(cls.config_class.from_pretrained(str(folder)))
     except (ImportError, *LOADING_ERRORS) as error:
-        raise MimaError(f"model: cannot read {folder}: {shortened(error)}") from error
+        raise MimaError(f"model: cannot read {folder}: {first_line(error)}") from error
     assert isinstance(made, torch.nn.Module)
     return made
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from mima.console import Lines, fitting
-from mima.errors import MimaError
+from mima.errors import MimaError, cut
 from mima.storage.plain_data import flat
 
 if TYPE_CHECKING:
@@ -307,9 +307,7 @@ class ProgressBar:
             self._bars.stop()
 
     def __call__(self, report: StepReport) -> None:
-        label = f"immunizing {report.stage}".strip()
-        if len(label) > self.LABEL:
-            label = f"{label[: self.LABEL - 1]}…"
+        label = cut(f"immunizing {report.stage}".strip(), self.LABEL)
         if report.stage not in self._tasks:
             self._tasks[report.stage] = self._shown.add_task(label, total=report.steps, note="")
         # a blank between columns, and the count of steps

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mima.concepts.pictures import Picture
+from mima.errors import cut
 
 # Okabe and Ito's palette: told apart with any kind of colour vision, and in grey
 ORIGINAL = "#D55E00"
@@ -136,7 +137,7 @@ def line_panel(
         ends = _apart([line.values[-1] for line in lines], 0.11 * spread)
         for line, end in zip(lines, ends, strict=True):
             panel.annotate(
-                _cut(line.label, 13),
+                cut(line.label, 13),
                 (line.steps[-1], line.values[-1]),
                 (1.045, (end - limits[0]) / spread),
                 textcoords="axes fraction",
@@ -144,9 +145,9 @@ def line_panel(
                 fontsize=9.5,
                 annotation_clip=False,
             )
-        figure.text(0.02, 0.975, _cut(title, 44), fontsize=11, fontweight="bold", va="top")
+        figure.text(0.02, 0.975, cut(title, 44), fontsize=11, fontweight="bold", va="top")
         figure.text(
-            *(0.02, 0.885), _cut(f"{quantity} · {subtitle}", 62), fontsize=9, color=MUTED, va="top"
+            *(0.02, 0.885), cut(f"{quantity} · {subtitle}", 62), fontsize=9, color=MUTED, va="top"
         )
     return figure
 
@@ -211,7 +212,7 @@ def strip_chart(strips: Sequence[Strip], *, quantity: str) -> Figure:
         everything = [value for strip in strips for value in strip.values]
         panel.set_xlim(min(0.0, *everything) - 0.04, max(0.1, *everything) + 0.04)
         panel.set_ylim(len(strips) - 0.5, -0.5)
-        panel.set_yticks(range(len(strips)), [_cut(strip.label, 17) for strip in strips])
+        panel.set_yticks(range(len(strips)), [cut(strip.label, 17) for strip in strips])
         panel.tick_params(axis="y", labelsize=10, labelcolor=INK)
         panel.spines["left"].set_visible(False)
         panel.set_xlabel(quantity, fontsize=9.5, loc="left")
@@ -258,10 +259,6 @@ def _apart(values: Sequence[float], gap: float) -> list[float]:
 
 def _start(block: Sequence[int], values: Sequence[float], gap: float) -> float:
     return sum(values[index] for index in block) / len(block) - gap * (len(block) - 1) / 2
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def curve_sheet(panels: Sequence[tuple[str, Sequence[Line]]], *, quantity: str) -> Figure:

@@ -7,9 +7,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from mima.errors import MimaError
+from mima.errors import MimaError, quoted
 from mima.storage.names import DELTA_FILE, EVALUATION_FILE, MODEL_INDEX
-from mima.storage.plain_data import shortened
 
 _HUB_ID = re.compile(r"\b[\w\-.]{1,96}\b/\b[\w\-.]{1,96}\b", re.ASCII)
 
@@ -26,7 +25,7 @@ def expanded(path: str | Path) -> Path:
     Raises:
         MimaError: no file can be called so.
     """
-    shown = shortened(repr(str(path)), 80)
+    shown = quoted(str(path), 80)
     try:
         names = [os.fsencode(part) for part in Path(path).parts]
         found = Path(path).expanduser()

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mima.errors import MimaError, one_line
+from mima.errors import MimaError, first_line, one_line, quoted
 
 DEEPEST = 100
 """Levels of nesting that are read; Python's own recursion ends at 1000."""
@@ -81,7 +81,7 @@ def read_yaml(text: str) -> Any:
     except MimaError:
         raise
     except _VALUE_ERRORS as error:
-        raise MimaError(f"a value cannot be read: {shortened(error)}") from error
+        raise MimaError(f"a value cannot be read: {first_line(error)}") from error
 
 
 def yaml_problem(error: yaml.YAMLError | ValueError) -> str:
@@ -107,12 +107,6 @@ def read_json(text: str) -> Any:
         if depth > DEEPEST:
             raise MimaError(f"nested more than {DEEPEST} levels deep")
     return json.loads(text, object_pairs_hook=_once, parse_int=_integer)
-
-
-def shortened(value: object, limit: int = 200) -> str:
-    """The first line of a text, cut to `limit` characters: for messages that quote a file."""
-    line = (str(value).strip() or type(value).__name__).splitlines()[0]
-    return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
 def _integer(digits: str) -> int:
@@ -141,7 +135,5 @@ def _refuse_twice(keys: Sequence[Any]) -> None:
     seen = set()
     for key in keys:
         if key in seen:
-            raise MimaError(
-                f"{shortened(repr(key))} stands twice in one mapping; only one could be kept"
-            )
+            raise MimaError(f"{quoted(key)} stands twice in one mapping; only one could be kept")
         seen.add(key)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mima._version import installed_versions
-from mima.errors import MimaError
+from mima.errors import MimaError, one_line
 from mima.storage.checkpoint import CheckpointFolder
 from mima.storage.plain_data import flat
 from mima.storage.tensor_files import fingerprint
@@ -84,7 +84,7 @@ def claim(folder: CheckpointFolder, run: Mapping[str, Any], *, resume: bool) -> 
         )
     before, now = ({"model": r["model"], **_settings(r)} for r in (earlier, run))
     problems = [
-        f"{name}: {_short(before.get(name))} then, {_short(now.get(name))} now"
+        f"{name}: {one_line(before.get(name), 60)} then, {one_line(now.get(name), 60)} now"
         for name in dict.fromkeys([*before, *now])
         if before.get(name) != now.get(name) and name not in MAY_CHANGE
     ]
@@ -112,11 +112,6 @@ def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
         for n, concept in enumerate(run.get(kind, []))
     }
     return flat(run["config"]) | flat(concepts)
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def default_folder(output: Path) -> Path:
