@@ -10,41 +10,50 @@ s.t.  θ'[n] = argmin_{θ ∈ S_l} L(x_l[n], c[n]; θ)  for all n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
 
-from mima.adaptation import TextualInversion
 from mima.concepts import Concept
-from mima.concepts.naming import names_of
 from mima.concepts.reading import load_concepts
-from mima.distributed import ALONE, Ranks, device_of, join, looking_after_each_other, world_size
-from mima.erasure import edits_of, erase, load_erased
+from mima.distributed import ALONE, Ranks, device_of, join, looking_after_each_other
+from mima.erasure import erase, load_erased
 from mima.errors import MimaError
-from mima.families import Family, ModelSource, family_of, load_pipeline, origin_of, source_of
-from mima.families.base import cast
+from mima.families import ModelSource, family_of, origin_of, source_of
 from mima.families.frozen import hold_frozen, with_quantized_held
-from mima.families.new_words import check_token, text_parts
-from mima.families.pipelines import Pipeline, shared_copy, with_modules
+from mima.families.new_words import text_parts
+from mima.families.pipelines import with_modules
 from mima.immunization.alternating import alternate
+from mima.immunization.checks import (
+    check_concepts,
+    check_erased,
+    check_model,
+    check_shards,
+)
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import encode_concepts, saw
 from mima.immunization.levels import Problem, merge_layer, recomputed_blocks, sharded, trained_names
 from mima.immunization.offload import idle_modules, make_whole, out_of_memory_while
 from mima.immunization.outer_loop import Ascent
+from mima.immunization.own_model import (
+    gathered,
+    locked_together,
+    move_others,
+    own_copy,
+    with_new_words,
+    write_result,
+)
 from mima.immunization.planning.plan import large, plan
 from mima.immunization.planning.result import Plan
-from mima.immunization.planning.shards import check_drawn, check_splittable
+from mima.immunization.planning.shards import check_drawn
 from mima.immunization.progress import Callback, StepReport
 from mima.immunization.result import ImmunizeResult
 from mima.immunization.trained_words import TrainedWord
 from mima.storage.checkpoint import CheckpointFolder
-from mima.storage.lock import locked
-from mima.storage.output import check_folder, fresh_folder
+from mima.storage.output import check_folder
 from mima.storage.runs import claim, default_folder, describe_run
 from mima.training.captions import ordinary_captions
 
@@ -169,30 +178,12 @@ def immunize(
     concepts = load_concepts(concepts)
     # an empty sequence is no description of a concept
     benign = [] if isinstance(benign, Sequence) and not benign else load_concepts(benign)
-    _check_benign(benign, concepts, config)
-    wordless = [c.name for c in concepts if c.token is None]
-    if config.train_tokens and wordless:
-        raise MimaError(
-            f"lower.train_token: trains each concept's new word; no token: {', '.join(wordless)}"
-        )
-    if config.new_words and len(wordless) == len(concepts):
-        raise MimaError(
-            "new_words: no concept has a token, so there is no new word to learn; name one "
-            "for each instance, such as <new1>, or use the task relearn"
-        )
-    if config.method == "imma" and len(concepts) != 1:
-        raise MimaError(
-            f"method: imma immunizes against one concept, got {len(concepts)}; "
-            "use joint, compose or mima"
-        )
-    _check_shards(config, dry_run=dry_run)
+    check_concepts(concepts, benign, config)
+    check_shards(config, dry_run=dry_run)
     if output is not None:
         check_folder(Path(output), overwrite=overwrite)
         checkpoint = checkpoint or default_folder(Path(output))
-    if erased is not None and config.erase_first:
-        raise MimaError(f"erase_first: the concepts are erased in {erased} already; leave it out")
-    if erased is not None and not Path(erased).expanduser().exists():
-        raise MimaError(f"erased: {erased} does not exist")
+    check_erased(erased, config)
     captions = ordinary_captions(config.captions)
     source = source_of(model)
     if source is None:
@@ -259,7 +250,7 @@ def _immunized(
     """`immunize`, once its arguments are checked and the processes have met."""
     # no GPU is to hold the whole of a denoiser that is held in shards
     apart = source is not None and config.shards > 1
-    pipeline = _own_copy(source or model, "cpu" if apart else device)
+    pipeline = own_copy(source or model, "cpu" if apart else device)
     changed: list[str] = []
     if erased is not None:
         loaded = load_erased(pipeline, erased)
@@ -272,12 +263,12 @@ def _immunized(
         edited = [name for reader in family.text_readers() for name in reader.names]
     hold_frozen(family.denoiser, {*written_to, *edited})
     weights = Problem(family, [], config, None).theta()
-    _check(pipeline, concepts, config)
+    check_model(pipeline, concepts, config)
     if apart:
-        _move_others(pipeline, family, where)
+        move_others(pipeline, family, where)
         check_drawn(concepts, config, on_cpu=where.type == "cpu")
     written = [*([] if output is None else [output]), *([folder.path] if folder else [])]
-    with _locked(ranks, written):
+    with locked_together(ranks, written):
         if folder:
             if overwrite and not resume:
                 ranks.together(folder.remove)
@@ -286,7 +277,7 @@ def _immunized(
 
         vocabulary = text_parts(pipeline)
         if config.new_words:
-            pipeline = _with_new_words(pipeline, concepts, config)
+            pipeline = with_new_words(pipeline, concepts, config)
             family = family_of(pipeline, resolution=config.resolution, training=config.training)
         encoded = partial(encode_concepts, family, config=config, cache=folder, ranks=ranks)
         data, others = encoded(concepts), encoded(benign, benign=True)
@@ -323,7 +314,7 @@ def _immunized(
         # gradients and moments are not needed any more, and the result is larger
         del problem
         if family.sharded is not None:
-            pipeline = _gathered(pipeline, family, main=ranks.main)
+            pipeline = gathered(pipeline, family, main=ranks.main)
         make_whole(pipeline, family.device)
         result = ImmunizeResult(
             pipeline,
@@ -338,7 +329,7 @@ def _immunized(
             saw=saw(concepts, config, benign),
         )
         if output is not None:
-            write = partial(_write, result, output, folder, overwrite=overwrite, delta=delta)
+            write = partial(write_result, result, output, folder, overwrite=overwrite, delta=delta)
             ranks.together(write)
         return result
 
@@ -382,142 +373,3 @@ def _compose(
     for name, value in problem.merge(base, immunized).items():
         theta[name].copy_(value)
     return [report for history, _ in everyone for report in history]
-
-
-def _gathered(pipeline: Pipeline, family: Family, *, main: bool) -> Pipeline:
-    """The pipeline with a denoiser that is whole in the main process' CPU memory, nowhere else."""
-    assert family.sharded is not None
-    part = family.denoiser_name
-    cpu = torch.device("cpu")
-    whole = with_modules(pipeline, **{part: family.sharded.whole(cpu if main else None)})
-    return whole.to(cpu) if main else whole
-
-
-def _check_benign(
-    benign: Sequence[Concept], concepts: Sequence[Concept], config: ImmunizeConfig
-) -> None:
-    if benign and not config.reads_benign:
-        raise MimaError(
-            "benign: nothing reads these concepts; set upper.benign or lower.benign_start"
-        )
-    if config.reads_benign and not benign:
-        name = "lower.benign_start" if config.upper.benign is None else "upper.benign"
-        raise MimaError(
-            f"{name}: there are no benign concepts; name some: immunize(..., benign=[...]), or "
-            "benign: in the run's file"
-        )
-    both = {concept.name for concept in benign} & {concept.name for concept in concepts}
-    if both:
-        raise MimaError(
-            f"benign: {', '.join(sorted(both))} cannot both stay learnable and become immune"
-        )
-
-
-def _check_shards(config: ImmunizeConfig, *, dry_run: bool) -> None:
-    if config.shards == 1:
-        return
-    size = world_size()
-    # a plan is made before the processes are started
-    if size % config.shards and not (dry_run and size == 1):
-        raise MimaError(
-            f"shards: {config.shards} processes hold one model between them, but {size} were "
-            f"started; start a multiple of {config.shards}: torchrun --nproc-per-node "
-            f"{config.shards} -m mima immunize ..."
-        )
-
-
-def _move_others(pipeline: Pipeline, family: Family, where: torch.device) -> None:
-    """Move what encodes pictures and prompts to a device; the denoiser stays where it is."""
-    for module in pipeline.components.values():
-        if isinstance(module, torch.nn.Module) and module is not family.denoiser:
-            module.to(where)
-
-
-def _check(pipeline: Pipeline, concepts: Sequence[Concept], config: ImmunizeConfig) -> None:
-    """Refuse what a later part of the run would refuse, before pictures are drawn or encoded."""
-    kinds = {kind for attacker in config.attackers for kind in attacker.captions}
-    for kind in sorted(kinds & {"without_name", "rare_token"}):
-        nameless = [concept.name for concept in concepts if not names_of(concept)]
-        if nameless:
-            raise MimaError(
-                f"lower.captions: {kind} needs a name to replace; the prompt does not contain it: "
-                f"{', '.join(nameless)}"
-            )
-    if config.erase_first:
-        for concept in concepts:
-            edits_of(concept)
-    if config.shards > 1:
-        check_splittable(pipeline)
-    merges = config.method not in ("none", "imma", "joint")
-    if config.train_tokens and merges and not family_of(pipeline).reads_text_alone:
-        raise MimaError(
-            f"lower.train_token: the text projections of {type(pipeline).__name__} read more than "
-            "text, so that the merge cannot be made anew for a trained word; method joint can"
-        )
-    if config.new_words:
-        new = [concept for concept in concepts if concept.token is not None]
-        for n, concept in enumerate(new):
-            check_token(pipeline, concept)
-            if concept.token in [other.token for other in new[:n]]:
-                raise MimaError(
-                    f"concept {concept.name!r}: another concept has the token {concept.token!r} too"
-                )
-
-
-def _with_new_words(pipeline: Pipeline, concepts: Sequence[Concept], config: ImmunizeConfig) -> Any:
-    """The pipeline with every concept's new word, its embedding trained for ``token_steps``."""
-    for concept in concepts:
-        if concept.token is None:
-            continue
-        run = TextualInversion(seed=config.seed).start(pipeline, concept)
-        run.advance(config.token_steps)
-        pipeline = with_modules(pipeline, **text_parts(run.pipeline))
-    return pipeline
-
-
-@contextmanager
-def _locked(ranks: Ranks, paths: Sequence[Path]) -> Iterator[None]:
-    """Keep other runs from what this one writes; the main process has the locks."""
-    with ExitStack() as locks:
-
-        def lock() -> None:
-            for path in paths:
-                locks.enter_context(locked(path))
-
-        ranks.together(lock)
-        yield
-
-
-def _own_copy(model: Any, device: str | torch.device | None) -> Any:
-    """Open a model in the dtype of its files; of a pipeline in memory, copy what changes of it."""
-    if isinstance(model, ModelSource):
-        pipeline = load_pipeline(model, dtype=None, device=device_of(device))
-        for module in pipeline.components.values():
-            if isinstance(module, torch.nn.Module):
-                hold_frozen(module)
-        return pipeline
-    family = family_of(model)
-    own = shared_copy(family.denoiser).eval()
-    if family.dtype == torch.float64:
-        cast(own, torch.float32)
-    hold_frozen(own)
-    pipeline = with_modules(model, **{family.denoiser_name: own})
-    return pipeline if device is None else pipeline.to(device_of(device))
-
-
-def _write(
-    result: ImmunizeResult,
-    output: Path,
-    folder: CheckpointFolder | None,
-    *,
-    overwrite: bool,
-    delta: bool,
-) -> None:
-    try:
-        with fresh_folder(output, overwrite=overwrite) as staging:
-            result.save_pretrained(staging, delta=delta)
-    except MimaError as error:
-        kept = f"; {folder.path} is intact: resume" if folder else ""
-        raise MimaError(f"{error}{kept}") from error
-    if folder:
-        folder.remove()

@@ -20,7 +20,6 @@ from mima.storage.plain_data import read_yaml, yaml_problem
 
 if TYPE_CHECKING:
     from mima.concepts import Concept
-    from mima.families import ModelSource
     from mima.immunization.planning.result import Plan
     from mima.immunization.progress import Callback
     from mima.immunization.result import ImmunizeResult
@@ -188,25 +187,20 @@ def immunize_file(
     run = read_run(path, recipe=recipe, task=task, settings=settings, output=output, erased=erased)
     assert run.output is not None
     check_folder(run.output, overwrite=overwrite)
-
-    concepts, benign = concepts_of(run, path)
+    said = _arguments(run, path, revision, variant, single_file_config)
 
     # only now what takes seconds to import
     from mima.immunization.algorithm import immunize
 
-    return immunize(
-        _source(run, revision, variant, single_file_config),
-        concepts,
-        run.immunize,
-        benign=benign,
-        erased=run.erased,
-        output=run.output,
+    result: ImmunizeResult = immunize(
+        **said,
         overwrite=overwrite,
         resume=resume,
         delta=delta,
         device=device,
         callbacks=callbacks,
     )
+    return result
 
 
 def concepts_of(run: ImmunizeRun, path: str | Path) -> tuple[list[Concept], list[Concept]]:
@@ -227,54 +221,56 @@ def concepts_of(run: ImmunizeRun, path: str | Path) -> tuple[list[Concept], list
 def plan_file(
     path: str | Path,
     *,
-    recipe: Recipe | None = None,
-    task: Task | None = None,
-    settings: Mapping[str, Any] | None = None,
-    output: str | Path | None = None,
-    erased: str | Path | None = None,
     revision: str | None = None,
     variant: str | None = None,
     single_file_config: str | None = None,
     overwrite: bool = False,
     delta: bool = False,
     device: str | None = None,
+    **said: Any,
 ) -> Plan:
     """Say what ``immunize_file`` would train and need, without loading weights.
 
+    Its arguments are those of ``immunize_file`` and, in ``said``, of ``read_run``.
+
     Raises:
-        MimaError: as it does.
+        MimaError: as they do.
     """
-    run = read_run(path, recipe=recipe, task=task, settings=settings, output=output, erased=erased)
-    concepts, benign = concepts_of(run, path)
+    found = _arguments(read_run(path, **said), path, revision, variant, single_file_config)
 
     # only now what takes seconds to import
     from mima.immunization.algorithm import immunize
 
-    return immunize(
-        _source(run, revision, variant, single_file_config),
-        concepts,
-        run.immunize,
-        benign=benign,
-        dry_run=True,
-        erased=run.erased,
-        output=run.output,
-        overwrite=overwrite,
-        delta=delta,
-        device=device,
-    )
+    return immunize(**found, dry_run=True, overwrite=overwrite, delta=delta, device=device)
 
 
-def _source(
-    run: ImmunizeRun, revision: str | None, variant: str | None, single_file_config: str | None
-) -> ModelSource:
+def _arguments(
+    run: ImmunizeRun,
+    path: str | Path,
+    revision: str | None,
+    variant: str | None,
+    single_file_config: str | None,
+) -> dict[str, Any]:
+    """What a file says to ``immunize``."""
+    concepts, benign = concepts_of(run, path)
+
+    # only now what takes seconds to import
     from mima.families import ModelSource
 
-    return ModelSource(
+    model = ModelSource(
         run.model,
         revision or run.revision,
         variant or run.variant,
         single_file_config or run.single_file_config,
     )
+    return {
+        "model": model,
+        "concepts": concepts,
+        "config": run.immunize,
+        "benign": benign,
+        "erased": run.erased,
+        "output": run.output,
+    }
 
 
 def _located(run: ImmunizeRun, folder: Path) -> ImmunizeRun:

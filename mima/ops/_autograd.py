@@ -22,13 +22,29 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 class Operator(torch.autograd.Function):
     """A differentiable operator: `forward(*args)` takes tensors, and returns a tuple of them.
 
+    The kernels have no batch dimension: under torch.func.vmap `formula` is what runs, which takes
+    the same arguments and is plain PyTorch.
+
     PyTorch inspects the signature of `forward` at each call, and binds it, which costs microseconds
     per named parameter: there is one, and it is inspected here.
     """
 
+    formula: Callable[..., Sequence[Tensor]]
+
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: Any, *args: Any) -> Any:
+        device = next(x.device for x in args if isinstance(x, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            outputs = torch.vmap(
+                lambda *unbatched: tuple(cls.formula(*unbatched)),
+                in_dims=tuple(in_dims),
+                randomness=info.randomness,
+            )(*args)
+        return outputs, (0,) * len(outputs)
 
 
 def raw_operators(
@@ -244,20 +260,3 @@ def total(terms: Sequence[Tensor | None]) -> Tensor | None:
     """Return the sum of the terms there are."""
     present = [term for term in terms if term is not None]
     return sum(present[1:], start=present[0]) if present else None
-
-
-def vmap_formula(
-    formula: Callable[..., Sequence[Tensor]], info: Any, in_dims: Any, args: Sequence[object]
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """Batch an operator by batching its plain PyTorch formula, which takes the same arguments.
-
-    The kernels have no batch dimension; under torch.func.vmap the reference is what runs.
-    """
-    device = next(x.device for x in args if isinstance(x, Tensor))
-    with torch.autocast(device.type, enabled=False):
-        outputs = torch.vmap(
-            lambda *unbatched: tuple(formula(*unbatched)),
-            in_dims=tuple(in_dims),
-            randomness=info.randomness,
-        )(*args)
-    return outputs, (0,) * len(outputs)

@@ -26,7 +26,6 @@ from mima.ops._autograd import (
     is_watched,
     raw_operator,
     raw_operators,
-    vmap_formula,
     without_autocast,
 )
 from mima.ops.backends import choice
@@ -194,6 +193,8 @@ def _backward_formula(
 class Layer(Operator):
     """(name, backend, numbers, *tensors) -> the layer's output."""
 
+    formula = staticmethod(_forward_formula)
+
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         name, backend, numbers, *tensors = args
@@ -211,13 +212,11 @@ class Layer(Operator):
         grads = apply_backward(LayerBackward, *ctx.constants, needs, d_out, *tensors)
         return *(None,) * 3, *_spread(grads, needs)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return vmap_formula(_forward_formula, info, in_dims, args)
-
 
 class LayerBackward(Operator):
     """(name, backend, numbers, needs, d_out, *tensors) -> the gradients that are needed."""
+
+    formula = staticmethod(_backward_formula)
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -241,10 +240,6 @@ class LayerBackward(Operator):
         given = *_spread(u, ctx.needs), *tensors, *numbers
         grads = call(_RAW[name][2], d_out, *given, list(wanted), backend)
         return *(None,) * 4, *_spread(grads, wanted)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return vmap_formula(_backward_formula, info, in_dims, args)
 
 
 def _differentiable(

@@ -20,7 +20,6 @@ from mima.ops._autograd import (
     flat,
     raw_operators,
     split,
-    vmap_formula,
 )
 from mima.ops.backends import arguments
 from mima.ops.backends import reference as reference_backend
@@ -196,6 +195,8 @@ def _backward_formula(
 class AdamStep(Operator):
     """(P, backend, rule, overwrite, *z, *g, *m, *v) -> z⁺, m⁺, v⁺."""
 
+    formula = staticmethod(_forward_formula)
+
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         P, backend, rule, overwrite, *tensors = args
@@ -215,16 +216,14 @@ class AdamStep(Operator):
         split_up = split(grads, (ctx.P,) * 4, needs)
         return *(None,) * 4, *(x for group in split_up for x in group)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return vmap_formula(_forward_formula, info, in_dims, args)
-
 
 class AdamStepBackward(Operator):
     """(P, backend, rule, needs, *z̄⁺, *m̄⁺, *v̄⁺, *g, *m, *v) -> the gradients that are needed.
 
     Its own derivatives are those of the formula in plain PyTorch.
     """
+
+    formula = staticmethod(_backward_formula)
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -248,7 +247,3 @@ class AdamStepBackward(Operator):
         # not autograd.grad, which would follow the tensors' own graphs to each other
         outputs, pullback = torch.func.vjp(formula, *tensors)  # type: ignore[misc]  # no aux
         return *(None,) * 4, *pullback(tuple(filled(u, outputs)))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return vmap_formula(_backward_formula, info, in_dims, args)

@@ -23,7 +23,6 @@ from mima.ops._autograd import (
     raw_operators,
     split,
     total,
-    vmap_formula,
 )
 from mima.ops.backends import arguments
 from mima.ops.backends import reference as reference_backend
@@ -160,6 +159,8 @@ class BatchedLora(Operator):
     `kept` is an empty list that a kernel may put x Aᵀ into, for the backward, or None.
     """
 
+    formula = staticmethod(_forward_formula)
+
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         N, backend, kept, x, weight, bias, scale, index, *AB = args
@@ -184,13 +185,13 @@ class BatchedLora(Operator):
         d_x, d_weight, d_A, d_B, d_scale, d_bias = split(grads, _sizes(N), needs)
         return None, None, None, d_x, d_weight, d_bias, d_scale, None, *d_A, *d_B
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    @classmethod
+    def vmap(cls, info: Any, in_dims: Any, *args: Any) -> Any:
         N, index = args[0], args[7]
         # not where a vmap around this one, or a tracer, hides the values
         if index.__class__ is Tensor and not torch._C._functorch.is_batchedtensor(index):
             _checks.require_in_range(_OP, "index", index, N)
-        return vmap_formula(_forward_formula, info, in_dims, args)
+        return super().vmap(info, in_dims, *args)
 
 
 class BatchedLoraBackward(Operator):
@@ -204,6 +205,8 @@ class BatchedLoraBackward(Operator):
     the operator at u_x, a linear layer, and an adapter of twice the rank. Its own gradients are
     those three and theirs; the last two, in plain PyTorch.
     """
+
+    formula = staticmethod(_backward_formula)
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -296,10 +299,6 @@ class BatchedLoraBackward(Operator):
             *(total(group) for group in _by_adapter(d_A, N)),
             *(total(group) for group in _by_adapter(d_B, N)),
         )
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return vmap_formula(_backward_formula, info, in_dims, args)
 
 
 def _by_adapter(terms: Sequence[Sequence[Tensor | None]], N: int) -> list[list[Tensor | None]]:

@@ -19,7 +19,6 @@ from mima.ops._autograd import (
     call,
     raw_operator,
     refuse_graph,
-    vmap_formula,
 )
 from mima.ops.backends import choice
 
@@ -155,6 +154,8 @@ class Combine(Operator):
     Linear, so that its gradient is itself with the factors transposed.
     """
 
+    formula = staticmethod(_formula)
+
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         rows, backend, *x = args
@@ -178,7 +179,3 @@ class Combine(Operator):
             for i, j in enumerate(asked):
                 grads[j * P : (j + 1) * P] = made[i * P : (i + 1) * P]
         return None, None, *grads
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return vmap_formula(_formula, info, in_dims, args)

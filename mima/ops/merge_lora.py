@@ -21,7 +21,6 @@ from mima.ops._autograd import (
     raw_operators,
     split,
     total,
-    vmap_formula,
 )
 from mima.ops.backends import arguments
 from mima.ops.backends import reference as reference_backend
@@ -108,6 +107,8 @@ def _backward_formula(N: int, backend: str, *args: Any) -> list[Tensor]:
 class MergeLora(Operator):
     """(N, backend, weight, scale, weights, *A, *B) -> (φ,)."""
 
+    formula = staticmethod(_forward_formula)
+
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         N, backend, weight, scale, weights, *AB = args
@@ -129,10 +130,6 @@ class MergeLora(Operator):
         d_weight, d_A, d_B, d_scale, d_weights = split(grads, _sizes(N), needs)
         return None, None, d_weight, d_scale, d_weights, *d_A, *d_B
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return vmap_formula(_forward_formula, info, in_dims, args)
-
 
 class MergeLoraBackward(Operator):
     """(N, backend, needs, d_out, weight, scale, weights, *A, *B) -> the gradients that are needed.
@@ -144,6 +141,8 @@ class MergeLoraBackward(Operator):
 
     the operator with adapters of twice the rank; its own gradients follow from that.
     """
+
+    formula = staticmethod(_backward_formula)
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -211,7 +210,3 @@ class MergeLoraBackward(Operator):
                     d_scale = d_c * weights + d_k * u_weights
                     d_weights = d_c * scale + d_k * u_scale
         return *(None,) * 7, dd_out, None, d_scale, d_weights, *d_A, *d_B
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return vmap_formula(_backward_formula, info, in_dims, args)

@@ -21,7 +21,6 @@ from mima.ops._autograd import (
     raw_operators,
     split,
     total,
-    vmap_formula,
 )
 from mima.ops.backends import arguments
 from mima.ops.backends import reference as reference_backend
@@ -180,6 +179,8 @@ def _backward_formula(L: int, N: int, backend: str, *args: Any) -> list[Tensor]:
 class ProjectedMerge(Operator):
     """(L, N, backend, *W0, *W, *C, *M) -> L tensors."""
 
+    formula = staticmethod(_forward_formula)
+
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         L, N, backend, *given = args
@@ -199,10 +200,6 @@ class ProjectedMerge(Operator):
         )
         return *(None,) * 3, *(x for group in split(grads, _sizes(L, N), needs) for x in group)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return vmap_formula(_forward_formula, info, in_dims, args)
-
 
 class ProjectedMergeBackward(Operator):
     """(L, N, backend, needs, *d_out, *W0, *W, *C, *M) -> the gradients that are needed.
@@ -214,6 +211,8 @@ class ProjectedMergeBackward(Operator):
     two merges. This function is the adjoint of that map, so its own gradients are those merges and
     their gradients.
     """
+
+    formula = staticmethod(_backward_formula)
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -280,7 +279,3 @@ class ProjectedMergeBackward(Operator):
                     sums = (total(d_W[layer::L]) for layer in range(L))
                     d_W0 = [None if x is None else -x for x in sums]
         return *(None,) * 7, *dd_out, *d_W0, *d_W, *d_C, *d_M
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return vmap_formula(_backward_formula, info, in_dims, args)

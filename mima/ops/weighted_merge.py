@@ -21,7 +21,6 @@ from mima.ops._autograd import (
     raw_operators,
     split,
     total,
-    vmap_formula,
 )
 from mima.ops.backends import arguments
 from mima.ops.backends import reference as reference_backend
@@ -181,6 +180,8 @@ def _backward_formula(P: int, backend: str, *args: Any) -> list[Tensor]:
 class WeightedMerge(Operator):
     """(P, backend, weights, *base, *thetas) -> P tensors."""
 
+    formula = staticmethod(_forward_formula)
+
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         P, backend, weights, *given = args
@@ -204,10 +205,6 @@ class WeightedMerge(Operator):
         d_base, d_thetas, d_weights = split(grads, (P, len(given) - P, None), needs)
         return None, None, d_weights, *d_base, *d_thetas
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return vmap_formula(_forward_formula, info, in_dims, args)
-
 
 class WeightedMergeBackward(Operator):
     """(P, backend, needs, weights, *d_out, *base, *thetas) -> the gradients that are needed.
@@ -215,6 +212,8 @@ class WeightedMergeBackward(Operator):
     It is the adjoint of the derivative: its own gradient is `weighted_merge` and itself, at the
     incoming gradients.
     """
+
+    formula = staticmethod(_backward_formula)
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -263,7 +262,3 @@ class WeightedMergeBackward(Operator):
                 d_base = [rest * d for d in d_out]
                 d_thetas = [u_n * d for u_n in u_weights for d in d_out]
         return *(None,) * 5, d_weights, *dd_out, *d_base, *d_thetas
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return vmap_formula(_backward_formula, info, in_dims, args)

@@ -1,0 +1,106 @@
+"""What a run refuses: its arguments at once, its model before pictures are drawn or encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mima.concepts import Concept
+from mima.concepts.naming import names_of
+from mima.distributed import world_size
+from mima.erasure import edits_of
+from mima.errors import MimaError
+from mima.families import family_of
+from mima.families.new_words import check_token
+from mima.families.pipelines import Pipeline
+from mima.immunization.config import ImmunizeConfig
+from mima.immunization.planning.shards import check_splittable
+
+
+def check_concepts(
+    concepts: Sequence[Concept], benign: Sequence[Concept], config: ImmunizeConfig
+) -> None:
+    """Refuse concepts that the settings ask more of, or do not ask for."""
+    if benign and not config.reads_benign:
+        raise MimaError(
+            "benign: nothing reads these concepts; set upper.benign or lower.benign_start"
+        )
+    if config.reads_benign and not benign:
+        name = "lower.benign_start" if config.upper.benign is None else "upper.benign"
+        raise MimaError(
+            f"{name}: there are no benign concepts; name some: immunize(..., benign=[...]), or "
+            "benign: in the run's file"
+        )
+    both = {concept.name for concept in benign} & {concept.name for concept in concepts}
+    if both:
+        raise MimaError(
+            f"benign: {', '.join(sorted(both))} cannot both stay learnable and become immune"
+        )
+    wordless = [c.name for c in concepts if c.token is None]
+    if config.train_tokens and wordless:
+        raise MimaError(
+            f"lower.train_token: trains each concept's new word; no token: {', '.join(wordless)}"
+        )
+    if config.new_words and len(wordless) == len(concepts):
+        raise MimaError(
+            "new_words: no concept has a token, so there is no new word to learn; name one "
+            "for each instance, such as <new1>, or use the task relearn"
+        )
+    if config.method == "imma" and len(concepts) != 1:
+        raise MimaError(
+            f"method: imma immunizes against one concept, got {len(concepts)}; "
+            "use joint, compose or mima"
+        )
+
+
+def check_erased(erased: str | Path | None, config: ImmunizeConfig) -> None:
+    """Refuse an erased checkpoint that is not there, or beside which the concepts are erased."""
+    if erased is not None and config.erase_first:
+        raise MimaError(f"erase_first: the concepts are erased in {erased} already; leave it out")
+    if erased is not None and not Path(erased).expanduser().exists():
+        raise MimaError(f"erased: {erased} does not exist")
+
+
+def check_shards(config: ImmunizeConfig, *, dry_run: bool) -> None:
+    """Refuse numbers of processes that shards cannot be dealt to."""
+    if config.shards == 1:
+        return
+    size = world_size()
+    # a plan is made before the processes are started
+    if size % config.shards and not (dry_run and size == 1):
+        raise MimaError(
+            f"shards: {config.shards} processes hold one model between them, but {size} were "
+            f"started; start a multiple of {config.shards}: torchrun --nproc-per-node "
+            f"{config.shards} -m mima immunize ..."
+        )
+
+
+def check_model(pipeline: Pipeline, concepts: Sequence[Concept], config: ImmunizeConfig) -> None:
+    """Refuse a model that a later part of the run would refuse."""
+    kinds = {kind for attacker in config.attackers for kind in attacker.captions}
+    for kind in sorted(kinds & {"without_name", "rare_token"}):
+        nameless = [concept.name for concept in concepts if not names_of(concept)]
+        if nameless:
+            raise MimaError(
+                f"lower.captions: {kind} needs a name to replace; the prompt does not contain it: "
+                f"{', '.join(nameless)}"
+            )
+    if config.erase_first:
+        for concept in concepts:
+            edits_of(concept)
+    if config.shards > 1:
+        check_splittable(pipeline)
+    merges = config.method not in ("none", "imma", "joint")
+    if config.train_tokens and merges and not family_of(pipeline).reads_text_alone:
+        raise MimaError(
+            f"lower.train_token: the text projections of {type(pipeline).__name__} read more than "
+            "text, so that the merge cannot be made anew for a trained word; method joint can"
+        )
+    if config.new_words:
+        new = [concept for concept in concepts if concept.token is not None]
+        for n, concept in enumerate(new):
+            check_token(pipeline, concept)
+            if concept.token in [other.token for other in new[:n]]:
+                raise MimaError(
+                    f"concept {concept.name!r}: another concept has the token {concept.token!r} too"
+                )

@@ -1,0 +1,101 @@
+"""A run's own model: opened or copied, given new words, put together again and written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mima.adaptation import TextualInversion
+from mima.concepts import Concept
+from mima.distributed import Ranks, device_of
+from mima.errors import MimaError
+from mima.families import Family, ModelSource, family_of, load_pipeline
+from mima.families.base import cast
+from mima.families.frozen import hold_frozen
+from mima.families.new_words import text_parts
+from mima.families.pipelines import Pipeline, shared_copy, with_modules
+from mima.immunization.config import ImmunizeConfig
+from mima.immunization.result import ImmunizeResult
+from mima.storage.checkpoint import CheckpointFolder
+from mima.storage.lock import locked
+from mima.storage.output import fresh_folder
+
+
+def own_copy(model: Any, device: str | torch.device | None) -> Any:
+    """Open a model in the dtype of its files; of a pipeline in memory, copy what changes of it."""
+    if isinstance(model, ModelSource):
+        pipeline = load_pipeline(model, dtype=None, device=device_of(device))
+        for module in pipeline.components.values():
+            if isinstance(module, torch.nn.Module):
+                hold_frozen(module)
+        return pipeline
+    family = family_of(model)
+    own = shared_copy(family.denoiser).eval()
+    if family.dtype == torch.float64:
+        cast(own, torch.float32)
+    hold_frozen(own)
+    pipeline = with_modules(model, **{family.denoiser_name: own})
+    return pipeline if device is None else pipeline.to(device_of(device))
+
+
+def move_others(pipeline: Pipeline, family: Family, where: torch.device) -> None:
+    """Move what encodes pictures and prompts to a device; the denoiser stays where it is."""
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module) and module is not family.denoiser:
+            module.to(where)
+
+
+def with_new_words(pipeline: Pipeline, concepts: Sequence[Concept], config: ImmunizeConfig) -> Any:
+    """The pipeline with every concept's new word, its embedding trained for ``token_steps``."""
+    for concept in concepts:
+        if concept.token is None:
+            continue
+        run = TextualInversion(seed=config.seed).start(pipeline, concept)
+        run.advance(config.token_steps)
+        pipeline = with_modules(pipeline, **text_parts(run.pipeline))
+    return pipeline
+
+
+def gathered(pipeline: Pipeline, family: Family, *, main: bool) -> Pipeline:
+    """The pipeline with a denoiser that is whole in the main process' CPU memory, nowhere else."""
+    assert family.sharded is not None
+    part = family.denoiser_name
+    cpu = torch.device("cpu")
+    whole = with_modules(pipeline, **{part: family.sharded.whole(cpu if main else None)})
+    return whole.to(cpu) if main else whole
+
+
+@contextmanager
+def locked_together(ranks: Ranks, paths: Sequence[Path]) -> Iterator[None]:
+    """Keep other runs from what this one writes; the main process has the locks."""
+    with ExitStack() as locks:
+
+        def lock() -> None:
+            for path in paths:
+                locks.enter_context(locked(path))
+
+        ranks.together(lock)
+        yield
+
+
+def write_result(
+    result: ImmunizeResult,
+    output: Path,
+    folder: CheckpointFolder | None,
+    *,
+    overwrite: bool,
+    delta: bool,
+) -> None:
+    """Write a result whole, and remove what was kept while the run lasted."""
+    try:
+        with fresh_folder(output, overwrite=overwrite) as staging:
+            result.save_pretrained(staging, delta=delta)
+    except MimaError as error:
+        kept = f"; {folder.path} is intact: resume" if folder else ""
+        raise MimaError(f"{error}{kept}") from error
+    if folder:
+        folder.remove()
