@@ -89,6 +89,22 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A small Stable Diffusion in a folder, which tests leave as it is."""
+    from support import tiny
+
+    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """A small Stable Diffusion in memory, likewise."""
+    from support import tiny
+
+    return tiny.tiny_stable_diffusion(tmp_path_factory.mktemp("tokenizer"))
+
+
 @pytest.fixture
 def float64():
     """float64 as the default dtype, in which transformers 4 makes the mask of a text encoder."""

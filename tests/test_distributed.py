@@ -14,11 +14,6 @@ from mima.evaluation.worker import Outcome
 from mima.storage.runs import default_folder
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("model"))
-
-
 def start(processes, size, *args, **options):
     return launch(processes, ranks.immunize, size, args, options)
 

@@ -57,11 +57,6 @@ LIVING = {
 }
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("model"))
-
-
 @pytest.mark.parametrize(
     ("changes", "later"),
     [(PAPER, (4, 2)), (RECIPE, (4, 4)), (LIVING, (1, 1))],

@@ -14,11 +14,6 @@ FAST = ESD(steps=2, learning_rate=1e-2, sampling_steps=3, batch_size=2)
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return tiny.tiny_stable_diffusion(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
 def concept():
     return dataclasses.replace(tiny.concept(), name="red")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import save_file
-from support import tiny
 from support.immunizing import assert_same, concepts, settings
 
 from mima.erasure import Edit, erase, load_erased
@@ -13,11 +12,6 @@ from mima.errors import MimaError
 from mima.families.pipelines import with_modules
 from mima.immunization.algorithm import immunize
 from mima.release.delta import Delta, load_delta
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return tiny.tiny_stable_diffusion(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

@@ -48,11 +48,6 @@ def folders(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return tiny.tiny_stable_diffusion(tmp_path_factory.mktemp("tokenizer"))
-
-
 def run(folders, output, **changes):
     arguments = {
         "output": output,

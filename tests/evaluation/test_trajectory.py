@@ -16,11 +16,6 @@ SAMPLER = Sampler(steps=3, batch_size=3)
 FAST = LoRA(learning_rate=1e-2, batch_size=4)
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return tiny.tiny_stable_diffusion(tmp_path_factory.mktemp("tokenizer"))
-
-
 class MeanColour:
     """Normalised mean colour: a similarity that can be worked out by hand."""
 

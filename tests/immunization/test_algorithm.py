@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from rich.console import Console
 from support import tiny
-from support.immunizing import assert_same, concepts, settings, weights
+from support.immunizing import assert_same, concepts, problem_of, settings, weights
 
 from mima.bilevel.hypergradient import twice_differentiable_attention
 from mima.bilevel.outer import naive_outer_gradient, upper_gradient
@@ -22,8 +22,8 @@ from mima.errors import MimaError
 from mima.families import family_of, load_pipeline
 from mima.immunization.algorithm import immunize
 from mima.immunization.config import ImmunizeConfig
-from mima.immunization.encoding import ConceptData, encode_concepts
-from mima.immunization.levels import Problem, merge_layer, recomputed_blocks
+from mima.immunization.encoding import ConceptData
+from mima.immunization.levels import Problem, recomputed_blocks
 from mima.immunization.outer_loop import cosine
 from mima.immunization.progress import ProgressBar, StepReport, Tracker, open_trackers
 from mima.merging import MergeLayer
@@ -32,19 +32,8 @@ from mima.training.batches import Encoded
 MODES = ("exact", "finite_difference", "first_order")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("model"))
-
-
-def make(model, config, count=2):
-    family = family_of(load_pipeline(str(model)))
-    data = encode_concepts(family, concepts(count), config)
-    return Problem(family, data, config, merge_layer(family, concepts(count), config))
-
-
 def gradient(model, config):
-    problem = make(model, config)
+    problem = problem_of(model, config)
     levels = problem.lower_levels(0), problem.upper_levels(0)
     with recomputed_blocks(problem.family.denoiser, config.gradient_checkpointing):
         return problem.hypergradient(problem.theta(), *levels).gradient
@@ -59,7 +48,7 @@ def gap(a, b):
 
 
 def test_two_passes_equal_holding_every_graph_on_a_unet(model, tmp_path):
-    problem = make(model, settings(tmp_path, hypergradient="exact", lower={"lr": 1e-3}))
+    problem = problem_of(model, settings(tmp_path, hypergradient="exact", lower={"lr": 1e-3}))
     theta, lower, upper = problem.theta(), problem.lower_levels(0), problem.upper_levels(0)
     ours = problem.hypergradient(theta, lower, upper)
     with twice_differentiable_attention():
@@ -74,7 +63,9 @@ def test_two_passes_equal_holding_every_graph_on_a_unet(model, tmp_path):
 def test_only_what_is_differentiated_twice_gives_up_fused_attention(
     model, tmp_path, monkeypatch, mode
 ):
-    problem = make(model, settings(tmp_path, hypergradient=mode, lower={"optimizer": "sgd"}), 2)
+    problem = problem_of(
+        model, settings(tmp_path, hypergradient=mode, lower={"optimizer": "sgd"}), 2
+    )
     predictions_of, fused = problem.predictions, []
 
     def predictions(batches, params):
@@ -94,13 +85,13 @@ def test_losses_computed_in_one_forward_are_those_of_one_each(
     model, tmp_path, per_forward, monkeypatch
 ):
     upper = {"batch_size": 2, "prior_batch_size": 3, "concepts_per_forward": per_forward}
-    free = make(model, settings(tmp_path, upper=upper), 3)
+    free = problem_of(model, settings(tmp_path, upper=upper), 3)
     theta = free.theta()
     _, _, losses = upper_gradient(theta, free.upper_levels(0))
     own = [x for name, x in losses.items() if name.kind == "concept"]
     # a cap for some of them, whatever weights this version of diffusers draws
     cap = (min(own) + max(own)) / 2
-    problem = make(model, settings(tmp_path, upper=upper | {"loss_cap": cap}), 3)
+    problem = problem_of(model, settings(tmp_path, upper=upper | {"loss_cap": cap}), 3)
     losses_of, drawn = problem.losses, []
     monkeypatch.setattr(
         problem,
@@ -136,7 +127,7 @@ def test_attacks_in_one_forward_are_those_of_one_each(
         config = settings(
             tmp_path, hypergradient=mode, lower=below | {"concepts_per_forward": size}
         )
-        problem = make(model, config, 3)
+        problem = problem_of(model, config, 3)
         losses_of, sizes = problem.losses, []
         monkeypatch.setattr(
             problem,

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from support import immunizing, tiny
+from support.immunizing import problem_of
 
 from mima.bilevel import lower
 from mima.bilevel.lower import Carried
@@ -19,7 +20,7 @@ from mima.immunization.algorithm import immunize
 from mima.immunization.attackers import Alive, Attacker, choose, from_tensors, to_tensors
 from mima.immunization.config import ImmunizeConfig, LowerConfig
 from mima.immunization.encoding import captions_of, encode_concepts
-from mima.immunization.levels import Problem, merge_layer
+from mima.immunization.levels import Problem
 from mima.immunization.outer_loop import Ascent
 from mima.settings import parse_config
 from mima.storage.checkpoint import CheckpointFolder
@@ -34,21 +35,9 @@ UPPER = {
 }
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("model"))
-
-
 def settings(folder, **changes):
     defaults = {"lower": LIVING, "upper": UPPER, "method": "joint"}
     return immunizing.settings(folder, **(defaults | changes))
-
-
-def make(model, config, count=2):
-    family = family_of(load_pipeline(str(model)))
-    concepts = immunizing.concepts(count)
-    data = encode_concepts(family, concepts, config)
-    return Problem(family, data, config, merge_layer(family, concepts, config))
 
 
 def interrupted(model, config, folder, at=2):
@@ -76,7 +65,7 @@ def test_ages_are_drawn_log_uniformly_between_two():
 
 
 def test_an_attacker_goes_on_until_its_age_and_another_begins(model, tmp_path):
-    problem = make(model, settings(tmp_path))
+    problem = problem_of(model, settings(tmp_path))
     seen, alive = {n: [] for n in range(2)}, {}
     for step in range(30):
         ends = {}
@@ -102,7 +91,7 @@ def test_an_attacker_goes_on_until_its_age_and_another_begins(model, tmp_path):
 
 def test_a_step_keeps_its_concepts_until_their_attackers_have_died(model, tmp_path):
     config = settings(tmp_path, concepts_per_step=1, lower=LIVING | {"age": (4, 4)})
-    problem, alive, seen = make(model, config, 3), {}, []
+    problem, alive, seen = problem_of(model, config, 3), {}, []
     for step in range(40):
         chosen = problem.concepts(step, alive)
         seen += chosen
@@ -127,7 +116,7 @@ def test_attackers_are_drawn_as_often_as_their_shares_say():
 
 def test_ranks_are_drawn_log_uniformly_between_two(model, tmp_path):
     lora = {"parameters": "lora", "rank": (2, 17), "steps": 1, "lr": 1e-3}
-    problem = make(model, settings(tmp_path, lower=lora), 1)
+    problem = problem_of(model, settings(tmp_path, lower=lora), 1)
     ranks = [problem.attacker(0, step, {}).rank for step in range(300)]
     assert set(ranks) == set(range(2, 18))
     assert sum(rank < 6 for rank in ranks) / len(ranks) == pytest.approx(0.5, abs=0.1)
@@ -139,7 +128,7 @@ def test_one_attacker_in_a_list_is_that_attacker(model, tmp_path):
     lower = {"steps": 1, "lr": (1e-4, 1e-2), "parameters": "lora"}
     gradients = []
     for given in (lower, [lower]):
-        problem = make(model, settings(tmp_path, lower=given))
+        problem = problem_of(model, settings(tmp_path, lower=given))
         levels = problem.lower_levels(3), problem.upper_path(3)
         gradients.append(problem.hypergradient(problem.theta(), *levels).gradient)
     immunizing.assert_same(*gradients)
@@ -154,7 +143,7 @@ def test_attackers_of_several_kinds_meet_in_one_step(model, tmp_path, method, hy
     ]
     how = {"method": "joint"} if method == "joint" else {"method": "mima", "merge": "sum"}
     config = settings(tmp_path, lower=lower, hypergradient=hypergradient, **how)
-    problem = make(model, config)
+    problem = problem_of(model, config)
     step = next(
         step
         for step in range(20)
@@ -212,7 +201,7 @@ def test_a_concept_without_its_name_cannot_be_renamed(model, tmp_path):
 @pytest.mark.parametrize("kind", ["denoiser", "lora"])
 def test_what_an_attacker_changed_is_kept_relative_to_the_weights(model, tmp_path, kind):
     config = settings(tmp_path, lower={"steps": 2, "lr": 1e-3, "parameters": kind, "age": (9, 9)})
-    problem = make(model, config, 1)
+    problem = problem_of(model, config, 1)
     theta = problem.theta()
     first = problem.lower_level(0, 0)
     end = list(lower.path(first, theta))[-1]
@@ -232,7 +221,7 @@ def test_what_an_attacker_changed_is_kept_relative_to_the_weights(model, tmp_pat
 
 
 def test_living_attackers_survive_a_checkpoint(model, tmp_path):
-    problem = make(model, settings(tmp_path), 1)
+    problem = problem_of(model, settings(tmp_path), 1)
     task = problem.lower_level(0, 0)
     task.continues = True
     end = task.stop(list(lower.path(task, problem.theta()))[-1], problem.theta())
@@ -298,7 +287,7 @@ def test_states_of_an_attack_serve_several_steps(model, tmp_path, monkeypatch):
         lower=lower,
         upper=UPPER | {"path_every": 2},
     )
-    problem = make(model, config)
+    problem = problem_of(model, config)
     with Ascent(problem) as run:
         for step in run.steps():
             served = dict(run.moved)
@@ -333,7 +322,7 @@ def test_a_run_whose_attacks_serve_several_steps_goes_on_bit_by_bit(model, tmp_p
 
 
 def test_attackers_of_a_step_that_is_left_out_begin_anew(model, tmp_path):
-    problem = make(model, settings(tmp_path, steps=2, method="joint", concepts_per_step=1))
+    problem = problem_of(model, settings(tmp_path, steps=2, method="joint", concepts_per_step=1))
     with Ascent(problem) as run:
         theta = run.theta
         outer = problem.hypergradient(theta, problem.lower_levels(0), problem.upper_path(0))

@@ -20,11 +20,6 @@ from mima.storage.output import check_file, check_folder, fresh_folder
 TOKEN = "<new1>"
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return tiny.tiny_stable_diffusion(tmp_path_factory.mktemp("tokenizer"))
-
-
 @pytest.fixture
 def _no_work(monkeypatch):
     """Whatever takes long fails the test."""

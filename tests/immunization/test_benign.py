@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from support import immunizing, tiny
+from support import immunizing
 
 from mima.bilevel import lower
 from mima.errors import MimaError
@@ -18,11 +18,6 @@ from mima.immunization.levels import Problem
 
 UPPER = {"parameters": "denoiser", "objective": "log", "retain": "distill", "ascent_ratio": 0.5}
 BENIGN = {"weight": 2.0, "lower": {"steps": 2, "lr": 1e-3, "parameters": "lora"}}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("model"))
 
 
 def settings(folder, benign=BENIGN, **changes):

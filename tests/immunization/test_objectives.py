@@ -7,14 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import immunizing, tiny
+from support import immunizing
+from support.immunizing import problem_of
 
 from mima.bilevel.outer import OuterGradient, part_backward, upper_gradient
 from mima.families import family_of, load_pipeline
 from mima.immunization.algorithm import immunize
 from mima.immunization.config import ImmunizeConfig
-from mima.immunization.encoding import encode_concepts
-from mima.immunization.levels import Problem, merge_layer
 from mima.immunization.objectives import (
     EPSILON,
     PENALTIES,
@@ -37,20 +36,6 @@ UPPER = {
     "ascent_ratio": 0.5,
     "lr": 1e-3,
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "model"
-    tiny.save_tiny_stable_diffusion(folder)
-    return folder
-
-
-def make(model, config, count=2):
-    family = family_of(load_pipeline(str(model)))
-    concepts = immunizing.concepts(count)
-    data = encode_concepts(family, concepts, config)
-    return Problem(family, data, config, merge_layer(family, concepts, config))
 
 
 def settings(folder, **changes):
@@ -121,7 +106,7 @@ def test_pair_learns_from_both_of_its_pictures():
 
 def test_pairs_share_captions_noise_and_noise_levels(model, tmp_path):
     config = settings(tmp_path, upper=UPPER | {"objective": "pair", "batch_size": 2})
-    problem = make(model, config, 1)
+    problem = problem_of(model, config, 1)
     batches = problem.upper_level([0], 3).args[2]
     own, paired = batches
     assert torch.equal(own.noise, paired.noise)
@@ -153,8 +138,8 @@ def test_the_blind_prediction_is_the_best_one_of_gaussian_pictures(model):
 @pytest.mark.parametrize("objective", ["log", "neg"])
 def test_late_states_count_more(model, tmp_path, objective):
     upper = UPPER | {"objective": objective, "retain": "class_images"}
-    even = make(model, settings(tmp_path, upper=upper), 1)
-    late = make(model, settings(tmp_path, upper=upper | {"path_weights": "late"}), 1)
+    even = problem_of(model, settings(tmp_path, upper=upper), 1)
+    late = problem_of(model, settings(tmp_path, upper=upper | {"path_weights": "late"}), 1)
     theta = even.theta()
     for k in (2, 4):
         values = [float(p.upper_path(0)[k][0](theta)[0]) for p in (even, late)]
@@ -175,7 +160,7 @@ def test_what_would_undo_the_retaining_gradient_is_left_out():
 
 @pytest.mark.parametrize("projection", [True, False])
 def test_projection_is_of_the_step(model, tmp_path, monkeypatch, projection):
-    problem = make(model, settings(tmp_path, upper=UPPER | {"projection": projection}), 1)
+    problem = problem_of(model, settings(tmp_path, upper=UPPER | {"projection": projection}), 1)
     taken = []
     monkeypatch.setattr(Ascent, "_step", lambda self, gradient, level: taken.append(gradient))
     ones = {name: torch.ones_like(value) for name, value in problem.theta().items()}
@@ -209,7 +194,7 @@ def test_a_satisfied_hinge_costs_no_backward_and_says_so(model, tmp_path, monkey
     # the start itself is satisfied by no margin and by none of its pictures with one
     for margin, share in ((0.0, 0.0), (1.0, 1.0)):
         upper = UPPER | {"objective": "hinge", "margin": margin}
-        problem = make(model, settings(tmp_path, upper=upper))
+        problem = problem_of(model, settings(tmp_path, upper=upper))
         part = problem.upper_levels(0)[0]
         with monkeypatch.context() as patched:
             if not share:
@@ -225,7 +210,7 @@ def test_a_satisfied_hinge_costs_no_backward_and_says_so(model, tmp_path, monkey
 
 def test_ascent_is_scaled_by_the_share_of_pictures_that_pull(model, tmp_path, monkeypatch):
     upper = UPPER | {"objective": "hinge", "margin": 0.1}
-    problem = make(model, settings(tmp_path, upper=upper), 1)
+    problem = problem_of(model, settings(tmp_path, upper=upper), 1)
     taken = []
     monkeypatch.setattr(Ascent, "_step", lambda self, gradient, level: taken.append(gradient))
     ones = {name: torch.ones_like(value) for name, value in problem.theta().items()}
@@ -246,7 +231,7 @@ def test_ascent_is_scaled_by_the_share_of_pictures_that_pull(model, tmp_path, mo
 @pytest.mark.parametrize("objective", ["neg", *OBJECTIVES])
 def test_every_objective_runs_along_the_path_and_moves_what_it_may(model, tmp_path, objective):
     config = settings(tmp_path, upper=UPPER | {"objective": objective})
-    problem = make(model, config)
+    problem = problem_of(model, config)
     before = {n: v.clone() for n, v in problem.theta().items()}
     assert problem.states == (2, 4)
     outer = problem.hypergradient(problem.theta(), problem.lower_levels(0), problem.upper_path(0))
@@ -257,7 +242,7 @@ def test_every_objective_runs_along_the_path_and_moves_what_it_may(model, tmp_pa
 
 
 def test_each_state_of_the_path_has_pictures_of_its_own(model, tmp_path):
-    problem = make(model, settings(tmp_path))
+    problem = problem_of(model, settings(tmp_path))
     path = problem.upper_path(0)
     values = [float(path[k][0](problem.theta())[0]) for k in path]
     assert len(set(values)) == len(values)
@@ -266,7 +251,7 @@ def test_each_state_of_the_path_has_pictures_of_its_own(model, tmp_path):
 
 
 def test_distillation_is_zero_at_the_start_and_pulls_back_to_it(model, tmp_path):
-    problem = make(model, settings(tmp_path))
+    problem = problem_of(model, settings(tmp_path))
     theta = problem.theta()
     still = problem.retaining_gradient(theta, 0)
     assert still.norm < 1e-6
@@ -278,7 +263,7 @@ def test_distillation_is_zero_at_the_start_and_pulls_back_to_it(model, tmp_path)
 
 def test_class_pictures_retain_by_their_loss(model, tmp_path):
     config = settings(tmp_path, upper=UPPER | {"retain": "class_images"})
-    problem = make(model, config)
+    problem = problem_of(model, config)
     theta = problem.theta()
     retained = problem.retaining_gradient(theta, 3)
     parts = [lambda phi, n=n: problem._retention(n, 3, phi) for n in range(2)]
@@ -288,7 +273,7 @@ def test_class_pictures_retain_by_their_loss(model, tmp_path):
 
 
 def test_attacks_draw_their_rates_log_uniformly_between_two(model, tmp_path):
-    problem = make(model, settings(tmp_path))
+    problem = problem_of(model, settings(tmp_path))
     rates = [problem.attacker(n, step, {}).lr for n in range(2) for step in range(200)]
     assert 1e-4 <= min(rates) < 1.3e-4
     assert 0.8e-2 < max(rates) <= 1e-2
@@ -297,7 +282,7 @@ def test_attacks_draw_their_rates_log_uniformly_between_two(model, tmp_path):
 
 
 def test_some_concepts_of_a_step_are_drawn_evenly(model, tmp_path):
-    problem = make(model, settings(tmp_path, concepts_per_step=2), 3)
+    problem = problem_of(model, settings(tmp_path, concepts_per_step=2), 3)
     drawn = [problem.concepts(step) for step in range(300)]
     assert all(len(chosen) == 2 and chosen == sorted(set(chosen)) for chosen in drawn)
     for n in range(3):
@@ -309,8 +294,8 @@ def test_some_concepts_of_a_step_are_drawn_evenly(model, tmp_path):
 
 def test_a_sum_shows_each_attack_whole(model, tmp_path):
     lower = PATH | {"lr": 1e-3}
-    alone = make(model, settings(tmp_path, lower=lower), 1)
-    pair = make(model, settings(tmp_path, lower=lower), 2)
+    alone = problem_of(model, settings(tmp_path, lower=lower), 1)
+    pair = problem_of(model, settings(tmp_path, lower=lower), 2)
     args = [(p.theta(), p.lower_levels(0), p.upper_path(0)) for p in (alone, pair)]
     one, two = (p.hypergradient(*a) for p, a in zip((alone, pair), args, strict=True))
     # two attacks from one point go their own ways: their sum is longer than either
@@ -368,5 +353,5 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path, changes, mess
 def test_only_what_an_objective_reads_is_kept(model, tmp_path):
     for objective in ("neg", *OBJECTIVES):
         upper = {"objective": objective}
-        problem = make(model, settings(tmp_path, lower={}, upper=upper, merge="average"))
+        problem = problem_of(model, settings(tmp_path, lower={}, upper=upper, merge="average"))
         assert bool(problem._start) == (objective in READS_START)

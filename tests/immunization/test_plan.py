@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import builders, tiny
+from support import builders
 from support.immunizing import captions, concepts, settings
 
 from mima.errors import MimaError
@@ -40,11 +40,6 @@ def each(cases, fast):
         )
         for name, value in cases.items()
     ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("model"))
 
 
 def make(model, config, count=2, benign=1):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import tiny
 from support.immunizing import assert_same, concepts, settings
 
 from mima.errors import MimaError
@@ -50,11 +49,6 @@ def by_hand(module):
 def by_torchao(module):
     quantization = pytest.importorskip("torchao.quantization")
     quantization.quantize_(module, quantization.Int8WeightOnlyConfig())
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("model"))
 
 
 def quantized(model, quantize):

@@ -24,11 +24,6 @@ from mima.storage.checkpoint import CheckpointFolder
 from mima.storage.runs import default_folder, uninterrupted
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("model"))
-
-
 def immunized(model, config, **options):
     return immunize(model, concepts(), config, **options)
 

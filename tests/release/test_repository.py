@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from huggingface_hub import constants, utils
 from PIL import Image
 from safetensors.torch import load, save_file
-from support import hub, tiny
+from support import hub
 from support.commands import in_a_process
 from support.immunizing import assert_same
 
@@ -27,11 +27,6 @@ from mima.storage.names import DELTA_FILE
 def served() -> Iterator[hub.Hub]:
     with hub.serve() as served:
         yield served
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

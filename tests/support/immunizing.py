@@ -10,8 +10,11 @@ from safetensors.torch import load_file
 from support import tiny
 
 from mima.concepts import Concept
+from mima.families import family_of, load_pipeline
 from mima.immunization.algorithm import immunize
 from mima.immunization.config import ImmunizeConfig, LowerConfig
+from mima.immunization.encoding import encode_concepts
+from mima.immunization.levels import Problem, merge_layer
 from mima.immunization.result import ImmunizeResult
 
 WORDS = ("cat", "dog", "bird", "fish", "castle")
@@ -46,6 +49,13 @@ def settings(folder: Path, **changes: Any) -> ImmunizeConfig:
         "lower": LowerConfig(lr=1e-3),
     }
     return ImmunizeConfig(**(defaults | changes))
+
+
+def problem_of(model: Path, config: ImmunizeConfig, count: int = 2) -> Problem:
+    """What a run of some concepts solves, before its first step."""
+    family = family_of(load_pipeline(str(model)))
+    data = encode_concepts(family, concepts(count), config)
+    return Problem(family, data, config, merge_layer(family, concepts(count), config))
 
 
 def run(model: Path, config: ImmunizeConfig, count: int = 2, **options: Any) -> ImmunizeResult:

@@ -1,18 +1,11 @@
 import logging
 
-import pytest
 import torch
-from support import tiny
 
 from mima import console
 from mima.families import family_of
 from mima.families.stable_diffusion import StableDiffusion
 from mima.training.class_images import ClassPictures
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return tiny.tiny_stable_diffusion(tmp_path_factory.mktemp("tokenizer"))
 
 
 def test_class_images_go_on_after_the_last_batch_that_is_kept(pipeline, tmp_path, monkeypatch):
