@@ -211,7 +211,7 @@ def join(device: torch.device | None = None) -> Ranks:
                 f"meet ({error}); start them with torchrun or accelerate launch"
             ) from error
         if backend == "nccl":
-            # what nccl sends of plain objects goes by the current device
+            # nccl sends pickled objects through the current device
             torch.cuda.set_device(device)
         atexit.register(_leave)
     return Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
@@ -277,10 +277,10 @@ class Pulse:
     def stop(self, last: str) -> None:
         """Tell the others that this process waits for nobody any more: why, or ``LEFT``."""
         self._ended.set()
-        # the store may have gone with the process that had it
+        # the process that served the store may be gone
         with contextlib.suppress(dist.DistError):
             self._say(last)
-        # Python ends badly while a thread of it is in the store's code
+        # Python crashes at exit while one of its threads waits within the store
         self._thread.join(PATIENCE)
 
     @property
@@ -366,6 +366,6 @@ def looking_after_each_other() -> Iterator[None]:
 
 
 def _leave() -> None:
-    # a group that has lost a process may wait for it
+    # to destroy a group whose process was lost may wait for that process
     if dist.is_initialized() and not any(pulse.lost for pulse in _PULSES):
         dist.destroy_process_group()

@@ -64,7 +64,7 @@ class LowRankWeight(torch.Tensor):
         kwargs = kwargs or {}
         if func is F.linear and not kwargs and isinstance(args[1], cls):
             return _linear(*args)
-        # what a tensor says of itself W says as well
+        # shape, dtype and the like are those of W; other functions read the sum
         plain = _weight if func in _DESCRIBES else _sum
         with torch._C.DisableTorchFunctionSubclass():
             return func(*map(plain, args), **{name: plain(x) for name, x in kwargs.items()})

@@ -252,8 +252,8 @@ def paths(tasks: Sequence[LowerLevel], theta: Params) -> Iterator[list[State]]:
     for k in range(tasks[0].steps):
         found = losses_and_gradients(tasks, states, theta, k)
         for i, (task, (_, g)) in enumerate(zip(tasks, found, strict=True)):
-            # what an attack that goes on starts from may be kept elsewhere: another run's, or
-            # constants
+            # others may hold the memory that a continued attack starts from, so that its first
+            # step leaves that memory as it is
             own = k > 0 or task.memory is None
             kept = task.continues or k + 1 < task.steps
             states[i] = _consume(task, states[i], g, k, overwrite=own, keep_memory=kept)

@@ -161,7 +161,7 @@ def outer_gradient(
         for (n, task), state in zip(group.items(), states, strict=True):
             if task.continues:
                 ends[n] = task.stop(state, theta)
-        # the next concepts' paths are not to find these ones' last states in memory
+        # frees the last states before the next concepts' paths begin
         del state, states
     bars: dict[int, _Bar] = {}
     total: Tensors = {}
@@ -179,7 +179,7 @@ def outer_gradient(
         far = drift(theta, moved, ranks)
         if keep:
             kept[k] = dict(moved)
-        # the change is not in memory beside φ, unless it is to be kept
+        # popped: memory holds φ or the change, and both only where the change is kept
         phi = {name: v + moved.pop(name) if name in moved else v for name, v in theta.items()}
         # without a second pass, nothing reads the gradient at what the attackers alone change
         asked = wrt if mode == "first_order" else None

@@ -141,7 +141,7 @@ def adapt(
         concept, {key: said for key, said in told.items() if said is not None}
     )
 
-    # only now what takes seconds to import
+    # imports that take seconds, once the arguments are checked
     from mima.adaptation import configure
     from mima.adaptation.resumable import adapt as run_adapt
     from mima.console import command, progress, stderr, stdout

@@ -34,7 +34,7 @@ def demo(
         f"{length}; results in {output}"
     )
 
-    # only now what takes seconds to import
+    # imports that take seconds, once the arguments are checked
     from mima.demo import run_demo
     from mima.evaluation import EvaluationFolder
     from mima.report.terminal import summary_lines, summary_table

@@ -95,7 +95,7 @@ def erase(
     elif prompt is not None:
         raise MimaError("--prompt says something about a concept; --words are their own prompt")
 
-    # only now what takes seconds to import
+    # imports that take seconds, once the arguments are checked
     from dataclasses import asdict
 
     from mima.concepts.reading import load_concepts

@@ -99,7 +99,7 @@ def evaluate(
     found = load_concepts(concepts)
     kept = load_concepts(others) if others else []
 
-    # only now what takes seconds to import
+    # imports that take seconds, once the arguments are checked
     from mima.evaluation import evaluate as run_evaluate
     from mima.evaluation.encoders import EMBEDDED
     from mima.report.terminal import summary_lines, summary_table
@@ -166,7 +166,7 @@ def report(
     for folder in folders:
         evaluation_file(folder)
 
-    # only now what takes seconds to import
+    # imports that take seconds, once the arguments are checked
     from mima.console import stdout
     from mima.report import write_report
 

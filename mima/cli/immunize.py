@@ -107,7 +107,7 @@ def immunize(
             raise MimaError(found.refusal)
         return
 
-    # only now what takes seconds to import
+    # imports that take seconds, once the arguments are checked
     from mima.immunization.progress import ProgressBar
 
     try:

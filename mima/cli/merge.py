@@ -68,7 +68,7 @@ def merge(
     check_adapters(adapters)
     shares = None if weights is None else _numbers("weights", weights)
 
-    # only now what takes seconds to import
+    # imports that take seconds, once the arguments are checked
     from rich.table import Table
 
     from mima.adapters.merge import merge_adapters

@@ -41,7 +41,7 @@ def apply(
     check_named(model)
     delta_file(delta)
 
-    # only now what takes seconds to import
+    # imports that take seconds, once the arguments are checked
     from mima.console import stdout
     from mima.release.repository import apply_delta
     from mima.storage.output import fresh_folder
@@ -76,7 +76,7 @@ def push(
     if not any((folder / name).is_file() for name in OUR_FILES):
         raise MimaError(f"{folder} holds nothing that mima wrote: none of {', '.join(OUR_FILES)}")
 
-    # only now what takes a second to import
+    # an import that takes a second, once the arguments are checked
     from mima.release.repository import Repository
 
     address = Repository(repo_id, private=private).upload(

@@ -69,7 +69,7 @@ def sample(
     check_named(model, device=device)
     check_adapters([] if adapter is None else [adapter])
 
-    # only now what takes seconds to import
+    # imports that take seconds, once the arguments are checked
     from mima.adapters.merge import merge_adapters
     from mima.console import progress, stdout
     from mima.families import family_of

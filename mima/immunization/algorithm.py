@@ -281,7 +281,7 @@ def _immunized(
             family = family_of(pipeline, resolution=config.resolution, training=config.training)
         encoded = partial(encode_concepts, family, config=config, cache=folder, ranks=ranks)
         data, others = encoded(concepts), encoded(benign, benign=True)
-        # the last that hold the whole weights, but for the pipeline
+        # besides the pipeline, these alone hold the weights before they are sharded
         del encoded, weights
         if config.erase_first:
             pipeline = erase(pipeline, concepts, preserve=captions)

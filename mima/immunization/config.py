@@ -104,7 +104,7 @@ class ImmunizeConfig(Settings):
 
         ``mima.immunization.recipes`` has named ones.
         """
-        # recipes are made of this class
+        # recipes imports this module
         from mima.immunization.recipes import beneath
 
         return cls.model_validate(beneath(settings, task=task))

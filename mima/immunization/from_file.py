@@ -78,7 +78,7 @@ def parse_run(
         MimaError: as ``load_config``.
     """
     named, own = recipe or raw.get("recipe"), raw.get("immunize", {})
-    # what is no recipe, or no settings, is told with all else that is wrong
+    # parse_config reports an unknown recipe, or settings of the wrong type, with all other errors
     known = named is None or recipe is not None or (isinstance(named, str) and named in RECIPES)
     if (named is not None or task is not None) and known and isinstance(own, dict):
         raw = {**raw, "immunize": beneath(own, named, task, benign=bool(raw.get("benign")))}
@@ -189,7 +189,7 @@ def immunize_file(
     check_folder(run.output, overwrite=overwrite)
     said = _arguments(run, path, revision, variant, single_file_config)
 
-    # only now what takes seconds to import
+    # imports that take seconds, once the arguments are checked
     from mima.immunization.algorithm import immunize
 
     result: ImmunizeResult = immunize(
@@ -213,7 +213,7 @@ def concepts_of(run: ImmunizeRun, path: str | Path) -> tuple[list[Concept], list
 
     check_model(run.model)
     base = Path(path).parent
-    # no description at all is not one that is wrong
+    # load_concepts refuses an empty list
     benign = load_concepts(run.benign, base=base) if run.benign else []
     return load_concepts(run.concepts, base=base), benign
 
@@ -238,7 +238,7 @@ def plan_file(
     """
     found = _arguments(read_run(path, **said), path, revision, variant, single_file_config)
 
-    # only now what takes seconds to import
+    # imports that take seconds, once the arguments are checked
     from mima.immunization.algorithm import immunize
 
     return immunize(**found, dry_run=True, overwrite=overwrite, delta=delta, device=device)
@@ -254,7 +254,7 @@ def _arguments(
     """What a file says to ``immunize``."""
     concepts, benign = concepts_of(run, path)
 
-    # only now what takes seconds to import
+    # imports that take seconds, once the arguments are checked
     from mima.families import ModelSource
 
     model = ModelSource(

@@ -413,7 +413,7 @@ class Problem:
         A part is of ``concepts_per_forward`` of the step's concepts, drawn when it is asked for.
         """
         chosen, size = self.concepts(step, alive), self.config.upper.concepts_per_forward
-        # no process is to wait for another that does its part as well
+        # parts are so small that every process has one
         size = min(size, -(-len(chosen) // self.ranks.size))
 
         def draw(part: int) -> Level:

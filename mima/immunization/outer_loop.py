@@ -111,7 +111,7 @@ class Ascent:
         if config.offload_optimizer and whole and MomentsOnDisk.serves(problem.family.device):
             place = folder.path if folder is not None and folder.path.is_dir() else None
             self._on_disk = [MomentsOnDisk(one, place) for one in self._optimizers.values()]
-        # of each level: where they take turns, one that always fails is not to go unnoticed
+        # by level: where levels take turns, the steps of one may all fail
         self._skipped_in_a_row = {"upper": 0, "lower": 0}
         self._retained: float | None = None
         self._stopped = False
@@ -140,7 +140,7 @@ class Ascent:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # a Ctrl-C finds processes that write together at different places
+        # processes that write together are interrupted at different places
         together = self._problem.family.sharded is not None
         if kind is None or (issubclass(kind, KeyboardInterrupt) and not together):
             self._write()

@@ -158,7 +158,7 @@ class DirectBackward(torch.autograd.Function):
         d_out, *tensors = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
-            # a graph of this is asked for: a third derivative
+            # create_graph=True: somebody differentiates a third time
             return None, None, None, *_differentiable(ctx, wanted, u, (d_out, *tensors))
         given = ctx.kernels.inputs(*tensors, *ctx.constants[2])
         directions = _spread(u, ctx.needs)
@@ -234,7 +234,7 @@ class LayerBackward(Operator):
         d_out, *tensors = ctx.saved_tensors
         wanted = tuple(ctx.needs_input_grad[4:])
         if torch.is_grad_enabled():
-            # a graph of this is asked for: a third derivative
+            # create_graph=True: somebody differentiates a third time
             return *(None,) * 4, *_differentiable(ctx, wanted, u, (d_out, *tensors))
         name, backend, numbers = ctx.constants
         given = *_spread(u, ctx.needs), *tensors, *numbers

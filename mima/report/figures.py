@@ -241,7 +241,7 @@ def save_figure(figure: Figure, path: Path) -> str:
 def _apart(values: Sequence[float], gap: float) -> list[float]:
     """The values, moved so that neighbours are at least a gap apart, and no further than needed."""
     order = sorted(range(len(values)), key=lambda index: values[index])
-    # blocks of labels that touch, each centred on the mean of what it holds
+    # blocks of labels that touch; a block is centred on the mean of its values
     blocks: list[list[int]] = []
     for index in order:
         blocks.append([index])

@@ -91,7 +91,7 @@ class CheckpointFolder:
         final = self.path / f"step-{checkpoint.step:08d}"
         if final == self._intact:
             return
-        # of steps that a killed process did not finish writing
+        # remove, or complete, checkpoints that a killed process was writing
         for stale in self.path.glob(".step-*.partial"):
             recover(self.path / stale.name.removeprefix(".").removesuffix(".partial"))
 
@@ -109,7 +109,7 @@ class CheckpointFolder:
         self._put(final, fill)
         before = [] if self._intact is None else [self._intact]
         self._intact = final
-        # a checkpoint that could not be read is not the one to keep
+        # keep the new one and the last that could be read
         for other in self._steps():
             if other not in (final, *before):
                 shutil.rmtree(other)
@@ -205,7 +205,7 @@ def load_whole(folder: Path) -> dict[str, torch.Tensor]:
     kept = kept_in_shards(folder)
     tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in kept.items()}
     with warnings.catch_warnings():
-        # one process is what is meant
+        # no_dist: this process alone reads, as it means to
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")
         distributed_checkpoint().load(tensors, checkpoint_id=folder, no_dist=True)
     return tensors

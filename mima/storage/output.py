@@ -42,7 +42,7 @@ def check_folder(path: Path, *, overwrite: bool) -> None:
     _check_name(path)
     if path.exists() and not path.is_dir():
         raise MimaError(f"output {path} is a file, expected a folder")
-    # results take the place of a folder, which would leave the shell in one that is gone
+    # writing replaces the folder: a shell within would stand in a deleted one
     if path.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise MimaError(f"output {path} is or holds the working directory; name a folder in it")
     held = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
@@ -73,7 +73,7 @@ def check_file(path: Path, *, overwrite: bool) -> None:
 
 def _check_name(path: Path) -> None:
     expanded(path)
-    # what is written beside it until it is whole has a longer name
+    # the folder that is written beside it, and then renamed, has a longer name
     if len(os.fsencode(path.name)) > LONGEST_NAME:
         raise MimaError(f"output {path}: the name is longer than {LONGEST_NAME} bytes")
 

@@ -116,7 +116,7 @@ def _picture_conditions(family: Family, count: int, pictures: Sequence[Picture])
     side = family.resolution
     whole = torch.tensor([[side, side, 0, 0]]).expand(count, 4)
     conditions = family.picture_conditions(whole)
-    # pictures are opened once more for their sizes: not for families that do not ask for them
+    # only for families with conditions: their sizes cost opening every picture once more
     return (
         family.picture_conditions(places(pictures, side)) if conditions and pictures else conditions
     )
