@@ -109,11 +109,7 @@ GRID = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    tiny.save_tiny_stable_diffusion(root / "original")
-    tiny.save_tiny_stable_diffusion(root / "immunized", seed=1)
-    tiny.save_tiny_clip(root / "clip")
-    return root
+    return tiny.save_pair(tmp_path_factory.mktemp("models"))
 
 
 def test_processes_share_an_evaluation_and_go_on_with_it(processes, models, tmp_path):

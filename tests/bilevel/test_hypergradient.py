@@ -1,6 +1,7 @@
 """The hypergradient against central differences of the whole outer objective, in float64."""
 
 from collections import Counter
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -450,29 +451,23 @@ def test_the_second_order_part_matters():
     assert reached["exact"] < 0.1 < reached["first_order"]
 
 
-def test_adam_rule_equals_torch():
+@pytest.mark.parametrize(
+    ("kind", "rule"),
+    [
+        (torch.optim.AdamW, Adam(lr=0.1, weight_decay=0.01)),
+        (torch.optim.SGD, SGD(lr=0.1, momentum=0.9)),
+    ],
+    ids=["adam", "momentum"],
+)
+def test_rule_equals_torch(kind, rule):
     parameter = torch.nn.Parameter(randn(6, seed=1))
-    reference = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.01)
-    rule = Adam(lr=0.1, weight_decay=0.01)
+    reference = kind([parameter], **asdict(rule))
     z, state = [parameter.detach().clone()], [rule.init(parameter.detach())]
     for k in range(4):
         g = randn(6, seed=20 + k)
         parameter.grad = g.clone()
         reference.step()
         z, state = rule.step(z, [g], state, k, overwrite=k > 0)
-    torch.testing.assert_close(z[0], parameter.detach())
-
-
-def test_momentum_equals_torch():
-    parameter = torch.nn.Parameter(randn(6, seed=1))
-    reference = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
-    rule = SGD(lr=0.1, momentum=0.9)
-    z, state = [parameter.detach().clone()], [rule.init(parameter.detach())]
-    for k in range(4):
-        g = randn(6, seed=20 + k)
-        parameter.grad = g.clone()
-        reference.step()
-        z, state = rule.step(z, [g], state, k)
     torch.testing.assert_close(z[0], parameter.detach())
 
 

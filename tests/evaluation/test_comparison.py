@@ -40,12 +40,7 @@ GRID = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two models that differ, and an encoder."""
-    root = tmp_path_factory.mktemp("models")
-    tiny.save_tiny_stable_diffusion(root / "original")
-    tiny.save_tiny_stable_diffusion(root / "immunized", seed=1)
-    tiny.save_tiny_clip(root / "clip")
-    return root
+    return tiny.save_pair(tmp_path_factory.mktemp("models"))
 
 
 def run(folders, output, **changes):

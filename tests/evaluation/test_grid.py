@@ -40,10 +40,7 @@ SMALL = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
     """A model, an encoder, and two concepts in files."""
-    root = tmp_path_factory.mktemp("models")
-    tiny.save_tiny_stable_diffusion(root / "model")
-    tiny.save_tiny_stable_diffusion(root / "immunized", seed=1)
-    tiny.save_tiny_clip(root / "clip")
+    root = tiny.save_pair(tmp_path_factory.mktemp("models"), "model")
     for name in ("red", "blue"):
         (root / name / "held_out").mkdir(parents=True)
         for index in range(3):

@@ -120,11 +120,7 @@ def test_a_damaged_log_of_trials_is_one_line(tmp_path, content):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    tiny.save_tiny_stable_diffusion(root / "model")
-    tiny.save_tiny_stable_diffusion(root / "immunized", seed=1)
-    tiny.save_tiny_clip(root / "clip")
-    return root
+    return tiny.save_pair(tmp_path_factory.mktemp("models"), "model")
 
 
 @pytest.mark.parametrize("by", ["similarity", "loss"])

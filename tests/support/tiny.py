@@ -210,6 +210,14 @@ def save_tiny_clip(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
+def save_pair(folder: Path, original: str = "original") -> Path:
+    """Two models that differ, the other `immunized`, and an encoder, `clip`, within `folder`."""
+    save_tiny_stable_diffusion(folder / original)
+    save_tiny_stable_diffusion(folder / "immunized", seed=1)
+    save_tiny_clip(folder / "clip")
+    return folder
+
+
 def save_tiny_dino(folder: Path, *, seed: int = 0, version: int = 1) -> Path:
     """A DINO (ViTModel) or DINOv2 (Dinov2Model) folder with an image processor, 32×32 pictures."""
     shape = {
