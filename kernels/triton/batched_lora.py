@@ -382,6 +382,23 @@ class _Adapters:
         make = torch.zeros if self.chunks > 1 else torch.empty
         return make(shape, dtype=torch.float32, device=x.device)
 
+    def factors(self, x: Tensor) -> dict[str, Any]:
+        """Return what launches that read the factors pass for tensors like x, beside `options`."""
+        return {
+            "table_ptr": self.table.pointers,
+            "rank_ptr": self.ranks,
+            "index_ptr": self.index,
+            "T": x.shape[1],
+            "num_in": x.shape[2],
+            "num_adapters": len(self.A),
+            "R": self.padded_rank,
+            "DTYPE": TRITON_DTYPE[x.dtype],
+            "ALIGNED": self.table.aligned,
+            "RANK_MULTIPLE": self.rank_multiple,
+            "BLOCK_K": self.chosen.block_k,
+            **self.options(x),
+        }
+
     def options(self, x: Tensor) -> dict[str, Any]:
         """Return what all launches on tensors like x pass."""
         return {
@@ -406,7 +423,7 @@ def _apply(
 
     The projection is None where it is not kept, or nothing was computed.
     """
-    b, T, num_in = x.shape
+    b, T, _ = x.shape
     num_out = weight.shape[1] if transposed else weight.shape[0]
     y = x.new_empty(b, T, num_out)
     if y.numel() == 0:
@@ -418,56 +435,29 @@ def _apply(
         x_ptr=x,
         weight_ptr=weight,
         bias_ptr=weight if bias is None else bias,
-        table_ptr=adapters.table.pointers,
-        rank_ptr=adapters.ranks,
         scale_ptr=adapters.scale,
-        index_ptr=adapters.index,
         y_ptr=y,
         h_ptr=adapters.scale if h is None else h,
-        T=T,
-        num_in=num_in,
         num_out=num_out,
-        num_adapters=len(adapters.A),
-        R=adapters.padded_rank,
         TRANSPOSED=transposed,
         HAS_BIAS=bias is not None,
         KEEP=h is not None,
-        DTYPE=TRITON_DTYPE[x.dtype],
-        ALIGNED=adapters.table.aligned,
-        RANK_MULTIPLE=adapters.rank_multiple,
         BLOCK_T=chosen.block_t,
         BLOCK_O=chosen.block_o,
-        BLOCK_K=chosen.block_k,
-        **adapters.options(x),
+        **adapters.factors(x),
     )
     return y, h
 
 
 def _project(x: Tensor, adapters: _Adapters, *, transposed: bool) -> Tensor:
     """Return x A_iᵀ, or x B_i if transposed, float32 [b, T, R], zero beyond the rank."""
-    b, T, num_in = x.shape
     h = adapters.projection(x)
     if h.numel() == 0:
         return h
-    chosen = adapters.chosen
-    block_t = max(chosen.block_t, OUTER_BLOCK_T)
+    b, T, _ = x.shape
+    block_t = max(adapters.chosen.block_t, OUTER_BLOCK_T)
     _batched_lora_project_kernel[ceil_div(T, block_t), b, adapters.chunks](
-        x_ptr=x,
-        table_ptr=adapters.table.pointers,
-        rank_ptr=adapters.ranks,
-        index_ptr=adapters.index,
-        h_ptr=h,
-        T=T,
-        num_in=num_in,
-        num_adapters=len(adapters.A),
-        R=h.shape[2],
-        TRANSPOSED=transposed,
-        DTYPE=TRITON_DTYPE[x.dtype],
-        ALIGNED=adapters.table.aligned,
-        RANK_MULTIPLE=adapters.rank_multiple,
-        BLOCK_T=block_t,
-        BLOCK_K=chosen.block_k,
-        **adapters.options(x),
+        x_ptr=x, h_ptr=h, TRANSPOSED=transposed, BLOCK_T=block_t, **adapters.factors(x)
     )
     return h
 

@@ -11,7 +11,9 @@ Bytes: one read and one write of the weight. FLOPs: 2 o d Σ r_n.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -176,33 +178,40 @@ def merge_lora_forward(inputs: arguments.MergeLora) -> Tensor:
     weight, A, B = weight.contiguous(), contiguous(A), contiguous(B)
     out = torch.empty_like(weight)
     o, d = weight.shape
-    ranks = tuple([A_n.shape[0] for A_n in A])
     if not A or out.numel() == 0:
         return weight.clone()
-    chosen = settings(weight.dtype, max(ranks))
+    chosen, common = _common_arguments(weight, A, [*A, *B], scale * weights)
     with on_device_of(weight):
-        table = pointer_table([*A, *B], weight.device)
         _merge_lora_fwd_kernel[(ceil_div(d, chosen.block_d), ceil_div(o, chosen.block_o))](
-            weight_ptr=weight,
-            table_ptr=table.pointers,
-            rank_ptr=sizes_on_device(ranks, weight.device),
-            coefficient_ptr=scale * weights,
-            out_ptr=out,
-            o=o,
-            d=d,
-            num_adapters=len(A),
-            DTYPE=TRITON_DTYPE[weight.dtype],
-            ALIGNED=table.aligned,
-            RANK_MULTIPLE=rank_multiple(ranks),
-            PRECISION=dot_precision(weight.dtype),
-            BLOCK_O=chosen.block_o,
-            BLOCK_D=chosen.block_d,
-            BLOCK_R=chosen.block_r,
-            num_warps=chosen.num_warps,
-            num_stages=chosen.num_stages,
-            **launch_options(),
+            weight_ptr=weight, out_ptr=out, num_adapters=len(A), **common
         )
     return out
+
+
+def _common_arguments(
+    like: Tensor, A: Sequence[Tensor], table_of: Sequence[Tensor | None], coefficients: Tensor
+) -> tuple[Settings, dict[str, Any]]:
+    """Return the settings for adapters of a weight, and what the launches have in common."""
+    ranks = tuple([A_n.shape[0] for A_n in A])
+    chosen = settings(like.dtype, max(ranks))
+    table = pointer_table(table_of, like.device)
+    return chosen, {
+        "table_ptr": table.pointers,
+        "rank_ptr": sizes_on_device(ranks, like.device),
+        "coefficient_ptr": coefficients,
+        "o": like.shape[0],
+        "d": like.shape[1],
+        "DTYPE": TRITON_DTYPE[like.dtype],
+        "ALIGNED": table.aligned,
+        "RANK_MULTIPLE": rank_multiple(ranks),
+        "PRECISION": dot_precision(like.dtype),
+        "BLOCK_O": chosen.block_o,
+        "BLOCK_D": chosen.block_d,
+        "BLOCK_R": chosen.block_r,
+        "num_warps": chosen.num_warps,
+        "num_stages": chosen.num_stages,
+        **launch_options(),
+    }
 
 
 def merge_lora_backward(
@@ -214,45 +223,31 @@ def merge_lora_backward(
     d_out, A, B = d_out.contiguous(), contiguous(A), contiguous(B)
     need_inner = need_scale or need_weights
     o, d = d_out.shape
-    ranks = tuple([A_n.shape[0] for A_n in A])
+    largest = max((len(A_n) for A_n in A), default=0)
     d_A = [torch.zeros_like(A_n) for A_n in A] if need_A else []
     d_B = [torch.zeros_like(B_n) for B_n in B] if need_B else []
     inner = torch.zeros_like(scale)
-    if d_out.numel() > 0 and max(ranks, default=0) > 0 and (need_A or need_B or need_inner):
-        chosen = settings(d_out.dtype, max(ranks))
+    if d_out.numel() > 0 and largest > 0 and (need_A or need_B or need_inner):
+        nothing: list[Tensor | None] = [None] * len(A)
+        everything = [*A, *B, *(d_A or nothing), *(d_B or nothing)]
+        chosen, common = _common_arguments(d_out, A, everything, scale * weights)
         blocks_d = ceil_div(d, chosen.block_d)
         blocks_o = ceil_div(o, chosen.block_o) if need_B else 0
-        chunks = ceil_div(max(ranks), chosen.block_r)
+        chunks = ceil_div(largest, chosen.block_r)
         shares = torch.zeros(
             (len(A) if need_inner else 0, chunks, blocks_d),
             dtype=torch.float32,
             device=d_out.device,
         )
         with on_device_of(d_out):
-            nothing: list[Tensor | None] = [None] * len(A)
-            table = pointer_table([*A, *B, *(d_A or nothing), *(d_B or nothing)], d_out.device)
             _merge_lora_bwd_kernel[(blocks_d + blocks_o, chunks, len(A))](
                 d_out_ptr=d_out,
-                table_ptr=table.pointers,
-                rank_ptr=sizes_on_device(ranks, d_out.device),
-                coefficient_ptr=scale * weights,
                 inner_ptr=shares,
-                o=o,
-                d=d,
                 blocks_d=blocks_d,
                 NEED_A=need_A,
                 NEED_B=need_B,
                 NEED_INNER=need_inner,
-                DTYPE=TRITON_DTYPE[d_out.dtype],
-                ALIGNED=table.aligned,
-                RANK_MULTIPLE=rank_multiple(ranks),
-                PRECISION=dot_precision(d_out.dtype),
-                BLOCK_O=chosen.block_o,
-                BLOCK_D=chosen.block_d,
-                BLOCK_R=chosen.block_r,
-                num_warps=chosen.num_warps,
-                num_stages=chosen.num_stages,
-                **launch_options(),
+                **common,
             )
         if need_inner:
             inner = shares.sum((1, 2))
