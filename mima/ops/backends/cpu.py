@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,12 @@ def cpu_level() -> str:
     return level
 
 
+def _run(name: str, like: Tensor, *args: object) -> Any:
+    """Run a kernel on tensors of one dtype."""
+    kernel = getattr(loaded("cpu"), name)
+    return kernel(DTYPE_CODES[like.dtype], torch.get_num_threads(), *args)
+
+
 def _with_rows(tensors: Tensors) -> list[Tensor]:
     """Matrices whose rows are contiguous: the tensors where they are, copies where not."""
     if loaded("cpu").have_contiguous_rows(tensors):
@@ -42,9 +49,7 @@ def weighted_merge_forward(inputs: arguments.WeightedMerge) -> list[Tensor]:
     if not base:
         return out
     base, thetas = contiguous(base), contiguous(thetas)
-    code = DTYPE_CODES[base[0].dtype]
-    tensors = base, thetas, weights.tolist(), out
-    loaded("cpu").weighted_merge_forward(code, torch.get_num_threads(), *tensors)
+    _run("weighted_merge_forward", out[0], base, thetas, weights.tolist(), out)
     return out
 
 
@@ -59,43 +64,33 @@ def weighted_merge_backward(
     if not base:
         return d_base, d_thetas, torch.zeros_like(weights) if need_weights else None
     d_out, base, thetas = contiguous(d_out), contiguous(base), contiguous(thetas)
-    code = DTYPE_CODES[base[0].dtype]
-    tensors = d_out, base, thetas, weights.tolist(), d_base, d_thetas
-    sums = loaded("cpu").weighted_merge_backward(
-        code, torch.get_num_threads(), *tensors, need_weights
-    )
+    given = d_out, base, thetas, weights.tolist()
+    sums = _run("weighted_merge_backward", base[0], *given, d_base, d_thetas, need_weights)
     d_weights = weights.new_tensor(sums) if need_weights else None
     return d_base, d_thetas, d_weights
 
 
 def combine_into(out: Tensors, x: Tensors, factors: Sequence[Sequence[float]]) -> None:
     """Write Σ_j f_ij x_j into `out`, contiguous, which may have tensors of `x`."""
-    code = DTYPE_CODES[x[0].dtype]
-    loaded("cpu").combine(code, torch.get_num_threads(), factors, contiguous(x), out)
+    _run("combine", x[0], factors, contiguous(x), out)
 
 
 def token_outputs(X: Tensors, C: Tensor) -> Tensor:
     """Return A = X Cᵀ, [Σ o_l, s]."""
     A = C.new_empty(sum(len(X_l) for X_l in X), len(C))
-    X, (C,) = _with_rows(X), _with_rows([C])
-    code = DTYPE_CODES[C.dtype]
-    loaded("cpu").token_outputs(code, torch.get_num_threads(), X, C, A)
+    _run("token_outputs", C, _with_rows(X), *_with_rows([C]), A)
     return A
 
 
 def add_token_outputs(X: Tensors, A: Tensor, M: Tensor) -> None:
     """Add A_l M to X_l, whose rows are contiguous."""
-    A, M = _with_rows([A, M])
-    code = DTYPE_CODES[M.dtype]
-    loaded("cpu").add_token_outputs(code, torch.get_num_threads(), X, M, A)
+    _run("add_token_outputs", M, X, *_with_rows([M, A]))
 
 
 def token_sums(X: Tensors, A: Tensor) -> Tensor:
     """Return Σ_l A_lᵀ X_l, [s, d]."""
     sums = A.new_empty(A.shape[1], X[0].shape[1])
-    X, (A,) = _with_rows(X), _with_rows([A])
-    code = DTYPE_CODES[A.dtype]
-    loaded("cpu").token_sums(code, torch.get_num_threads(), X, sums, A)
+    _run("token_sums", A, _with_rows(X), sums, *_with_rows([A]))
     return sums
 
 
@@ -104,10 +99,7 @@ def adam_step_forward(inputs: arguments.AdamStep, *, overwrite: bool = False) ->
     z, g, m, v = map(contiguous, inputs[:4])
     *numbers, step = inputs[4:]
     out = empty_like(z), m if overwrite else empty_like(m), v if overwrite else empty_like(v)
-    code = DTYPE_CODES[z[0].dtype]
-    loaded("cpu").adam_step_forward(
-        code, torch.get_num_threads(), numbers, step, *(z, g, m, v), *out
-    )
+    _run("adam_step_forward", z[0], numbers, step, z, g, m, v, *out)
     return [x for values in out for x in values]
 
 
@@ -120,10 +112,7 @@ def adam_step_backward(
     P = len(g)
     grads = [empty_like(g) if need else [] for need in needs]
     bars = d_out[:P], d_out[P : 2 * P], d_out[2 * P :]
-    code = DTYPE_CODES[g[0].dtype]
-    loaded("cpu").adam_step_backward(
-        code, torch.get_num_threads(), numbers, step, *bars, *(g, m, v), *grads
-    )
+    _run("adam_step_backward", g[0], numbers, step, *bars, g, m, v, *grads)
     return grads
 
 
@@ -132,10 +121,7 @@ def projected_merge_forward(inputs: arguments.ProjectedMerge) -> list[Tensor]:
     if not inputs.W0:
         return []
     out = empty_like(inputs.W0)
-    code = DTYPE_CODES[out[0].dtype]
-    loaded("cpu").projected_merge_forward(
-        code, torch.get_num_threads(), *map(_with_rows, inputs), out
-    )
+    _run("projected_merge_forward", out[0], *map(_with_rows, inputs), out)
     return out
 
 
@@ -148,10 +134,7 @@ def projected_merge_backward(
     )
     if not inputs.W0:
         return tuple([x.zero_() for x in grad] for grad in grads)
-    code = DTYPE_CODES[d_out[0].dtype]
-    loaded("cpu").projected_merge_backward(
-        code, torch.get_num_threads(), *map(_with_rows, (d_out, *inputs)), *grads
-    )
+    _run("projected_merge_backward", d_out[0], *map(_with_rows, (d_out, *inputs)), *grads)
     return grads
 
 
@@ -179,14 +162,9 @@ def batched_lora_forward(inputs: arguments.BatchedLora, kept: list[Tensor] | Non
         # whole vectors, of whatever instruction set
         width = -(-max(A_n.shape[0] for A_n in A) // 16) * 16
         kept.append(x.new_empty(*x.shape[:2], width, dtype=scale.dtype))
-    loaded("cpu").batched_lora_forward(
-        DTYPE_CODES[x.dtype],
-        torch.get_num_threads(),
-        *(x, weight, computes_base, A, B),
-        scale.tolist(),
-        index.tolist(),
-        *(y, not computes_base or bias is not None, kept[0] if kept else None),
-    )
+    given = x, weight, computes_base, A, B, scale.tolist(), index.tolist()
+    add = not computes_base or bias is not None
+    _run("batched_lora_forward", x, *given, y, add, kept[0] if kept else None)
     return y
 
 
@@ -222,14 +200,8 @@ def batched_lora_backward(
     d_scale = None
     if A and (need_x or need_A or need_B or need_scale):
         A, B = _with_rows(A), contiguous(B)
-        sums = loaded("cpu").batched_lora_backward(
-            DTYPE_CODES[x.dtype],
-            torch.get_num_threads(),
-            *(d_y, x, weight, computes_base, A, B),
-            scale.tolist(),
-            index.tolist(),
-            *(projection, d_x, d_A, d_B, need_scale),
-        )
+        given = d_y, x, weight, computes_base, A, B, scale.tolist(), index.tolist(), projection
+        sums = _run("batched_lora_backward", x, *given, d_x, d_A, d_B, need_scale)
         d_scale = scale.new_tensor(sums) if need_scale else None
     elif need_scale:
         d_scale = torch.zeros_like(scale)
@@ -240,16 +212,8 @@ def merge_lora_forward(inputs: arguments.MergeLora) -> Tensor:
     """Return W + Σ_n w_n s_n B_n A_n, [o, d]."""
     weight, A, B, scale, weights = inputs
     (out,) = empty_like([weight])
-    (weight,) = _with_rows([weight])
-    A, B = _with_rows(A), contiguous(B)
-    loaded("cpu").merge_lora_forward(
-        DTYPE_CODES[weight.dtype],
-        torch.get_num_threads(),
-        *(weight, A, B),
-        scale.tolist(),
-        weights.tolist(),
-        out,
-    )
+    given = *_with_rows([weight]), _with_rows(A), contiguous(B), scale.tolist(), weights.tolist()
+    _run("merge_lora_forward", weight, *given, out)
     return out
 
 
@@ -266,26 +230,13 @@ def merge_lora_backward(
     need_products = need_scale or need_weights
     products = scale.new_zeros(scale.shape)
     if A and (need_A or need_B or need_products):
-        (d_out,) = _with_rows([d_out])
-        A, B = _with_rows(A), contiguous(B)
+        given = *_with_rows([d_out]), _with_rows(A), contiguous(B), scale.tolist(), weights.tolist()
         # ⟨d_out, B_n A_n⟩, of which both gradients are multiples
-        sums = loaded("cpu").merge_lora_backward(
-            DTYPE_CODES[d_out.dtype],
-            torch.get_num_threads(),
-            *(d_out, A, B),
-            scale.tolist(),
-            weights.tolist(),
-            *(d_A, d_B, need_products),
-        )
+        sums = _run("merge_lora_backward", d_out, *given, d_A, d_B, need_products)
         products = scale.new_tensor(sums) if need_products else products
     d_scale = weights * products if need_scale else None
     d_weights = scale * products if need_weights else None
     return d_weight, d_A, d_B, d_scale, d_weights
-
-
-def _run_layer(name: str, x: Tensor, *args: object) -> None:
-    """Run a layer's kernel on tensors of x's dtype."""
-    getattr(loaded("cpu"), name)(DTYPE_CODES[x.dtype], torch.get_num_threads(), *args)
 
 
 def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -310,7 +261,7 @@ def group_norm_forward(inputs: arguments.GroupNorm) -> Tensor:
     """Return γ x̂ + β, or its SiLU."""
     (out,) = empty_like([inputs.x])
     given = *_group_norm_numbers(inputs), *_dense(*inputs[:3])
-    _run_layer("group_norm_forward", out, *given, out)
+    _run("group_norm_forward", out, *given, out)
     return out
 
 
@@ -320,7 +271,7 @@ def group_norm_backward(
     """Return the gradients of x, weight and bias, None where not needed."""
     made = _made(inputs[:3], needs)
     given = *_group_norm_numbers(inputs), *_dense(*inputs[:3], d_out)
-    _run_layer("group_norm_backward", d_out, *given, *made)
+    _run("group_norm_backward", d_out, *given, *made)
     return made
 
 
@@ -330,7 +281,7 @@ def group_norm_double_backward(
     """Return the gradients of d_out, x, weight and bias, None where not needed."""
     made = _made((d_out, *inputs[:3]), needs)
     given = *_group_norm_numbers(inputs), *_dense(*inputs[:3], d_out, *directions)
-    _run_layer("group_norm_double_backward", d_out, *given, *made)
+    _run("group_norm_double_backward", d_out, *given, *made)
     return made
 
 
@@ -339,7 +290,7 @@ def geglu_forward(inputs: arguments.Geglu) -> Tensor:
     x = inputs.x
     d = x.shape[-1] // 2
     out = x.new_empty(*x.shape[:-1], d)
-    _run_layer("geglu_forward", x, d, x.contiguous(), out)
+    _run("geglu_forward", x, d, x.contiguous(), out)
     return out
 
 
@@ -347,7 +298,7 @@ def geglu_backward(d_out: Tensor, inputs: arguments.Geglu, needs: Needs) -> list
     """Return the gradient of x."""
     made = _made(inputs, needs)
     if any(needs):
-        _run_layer("geglu_backward", d_out, d_out.shape[-1], *_dense(*inputs, d_out), *made)
+        _run("geglu_backward", d_out, d_out.shape[-1], *_dense(*inputs, d_out), *made)
     return made
 
 
@@ -357,7 +308,7 @@ def geglu_double_backward(
     """Return the gradients of d_out and x."""
     made = _made((d_out, *inputs), needs)
     tensors = _dense(*inputs, d_out, *_or_zeros(directions, inputs))
-    _run_layer("geglu_double_backward", d_out, d_out.shape[-1], *tensors, *made)
+    _run("geglu_double_backward", d_out, d_out.shape[-1], *tensors, *made)
     return made
 
 
@@ -369,7 +320,7 @@ def attention_forward(inputs: arguments.Attention) -> Tensor:
     """Return softmax(scale · q kᵀ) v, [n, T, e]."""
     q, _, v, scale = inputs
     out = q.new_empty(*q.shape[:2], v.shape[2])
-    _run_layer("attention_forward", q, scale, *_dense(*inputs[:3]), out)
+    _run("attention_forward", q, scale, *_dense(*inputs[:3]), out)
     return out
 
 
@@ -379,7 +330,7 @@ def attention_backward(
     """Return the gradients of q, k and v, None where not needed."""
     made = _made(inputs[:3], needs)
     tensors = _dense(*inputs[:3], d_out)
-    _run_layer("attention_backward", d_out, inputs.scale, *tensors, *made)
+    _run("attention_backward", d_out, inputs.scale, *tensors, *made)
     return made
 
 
@@ -389,5 +340,5 @@ def attention_double_backward(
     """Return the gradients of d_out, q, k and v, None where not needed."""
     made = _made((d_out, *inputs[:3]), needs)
     tensors = _dense(*inputs[:3], d_out, *_or_zeros(directions, inputs[:3]))
-    _run_layer("attention_double_backward", d_out, inputs.scale, *tensors, *made)
+    _run("attention_double_backward", d_out, inputs.scale, *tensors, *made)
     return made
