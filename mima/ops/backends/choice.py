@@ -1,8 +1,9 @@
 """Which code serves an operator, and why other code does not.
 
-The only place that loads native and Triton code. A backend is a module with the
-functions `<op>_forward` and `<op>_backward` and `unsupported_reasons(op, *tensors) -> list[str]`;
-the native one has the first two in a module for each type of device.
+The only place that loads native and Triton code. A backend is a module with the functions
+`<op>_forward` and `<op>_backward`, which take the tuples of `mima.ops.backends.arguments`, and
+`unsupported_reasons(op, *tensors) -> list[str]`; the native one has the first two in a module for
+each type of device.
 """
 
 from __future__ import annotations
