@@ -4,8 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <optional>
+#include <string>
+#include <variant>
 
 #include "cpu/dispatch.h"
 #include "cpu/ops.h"
@@ -16,6 +19,13 @@ namespace {
 
 using Indices = std::vector<int64_t>;
 using Reals = std::vector<double>;
+
+// A kernel runs without the interpreter's lock.
+template <class Params, class Kernel>
+void run(Kernel kernel, Params& params) {
+  py::gil_scoped_release unlocked;
+  kernel(params);
+}
 
 // Whether the elements of each matrix's rows lie side by side.
 bool have_contiguous_rows(const TensorArgs& matrices) {
@@ -29,8 +39,7 @@ void weighted_merge_forward(int dtype, int threads, const TensorArgs& base,
   auto params = weighted_merge_params(dtype, base, thetas, std::move(weights));
   params.threads = threads;
   params.out = pointers("weighted_merge: out", out, base.size());
-  py::gil_scoped_release unlocked;
-  cpu::weighted_merge_forward(params);
+  run(cpu::weighted_merge_forward, params);
 }
 
 Reals weighted_merge_backward(int dtype, int threads, const TensorArgs& d_out,
@@ -43,10 +52,7 @@ Reals weighted_merge_backward(int dtype, int threads, const TensorArgs& d_out,
   params.d_base = pointers("weighted_merge: d_base", d_base, base.size(), true);
   params.d_thetas = pointers("weighted_merge: d_thetas", d_thetas, thetas.size(), true);
   if (need_weights) params.d_weights.assign(params.weights.size(), 0.0);
-  {
-    py::gil_scoped_release unlocked;
-    cpu::weighted_merge_backward(params);
-  }
+  run(cpu::weighted_merge_backward, params);
   return params.d_weights;
 }
 
@@ -72,12 +78,11 @@ void combine(int dtype, int threads, const std::vector<Reals>& factors, const Te
   params.sizes.resize(num_tensors);
   params.x = pointers("combine: x", x, num_in * num_tensors);
   params.out = pointers("combine: out", out, num_out * num_tensors);
-  py::gil_scoped_release unlocked;
-  cpu::combine(params);
+  run(cpu::combine, params);
 }
 
-TokenParams token_params(int dtype, int threads, const TensorArgs& X, const TensorArg& C,
-                         const TensorArg& A) {
+template <void (*kernel)(const TokenParams&)>
+void tokens(int dtype, int threads, const TensorArgs& X, const TensorArg& C, const TensorArg& A) {
   TokenParams params{};
   params.dtype = dtype_of(dtype);
   params.threads = threads;
@@ -87,28 +92,7 @@ TokenParams token_params(int dtype, int threads, const TensorArgs& X, const Tens
   params.A = matrix({"token_outputs: A"}, A);
   params.S = C.sizes[0];
   params.d = C.sizes[1];
-  return params;
-}
-
-void token_outputs(int dtype, int threads, const TensorArgs& X, const TensorArg& C,
-                   const TensorArg& A) {
-  const auto params = token_params(dtype, threads, X, C, A);
-  py::gil_scoped_release unlocked;
-  cpu::token_outputs(params);
-}
-
-void add_token_outputs(int dtype, int threads, const TensorArgs& X, const TensorArg& C,
-                       const TensorArg& A) {
-  const auto params = token_params(dtype, threads, X, C, A);
-  py::gil_scoped_release unlocked;
-  cpu::add_token_outputs(params);
-}
-
-void token_sums(int dtype, int threads, const TensorArgs& X, const TensorArg& C,
-                const TensorArg& A) {
-  const auto params = token_params(dtype, threads, X, C, A);
-  py::gil_scoped_release unlocked;
-  cpu::token_sums(params);
+  run(kernel, params);
 }
 
 AdamStepParams adam_step_params(int dtype, int threads, const Reals& rule, int64_t step,
@@ -138,8 +122,7 @@ void adam_step_forward(int dtype, int threads, const Reals& rule, int64_t step, 
   params.out_z = pointers("adam_step: out_z", out_z, g.size());
   params.out_m = pointers("adam_step: out_m", out_m, g.size());
   params.out_v = pointers("adam_step: out_v", out_v, g.size());
-  py::gil_scoped_release unlocked;
-  cpu::adam_step_forward(params);
+  run(cpu::adam_step_forward, params);
 }
 
 void adam_step_backward(int dtype, int threads, const Reals& rule, int64_t step,
@@ -155,171 +138,111 @@ void adam_step_backward(int dtype, int threads, const Reals& rule, int64_t step,
   params.d_g = pointers("adam_step: d_g", d_g, g.size(), true);
   params.d_m = pointers("adam_step: d_m", d_m, g.size(), true);
   params.d_v = pointers("adam_step: d_v", d_v, g.size(), true);
-  py::gil_scoped_release unlocked;
-  cpu::adam_step_backward(params);
+  run(cpu::adam_step_backward, params);
 }
 
-using MaybeTensor = std::optional<TensorArg>;
+// Layers. An optional tensor may be None, and its address null.
+using Tensors = std::vector<std::optional<TensorArg>>;
 
-// The address of a contiguous tensor, or null.
-void* whole(const char* what, const MaybeTensor& arg) {
-  if (!arg) return nullptr;
-  if (!arg->contiguous) throw py::value_error(std::string(what) + " must be contiguous");
-  return pointer({what}, *arg);
+template <class Params>
+struct Field {
+  const char* name;
+  std::variant<const void* Params::*, void* Params::*> address;
+  bool optional = false;
+};
+template <class Params>
+using Fields = std::vector<Field<Params>>;
+
+// A kernel as Python calls it, (dtype, threads, numbers..., tensors...): the tensors are contiguous
+// and in the order of the fields, and `measure` takes sizes from them and the numbers.
+template <class Params, class... Numbers>
+auto layer(const std::string& name, void (*kernel)(const Params&),
+           void (*measure)(Params&, const Tensors&, Numbers...),
+           std::initializer_list<Fields<Params>> parts) {
+  Fields<Params> fields;
+  for (const auto& part : parts) fields.insert(fields.end(), part.begin(), part.end());
+  return [=](int dtype, int threads, Numbers... numbers, const py::args& args) {
+    const auto tensors = args.cast<Tensors>();
+    check_count(name.c_str(), tensors.size(), fields.size());
+    Params params{};
+    params.dtype = dtype_of(dtype);
+    params.threads = threads;
+    for (size_t i = 0; i < fields.size(); ++i) {
+      const auto& [field, address, optional] = fields[i];
+      const auto& tensor = tensors[i];
+      if (tensor ? !tensor->strided || !tensor->contiguous : !optional)
+        throw py::value_error(name + ": " + field + " must be a contiguous tensor in memory");
+      void* data = tensor ? tensor->data : nullptr;
+      std::visit([&](auto member) { params.*member = data; }, address);
+    }
+    measure(params, tensors, numbers...);
+    run(kernel, params);
+  };
 }
 
-// `layer`: B, groups, channels of each, elements of each; x and all that follow but vectors have
-// B * groups * channels * elements.
-GroupNormParams group_norm_params(int dtype, int threads, const Indices& layer, double eps,
-                                  bool silu, const TensorArg& x, const MaybeTensor& weight,
-                                  const MaybeTensor& bias) {
-  check_count("group_norm: layer", layer.size(), 4);
-  GroupNormParams params{};
-  params.dtype = dtype_of(dtype);
-  params.threads = threads;
-  params.B = layer[0], params.groups = layer[1], params.channels = layer[2], params.m = layer[3];
+// A layer's three kernels.
+template <class Params, class... Numbers>
+void define(py::module_& module, const std::string& name,
+            std::array<void (*)(const Params&), 3> kernels,
+            void (*measure)(Params&, const Tensors&, Numbers...), const Fields<Params>& given,
+            const Fields<Params>& directions, const Fields<Params>& gradients) {
+  const Fields<Params> out = {{"out", &Params::out}}, d_out = {{"d_out", &Params::d_out}},
+                       d_d_out = {{"d_d_out", &Params::d_d_out, true}};
+  const auto add = [&](const char* which, int i, std::initializer_list<Fields<Params>> fields) {
+    module.def((name + which).c_str(), layer(name, kernels[i], measure, fields));
+  };
+  add("_forward", 0, {given, out});
+  add("_backward", 1, {given, d_out, gradients});
+  add("_double_backward", 2, {given, d_out, directions, d_d_out, gradients});
+}
+
+// sizes: B, groups, channels of each, elements of each.
+void group_norm(GroupNormParams& params, const Tensors& tensors, const Indices& sizes, double eps,
+                bool silu) {
+  check_count("group_norm: sizes", sizes.size(), 4);
+  params.B = sizes[0], params.groups = sizes[1], params.channels = sizes[2], params.m = sizes[3];
   params.eps = eps;
   params.silu = silu;
-  if (x.numel != params.B * params.groups * params.channels * params.m)
-    throw py::value_error("group_norm: x must have as many elements as its layer says");
-  params.x = whole("group_norm: x", x);
-  params.weight = whole("group_norm: weight", weight);
-  params.bias = whole("group_norm: bias", bias);
-  return params;
+  if (tensors[0]->numel != params.B * params.groups * params.channels * params.m)
+    throw py::value_error("group_norm: x must have as many elements as its sizes say");
 }
 
-void group_norm_forward(int dtype, int threads, const Indices& layer, double eps, bool silu,
-                        const TensorArg& x, const MaybeTensor& weight, const MaybeTensor& bias,
-                        const TensorArg& out) {
-  auto params = group_norm_params(dtype, threads, layer, eps, silu, x, weight, bias);
-  params.out = whole("group_norm: out", out);
-  py::gil_scoped_release unlocked;
-  cpu::group_norm_forward(params);
-}
-
-void group_norm_backward(int dtype, int threads, const Indices& layer, double eps, bool silu,
-                         const TensorArg& x, const MaybeTensor& weight, const MaybeTensor& bias,
-                         const TensorArg& d_out, const MaybeTensor& d_x,
-                         const MaybeTensor& d_weight, const MaybeTensor& d_bias) {
-  auto params = group_norm_params(dtype, threads, layer, eps, silu, x, weight, bias);
-  params.d_out = whole("group_norm: d_out", d_out);
-  params.d_x = whole("group_norm: d_x", d_x);
-  params.d_weight = whole("group_norm: d_weight", d_weight);
-  params.d_bias = whole("group_norm: d_bias", d_bias);
-  py::gil_scoped_release unlocked;
-  cpu::group_norm_backward(params);
-}
-
-void group_norm_double_backward(int dtype, int threads, const Indices& layer, double eps, bool silu,
-                                const TensorArg& x, const MaybeTensor& weight,
-                                const MaybeTensor& bias, const TensorArg& d_out,
-                                const MaybeTensor& u_x, const MaybeTensor& u_weight,
-                                const MaybeTensor& u_bias, const MaybeTensor& d_d_out,
-                                const MaybeTensor& d_x, const MaybeTensor& d_weight,
-                                const MaybeTensor& d_bias) {
-  auto params = group_norm_params(dtype, threads, layer, eps, silu, x, weight, bias);
-  params.d_out = whole("group_norm: d_out", d_out);
-  params.u_x = whole("group_norm: u_x", u_x);
-  params.u_weight = whole("group_norm: u_weight", u_weight);
-  params.u_bias = whole("group_norm: u_bias", u_bias);
-  params.d_d_out = whole("group_norm: d_d_out", d_d_out);
-  params.d_x = whole("group_norm: d_x", d_x);
-  params.d_weight = whole("group_norm: d_weight", d_weight);
-  params.d_bias = whole("group_norm: d_bias", d_bias);
-  py::gil_scoped_release unlocked;
-  cpu::group_norm_double_backward(params);
-}
-
-GegluParams geglu_params(int dtype, int threads, int64_t d, const TensorArg& x) {
-  GegluParams params{};
-  params.dtype = dtype_of(dtype);
-  params.threads = threads;
+void geglu(GegluParams& params, const Tensors& tensors, int64_t d) {
   params.d = d;
-  params.rows = d == 0 ? 0 : x.numel / (2 * d);
-  params.x = whole("geglu: x", x);
-  return params;
+  params.rows = d == 0 ? 0 : tensors[0]->numel / (2 * d);
 }
 
-void geglu_forward(int dtype, int threads, int64_t d, const TensorArg& x, const TensorArg& out) {
-  auto params = geglu_params(dtype, threads, d, x);
-  params.out = whole("geglu: out", out);
-  py::gil_scoped_release unlocked;
-  cpu::geglu_forward(params);
-}
-
-void geglu_backward(int dtype, int threads, int64_t d, const TensorArg& x, const TensorArg& d_out,
-                    const TensorArg& d_x) {
-  auto params = geglu_params(dtype, threads, d, x);
-  params.d_out = whole("geglu: d_out", d_out);
-  params.d_x = whole("geglu: d_x", d_x);
-  py::gil_scoped_release unlocked;
-  cpu::geglu_backward(params);
-}
-
-void geglu_double_backward(int dtype, int threads, int64_t d, const TensorArg& x,
-                           const TensorArg& d_out, const TensorArg& u_x, const MaybeTensor& d_d_out,
-                           const MaybeTensor& d_x) {
-  auto params = geglu_params(dtype, threads, d, x);
-  params.d_out = whole("geglu: d_out", d_out);
-  params.u_x = whole("geglu: u_x", u_x);
-  params.d_d_out = whole("geglu: d_d_out", d_d_out);
-  params.d_x = whole("geglu: d_x", d_x);
-  py::gil_scoped_release unlocked;
-  cpu::geglu_double_backward(params);
-}
-
-AttentionParams attention_params(int dtype, int threads, double scale, const TensorArg& q,
-                                 const TensorArg& k, const TensorArg& v) {
+void attention(AttentionParams& params, const Tensors& tensors, double scale) {
+  const TensorArg &q = *tensors[0], &k = *tensors[1], &v = *tensors[2];
   if (q.ndim != 3 || k.ndim != 3 || v.ndim != 3)
     throw py::value_error("attention: q, k and v must have 3 dimensions");
-  AttentionParams params{};
-  params.dtype = dtype_of(dtype);
-  params.threads = threads;
   params.scale = scale;
   params.n = q.sizes[0], params.T = q.sizes[1], params.d = q.sizes[2];
   params.S = k.sizes[1], params.e = v.sizes[2];
-  params.q = whole("attention: q", q);
-  params.k = whole("attention: k", k);
-  params.v = whole("attention: v", v);
-  return params;
 }
 
-void attention_forward(int dtype, int threads, double scale, const TensorArg& q, const TensorArg& k,
-                       const TensorArg& v, const TensorArg& out) {
-  auto params = attention_params(dtype, threads, scale, q, k, v);
-  params.out = whole("attention: out", out);
-  py::gil_scoped_release unlocked;
-  cpu::attention_forward(params);
-}
-
-void attention_backward(int dtype, int threads, double scale, const TensorArg& q,
-                        const TensorArg& k, const TensorArg& v, const TensorArg& d_out,
-                        const MaybeTensor& d_q, const MaybeTensor& d_k, const MaybeTensor& d_v) {
-  auto params = attention_params(dtype, threads, scale, q, k, v);
-  params.d_out = whole("attention: d_out", d_out);
-  params.d_q = whole("attention: d_q", d_q);
-  params.d_k = whole("attention: d_k", d_k);
-  params.d_v = whole("attention: d_v", d_v);
-  py::gil_scoped_release unlocked;
-  cpu::attention_backward(params);
-}
-
-void attention_double_backward(int dtype, int threads, double scale, const TensorArg& q,
-                               const TensorArg& k, const TensorArg& v, const TensorArg& d_out,
-                               const TensorArg& u_q, const TensorArg& u_k, const TensorArg& u_v,
-                               const MaybeTensor& d_d_out, const MaybeTensor& d_q,
-                               const MaybeTensor& d_k, const MaybeTensor& d_v) {
-  auto params = attention_params(dtype, threads, scale, q, k, v);
-  params.d_out = whole("attention: d_out", d_out);
-  params.u_q = whole("attention: u_q", u_q);
-  params.u_k = whole("attention: u_k", u_k);
-  params.u_v = whole("attention: u_v", u_v);
-  params.d_d_out = whole("attention: d_d_out", d_d_out);
-  params.d_q = whole("attention: d_q", d_q);
-  params.d_k = whole("attention: d_k", d_k);
-  params.d_v = whole("attention: d_v", d_v);
-  py::gil_scoped_release unlocked;
-  cpu::attention_double_backward(params);
+void define_layers(py::module_& module) {
+  using Norm = GroupNormParams;
+  define<Norm>(module, "group_norm",
+               {cpu::group_norm_forward, cpu::group_norm_backward, cpu::group_norm_double_backward},
+               group_norm,
+               {{"x", &Norm::x}, {"weight", &Norm::weight, true}, {"bias", &Norm::bias, true}},
+               {{"u_x", &Norm::u_x, true},
+                {"u_weight", &Norm::u_weight, true},
+                {"u_bias", &Norm::u_bias, true}},
+               {{"d_x", &Norm::d_x, true},
+                {"d_weight", &Norm::d_weight, true},
+                {"d_bias", &Norm::d_bias, true}});
+  define<GegluParams>(
+      module, "geglu", {cpu::geglu_forward, cpu::geglu_backward, cpu::geglu_double_backward}, geglu,
+      {{"x", &GegluParams::x}}, {{"u_x", &GegluParams::u_x}}, {{"d_x", &GegluParams::d_x, true}});
+  using Heads = AttentionParams;
+  define<Heads>(
+      module, "attention",
+      {cpu::attention_forward, cpu::attention_backward, cpu::attention_double_backward}, attention,
+      {{"q", &Heads::q}, {"k", &Heads::k}, {"v", &Heads::v}},
+      {{"u_q", &Heads::u_q}, {"u_k", &Heads::u_k}, {"u_v", &Heads::u_v}},
+      {{"d_q", &Heads::d_q, true}, {"d_k", &Heads::d_k, true}, {"d_v", &Heads::d_v, true}});
 }
 
 void projected_merge_forward(int dtype, int threads, const TensorArgs& W0, const TensorArgs& W,
@@ -327,8 +250,7 @@ void projected_merge_forward(int dtype, int threads, const TensorArgs& W0, const
   auto params = projected_merge_params(dtype, W0, W, C, M);
   params.threads = threads;
   params.out = matrices("projected_merge: out", out, W0.size());
-  py::gil_scoped_release unlocked;
-  cpu::projected_merge_forward(params);
+  run(cpu::projected_merge_forward, params);
 }
 
 void projected_merge_backward(int dtype, int threads, const TensorArgs& d_out, const TensorArgs& W0,
@@ -342,8 +264,7 @@ void projected_merge_backward(int dtype, int threads, const TensorArgs& d_out, c
   params.d_W = matrices("projected_merge: d_W", d_W, W.size(), true);
   params.d_C = matrices("projected_merge: d_C", d_C, C.size(), true);
   params.d_M = matrices("projected_merge: d_M", d_M, C.size(), true);
-  py::gil_scoped_release unlocked;
-  cpu::projected_merge_backward(params);
+  run(cpu::projected_merge_backward, params);
 }
 
 BatchedLoraParams batched_lora_params(int dtype, int threads, const TensorArg& x,
@@ -384,8 +305,7 @@ void batched_lora_forward(int dtype, int threads, const TensorArg& x, const Tens
   params.y = matrix({"batched_lora: y"}, y);
   params.add = add;
   if (projection) params.projection = matrix({"batched_lora: projection"}, *projection);
-  py::gil_scoped_release unlocked;
-  cpu::batched_lora_forward(params);
+  run(cpu::batched_lora_forward, params);
 }
 
 Reals batched_lora_backward(int dtype, int threads, const TensorArg& d_y, const TensorArg& x,
@@ -403,10 +323,7 @@ Reals batched_lora_backward(int dtype, int threads, const TensorArg& d_y, const 
   params.d_B = matrices("batched_lora: d_B", d_B, A.size(), true);
   params.need_scale = need_scale;
   if (need_scale) params.d_scale.assign(A.size(), 0.0);
-  {
-    py::gil_scoped_release unlocked;
-    cpu::batched_lora_backward(params);
-  }
+  run(cpu::batched_lora_backward, params);
   return params.d_scale;
 }
 
@@ -434,8 +351,7 @@ void merge_lora_forward(int dtype, int threads, const TensorArg& weight, const T
       merge_lora_params(dtype, threads, weight, A, B, std::move(scale), std::move(weights));
   params.W = matrix({"merge_lora: weight"}, weight);
   params.out = matrix({"merge_lora: out"}, out);
-  py::gil_scoped_release unlocked;
-  cpu::merge_lora_forward(params);
+  run(cpu::merge_lora_forward, params);
 }
 
 Reals merge_lora_backward(int dtype, int threads, const TensorArg& d_out, const TensorArgs& A,
@@ -448,10 +364,7 @@ Reals merge_lora_backward(int dtype, int threads, const TensorArg& d_out, const 
   params.d_B = matrices("merge_lora: d_B", d_B, A.size(), true);
   params.need_products = need_products;
   if (need_products) params.products.assign(A.size(), 0.0);
-  {
-    py::gil_scoped_release unlocked;
-    cpu::merge_lora_backward(params);
-  }
+  run(cpu::merge_lora_backward, params);
   return params.products;
 }
 
@@ -459,7 +372,7 @@ Reals merge_lora_backward(int dtype, int threads, const TensorArg& d_out, const 
 }  // namespace mima
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "CPU kernels of mima.ops; called through mima.ops.native, which checks arguments.";
+  module.doc() = "CPU kernels of mima.ops; called through mima.ops, which checks arguments.";
   module.attr("version") = MIMA_VERSION;
   module.def("cpu_level", [] { return mima::name(mima::cpu_level()); });
   module.def("best_cpu_level", [] { return mima::name(mima::best_cpu_level()); });
@@ -468,20 +381,12 @@ PYBIND11_MODULE(_native, module) {
   module.def("weighted_merge_forward", &mima::weighted_merge_forward);
   module.def("weighted_merge_backward", &mima::weighted_merge_backward);
   module.def("combine", &mima::combine);
-  module.def("token_outputs", &mima::token_outputs);
-  module.def("add_token_outputs", &mima::add_token_outputs);
-  module.def("token_sums", &mima::token_sums);
+  module.def("token_outputs", &mima::tokens<mima::cpu::token_outputs>);
+  module.def("add_token_outputs", &mima::tokens<mima::cpu::add_token_outputs>);
+  module.def("token_sums", &mima::tokens<mima::cpu::token_sums>);
   module.def("adam_step_forward", &mima::adam_step_forward);
   module.def("adam_step_backward", &mima::adam_step_backward);
-  module.def("group_norm_forward", &mima::group_norm_forward);
-  module.def("group_norm_backward", &mima::group_norm_backward);
-  module.def("group_norm_double_backward", &mima::group_norm_double_backward);
-  module.def("geglu_forward", &mima::geglu_forward);
-  module.def("geglu_backward", &mima::geglu_backward);
-  module.def("geglu_double_backward", &mima::geglu_double_backward);
-  module.def("attention_forward", &mima::attention_forward);
-  module.def("attention_backward", &mima::attention_backward);
-  module.def("attention_double_backward", &mima::attention_double_backward);
+  mima::define_layers(module);
   module.def("projected_merge_forward", &mima::projected_merge_forward);
   module.def("projected_merge_backward", &mima::projected_merge_backward);
   module.def("merges_adapters", &mima::cpu::merges_adapters);

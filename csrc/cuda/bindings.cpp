@@ -46,8 +46,7 @@ py::memoryview table(Call& call) {
 
 PYBIND11_MODULE(_native_cuda, module) {
   using namespace mima;
-  module.doc() =
-      "CUDA kernels of mima.ops; called through mima.ops.native, which checks arguments.";
+  module.doc() = "CUDA kernels of mima.ops; called through mima.ops, which checks arguments.";
   module.attr("version") = MIMA_VERSION;
   module.def("are_contiguous", &are_contiguous);
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
