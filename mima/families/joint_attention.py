@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mima.families.base import Conditioning, Family, TextReader
+from mima.families.base import Family, TextReader
 from mima.families.rectified_flow import RectifiedFlow
 
 
@@ -24,9 +24,8 @@ class JointAttention(RectifiedFlow):
     block normalises and modulates it by the noise level and the pooled text. ``text_embeddings`` is
     therefore one point of it: *what the first block reads at the middle noise level* (σ = ½). The
     merge plan made of it meets its constraint exactly there, and approximately in later blocks and
-    at other noise levels; ``projection_embeddings`` says what each weight reads, block by block.
-    Flux's single-stream blocks have no weights for text alone; they are merged like any other
-    weight.
+    at other noise levels. Flux's single-stream blocks have no weights for text alone; they are
+    merged like any other weight.
     """
 
     reads_text_alone = False
@@ -41,7 +40,9 @@ class JointAttention(RectifiedFlow):
         # the picture reaches the text stream in the first block's attention, after its projections
         size = (len(prompts), self._latent_channels, self._patch, self._patch)
         smallest = torch.zeros(size, device=self.device, dtype=self.dtype)
-        return self._read(prompts, smallest)[self.text_projections()[0]]
+        middle = torch.full((len(prompts),), self.num_train_timesteps / 2, device=self.device)
+        inputs = self.projection_inputs(smallest, middle, self.encode_prompts(prompts))
+        return inputs[self.text_projections()[0]]
 
     def text_readers(self) -> list[TextReader]:
         """The embedding of the text encoders' tokens, and that of the pooled text.
@@ -64,26 +65,6 @@ class JointAttention(RectifiedFlow):
     def _text_stream(self) -> list[tuple[Any, int | None]]:
         """Tokenizers of the text stream, as ``TextReader.tokenizers``."""
         return [(self._stream_tokenizer, None)]
-
-    @torch.no_grad()
-    def projection_embeddings(self, prompt: str, generator: torch.Generator) -> Conditioning:
-        """What each text projection reads for the real tokens of ``prompt`` at σ = ½.
-
-        Args:
-            prompt: a text.
-            generator: draws the picture, pure noise of the model's resolution.
-
-        Returns:
-            [S, D] by name of the weight; those of one block share a tensor.
-        """
-        noise = torch.randn(self.latent_shape(1), generator=generator)
-        mask = self.token_mask([prompt])[0].to(self.device)
-        inputs = self._read([prompt], noise.to(self.device, self.dtype))
-        return {name: value[0][mask] for name, value in inputs.items()}
-
-    def _read(self, prompts: Sequence[str], noisy: torch.Tensor) -> Conditioning:
-        middle = torch.full((len(prompts),), self.num_train_timesteps / 2, device=self.device)
-        return self.projection_inputs(noisy, middle, self.encode_prompts(prompts))
 
 
 class PackedLatents(JointAttention):
