@@ -360,8 +360,12 @@ def projected_merge_backward(
     A = torch.empty(size if need_M else 0, dtype=torch.float32, device=device)
     B = torch.empty(size, dtype=torch.float32, device=device)
     common = {
-        **{"A_ptr": A, "B_ptr": B, "num_layers": len(W0), "num_concepts": len(C)},
-        **{"SLOTS": of.slots, **of.arguments},
+        "A_ptr": A,
+        "B_ptr": B,
+        "num_layers": len(W0),
+        "num_concepts": len(C),
+        "SLOTS": of.slots,
+        **of.arguments,
     }
     with on_device_of(d_out[0]):
         _projected_merge_bwd_kernel[(of.count,)](
