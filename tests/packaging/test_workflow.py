@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,6 +35,29 @@ def test_it_runs_on_the_oldest_python_that_is_allowed():
         project["requires-python"]
         == f">={WORKFLOW['jobs']['run']['strategy']['matrix']['python'][0]}"
     )
+
+
+def test_a_step_beside_the_rest_that_fails_ends_the_whole_check_and_is_shown():
+    text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    functions = text[text.index("work=$(mktemp -d)") : text.index("missing=()")]
+    script = f"""
+set -euo pipefail
+{functions}
+good() {{ echo well; }}
+bad() {{ echo ill; (exit 3); echo never; }}
+slow() {{ sleep 600; }}
+begin good; begin bad; begin slow
+end good
+end bad
+echo never
+"""
+    # what still runs is ended, or this would wait for it
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 3
+    assert re.fullmatch(r"well\n\(\d+ s, beside the rest\)\nill\n", done.stdout)
+    assert "bad failed with status 3" in done.stderr
 
 
 def test_the_changelog_knows_this_version_and_ends_none_before_it():
