@@ -26,6 +26,7 @@ from mima.ops._autograd import (
 )
 from mima.ops.backends import arguments
 from mima.ops.backends import reference as reference_backend
+from mima.ops.backends.arguments import Needs
 
 _OP = "batched_lora"
 
@@ -147,8 +148,8 @@ def _forward_formula(
     return [reference.batched_lora(x, weight, AB[:N], AB[N:], scale, index, bias)]
 
 
-def _backward_formula(N: int, backend: str, *args: Any) -> list[Tensor]:
-    needs, (d_y, x, weight, scale, index, projection, *AB) = args[:6], args[6:]
+def _backward_formula(N: int, backend: str, needs: Needs, *tensors: Any) -> list[Tensor]:
+    d_y, x, weight, scale, index, projection, *AB = tensors
     saved = arguments.BatchedLoraSaved(x, weight, AB[:N], AB[N:], scale, index, projection)
     return flat(reference_backend.batched_lora_backward(d_y, saved, needs), needs)
 
@@ -179,9 +180,8 @@ class BatchedLora(Operator):
         _, _, _, need_x, need_weight, need_bias, need_scale, _, *need_AB = ctx.needs_input_grad
         need_A, need_B = any(need_AB[:N]), any(need_AB[N:])
         needs = need_x, need_weight, need_A, need_B, need_scale, need_bias
-        grads = apply_backward(
-            BatchedLoraBackward, N, ctx.backend, *needs, *d_out, *ctx.saved_tensors
-        )
+        tensors = *d_out, *ctx.saved_tensors
+        grads = apply_backward(BatchedLoraBackward, N, ctx.backend, needs, *tensors)
         d_x, d_weight, d_A, d_B, d_scale, d_bias = split(grads, _sizes(N), needs)
         return None, None, None, d_x, d_weight, d_bias, d_scale, None, *d_A, *d_B
 
@@ -210,15 +210,14 @@ class BatchedLoraBackward(Operator):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        N, backend, *needs = args[:8]
-        d_y, x, weight, scale, index, projection, *AB = args[8:]
-        args = d_y, x, weight, AB[:N], AB[N:], scale, index, projection, needs, backend
-        return tuple(call(_backward, *args))
+        N, backend, needs, d_y, x, weight, scale, index, projection, *AB = args
+        given = d_y, x, weight, AB[:N], AB[N:], scale, index, projection
+        return tuple(call(_backward, *given, list(needs), backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.N, ctx.backend, *ctx.needs = inputs[:8]
-        ctx.save_for_backward(*inputs[8:])
+        ctx.N, ctx.backend, ctx.needs, *tensors = inputs
+        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -227,7 +226,7 @@ class BatchedLoraBackward(Operator):
         d_y, x, weight, scale, index, _, *AB = ctx.saved_tensors
         A, B = AB[:N], AB[N:]
         u_x, u_weight, u_A, u_B, u_scale, u_bias = split(u, _sizes(N), ctx.needs)
-        need_d_y, need_x, need_weight, need_scale, _, _, *need_AB = ctx.needs_input_grad[8:]
+        need_d_y, need_x, need_weight, need_scale, _, _, *need_AB = ctx.needs_input_grad[3:]
         need_A, need_B = any(need_AB[:N]), any(need_AB[N:])
         dd_y: list[Tensor | None] = []
         d_x: list[Tensor | None] = []
@@ -242,7 +241,7 @@ class BatchedLoraBackward(Operator):
             needs = False, need_weight, need_A, need_B, need_scale, False
             if any(needs):
                 args = d_y, u_x, weight, scale, index, None, *AB
-                grads = apply_backward(BatchedLoraBackward, N, backend, *needs, *args)
+                grads = apply_backward(BatchedLoraBackward, N, backend, needs, *args)
                 _, d_weight, first_A, first_B, first_scale, _ = split(grads, _sizes(N), needs)
                 d_A.append(first_A)
                 d_B.append(first_B)
@@ -289,7 +288,7 @@ class BatchedLoraBackward(Operator):
                 ]
                 d_scale.append(torch.stack(inner).to(scale.dtype) if inner else None)
         return (
-            *(None,) * 8,
+            *(None,) * 3,
             total(dd_y),
             total(d_x),
             d_weight,

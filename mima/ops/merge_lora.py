@@ -24,6 +24,7 @@ from mima.ops._autograd import (
 )
 from mima.ops.backends import arguments
 from mima.ops.backends import reference as reference_backend
+from mima.ops.backends.arguments import Needs
 
 _OP = "merge_lora"
 
@@ -98,8 +99,8 @@ def _forward_formula(
     return [reference_backend.merge_lora_forward(given)]
 
 
-def _backward_formula(N: int, backend: str, *args: Any) -> list[Tensor]:
-    needs, (d_out, weight, scale, weights, *AB) = args[:5], args[5:]
+def _backward_formula(N: int, backend: str, needs: Needs, *tensors: Tensor) -> list[Tensor]:
+    d_out, weight, scale, weights, *AB = tensors
     given = arguments.MergeLora(weight, AB[:N], AB[N:], scale, weights)
     return flat(reference_backend.merge_lora_backward(d_out, given, needs), needs)
 
@@ -124,9 +125,7 @@ class MergeLora(Operator):
         N = ctx.N
         _, _, need_weight, need_scale, need_weights, *need_AB = ctx.needs_input_grad
         needs = need_weight, any(need_AB[:N]), any(need_AB[N:]), need_scale, need_weights
-        grads = apply_backward(
-            MergeLoraBackward, N, ctx.backend, *needs, *d_out, *ctx.saved_tensors
-        )
+        grads = apply_backward(MergeLoraBackward, N, ctx.backend, needs, *d_out, *ctx.saved_tensors)
         d_weight, d_A, d_B, d_scale, d_weights = split(grads, _sizes(N), needs)
         return None, None, d_weight, d_scale, d_weights, *d_A, *d_B
 
@@ -146,14 +145,14 @@ class MergeLoraBackward(Operator):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        N, backend, *needs = args[:7]
-        d_out, weight, scale, weights, *AB = args[7:]
-        return tuple(call(_backward, d_out, weight, AB[:N], AB[N:], scale, weights, needs, backend))
+        N, backend, needs, d_out, weight, scale, weights, *AB = args
+        given = d_out, weight, AB[:N], AB[N:], scale, weights
+        return tuple(call(_backward, *given, list(needs), backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.N, ctx.backend, *ctx.needs = inputs[:7]
-        ctx.save_for_backward(*inputs[7:])
+        ctx.N, ctx.backend, ctx.needs, *tensors = inputs
+        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -162,7 +161,7 @@ class MergeLoraBackward(Operator):
         d_out, weight, scale, weights, *AB = ctx.saved_tensors
         A, B = AB[:N], AB[N:]
         u_weight, u_A, u_B, u_scale, u_weights = split(u, _sizes(N), ctx.needs)
-        need_d_out, _, need_scale, need_weights, *need_AB = ctx.needs_input_grad[7:]
+        need_d_out, _, need_scale, need_weights, *need_AB = ctx.needs_input_grad[3:]
         need_A, need_B = any(need_AB[:N]), any(need_AB[N:])
         dd_out: Tensor | None = u_weight
         d_A: list[Tensor | None] = [None] * N
@@ -185,9 +184,8 @@ class MergeLoraBackward(Operator):
             need_B2 = need_B or need_scale or need_weights
             if need_A or need_B2:
                 needs = False, need_A, need_B2, False, False
-                grads = apply_backward(
-                    MergeLoraBackward, N, backend, *needs, d_out, weight, ones, ones, *A2, *B2
-                )
+                tensors = d_out, weight, ones, ones, *A2, *B2
+                grads = apply_backward(MergeLoraBackward, N, backend, needs, *tensors)
                 _, d_A2, d_B2, _, _ = split(grads, _sizes(N), needs)
                 if need_A:
                     d_A = [d[: len(A_n)] for d, A_n in zip(d_A2, A, strict=True)]
@@ -209,4 +207,4 @@ class MergeLoraBackward(Operator):
                     ).to(scale.dtype)
                     d_scale = d_c * weights + d_k * u_weights
                     d_weights = d_c * scale + d_k * u_scale
-        return *(None,) * 7, dd_out, None, d_scale, d_weights, *d_A, *d_B
+        return None, None, None, dd_out, None, d_scale, d_weights, *d_A, *d_B

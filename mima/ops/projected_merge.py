@@ -24,6 +24,7 @@ from mima.ops._autograd import (
 )
 from mima.ops.backends import arguments
 from mima.ops.backends import reference as reference_backend
+from mima.ops.backends.arguments import Needs
 
 _OP = "projected_merge"
 
@@ -106,7 +107,7 @@ def projected_merge_pullback(
     stand_ins = [x.detach() for x in d_out] * (N + 1)
     needs = False, True, False, False
     given = *d_out, *stand_ins, *C, *M
-    out = apply(ProjectedMergeBackward, L, N, backend or "", *needs, *given)
+    out = apply(ProjectedMergeBackward, L, N, backend or "", needs, *given)
     return [list(out[n * L : (n + 1) * L]) for n in range(N)]
 
 
@@ -170,9 +171,8 @@ def _forward_formula(L: int, N: int, backend: str, *given: Tensor) -> list[Tenso
     return reference_backend.projected_merge_forward(merge)
 
 
-def _backward_formula(L: int, N: int, backend: str, *args: Any) -> list[Tensor]:
-    needs, d_out, given = args[:4], args[4 : 4 + L], args[4 + L :]
-    merge = arguments.ProjectedMerge(*_groups(given, L, N))
+def _backward_formula(L: int, N: int, backend: str, needs: Needs, *tensors: Tensor) -> list[Tensor]:
+    d_out, merge = tensors[:L], arguments.ProjectedMerge(*_groups(tensors[L:], L, N))
     return flat(reference_backend.projected_merge_backward(d_out, merge, needs), needs)
 
 
@@ -194,10 +194,9 @@ class ProjectedMerge(Operator):
     @staticmethod
     def backward(ctx: Any, *d_out: Tensor) -> tuple[Any, ...]:
         L, N = ctx.L, ctx.N
-        needs = [any(group) for group in _groups(ctx.needs_input_grad[3:], L, N)]
-        grads = apply_backward(
-            ProjectedMergeBackward, L, N, ctx.backend, *needs, *d_out, *ctx.saved_tensors
-        )
+        needs = tuple(any(group) for group in _groups(ctx.needs_input_grad[3:], L, N))
+        tensors = *d_out, *ctx.saved_tensors
+        grads = apply_backward(ProjectedMergeBackward, L, N, ctx.backend, needs, *tensors)
         return *(None,) * 3, *(x for group in split(grads, _sizes(L, N), needs) for x in group)
 
 
@@ -216,14 +215,14 @@ class ProjectedMergeBackward(Operator):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        L, N, backend, *needs = args[:7]
-        d_out, given = list(args[7 : 7 + L]), args[7 + L :]
-        return tuple(call(_backward, d_out, *_groups(given, L, N), needs, backend))
+        L, N, backend, needs, *tensors = args
+        given = tensors[:L], *_groups(tensors[L:], L, N)
+        return tuple(call(_backward, *given, list(needs), backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.L, ctx.N, ctx.backend, *ctx.needs = inputs[:7]
-        ctx.save_for_backward(*inputs[7:])
+        ctx.L, ctx.N, ctx.backend, ctx.needs, *tensors = inputs
+        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -232,10 +231,9 @@ class ProjectedMergeBackward(Operator):
         d_out, given = ctx.saved_tensors[:L], ctx.saved_tensors[L:]
         W0, W, C, M = _groups(given, L, N)
         u_W0, u_W, u_C, u_M = split(u, _sizes(L, N), ctx.needs)
-        need_d_out = any(ctx.needs_input_grad[7 : 7 + L])
-        need_W0, need_W, need_C, need_M = (
-            any(group) for group in _groups(ctx.needs_input_grad[7 + L :], L, N)
-        )
+        _, _, _, _, *need_flat = ctx.needs_input_grad
+        need_d_out = any(need_flat[:L])
+        need_W0, need_W, need_C, need_M = map(any, _groups(need_flat[L:], L, N))
         need_D = need_W0 or need_W
         dd_out: list[Tensor | None] = [None] * L
         d_W0: list[Tensor | None] = [None] * L
@@ -248,9 +246,9 @@ class ProjectedMergeBackward(Operator):
             if need_d_out:
                 dd_out = list(apply(ProjectedMerge, L, N, backend, *direction, *C, *M))
             if need_C or need_M:
-                needs = [False, False, need_C, need_M]
+                needs = False, False, need_C, need_M
                 grads = apply_backward(
-                    ProjectedMergeBackward, L, N, backend, *needs, *d_out, *direction, *C, *M
+                    ProjectedMergeBackward, L, N, backend, needs, *d_out, *direction, *C, *M
                 )
                 _, _, d_C, d_M = split(grads, _sizes(L, N), needs)
 
@@ -263,10 +261,10 @@ class ProjectedMergeBackward(Operator):
             if need_d_out:
                 more = apply(ProjectedMerge, L, N, backend, *zeros, *D, *C2, *M2)
                 dd_out = [total(pair) for pair in zip(dd_out, more, strict=True)]
-            needs = [False, need_D, need_C, need_M]
+            needs = False, need_D, need_C, need_M
             if any(needs):
                 grads = apply_backward(
-                    ProjectedMergeBackward, L, N, backend, *needs, *d_out, *zeros, *D, *C2, *M2
+                    ProjectedMergeBackward, L, N, backend, needs, *d_out, *zeros, *D, *C2, *M2
                 )
                 _, d_W, d_C2, d_M2 = split(grads, _sizes(L, N), needs)
                 if need_C:
@@ -278,4 +276,4 @@ class ProjectedMergeBackward(Operator):
                 if need_W0:
                     sums = (total(d_W[layer::L]) for layer in range(L))
                     d_W0 = [None if x is None else -x for x in sums]
-        return *(None,) * 7, *dd_out, *d_W0, *d_W, *d_C, *d_M
+        return *(None,) * 4, *dd_out, *d_W0, *d_W, *d_C, *d_M

@@ -24,6 +24,7 @@ from mima.ops._autograd import (
 )
 from mima.ops.backends import arguments
 from mima.ops.backends import reference as reference_backend
+from mima.ops.backends.arguments import Needs
 
 _OP = "weighted_merge"
 
@@ -126,7 +127,7 @@ def weighted_merge_pullback(
     # neither base nor θ is read for these gradients
     stand_ins = [x.detach() for x in d_out] * (N + 1)
     needs = False, True, False
-    out = apply(WeightedMergeBackward, P, backend or "", *needs, vector, *d_out, *stand_ins)
+    out = apply(WeightedMergeBackward, P, backend or "", needs, vector, *d_out, *stand_ins)
     return [list(out[n * P : (n + 1) * P]) for n in range(N)]
 
 
@@ -171,8 +172,9 @@ def _forward_formula(P: int, backend: str, weights: Tensor, *given: Tensor) -> l
     return reference_backend.weighted_merge_forward(merge)
 
 
-def _backward_formula(P: int, backend: str, *args: Any) -> list[Tensor]:
-    needs, (weights, *given) = args[:3], args[3:]
+def _backward_formula(
+    P: int, backend: str, needs: Needs, weights: Tensor, *given: Tensor
+) -> list[Tensor]:
     merge = arguments.WeightedMerge(given[P : 2 * P], given[2 * P :], weights)
     return flat(reference_backend.weighted_merge_backward(given[:P], merge, needs), needs)
 
@@ -200,7 +202,7 @@ class WeightedMerge(Operator):
         need_base, need_thetas = any(need_flat[:P]), any(need_flat[P:])
         needs = need_base, need_thetas, need_weights
         grads = apply_backward(
-            WeightedMergeBackward, P, ctx.backend, *needs, weights, *d_out, *given
+            WeightedMergeBackward, P, ctx.backend, needs, weights, *d_out, *given
         )
         d_base, d_thetas, d_weights = split(grads, (P, len(given) - P, None), needs)
         return None, None, d_weights, *d_base, *d_thetas
@@ -217,15 +219,14 @@ class WeightedMergeBackward(Operator):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        P, backend, *needs = args[:5]
-        weights, *given = args[5:]
+        P, backend, needs, weights, *given = args
         d_out, base, thetas = given[:P], given[P : 2 * P], given[2 * P :]
-        return tuple(call(_backward, d_out, base, thetas, weights, needs, backend))
+        return tuple(call(_backward, d_out, base, thetas, weights, list(needs), backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.P, ctx.backend, *ctx.needs = inputs[:5]
-        ctx.save_for_backward(*inputs[5:])
+        ctx.P, ctx.backend, ctx.needs, *tensors = inputs
+        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -234,9 +235,8 @@ class WeightedMergeBackward(Operator):
         weights, *given = ctx.saved_tensors
         d_out, base, thetas = given[:P], given[P : 2 * P], given[2 * P :]
         u_base, u_thetas, u_weights = split(u, (P, len(thetas), None), ctx.needs)
-        need_weights = ctx.needs_input_grad[5]
-        need_d_out = any(ctx.needs_input_grad[6 : 6 + P])
-        need_x = any(ctx.needs_input_grad[6 + P :])
+        _, _, _, need_weights, *need_flat = ctx.needs_input_grad
+        need_d_out, need_x = any(need_flat[:P]), any(need_flat[P:])
         dd_out: list[Tensor | None] = [None] * P
         d_base: list[Tensor | None] = [None] * P
         d_thetas: list[Tensor | None] = [None] * len(thetas)
@@ -248,7 +248,7 @@ class WeightedMergeBackward(Operator):
             if need_weights:
                 needs = False, False, True
                 (d_weights,) = apply_backward(
-                    WeightedMergeBackward, P, backend, *needs, weights, *d_out, *u_flat
+                    WeightedMergeBackward, P, backend, needs, weights, *d_out, *u_flat
                 )
         if u_weights is not None:
             if need_d_out:
@@ -261,4 +261,4 @@ class WeightedMergeBackward(Operator):
                 rest = -u_weights.sum()
                 d_base = [rest * d for d in d_out]
                 d_thetas = [u_n * d for u_n in u_weights for d in d_out]
-        return *(None,) * 5, d_weights, *dd_out, *d_base, *d_thetas
+        return None, None, None, d_weights, *dd_out, *d_base, *d_thetas
