@@ -244,6 +244,21 @@ _ATTACKS: dict[str, dict[str, Any]] = {
 }
 BASELINES = (CEILING, UNTRAINED, "imma", "joint", "compose", "alternating", "mima")
 
+_TWO_OTHERS = ("benign-style-twemoji", "benign-owl")
+_TWO_ATTACKS: dict[str, Any] = {
+    "methods": {
+        "lora": {**_LORA, "steps": 100},
+        "dreambooth": {**_DREAMBOOTH, "steps": 100},
+    },
+    "families": ["sgd"],
+    "lr_factors": [1.0],
+    "seeds": [0, 1],
+    "evaluations": 4,
+    "max_prompts": 6,
+    "sampler": _SAMPLER,
+    "benign_prompts": 48,
+}
+
 CUTS: dict[str, Cut] = {
     # one attack of a few steps: does everything run?
     "smoke": Cut(
@@ -270,20 +285,22 @@ CUTS: dict[str, Cut] = {
         methods=(CEILING, UNTRAINED, "joint", "mima", "apdm", "default"),
         seeds=(0,),
         budget=500,
-        others=("benign-style-twemoji", "benign-owl"),
-        grid={
-            "methods": {
-                "lora": {**_LORA, "steps": 100},
-                "dreambooth": {**_DREAMBOOTH, "steps": 100},
-            },
-            "families": ["sgd"],
-            "lr_factors": [1.0],
-            "seeds": [0, 1],
-            "evaluations": 4,
-            "max_prompts": 6,
-            "sampler": _SAMPLER,
-            "benign_prompts": 48,
-        },
+        others=_TWO_OTHERS,
+        grid=_TWO_ATTACKS,
+    ),
+    # `small`, and the recipe on objects, on three concepts of both kinds, on what was never erased
+    "breadth": Cut(
+        problems=(
+            Problem("relearn", STYLES),
+            Problem("relearn", OBJECTS[:2]),
+            Problem("relearn", (*STYLES, *OBJECTS[:1])),
+            Problem("personalize", UNSEEN[:2]),
+        ),
+        methods=(CEILING, UNTRAINED, "joint", "mima", "apdm", "default"),
+        seeds=(0, 1, 2),
+        budget=500,
+        others=_TWO_OTHERS,
+        grid=_TWO_ATTACKS,
     ),
     "full": Cut(
         problems=(
