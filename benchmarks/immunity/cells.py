@@ -297,7 +297,7 @@ CUTS: dict[str, Cut] = {
             Problem("personalize", UNSEEN[:2]),
         ),
         methods=(CEILING, UNTRAINED, "joint", "mima", "apdm", "default"),
-        seeds=(0, 1, 2),
+        seeds=(0,),
         budget=500,
         others=_TWO_OTHERS,
         grid=_TWO_ATTACKS,
