@@ -107,7 +107,7 @@ def run_demo(
         output: a new folder. It will hold ``erased/`` and ``immunized/`` (diffusers folders),
             ``evaluation/`` (what `evaluate` writes), ``report.html``, ``results.json``,
             ``curves.png``, ``grid.png`` and ``log``.
-        quick: two minutes instead of six.
+        quick: two minutes instead of eight.
         seed: of everything random.
         overwrite: replace the results of an earlier run.
 

@@ -12,23 +12,25 @@ if TYPE_CHECKING:
 
 
 def summary_table(evaluation: Evaluation) -> Table:
-    """One row for each concept and method, by the primary similarity, and the targets' means."""
+    """A row for each target and method, by the primary similarity, their means, and the others."""
     from rich.table import Table
 
     summary = evaluation.summary[evaluation.similarities[0]]
     table = Table(
         title="the same attacks on both models",
+        caption_justify="left",
         caption=(
-            "SGR 0: as like the concept as without immunization; before: SGR before any attack.\n"
-            "rise left 1: the attack adds as much as without immunization, 0: nothing.\n"
-            "steps ratio: times as long to half of the rise; – : the attack taught nothing.\n"
-            f"means are over {len(evaluation.seeds)} attack seed(s) and one immunized model."
+            "SGR 0: as like the concept as without immunization.\n"
+            "Rise left 1: the attack adds as much as without immunization, 0: nothing.\n"
+            "Steps ratio: times as long to half of the rise; – : the attack taught nothing.\n"
+            "Concepts of the last part should stay learnable: SGR 0 is wanted.\n"
+            f"Means are over {len(evaluation.seeds)} attack seed(s) and one immunized model."
         ),
     )
     table.add_column("concept", overflow="fold")
     table.add_column("method", no_wrap=True)
-    for name in ("before", "SGR mean", "SGR at the end", "rise left", "steps ratio"):
-        table.add_column(name, justify="right")
+    for name in ("SGR\nbefore", "SGR\nmean", "SGR\nlast", "rise\nleft", "steps\nratio"):
+        table.add_column(name, justify="right", no_wrap=True)
 
     def add(concept: str, method: str, gap: Gap) -> None:
         table.add_row(
@@ -41,12 +43,17 @@ def summary_table(evaluation: Evaluation) -> Table:
             ratio(gap.steps_ratio),
         )
 
-    for concept in evaluation.concepts:
-        label = concept.name if concept.role == "target" else f"{concept.name} (not immunized)"
-        for method, gap in summary.sgr[concept.name].methods.items():
-            add(label, method_name(method), gap)
+    def add_all(targets: bool) -> None:
+        for concept in evaluation.concepts:
+            if (concept.role == "target") == targets:
+                for method, gap in summary.sgr[concept.name].methods.items():
+                    add(concept.name, method_name(method), gap)
+        table.add_section()
+
+    add_all(targets=True)
+    add("their MSGR", "all", summary.targets)
     table.add_section()
-    add("MSGR of the immunized concepts", "all", summary.targets)
+    add_all(targets=False)
     return table
 
 
