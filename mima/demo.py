@@ -187,8 +187,10 @@ def _run(settings: DemoSettings, folder: Path, bars: console.Bars) -> dict[str, 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Run torch on one thread: as fast as several on layers of 8 by 8, and the same numbers on
-    machines of any number of cores."""
+    """Run torch on one thread, so that numbers are the same on any number of cores.
+
+    On layers of 8 by 8 one is as fast as several.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
