@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from mima.ops.backends.arguments import schema
 _functions: dict[CustomOpDef, Callable[..., Any]] = {}
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 _PLAIN = {Tensor, torch.nn.Parameter}
+_requires_grad = attrgetter("requires_grad")
 
 
 class Operator(torch.autograd.Function):
@@ -193,9 +195,19 @@ def call(op: CustomOpDef, *args: object, **directly: object) -> Any:
     nothing. Tensors without data must, for their shapes. `directly` is for the function alone: the
     schema of the operator has no such arguments.
     """
-    if _first(args).is_meta or is_watched(args, requires_grad=False):
+    if _first(args).is_meta or is_watched(args, Tensor.is_neg):
         return op(*args)
     return _functions[op](*args, **directly)
+
+
+def call_in_place(op: CustomOpDef, written: Sequence[Tensor], *args: object) -> None:
+    """`call` of an operator that writes into its first argument, a list, and returns nothing."""
+    if written[0].is_meta or is_watched([written, *args], Tensor.is_neg):
+        op(written, *args)
+        return
+    _functions[op](written, *args)
+    # as the dispatcher does, but for all at once: autograd is to see that they changed
+    torch.autograd.graph.increment_version(written)
 
 
 def apply(function: type[Operator], *args: object) -> tuple[Any, ...]:
@@ -205,7 +217,7 @@ def apply(function: type[Operator], *args: object) -> tuple[Any, ...]:
         # where no graph is needed, torch.compile hands a context to a forward of this signature
         plain = not (with_graph and any(isinstance(x, Tensor) and x.requires_grad for x in args))
     else:
-        plain = not is_watched(args, requires_grad=with_graph)
+        plain = not is_watched(args, _requires_grad if with_graph else None)
     if plain:
         outputs: tuple[Any, ...] = function.forward(*args)
         return outputs
@@ -213,8 +225,14 @@ def apply(function: type[Operator], *args: object) -> tuple[Any, ...]:
     return outputs
 
 
-def is_watched(args: Sequence[object], *, requires_grad: bool) -> bool:
-    """Whether anything of PyTorch's would notice a call: modes, transforms, tracers, subclasses."""
+def is_watched(args: Sequence[object], refused: Callable[[Tensor], bool] | None) -> bool:
+    """Whether anything of PyTorch's would notice a call: modes, transforms, tracers, subclasses.
+
+    Args:
+        args: of an operator.
+        refused: what is noticed of a tensor of no subclass; None for nothing. A view that negates
+            is resolved by the dispatcher, which `call` decides about.
+    """
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -222,19 +240,23 @@ def is_watched(args: Sequence[object], *, requires_grad: bool) -> bool:
         or torch.autograd.forward_ad._current_level >= 0
         or torch.autograd.profiler._is_profiler_enabled
         or torch._C._get_tracing_state() is not None
-        or not _are_plain(args, requires_grad)
+        or not _are_plain(args, refused)
     )
 
 
-def _are_plain(args: Iterable[object], requires_grad: bool) -> bool:
+def _are_plain(args: Sequence[Any], refused: Callable[[Tensor], bool] | None) -> bool:
+    # sets and map: a model has hundreds of tensors, and a line of Python for each of them takes
+    # as long as the kernel
+    kinds = set(map(type, args))
+    if any(issubclass(kind, Tensor) for kind in kinds - _PLAIN):
+        return False
+    if kinds <= _PLAIN:
+        return refused is None or not any(map(refused, args))
     for x in args:
-        if x.__class__ in _PLAIN:
-            # a view that negates is resolved by the dispatcher, which `call` decides about
-            if x.requires_grad if requires_grad else x.is_neg():
+        if type(x) in _PLAIN:
+            if refused is not None and refused(x):
                 return False
-        elif isinstance(x, Tensor) or (
-            x.__class__ in (list, tuple) and not _are_plain(x, requires_grad)
-        ):
+        elif type(x) in (list, tuple) and not _are_plain(x, refused):
             return False
     return True
 

@@ -92,20 +92,26 @@ def require_lists(op: str, names: Sequence[str], lists: Sequence[Sequence[Tensor
     like = lists[0][0]
     require_floating(op, f"{names[0]}[0]", like)
     dtype, device = like.dtype, like.device
-    for p, first in enumerate(lists[0]):
-        for name, values in zip(names, lists, strict=True):
-            x = values[p]
+    shapes: list[torch.Size] = []
+    for name, values in zip(names, lists, strict=True):
+        for p, x in enumerate(values):
             # Many tensors come here: compare, and leave the message to the slow path.
             if (
                 not isinstance(x, Tensor)
-                or x.dtype != dtype
+                or x.dtype is not dtype
                 or x.device != device
-                or x.shape != first.shape
-                or x.layout != torch.strided
+                or x.layout is not torch.strided
             ):
-                if x is first:
+                if values is lists[0]:
                     require_like(op, f"{name}[{p}]", x, like, f"{name}[0]", ("...",))
-                require_like(op, f"{name}[{p}]", x, first, f"{names[0]}[{p}]", tuple(first.shape))
+                first = lists[0][p]
+                require_like(op, f"{name}[{p}]", x, first, f"{names[0]}[{p}]", first.shape)
+        found = [x.shape for x in values]
+        shapes = shapes or found
+        for p, (shape, wanted) in enumerate(zip(found, shapes, strict=True)):
+            if shape != wanted:
+                first = lists[0][p]
+                require_like(op, f"{name}[{p}]", values[p], first, f"{names[0]}[{p}]", wanted)
 
 
 def require_adapters(op: str, A: Sequence[Tensor], B: Sequence[Tensor], weight: Tensor) -> None:

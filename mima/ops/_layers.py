@@ -83,7 +83,7 @@ def layer(
     """Apply a layer to checked arguments."""
     out: Tensor
     assert tensors[0] is not None
-    if tensors[0].is_meta or is_watched(tensors, requires_grad=False):
+    if tensors[0].is_meta or is_watched(tensors, Tensor.is_neg):
         (out,) = apply(Layer, name, backend or "", numbers, *tensors)
         return out
     kernels = _kernels(choice.resolve(name, tensors[0], backend or ""), name)
@@ -130,7 +130,7 @@ class DirectLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
         needs, tensors = ctx.needs_input_grad[2:], ctx.saved_tensors
-        if is_watched((d_out, *tensors), requires_grad=False):
+        if is_watched((d_out, *tensors), Tensor.is_neg):
             grads = apply_backward(LayerBackward, *ctx.constants, needs, d_out, *tensors)
             return None, None, *_spread(grads, needs)
         if torch.is_grad_enabled():

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mima import reference
@@ -17,6 +18,7 @@ from mima.ops._autograd import (
     apply,
     apply_backward,
     call,
+    call_in_place,
     raw_operator,
     refuse_graph,
 )
@@ -79,16 +81,18 @@ def combine(
     for i, values in enumerate(into):
         if values is None:
             continue
-        _checks.require_lists(_OP, ["x[0]", f"into[{i}]"], [x[0], values])
+        # a list of x has been looked at
+        if not any(values is given for given in x):
+            _checks.require_lists(_OP, ["x[0]", f"into[{i}]"], [x[0], values])
         for p, value in enumerate(values):
             if not value.is_contiguous():
                 raise ValueError(f"{_OP}: into[{i}][{p}] must be contiguous")
-    out = [[v.new_empty(v.shape) for v in x[0]] if w is None else list(w) for w in into]
+    out = [_empty(x[0], [1.0], 1) if w is None else list(w) for w in into]
     refuse_graph(_OP, "into must be None", chain.from_iterable([*x, *out]))
     if P:
         flat = list(chain.from_iterable(rows))
         lists = list(chain.from_iterable(out)), list(chain.from_iterable(x))
-        _in_place(*lists, flat, len(x), backend or "")
+        call_in_place(_in_place, *lists, flat, len(x), backend or "")
     return out
 
 
@@ -123,10 +127,11 @@ def _made(x: Sequence[Tensor], factors: Sequence[float], num_lists: int, name: s
 def _empty(
     x: Sequence[Tensor], factors: Sequence[float], num_lists: int, name: str = ""
 ) -> list[Tensor]:
+    first = x[: len(x) // num_lists]
     return [
-        v.new_empty(v.shape)
+        torch.empty_like(v, memory_format=torch.contiguous_format)
         for _ in range(len(factors) // num_lists)
-        for v in x[: len(x) // num_lists]
+        for v in first
     ]
 
 

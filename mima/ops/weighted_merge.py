@@ -143,18 +143,18 @@ def _require_agreement(base: Sequence[Tensor], thetas: Sequence[Sequence[Tensor]
     dtype, device = base[0].dtype, base[0].device
     # Hundreds of tensors: compare here, and leave the message to the slow path.
     for p, b in enumerate(base):
-        if not isinstance(b, Tensor) or b.dtype != dtype or b.device != device:
+        if not isinstance(b, Tensor) or b.dtype is not dtype or b.device != device:
             _checks.require_like(_OP, f"base[{p}]", b, base[0], "base[0]", ("...",))
-        shape = b.shape
-        for n, row in enumerate(thetas):
-            t = row[p]
+    shapes = [b.shape for b in base]
+    for n, row in enumerate(thetas):
+        for p, (t, shape) in enumerate(zip(row, shapes, strict=True)):
             if (
                 not isinstance(t, Tensor)
+                or t.dtype is not dtype
                 or t.shape != shape
-                or t.dtype != dtype
                 or t.device != device
             ):
-                _checks.require_like(_OP, f"thetas[{n}][{p}]", t, b, f"base[{p}]", shape)
+                _checks.require_like(_OP, f"thetas[{n}][{p}]", t, base[p], f"base[{p}]", shape)
 
 
 _forward, _backward = raw_operators(

@@ -45,10 +45,11 @@ def _with_rows(tensors: Tensors) -> list[Tensor]:
 def weighted_merge_forward(inputs: arguments.WeightedMerge) -> list[Tensor]:
     """Return base_p + Σ_n w_n (θ_np − base_p) for each p."""
     base, thetas, weights = inputs
-    out = empty_like(base)
     if not base:
-        return out
+        return []
     base, thetas = contiguous(base), contiguous(thetas)
+    # a memory format would cost a third more for each
+    out = [torch.empty_like(x) for x in base]
     _run("weighted_merge_forward", out[0], base, thetas, weights.tolist(), out)
     return out
 
