@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
@@ -104,7 +105,12 @@ class Sampler:
         return [pictures[row * width : (row + 1) * width] for row in range(len(prompts))]
 
     def draw(
-        self, pipeline: Pipeline, jobs: Sequence[Job], adapters: Sequence[Adapter] = ()
+        self,
+        pipeline: Pipeline,
+        jobs: Sequence[Job],
+        adapters: Sequence[Adapter] = (),
+        *,
+        broken: list[int] | None = None,
     ) -> Iterator[Image.Image]:
         """Draw pictures in the order of their jobs, each as soon as its batch is done.
 
@@ -115,6 +121,7 @@ class Sampler:
             pipeline: a diffusers text-to-image pipeline; it is left as it was.
             jobs: what to draw.
             adapters: LoRAs of this pipeline's denoiser, by the jobs' `adapter`.
+            broken: takes the places of jobs whose pictures are no finite numbers, and so black.
 
         Raises:
             ValueError: a job whose adapter is not there.
@@ -130,7 +137,12 @@ class Sampler:
             batch = jobs[start : start + self.batch_size]
             if rows is not None:
                 rows.choose(job.adapter for job in batch)
-            yield from self._draw(drawer, batch)
+            pixels = self._draw(drawer, batch)
+            if broken is not None:
+                finite = np.isfinite(pixels).all(axis=(1, 2, 3))
+                broken += [start + place for place in np.flatnonzero(~finite).tolist()]
+            images: list[Image.Image] = drawer.image_processor.numpy_to_pil(pixels)
+            yield from images
 
     def _drawer(self, pipeline: Pipeline) -> Any:
         """The same modules in a pipeline of its own, without progress bar and safety checker."""
@@ -152,7 +164,8 @@ class Sampler:
             drawer.safety_checker = None
         return drawer
 
-    def _draw(self, drawer: Any, jobs: Sequence[Job]) -> list[Image.Image]:
+    def _draw(self, drawer: Any, jobs: Sequence[Job]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """[B, H, W, 3] in [0, 1], as the pipeline makes pictures of."""
         family = family_of(drawer, resolution=self.size)
         size = family.resolution
         keywords = {"height": size, "width": size, **family._sampling()}
@@ -164,7 +177,8 @@ class Sampler:
             prompt=[job.prompt for job in jobs],
             generator=[torch.Generator().manual_seed(job.seed) for job in jobs],
             num_inference_steps=self.steps,
+            output_type="np",
             **keywords,
         )
-        images: list[Image.Image] = result.images
-        return images
+        pixels: np.ndarray[Any, np.dtype[np.float32]] = result.images
+        return pixels

@@ -49,6 +49,12 @@ from mima.training.captions import divided, ordinary_captions
 
 logger = logging.getLogger(__name__)
 
+UNKNOWN = (
+    "What the immunization saw is not on record with the model: whether it saw what is measured "
+    "with cannot be told."
+)
+"""Stands among overlaps where none can be found."""
+
 Progress = Callable[[int, int, str], None]
 """Called with work done, all work, and what was just finished, if anything."""
 
@@ -208,6 +214,7 @@ def evaluate(
         ),
         immunization_seed=seen.seed,
         overlaps=(
+            *([] if seen.known else [UNKNOWN]),
             *seen.overlaps(
                 [concept for slug, concept in by_slug.items() if roles[slug] == "target"],
                 [concept for slug, concept in by_slug.items() if roles[slug] == "other"],
@@ -329,9 +336,9 @@ def _benign_prompts(captions: Sequence[str], seen: Seen, count: int) -> tuple[li
     all the same, others take their place; where it saw every caption, there is nothing else.
     """
     _, left = divided(captions)
-    unseen = [caption for caption in left if caption not in seen.prompts]
+    unseen = [caption for caption in left if not seen.said(caption)]
     if len(unseen) < count:
-        rest = [c for c in captions if c not in seen.prompts and c not in unseen]
+        rest = [c for c in captions if not seen.said(c) and c not in unseen]
         unseen += spread(rest, count - len(unseen))
     if unseen or not count:
         return spread(unseen, count), []

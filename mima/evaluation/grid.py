@@ -89,6 +89,13 @@ class GridConfig(Settings):
             raise ValueError("must be above 0")
         return values
 
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError(f"must differ, for equal seeds are one run; got {values}")
+        return values
+
     @field_validator("families")
     @classmethod
     def _known(cls, values: tuple[str, ...]) -> tuple[str, ...]:

@@ -76,9 +76,16 @@ class Ledger:
     points: list[CurvePoint] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Take over what an earlier call has finished of this grid."""
-        ids = {attack.id for attack in self.grid}
-        self.rows = [row for row in self.folder.attacks() if row.attack in ids]
+        """Take over what an earlier call has finished of this grid.
+
+        An attack that lacks the row of a judge, as a damaged table may, is done again.
+        """
+        judges: dict[str, set[str]] = {attack.id: set() for attack in self.grid}
+        found = [row for row in self.folder.attacks() if row.attack in judges]
+        for row in found:
+            judges[row.attack].add(row.similarity)
+        ids = {attack for attack, seen in judges.items() if seen >= {*self.evaluation.similarities}}
+        self.rows = [row for row in found if row.attack in ids]
         self.points = [point for point in self.folder.curves() if point.attack in ids]
 
     def pending(self) -> list[Attack]:

@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -126,7 +127,8 @@ class Gap(Interval):
     """Highest SGR."""
     rise_left: Interval = Interval()
     """Share of what the attack adds on the original that it adds on the immunized model, at the
-    last step; see `metrics.rise_left`."""
+    last step; see `metrics.rise_left`. An attack that led the immunized model away counts as 0: it
+    makes up for no other."""
     steps_ratio: Ratio = Ratio()
     """How many times as long the immunized model takes to half of the original's rise."""
 
@@ -138,9 +140,29 @@ class ConceptGap(Gap):
     """The same by method of adaptation."""
 
 
+class Tally(_Record):
+    """How many attacks on target concepts there are of a kind."""
+
+    attacks: int = 0
+    diverged: int = 0
+    """Attacks whose training diverged on a model: they count as not tried."""
+    taught: int = 0
+    """Attacks that taught either model the concept."""
+    led_away: int = 0
+    """Attacks that taught the original model the concept and after which the immunized model's
+    pictures are less like it than before: SGR counts what broke there as immunity."""
+    beyond: int = 0
+    """Attacks with a mean SGR above 1, more than there was to lose: it was divided by a similarity
+    near 0, which the attack left on the original model, too."""
+    known_before: tuple[str, ...] = ()
+    """Concepts that the immunized model shows before any attack: nearer to them than the original
+    model by what counts as learning. An attack has little to add to these."""
+
+
 class SimilaritySummary(_Record):
     """The headline numbers by one similarity model."""
 
+    tally: Tally = Tally()
     targets: Gap = Gap()
     """Means over the target concepts; that of SGR is MSGR."""
     worst_attack: WorstAttack
@@ -409,8 +431,19 @@ class EvaluationFolder:
             raise MimaError(f"evaluation: {path} is damaged: {one_line(error)}") from error
 
     def attacks(self) -> list[AttackRow]:
-        """Read ``attacks.csv``; no file, no rows."""
-        return self._read(ATTACKS_FILE, AttackRow)
+        """Read ``attacks.csv``; no file, no rows.
+
+        Raises:
+            MimaError: damaged, or an attack is there twice by one similarity model.
+        """
+        rows = self._read(ATTACKS_FILE, AttackRow)
+        for (attack, similarity), count in Counter((r.attack, r.similarity) for r in rows).items():
+            if count > 1:
+                raise MimaError(
+                    f"evaluation: {self.path / ATTACKS_FILE} is damaged: it holds "
+                    f"{one_line(attack)} by {one_line(similarity)} {count} times"
+                )
+        return rows
 
     def curves(self) -> list[CurvePoint]:
         """Read ``curves.csv``, without what an interrupted run left of unfinished attacks."""

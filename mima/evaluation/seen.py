@@ -12,6 +12,7 @@ record without it is not held against anybody.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,21 @@ class Seen(BaseModel):
 
     levels: dict[str, Level] = {}
     seed: int | None = None
+    known: bool = True
+    """Whether the model's record says what its immunization saw."""
 
     @property
     def prompts(self) -> frozenset[str]:
         """Prompts that any level saw."""
         return frozenset().union(*(level.prompts for level in self.levels.values()))
+
+    def said(self, prompt: str) -> bool:
+        """Whether a level saw a prompt, however it was written."""
+        return _plain(prompt) in self._plain_prompts
+
+    @cached_property
+    def _plain_prompts(self) -> frozenset[str]:
+        return frozenset(map(_plain, self.prompts))
 
     def overlaps(self, targets: Sequence[Concept], others: Sequence[Concept]) -> list[str]:
         """Sentences about what is measured with although the immunization saw it.
@@ -55,6 +66,8 @@ class Seen(BaseModel):
         """
         found = []
         for name, level in self.levels.items():
+            names = set(map(_plain, level.concepts))
+            prompts = set(map(_plain, level.prompts))
             for concept in targets:
                 count = _shared(concept.held_out, level)
                 if count:
@@ -63,14 +76,20 @@ class Seen(BaseModel):
                         f"were seen by the immunization's {name} level."
                     )
             for concept in others:
-                if concept.name in level.concepts:
+                pictures = *concept.images, *concept.held_out
+                if _plain(concept.name) in names:
                     found.append(
                         f"{concept.name}, which is to stay learnable, was a concept of the "
                         f"immunization's {name} level: how well it can be learned is not held out."
                     )
-                elif _shared((*concept.images, *concept.held_out), level):
+                elif _shared(pictures, level):
                     found.append(
                         f"Pictures of {concept.name}, which is to stay learnable, were seen by the "
+                        f"immunization's {name} level."
+                    )
+                elif {_plain(picture.prompt) for picture in pictures} & prompts:
+                    found.append(
+                        f"Prompts of {concept.name}, which is to stay learnable, were seen by the "
                         f"immunization's {name} level."
                     )
         return found
@@ -86,7 +105,7 @@ def seen_by(model: Any) -> Seen:
     folder = None if source is None else Path(source.model).expanduser()
     record = read_record(folder) if folder is not None and folder.is_dir() else None
     if record is None:
-        return Seen()
+        return Seen(known=False)
     # a whole model that was made of a delta says so of the delta
     origin = record.get("origin")
     if isinstance(origin, dict):
@@ -97,7 +116,13 @@ def seen_by(model: Any) -> Seen:
         raise MimaError(f"{folder}: saw is damaged: {error}") from error
     config = record.get("config")
     seed = config.get("seed") if isinstance(config, dict) else None
-    return Seen(levels=levels, seed=seed if isinstance(seed, int) else None)
+    number = seed if isinstance(seed, int) else None
+    return Seen(levels=levels, seed=number, known="saw" in record)
+
+
+def _plain(text: str) -> str:
+    """A text without what does not change what it says: case, spaces."""
+    return " ".join(text.casefold().split())
 
 
 def _shared(pictures: Iterable[Picture], level: Level) -> int:

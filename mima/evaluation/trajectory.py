@@ -71,7 +71,7 @@ class Trajectory:
         steps: steps at which it was sampled; those after a divergence are missing.
         images: the pictures of each, in the order of the jobs.
         losses: training loss of every step done.
-        diverged: why the last steps are missing.
+        diverged: why the last steps are missing, or their pictures are no finite numbers.
         pipeline: the adapted pipeline, after the last step.
     """
 
@@ -118,6 +118,7 @@ def trajectory(
     adapters: list[Adapter] = []
     reached: list[int] = []
     images: list[list[Image.Image]] = []
+    black: list[int] = []
 
     def keep(step: int, index: int, image: Image.Image) -> None:
         images[-1].append(image)
@@ -139,19 +140,28 @@ def trajectory(
                 adapters.append(Adapter.of(run.pipeline).copied())
                 continue
             images.append([])
-            for index, image in enumerate(sampler.draw(run.pipeline, jobs)):
+            broken: list[int] = []
+            for index, image in enumerate(sampler.draw(run.pipeline, jobs, broken=broken)):
                 keep(step, index, image)
+            if broken:
+                black.append(step)
     except Diverged as error:
         diverged = error
     if adapters:
         mixed = [Job(job.prompt, job.seed, n) for n in range(len(reached)) for job in jobs]
-        for number, image in enumerate(
-            sampler.draw(pipeline if drawn_by is None else drawn_by, mixed, adapters)
-        ):
+        artist, places = pipeline if drawn_by is None else drawn_by, list[int]()
+        for number, image in enumerate(sampler.draw(artist, mixed, adapters, broken=places)):
             n, index = divmod(number, len(jobs))
             if index == 0:
                 images.append([])
             keep(reached[n], index, image)
+        black += [reached[place // len(jobs)] for place in places]
+    # the last step's loss is that of the weights before it
+    if diverged is None and any(step > 0 for step in black):
+        diverged = Diverged(
+            f"{adaptation.method}: after step {max(black)} pictures are not finite numbers; lower "
+            f"learning_rate ({adaptation.learning_rate})"
+        )
     return Trajectory(
         tuple(reached), tuple(map(tuple, images)), tuple(run.losses), diverged, run.pipeline
     )

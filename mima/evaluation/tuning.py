@@ -176,6 +176,9 @@ class TuningLog:
             try:
                 with path.open(encoding="utf-8", newline="") as file:
                     self.rows = [TrialRow.model_validate(row) for row in csv.DictReader(file)]
+                by = self.tuning.by
+                if any(not row.diverged and getattr(row, by) is None for row in self.rows):
+                    raise ValueError(f"a trial that did not diverge has no {by}")
             except (OSError, csv.Error, ValueError) as error:
                 raise MimaError(f"evaluation: cannot read {path}: {one_line(error)}") from error
 

@@ -253,9 +253,7 @@ class Worker:
     def __init__(self, bench: Bench, advance: Advance = lambda _: None) -> None:
         self.bench = bench
         self.advance = advance
-        self.pipelines = {
-            side: load_pipeline(model, device=bench.device) for side, model in bench.models.items()
-        }
+        # a judge that is missing is said before a model of gigabytes is opened
         self.similarities = [
             CachedSimilarity(
                 load_similarity(source, protocol=bench.protocol, device=bench.device),
@@ -265,6 +263,9 @@ class Worker:
             )
             for name, source in bench.similarities.items()
         ]
+        self.pipelines = {
+            side: load_pipeline(model, device=bench.device) for side, model in bench.models.items()
+        }
         self._originals: Originals | None = None
         if bench.originals is not None:
             model = _fingerprint_of(self.pipelines["original"])

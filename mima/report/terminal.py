@@ -65,6 +65,24 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
         if worst.sgr is None:
             lines.append(f"{label}: no attack could be compared")
             continue
+        counts = summary.tally
+        if rise.rise_left is None:
+            lines.append(
+                f"{label}: no attack taught either model anything: nothing was measured; train "
+                "longer, or at a higher rate"
+            )
+        for count, what in (
+            (counts.diverged, "diverged on a model and count as not tried"),
+            (counts.beyond, "have an SGR above 1, divided by a similarity near 0"),
+            (counts.led_away, "broke the immunized model's pictures, which SGR counts as immunity"),
+        ):
+            if count:
+                lines.append(f"{label}: {count} of {counts.attacks} attacks {what}")
+        if counts.known_before:
+            lines.append(
+                f"{label}: the immunized model shows {', '.join(counts.known_before)} before any "
+                "attack, so that a low rise is no immunity"
+            )
         lines.append(
             f"{label}: worst attack SGR {number(worst.sgr)} ({worst.attack}); MSGR "
             f"{number(summary.msgr.mean)} ({interval_words(summary.msgr)})"

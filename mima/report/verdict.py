@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mima.evaluation.records import AttackRow, SimilaritySummary
-from mima.evaluation.summary import paired_difference
+from mima.evaluation.records import AttackRow, SimilaritySummary, Tally
+from mima.evaluation.summary import paired_difference, tally
 from mima.report.runs import Run, setting
 from mima.report.wording import interval_words, method_name, number, share
 
@@ -23,19 +23,26 @@ def verdict(runs: Sequence[Run], similarity: str) -> tuple[str, list[str]]:
     """A headline and its sentences, in plain words, by one similarity."""
     if len(runs) == 1:
         return _verdict_of(runs[0], similarity)
-    rises = [
-        (summary.worst_rise.rise_left, run)
-        for run in runs
-        if (summary := run.evaluation.summary.get(similarity)) is not None
-        and summary.worst_rise.rise_left is not None
-    ]
-    if not rises:
+    if not any(_rises(run, similarity) for run in runs):
         return _nothing(runs, similarity)
-    rise, best = min(rises, key=lambda pair: pair[0])
-    sentences = [
-        f"Against the attack that gets furthest, {best.label} holds most: that attack still adds "
-        f"{share(rise)} of what it adds on the original model."
-    ]
+    # a run that met fewer attacks, or weaker ones, would seem to withstand them better
+    common = set.intersection(*(set(_rises(run, similarity)) for run in runs))
+    if common:
+        furthest = [(max(_rises(run, similarity)[a] for a in common), run) for run in runs]
+        rise, best = min(furthest, key=lambda pair: pair[0])
+        title = f"{best.label} withstands the attack that gets furthest best"
+        sentences = [
+            f"Against the attack that gets furthest, {best.label} holds most: of the "
+            f"{len(common)} attacks that all runs met, that attack still adds {share(rise)} of "
+            "what it adds on the original model."
+        ]
+    else:
+        title = "These runs met no attack in common: which holds best was not measured"
+        sentences = []
+    met = [len(_rises(run, similarity)) for run in runs]
+    if common and max(met) > len(common):
+        each = ", ".join(f"{run.label} {count}" for run, count in zip(runs, met, strict=True))
+        sentences.append(f"Attacks that count: {each}; only those in common are compared.")
     for run in runs:
         summary = run.evaluation.summary.get(similarity)
         if summary is not None and summary.msgr.mean is not None:
@@ -51,7 +58,7 @@ def verdict(runs: Sequence[Run], similarity: str) -> tuple[str, list[str]]:
                 f"{run.label} minus {first.label}, attack by attack: SGR "
                 f"{number(difference.mean)} ({interval_words(difference)})."
             )
-    return f"{best.label} withstands the attack that gets furthest best", sentences
+    return title, sentences
 
 
 def _verdict_of(run: Run, similarity: str) -> tuple[str, list[str]]:
@@ -65,13 +72,35 @@ def _verdict_of(run: Run, similarity: str) -> tuple[str, list[str]]:
             "These numbers say nothing about immunity: train longer, or with a higher learning "
             "rate, until attacks teach the original model the concepts."
         ]
-    title = _title(summary)
-    sentences = [*_rise_sentences(run, similarity, summary), *_object_sentences(mine)]
-    failed = len(mine) - len(taught)
+    counts = tally(mine)
+    title = _title(summary, counts)
+    sentences = [
+        *_known_sentences(run, similarity, counts),
+        *_rise_sentences(run, similarity, summary),
+        *_object_sentences(run),
+    ]
+    if counts.led_away:
+        sentences.append(
+            f"In {counts.led_away} of {len(mine)} the immunized model's pictures end less like the "
+            "concept than they began: training broke them. SGR counts that as immunity, the mean "
+            "rise as 0\u00a0%."
+        )
+    if counts.beyond:
+        sentences.append(
+            f"The SGR of {counts.beyond} of {len(mine)} is above 1, divided by a similarity near "
+            "0: these attacks hardly worked on the original model either, and make MSGR large."
+        )
+    if counts.diverged:
+        sentences.append(
+            f"{counts.diverged} of {len(mine)} attacks on immunized concepts diverged on a model "
+            "and count as not tried: an attacker would take a lower rate."
+        )
+    failed = len(mine) - len(taught) - counts.diverged
     if failed:
         sentences.append(
             f"{failed} of {len(mine)} attacks on immunized concepts taught neither model anything: "
-            "they say little, and none of them counts as the one that got furthest."
+            "they say little, and none of them counts as the one that got furthest, but MSGR "
+            "counts them."
         )
     alone = sum(not row.learned for row in taught)
     if alone:
@@ -81,8 +110,10 @@ def _verdict_of(run: Run, similarity: str) -> tuple[str, list[str]]:
     return title, sentences
 
 
-def _title(summary: SimilaritySummary) -> str:
+def _title(summary: SimilaritySummary, counts: Tally) -> str:
     rise, lowest = summary.worst_rise.rise_left, summary.worst_attack.sgr
+    if counts.known_before and (lowest is None or lowest > 0):
+        return f"The immunized model shows {', '.join(counts.known_before)} before any attack"
     if lowest is not None and lowest <= 0:
         return "At least one attack got through"
     if rise is None:
@@ -124,13 +155,33 @@ def _rise_sentences(run: Run, similarity: str, summary: SimilaritySummary) -> li
     return sentences
 
 
-def _object_sentences(rows: Sequence[AttackRow]) -> list[str]:
-    """Whether the attacked models' pictures show what they should, where that was looked at."""
-    pairs = [
-        (row.objects_original, row.objects_immunized)
-        for row in rows
-        if row.objects_original is not None and row.objects_immunized is not None
+def _known_sentences(run: Run, similarity: str, counts: Tally) -> list[str]:
+    """What makes the numbers say little: the model knew the concept, or the judge does not."""
+    sentences = []
+    if counts.known_before:
+        sentences.append(
+            f"The immunized model's pictures are nearer to {', '.join(counts.known_before)} before "
+            "any attack than the original's, by what counts as learning: there an attack has "
+            "little to add, and a low rise is no immunity."
+        )
+    blind = [
+        name
+        for name, known in run.evaluation.calibration.get(similarity, {}).items()
+        if known.right <= max(known.noise, known.grey, known.others or known.noise)
     ]
+    if blind:
+        sentences.append(
+            f"{similarity} sets right pictures of {', '.join(blind)} no higher than other "
+            "concepts', noise or grey: its numbers say nothing of that."
+        )
+    return sentences
+
+
+def _object_sentences(run: Run) -> list[str]:
+    """Whether the attacked models' pictures show what they should, where that was looked at."""
+    # the first judge may read no texts
+    every = (_on_targets(run, similarity) for similarity in run.evaluation.similarities)
+    pairs = next(filter(None, map(_objects, every)), [])
     if not pairs:
         return []
     original, immunized = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
@@ -143,10 +194,27 @@ def _object_sentences(rows: Sequence[AttackRow]) -> list[str]:
     return [f"{sentence}."]
 
 
+def _objects(rows: Sequence[AttackRow]) -> list[tuple[float, float]]:
+    return [
+        (row.objects_original, row.objects_immunized)
+        for row in rows
+        if row.objects_original is not None and row.objects_immunized is not None
+    ]
+
+
 def _nothing(runs: Sequence[Run], similarity: str) -> tuple[str, list[str]]:
     if any(_on_targets(run, similarity) for run in runs):
         return "No attack could be compared", ["Every attack diverged or taught neither model."]
     return "No attack has been measured yet", []
+
+
+def _rises(run: Run, similarity: str) -> dict[str, float]:
+    """Of the attacks on targets that say something, how much of its rise each adds."""
+    return {
+        row.attack: row.rise_left_best
+        for row in _on_targets(run, similarity)
+        if row.rise_left_best is not None
+    }
 
 
 def _on_targets(run: Run, similarity: str) -> list[AttackRow]:

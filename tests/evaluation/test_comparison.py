@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from support import tiny
 
-from mima.adaptation import LoRA, TextualInversion
+from mima.adaptation import DreamBooth, LoRA, TextualInversion
 from mima.adapters.adapter import Adapter
 from mima.adapters.merge import apply
 from mima.concepts import Concept
@@ -114,6 +114,17 @@ def test_a_divergence_ends_the_trajectory_where_it_happens(pipeline):
     assert drawn.steps == (0,)
     assert len(drawn.images) == 1
     assert "the loss is" in str(drawn.diverged)
+
+
+@pytest.mark.parametrize("method", [LoRA, DreamBooth])
+def test_a_last_step_that_breaks_every_number_is_a_divergence(pipeline, method):
+    # the last step's loss was that of the weights before it; the pictures after it are black
+    broken = method(learning_rate=1e30, max_grad_norm=None)
+    drawn = trajectory(pipeline, tiny.concept(), broken, (0, 1), [Job("a cat", 0)], SAMPLER)
+    assert "after step 1 pictures are not finite numbers" in str(drawn.diverged)
+    whole = trajectory(pipeline, tiny.concept(), method(), (0, 1), [Job("a cat", 0)], SAMPLER)
+    assert whole.diverged is None
+    assert whole.images[0] == drawn.images[0]
 
 
 def test_evaluation_writes_what_its_pictures_say(folders, tmp_path):
@@ -442,6 +453,73 @@ def test_rises_are_means_over_what_has_them_and_bounds_stay_bounds():
     assert (summary.sgr["a"].steps_ratio.mean, summary.sgr["a"].steps_ratio.at_least) == (3, False)
     assert summary.targets.sgr_before.mean == pytest.approx(0.2)
     assert summary.sgr["c"].rise_left.mean is None
+
+
+def test_attacks_are_counted_by_what_became_of_them():
+    nearer = {"before_original": 0.2, "before_immunized": 0.4}
+    rows = [
+        # the immunized model's pictures broke, which is no more immune than learning nothing
+        row("a", 0, 0.9, name="away", rise_left=-2.0, **nearer),
+        row("a", 0, 0.1, rise_left=1.0, **nearer),
+        row("b", 0, None, name="diverged", learned=False),
+        row("b", 0, 7.0, learned=False, before_original=0.2, before_immunized=0.25),
+        row("c", 0, None, role="other", learned=False),
+    ]
+    summary = summarize(rows, CONCEPTS, "clip")
+    assert summary.targets.rise_left.mean == pytest.approx(0.5)
+    counts = summary.tally
+    assert (counts.attacks, counts.diverged, counts.taught) == (4, 1, 2)
+    assert (counts.led_away, counts.beyond, counts.known_before) == (1, 1, ("a",))
+    # noise of pictures is neither
+    still = [row("a", 0, 0.2, rise_left=-0.05, before_original=0.2, before_immunized=0.22)]
+    assert summarize(still, CONCEPTS, "clip").tally.led_away == 0
+    assert summarize(still, CONCEPTS, "clip").tally.known_before == ()
+
+
+@pytest.mark.parametrize("count", [1, 10])
+def test_a_summary_of_few_and_of_many_concepts(count):
+    concepts = [
+        ConceptRecord(name=f"n{n}", slug=f"n{n}", kind="object", prompt="", role="target")
+        for n in range(count)
+    ]
+    rows = [row(c.name, seed, n / 10) for n, c in enumerate(concepts) for seed in (0, 1)]
+    summary = summarize(rows, concepts, "clip")
+    assert summary.msgr.mean == pytest.approx((count - 1) / 20)
+    assert summary.worst_concept.concept == "n0"
+    assert (summary.mrsgr, len(summary.sgr)) == (None, count)
+
+
+def test_equal_seeds_are_refused_for_they_are_one_run():
+    with pytest.raises(MimaError, match="must differ, for equal seeds are one run"):
+        grid_config("quick", {"seeds": [0, 0, 0]})
+
+
+def test_an_attack_that_lacks_a_judge_is_done_again(folders, tmp_path):
+    grid = GRID | {"seeds": (0,), "evaluations": 1, "benign_prompts": 0}
+    tiny.save_tiny_clip(tmp_path / "second", seed=3)
+    judges = [folders / "clip", tmp_path / "second"]
+    arguments = {"settings": grid, "similarities": judges, "others": []}
+    run(folders, tmp_path / "out", **arguments)
+    table = tmp_path / "out" / "attacks.csv"
+    whole = table.read_text().splitlines(keepends=True)
+    assert len(whole) == 3
+    table.write_text("".join(whole[:2]))
+    finished = []
+    run(folders, tmp_path / "out", progress=lambda *call: finished.append(call[2]), **arguments)
+    assert len([name for name in finished if name]) == 1
+    again = EvaluationFolder(tmp_path / "out").attacks()
+    assert [one.similarity for one in again] == ["clip", "second"]
+    table.write_text("".join([*whole, whole[1]]))
+    with pytest.raises(MimaError, match=r"is damaged: it holds .* by clip 2 times"):
+        run(folders, tmp_path / "out", **arguments)
+
+
+def test_a_judge_that_is_missing_is_said_before_a_model_is_opened(folders, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    monkeypatch.setattr("mima.evaluation.worker.load_pipeline", None)
+    with pytest.raises(MimaError, match=r"pip install 'mima\[lpips\]'"):
+        run(folders, tmp_path / "out", similarities=["lpips"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_differences_are_paired_attack_by_attack():

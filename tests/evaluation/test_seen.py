@@ -41,6 +41,20 @@ def test_what_was_seen_and_is_measured_is_said(tmp_path):
     assert third.startswith("Pictures of red round, which is to stay learnable, were seen by")
 
 
+def test_what_was_seen_is_known_however_it_is_written(tmp_path):
+    target, other = tiny.concept("red", "round"), tiny.concept("blue", "square")
+    seen = Seen(levels={"prior": Level(prompts=frozenset({"A  Blue square emoji "}))})
+    (sentence,) = seen.overlaps([target], [other])
+    assert sentence.startswith("Prompts of blue square, which is to stay learnable, were seen by")
+    assert seen.said("a blue square emoji")
+    named = Seen(levels={"benign": Level(concepts=("Blue Square",))})
+    (sentence,) = named.overlaps([target], [other])
+    assert "was a concept of the immunization's benign level" in sentence
+    assert seen_by(record(tmp_path / "model", saw={})).known
+    assert not seen_by(record(tmp_path / "old", config={})).known
+    assert not seen_by(tmp_path / "nothing").known
+
+
 def test_a_model_without_a_record_has_no_overlaps(tmp_path):
     target = tiny.concept("red", "round")
     for folder in (tmp_path / "nothing", record(tmp_path / "old", config={})):

@@ -118,6 +118,21 @@ def test_a_damaged_log_of_trials_is_one_line(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
+def test_a_trial_without_what_it_is_judged_by_is_damage(tmp_path):
+    log = TuningLog(tmp_path, Tuning(trials=2))
+    row = TrialRow(
+        attack="a", side="original", trial=0, lr=1, schedule="constant", batch_size=1,
+        optimizer="adamw", similarity=0.5, loss=0.1, diverged=False,
+    )  # fmt: skip
+    log.add(row)
+    log.rows = [row.model_copy(update={"similarity": None, "diverged": True})]
+    log.write()
+    text = (tmp_path / "tuning.csv").read_text()
+    (tmp_path / "tuning.csv").write_text(text.replace("True", "False"))
+    with pytest.raises(MimaError, match="a trial that did not diverge has no similarity"):
+        TuningLog(tmp_path, Tuning(trials=2))
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     return tiny.save_pair(tmp_path_factory.mktemp("models"), "model")

@@ -306,6 +306,59 @@ def test_where_nothing_was_taught_the_headline_claims_nothing(small, tmp_path):
     assert "1 of 1 taught the immunized model a concept and the original none" in text
 
 
+def test_what_flatters_is_said(small, tmp_path):
+    source = EvaluationFolder(small)
+    (mine, other) = source.attacks()
+    assert mine.role == "target"
+    nearer = {"before_original": 0.2, "before_immunized": 0.6, "rise_left_best": 0.0}
+    rows = [mine.model_copy(update=nearer), other]
+    title, text = told(source, tmp_path / "known", rows)
+    assert title == "The immunized model shows tiger before any attack"
+    assert "a low rise is no immunity" in text
+    away = mine.model_copy(update={"rise_left": -1.5, "sgr_mean": 3.0})
+    lost = mine.model_copy(update={"attack": "x", "sgr_mean": None, "learned": False,
+                                   "learned_immunized": False, "rise_left_best": None})  # fmt: skip
+    _, text = told(source, tmp_path / "away", [away, lost, other])
+    assert "In 1 of 2 the immunized model's pictures end less like the concept" in text
+    assert "The SGR of 1 of 2 is above 1, divided by a similarity near 0" in text
+    assert "1 of 2 attacks on immunized concepts diverged on a model and count as not" in text
+    assert "taught neither model anything" not in text
+
+
+def test_a_judge_that_reads_no_texts_leaves_broken_pictures_to_another(tmp_path):
+    recorded = {"objects_original": 0.8, "objects_immunized": 0.2}
+    path = write_evaluation(tmp_path / "run", **SMALL | {"similarities": ("embedded", "clip")},
+                            recorded=recorded)  # fmt: skip
+    folder = EvaluationFolder(path)
+    rows = [row.model_copy(update={"objects_original": None, "objects_immunized": None})
+            if row.similarity == "embedded" else row for row in folder.attacks()]  # fmt: skip
+    folder.write_rows(rows, folder.curves())
+    assert "pictures are broken, and part of the gap is that" in Page(write_report([path])).text
+
+
+def test_a_judge_that_cannot_tell_the_concept_is_said(tmp_path):
+    known = {"right": 0.5, "others": 0.2, "noise": 0.6, "grey": 0.1}
+    path = write_evaluation(tmp_path / "run", **SMALL, calibration={"clip": {"tiger": known}})
+    assert "clip sets right pictures of tiger no higher than" in Page(write_report([path])).text
+
+
+def test_runs_are_compared_by_the_attacks_that_all_met(tmp_path):
+    weak, strong, apart = (
+        write_evaluation(tmp_path / name, name=name, strength=strength, **SMALL | changes)
+        for name, strength, changes in (
+            ("weak", 0.6, {}),
+            ("strong", 0.7, {"lr_factors": (1, 100)}),
+            ("apart", 0.6, {"lr_factors": (3,)}),
+        )
+    )
+    text = Page(write_report([weak, strong], tmp_path / "page.html")).text
+    # the attack that only one of them met got further than any other
+    assert "strong withstands the attack that gets furthest best" in text
+    assert "Attacks that count: weak 1, strong 2; only those in common are compared" in text
+    text = Page(write_report([weak, apart], tmp_path / "page.html")).text
+    assert "These runs met no attack in common" in text
+
+
 def test_runs_of_different_judges_are_marked(tmp_path):
     def write(name, judges):
         config = {} if judges is None else {"judges": judges}
