@@ -19,6 +19,7 @@ from mima.ops._autograd import (
     filled,
     flat,
     raw_operators,
+    refuse_graph,
     split,
 )
 from mima.ops.backends import arguments
@@ -84,8 +85,8 @@ def adam_step(
     if not z:
         return [], [], []
     tensors = *z, *g, *m, *v
-    if overwrite and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        raise ValueError(f"{_OP}: overwrite must be False where a gradient is asked for, got True")
+    if overwrite:
+        refuse_graph(_OP, "overwrite must be False", tensors)
     out = apply(AdamStep, len(z), backend or "", rule, overwrite, *tensors)
     first, second, third = split(out, (len(z),) * 3, (True,) * 3)
     return first, second, third

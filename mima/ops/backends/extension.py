@@ -16,18 +16,12 @@ import torch
 from torch import Tensor
 
 from mima._version import __version__
+from mima.ops.backends.choice import OPERATORS
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """As in csrc/params.h."""
 
-OPS = {
-    "cpu": (
-        *("weighted_merge", "projected_merge", "batched_lora", "merge_lora"),
-        *("adam_step", "combine", "token_outputs"),
-        *("group_norm", "geglu", "attention"),
-    ),
-    "cuda": ("weighted_merge", "projected_merge"),
-}
+OPS = {"cpu": OPERATORS, "cuda": ("weighted_merge", "projected_merge")}
 MODULES = {"cpu": "_native", "cuda": "_native_cuda"}
 
 
