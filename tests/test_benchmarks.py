@@ -343,6 +343,7 @@ def test_refuses_empty_results(tmp_path):
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH came with Python 3.11")
 def test_the_gpu_run_goes_through_its_stages_without_a_gpu(tmp_path):
     pytest.importorskip("pytest_benchmark")
+    pytest.importorskip("mima._native", reason="it measures native kernels")
     # children of a pytest-xdist worker count as workers, in which pytest-benchmark measures nothing
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     environment |= {"PYTHON": sys.executable, "MIMA_BENCH_THREADS": "1"}

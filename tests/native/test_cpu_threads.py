@@ -14,6 +14,8 @@ from support import native_cases
 from mima.ops.backends import cpu
 from mima.ops.backends.arguments import BatchedLora, WeightedMerge
 
+pytestmark = native_cases.needs_cpu_kernels
+
 
 @pytest.fixture
 def _threads_restored():

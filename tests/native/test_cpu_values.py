@@ -11,6 +11,7 @@ from support.native_cases import (
     check_backward,
     check_forward,
     merge_lora,
+    needs_cpu_kernels,
     vector_dtype,
 )
 
@@ -18,6 +19,7 @@ from mima import ops, reference
 from mima.ops.backends import cpu, extension
 from mima.ops.backends.arguments import AdamStep, ProjectedMerge, WeightedMerge
 
+pytestmark = needs_cpu_kernels
 LEVELS = ["generic", "avx2", "avx512"]
 
 

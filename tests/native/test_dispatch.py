@@ -6,9 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.native_cases import needs_cpu_kernels
 
 from mima.ops.backends import cpu, extension
 from mima.ops.backends.arguments import WeightedMerge
+
+pytestmark = needs_cpu_kernels
 
 
 def test_unknown_level_is_an_error(monkeypatch):
