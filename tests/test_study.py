@@ -112,6 +112,9 @@ def test_the_report_says_what_the_cells_hold(study, tmp_path):
         *("relearn_tiger.clip.svg", "relearn_tiger.dino.svg"),
     }
     text = (study.folder / "results.md").read_text()
+    assert "](plots/relearn_tiger.clip.svg)" in text
+    for place in (study.folder, docs.parent):
+        assert (place / "plots" / "relearn_tiger.clip.svg").is_file()
     assert docs.read_text().startswith("before\n")
     assert docs.read_text().endswith("after\n")
     assert text.strip() in docs.read_text()

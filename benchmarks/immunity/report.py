@@ -21,6 +21,8 @@ from mima.report.wording import method_name, number, percent, share
 from mima.storage.output import slug, write_whole
 
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
+PLOTS = "plots"
+"""The folder of the plots, beside the text that shows them."""
 """What stands around the tables in a text that they are written into."""
 REFERENCE = "default"
 """The method that all others are compared with, attack by attack."""
@@ -65,12 +67,19 @@ def finished(study: Study) -> list[Finished]:
                     cell=cell,
                     judge=judge,
                     evaluation=evaluation,
-                    rows=[row for row in folder.attacks() if row.similarity == judge],
+                    rows=[_counted(row) for row in folder.attacks() if row.similarity == judge],
                     points=points,
                     compute=study.compute(cell),
                 )
             )
     return found
+
+
+def _counted(row: AttackRow) -> AttackRow:
+    """An attack that led the immunized model away has nothing left of the rise, as in `Gap`."""
+    if row.rise_left is None:
+        return row
+    return row.model_copy(update={"rise_left": max(row.rise_left, 0.0)})
 
 
 def over_runs(group: Sequence[Finished], value: Callable[[Finished], Interval]) -> Interval:
@@ -93,11 +102,12 @@ def _together(each: Sequence[Interval]) -> Interval:
 
 
 def write(study: Study, docs: Path | None = None) -> list[Path]:
-    """Write ``results.csv``, ``results.md`` and plots to a study's folder.
+    """Write ``results.csv``, ``results.md`` and ``plots/`` to a study's folder.
 
     Args:
         study: with at least one finished cell.
-        docs: a text whose part between `BEGIN` and `END` becomes the tables.
+        docs: a text whose part between `BEGIN` and `END` becomes the tables; its folder gets the
+            plots, too.
 
     Returns:
         What was written.
@@ -113,11 +123,14 @@ def write(study: Study, docs: Path | None = None) -> list[Path]:
     write_whole(rows, _csv(cells).encode())
     write_whole(tables, text.encode())
     written = [rows, tables]
-    for problem, judge in _parts(cells):
-        written.append(_plot(_of(cells, problem, judge), study.folder / _plot_name(problem, judge)))
     if docs is not None:
         write_between(docs, text)
         written.append(docs)
+    for folder in (study.folder, *([docs.parent] if docs is not None else [])):
+        (folder / PLOTS).mkdir(exist_ok=True)
+        for problem, judge in _parts(cells):
+            place = folder / PLOTS / _plot_name(problem, judge)
+            written.append(_plot(_of(cells, problem, judge), place))
     return written
 
 
@@ -155,8 +168,8 @@ def _text(study: Study, cells: Sequence[Finished]) -> Iterable[str]:
         "in brackets the 95 % interval over seeds (from five on), else their range, which claims "
         "nothing of the mean: over seeds of the immunization where a method has several, else over "
         "attack seeds. Rise left: what an attack adds on the immunized model, over what it adds on "
-        "the original, at the last step; held out: attacks of families that no method simulates. "
-        "Judges that disagree are not averaged."
+        "the original, at the last step, 0 where it led away; held out: attacks of families that "
+        "no method simulates. Judges that disagree are not averaged."
     )
     missing = [cell.name for cell in planned if cell not in done]
     if missing:
@@ -175,7 +188,7 @@ def _text(study: Study, cells: Sequence[Finished]) -> Iterable[str]:
         yield ""
         yield from _steps_table(groups)
         yield from _difference_table(groups)
-        yield f"\n![SGR over steps]({_plot_name(problem, judge)})"
+        yield f"\n![SGR over steps]({PLOTS}/{_plot_name(problem, judge)})"
 
 
 def _seeds(study: Study) -> str:
