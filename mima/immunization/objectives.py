@@ -4,7 +4,7 @@ All are functions of the attacked model's prediction v on a concept's noised pic
 
 | name | penalty | source |
 | --- | --- | --- |
-| neg | −min(L, cap), L = mean (v − target)² | MIMA, eq. 4 (Zheng & Yeh, AAAI 2025) |
+| neg | −min(L, cap), L = mean (v − target)² | MIMA (Zheng & Yeh, AAAI 2025) |
 | log | −log(L + ε) | the relative form of neg: its gradient is L's, divided by L |
 | hinge | mean_B max(0, log(L_start + ε) + margin − log(L + ε)) | ours: no pull beyond the margin |
 | pair | mean −log σ(−β d), d = (e⁺ − e⁺_start) − (e⁻ − e⁻_start) | APDM (NeurIPS 2025) |
