@@ -373,6 +373,10 @@ def _check_code(path: Path, index: Mapping[str, Any]) -> None:
     for name, kind in index.items():
         if not isinstance(kind, list) or not kind or not isinstance(kind[0], str):
             continue
+        try:
+            expanded(name)
+        except MimaError as error:
+            raise MimaError(f"model: {path / MODEL_INDEX}: {error}") from error
         shown = one_line(f"{name}: {kind}")
         if len(kind) != 2 or not all(
             isinstance(part, str) and part.isidentifier() for part in kind

@@ -393,6 +393,8 @@ def qwen_image(folder: Path) -> QwenImagePipeline:
             "num_heads": 2,
             "out_hidden_size": T5_WIDTH,
         },
+        # as published: older transformers have no default for it
+        vision_start_token_id=151652,
     )
     return QwenImagePipeline(
         transformer=transformer.eval(),
