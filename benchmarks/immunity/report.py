@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from benchmarks.immunity.cells import Cell, Problem
@@ -388,7 +389,11 @@ def _plot(cells: Sequence[Finished], path: Path) -> Path:
         place.tick_params(labelsize=8)
     places[0].set_ylabel("similarity gap ratio", fontsize=8)
     places[-1].legend(fontsize=7, frameon=False)
-    figure.savefig(path, metadata={"Date": None})
+    # divided by a similarity near 0, a ratio may be anything
+    places[0].set_ylim(bottom=max(places[0].get_ylim()[0], -1.0))
+    # the same file from the same numbers, with text as text
+    with mpl.rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None})
     return path
 
 
