@@ -85,6 +85,8 @@ OLD_NAMES = {
 
 MOST_TIMESTEPS = 100_000
 """Noise levels of a schedule, of which diffusers makes tables; models have 1000."""
+MOST_LAYERS = 1000
+"""Layers, or layers of a block, that a configuration may ask for."""
 
 HALF_PRECISION = {"BF16": torch.bfloat16, "F16": torch.float16}
 """By the names that safetensors has for them."""
@@ -493,6 +495,8 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
         steps = content.get("num_train_timesteps")
         if isinstance(steps, (int, float)) and steps > MOST_TIMESTEPS:
             raise MimaError(f"model: {file}: num_train_timesteps is over {MOST_TIMESTEPS}")
+        if file.name == "config.json":
+            _check_layers(file, content)
         if file.name.endswith(".index.json"):
             places = content.get("weight_map")
             if not isinstance(places, dict):
@@ -521,6 +525,17 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
         raise MimaError(
             f"model: {folder} holds the weights of the {kind} as variant {found} alone; say so"
         )
+
+
+def _check_layers(file: Path, content: dict[str, Any]) -> None:
+    """Refuse what diffusers and transformers would make before they look at the weights."""
+    # a model of several has a configuration for each
+    for part in (content, *(inner for inner in content.values() if isinstance(inner, dict))):
+        for name, counts in part.items():
+            values = counts if isinstance(counts, list) else [counts]
+            numbers = [value for value in values if isinstance(value, (int, float))]
+            if "layers" in name and max(numbers, default=0) > MOST_LAYERS:
+                raise MimaError(f"model: {file}: {one_line(name, 80)} is over {MOST_LAYERS}")
 
 
 def _open_file(path: Path, dtype: torch.dtype | None, config: str | Path | None) -> Any:
