@@ -25,7 +25,7 @@ from mima.release.delta import Delta
         "apply DELTA -o out --model MODEL",
         "sample x --model MODEL",
         "immunize run.yaml -o out",
-        "evaluate MODEL MODEL --concepts cat -o out",
+        "evaluate MODEL MODEL --concepts cat --similarity embedded -o out",
     ],
 )
 def test_every_command_opens_revisions_variants_and_single_files(workdir, model, adapters, command):

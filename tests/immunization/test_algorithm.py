@@ -389,7 +389,7 @@ def test_trained_words_agree_with_central_differences(tmp_path, monkeypatch, par
         },
         upper={"parameters": "cross_attention_kv"},
     )  # fmt: skip
-    monkeypatch.setattr(module, "_own_copy", lambda pipeline, _: pipeline.to(torch.float64))
+    monkeypatch.setattr(module, "own_copy", lambda pipeline, _: pipeline.to(torch.float64))
     immunize(tiny.tiny_stable_diffusion(tmp_path / "tokenizer"), with_new_words(), config)
     (problem,) = problems
     theta = problem.theta()

@@ -283,7 +283,7 @@ def test_a_plan_names_settings_with_which_a_run_would_fit(model, tmp_path, monke
 
 def test_a_run_that_cannot_fit_is_refused_before_weights_are_loaded(model, tmp_path, monkeypatch):
     module = immunize.__globals__
-    monkeypatch.setitem(module, "_own_copy", None)
+    monkeypatch.setitem(module, "own_copy", None)
     monkeypatch.setattr(planning, "LARGE_MODEL", 0)
     monkeypatch.setattr(planning, "device_memory", lambda device: ("cpu", 2**20))
     with pytest.raises(MimaError, match=r"memory: the run needs .*, cpu has 1 MiB"):

@@ -74,7 +74,9 @@ def projected_merge_forward(inputs: arguments.ProjectedMerge) -> list[Tensor]:
     d = W0[0].shape[1]
     width = _vector_multiple(d, W0[0])
     out = _padded_like(W0, width)
-    call = _projected_merge_call([_pad_rows(x, width) for x in inputs], out=out)
+    # named, since the call has addresses alone, and copies must live until the launch
+    padded = [_pad_rows(x, width) for x in inputs]
+    call = _projected_merge_call(padded, out=out)
     with _launching(call, W0[0].device) as (table, stream):
         call.forward(table.data_ptr(), 0, stream)
     return _cut(out, d)
@@ -90,8 +92,8 @@ def projected_merge_backward(
     width = _vector_multiple(d, W0[0])
     d_W0 = _padded_like(W0, width) if need_W0 else []
     d_W = _padded_like(W, width) if need_W else []
-    padded = [_pad_rows(x, width) for x in inputs]
-    call = _projected_merge_call(padded, d_out=_pad_rows(d_out, width), d_W0=d_W0, d_W=d_W)
+    padded, upstream = [_pad_rows(x, width) for x in inputs], _pad_rows(d_out, width)
+    call = _projected_merge_call(padded, d_out=upstream, d_W0=d_W0, d_W=d_W)
     acc = torch.float64 if W0[0].dtype == torch.float64 else torch.float32
     # [all rows, tokens]: d_out M^T for d_C, (W - W0) C^T for d_M
     coefficients = W0[0].new_empty((call.all_rows, call.num_tokens), dtype=acc)
