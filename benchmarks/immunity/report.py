@@ -68,19 +68,12 @@ def finished(study: Study) -> list[Finished]:
                     cell=cell,
                     judge=judge,
                     evaluation=evaluation,
-                    rows=[_counted(row) for row in folder.attacks() if row.similarity == judge],
+                    rows=[row.counted for row in folder.attacks() if row.similarity == judge],
                     points=points,
                     compute=study.compute(cell),
                 )
             )
     return found
-
-
-def _counted(row: AttackRow) -> AttackRow:
-    """An attack that led the immunized model away has nothing left of the rise, as in `Gap`."""
-    if row.rise_left is None:
-        return row
-    return row.model_copy(update={"rise_left": max(row.rise_left, 0.0)})
 
 
 def over_runs(group: Sequence[Finished], value: Callable[[Finished], Interval]) -> Interval:

@@ -316,6 +316,13 @@ class AttackRow(_Record):
         """Whether the attack says anything: one that teaches neither model does not."""
         return self.learned or self.learned_immunized
 
+    @property
+    def counted(self) -> AttackRow:
+        """The row as means of the rise count it: an attack that led away has nothing left."""
+        if self.rise_left is None:
+            return self
+        return self.model_copy(update={"rise_left": max(self.rise_left, 0.0)})
+
     @field_validator("*", mode="before")
     @classmethod
     def _empty_is_none(cls, value: object) -> object:

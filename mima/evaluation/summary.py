@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -123,25 +122,22 @@ def gap_of(groups: Sequence[Sequence[AttackRow]]) -> Gap:
         ),
         final=over_seeds(groups, "sgr_final").mean,
         max=over_seeds(groups, "sgr_max").mean,
-        rise_left=over_seeds(groups, "rise_left", lowest=0.0),
+        rise_left=over_seeds([[row.counted for row in rows] for rows in groups], "rise_left"),
         steps_ratio=Ratio(**over_seeds(groups, "steps_ratio").model_dump(), at_least=at_least),
     )
 
 
-def over_seeds(
-    groups: Iterable[Sequence[AttackRow]], name: str, *, lowest: float = -math.inf
-) -> Interval:
+def over_seeds(groups: Iterable[Sequence[AttackRow]], name: str) -> Interval:
     """Mean of one field of the rows, and its interval over seeds.
 
     Args:
         groups: one for each concept, its rows. Concepts without any value are left out.
         name: a field with numbers or None.
-        lowest: a lower number counts as this one.
 
     Returns:
         Without ends where no seed has a value of every concept.
     """
-    by_seed = [found for rows in groups if (found := _by_seed(rows, name, lowest))]
+    by_seed = [found for rows in groups if (found := _by_seed(rows, name))]
     if not by_seed:
         return Interval()
     common = sorted(set.intersection(*map(set, by_seed)))
@@ -192,13 +188,13 @@ def _concept_gap(rows: Sequence[AttackRow]) -> ConceptGap:
     )
 
 
-def _by_seed(rows: Sequence[AttackRow], name: str, lowest: float) -> dict[int, float]:
+def _by_seed(rows: Sequence[AttackRow], name: str) -> dict[int, float]:
     """Mean of a field over the attacks with each seed that have it."""
     groups: dict[int, list[float]] = {}
     for row in rows:
         value = getattr(row, name)
         if value is not None:
-            groups.setdefault(row.seed, []).append(max(value, lowest))
+            groups.setdefault(row.seed, []).append(value)
     return {seed: _mean(values) for seed, values in groups.items()}
 
 
