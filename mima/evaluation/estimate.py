@@ -82,7 +82,8 @@ def estimate(bench: Bench, worker: Worker, tasks: Sequence[Task], processes: int
 
 def _left(worker: Worker, task: Attack | Trial) -> float:
     """The share of a task's training that no other evaluation's folder of originals holds."""
-    entry = worker.kept_of(task)
+    first = task.adaptation if isinstance(task, Trial) else task.on("original")[0]
+    entry = worker.kept_of(task, first)
     if entry is None or not entry.kept:
         return 1.0
     if isinstance(task, Trial):

@@ -214,7 +214,8 @@ class Attack:
         preparation: what is done before.
         transplant: trained on the original model only, and put into both.
         outside: trains only the parameters that both models have in common.
-        tuned: settings that trials chose, by model; a model without any is attacked as configured.
+        tuned: settings of the trials by model, the best first; the next is for an attack that
+            diverges. A model without any is attacked as configured.
     """
 
     concept: str
@@ -228,7 +229,7 @@ class Attack:
     preparation: Preparation
     transplant: bool = False
     outside: bool = False
-    tuned: Mapping[Side, Adaptation] = field(default_factory=dict)
+    tuned: Mapping[Side, tuple[Adaptation, ...]] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -259,9 +260,9 @@ class Attack:
         )
         return "_".join(parts)
 
-    def on(self, side: Side) -> Adaptation:
-        """Method and settings on one of the models."""
-        return self.tuned.get(side, self.adaptation)
+    def on(self, side: Side) -> tuple[Adaptation, ...]:
+        """Method and settings on one of the models, and what to go on with if they diverge."""
+        return self.tuned.get(side, (self.adaptation,))
 
 
 @dataclass(frozen=True, kw_only=True)

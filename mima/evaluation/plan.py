@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from mima.adaptation import Adaptation
 from mima.evaluation.grid import Attack, Trial
 from mima.evaluation.records import SIDES
 from mima.evaluation.tuning import TrialRow, TuningLog, choices
@@ -55,19 +56,16 @@ class Plan:
 
     def _tuned(self, attack: Attack) -> Attack:
         """The attack with what its trials chose for each model."""
-        chosen = {side: self.log.best(attack.key, side) for side in SIDES}
-        return replace(
-            attack,
-            tuned={
-                side: replace(
-                    attack.adaptation,
-                    learning_rate=row.lr,
-                    schedule=row.schedule,
-                    batch_size=row.batch_size,
-                    optimizer=row.optimizer,
-                    use_8bit_adam=attack.adaptation.use_8bit_adam and row.optimizer == "adamw",
-                )
-                for side, row in chosen.items()
-                if row is not None
-            },
-        )
+
+        def like(row: TrialRow) -> Adaptation:
+            return replace(
+                attack.adaptation,
+                learning_rate=row.lr,
+                schedule=row.schedule,
+                batch_size=row.batch_size,
+                optimizer=row.optimizer,
+                use_8bit_adam=attack.adaptation.use_8bit_adam and row.optimizer == "adamw",
+            )
+
+        chosen = {side: tuple(map(like, self.log.ranked(attack.key, side))) for side in SIDES}
+        return replace(attack, tuned={side: ways for side, ways in chosen.items() if ways})

@@ -42,10 +42,11 @@ class Tuning(Settings):
     """Optimisers, unless the attack has one of its own; the rate of SGD is a hundred times as
     high."""
     by: Literal["similarity", "loss"] = "similarity"
-    """What a trial is judged by: ``similarity`` of its last pictures to the pictures that it trains
-    on, by the primary similarity model, or ``loss``, the mean training loss of its last quarter.
-    Never by the held-out pictures that judge the attack. A model may be made so that its loss falls
-    while its pictures stay wrong: the loss would then choose what helps the attacker least."""
+    """What a trial is judged by: ``similarity`` of its last pictures to every fourth of the
+    training pictures, which the trial holds back, by the primary similarity model, or ``loss``, the
+    mean training loss of its last quarter. Never by the pictures that judge the attack. A model may
+    be made so that its loss falls while its pictures stay wrong: the loss would then choose what
+    helps the attacker least."""
     steps: int | None = Field(None, ge=1)
     """Training steps of a trial; None, as many as the attack's."""
 
@@ -121,8 +122,8 @@ class TrialRow(_Record):
     batch_size: int
     optimizer: Optimizer
     similarity: float | None
-    """Of its last pictures to the training pictures; None where it diverged, or was not looked
-    at."""
+    """Of its last pictures to the training pictures that it held back; None where it diverged, or
+    was not looked at."""
     loss: float | None
     """Mean training loss of its last quarter; None where it diverged."""
     diverged: bool
@@ -135,11 +136,10 @@ class TrialRow(_Record):
         return None if value == "" else value
 
 
-def best(rows: Iterable[TrialRow], by: Literal["similarity", "loss"]) -> TrialRow | None:
-    """The trial that an attacker goes on with; the earlier of two equal ones.
+def ranked(rows: Iterable[TrialRow], by: Literal["similarity", "loss"]) -> list[TrialRow]:
+    """The trials that did not diverge, the best first; of two equal ones, the earlier.
 
-    Returns:
-        None if every trial diverged.
+    An attacker goes on with the first, and with the next where that diverges at full length.
     """
     left = [row for row in rows if not row.diverged]
 
@@ -148,7 +148,7 @@ def best(rows: Iterable[TrialRow], by: Literal["similarity", "loss"]) -> TrialRo
         assert value is not None
         return (value if by == "loss" else -value), row.trial
 
-    return min(left, key=badness, default=None)
+    return sorted(left, key=badness)
 
 
 @dataclass
@@ -191,9 +191,9 @@ class TuningLog:
         """The finished trials of an attack on a model."""
         return [row for row in self.rows if (row.attack, row.side) == (attack, side)]
 
-    def best(self, attack: str, side: Side) -> TrialRow | None:
-        """The chosen trial of an attack on a model; None if all diverged."""
-        return best(self.of(attack, side), self.tuning.by)
+    def ranked(self, attack: str, side: Side) -> list[TrialRow]:
+        """The trials of an attack on a model that did not diverge, the chosen one first."""
+        return ranked(self.of(attack, side), self.tuning.by)
 
     def add(self, row: TrialRow) -> None:
         """Write down a finished trial."""
@@ -203,7 +203,7 @@ class TuningLog:
     def write(self) -> None:
         """Write all trials, and which of them is the best of its attack and model."""
         pairs = dict.fromkeys((row.attack, row.side) for row in self.rows)
-        winners = [self.best(*pair) for pair in pairs]
+        winners = [row for pair in pairs for row in self.ranked(*pair)[:1]]
         self.rows = sorted(
             (row.model_copy(update={"chosen": row in winners}) for row in self.rows),
             key=lambda row: (row.attack, row.side, row.trial),

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -62,6 +63,10 @@ logger = logging.getLogger(__name__)
 FEATURES_FILE = "features.sqlite"
 # sampling seeds of attacks with different seeds never meet
 SEED_STRIDE = 1000
+HELD_BACK = 4
+"""Of so many training pictures, a trial is judged by one."""
+TRIAL_PICTURES = 2
+"""How many are drawn of each prompt by which a trial is judged."""
 
 Advance = Callable[[int], None]
 Task: TypeAlias = Attack | Trial | Side
@@ -134,17 +139,34 @@ class Bench:
         folder = self.folder.reference_folder(slug) if held_out else self.training_folder(slug)
         return folder / f"{index}.png"
 
-    def training_jobs(self, attack: Attack) -> tuple[list[Job], list[list[Path]]]:
-        """What a trial draws, and the training pictures of each prompt."""
-        described, _ = self.material(attack)
+    def trial_material(self, attack: Attack) -> tuple[Concept, list[Job], list[list[Path]]]:
+        """What a trial trains on, what it draws, and the pictures of each prompt that judge it.
+
+        Every fourth training picture is held back to judge by: a setting that memorises is not to
+        look like one that learns. Of fewer than four, all are trained on and judge.
+        """
+        concept, _ = self.material(attack)
+        # behind the concept's own pictures may come ordinary ones
         files = self.training_files(attack)
-        own = [
-            Picture(file, picture.prompt)
-            for file, picture in zip(files, described.images, strict=False)
+        back = range(HELD_BACK - 1, len(files), HELD_BACK)
+        images = tuple(p for index, p in enumerate(concept.images) if index not in back)
+        judges = by_prompt(
+            [
+                Picture(files[index], concept.images[index].prompt)
+                for index in back or range(len(files))
+            ],
+            self.config.max_prompts,
+        )
+        jobs = [
+            Job(prompt, attack.seed * SEED_STRIDE + seed)
+            for prompt in judges
+            for seed in range(TRIAL_PICTURES)
         ]
-        groups = by_prompt(own, self.config.max_prompts)
-        jobs = [Job(prompt, attack.seed * SEED_STRIDE) for prompt in groups]
-        return jobs, [[_file(picture) for picture in group] for group in groups.values()]
+        return (
+            replace(concept, images=images),
+            jobs,
+            [[_file(picture) for picture in group] for group in judges.values()],
+        )
 
     def objects(self, attack: Attack) -> dict[str, str]:
         """What each prompt of an attack shows, in words that do not name a style."""
@@ -194,7 +216,7 @@ class Bench:
     def drawn(self, task: Task) -> int:
         """Pictures of a task."""
         if isinstance(task, Trial):
-            jobs, _ = self.training_jobs(task.attack)
+            _, jobs, _ = self.trial_material(task.attack)
             return len(jobs) if self.config.tune.by == "similarity" else 0
         if not isinstance(task, Attack):
             return len(self.prompts)
@@ -288,7 +310,8 @@ class Worker:
     def run(self, task: Task) -> Result:
         """Run an attack or a trial, or draw one model's pictures of ordinary prompts."""
         if isinstance(task, Attack):
-            return self._attack(task)
+            with self._announced(self.bench.work(task)):
+                return self._attack(task)
         if isinstance(task, Trial):
             return self._try(task)
         jobs = [Job(prompt, index) for index, prompt in enumerate(self.bench.prompts)]
@@ -298,6 +321,24 @@ class Worker:
             write_picture(file, image)
             self.advance(1)
         return None
+
+    @contextmanager
+    def _announced(self, work: int) -> Iterator[None]:
+        """Report the work of an attack as announced, however often it diverges and begins anew."""
+        report, left = self.advance, work
+
+        def advance(amount: int) -> None:
+            nonlocal left
+            amount = min(amount, left)
+            left -= amount
+            report(amount)
+
+        self.advance = advance
+        try:
+            yield
+            report(left)
+        finally:
+            self.advance = report
 
     def benign(self) -> Benign:
         """Compare the models' pictures of ordinary prompts."""
@@ -321,10 +362,15 @@ class Worker:
         bench = self.bench
         _, references = bench.material(attack)
         whole, repaired = True, {}
+        tuned: dict[Side, str | None] = dict.fromkeys(SIDES)
         for side in SIDES:
-            diverged = self._attack_on(attack, side)
-            if diverged is not None:
+            for adaptation in attack.on(side):
+                tuned[side] = _described(adaptation) if side in attack.tuned else None
+                diverged = self._attack_on(attack, side, adaptation)
+                if diverged is None:
+                    break
                 logger.warning("%s, %s model: %s", attack.id, side, diverged)
+            if diverged is not None:
                 whole = False
             elif bench.config.repair_steps and bench.ordinary():
                 repaired[side] = bench.repaired_files(attack, side)
@@ -334,6 +380,7 @@ class Worker:
         rows, points = [], []
         for similarity in self.similarities:
             row, curve = self._measure(attack, similarity, steps, references, seconds)
+            row = row.model_copy(update={f"tuned_{side}": said for side, said in tuned.items()})
             if len(repaired) == len(SIDES):
                 row = row.model_copy(
                     update={
@@ -345,14 +392,14 @@ class Worker:
             points += curve
         return Outcome(rows, points)
 
-    def _attack_on(self, attack: Attack, side: Side) -> str | None:
+    def _attack_on(self, attack: Attack, side: Side, adaptation: Adaptation) -> str | None:
         """Attack one model and repair it, or copy what another evaluation keeps of the original.
 
         Returns:
             Why it diverged, if it did.
         """
         bench, count = self.bench, len(self.bench.jobs(attack))
-        entry = self.kept_of(attack) if side == "original" else None
+        entry = self.kept_of(attack, adaptation) if side == "original" else None
         files = {
             f"{step:05d}-{index}.png": bench.folder.image_folder(attack.id, side, step)
             / f"{index}.png"
@@ -368,7 +415,8 @@ class Worker:
             self.advance(bench.work(attack) // len(SIDES))
             why = known["diverged"]
             return None if why is None else str(why)
-        drawn = self._train(attack, side, attack.on(side), bench.jobs(attack))
+        concept, _ = bench.material(attack)
+        drawn = self._train(attack, concept, side, adaptation, bench.jobs(attack))
         diverged = None if drawn.diverged is None else str(drawn.diverged)
         if repairs and diverged is None:
             self._repair(attack, side, drawn.pipeline)
@@ -377,7 +425,7 @@ class Worker:
             entry.write({"diverged": diverged}, there)
         return diverged
 
-    def kept_of(self, task: Attack | Trial) -> Entry | None:
+    def kept_of(self, task: Attack | Trial, adaptation: Adaptation) -> Entry | None:
         """Where the original model's part of an attack or trial is kept for other evaluations.
 
         None where nothing is kept, and of what depends on the immunized model or is prepared.
@@ -385,15 +433,16 @@ class Worker:
         attack, trial = (task.attack, task) if isinstance(task, Trial) else (task, None)
         if self._originals is None or attack.outside or attack.preparation != "none":
             return None
-        bench, adaptation = self.bench, trial.adaptation if trial else attack.on("original")
-        concept, _ = bench.material(attack)
+        bench = self.bench
+        concept, jobs, files = bench.trial_material(attack)
+        if trial is None:
+            concept, _ = bench.material(attack)
         learned = (
             *(concept.prompt, concept.token, concept.initializer, concept.class_prompt),
             *((digest(p), p.prompt) for p in (*concept.images, *concept.class_images)),
         )
         common = (type(adaptation).__name__, adaptation, learned, bench.sampler, attack.transplant)
         if trial is not None:
-            jobs, files = bench.training_jobs(attack)
             first = self.similarities[0].name
             judge = (first, self.judges[first], bench.protocol)
             digests = [[digest(Picture(file, "")) for file in group] for group in files]
@@ -413,6 +462,7 @@ class Worker:
     def _train(
         self,
         attack: Attack,
+        concept: Concept,
         side: Side,
         adaptation: Adaptation,
         jobs: Sequence[Job],
@@ -422,7 +472,6 @@ class Worker:
     ) -> Trajectory:
         """Train one model as an attack does, and draw on the way."""
         bench = self.bench
-        concept, _ = bench.material(attack)
         if attack.outside:
             assert isinstance(adaptation, DreamBooth)
             adaptation = replace(adaptation, frozen=tuple(self.immunized_parameters()))
@@ -446,8 +495,8 @@ class Worker:
         )
 
     def _try(self, trial: Trial) -> TrialRow:
-        """Train as a trial says, and see how like the training pictures its pictures become."""
-        entry = self.kept_of(trial) if trial.side == "original" else None
+        """Train as a trial says, and see how like those held back its pictures become."""
+        entry = self.kept_of(trial, trial.adaptation) if trial.side == "original" else None
         known = entry.read({}) if entry is not None else None
         if known is not None:
             self.advance(self.bench.work(trial))
@@ -460,10 +509,11 @@ class Worker:
 
     def _tried(self, trial: Trial) -> TrialRow:
         bench, adaptation = self.bench, trial.adaptation
-        jobs, files = bench.training_jobs(trial.attack)
+        concept, jobs, files = bench.trial_material(trial.attack)
         looked = bench.config.tune.by == "similarity"
         drawn = self._train(
             trial.attack,
+            concept,
             trial.side,
             adaptation,
             jobs if looked else [],
@@ -473,9 +523,12 @@ class Worker:
         diverged = drawn.diverged is not None
         score = None
         if looked and not diverged:
+            images = drawn.images[-1]
             tables = [
-                self.similarities[0].fresh([image], group)
-                for image, group in zip(drawn.images[-1], files, strict=True)
+                self.similarities[0].fresh(
+                    images[place * TRIAL_PICTURES : (place + 1) * TRIAL_PICTURES], group
+                )
+                for place, group in enumerate(files)
             ]
             score = float(torch.stack([table.mean() for table in tables]).mean())
         last = drawn.losses[-max(1, len(drawn.losses) // 4) :]
@@ -611,8 +664,6 @@ class Worker:
             nearest_original=nearest["original"],
             nearest_immunized=nearest["immunized"],
             seconds=seconds,
-            tuned_original=_described(attack.tuned.get("original")),
-            tuned_immunized=_described(attack.tuned.get("immunized")),
             objects_original=objects["original"],
             objects_immunized=objects["immunized"],
         )
@@ -690,10 +741,8 @@ def _object_in(concept: Concept, picture: Picture) -> str:
     return picture.prompt
 
 
-def _described(adaptation: Adaptation | None) -> str | None:
+def _described(adaptation: Adaptation) -> str:
     """What trials chose, in words."""
-    if adaptation is None:
-        return None
     return (
         f"rate {adaptation.learning_rate:g}, {adaptation.schedule}, "
         f"batch {adaptation.batch_size}, {adaptation.optimizer}"

@@ -50,9 +50,9 @@ def test_the_original_is_attacked_once_for_all(folders, tmp_path, monkeypatch):
     trained = []
     train = Worker._train
 
-    def recorded(self, attack, side, *args, **options):
+    def recorded(self, attack, concept, side, *args, **options):
         trained.append((side, attack.preparation))
-        return train(self, attack, side, *args, **options)
+        return train(self, attack, concept, side, *args, **options)
 
     monkeypatch.setattr(Worker, "_train", recorded)
     shared = tmp_path / "originals"

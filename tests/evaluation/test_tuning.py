@@ -11,7 +11,8 @@ from mima.errors import MimaError
 from mima.evaluation import EvaluationFolder, evaluate
 from mima.evaluation.grid import attack_grid, grid_config
 from mima.evaluation.plan import Plan
-from mima.evaluation.tuning import SGD_RATE, Choice, TrialRow, Tuning, TuningLog, best, choices
+from mima.evaluation.tuning import SGD_RATE, Choice, TrialRow, Tuning, TuningLog, choices, ranked
+from mima.evaluation.worker import Worker
 
 GRID = {
     "methods": {"lora": {"learning_rate": 1e-2, "batch_size": 2, "steps": 4}},
@@ -63,9 +64,9 @@ def test_the_best_trial_is_no_diverged_one():
         row(2, similarity=0.6, loss=0.3),
         row(3, similarity=0.6, loss=0.2),
     ]
-    assert best(rows, "similarity").trial == 2
-    assert best(rows, "loss").trial == 0
-    assert best(rows[1:2], "similarity") is None
+    assert [found.trial for found in ranked(rows, "similarity")] == [2, 3, 0]
+    assert [found.trial for found in ranked(rows, "loss")] == [0, 3, 2]
+    assert ranked(rows[1:2], "similarity") == []
 
 
 def test_attacks_wait_for_their_own_trials_only(tmp_path):
@@ -99,8 +100,8 @@ def test_attacks_wait_for_their_own_trials_only(tmp_path):
     assert {attack.slug for attack in plan.waiting} == {"blue"}
     second = choices(config.tune)[1].apply(freed[0].adaptation)
     # each model is attacked with what was best on it, and the first trial diverged on one
-    assert freed[0].on("original") == freed[0].adaptation
-    assert freed[0].on("immunized") == second
+    assert freed[0].on("original") == (freed[0].adaptation, second)
+    assert freed[0].on("immunized") == (second,)
     # another call goes on from the file
     again = Plan(TuningLog(tmp_path, config.tune), grid).first()
     assert [task.slug for task in again if hasattr(task, "slug")] == ["red", "red"]
@@ -158,7 +159,7 @@ def test_every_attack_is_tuned_on_each_model(by, folders, tmp_path):
     assert len(rows) == 2
     for side in ("original", "immunized"):
         tried = log.of(rows[0].attack.removesuffix("_seed0"), side)
-        winner = log.best(tried[0].attack, side)
+        winner = log.ranked(tried[0].attack, side)[0]
         assert [trial.chosen for trial in tried] == [trial == winner for trial in tried]
         value = "loss" if by == "loss" else "similarity"
         scores = [getattr(trial, value) for trial in tried]
@@ -168,6 +169,41 @@ def test_every_attack_is_tuned_on_each_model(by, folders, tmp_path):
         assert said == {
             f"rate {winner.lr:g}, {winner.schedule}, batch {winner.batch_size}, {winner.optimizer}"
         }
+
+
+@pytest.mark.parametrize("rates", [(1e30, 1e-2), (1e30, 1e29)], ids=["next", "none"])
+def test_settings_that_diverge_at_full_length_give_way_to_the_next_trial(
+    rates, folders, tmp_path, monkeypatch
+):
+    def tried(_, trial):
+        # as if the first trial, shorter than the attack, had been the best
+        likeness = 0.9 - trial.number / 10
+        known = {"attack": trial.attack.key, "side": trial.side, "lr": rates[trial.number]}
+        return row(trial.number, similarity=likeness, **known)
+
+    monkeypatch.setattr(Worker, "_tried", tried)
+    settings = GRID | {
+        "tune": {"trials": 2},
+        "seeds": [0],
+        "methods": {"lora": GRID["methods"]["lora"] | {"max_grad_norm": None}},
+    }
+    calls = []
+    evaluate(
+        folders / "model",
+        folders / "immunized",
+        [tiny.concept()],
+        output=tmp_path,
+        settings=settings,
+        similarities=[folders / "clip"],
+        processes=1,
+        progress=lambda *call: calls.append(call),
+    )
+    assert max(done for done, *_ in calls) <= calls[-1][1]
+    (found,) = EvaluationFolder(tmp_path).attacks()
+    holds = rates[1] < 1
+    assert (found.sgr_final is not None) == holds
+    expected = f"rate {rates[1]:g}, constant, batch 1, adamw"
+    assert (found.tuned_original, found.tuned_immunized) == (expected, expected)
 
 
 def test_the_headline_preset_is_tuned_and_counted():
