@@ -41,6 +41,8 @@ def problem_of(variant: str) -> Any:
 
     mode = variant.removesuffix(TOGETHER)
     problem = make_problem(CONCEPTS, batch=1, hypergradient=mode if mode in MODES else "exact")
+    # as a run has it, in either tree
+    problem.family.denoiser.requires_grad_(False)
     lower, upper = problem.config.lower, problem.config.upper
     together = {"concepts_per_forward": CONCEPTS} if variant != mode else {}
     below = BELOW | {n: v for n, v in together.items() if n in type(lower).model_fields}

@@ -139,6 +139,8 @@ def make_problem(
         family = family_of(load_embedded(device=device))
     else:
         family = family_of(sd1_pipeline(model, device))
+    # as a run has it: the engine differentiates by tensors of its own
+    family.denoiser.requires_grad_(False)
     if times > 1:
         family.resolution = family.resolution * times
     settings = ImmunizeConfig(

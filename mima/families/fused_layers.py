@@ -12,7 +12,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from mima import ops
+from mima.families.frozen import Upcast
 from mima.ops.attention import FusedAttention, TwiceDifferentiable
+from mima.ops.convolution import convolution
 
 Forward = Callable[..., Any]
 NORM, ROWS, GATE, MATRIX = 1 << 15, 1 << 14, 1 << 16, 1 << 16
@@ -27,8 +29,9 @@ With none of these bounds, an outer step of the embedded model takes 1.03 (exact
 class FusedLayers(AbstractContextManager[None]):
     """While it is entered, a denoiser's layers run as fused operators where these are faster.
 
-    GroupNorm, LayerNorm and GEGLU; and attention where it is differentiated twice, whatever its
-    processor, if that calls PyTorch's function without a mask.
+    GroupNorm, LayerNorm and GEGLU. Where they are differentiated twice, convolutions that are not
+    trained, of any size; and attention, whatever its processor, if that calls PyTorch's function
+    without a mask.
     A GroupNorm takes along the SiLU that reads it, in the residual blocks and at the end of Stable
     Diffusion's networks. The modules keep their parameters and types; what changes is the function
     that each calls, and it is put back however the block ends. Other layers stay as they are, and
@@ -118,6 +121,8 @@ def _fused(module: nn.Module) -> Forward | None:
         return _layer_norm(module)
     if type(module) is GEGLU:
         return _geglu(module)
+    if type(module) is nn.Conv2d and module.padding_mode == "zeros":
+        return None if isinstance(module.padding, str) else _convolution(module)
     # diffusers' attention of every family hands its tensors to a processor
     return None if getattr(module, "processor", None) is None else _attention(module)
 
@@ -177,3 +182,31 @@ def _geglu(module: GEGLU) -> Forward:
         return a * module.gelu(b)
 
     return forward
+
+
+def _convolution(module: nn.Conv2d) -> Forward:
+    def forward(x: Tensor) -> Tensor:
+        weight, bias = module.weight, module.bias
+        if not (TwiceDifferentiable.is_on() and _is_linear(x, weight, bias)):
+            return nn.Conv2d.forward(module, x)
+        places = module.stride, module.padding, module.dilation
+        return convolution(x, weight, bias, *places, module.groups)
+
+    return forward
+
+
+def _is_linear(x: Tensor, *weights: Tensor | None) -> bool:
+    """Whether a graph is recorded by the pictures alone, and nothing else of PyTorch's watches.
+
+    Weights of a type of their own, such as shards, are PyTorch's.
+    """
+    return (
+        x.requires_grad
+        and x.ndim == 4
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+        and all(
+            w is None or (type(w) in (Tensor, nn.Parameter, Upcast) and not w.requires_grad)
+            for w in weights
+        )
+    )

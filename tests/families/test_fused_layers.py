@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mima.bilevel.hypergradient import twice_differentiable_attention
 from mima.families import fused_layers
+from mima.families.frozen import Upcast
 from mima.families.fused_layers import FusedLayers
 from mima.families.loading import load_embedded
 from mima.ops.attention import FusedAttention
@@ -137,3 +139,82 @@ def test_attention_that_the_operator_does_not_know_stays_pytorchs(calls):
         actual = F.scaled_dot_product_attention(q, k, v, scale=0.3)
     assert calls == ["attention"]
     torch.testing.assert_close(actual, F.scaled_dot_product_attention(q, k, v, scale=0.3))
+
+
+class Convolutions(TorchDispatchMode):
+    """Count convolutions, their adjoints, and gradients at their kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._opname in ("convolution", "convolution_backward")
+        return func(*args, **(kwargs or {}))
+
+
+def counted(denoiser, params, *, side=8):
+    """Products of a second derivative by some parameters, and that derivative."""
+    leaves = {name: value.clone().requires_grad_() for name, value in params.items()}
+    with Convolutions() as products, twice_differentiable_attention():
+        loss = run(denoiser, leaves, side).square().mean()
+        grads = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
+        found = torch.autograd.grad(grads, list(leaves.values()), [g.detach() for g in grads])
+    return products.count, found
+
+
+def test_frozen_convolutions_have_no_gradients_in_a_second_derivative(denoiser):
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.weight"
+    params = {name: denoiser.get_parameter(name)}
+    most, expected = counted(denoiser, params)
+    with FusedLayers(denoiser):
+        least, actual = counted(denoiser, params)
+    # those that a graph is recorded of, once each
+    layers = sum(type(module) is nn.Conv2d for module in denoiser.modules())
+    assert layers / 2 < most - least < layers
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=2e-5 * y.abs().max().item())
+
+
+def test_trained_and_other_convolutions_stay_pytorchs(denoiser):
+    # of the last layer, whose input every trained weight moves
+    weights = {"conv_out.weight": denoiser.conv_out.weight}
+    most, expected = counted(denoiser, weights)
+    with FusedLayers(denoiser):
+        least, actual = counted(denoiser, weights)
+    assert least == most
+    for x, y in zip(actual, expected, strict=True):
+        assert torch.equal(x, y)
+    network = nn.Sequential(nn.Conv2d(2, 2, 3, padding="same"), nn.Conv2d(2, 2, 1))
+    network.requires_grad_(False)
+    x = torch.randn(2, 5, 5, requires_grad=True)
+    with FusedLayers(network):
+        with twice_differentiable_attention():
+            assert "forward" not in vars(network[0])
+            assert network[1](x[None]).grad_fn.name() == "_ConvolutionBackward"
+            # a picture that is no batch, and what the operator cannot be differentiated in
+            assert network[1](x).grad_fn.name() != "_ConvolutionBackward"
+            assert torch.func.grad(lambda x: network(x).sum())(x[None]).shape == (1, 2, 5, 5)
+        assert network[1](x[None]).grad_fn.name() == "ConvolutionBackward0"
+
+
+def test_a_convolution_that_is_stored_in_half_precision_is_computed_in_float32():
+    layer = nn.Conv2d(3, 4, 3).requires_grad_(False)
+    x = torch.randn(1, 3, 6, 6, requires_grad=True)
+    stored = layer.weight.detach().bfloat16()
+    layer.weight = nn.Parameter(stored.float(), requires_grad=False)
+    expected = derivatives(layer, x)
+    del layer.weight
+    layer.register_parameter("weight", None)
+    layer._parameters["weight"] = Upcast(stored)
+    with FusedLayers(layer), twice_differentiable_attention(), Convolutions() as products:
+        actual = derivatives(layer, x)
+    assert products.count == 4
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def derivatives(layer, x):
+    y = layer(x)
+    (d_x,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    return y, d_x, *torch.autograd.grad(d_x, x, d_x.detach())

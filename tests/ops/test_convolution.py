@@ -1,0 +1,117 @@
+"""A convolution whose kernel is frozen: PyTorch's values, and fewer products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mima.ops.convolution import convolution
+
+# kernel, stride, padding, dilation, groups; height and width of the pictures
+CASES = {
+    "3x3": ((3, 3), (1, 1), (1, 1), (1, 1), 1, (6, 5)),
+    "1x1": ((1, 1), (1, 1), (0, 0), (1, 1), 1, (4, 4)),
+    "halves": ((3, 3), (2, 2), (1, 1), (1, 1), 1, (8, 7)),
+    # the last column is read by no place of the kernel
+    "leaves-some": ((2, 2), (3, 2), (0, 0), (1, 1), 1, (7, 7)),
+    "dilated": ((3, 2), (1, 1), (2, 1), (2, 1), 1, (6, 6)),
+    "grouped": ((3, 3), (1, 1), (1, 1), (1, 1), 2, (5, 5)),
+    "depthwise": ((3, 3), (1, 1), (1, 1), (1, 1), 4, (5, 5)),
+}
+
+
+def make(case, dtype=torch.float64, device="cpu"):
+    kernel, *places, groups, size = CASES[case]
+    draw = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=draw, dtype=torch.float64).to(device, dtype)
+
+    x, weight = randn(2, 4, *size), randn(8, 4 // groups, *kernel)
+    return x.requires_grad_(), weight, randn(8), [*places, groups]
+
+
+def derivatives(function, x, *args):
+    """The values, a gradient of a function of them, and the product of its Hessian with that."""
+    y = function(x, *args)
+    (d_x,) = torch.autograd.grad(y.square().sum() + y.sin().sum(), x, create_graph=True)
+    (product,) = torch.autograd.grad(d_x, x, d_x.detach())
+    return y, d_x, product
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_derivatives_are_pytorchs(case, dtype, device):
+    x, weight, bias, numbers = make(case, dtype, device)
+    for given in (bias, None):
+        actual, expected = (
+            derivatives(function, x, weight, given, *numbers)
+            for function in (convolution, F.conv2d)
+        )
+        for ours, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_is_linear_to_any_order(case):
+    x, weight, bias, numbers = make(case)
+
+    def squared(x):
+        # linear itself: what is differentiated thrice is not
+        return convolution(x, weight, bias, *numbers) ** 3
+
+    def gradient(x):
+        return torch.autograd.grad(squared(x).sum(), x, create_graph=True)
+
+    assert gradcheck(squared, [x])
+    assert gradgradcheck(squared, [x], fast_mode=True)
+    assert gradgradcheck(gradient, [x], fast_mode=True)
+
+
+class Products(TorchDispatchMode):
+    """Count convolutions and their adjoints."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._opname in ("convolution", "convolution_backward")
+        return func(*args, **(kwargs or {}))
+
+
+def test_computes_and_keeps_nothing_for_the_kernel():
+    x, weight, bias, numbers = make("3x3")
+    counts = []
+    for function in (F.conv2d, convolution):
+        with Products() as counted:
+            derivatives(function, x, weight, bias, *numbers)
+        counts.append(counted.count)
+    # there, back, and twice back again; PyTorch's has the kernel's gradient besides
+    assert counts == [5, 4]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        convolution(x, weight, bias, *numbers)
+    assert [t.data_ptr() for t in kept] == [weight.data_ptr()]
+
+
+def test_autocast_computes_as_pytorch_does():
+    x, weight, bias, numbers = make("3x3", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = (f(x, weight, bias, *numbers) for f in (convolution, F.conv2d))
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(actual, expected)
+    ours, theirs = (torch.autograd.grad(y.sum(), x)[0] for y in (actual, expected))
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_refuses_a_trained_kernel():
+    x, weight, bias, numbers = make("3x3")
+    with pytest.raises(ValueError, match="weight must not require a gradient"):
+        convolution(x, weight.requires_grad_(), bias, *numbers)
+    with pytest.raises(ValueError, match="bias must not require a gradient"):
+        convolution(x, weight.detach(), bias.requires_grad_(), *numbers)
