@@ -142,12 +142,18 @@ def difference_step(z: Params, u: Params) -> float:
 LINEARISE: dict[str, Linearise] = {"exact": exact, "finite_difference": finite_difference}
 
 
+def reads_gradients(mode: str, task: LowerLevel) -> bool:
+    """Whether the sweep reads the gradients of the path's steps: ``exact`` computes its own."""
+    return mode != "exact" and task.optimizer.reads_gradient
+
+
 def pullback(
     mode: str,
     task: LowerLevel,
     theta: Params,
     wrt: tuple[str, ...],
     cotangents: Mapping[int, Cotangent],
+    states: Sequence[State] | None = None,
 ) -> Tensors:
     """Vector-Jacobian product of ``θ ↦ (θ'_k[n](θ) − θ)``, k the states of the path asked for.
 
@@ -158,6 +164,7 @@ def pullback(
         wrt: the names of θ to differentiate by.
         cotangents: for states k in 1 … K after k steps, what gives the gradient at the change
             θ'_k[n] − θ, and at new words. Its argument returns z_k, for one that depends on z_k.
+        states: the path, with its gradients where the mode ``reads_gradients``; None walks it.
 
     Returns:
         Gradient at θ, by name (names without any are absent). Memory: K states, one graph.
@@ -165,9 +172,9 @@ def pullback(
     if mode == "first_order":
         return {}
     linearise, last = LINEARISE[mode], max(cotangents) - 1
-    # exact computes them anew, with their graph
-    keep = mode != "exact" and task.optimizer.reads_gradient
-    states = lower.descend(task, theta, last, keep_gradients=keep)
+    if states is None:
+        keep = reads_gradients(mode, task)
+        states = lower.descend(task, theta, last, keep_gradients=keep)
     z_bar: Tensors = {}
     total: Tensors = {}
     memory_bar: dict[str, Vector] | None = None

@@ -246,19 +246,53 @@ def path(task: LowerLevel, theta: Params) -> Iterator[State]:
         yield state
 
 
-def paths(tasks: Sequence[LowerLevel], theta: Params) -> Iterator[list[State]]:
-    """The same for lower levels that share their forwards: all states after each step."""
-    states = [State(task.start(theta), dict(task.memory or {})) for task in tasks]
+def paths(
+    tasks: Sequence[LowerLevel],
+    theta: Params,
+    kept: Sequence[list[State]] = (),
+    *,
+    with_gradients: bool = False,
+) -> Iterator[list[State]]:
+    """The same for lower levels that share their forwards: all states after each step.
+
+    Args:
+        tasks: the lower levels.
+        theta: θ.
+        kept: for each of them a list, which takes its states 0 to K, as ``descend`` gives them;
+            none of these is emptied then.
+        with_gradients: keep the steps' gradients, too.
+    """
+    if kept:
+        states = [start(task, theta) for task in tasks]
+    else:
+        states = [State(task.start(theta), dict(task.memory or {})) for task in tasks]
     for k in range(tasks[0].steps):
         found = losses_and_gradients(tasks, states, theta, k)
         for i, (task, (_, g)) in enumerate(zip(tasks, found, strict=True)):
-            # others may hold the memory that a continued attack starts from, so that its first
-            # step leaves that memory as it is
-            own = k > 0 or task.memory is None
-            kept = task.continues or k + 1 < task.steps
-            states[i] = _consume(task, states[i], g, k, overwrite=own, keep_memory=kept)
+            goes_on = task.continues or k + 1 < task.steps
+            if kept:
+                before = states[i]
+                kept[i].append(replace(before, gradient=g) if with_gradients else before)
+                after = advance(task, before, g, k)
+                states[i] = after if goes_on else State(after.z, {})
+            else:
+                # others may hold the memory that a continued attack starts from, so that its first
+                # step leaves that memory as it is
+                own = k > 0 or task.memory is None
+                states[i] = _consume(task, states[i], g, k, overwrite=own, keep_memory=goes_on)
         del found, g
         yield list(states)
+    for path_of_one, last in zip(kept, states, strict=False):
+        path_of_one.append(last)
+
+
+def path_bytes(task: LowerLevel, theta: Params, *, with_gradients: bool = False) -> int:
+    """Bytes of what ``paths`` keeps of one lower level."""
+    total = 0
+    for name, value in task.start(theta).items():
+        memory = len(task.rule(name).init(value.new_empty(0)))
+        total += value.nbytes * (1 + task.steps * (1 + memory + with_gradients))
+    return total
 
 
 def _consume(

@@ -1,4 +1,4 @@
-"""The gradient of one outer step, in two passes over the concepts: memory of one concept."""
+"""The gradient of one outer step, in two passes over the concepts: memory of one, and of paths."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from typing import Any
 import torch
 
 from mima.bilevel import lower
-from mima.bilevel.hypergradient import accumulate, pullback
-from mima.bilevel.lower import Carried, LowerLevel, Params, Tensors, plus
+from mima.bilevel.hypergradient import accumulate, pullback, reads_gradients
+from mima.bilevel.lower import Carried, LowerLevel, Params, State, Tensors, plus
 from mima.distributed import ALONE, Ranks, union
 from mima.merging import MergeLayer
+
+KEPT = 2**28
+"""Bytes of paths that the second pass finds as the first has walked them; it walks others again."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def outer_gradient(
     Returns:
         The gradient, the same in every process; equal to that of ``naive_outer_gradient`` up to
         rounding. Memory: that of one concept, or of those whose lower levels share their forwards
-        (``LowerLevel.at_once``), and φ_k − θ for each state k.
+        (``LowerLevel.at_once``), φ_k − θ for each state k, and as many paths as ``KEPT`` holds.
     """
     theta = {name: value.detach() for name, value in theta.items()}
     # made once: a task may begin with an adaptation of its own
@@ -147,13 +150,14 @@ def outer_gradient(
     points = {k: _Point() for k in parts}
     names: tuple[str, ...] = ()
     ends: dict[int, Carried] = {}
+    walked = _Walked(mode)
     for group in _together(mine, tasks, first):
         for task in group.values():
             if task.steps != steps:
                 raise ValueError(
                     f"upper level: paths that are merged differ in length: {steps} and {task.steps}"
                 )
-        for k, states in enumerate(lower.paths(list(group.values()), theta), start=1):
+        for k, states in enumerate(walked.paths(group, theta), start=1):
             if k in points:
                 for (n, task), state in zip(group.items(), states, strict=True):
                     merged = points[k].add(n, task, task.change(state.z, theta), merge, theta)
@@ -207,7 +211,8 @@ def outer_gradient(
         for n in mine:
             task = tasks[n]
             cotangents = {k: partial(cotangent, n, task, k) for k in points}
-            accumulate(second, pullback(mode, task, theta, wrt, cotangents))
+            path_of_one = walked.kept.pop(n, None)
+            accumulate(second, pullback(mode, task, theta, wrt, cotangents, path_of_one))
         accumulate(total, ranks.all_reduce(second, {name: theta[name] for name in wrt}))
     everyone = _gathered(ends, ranks, theta)
     return OuterGradient(total, path[max(path)], far, residual(missed, ranks), everyone, path, kept)
@@ -285,6 +290,48 @@ def _together(
             group = {}
     if group:
         yield group
+
+
+class _Walked:
+    """The paths of the first pass, and those that it keeps for the second.
+
+    Args:
+        mode: of the hypergradient; ``first_order`` has no second pass.
+
+    Attributes:
+        kept: states 0 to K of concepts' paths.
+    """
+
+    def __init__(self, mode: str) -> None:
+        self.kept: dict[int, list[State]] = {}
+        self._mode = mode
+        self._room = KEPT
+
+    def paths(self, group: Mapping[int, LowerLevel], theta: Params) -> Iterator[list[State]]:
+        """All states after each step of lower levels that share their forwards."""
+        tasks = list(group.values())
+        with_gradients = any(reads_gradients(self._mode, task) for task in tasks)
+        kept: dict[int, list[State]] = {}
+        # of one step, the second pass computes nothing again
+        if self._mode != "first_order" and tasks[0].steps > 1:
+            sizes = (lower.path_bytes(t, theta, with_gradients=with_gradients) for t in tasks)
+            size = sum(sizes)
+            if size <= self._room:
+                self._room -= size
+                kept = {n: [] for n in group}
+        self.kept |= kept
+        return lower.paths(tasks, theta, list(kept.values()), with_gradients=with_gradients)
+
+
+def held_by_paths(num_bytes: int, count: int) -> int:
+    """Bytes that paths hold in the second pass: the kept ones, and one that is walked again.
+
+    Args:
+        num_bytes: of one path.
+        count: how many there are.
+    """
+    kept = min(count, KEPT // max(num_bytes, 1))
+    return (kept + (kept < count)) * num_bytes
 
 
 def _gathered(ends: dict[int, Carried], ranks: Ranks, theta: Params) -> dict[int, Carried]:

@@ -205,28 +205,57 @@ def test_differences_of_gradients_are_never_in_tf32(theta, mode):
     assert seen.count(("tf32", "tf32")) == len(seen) - differences > 0
 
 
+@pytest.mark.parametrize("kept", [0, 2**28], ids=["walked-again", "kept"])
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize(
-    ("mode", "optimizer", "again"),
+    ("mode", "optimizer", "walked", "again"),
     [
-        ("first_order", SGD(lr=0.3), lambda steps: 0),
+        ("first_order", SGD(lr=0.3), lambda steps: 0, 0),
         # the way to the last step, then one with a graph for each
-        ("exact", SGD(lr=0.3), lambda steps: steps - 1 + steps),
+        ("exact", SGD(lr=0.3), lambda steps: steps - 1, 1),
         # the way to the last step, whose gradient Adam's rule reads, then two for each
-        ("finite_difference", SGD(lr=0.3), lambda steps: steps - 1 + 2 * steps),
-        ("finite_difference", Adam(lr=0.1), lambda steps: steps + 2 * steps),
+        ("finite_difference", SGD(lr=0.3), lambda steps: steps - 1, 2),
+        ("finite_difference", Adam(lr=0.1), lambda steps: steps, 2),
     ],
 )
 def test_no_mode_evaluates_the_lower_loss_more_often_than_it_must(
-    theta, mode, optimizer, again, steps
+    theta, monkeypatch, mode, optimizer, walked, again, steps, kept
 ):
+    monkeypatch.setattr("mima.bilevel.outer.KEPT", kept)
     tasks, layer, upper = problem(theta, optimizer=optimizer, steps=steps)
     calls = []
     for task in tasks:
         loss_of = task._loss
         task._loss = lambda params, k, loss_of=loss_of: calls.append(k) or loss_of(params, k)
     outer_gradient(theta, tasks, layer, upper, mode=mode, wrt=tuple(theta))
-    assert len(calls) == CONCEPTS * (steps + again(steps))
+    # a path of one step is none to keep
+    way = 0 if kept and steps > 1 else walked(steps)
+    assert len(calls) == CONCEPTS * (steps + way + again * steps)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("optimizer", [SGD(lr=0.3, momentum=0.9), Adam(lr=0.1)], ids=str)
+@pytest.mark.parametrize("mode", ["exact", "finite_difference"])
+def test_kept_paths_are_those_that_would_be_walked_again(theta, monkeypatch, mode, optimizer, kind):
+    args = problem(theta, kind=kind, optimizer=optimizer, steps=3)
+    one = lower.path_bytes(
+        args[0][0], theta, with_gradients=mode != "exact" and optimizer.reads_gradient
+    )
+    walked = []
+    descend = lower.descend
+    monkeypatch.setattr(
+        *(lower, "descend"), lambda *args, **kw: walked.append(1) or descend(*args, **kw)
+    )
+    found = []
+    for room in (0, 2 * one, CONCEPTS * one):
+        monkeypatch.setattr("mima.bilevel.outer.KEPT", room)
+        found.append(outer_gradient(theta, *args, mode=mode, wrt=tuple(theta)))
+    # all, the third, none
+    assert len(walked) == CONCEPTS + 1
+    for other in found[1:]:
+        for name in theta:
+            assert torch.equal(other.gradient[name], found[0].gradient[name])
+        assert other.losses == found[0].losses
 
 
 class OperatorCalls(TorchDispatchMode):
@@ -242,6 +271,7 @@ class OperatorCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("kept", [0, 2**28], ids=["walked-again", "kept"])
 @pytest.mark.parametrize(
     ("optimizer", "stepped", "pulled"),
     [
@@ -251,7 +281,8 @@ class OperatorCalls(TorchDispatchMode):
     ],
     ids=["adam", "sgd", "momentum"],
 )
-def test_an_outer_step_calls_the_operators(theta, optimizer, stepped, pulled):
+def test_an_outer_step_calls_the_operators(theta, monkeypatch, optimizer, stepped, pulled, kept):
+    monkeypatch.setattr("mima.bilevel.outer.KEPT", kept)
     tasks, layer, upper = problem(theta, optimizer=optimizer, steps=2)
     with OperatorCalls() as counted:
         outer_gradient(theta, tasks, layer, upper, mode="exact", wrt=tuple(theta))
@@ -262,11 +293,11 @@ def test_an_outer_step_calls_the_operators(theta, optimizer, stepped, pulled):
         expected[name] += CONCEPTS
     for name in ("weighted_merge_backward", "projected_merge_backward"):
         expected[name] += CONCEPTS
-    # two steps, the first again, and two back
-    expected[stepped] += 3 * CONCEPTS
+    # two steps and two back; and the first again, where its path was not kept
+    expected[stepped] += (2 if kept else 3) * CONCEPTS
     expected[pulled] += 2 * CONCEPTS
-    # on the first pass, momentum's steps take the memory of what they read
-    if getattr(optimizer, "momentum", 0):
+    # on a first pass that is not kept, momentum's steps take the memory of what they read
+    if getattr(optimizer, "momentum", 0) and not kept:
         expected["combine"] -= 2 * CONCEPTS
         expected["combine_"] += 2 * CONCEPTS
     assert dict(counted.calls) == dict(expected)
@@ -301,6 +332,34 @@ def test_the_merge_keeps_the_memory_of_one_concept(kind):
 
     # with three, the sums over concepts are as long-lived as they get
     assert peak(6) - peak(3) < theta["key"].nbytes / 10
+
+
+def test_kept_paths_take_no_more_memory_than_they_may(monkeypatch):
+    """Whatever the number of concepts: those that do not fit are walked again, one by one."""
+    theta = {"key": torch.randn(64, 64), "value": torch.randn(64, 64)}
+
+    def loss(params, k=0):
+        return sum(F.linear(params[name], theta[name]).square().sum() for name in theta)
+
+    task = FullWeights(loss, list(theta), steps=3, optimizer=Adam(lr=0.1))
+    one = lower.path_bytes(task, theta)
+
+    def peak(count, room):
+        monkeypatch.setattr("mima.bilevel.outer.KEPT", room)
+        layer = MergeLayer(torch.full((count,), 1 / count))
+        with LiveBytes(theta.values(), [], "cpu") as live:
+            outer_gradient(
+                *(theta, [task] * count, layer, [level(("one", loss, -1.0))] * count),
+                mode="exact",
+                wrt=tuple(theta),
+            )
+        return live.peak
+
+    # state 0 is θ itself
+    within = one + theta["key"].nbytes
+    assert peak(2, 4 * one) - peak(2, 0) < within
+    assert within < peak(6, 4 * one) - peak(6, 0) <= 4 * one
+    assert peak(9, 4 * one) - peak(6, 4 * one) < theta["key"].nbytes
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -11,7 +11,7 @@ import torch
 
 from mima.bilevel import lower
 from mima.bilevel.hypergradient import accumulate
-from mima.bilevel.outer import upper_gradient
+from mima.bilevel.outer import held_by_paths, upper_gradient
 from mima.concepts import Concept
 from mima.families import Conditioning, Family, Params
 from mima.families.frozen import Upcast, stored_bytes
@@ -74,8 +74,10 @@ def step_parts(
     )
     _, names = trained_names(family, config)
     merged = sum(numels[name] for name in names) * FLOAT32
+    # without a merge, one concept's path is over before the next begins
+    paths = (done, count) if config.method == "mima" else (1, 1)
     states = max(
-        _further(a, upper.path_every, mode, attacked(family, a, numels), merged)
+        _further(a, upper.path_every, mode, attacked(family, a, numels), merged, paths)
         for a in config.attackers
     )
     beside = _further(low, upper.path_every, "first_order", 0, merged)
@@ -151,8 +153,15 @@ def _every(low: LowerConfig, every: int | None) -> int | None:
     return 1 if len(low.states(every)) >= FOLLOWED > 1 else None
 
 
-def _further(low: LowerConfig, every: int | None, mode: str, attacked: int, merged: int) -> int:
-    """Bytes that the steps of a path which are not followed add to those that are.
+def _further(
+    low: LowerConfig,
+    every: int | None,
+    mode: str,
+    attacked: int,
+    merged: int,
+    paths: tuple[int, int] = (1, 1),
+) -> int:
+    """Bytes that paths, and steps of them, which are not followed add to those that are.
 
     Args:
         low: the adaptation.
@@ -160,14 +169,20 @@ def _further(low: LowerConfig, every: int | None, mode: str, attacked: int, merg
         mode: how it is differentiated.
         attacked: bytes of what it trains.
         merged: bytes of its change.
+        paths: how many there are in an outer step, and how many of them are followed.
     """
     few = low.model_copy(update={"steps": min(low.steps, FOLLOWED)})
     states = len(low.states(every)) - len(few.states(_every(low, every)))
     if mode == "first_order":
         return states * merged
     gradient = mode == "finite_difference" and low.optimizer == "adam"
-    kept = (low.steps - few.steps) * attacked * (1 + MOMENTS[low.optimizer] + gradient)
-    return kept + states * 2 * merged
+    state = attacked * (1 + MOMENTS[low.optimizer] + gradient)
+    every_one, followed = (
+        # of one step, there is no path to keep
+        held_by_paths(one.steps * state, count) if one.steps > 1 else state
+        for one, count in zip((low, few), paths, strict=True)
+    )
+    return max(every_one - followed, 0) + states * 2 * merged
 
 
 def _names_of(family: Family, low: LowerConfig) -> list[str]:

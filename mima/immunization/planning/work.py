@@ -72,7 +72,10 @@ def concepts_of_a_step(config: ImmunizeConfig, count: int) -> int:
 
 
 def _adaptation(low: LowerConfig, mode: str) -> Work:
-    """K steps, and the second pass that differentiates through them."""
+    """K steps, and the second pass that differentiates through them.
+
+    At most: where the second pass finds the path as the first has walked it, K − 1 steps less.
+    """
     K, below = low.steps, low.batch_size * (2 if low.prior_weight else 1)
     if mode == "exact":
         # of each step's gradient: backward with a graph
