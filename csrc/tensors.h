@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 #include <utility>
 #include <vector>
@@ -192,6 +193,81 @@ inline WeightedMergeParams weighted_merge_params(int dtype, const TensorArgs& ba
   params.base = pointers("weighted_merge: base", base, base.size());
   params.thetas = pointers("weighted_merge: thetas", thetas, base.size() * weights.size());
   params.weights = std::move(weights);
+  return params;
+}
+
+using Reals = std::vector<double>;
+
+// The rows of `factors` are the results', which may be lists of x themselves.
+inline CombineParams combine_params(int dtype, const std::vector<Reals>& factors,
+                                    const TensorArgs& x, const TensorArgs& out) {
+  constexpr size_t kMost = CombineParams::kMost;
+  const size_t num_out = factors.size(), num_in = num_out == 0 ? 0 : factors[0].size();
+  if (num_in < 1 || num_in > kMost || num_out > kMost)
+    throw py::value_error("combine: 1 to 3 lists on either side");
+  CombineParams params{};
+  params.dtype = dtype_of(dtype);
+  params.num_in = static_cast<int>(num_in);
+  params.num_out = static_cast<int>(num_out);
+  double* factor = params.factors;
+  for (const Reals& row : factors) {
+    check_count("combine: factors", row.size(), num_in);
+    factor = std::copy(row.begin(), row.end(), factor);
+  }
+  const size_t num_tensors = x.size() / num_in;
+  params.sizes = sizes_of(x);
+  params.sizes.resize(num_tensors);
+  params.x = pointers("combine: x", x, num_in * num_tensors);
+  params.out = pointers("combine: out", out, num_out * num_tensors);
+  return params;
+}
+
+inline AdamStepParams adam_step_params(int dtype, const Reals& rule, int64_t step,
+                                       const TensorArgs& g, const TensorArgs& m,
+                                       const TensorArgs& v) {
+  check_count("adam_step: rule", rule.size(), 5);
+  const double lr = rule[0], beta1 = rule[1], beta2 = rule[2], eps = rule[3], decay = rule[4];
+  const double count = static_cast<double>(step) + 1;
+  AdamStepParams params{};
+  params.dtype = dtype_of(dtype);
+  params.rule = {
+      lr / (1 - std::pow(beta1, count)), 1 - lr * decay, beta1, 1 - beta1, beta2, 1 - beta2, eps,
+      1 - std::pow(beta2, count)};
+  params.sizes = sizes_of(g);
+  params.g = pointers("adam_step: g", g, g.size());
+  params.m = pointers("adam_step: m", m, g.size());
+  params.v = pointers("adam_step: v", v, g.size());
+  return params;
+}
+
+// out: z, m and v after the step; the last two may be the lists m and v themselves.
+inline AdamStepParams adam_step_forward_params(int dtype, const Reals& rule, int64_t step,
+                                               const TensorArgs& z, const TensorArgs& g,
+                                               const TensorArgs& m, const TensorArgs& v,
+                                               const TensorArgs& out_z, const TensorArgs& out_m,
+                                               const TensorArgs& out_v) {
+  auto params = adam_step_params(dtype, rule, step, g, m, v);
+  params.z = pointers("adam_step: z", z, g.size());
+  params.out_z = pointers("adam_step: out_z", out_z, g.size());
+  params.out_m = pointers("adam_step: out_m", out_m, g.size());
+  params.out_v = pointers("adam_step: out_v", out_v, g.size());
+  return params;
+}
+
+inline AdamStepParams adam_step_backward_params(int dtype, const Reals& rule, int64_t step,
+                                                const TensorArgs& bar_z, const TensorArgs& bar_m,
+                                                const TensorArgs& bar_v, const TensorArgs& g,
+                                                const TensorArgs& m, const TensorArgs& v,
+                                                const TensorArgs& d_z, const TensorArgs& d_g,
+                                                const TensorArgs& d_m, const TensorArgs& d_v) {
+  auto params = adam_step_params(dtype, rule, step, g, m, v);
+  params.bar_z = pointers("adam_step: bar_z", bar_z, g.size());
+  params.bar_m = pointers("adam_step: bar_m", bar_m, g.size());
+  params.bar_v = pointers("adam_step: bar_v", bar_v, g.size());
+  params.d_z = pointers("adam_step: d_z", d_z, g.size(), true);
+  params.d_g = pointers("adam_step: d_g", d_g, g.size(), true);
+  params.d_m = pointers("adam_step: d_m", d_m, g.size(), true);
+  params.d_v = pointers("adam_step: d_v", d_v, g.size(), true);
   return params;
 }
 

@@ -18,7 +18,6 @@ namespace mima {
 namespace {
 
 using Indices = std::vector<int64_t>;
-using Reals = std::vector<double>;
 
 // A kernel runs without the interpreter's lock.
 template <class Params, class Kernel>
@@ -56,28 +55,10 @@ Reals weighted_merge_backward(int dtype, int threads, const TensorArgs& d_out,
   return params.d_weights;
 }
 
-// The rows of `factors` are the results', which may be lists of x themselves.
 void combine(int dtype, int threads, const std::vector<Reals>& factors, const TensorArgs& x,
              const TensorArgs& out) {
-  constexpr size_t kMost = CombineParams::kMost;
-  const size_t num_out = factors.size(), num_in = num_out == 0 ? 0 : factors[0].size();
-  if (num_in < 1 || num_in > kMost || num_out > kMost)
-    throw py::value_error("combine: 1 to 3 lists on either side");
-  CombineParams params{};
-  params.dtype = dtype_of(dtype);
+  auto params = combine_params(dtype, factors, x, out);
   params.threads = threads;
-  params.num_in = static_cast<int>(num_in);
-  params.num_out = static_cast<int>(num_out);
-  double* factor = params.factors;
-  for (const Reals& row : factors) {
-    check_count("combine: factors", row.size(), num_in);
-    factor = std::copy(row.begin(), row.end(), factor);
-  }
-  const size_t num_tensors = x.size() / num_in;
-  params.sizes = sizes_of(x);
-  params.sizes.resize(num_tensors);
-  params.x = pointers("combine: x", x, num_in * num_tensors);
-  params.out = pointers("combine: out", out, num_out * num_tensors);
   run(cpu::combine, params);
 }
 
@@ -95,33 +76,11 @@ void tokens(int dtype, int threads, const TensorArgs& X, const TensorArg& C, con
   run(kernel, params);
 }
 
-AdamStepParams adam_step_params(int dtype, int threads, const Reals& rule, int64_t step,
-                                const TensorArgs& g, const TensorArgs& m, const TensorArgs& v) {
-  check_count("adam_step: rule", rule.size(), 5);
-  const double lr = rule[0], beta1 = rule[1], beta2 = rule[2], eps = rule[3], decay = rule[4];
-  const double count = static_cast<double>(step) + 1;
-  AdamStepParams params{};
-  params.dtype = dtype_of(dtype);
-  params.threads = threads;
-  params.rule = {
-      lr / (1 - std::pow(beta1, count)), 1 - lr * decay, beta1, 1 - beta1, beta2, 1 - beta2, eps,
-      1 - std::pow(beta2, count)};
-  params.sizes = sizes_of(g);
-  params.g = pointers("adam_step: g", g, g.size());
-  params.m = pointers("adam_step: m", m, g.size());
-  params.v = pointers("adam_step: v", v, g.size());
-  return params;
-}
-
-// out: z, m and v after the step; the last two may be the lists m and v themselves.
 void adam_step_forward(int dtype, int threads, const Reals& rule, int64_t step, const TensorArgs& z,
                        const TensorArgs& g, const TensorArgs& m, const TensorArgs& v,
                        const TensorArgs& out_z, const TensorArgs& out_m, const TensorArgs& out_v) {
-  auto params = adam_step_params(dtype, threads, rule, step, g, m, v);
-  params.z = pointers("adam_step: z", z, g.size());
-  params.out_z = pointers("adam_step: out_z", out_z, g.size());
-  params.out_m = pointers("adam_step: out_m", out_m, g.size());
-  params.out_v = pointers("adam_step: out_v", out_v, g.size());
+  auto params = adam_step_forward_params(dtype, rule, step, z, g, m, v, out_z, out_m, out_v);
+  params.threads = threads;
   run(cpu::adam_step_forward, params);
 }
 
@@ -130,14 +89,9 @@ void adam_step_backward(int dtype, int threads, const Reals& rule, int64_t step,
                         const TensorArgs& g, const TensorArgs& m, const TensorArgs& v,
                         const TensorArgs& d_z, const TensorArgs& d_g, const TensorArgs& d_m,
                         const TensorArgs& d_v) {
-  auto params = adam_step_params(dtype, threads, rule, step, g, m, v);
-  params.bar_z = pointers("adam_step: bar_z", bar_z, g.size());
-  params.bar_m = pointers("adam_step: bar_m", bar_m, g.size());
-  params.bar_v = pointers("adam_step: bar_v", bar_v, g.size());
-  params.d_z = pointers("adam_step: d_z", d_z, g.size(), true);
-  params.d_g = pointers("adam_step: d_g", d_g, g.size(), true);
-  params.d_m = pointers("adam_step: d_m", d_m, g.size(), true);
-  params.d_v = pointers("adam_step: d_v", d_v, g.size(), true);
+  auto params = adam_step_backward_params(dtype, rule, step, bar_z, bar_m, bar_v, g, m, v, d_z, d_g,
+                                          d_m, d_v);
+  params.threads = threads;
   run(cpu::adam_step_backward, params);
 }
 

@@ -34,6 +34,29 @@ cuda::ProjectedMergeCall projected_merge(int dtype, const TensorArgs& W0, const 
   return cuda::ProjectedMergeCall(params);
 }
 
+cuda::CombineCall combine(int dtype, const std::vector<Reals>& factors, const TensorArgs& x,
+                          const TensorArgs& out) {
+  return cuda::CombineCall(combine_params(dtype, factors, x, out));
+}
+
+cuda::AdamStepCall adam_step(int dtype, const Reals& rule, int64_t step, const TensorArgs& z,
+                             const TensorArgs& g, const TensorArgs& m, const TensorArgs& v,
+                             const TensorArgs& out_z, const TensorArgs& out_m,
+                             const TensorArgs& out_v) {
+  return cuda::AdamStepCall(
+      adam_step_forward_params(dtype, rule, step, z, g, m, v, out_z, out_m, out_v));
+}
+
+cuda::AdamStepCall adam_step_backward(int dtype, const Reals& rule, int64_t step,
+                                      const TensorArgs& bar_z, const TensorArgs& bar_m,
+                                      const TensorArgs& bar_v, const TensorArgs& g,
+                                      const TensorArgs& m, const TensorArgs& v,
+                                      const TensorArgs& d_z, const TensorArgs& d_g,
+                                      const TensorArgs& d_m, const TensorArgs& d_v) {
+  return cuda::AdamStepCall(adam_step_backward_params(dtype, rule, step, bar_z, bar_m, bar_v, g, m,
+                                                      v, d_z, d_g, d_m, d_v));
+}
+
 // The table's bytes, valid while the call lives.
 template <class Call>
 py::memoryview table(Call& call) {
@@ -65,4 +88,13 @@ PYBIND11_MODULE(_native_cuda, module) {
       .def("forward", &cuda::ProjectedMergeCall::forward, unlocked)
       .def("backward", &cuda::ProjectedMergeCall::backward, unlocked)
       .def("sums", &cuda::ProjectedMergeCall::sums, unlocked);
+  py::class_<cuda::CombineCall>(module, "Combine")
+      .def(py::init(&combine))
+      .def("table", &table<cuda::CombineCall>, py::keep_alive<0, 1>())
+      .def("launch", &cuda::CombineCall::launch, unlocked);
+  py::class_<cuda::AdamStepCall>(module, "AdamStep")
+      .def(py::init(&adam_step))
+      .def(py::init(&adam_step_backward))
+      .def("table", &table<cuda::AdamStepCall>, py::keep_alive<0, 1>())
+      .def("launch", &cuda::AdamStepCall::launch, unlocked);
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -52,6 +53,53 @@ class WeightedMergeCall {
   double base_weight_ = 1;
   int64_t pieces_, aligned_, base_, thetas_, weights_, out_, d_out_, d_base_, d_thetas_;
   std::string shape_;
+};
+
+// An elementwise function of lists of tensors.
+class ListsCall {
+ public:
+  Table& table() { return table_; }
+
+ protected:
+  // An empty list of outputs is one that is not needed; `in` and `out` may be lists joined.
+  void fill(const char* op, DType dtype, const std::vector<int64_t>& sizes,
+            std::initializer_list<const std::vector<void*>*> in,
+            std::initializer_list<const std::vector<void*>*> out);
+  template <class T, int IN, int OUT, class F>
+  void run(uint64_t table, uint64_t stream, const F& f) const;
+
+  DType dtype_;
+  Table table_;
+  int64_t num_tensors_, num_pieces_;
+
+ private:
+  const char* op_;
+  int64_t pieces_, aligned_, in_, out_;
+  std::string shape_;
+};
+
+class CombineCall : public ListsCall {
+ public:
+  explicit CombineCall(const CombineParams& params);
+  void launch(uint64_t table, uint64_t stream) const;
+
+ private:
+  template <class T, int IN, int OUT>
+  void run_of(uint64_t table, uint64_t stream) const;
+
+  int num_in_, num_out_;
+  double factors_[CombineParams::kMost * CombineParams::kMost];
+};
+
+// A step or, where its parameters have no z, the pullback of one.
+class AdamStepCall : public ListsCall {
+ public:
+  explicit AdamStepCall(const AdamStepParams& params);
+  void launch(uint64_t table, uint64_t stream) const;
+
+ private:
+  AdamRule rule_;
+  bool is_backward_;
 };
 
 class ProjectedMergeCall {

@@ -18,8 +18,8 @@ from support import native_cases
 from support.native_cases import DTYPE_IDS, DTYPES, check_backward, check_forward
 
 from mima._version import __version__
-from mima.ops.backends import cuda, extension
-from mima.ops.backends.arguments import WeightedMerge
+from mima.ops.backends import cuda, extension, reference
+from mima.ops.backends.arguments import AdamStep, AdamStepSaved, WeightedMerge
 
 ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parent / "emulation"
@@ -39,6 +39,17 @@ CASES = {
     "projected_merge-no-rows": lambda dtype: native_cases.projected_merge(
         [0], [2], 24, dtype, cuda
     ),
+    # several pieces of one tensor, whole tiles and tails, a tensor of no dimensions
+    "adam_step": lambda dtype: native_cases.adam_step(
+        [(0,), (), (63,), (17, 241), (2, 9001)], dtype, cuda
+    ),
+    "combine-momentum": lambda dtype: native_cases.combine(
+        [(0,), (), (63,), (17, 241), (2, 9001)], [[1.0, -0.5, -0.25], [0.0, 1.0, 0.5]], dtype, cuda
+    ),
+    "combine-one": lambda dtype: native_cases.combine(
+        [(1023,), (5,)], [[-0.5], [2.0], [0.25]], dtype, cuda
+    ),
+    "combine-add": lambda dtype: native_cases.combine([(4097,), (5,)], [[1.0, 0.3]], dtype, cuda),
 }
 
 
@@ -106,6 +117,39 @@ def test_views_off_the_16_byte_grid():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.usefixtures("_on_emulation")
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "off-the-grid"])
+def test_lists_are_overwritten_where_they_may_be(offset):
+    z, g, m, v = (torch.rand(5001)[offset:5000] for _ in range(4))
+    given = AdamStep([z], [g], [m], [v], 0.5, 0.75, 0.9, 0.1, 0.25, 2)
+    expected = reference.adam_step_forward(given)
+    actual = cuda.adam_step_forward(given, overwrite=True)
+    assert [x.data_ptr() for x in actual[1:]] == [m.data_ptr(), v.data_ptr()]
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    x, y = torch.rand(5001)[offset:5000], torch.rand(5001)[offset:5000]
+    total = x + 0.5 * y
+    cuda.combine_into([x], [x, y], [[1.0, 0.5]])
+    torch.testing.assert_close(x, total)
+    # a factor of zero reads nothing: infinity times 0 would be NaN
+    y.fill_(float("inf"))
+    cuda.combine_into([x], [x, y], [[2.0, 0.0]])
+    torch.testing.assert_close(x, 2 * total)
+
+
+@pytest.mark.usefixtures("_on_emulation")
+def test_gradients_of_a_step_that_nobody_needs_are_not_written():
+    lists = [[torch.rand(70)] for _ in range(3)]
+    saved = AdamStepSaved(*lists, 0.5, 0.75, 0.9, 0.1, 0.25, 2)
+    d_out = [torch.rand(70) for _ in range(3)]
+    every = cuda.adam_step_backward(d_out, saved, [True] * 4)
+    for needs in ([False, True, False, True], [True, False, False, False], [False] * 4):
+        some = cuda.adam_step_backward(d_out, saved, needs)
+        for grads, need, expected in zip(some, needs, every, strict=True):
+            assert len(grads) == need
+            assert all(torch.equal(*pair) for pair in zip(grads, expected, strict=need))
+
+
 def test_too_many_tokens_for_shared_memory_is_an_error(emulated):
     W, C = torch.zeros(4, 64), torch.zeros(3073, 64)
     with pytest.raises(ValueError, match="at most 3072 tokens on CUDA"):
@@ -139,7 +183,7 @@ def test_nothing_spills(source, arch, tmp_path):
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize(
-    "name", [n for n in native_cases.CASES if n.startswith(("weighted", "projected"))]
+    "name", [n for n in native_cases.CASES if n.split("-")[0] in extension.OPS["cuda"]]
 )
 def test_values_on_a_device(name, dtype):
     case = native_cases.CASES[name](dtype)

@@ -243,7 +243,9 @@ def merge_lora(o: int, d: int, ranks: Sequence[int], dtype: torch.dtype) -> Case
     return Case(inputs, run, through_reference, backward, o * d * (sum(ranks) + 1))
 
 
-def adam_step(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Case:
+def adam_step(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, native: ModuleType | None = None
+) -> Case:
     """Tensors of these shapes; of each, the first tenth has never seen a gradient."""
     P = len(shapes)
     lists = [[torch.randn(shape).to(dtype) for shape in shapes] for _ in range(4)]
@@ -261,12 +263,12 @@ def adam_step(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Case:
 
     def backward(d_out: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
         saved = arguments.AdamStepSaved(*split(xs)[1:], *numbers)
-        grads = cpu.adam_step_backward(d_out, saved, [True] * 4)
+        grads = _half(xs, native).adam_step_backward(d_out, saved, [True] * 4)
         return [x for values in grads for x in values]
 
     return Case(
         [x for values in lists for x in values],
-        lambda xs: cpu.adam_step_forward(arguments.AdamStep(*split(xs), *numbers)),
+        lambda xs: _half(xs, native).adam_step_forward(arguments.AdamStep(*split(xs), *numbers)),
         through_reference,
         backward,
         4,
@@ -274,7 +276,10 @@ def adam_step(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Case:
 
 
 def combine(
-    shapes: Sequence[tuple[int, ...]], factors: Sequence[Sequence[float]], dtype: torch.dtype
+    shapes: Sequence[tuple[int, ...]],
+    factors: Sequence[Sequence[float]],
+    dtype: torch.dtype,
+    native: ModuleType | None = None,
 ) -> Case:
     """Lists of tensors of these shapes."""
     P, J = len(shapes), len(factors[0])
@@ -282,7 +287,7 @@ def combine(
     def run(xs: Sequence[Tensor], rows: Sequence[Sequence[float]] = factors) -> list[Tensor]:
         like = [x for _ in rows for x in xs[:P]]
         out = [torch.empty_like(x) for x in like]
-        cpu.combine_into(out, xs, rows)
+        _half(xs, native).combine_into(out, xs, rows)
         return out
 
     def through_reference(xs: Sequence[Tensor]) -> list[Tensor]:

@@ -66,6 +66,42 @@ def weighted_merge_backward(
     return d_base, d_thetas, d_weights
 
 
+def combine_into(out: Tensors, x: Tensors, factors: Sequence[Sequence[float]]) -> None:
+    """Write Σ_j f_ij x_j into `out`, contiguous, which may have tensors of `x`."""
+    # named: copies must live until the launch
+    x = contiguous(x)
+    _launch(loaded("cuda").Combine(DTYPE_CODES[x[0].dtype], factors, x, out), x[0].device)
+
+
+def adam_step_forward(inputs: arguments.AdamStep, *, overwrite: bool = False) -> list[Tensor]:
+    """Return z, m and v after the step, one after the other; m and v in place on request."""
+    z, g, m, v = map(contiguous, inputs[:4])
+    *numbers, step = inputs[4:]
+    out = empty_like(z), m if overwrite else empty_like(m), v if overwrite else empty_like(v)
+    given = DTYPE_CODES[z[0].dtype], numbers, step, z, g, m, v
+    _launch(loaded("cuda").AdamStep(*given, *out), z[0].device)
+    return [x for values in out for x in values]
+
+
+def adam_step_backward(
+    d_out: Tensors, saved: arguments.AdamStepSaved, needs: Needs
+) -> list[list[Tensor]]:
+    """Return the gradients of z, g, m and v, an empty list where not needed."""
+    d_out, g, m, v = map(contiguous, (d_out, *saved[:3]))
+    *numbers, step = saved[3:]
+    P = len(g)
+    grads = [empty_like(g) if need else [] for need in needs]
+    bars = d_out[:P], d_out[P : 2 * P], d_out[2 * P :]
+    given = DTYPE_CODES[g[0].dtype], numbers, step, *bars, g, m, v
+    _launch(loaded("cuda").AdamStep(*given, *grads), g[0].device)
+    return grads
+
+
+def _launch(call: Any, device: torch.device) -> None:
+    with _launching(call, device) as (table, stream):
+        call.launch(table.data_ptr(), stream)
+
+
 def projected_merge_forward(inputs: arguments.ProjectedMerge) -> list[Tensor]:
     """Return W0_l + Σ_n (W_nl − W0_l) C_nᵀ M_n for each l."""
     W0 = inputs.W0

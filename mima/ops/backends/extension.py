@@ -21,7 +21,7 @@ from mima.ops.backends.choice import OPERATORS
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """As in csrc/params.h."""
 
-OPS = {"cpu": OPERATORS, "cuda": ("weighted_merge", "projected_merge")}
+OPS = {"cpu": OPERATORS, "cuda": ("weighted_merge", "projected_merge", "adam_step", "combine")}
 MODULES = {"cpu": "_native", "cuda": "_native_cuda"}
 
 
@@ -74,12 +74,12 @@ def unsupported_reasons(op: str, *tensors: Tensor) -> list[str]:
         module, missing = _load(device_type)
         if module is None:
             reasons.append(missing)
-        elif device_type == "cpu" and not _has(module, op):
+        elif not _has(module, op):
             reasons.append(
                 f"mima.{MODULES[device_type]} was built from other sources, which lack it: "
                 "install mima again"
             )
-        elif device_type == "cuda" and not torch.cuda.is_available():
+        if module is not None and device_type == "cuda" and not torch.cuda.is_available():
             reasons.append("no CUDA device")
     for dtype in sorted({str(x.dtype) for x in tensors if x.dtype not in DTYPE_CODES}):
         served = ", ".join(str(d) for d in DTYPE_CODES)
@@ -88,7 +88,9 @@ def unsupported_reasons(op: str, *tensors: Tensor) -> list[str]:
 
 
 def _has(module: Any, op: str) -> bool:
-    return hasattr(module, op) or hasattr(module, f"{op}_forward")
+    # for the CPU a function, or one for each direction; for CUDA a class of calls
+    names = op, f"{op}_forward", op.title().replace("_", "")
+    return any(hasattr(module, name) for name in names)
 
 
 def loaded(device_type: str) -> Any:
