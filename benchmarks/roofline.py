@@ -244,12 +244,22 @@ class Counts:
     peak_parts: dict[str, int] = field(default_factory=dict)
     """Whose they were."""
 
-    def and_more(self, fewer: Counts, more: Counts, times: int) -> Counts:
-        """These counts, and so many times what ``more`` has beyond ``fewer``."""
+    def and_more(
+        self, fewer: Counts, more: Counts, times: int, *, at_peak: int | None = None
+    ) -> Counts:
+        """These counts, and so many times what ``more`` has beyond ``fewer``.
+
+        Args:
+            fewer: counts of a smaller step.
+            more: counts of a larger one.
+            times: how often the difference is added.
+            at_peak: how many of those live at once; None for all.
+        """
+        living = times if at_peak is None else at_peak
         counts = Counts(
             seconds=self.seconds + times * (more.seconds - fewer.seconds),
             reads=self.reads + times * (more.reads - fewer.reads),
-            peak_bytes=self.peak_bytes + times * (more.peak_bytes - fewer.peak_bytes),
+            peak_bytes=self.peak_bytes + living * (more.peak_bytes - fewer.peak_bytes),
         )
         for name in {*self.parts, *more.parts}:
             mine, less, larger = (c.parts.get(name, Part()) for c in (self, fewer, more))
@@ -261,7 +271,7 @@ class Counts:
             )
         for name in {*self.peak_parts, *more.peak_parts}:
             a, b, c = (peaks.peak_parts.get(name, 0) for peaks in (self, fewer, more))
-            counts.peak_parts[name] = a + times * (c - b)
+            counts.peak_parts[name] = a + living * (c - b)
         return counts
 
     @property
@@ -439,7 +449,9 @@ def count(
     """Count one outer step: N concepts, K steps of Adam each, averaged; then the upper level.
 
     Layers that follow each other are of the same sizes: two of a kind and three are counted, and
-    each further one adds the difference.
+    each further one adds the difference. So do further concepts and steps, where paths are too
+    large to be kept (`mima.bilevel.outer.KEPT`), as those of these models are: one and two are
+    counted.
 
     Args:
         model: a key of `ARCHITECTURES`.
@@ -451,6 +463,30 @@ def count(
         batch: pictures of a lower-level step; the upper level reads as many of the concept and as
             many that are to be kept.
     """
+
+    def counted(concepts: int, steps: int) -> Counts:
+        return _count_layers(model, device, mode, precision, concepts, steps, batch)
+
+    counts = one = counted(1, 1)
+    if steps > 1:
+        # of each concept, but one concept's lie in memory
+        further = concepts * (steps - 1)
+        counts = counts.and_more(one, counted(1, 2), further, at_peak=steps - 1)
+    if concepts > 1:
+        counts = counts.and_more(one, counted(2, 1), concepts - 1)
+    return counts
+
+
+def _count_layers(
+    model: str,
+    device: str,
+    mode: str,
+    precision: str,
+    concepts: int,
+    steps: int,
+    batch: int,
+) -> Counts:
+    """Count one outer step of a model with all its layers, of which a few are followed."""
     layers = ARCHITECTURES[model].layers
     settings = device, mode, precision, concepts, steps, batch
     few = tuple(min(FEW, n) for n in layers)

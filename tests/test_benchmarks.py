@@ -131,8 +131,7 @@ def test_a_roofline_counts_what_an_outer_step_launches():
     from benchmarks import roofline
 
     first, double = (
-        roofline.count("tiny", mode="first_order", concepts=n, steps=1, device="h100")
-        for n in (1, 2)
+        roofline._count("tiny", (1,), "h100", "first_order", "bfloat16", n, 1, 1) for n in (1, 2)
     )
     # each concept has its own lower and upper level, and the weights are merged
     assert double.parts["products"].launches == 2 * first.parts["products"].launches
@@ -165,6 +164,24 @@ def test_a_roofline_counts_a_few_layers_of_a_kind(monkeypatch):
     assert few.seconds == pytest.approx(every.seconds)
     assert few.reads == every.reads
     assert few.peak_bytes == pytest.approx(every.peak_bytes, rel=1e-3)
+
+
+def test_a_roofline_counts_a_few_concepts_and_steps(monkeypatch):
+    from benchmarks import roofline
+
+    # as of the models that it is for
+    monkeypatch.setattr("mima.bilevel.outer.KEPT", 0)
+    every = roofline._count("tiny", (1,), "h100", "finite_difference", "bfloat16", 2, 3, 1)
+    few = roofline.count("tiny", mode="finite_difference", concepts=2, steps=3)
+    assert few.parts.keys() == every.parts.keys()
+    for name, part in every.parts.items():
+        # the first of several sums is none
+        assert few.parts[name].launches == pytest.approx(part.launches, rel=2e-2)
+        assert few.parts[name].flops == pytest.approx(part.flops)
+        assert few.parts[name].num_bytes == pytest.approx(part.num_bytes, rel=2e-2)
+    assert few.seconds == pytest.approx(every.seconds, rel=2e-2)
+    assert few.reads == every.reads
+    assert few.peak_bytes == pytest.approx(every.peak_bytes, rel=2e-2)
 
 
 def test_a_roofline_knows_a_product():

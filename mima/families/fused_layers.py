@@ -122,7 +122,8 @@ def _fused(module: nn.Module) -> Forward | None:
     if type(module) is GEGLU:
         return _geglu(module)
     if type(module) is nn.Conv2d and module.padding_mode == "zeros":
-        return None if isinstance(module.padding, str) else _convolution(module)
+        padding = module.padding
+        return None if isinstance(padding, str) else _convolution(module, padding)
     # diffusers' attention of every family hands its tensors to a processor
     return None if getattr(module, "processor", None) is None else _attention(module)
 
@@ -184,12 +185,12 @@ def _geglu(module: GEGLU) -> Forward:
     return forward
 
 
-def _convolution(module: nn.Conv2d) -> Forward:
+def _convolution(module: nn.Conv2d, padding: tuple[int, ...]) -> Forward:
     def forward(x: Tensor) -> Tensor:
         weight, bias = module.weight, module.bias
         if not (TwiceDifferentiable.is_on() and _is_linear(x, weight, bias)):
             return nn.Conv2d.forward(module, x)
-        places = module.stride, module.padding, module.dilation
+        places = module.stride, padding, module.dilation
         return convolution(x, weight, bias, *places, module.groups)
 
     return forward
