@@ -29,6 +29,7 @@ from mima.families.pipelines import with_modules
 from mima.immunization.alternating import alternate
 from mima.immunization.checks import (
     check_concepts,
+    check_drawn,
     check_erased,
     check_model,
     check_shards,
@@ -48,7 +49,6 @@ from mima.immunization.own_model import (
 )
 from mima.immunization.planning.plan import large, plan
 from mima.immunization.planning.result import Plan
-from mima.immunization.planning.shards import check_drawn
 from mima.immunization.progress import Callback, StepReport
 from mima.immunization.result import ImmunizeResult
 from mima.immunization.trained_words import TrainedWord

@@ -14,7 +14,6 @@ from mima.families import family_of
 from mima.families.new_words import check_token
 from mima.families.pipelines import Pipeline
 from mima.immunization.config import ImmunizeConfig
-from mima.immunization.planning.shards import check_splittable
 
 
 def check_concepts(
@@ -104,3 +103,30 @@ def check_model(pipeline: Pipeline, concepts: Sequence[Concept], config: Immuniz
                 raise MimaError(
                     f"concept {concept.name!r}: another concept has the token {concept.token!r} too"
                 )
+
+
+def check_splittable(pipeline: Pipeline) -> None:
+    """Refuse a denoiser that cannot be held in shards.
+
+    Raises:
+        MimaError: a weight of it goes by several names.
+    """
+    if family_of(pipeline).shares_weights:
+        raise MimaError(
+            f"shards: weights of this {type(pipeline).__name__} go by several names and cannot be "
+            "split; use 1"
+        )
+
+
+def check_drawn(concepts: Sequence[Concept], config: ImmunizeConfig, *, on_cpu: bool) -> None:
+    """Refuse class pictures that no process could draw.
+
+    Raises:
+        MimaError: a concept brings none, and only a GPU could draw them.
+    """
+    lacking = [concept.name for concept in concepts if not concept.class_images]
+    if not on_cpu and config.has_prior and lacking:
+        raise MimaError(
+            "shards: class pictures are drawn by a whole model, which no GPU holds here; give "
+            f"class_images (mima sample draws some) to {', '.join(lacking)}"
+        )

@@ -17,6 +17,7 @@ from mima.distributed import world_size
 from mima.families import ModelSource, family_of, load_pipeline
 from mima.families.frozen import hold_frozen, stored_bytes
 from mima.families.skeleton import open_skeleton
+from mima.immunization.checks import check_drawn, check_splittable
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.levels import trained_names
 from mima.immunization.offload import idle_modules
@@ -24,14 +25,7 @@ from mima.immunization.planning.devices import GPU_CONTEXT, device_memory, free_
 from mima.immunization.planning.outer_step import MOMENTS, attacked, step_parts
 from mima.immunization.planning.refusal import refusal_of
 from mima.immunization.planning.result import Plan
-from mima.immunization.planning.shards import (
-    Mesh,
-    check_drawn,
-    check_splittable,
-    gathered_at_once,
-    received,
-    rows_of,
-)
+from mima.immunization.planning.shards import Mesh, gathered_at_once, received, rows_of
 from mima.immunization.planning.sizes import (
     FLOAT32,
     dtype_of,

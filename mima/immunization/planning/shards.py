@@ -6,46 +6,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
-from mima.concepts import Concept
-from mima.errors import MimaError
-from mima.families import family_of
-from mima.families.pipelines import Pipeline
 from mima.immunization.config import BenignConfig, ImmunizeConfig, LowerConfig
 from mima.immunization.objectives import READS_START
 from mima.immunization.planning.sizes import FLOAT32
 from mima.immunization.planning.work import concepts_of_a_step, outer_steps
-
-
-def check_splittable(pipeline: Pipeline) -> None:
-    """Refuse a denoiser that cannot be held in shards.
-
-    Raises:
-        MimaError: a weight of it goes by several names.
-    """
-    if family_of(pipeline).shares_weights:
-        raise MimaError(
-            f"shards: weights of this {type(pipeline).__name__} go by several names and cannot be "
-            "split; use 1"
-        )
-
-
-def check_drawn(concepts: Sequence[Concept], config: ImmunizeConfig, *, on_cpu: bool) -> None:
-    """Refuse class pictures that no process could draw.
-
-    Raises:
-        MimaError: a concept brings none, and only a GPU could draw them.
-    """
-    lacking = [concept.name for concept in concepts if not concept.class_images]
-    if not on_cpu and config.has_prior and lacking:
-        raise MimaError(
-            "shards: class pictures are drawn by a whole model, which no GPU holds here; give "
-            f"class_images (mima sample draws some) to {', '.join(lacking)}"
-        )
 
 
 @dataclass(frozen=True)
