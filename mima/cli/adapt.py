@@ -8,22 +8,8 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from mima.choices import Adaptation as AdaptationMethod
+from mima.cli import options
 from mima.cli.base import app
-from mima.cli.options import (
-    Device,
-    Dtype,
-    Model,
-    Overwrite,
-    Revision,
-    Seed,
-    SingleFileConfig,
-    Variant,
-    check_named,
-    described_concepts,
-    given_settings,
-    model_source,
-    torch_dtype,
-)
 from mima.errors import check_choice
 
 if TYPE_CHECKING:
@@ -41,11 +27,11 @@ def adapt(
             "at once, each in a file of its own."
         ),
     ],
-    model: Model = "embedded",
-    revision: Revision = None,
-    variant: Variant = None,
-    single_file_config: SingleFileConfig = None,
-    dtype: Dtype = "float32",
+    model: options.Model = "embedded",
+    revision: options.Revision = None,
+    variant: options.Variant = None,
+    single_file_config: options.SingleFileConfig = None,
+    dtype: options.Dtype = "float32",
     method: Annotated[
         str, typer.Option(help=f"How to adapt: {', '.join(get_args(AdaptationMethod))}.")
     ] = "lora",
@@ -105,19 +91,19 @@ def adapt(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")
     ] = False,
-    seed: Seed = 0,
-    device: Device = None,
-    overwrite: Overwrite = False,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Teach a model a concept, as its owner would, or an attacker."""
     from mima.storage.output import check_folder
 
-    check_named(model, device=device)
+    options.check_named(model, device=device)
     check_choice("method", method, get_args(AdaptationMethod))
     if output is not None:
         check_folder(output, overwrite=overwrite)
 
-    options = {
+    named = {
         "steps": steps,
         "learning_rate": lr,
         "resolution": resolution,
@@ -129,7 +115,7 @@ def adapt(
         "offload_encoders": offload_encoders or None,
         "fp16_vae": fp16_vae or None,
     }
-    given = given_settings(options, settings)
+    given = options.given_settings(named, settings)
     told = {
         "prompt": prompt,
         "class_prompt": class_prompt,
@@ -137,7 +123,7 @@ def adapt(
         "token": token,
         "initializer": initializer,
     }
-    learned = described_concepts(
+    learned = options.described_concepts(
         concept, {key: said for key, said in told.items() if said is not None}
     )
 
@@ -147,7 +133,7 @@ def adapt(
     from mima.console import command, progress, stderr, stdout
 
     chosen = configure(method, {"seed": seed, **given})
-    source = model_source(model, revision, variant, single_file_config)
+    source = options.model_source(model, revision, variant, single_file_config)
     said = ", ".join(one.name for one in learned)
     with progress() as bars:
         task = bars.add_task(f"learning {said}", total=chosen.steps, note="")
@@ -167,7 +153,7 @@ def adapt(
                 whole=whole,
                 resume=resume,
                 overwrite=overwrite,
-                dtype=torch_dtype(dtype),
+                dtype=options.torch_dtype(dtype),
                 device=device,
                 on_step=on_step,
                 on_pictures=lambda step, place: stderr().print(f"step {step}: pictures in {place}"),

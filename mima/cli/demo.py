@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mima.cli import options
 from mima.cli.base import app
-from mima.cli.options import Overwrite, Seed
 
 
 @app.command()
@@ -17,8 +17,8 @@ def demo(
         "mima-demo"
     ),
     quick: Annotated[bool, typer.Option("--quick", help="A shorter run, in two minutes.")] = False,
-    seed: Seed = 0,
-    overwrite: Overwrite = False,
+    seed: options.Seed = 0,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Immunize the embedded model against two concepts, attack it, and print what held."""
     from mima.storage.output import check_folder

@@ -8,24 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mima.choices import ErasureMethod, Technique
+from mima.cli import options
 from mima.cli.base import app
-from mima.cli.options import (
-    Device,
-    Dtype,
-    Model,
-    Overwrite,
-    Revision,
-    Seed,
-    SingleFileConfig,
-    Variant,
-    check_named,
-    described_concepts,
-    given_settings,
-    model_source,
-    name_of,
-    open_pipeline,
-    record,
-)
 from mima.errors import MimaError
 
 if TYPE_CHECKING:
@@ -42,11 +26,11 @@ def erase(
         list[str] | None,
         typer.Option(help="What to erase by its name alone, without pictures; may be repeated."),
     ] = None,
-    model: Model = "embedded",
-    revision: Revision = None,
-    variant: Variant = None,
-    single_file_config: SingleFileConfig = None,
-    dtype: Dtype = "float32",
+    model: options.Model = "embedded",
+    revision: options.Revision = None,
+    variant: options.Variant = None,
+    single_file_config: options.SingleFileConfig = None,
+    dtype: options.Dtype = "float32",
     method: Annotated[
         ErasureMethod,
         typer.Option(
@@ -72,17 +56,17 @@ def erase(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="For esd: any other setting."),
     ] = None,
-    seed: Seed = 0,
-    device: Device = None,
-    overwrite: Overwrite = False,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Erase concepts from a model."""
     from mima.storage.output import check_folder
 
     check_folder(output, overwrite=overwrite)
-    check_named(model, device=device)
-    options = {"steps": steps, "learning_rate": lr}
-    given = given_settings(options, settings)
+    options.check_named(model, device=device)
+    named = {"steps": steps, "learning_rate": lr}
+    given = options.given_settings(named, settings)
     if method == "uce" and given:
         raise MimaError(f"method uce has no setting {min(given)}; it is a closed form")
     if method != "uce" and (preserve or technique != "replace"):
@@ -91,7 +75,7 @@ def erase(
         raise MimaError("erase: give concepts, or --words")
     erased: list[Concept | str] = [*(words or [])]
     if concepts:
-        erased += described_concepts(concepts, {} if prompt is None else {"prompt": prompt})
+        erased += options.described_concepts(concepts, {} if prompt is None else {"prompt": prompt})
     elif prompt is not None:
         raise MimaError("--prompt says something about a concept; --words are their own prompt")
 
@@ -105,13 +89,14 @@ def erase(
     from mima.release.repository import save_pipeline
     from mima.settings import checked
     from mima.storage.output import fresh_folder
+    from mima.storage.record import write_record
     from mima.training.captions import ordinary_captions
 
-    source = model_source(model, revision, variant, single_file_config)
+    source = options.model_source(model, revision, variant, single_file_config)
     if method != "uce":
         preset = VARIANTS[method]
         esd = checked(type(preset), f"method {method}", asdict(preset) | {"seed": seed, **given})
-        pipeline = open_pipeline(source, dtype, device)
+        pipeline = options.open_pipeline(source, dtype, device)
         with progress() as bars:
             task = bars.add_task(f"erasing by {method}", total=esd.steps, note="")
             result = esd.erase(
@@ -127,13 +112,22 @@ def erase(
         kept: list[str | Concept] = [*ordinary_captions(None)]
         for item in preserve or []:
             kept += load_concepts(item) if _names_concepts(item) else [item]
-        pipeline = open_pipeline(source, dtype, device)
+        pipeline = options.open_pipeline(source, dtype, device)
         result = run_erase(pipeline, erased, preserve=kept, target=target, technique=technique)
         said = {"technique": technique}
+    names = [one if isinstance(one, str) else one.name for one in erased]
     with fresh_folder(output, overwrite=overwrite) as staging:
         save_pipeline(result, staging)
-        record(staging, "erase", source, erased, method=method, target=target, **said)
-    stdout().print(f"erased {', '.join(map(name_of, erased))}: {output}")
+        write_record(
+            staging,
+            "erase",
+            model=str(source.model),
+            opened_with=source.options,
+            concepts=names,
+            prompts=[one if isinstance(one, str) else one.prompt for one in erased],
+            details={"method": method, "target": target, **said},
+        )
+    stdout().print(f"erased {', '.join(names)}: {output}")
 
 
 def _names_concepts(item: str) -> bool:

@@ -9,17 +9,8 @@ from typing import Annotated, get_args
 import typer
 
 from mima.choices import Method, PictureProtocol, Preset
+from mima.cli import options
 from mima.cli.base import app
-from mima.cli.options import (
-    Device,
-    Overwrite,
-    Revision,
-    SingleFileConfig,
-    Variant,
-    check_named,
-    given_settings,
-    model_source,
-)
 from mima.errors import check_choice
 
 
@@ -78,24 +69,24 @@ def evaluate(
             help="Keep what attacks show on the original model here, for other evaluations of it."
         ),
     ] = None,
-    revision: Revision = None,
-    variant: Variant = None,
-    single_file_config: SingleFileConfig = None,
+    revision: options.Revision = None,
+    variant: options.Variant = None,
+    single_file_config: options.SingleFileConfig = None,
     immunized_revision: Annotated[
         str | None, typer.Option(help="--revision, of the immunized model.")
     ] = None,
     immunized_variant: Annotated[
         str | None, typer.Option(help="--variant, of the immunized model.")
     ] = None,
-    device: Device = None,
-    overwrite: Overwrite = False,
+    device: options.Device = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Attack a model before and after immunization; run again, it goes on where it stopped."""
     from mima.concepts.reading import load_concepts
     from mima.console import command, progress, stderr, stdout
 
     check_choice("preset", preset, get_args(Preset))
-    check_named(original, immunized, device=device)
+    options.check_named(original, immunized, device=device)
     found = load_concepts(concepts)
     kept = load_concepts(others) if others else []
 
@@ -104,7 +95,7 @@ def evaluate(
     from mima.evaluation.encoders import EMBEDDED
     from mima.report.terminal import summary_lines, summary_table
 
-    given = given_settings({"tune.trials": tune}, settings)
+    given = options.given_settings({"tune.trials": tune}, settings)
     default = list(EMBEDDED) if original == "embedded" else ["clip"]
     with progress() as bars:
         task = bars.add_task("attacking", total=None, note="")
@@ -116,8 +107,8 @@ def evaluate(
 
         try:
             result = run_evaluate(
-                model_source(original, revision, variant, single_file_config),
-                model_source(immunized, immunized_revision, immunized_variant, None),
+                options.model_source(original, revision, variant, single_file_config),
+                options.model_source(immunized, immunized_revision, immunized_variant, None),
                 found,
                 output=output,
                 others=kept,

@@ -9,17 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from mima.choices import Recipe, Task
+from mima.cli import options
 from mima.cli.base import app
-from mima.cli.options import (
-    Device,
-    OnlyDelta,
-    Overwrite,
-    Revision,
-    SingleFileConfig,
-    Variant,
-    check_named,
-    parse_setting,
-)
 
 
 @app.command()
@@ -46,15 +37,15 @@ def immunize(
             "folder or a delta. Takes the place of erasing first."
         ),
     ] = None,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")
     ] = False,
-    delta: OnlyDelta = False,
-    revision: Revision = None,
-    variant: Variant = None,
-    single_file_config: SingleFileConfig = None,
-    device: Device = None,
+    delta: options.OnlyDelta = False,
+    revision: options.Revision = None,
+    variant: options.Variant = None,
+    single_file_config: options.SingleFileConfig = None,
+    device: options.Device = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -76,12 +67,12 @@ def immunize(
     said: dict[str, Any] = {
         "recipe": recipe,
         "task": task,
-        "settings": dict(map(parse_setting, settings or [])),
+        "settings": dict(map(options.parse_setting, settings or [])),
         "output": output,
         "erased": erased,
     }
     if not dry_run:
-        check_named(device=device)
+        options.check_named(device=device)
     run = read_run(config, **said)
     folder = run.output
     assert folder is not None

@@ -8,21 +8,8 @@ from typing import Annotated
 import typer
 
 from mima.choices import MergeMethod
+from mima.cli import options
 from mima.cli.base import app
-from mima.cli.options import (
-    Device,
-    Dtype,
-    Model,
-    OnlyDelta,
-    Overwrite,
-    Revision,
-    Seed,
-    SingleFileConfig,
-    Variant,
-    check_named,
-    model_source,
-    torch_dtype,
-)
 from mima.errors import MimaError
 
 
@@ -32,11 +19,11 @@ def merge(
         list[Path], typer.Argument(help="What mima adapt wrote, LoRA files, fine-tuned models.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the merged model.")],
-    model: Model = "embedded",
-    revision: Revision = None,
-    variant: Variant = None,
-    single_file_config: SingleFileConfig = None,
-    dtype: Dtype = "float32",
+    model: options.Model = "embedded",
+    revision: options.Revision = None,
+    variant: options.Variant = None,
+    single_file_config: options.SingleFileConfig = None,
+    dtype: options.Dtype = "float32",
     method: Annotated[
         MergeMethod,
         typer.Option(help="Keys and values by the text they answer to, or a plain average."),
@@ -54,19 +41,19 @@ def merge(
     lam: Annotated[
         float, typer.Option(min=0, help="Softness of the constraint; 0 is hard.")
     ] = 1e-4,
-    delta: OnlyDelta = False,
-    seed: Seed = 0,
-    device: Device = None,
-    overwrite: Overwrite = False,
+    delta: options.OnlyDelta = False,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Merge several adapters of one model into it."""
     from mima.storage.inputs import check_adapters
     from mima.storage.output import check_folder
 
     check_folder(output, overwrite=overwrite)
-    check_named(model, device=device)
+    options.check_named(model, device=device)
     check_adapters(adapters)
-    shares = None if weights is None else _numbers("weights", weights)
+    shares = None if weights is None else _numbers(weights)
 
     # imports that take seconds, once the arguments are checked
     from rich.table import Table
@@ -77,7 +64,7 @@ def merge(
     from mima.storage.output import fresh_folder
 
     merged = merge_adapters(
-        model_source(model, revision, variant, single_file_config),
+        options.model_source(model, revision, variant, single_file_config),
         adapters,
         weights=shares,
         method=method,
@@ -86,7 +73,7 @@ def merge(
         lam=lam,
         seed=seed,
         device=device_of(device),
-        dtype=torch_dtype(dtype),
+        dtype=options.torch_dtype(dtype),
     )
     with fresh_folder(output, overwrite=overwrite) as staging:
         merged.save_pretrained(staging, delta=delta)
@@ -100,8 +87,8 @@ def merge(
     stdout().print(f"merged {', '.join(merged.adapters)}: {output}")
 
 
-def _numbers(option: str, text: str) -> list[float]:
+def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.replace(",", " ").split()]
     except ValueError:
-        raise MimaError(f"--{option} {text!r}: expected numbers, as in 0.5,0.25,0.25") from None
+        raise MimaError(f"--weights {text!r}: expected numbers, as in 0.5,0.25,0.25") from None

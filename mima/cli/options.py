@@ -146,29 +146,3 @@ def described_concepts(sources: list[str], told: dict[str, Any]) -> list[Concept
             f"({', '.join(concept.name for concept in found)})"
         )
     return [replace(found[0], **told)]
-
-
-def record(
-    folder: Path,
-    command: str,
-    source: ModelSource,
-    concepts: Sequence[Concept | str],
-    **details: Any,
-) -> None:
-    """Say in a folder's record what a command made it from."""
-    from mima.storage.record import write_record
-
-    write_record(
-        folder,
-        command,
-        model=str(source.model),
-        opened_with=source.options,
-        concepts=[name_of(concept) for concept in concepts],
-        prompts=[c if isinstance(c, str) else c.prompt for c in concepts],
-        details=details,
-    )
-
-
-def name_of(concept: Concept | str) -> str:
-    """Of a concept, or of one that is no more than a name."""
-    return concept if isinstance(concept, str) else concept.name

@@ -7,18 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mima.cli import options
 from mima.cli.base import app
-from mima.cli.options import (
-    Dtype,
-    Model,
-    Overwrite,
-    Revision,
-    SingleFileConfig,
-    Variant,
-    check_named,
-    model_source,
-    torch_dtype,
-)
 from mima.errors import MimaError
 
 
@@ -26,19 +16,19 @@ from mima.errors import MimaError
 def apply(
     delta: Annotated[Path, typer.Argument(help="A folder or file that --delta wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the whole model.")],
-    model: Model = "embedded",
-    revision: Revision = None,
-    variant: Variant = None,
-    single_file_config: SingleFileConfig = None,
-    dtype: Dtype = "float32",
-    overwrite: Overwrite = False,
+    model: options.Model = "embedded",
+    revision: options.Revision = None,
+    variant: options.Variant = None,
+    single_file_config: options.SingleFileConfig = None,
+    dtype: options.Dtype = "float32",
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Apply a delta to its base model, and write the whole model."""
     from mima.storage.inputs import delta_file
     from mima.storage.output import check_folder
 
     check_folder(output, overwrite=overwrite)
-    check_named(model)
+    options.check_named(model)
     delta_file(delta)
 
     # imports that take seconds, once the arguments are checked
@@ -46,8 +36,8 @@ def apply(
     from mima.release.repository import apply_delta
     from mima.storage.output import fresh_folder
 
-    source = model_source(model, revision, variant, single_file_config)
-    whole = apply_delta(source, delta, dtype=torch_dtype(dtype))
+    source = options.model_source(model, revision, variant, single_file_config)
+    whole = apply_delta(source, delta, dtype=options.torch_dtype(dtype))
     with fresh_folder(output, overwrite=overwrite) as staging:
         whole.save_pretrained(staging)
     stdout().print(f"applied {delta} to {source.label}: {output}")

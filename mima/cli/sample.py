@@ -7,31 +7,19 @@ from typing import Annotated
 
 import typer
 
+from mima.cli import options
 from mima.cli.base import app
-from mima.cli.options import (
-    Device,
-    Dtype,
-    Model,
-    Overwrite,
-    Revision,
-    Seed,
-    SingleFileConfig,
-    Variant,
-    check_named,
-    model_source,
-    open_pipeline,
-)
 from mima.errors import MimaError
 
 
 @app.command()
 def sample(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    model: Model = "embedded",
-    revision: Revision = None,
-    variant: Variant = None,
-    single_file_config: SingleFileConfig = None,
-    dtype: Dtype = "float32",
+    model: options.Model = "embedded",
+    revision: options.Revision = None,
+    variant: options.Variant = None,
+    single_file_config: options.SingleFileConfig = None,
+    dtype: options.Dtype = "float32",
     adapter: Annotated[
         Path | None,
         typer.Option(
@@ -41,15 +29,15 @@ def sample(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A .png; by default the prompt's words.")
     ] = None,
-    seed: Seed = 0,
+    seed: options.Seed = 0,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
     resolution: Annotated[
         int | None, typer.Option(help="Side of the pictures in pixels; by default the model's.")
     ] = None,
     guidance: Annotated[float, typer.Option(min=0, help="Guidance scale; 1 is none.")] = 4.0,
     num: Annotated[int, typer.Option(min=1, help="Pictures, with seeds SEED, SEED+1, ...")] = 1,
-    device: Device = None,
-    overwrite: Overwrite = False,
+    device: options.Device = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Draw pictures."""
     from mima.storage.inputs import check_adapters
@@ -66,7 +54,7 @@ def sample(
         paths = [path.with_stem(f"{path.stem}-{number}") for number in range(1, num + 1)]
     for one in paths:
         check_file(one, overwrite=overwrite)
-    check_named(model, device=device)
+    options.check_named(model, device=device)
     check_adapters([] if adapter is None else [adapter])
 
     # imports that take seconds, once the arguments are checked
@@ -75,8 +63,8 @@ def sample(
     from mima.families import family_of
     from mima.sampling import Sampler
 
-    source = model_source(model, revision, variant, single_file_config)
-    pipeline = open_pipeline(source, dtype, device)
+    source = options.model_source(model, revision, variant, single_file_config)
+    pipeline = options.open_pipeline(source, dtype, device)
     # refuses what does not fit
     size = family_of(pipeline, resolution=resolution).resolution
     if adapter is not None:
