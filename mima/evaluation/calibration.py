@@ -42,12 +42,6 @@ class Calibration:
         """How far the right pictures are above the best of the wrong ones."""
         return self.right - max([*self.others.values(), self.noise, self.grey])
 
-    @property
-    def mean_margin(self) -> float:
-        """How far they are above the mean of the other concepts, noise and grey, if lowest."""
-        others = [float(np.mean(list(self.others.values())))] if self.others else []
-        return self.right - max([*others, self.noise, self.grey])
-
 
 def calibrate(
     judge: ImageEncoder | PairwiseSimilarity, concepts: Sequence[Concept]

@@ -6,7 +6,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -164,9 +164,8 @@ def evaluate(
     ranks.together(lambda: check(folder, overwrite=overwrite))
 
     seen = seen_by(immunized)
-    prompts, known = _benign_prompts(
-        ordinary_captions(_path(captions)), seen, config.benign_prompts
-    )
+    ordinary = ordinary_captions(None if captions is None else Path(captions))
+    prompts, known = _benign_prompts(ordinary, seen, config.benign_prompts)
     bench = Bench(
         models={"original": original, "immunized": immunized},
         concepts=by_slug,
@@ -215,10 +214,7 @@ def evaluate(
         immunization_seed=seen.seed,
         overlaps=(
             *([] if seen.known else [UNKNOWN]),
-            *seen.overlaps(
-                [concept for slug, concept in by_slug.items() if roles[slug] == "target"],
-                [concept for slug, concept in by_slug.items() if roles[slug] == "other"],
-            ),
+            *seen.overlaps(list(targets.values()), list(rest.values())),
             *known,
         ),
         config={
@@ -265,7 +261,7 @@ def evaluate(
             progress(done, total, finished)
 
     with ExitStack() as locks:
-        ranks.together(lambda: _enter(locks, locked(folder.path)))
+        ranks.together(lambda: locks.enter_context(locked(folder.path)))
         ranks.together(begin)
         if announce is not None and tasks:
             assert plan is not None
@@ -290,13 +286,9 @@ def evaluate(
                 assert isinstance(result, TrialRow)
                 tasks += plan.tried(result)
         if ledger is not None:
-            evaluation = ledger.finish(worker.benign())
+            evaluation = ledger.write(worker.benign())
             shared.remove()
     return ranks.broadcast(evaluation)
-
-
-def _enter(locks: ExitStack, lock: AbstractContextManager[None]) -> None:
-    locks.enter_context(lock)
 
 
 def _take_over(shared: SharedFolder, ledger: Ledger, tuning: TuningLog) -> None:
@@ -392,7 +384,3 @@ def _similarity_names(sources: Sequence[str | Path]) -> tuple[str, ...]:
 def _label(model: Any) -> str:
     source = source_of(model)
     return f"{type(model).__name__} in memory" if source is None else source.label
-
-
-def _path(path: str | Path | None) -> Path | None:
-    return None if path is None else Path(path)

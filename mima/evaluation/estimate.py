@@ -95,10 +95,8 @@ def _attack_of(task: Attack | Trial) -> Attack:
     return task.attack if isinstance(task, Trial) else task
 
 
-def _batch(task: Task) -> int:
+def _batch(task: Attack | Trial) -> int:
     """Pictures that one training step of a task reads."""
-    if not isinstance(task, (Attack, Trial)):
-        return 0
     settings = task.adaptation
     both = 2 if settings.prior_weight > 0 else 1
     return settings.batch_size * settings.gradient_accumulation_steps * both

@@ -99,8 +99,8 @@ class Ledger:
         self.points += outcome.points
         self.write()
 
-    def write(self, *, complete: bool = False, benign: Benign | None = None) -> Evaluation:
-        """Write rows, in the order of the grid, and the summary of them."""
+    def write(self, benign: Benign | None = None) -> Evaluation:
+        """Write rows, in the order of the grid, and their summary: complete with `benign`."""
         order = {attack.id: place for place, attack in enumerate(self.grid)}
         self.rows.sort(key=lambda row: order[row.attack])
         self.points.sort(key=lambda point: order[point.attack])
@@ -113,13 +113,9 @@ class Ledger:
         self.evaluation = old.model_copy(
             update={
                 "summary": summary,
-                "complete": complete,
+                "complete": benign is not None,
                 "benign": (benign or old.benign).model_copy(update={"adaptability": adaptability}),
             }
         )
         self.folder.write_evaluation(self.evaluation)
         return self.evaluation
-
-    def finish(self, benign: Benign) -> Evaluation:
-        """Write that all is done."""
-        return self.write(complete=True, benign=benign)

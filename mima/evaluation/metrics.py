@@ -347,11 +347,6 @@ class GapSummary:
         return msgr([curve.final for curve in self.targets])
 
     @property
-    def other_sgr(self) -> float | None:
-        """Mean SGR of the other concepts, wanted near 0; None without any."""
-        return msgr([curve.mean for curve in self.others]) if self.others else None
-
-    @property
     def mrsgr(self) -> float | None:
         """MRSGR of targets against the other concepts; None without any."""
         if not self.others:

@@ -236,7 +236,16 @@ class Evaluation(_Record):
     """Whether every attack of the grid has its rows."""
 
 
-class AttackRow(_Record):
+class CsvRow(_Record):
+    """A row of a CSV file, where None is an empty field."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return None if value == "" else value
+
+
+class AttackRow(CsvRow):
     """One attack, seen by one similarity model.
 
     SGRs and rises are None where nothing could be compared: the adaptation diverged before the
@@ -323,13 +332,8 @@ class AttackRow(_Record):
             return self
         return self.model_copy(update={"rise_left": max(self.rise_left, 0.0)})
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _empty_is_none(cls, value: object) -> object:
-        return None if value == "" else value
 
-
-class CurvePoint(_Record):
+class CurvePoint(CsvRow):
     """Both models after one attack's training up to a step."""
 
     attack: str
@@ -341,11 +345,6 @@ class CurvePoint(_Record):
     sgr: float
     rise_left: float | None
     """Share of the rise since step 0; None at step 0, and where the attack taught neither model."""
-
-    @field_validator("rise_left", mode="before")
-    @classmethod
-    def _empty_is_none(cls, value: object) -> object:
-        return None if value == "" else value
 
 
 def measured(curve: GapCurve | None) -> dict[str, Any]:
@@ -392,7 +391,31 @@ def points_of(attack: str, similarity: str, curve: GapCurve) -> list[CurvePoint]
     ]
 
 
-RowT = TypeVar("RowT", AttackRow, CurvePoint)
+RowT = TypeVar("RowT", bound=CsvRow)
+
+
+def read_rows(path: Path, kind: type[RowT]) -> list[RowT]:
+    """The rows of a CSV file; no file, no rows.
+
+    Raises:
+        MimaError: damaged.
+    """
+    if not path.is_file():
+        return []
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return [kind.model_validate(row) for row in csv.DictReader(file)]
+    except (OSError, csv.Error, ValueError) as error:
+        raise MimaError(f"evaluation: cannot read {path}: {one_line(error)}") from error
+
+
+def write_rows(path: Path, kind: type[RowT], rows: Iterable[RowT]) -> None:
+    """Write a CSV file whole."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(kind.model_fields), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row.model_dump() for row in rows)
+    write_whole(path, text.getvalue().encode())
 
 
 class EvaluationFolder:
@@ -443,7 +466,7 @@ class EvaluationFolder:
         Raises:
             MimaError: damaged, or an attack is there twice by one similarity model.
         """
-        rows = self._read(ATTACKS_FILE, AttackRow)
+        rows = read_rows(self.path / ATTACKS_FILE, AttackRow)
         for (attack, similarity), count in Counter((r.attack, r.similarity) for r in rows).items():
             if count > 1:
                 raise MimaError(
@@ -455,7 +478,8 @@ class EvaluationFolder:
     def curves(self) -> list[CurvePoint]:
         """Read ``curves.csv``, without what an interrupted run left of unfinished attacks."""
         done = {row.attack for row in self.attacks()}
-        return [point for point in self._read(CURVES_FILE, CurvePoint) if point.attack in done]
+        points = read_rows(self.path / CURVES_FILE, CurvePoint)
+        return [point for point in points if point.attack in done]
 
     def images(self, attack: str, side: Side, step: int) -> list[Path]:
         """Pictures of one model at one step of an attack, in the order of their index.
@@ -483,18 +507,8 @@ class EvaluationFolder:
 
     def write_rows(self, attacks: Sequence[AttackRow], curves: Sequence[CurvePoint]) -> None:
         """Write ``curves.csv`` and ``attacks.csv``."""
-        write_whole(self.path / CURVES_FILE, _table(CurvePoint, curves).encode())
-        write_whole(self.path / ATTACKS_FILE, _table(AttackRow, attacks).encode())
-
-    def _read(self, name: str, kind: type[RowT]) -> list[RowT]:
-        path = self.path / name
-        if not path.is_file():
-            return []
-        try:
-            with path.open(encoding="utf-8", newline="") as file:
-                return [kind.model_validate(row) for row in csv.DictReader(file)]
-        except (OSError, csv.Error, ValueError) as error:
-            raise MimaError(f"evaluation: cannot read {path}: {one_line(error)}") from error
+        write_rows(self.path / CURVES_FILE, CurvePoint, curves)
+        write_rows(self.path / ATTACKS_FILE, AttackRow, attacks)
 
     def _name(self, name: str) -> str:
         """A folder's name, which leads nowhere else."""
@@ -507,11 +521,3 @@ class EvaluationFolder:
     def _pictures(folder: Path) -> list[Path]:
         own = [path for path in folder.glob("*.png") if re.fullmatch("[0-9]{1,9}", path.stem)]
         return sorted(own, key=lambda path: int(path.stem))
-
-
-def _table(kind: type[BaseModel], rows: Iterable[BaseModel]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(kind.model_fields), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row.model_dump() for row in rows)
-    return text.getvalue()

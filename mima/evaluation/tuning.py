@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -14,10 +12,9 @@ from pydantic import Field, field_validator
 
 from mima.adaptation import Adaptation
 from mima.adaptation.steps import Optimizer, Schedule
-from mima.errors import MimaError, one_line
-from mima.evaluation.records import Side, _Record
+from mima.errors import MimaError
+from mima.evaluation.records import CsvRow, Side, read_rows, write_rows
 from mima.settings import Settings
-from mima.storage.output import write_whole
 
 TUNING_FILE = "tuning.csv"
 
@@ -109,7 +106,7 @@ def choices(tuning: Tuning) -> list[Choice]:
     return found[: tuning.trials]
 
 
-class TrialRow(_Record):
+class TrialRow(CsvRow):
     """One trial, in ``tuning.csv``."""
 
     attack: str
@@ -129,11 +126,6 @@ class TrialRow(_Record):
     diverged: bool
     """A trial that diverged is not chosen."""
     chosen: bool = False
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _empty_is_none(cls, value: object) -> object:
-        return None if value == "" else value
 
 
 def ranked(rows: Iterable[TrialRow], by: Literal["similarity", "loss"]) -> list[TrialRow]:
@@ -171,16 +163,12 @@ class TuningLog:
         Raises:
             MimaError: the file cannot be read.
         """
-        path = self.folder / TUNING_FILE
-        if path.is_file():
-            try:
-                with path.open(encoding="utf-8", newline="") as file:
-                    self.rows = [TrialRow.model_validate(row) for row in csv.DictReader(file)]
-                by = self.tuning.by
-                if any(not row.diverged and getattr(row, by) is None for row in self.rows):
-                    raise ValueError(f"a trial that did not diverge has no {by}")
-            except (OSError, csv.Error, ValueError) as error:
-                raise MimaError(f"evaluation: cannot read {path}: {one_line(error)}") from error
+        path, by = self.folder / TUNING_FILE, self.tuning.by
+        self.rows = read_rows(path, TrialRow)
+        if any(not row.diverged and getattr(row, by) is None for row in self.rows):
+            raise MimaError(
+                f"evaluation: cannot read {path}: a trial that did not diverge has no {by}"
+            )
 
     def missing(self, attack: str, side: Side) -> list[int]:
         """Numbers of the trials of an attack on a model that have not been done."""
@@ -208,12 +196,4 @@ class TuningLog:
             (row.model_copy(update={"chosen": row in winners}) for row in self.rows),
             key=lambda row: (row.attack, row.side, row.trial),
         )
-        write_whole(self.folder / TUNING_FILE, _table(self.rows).encode())
-
-
-def _table(rows: Sequence[TrialRow]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(TrialRow.model_fields), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row.model_dump() for row in rows)
-    return text.getvalue()
+        write_rows(self.folder / TUNING_FILE, TrialRow, self.rows)

@@ -210,7 +210,7 @@ class Bench:
             return task.adaptation.steps + self._steps_before(task.attack)
         if not isinstance(task, Attack):
             return 0
-        repair = self.config.repair_steps if self._repairs else 0
+        repair = self.config.repair_steps if self.repairs else 0
         return 2 * (task.steps + repair + self._steps_before(task))
 
     def drawn(self, task: Task) -> int:
@@ -220,12 +220,17 @@ class Bench:
             return len(jobs) if self.config.tune.by == "similarity" else 0
         if not isinstance(task, Attack):
             return len(self.prompts)
-        times = len(self.config.steps_of(task)) + self._repairs
+        times = len(self.config.steps_of(task)) + self.repairs
         return 2 * times * len(self.jobs(task))
 
     @property
-    def _repairs(self) -> bool:
+    def repairs(self) -> bool:
+        """Whether attacked models are repaired."""
         return self.config.repair_steps > 0 and bool(self.ordinary())
+
+    def repair_pictures(self, attack: Attack) -> tuple[Picture, ...]:
+        """What an attacked model is repaired with: where it can be, nothing of its concept."""
+        return self.ordinary(attack.slug) or self.ordinary()
 
     def _steps_before(self, attack: Attack) -> int:
         """Training steps of its preparation on one model."""
@@ -293,7 +298,6 @@ class Worker:
             model = _fingerprint_of(self.pipelines["original"])
             self._originals = Originals(bench.originals, model, torch.device(bench.device).type)
         self._prepared: dict[Side, tuple[object, Any]] = {}
-        self._changed: list[str] | None = None
 
     def fingerprints(self) -> dict[str, str]:
         """A hash of each model's denoiser."""
@@ -372,7 +376,7 @@ class Worker:
                 logger.warning("%s, %s model: %s", attack.id, side, diverged)
             if diverged is not None:
                 whole = False
-            elif bench.config.repair_steps and bench.ordinary():
+            elif bench.repairs:
                 repaired[side] = bench.repaired_files(attack, side)
         # an attack that diverged on either model counts as not tried: it shows the start alone
         steps = bench.config.steps_of(attack) if whole else (0,)
@@ -406,8 +410,7 @@ class Worker:
             for step in bench.config.steps_of(attack)
             for index in range(count)
         }
-        repairs = bool(bench.config.repair_steps and bench.ordinary())
-        if repairs:
+        if bench.repairs:
             mended = bench.repaired_files(attack, side)
             files |= {f"repaired-{index}.png": file for index, file in enumerate(mended)}
         known = entry.read(files) if entry is not None else None
@@ -418,7 +421,7 @@ class Worker:
         concept, _ = bench.material(attack)
         drawn = self._train(attack, concept, side, adaptation, bench.jobs(attack))
         diverged = None if drawn.diverged is None else str(drawn.diverged)
-        if repairs and diverged is None:
+        if bench.repairs and diverged is None:
             self._repair(attack, side, drawn.pipeline)
         if entry is not None:
             there = {name: file for name, file in files.items() if file.is_file()}
@@ -450,12 +453,10 @@ class Worker:
                 "trial", *common, bench.config.tune.by, jobs, digests, judge
             )
         steps = bench.config.repair_steps
-        ordinary = bench.ordinary(attack.slug) or bench.ordinary()
-        repair = (
-            (steps, configured(bench.config, "dreambooth"), [digest(p) for p in ordinary])
-            if steps
-            else None
-        )
+        repair = None
+        if steps:
+            pictures = list(map(digest, bench.repair_pictures(attack)))
+            repair = steps, configured(bench.config, "dreambooth"), pictures
         drawn = bench.config.steps_of(attack), bench.jobs(attack)
         return self._originals.entry("attack", *common, drawn, repair)
 
@@ -474,7 +475,7 @@ class Worker:
         bench = self.bench
         if attack.outside:
             assert isinstance(adaptation, DreamBooth)
-            adaptation = replace(adaptation, frozen=tuple(self.immunized_parameters()))
+            adaptation = replace(adaptation, frozen=tuple(self.immunized_parameters))
         start = self._start(side, attack)
 
         def write(step: int, index: int, image: Image.Image) -> None:
@@ -548,7 +549,7 @@ class Worker:
     def _repair(self, attack: Attack, side: Side, attacked: Any) -> None:
         """Fine-tune an attacked model on ordinary pictures, and draw the attack's prompts again."""
         bench = self.bench
-        pictures = bench.ordinary(attack.slug) or bench.ordinary()
+        pictures = bench.repair_pictures(attack)
         run = self._benign(attacked, pictures, bench.config.repair_steps, attack.seed)
         files = bench.repaired_files(attack, side)
         drawn = bench.sampler.draw(run.pipeline, bench.jobs(attack))
@@ -565,15 +566,14 @@ class Worker:
         concept = Concept("benign", pictures[0].prompt, pictures)
         return settings.adapt(pipeline, concept, on_step=lambda _: self.advance(1))
 
+    @cached_property
     def immunized_parameters(self) -> list[str]:
         """Names of the denoiser's parameters in which the two models differ."""
-        if self._changed is None:
-            self._changed = preparations.changed_parameters(*map(self.pipelines.get, SIDES))
-        return self._changed
+        return preparations.changed_parameters(*map(self.pipelines.get, SIDES))
 
     def common_parameters(self) -> list[str]:
         """Names of those in which they do not."""
-        changed = set(self.immunized_parameters())
+        changed = set(self.immunized_parameters)
         weights = preparations.denoiser_weights(self.pipelines["original"])
         return [name for name in weights if name not in changed]
 
