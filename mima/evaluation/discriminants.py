@@ -13,24 +13,16 @@ Nothing is trained by steps, and nothing is shared with the networks that are ju
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
-from mima.errors import MimaError
 
 SIDE = 64
 """Pictures are squeezed to this many pixels a side."""
 ORIENTATIONS = 8
 PATCH, PATCH_STRIDE = 6, 4
 FILTER, FILTER_STRIDE = 3, 2
-_NEEDED = frozenset(
+NEEDED = frozenset(
     (
         *("whitening", "patch_mean", "centres", "patch_weight", "filters", "filter_bias"),
         *("object_map", "object_mean", "known_KD", "object_sharpness", "shares"),
@@ -38,66 +30,10 @@ _NEEDED = frozenset(
         *("style_map", "style_offset", "style_sharpness"),
     )
 )
+"""The numbers that `fit_judge.py` solves for, by their names."""
 _STEPS = (0.004, 0.01, 0.02, 0.04, 0.08, 0.16, 0.3, 0.6, 1.0)
 _SATURATIONS = (0.02, 0.1, 0.3, 0.6, 1.0, 1.5)
 _INKS = (0.02, 0.1, 0.3, 0.6, 1.0, 1.3, 1.6, 1.9)
-
-
-class DiscriminantEncoder:
-    """An image encoder of counted features; see the module.
-
-    Args:
-        folder: holds ``judge.safetensors``, as `fit_judge.py` writes.
-        name: what results call the encoder.
-        device: where it runs.
-        batch_size: pictures at a time.
-
-    Raises:
-        MimaError: no such file, or a damaged one.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        name: str = "embedded",
-        device: str | torch.device = "cpu",
-        batch_size: int = 64,
-    ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"encoder: batch_size must be at least 1, got {batch_size}")
-        file = Path(folder) / "judge.safetensors"
-        try:
-            stored = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise MimaError(f"encoder: cannot open {str(file)!r}: {error}") from error
-        missing = sorted(_NEEDED - stored.keys())
-        if missing:
-            raise MimaError(f"encoder: {str(file)!r} lacks {', '.join(missing)}")
-        self.numbers = {key: value.float().to(device) for key, value in stored.items()}
-        self.name = name
-        self.device = torch.device(device)
-        self.batch_size = batch_size
-
-    @torch.inference_mode()
-    def embed(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Normalised float32 features [B, K + D + S] on the CPU, one row per image."""
-        if not images:
-            raise ValueError(f"{self.name}: images is empty")
-        rows = []
-        for start in range(0, len(images), self.batch_size):
-            pixels = _pixels(images[start : start + self.batch_size]).to(self.device)
-            rows.append(embedding(pixels, self.numbers).cpu())
-        return torch.cat(rows)
-
-
-def _pixels(images: Sequence[Image.Image]) -> torch.Tensor:
-    """[B, 3, SIDE, SIDE] in [−1, 1]; a picture of another size is resized bicubically."""
-    resized = [
-        image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC) for image in images
-    ]
-    pixels = torch.from_numpy(np.stack([np.asarray(image, np.float32) for image in resized]))
-    return pixels.permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def embedding(pixels: torch.Tensor, numbers: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -13,7 +13,7 @@ differs: that script compares the i-th reference with the i-th picture by LPIPS,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -24,13 +24,14 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from mima.choices import PictureProtocol
 from mima.errors import MimaError, first_line, nearest, one_line
-from mima.evaluation.discriminants import DiscriminantEncoder
+from mima.evaluation.discriminants import NEEDED, SIDE, embedding
 from mima.families.hub import unreachable
 from mima.families.loading import LOADING_ERRORS
 from mima.storage.inputs import is_hub_id
@@ -179,20 +180,22 @@ class PublishedPreprocessor:
 
 def squares(images: Sequence[Image.Image], side: int) -> torch.Tensor:
     """Pictures squeezed to [B, 3, side, side] float32 in [0, 1], bilinearly."""
-    resized = [
-        image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR) for image in images
-    ]
+    return _squeezed(images, side, Image.Resampling.BILINEAR) / 255
+
+
+def _squeezed(images: Sequence[Image.Image], side: int, resample: Image.Resampling) -> torch.Tensor:
+    """[B, 3, side, side] float32 in [0, 255]."""
+    resized = [image.convert("RGB").resize((side, side), resample) for image in images]
     pixels = torch.from_numpy(np.stack([np.asarray(image, np.float32) for image in resized]))
-    return pixels.permute(0, 3, 1, 2) / 255
+    return pixels.permute(0, 3, 1, 2)
 
 
-class _TransformersEncoder:
-    """Shared by the encoders below: loading, batching, normalisation."""
+class _Encoder:
+    """Shared by the encoders below: pictures become features in batches."""
 
     def __init__(
         self,
-        model: Any,
-        preprocess: Preprocessor | PublishedPreprocessor,
+        preprocess: Callable[[Sequence[Image.Image]], torch.Tensor],
         *,
         name: str,
         device: str | torch.device,
@@ -200,7 +203,6 @@ class _TransformersEncoder:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"encoder: batch_size must be at least 1, got {batch_size}")
-        self.model = model.to(device).eval().requires_grad_(False)
         self.preprocess = preprocess
         self.name = name
         self.device = torch.device(device)
@@ -214,11 +216,57 @@ class _TransformersEncoder:
         rows = []
         for start in range(0, len(images), self.batch_size):
             pixels = self.preprocess(images[start : start + self.batch_size]).to(self.device)
-            rows.append(F.normalize(self._features(pixels).float(), dim=-1).cpu())
+            rows.append(self._features(pixels).cpu())
         return torch.cat(rows)
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Features [B, D] of unit length in float32."""
         raise NotImplementedError
+
+
+class DiscriminantEncoder(_Encoder):
+    """The embedded judge of counted features; see `mima.evaluation.discriminants`.
+
+    Args:
+        folder: holds ``judge.safetensors``, as `fit_judge.py` writes.
+        device: where it runs.
+        batch_size: pictures at a time.
+
+    Raises:
+        MimaError: no such file, or a damaged one.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, device: str | torch.device = "cpu", batch_size: int = 64
+    ) -> None:
+        super().__init__(_judged, name="embedded", device=device, batch_size=batch_size)
+        file = Path(folder) / "judge.safetensors"
+        try:
+            stored = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise MimaError(f"encoder: cannot open {str(file)!r}: {error}") from error
+        missing = sorted(NEEDED - stored.keys())
+        if missing:
+            raise MimaError(f"encoder: {str(file)!r} lacks {', '.join(missing)}")
+        self.numbers = {key: value.float().to(device) for key, value in stored.items()}
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return embedding(pixels, self.numbers)
+
+
+def _judged(images: Sequence[Image.Image]) -> torch.Tensor:
+    """Pictures as `embedding` reads them, [B, 3, SIDE, SIDE] in [−1, 1]."""
+    return _squeezed(images, SIDE, Image.Resampling.BICUBIC) / 127.5 - 1
+
+
+class _TransformersEncoder(_Encoder):
+    """An encoder with a network of transformers, which stands still."""
+
+    def __init__(
+        self, model: Any, preprocess: Preprocessor | PublishedPreprocessor, **settings: Any
+    ) -> None:
+        super().__init__(preprocess, **settings)
+        self.model = model.to(self.device).eval().requires_grad_(False)
 
 
 class ClipEncoder(_TransformersEncoder):
@@ -247,7 +295,7 @@ class ClipEncoder(_TransformersEncoder):
             self.tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
-        return _pooled(self.model.get_image_features(pixel_values=pixels))
+        return _unit(_pooled(self.model.get_image_features(pixel_values=pixels)))
 
     @torch.inference_mode()
     def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
@@ -269,7 +317,7 @@ class ClipEncoder(_TransformersEncoder):
                     input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
                 )
             )
-            rows.append(F.normalize(features.float(), dim=-1).cpu())
+            rows.append(_unit(features).cpu())
         return torch.cat(rows)
 
 
@@ -299,8 +347,11 @@ class DinoEncoder(_TransformersEncoder):
         super().__init__(dino, preprocess, name=source, device=device, batch_size=batch_size)
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
-        hidden: torch.Tensor = self.model(pixel_values=pixels).last_hidden_state
-        return hidden[:, 0]
+        return _unit(self.model(pixel_values=pixels).last_hidden_state[:, 0])
+
+
+def _unit(features: torch.Tensor) -> torch.Tensor:
+    return F.normalize(features.float(), dim=-1)
 
 
 class Lpips:

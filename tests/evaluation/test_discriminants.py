@@ -11,6 +11,7 @@ from mima.assets import assets
 from mima.concepts import embedded_concept
 from mima.errors import MimaError
 from mima.evaluation import discriminants, load_encoder
+from mima.evaluation.encoders import DiscriminantEncoder
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +83,13 @@ def test_embeddings_have_unit_length_and_do_not_depend_on_the_batch(judge):
 
 def test_refuses_damaged_files(tmp_path):
     with pytest.raises(MimaError, match="cannot open"):
-        discriminants.DiscriminantEncoder(tmp_path)
+        DiscriminantEncoder(tmp_path)
     (tmp_path / "judge.safetensors").write_bytes(b"{")
     with pytest.raises(MimaError, match="cannot open"):
-        discriminants.DiscriminantEncoder(tmp_path)
+        DiscriminantEncoder(tmp_path)
     save_file({"shares": torch.ones(3)}, tmp_path / "judge.safetensors")
     with pytest.raises(MimaError, match=r"lacks .*centres"):
-        discriminants.DiscriminantEncoder(tmp_path)
+        DiscriminantEncoder(tmp_path)
 
 
 def test_the_file_is_small():
