@@ -174,14 +174,9 @@ class Strip:
 
 
 def strip_chart(strips: Sequence[Strip], *, quantity: str) -> Figure:
-    """SGR of every attack in rows, the worst of each row ringed, with its mean and interval.
+    """SGR of every attack in rows from top to bottom, the worst of each ringed, with the mean.
 
-    Args:
-        strips: from top to bottom, at least one.
-        quantity: what the x axis shows.
-
-    Returns:
-        A figure to save.
+    ``quantity`` is what the x axis shows; there is at least one row.
     """
     with house_style():
         height = 0.95 + 0.5 * len(strips)
@@ -220,11 +215,7 @@ def strip_chart(strips: Sequence[Strip], *, quantity: str) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> str:
-    """Write a figure as PNG and as SVG, and give back the SVG.
-
-    Args:
-        figure: what to write.
-        path: without an ending; its folder must exist.
+    """Write a figure as PNG and as SVG, at a path without an ending in a folder that exists.
 
     Returns:
         The SVG's text, the same for the same figure and name.

@@ -22,6 +22,7 @@ from mima.errors import MimaError
 from mima.evaluation.metrics import run_interval
 from mima.evaluation.records import AttackRow, ConceptRecord, Side
 from mima.evaluation.summary import over_seeds
+from mima.report import wording
 from mima.report.figures import (
     CEILING,
     INK,
@@ -40,18 +41,6 @@ from mima.report.figures import (
 from mima.report.runs import Pair, Run, Setting, load_runs, setting
 from mima.report.svg import inline
 from mima.report.verdict import verdict
-from mima.report.wording import (
-    PICTURES,
-    PREPARATIONS,
-    VARIANTS,
-    interval_words,
-    method_name,
-    number,
-    percent,
-    ratio,
-    setting_text,
-    share,
-)
 from mima.storage.atomic import reason_of
 from mima.storage.output import check_file, write_whole
 from mima.storage.plain_data import flat
@@ -221,7 +210,7 @@ class Report:
                     lines = self._lines(chosen, similarity)
                     if not lines:
                         continue
-                    method = method_name(chosen.method)
+                    method = wording.method_name(chosen.method)
                     subtitle = f"{chosen.words}, {self._seeds(chosen, similarity)}"
                     if kind != "usual":
                         subtitle = f"worst: {subtitle}"
@@ -277,7 +266,7 @@ class Report:
         groups = {self._label(run, "all attacks"): rows}
         if len(self.runs) == 1:
             for row in rows:
-                groups.setdefault(method_name(row.method), []).append(row)
+                groups.setdefault(wording.method_name(row.method), []).append(row)
             if len(groups) == 2:
                 groups.popitem()
         for label, group in groups.items():
@@ -432,7 +421,7 @@ class Report:
             return None
         return Card(
             concept=concept,
-            title=method_name(chosen.method),
+            title=wording.method_name(chosen.method),
             words=f"{chosen.words}, seed {seeds[0]}",
             gaps=gaps,
             references=references,
@@ -447,7 +436,7 @@ class Report:
                 lines = self._lines(chosen, self.primary)
                 if kind != "usual" or not lines:
                     continue
-                heading = f"{concept.name}\n{method_name(chosen.method)}"
+                heading = f"{concept.name}\n{wording.method_name(chosen.method)}"
                 panels.append((heading.replace("\n", " · "), lines))
                 columns.append((heading, self._column(concept, chosen)))
         if not panels:
@@ -547,7 +536,10 @@ class Report:
                 for run in self.runs
             ],
             "Settings": [
-                {name: setting_text(value) for name, value in flat(run.evaluation.config).items()}
+                {
+                    name: wording.setting_text(value)
+                    for name, value in flat(run.evaluation.config).items()
+                }
                 for run in self.runs
             ],
             "Versions": [run.evaluation.versions for run in self.runs],
@@ -618,12 +610,12 @@ def _render(report: Report) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {
-        "number": number,
-        "percent": percent,
-        "share": share,
-        "ratio": ratio,
-        "interval": interval_words,
-        "method": method_name,
+        "number": wording.number,
+        "percent": wording.percent,
+        "share": wording.share,
+        "ratio": wording.ratio,
+        "interval": wording.interval_words,
+        "method": wording.method_name,
     }
     colours = {name: (pair[0].lower(), pair[1]) for name, pair in _COLOURS.items()}
     style = environment.get_template("report.css").render(
@@ -641,11 +633,11 @@ def _render(report: Report) -> str:
         rows=report.rows(),
         wholeness=report.wholeness(),
         tuned=report.tuned(),
-        pictures=PICTURES,
+        pictures=wording.PICTURES,
         settings=report.settings_table(),
         left_out=report.left_out,
-        variants=VARIANTS,
-        preparations=PREPARATIONS,
+        variants=wording.VARIANTS,
+        preparations=wording.PREPARATIONS,
         mark=Markup(MARK),
         version=__version__,
         # package files, which hold nobody's input

@@ -61,13 +61,7 @@ def setting(row: AttackRow) -> Setting:
 
 
 class Run:
-    """One evaluation, read and indexed.
-
-    Args:
-        folder: where it is.
-        label: its name, unlike any other run's.
-        index: its place among the runs, which gives its colour.
-    """
+    """One evaluation, read and indexed; its place among the runs gives it its colour."""
 
     def __init__(self, folder: EvaluationFolder, label: str, index: int) -> None:
         self.folder = folder
@@ -103,20 +97,14 @@ class Run:
         return sum(values) / len(values) if values else None
 
     def pair(self, chosen: Setting, similarity: str, name: str) -> Pair:
-        """Means over seeds of what is recorded of the original and of the immunized model.
-
-        Args:
-            chosen: a setting.
-            similarity: by which model.
-            name: of the fields ``<name>_original`` and ``<name>_immunized``.
-        """
+        """Means over seeds of the fields ``<name>_original`` and ``<name>_immunized``."""
         rows = self.by_setting.get((chosen, similarity), [])
         pairs = [[getattr(row, f"{name}_{side}") for side in SIDES] for row in rows]
-        return _means([pair for pair in pairs if None not in pair])
+        return means([pair for pair in pairs if None not in pair])
 
     def last(self, chosen: Setting, similarity: str) -> Pair:
         """Means over seeds of both models' similarity at the last step."""
-        return _means([curve[max(curve)] for curve in self.curves_of(chosen, similarity)])
+        return means([curve[max(curve)] for curve in self.curves_of(chosen, similarity)])
 
     def curves_of(self, chosen: Setting, similarity: str) -> list[dict[int, tuple[float, float]]]:
         """The curves of a setting's attacks: one of each seed that has been measured."""
@@ -136,7 +124,8 @@ class Run:
         return next(found, None)
 
 
-def _means(pairs: Sequence[Sequence[float]]) -> Pair:
+def means(pairs: Sequence[Sequence[float]]) -> Pair:
+    """The mean of each side of some pairs; None without any."""
     if not pairs:
         return None, None
     original, immunized = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))

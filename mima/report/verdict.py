@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mima.evaluation.records import AttackRow, SimilaritySummary, Tally
 from mima.evaluation.summary import paired_difference, tally
-from mima.report.runs import Run, setting
+from mima.report.runs import Run, means, setting
 from mima.report.wording import interval_words, method_name, number, share
 
 THROUGH, HELD = 0.9, 0.5
@@ -181,10 +181,9 @@ def _object_sentences(run: Run) -> list[str]:
     """Whether the attacked models' pictures show what they should, where that was looked at."""
     # the first judge may read no texts
     every = (_on_targets(run, similarity) for similarity in run.evaluation.similarities)
-    pairs = next(filter(None, map(_objects, every)), [])
-    if not pairs:
+    original, immunized = means(next(filter(None, map(_objects, every)), []))
+    if original is None or immunized is None:
         return []
-    original, immunized = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
     sentence = (
         f"After the attacks an encoder names the right object in {share(immunized)} of the "
         f"immunized model's pictures, and in {share(original)} of the original's"
