@@ -46,12 +46,6 @@ def estimate(bench: Bench, worker: Worker, tasks: Sequence[Task], processes: int
 
     A step is taken to cost what one of the first attack or trial with its method on the original
     model does, in proportion to the batch.
-
-    Args:
-        bench: what is attacked.
-        worker: has the models.
-        tasks: all that is to be done.
-        processes: how many share it.
     """
     pictures = sum(map(bench.drawn, tasks))
     runs = [task for task in tasks if isinstance(task, (Attack, Trial))]

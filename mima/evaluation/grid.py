@@ -158,11 +158,7 @@ PRESETS: dict[str, GridConfig] = {
 
 
 def grid_config(preset: str, settings: Mapping[str, Any] | None = None) -> GridConfig:
-    """A preset, with some settings replaced.
-
-    Args:
-        preset: a name of `PRESETS`.
-        settings: new values by name; a part of one is named ``methods.lora.steps``.
+    """One of the `PRESETS`, some settings replaced, also a part of one, ``methods.lora.steps``.
 
     Raises:
         MimaError: no such preset, or settings that are unknown or out of range.
@@ -296,12 +292,7 @@ def attack_grid(
     else at its first value. What a concept has no material for is left out, with a warning: other
     images without held-out pictures, other prompts where the concept's prompt does not hold its
     name, whatever trains on other concepts without any, prior preservation without a class. Methods
-    that train a word call every concept by a new one.
-
-    Args:
-        config: the grid.
-        targets: concepts that were immunized against, by slug.
-        others: concepts that were not, by slug.
+    that train a word call every concept by a new one. Concepts come by their slugs.
     """
     attacks = []
     for seed in config.seeds:

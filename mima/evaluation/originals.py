@@ -25,32 +25,20 @@ CONTENT = "entry.json"
 
 
 class Originals:
-    """A folder of entries, to which several processes may add.
+    """A folder of entries about a model, by its fingerprint; several processes may add to it."""
 
-    Args:
-        folder: made where it does not exist; None keeps nothing.
-        model: a fingerprint of the original model.
-        device: what it computes on.
-    """
-
-    def __init__(self, folder: Path | None, model: str, device: str) -> None:
+    def __init__(self, folder: Path, model: str, device: str) -> None:
         self._folder = folder
         self._common = repr((model, device, sorted(installed_versions().items())))
 
-    def entry(self, *parts: object) -> Entry | None:
+    def entry(self, *parts: object) -> Entry:
         """The place of what depends on some values, which all have to say themselves in repr."""
-        if self._folder is None:
-            return None
         name = hashlib.sha256(repr((self._common, parts)).encode()).hexdigest()[:32]
         return Entry(self._folder / name)
 
 
 class Entry:
-    """One kept result: plain data, and files by name.
-
-    Args:
-        path: its folder, which exists once it is complete.
-    """
+    """One kept result, plain data and files by name; its folder exists once it is complete."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

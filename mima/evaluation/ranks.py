@@ -46,11 +46,7 @@ def join_patiently(device: str) -> Ranks:
 
 
 class SharedFolder:
-    """What the processes of one evaluation tell each other.
-
-    Args:
-        folder: of the evaluation.
-    """
+    """What the processes of one evaluation tell each other, in its folder."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / SHARED
@@ -106,14 +102,8 @@ def over_ranks(
 ) -> Iterator[tuple[Task, Result]]:
     """Run tasks in all processes; the main one gets each with its result as it learns of it.
 
-    Args:
-        ranks: the processes.
-        shared: what they tell each other.
-        bench: what is attacked.
-        worker: of this process.
-        tasks: the main process' alone count. It may append more meanwhile, which begin when
-            everything before them is done.
-        advance: called in the main process with the work of tasks that others did.
+    The main process' tasks alone count. It may append more meanwhile, which begin when everything
+    before them is done. ``advance`` is called there with the work of tasks that others did.
     """
     stage = 0
     while staged := ranks.broadcast(list(tasks)):

@@ -348,11 +348,7 @@ class CurvePoint(CsvRow):
 
 
 def measured(curve: GapCurve | None) -> dict[str, Any]:
-    """The fields of an `AttackRow` that its curve determines.
-
-    Args:
-        curve: both models along the attack; None if it ended before the first evaluated step.
-    """
+    """The fields of an `AttackRow` that its curve determines; None if nothing could be compared."""
     half = None if curve is None else curve.half_rise
     before = (curve and curve.before) or (None, None)
     return {

@@ -77,11 +77,7 @@ def summarize(
 
 
 def tally(rows: Iterable[AttackRow]) -> Tally:
-    """Count attacks on target concepts by what became of them.
-
-    Args:
-        rows: by one similarity model, those of diverged attacks among them.
-    """
+    """Count attacks on target concepts by what became of them, diverged ones among the rows."""
     mine = list(rows)
     concepts = dict.fromkeys(row.concept for row in mine)
     return Tally(
@@ -106,11 +102,7 @@ def _known_before(rows: Sequence[AttackRow]) -> bool:
 
 
 def gap_of(groups: Sequence[Sequence[AttackRow]]) -> Gap:
-    """Means over concepts, and over seeds.
-
-    Args:
-        groups: one for each concept, the rows of its attacks by one similarity model.
-    """
+    """Means over concepts, and over seeds, of groups of rows: those of each concept's attacks."""
     ratios = [row for rows in groups for row in rows if row.steps_ratio is not None]
     at_least = any(row.steps_ratio_at_least for row in ratios)
     return Gap(

@@ -261,15 +261,9 @@ def score(
     references_KD: Sequence[torch.Tensor],
     encoder: ImageEncoder,
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Similarity of each picture to its row's references.
+    """Mean similarity [P, R] of pictures, P rows of R, to the K references of their row.
 
-    Args:
-        rows: P rows of R pictures.
-        references_KD: P sets of normalised features, any number K in each.
-        encoder: what made the features.
-
-    Returns:
-        [P, R] mean similarity over the K references.
+    References are P sets of normalised features, which the encoder made.
     """
     features_BD = encoder.embed([image for row in rows for image in row])
     split = features_BD.split([len(row) for row in rows])
