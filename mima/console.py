@@ -116,11 +116,7 @@ class _Task:
 
 
 class Lines:
-    """Progress where output is no terminal: a line for each tenth of a task.
-
-    Args:
-        console: where to print.
-    """
+    """Progress where output is no terminal: a line for each tenth of a task."""
 
     FEWEST = 10
     """Tasks of fewer parts are over before their lines would tell anything."""

@@ -243,10 +243,6 @@ class Pulse:
     A collective over nccl waits for a dead process until its time is out, and gloo says that a
     connection was closed, by whom it does not say. So a thread of each process counts up at the
     store where all met, and looks whether the others do.
-
-    Args:
-        rank: this process.
-        size: how many there are.
     """
 
     def __init__(self, rank: int, size: int) -> None:

@@ -59,12 +59,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def check_choice(what: str, name: str, valid: Iterable[str]) -> None:
-    """Refuse a name that is none of those to choose from.
-
-    Args:
-        what: is chosen: ``method``.
-        name: what was said.
-        valid: the names to choose from.
+    """Refuse a name of something, ``what``, that is none of the valid ones.
 
     Raises:
         MimaError: suggests the nearest.

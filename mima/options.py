@@ -61,11 +61,7 @@ class TrainingOptions:
         )
 
     def over(self, defaults: Mapping[str, Any], family: str) -> TrainingOptions:
-        """These options, with a family's defaults where they say nothing.
-
-        Args:
-            defaults: by name, of the options that the family reads.
-            family: what the family is called.
+        """These options, with the defaults of those that a family reads where they say nothing.
 
         Raises:
             MimaError: an option is set that the family does not read.

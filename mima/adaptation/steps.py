@@ -64,10 +64,6 @@ class Average:
     trainings do not keep their start. `swap_in` puts the mean in the parameters' place; training
     goes on with the parameters themselves after `swap_out`.
 
-    Args:
-        parameters: what is trained.
-        decay: the highest decay, in (0, 1).
-
     Attributes:
         swapped_in: whether the mean is in the parameters' place.
     """

@@ -108,10 +108,7 @@ def lora_layers(module: torch.nn.Module) -> dict[str, Any]:
 def low_rank_updates(module: torch.nn.Module, adapter: str, where: str) -> dict[str, LowRank]:
     """One adapter's updates of a module that peft has put it into, by name of the weight.
 
-    Args:
-        module: a denoiser or a text encoder.
-        adapter: the name that peft knows the adapter by.
-        where: begins error messages.
+    ``adapter`` is the name that peft knows it by; ``where`` begins error messages.
 
     Returns:
         The factors that peft trains; those of convolutions as matrices.

@@ -74,10 +74,7 @@ _CUSTOM_DIFFUSION = re.compile(r"^(.*)\.processor\.(to_\w+)_custom_diffusion(\.\
 
 
 class AdapterReader:
-    """Reads adapters for one pipeline, which stays as it is.
-
-    Args:
-        pipeline: a diffusers pipeline without adapters.
+    """Reads adapters for one diffusers pipeline, which stays as it is.
 
     Raises:
         MimaError: adapters are loaded into the pipeline.
@@ -160,7 +157,9 @@ class AdapterReader:
             raise MimaError(f"adapter {path} holds no tensors by name")
         for key, value in state.items():
             learned_word = key == "string_to_param" and isinstance(value, Mapping)
-            if not isinstance(key, str) or not (learned_word or _is_plain(value)):
+            # tensors, and what trainers note beside them
+            plain = value is None or isinstance(value, (torch.Tensor, str, int, float))
+            if not isinstance(key, str) or not (learned_word or plain):
                 raise MimaError(f"adapter {path}: {quoted(key)} is no tensor by name")
         if path.suffix == ".safetensors" and is_delta(path):
             delta = read_delta(path)
@@ -382,11 +381,6 @@ def _refusal(error: Exception) -> str:
         # torch names the weights below a line that names their module alone
         return f"does not fit the model: {one_line(named[0])}"
     return f"cannot be read: {first_line(error)}"
-
-
-def _is_plain(value: object) -> bool:
-    """Whether a file of weights may hold this: tensors, and what trainers note beside them."""
-    return value is None or isinstance(value, (torch.Tensor, str, int, float))
 
 
 def _check_metadata(path: Path, state: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from mima import ops
 from mima.adapters.adapter import Adapter
 from mima.adapters.files import AdapterReader
 from mima.choices import MergeMethod
-from mima.errors import MimaError, nearest
+from mima.errors import MimaError, check_choice
 from mima.families import Family, family_of, load_pipeline, origin_of, source_of
 from mima.families.new_words import with_words
 from mima.families.pipelines import Pipeline, parameter, with_values
@@ -167,8 +167,7 @@ def merge_adapters(
     """
     if not adapters:
         raise MimaError("merge: no adapters given")
-    if method not in get_args(MergeMethod):
-        raise MimaError(f"merge: {method!r} is unknown; {nearest(method, get_args(MergeMethod))}")
+    check_choice("merge:", method, get_args(MergeMethod))
     shares = [1 / len(adapters)] * len(adapters) if weights is None else [*map(float, weights)]
     if len(shares) != len(adapters) or not all(map(math.isfinite, shares)):
         raise MimaError(

@@ -65,14 +65,7 @@ class LowerLevel(ABC):
     def losses(
         self, others: Sequence[LowerLevel], z: Sequence[Params], theta: Params, k: int
     ) -> list[torch.Tensor]:
-        """This loss and those of others that have joined, by one forward.
-
-        Args:
-            others: lower levels that ``joins`` let in.
-            z: this one's, and those of the others.
-            theta: θ.
-            k: the step.
-        """
+        """This loss and those of others that ``joins`` let in, by one forward; z in that order."""
         assert not others
         return [self.loss(z[0], theta, k)]
 
@@ -84,11 +77,7 @@ class LowerLevel(ABC):
         """
 
     def tokens(self, words: Params) -> torch.Tensor:
-        """C_n [S_n, D] as a function of the concept's new words, where it trains any.
-
-        Args:
-            words: the entries of ``change`` that θ lacks.
-        """
+        """C_n [S_n, D] as a function of new words, the entries of ``change`` that θ lacks."""
         raise NotImplementedError(f"{type(self).__name__} trains no new word")
 
     @abstractmethod

@@ -270,12 +270,9 @@ def along_path(upper: Upper, steps: int) -> Mapping[int, Sequence[Level]]:
 def _together(
     mine: Iterable[int], tasks: Sequence[LowerLevel], made: dict[int, LowerLevel]
 ) -> Iterator[dict[int, LowerLevel]]:
-    """Concepts' lower levels in turn, by their indices; together those that share their forwards.
+    """Lower levels of concepts in turn, by their indices; together those that share forwards.
 
-    Args:
-        mine: the concepts.
-        tasks: where lower levels are made.
-        made: those that are made already.
+    ``tasks`` makes them, but for those that are ``made`` already.
     """
     group: dict[int, LowerLevel] = {}
     for n in mine:

@@ -187,14 +187,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 
 def check_pictures(pictures: Iterable[Picture]) -> list[str]:
-    """Decode every picture once and say what is wrong with each that fails.
-
-    Args:
-        pictures: any number; those in memory are converted too.
-
-    Returns:
-        One line for each bad picture, empty if all are good.
-    """
+    """Decode every picture once, those in memory too: a line for each that fails, and why."""
     problems: list[str] = []
     for picture in pictures:
         if picture._checked:
@@ -275,11 +268,7 @@ def read_folder(folder: Path, prompt: str = "") -> tuple[Picture, ...]:
 
 
 def read_captions(folder: Path, metadata: Path) -> tuple[Picture, ...]:
-    """Pair the pictures of a folder with the rows of a metadata file.
-
-    Args:
-        folder: what file names in the metadata are relative to.
-        metadata: a `.csv` or `.jsonl` file.
+    """Pair the pictures of a folder with the rows of a `.csv` or `.jsonl` file, which name them.
 
     Returns:
         One picture for each row, in the order of the rows.

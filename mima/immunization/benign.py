@@ -37,13 +37,7 @@ if TYPE_CHECKING:
 
 
 class BenignTerms:
-    """The benign terms of a run.
-
-    Args:
-        problem: the run; its ``benign`` are the concepts.
-        config: the settings.
-        before: θ before immunization, all of it.
-    """
+    """The benign terms of a run on its ``benign`` concepts; ``before`` is θ before immunization."""
 
     def __init__(self, problem: Problem, config: BenignConfig, before: Params) -> None:
         self._problem = problem

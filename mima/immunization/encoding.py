@@ -98,7 +98,8 @@ def _encode_concept(
         if concept.class_images:
             class_images = encode(family, concept.class_images)
         else:
-            class_images = _generate_class_images(family, concept, config, drawer)
+            prompts, generator = _class_prompts(concept, config)
+            class_images = Encoded.of(family, drawer.latents(prompts, generator), prompts)
     images = encode(family, concept.images)
     captioned: dict[str, Encoded] = {
         kind: Encoded.of(family, images.latents, captions_of(concept, kind))
@@ -156,8 +157,8 @@ def saw(
 
     The levels are ``lower``, ``upper`` and, where one of them has class pictures, ``prior``: those
     that a concept brings, or the prompts of those that are drawn; and ``benign``, the concepts that
-    are to stay learnable. Lower and upper level split the
-    concepts' pictures anew in every outer step, so that both see all of them.
+    are to stay learnable. Lower and upper level split the concepts' pictures anew in every outer
+    step, so that both see all of them.
     """
     if config.method == "none":
         return {}
@@ -188,13 +189,6 @@ def _seen(names: Sequence[str], pictures: Sequence[Picture]) -> dict[str, list[s
         "pictures": list(dict.fromkeys(map(digest, pictures))),
         "prompts": list(dict.fromkeys(picture.prompt for picture in pictures)),
     }
-
-
-def _generate_class_images(
-    family: Family, concept: Concept, config: ImmunizeConfig, drawer: ClassPictures
-) -> Encoded:
-    prompts, generator = _class_prompts(concept, config)
-    return Encoded.of(family, drawer.latents(prompts, generator), prompts)
 
 
 def _class_prompts(concept: Concept, config: ImmunizeConfig) -> tuple[list[str], torch.Generator]:

@@ -385,15 +385,12 @@ class Problem:
                     summands.append(share * hinge(one))
             elif name.kind == "concept":
                 if objective == "pair":
-                    one = replace(one, pair=seen[name._replace(kind="pair")], beta=self._beta)
+                    beta = config.pair_beta or APDM_BETA
+                    one = replace(one, pair=seen[name._replace(kind="pair")], beta=beta)
                 elif objective == "entropy":
                     one = replace(one, blind=blind_prediction(self.family, batch))
                 summands.append(share * PENALTIES[objective](one))
         return torch.stack(summands).sum() if summands else pairs[0][0].new_zeros(()), told
-
-    @property
-    def _beta(self) -> float:
-        return self.config.upper.pair_beta or APDM_BETA
 
     def lower_levels(self, step: int, alive: Mapping[int, Alive] = NOBODY) -> Sequence[LowerLevel]:
         """The lower level of each of the step's concepts, drawn when asked for and not kept.

@@ -52,7 +52,7 @@ def out_of_memory_while(
         folder: whose disk takes the file, where there is such a folder; by default that of
             temporary files.
     """
-    moved = [module for module in modules if _num_bytes(module) >= frozen.LARGE]
+    moved = [m for m in modules if sum(map(frozen.stored_bytes, m.parameters())) >= frozen.LARGE]
     # safetensors stores no quantized tensor
     moved = [m for m in moved if not any(map(frozen.is_quantized, map(_stored, m.parameters())))]
     devices = [next(module.parameters()).device for module in moved]
@@ -81,10 +81,6 @@ def _spill(module: torch.nn.Module, folder: Path | None) -> None:
         return
     for name, value in parameters.items():
         _set(value, mapped[name])
-
-
-def _num_bytes(module: torch.nn.Module) -> int:
-    return sum(map(frozen.stored_bytes, module.parameters()))
 
 
 def _stored(parameter: torch.Tensor) -> torch.Tensor:

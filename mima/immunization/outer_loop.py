@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
@@ -134,12 +133,7 @@ class Ascent:
         self._clock = time.perf_counter()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         # processes that write together are interrupted at different places
         together = self._problem.family.sharded is not None
         if kind is None or (issubclass(kind, KeyboardInterrupt) and not together):

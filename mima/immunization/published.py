@@ -70,14 +70,10 @@ def plan(
     step: int,
     weights: torch.Tensor,
 ) -> MergePlan:
-    """The plan of one merge, with captions drawn for it.
+    """The plan of one merge, with captions drawn for the outer step that it is of.
 
-    Args:
-        family: the model.
-        C: what ``concept_tokens`` returned.
-        config: says how many captions, and where they are.
-        step: the outer step.
-        weights: [N] shares, which a hard constraint does not read.
+    ``C`` are the ``concept_tokens``, ``weights`` [N] the shares, which a hard constraint does not
+    read.
 
     Raises:
         ValueError: as ``MergePlan.from_embeddings``.

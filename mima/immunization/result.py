@@ -21,10 +21,9 @@ MIMA_PAPER = "[MIMA](https://arxiv.org/abs/2412.15320)"
 class ImmunizeResult(Released):
     """An immunized model and how it came about.
 
-    Beside the model, ``save_pretrained`` writes ``mima.json`` (settings, concepts and
-    what each level saw) and
-    ``metrics.jsonl`` (one report per step, without time and memory, so that the same run writes
-    the same bytes).
+    Beside the model, ``save_pretrained`` writes ``mima.json`` (settings, concepts and what each
+    level saw) and ``metrics.jsonl`` (one report per step, without time and memory, so that the same
+    run writes the same bytes).
 
     Attributes:
         pipeline: an ordinary diffusers pipeline.

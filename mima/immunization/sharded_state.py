@@ -28,11 +28,6 @@ class ShardedState:
     A checkpoint is in the form of ``torch.distributed.checkpoint``: a file for each process, on a
     disk that all see. Any number of processes can read it, with any number of shards; one that a
     single process wrote can be read in shards, too.
-
-    Args:
-        folder: the run's checkpoints.
-        denoiser: what is held in shards.
-        ranks: all processes, and who has which rows.
     """
 
     def __init__(self, folder: CheckpointFolder, denoiser: ShardedDenoiser, ranks: Ranks) -> None:

@@ -44,13 +44,7 @@ class TrainedWord(Word):
         )
 
     def read(self, family: Family, rows: Sequence[int], embedding: torch.Tensor) -> Conditioning:
-        """Some of ``prompts`` as the denoiser reads them, B rows, differentiable in ``embedding``.
-
-        Args:
-            family: the model.
-            rows: B indices into ``prompts``.
-            embedding: [D].
-        """
+        """The conditioning of B ``prompts``, by their rows; differentiable in ``embedding`` [D]."""
         return self.encode(family, [self.prompts[row] for row in rows], embedding)
 
     def tokens(self, family: Family, embedding: torch.Tensor) -> torch.Tensor:

@@ -143,12 +143,9 @@ def fresh_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def slug(text: str, *, longest: int = 80, default: str = "picture") -> str:
-    """A file name from words: letters and digits of any script, and dashes.
+    """A file name of at most so many bytes from words: letters and digits of any script, dashes.
 
-    Args:
-        text: the words.
-        longest: bytes that the name may have.
-        default: the name where nothing is left.
+    Where nothing is left of the words, it is the default.
     """
     name = re.sub(r"[^\w]+", "-", text.strip().lower()).strip("-")
     # a character cut in half is left out

@@ -26,10 +26,7 @@ def save_tensors(
 ) -> None:
     """Write a safetensors file whose bytes depend on its contents alone.
 
-    Args:
-        path: the file.
-        tensors: by name, on any device.
-        metadata: texts by name, for the file's header.
+    Tensors may be on any device; the metadata are texts for the file's header.
     """
     stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     save_file(stored, path, None if metadata is None else dict(metadata))

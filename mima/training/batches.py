@@ -197,15 +197,9 @@ class Batch:
 def predictions(
     family: Family, batches: Sequence[Batch], params: Params | None = None
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Prediction and target [B, C, H, W] of each batch, all from one forward.
+    """Prediction and target [B, C, H, W] of each batch, in float32 at least, all from one forward.
 
-    Args:
-        family: the model.
-        batches: of any sizes.
-        params: denoiser parameters that replace its own, differentiable.
-
-    Returns:
-        A pair for each batch, in float32 at least.
+    Batches may differ in size. ``params`` replace the denoiser's own, and are differentiable.
     """
     prediction, target = prediction_and_target(
         family,

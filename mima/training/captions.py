@@ -38,9 +38,7 @@ def divided(captions: Sequence[str]) -> tuple[list[str], list[str]]:
     """Captions to draw class pictures from, and those that are left for measuring benign quality.
 
     Every fourth caption is left; fewer than four are not divided, and both parts are all of them.
-
-    Args:
-        captions: repeated ones count once.
+    Repeated ones count once.
     """
     distinct = list(dict.fromkeys(captions))
     measured = distinct[MEASURED_EVERY - 1 :: MEASURED_EVERY]
