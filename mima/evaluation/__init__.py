@@ -15,7 +15,6 @@ from mima.evaluation.encoders import (
 from mima.evaluation.grid import PRESETS, GridConfig
 from mima.evaluation.metrics import (
     GapCurve,
-    GapSummary,
     HalfRise,
     mrsgr,
     msgr,
@@ -37,7 +36,6 @@ __all__ = [
     "Evaluation",
     "EvaluationFolder",
     "GapCurve",
-    "GapSummary",
     "GridConfig",
     "HalfRise",
     "ImageEncoder",

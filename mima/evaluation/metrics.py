@@ -319,42 +319,8 @@ class GapCurve:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class GapSummary:
-    """The headline numbers over the target concepts and those that must stay learnable.
-
-    Attributes:
-        targets: curves of the concepts that were immunized against, at least one.
-        others: curves of concepts that were not.
-    """
-
-    targets: tuple[GapCurve, ...]
-    others: tuple[GapCurve, ...] = ()
-
-    @property
-    def msgr(self) -> float:
-        """MSGR, each concept's SGR being its mean over steps."""
-        return msgr([curve.mean for curve in self.targets])
-
-    @property
-    def worst_sgr(self) -> float:
-        """The lowest of the target concepts' mean SGR: a mean hides a concept that came back."""
-        return min(curve.mean for curve in self.targets)
-
-    @property
-    def final_msgr(self) -> float:
-        """MSGR at the last step."""
-        return msgr([curve.final for curve in self.targets])
-
-    @property
-    def mrsgr(self) -> float | None:
-        """MRSGR of targets against the other concepts; None without any."""
-        if not self.others:
-            return None
-        return mrsgr([curve.mean for curve in self.targets], [curve.mean for curve in self.others])
-
-
 IntervalKind = Literal["t", "range"]
+CONFIDENCE = 0.95
 FEW = 5
 """Fewer runs than this have a range, for an interval of confidence would be wider than what it is
 to tell apart, or claim more than it holds."""
@@ -392,26 +358,14 @@ def run_interval(values: Sequence[float]) -> tuple[float, float, IntervalKind]:
 
 
 @lru_cache
-def t_quantile(freedom: int, confidence: float = 0.95) -> float:
-    """The t for which a Student's t variable lies in (−t, t) with some probability.
-
-    Args:
-        freedom: degrees of freedom, at least 1.
-        confidence: that probability, in (0, 1).
-
-    Raises:
-        ValueError: out of these ranges.
-    """
-    if freedom < 1 or not 0 < confidence < 1:
-        raise ValueError(
-            f"t_quantile: needs freedom >= 1 and 0 < confidence < 1, got {freedom}, {confidence}"
-        )
+def t_quantile(freedom: int) -> float:
+    """The t for which 95 % of a Student's t of at least one degree of freedom lie in (−t, t)."""
     low, high = 0.0, 1.0
-    while _t_within(high, freedom) < confidence:
+    while _t_within(high, freedom) < CONFIDENCE:
         low, high = high, 2 * high
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _t_within(middle, freedom) < confidence else (low, middle)
+        low, high = (middle, high) if _t_within(middle, freedom) < CONFIDENCE else (low, middle)
     return high
 
 
