@@ -16,7 +16,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 from urllib.error import URLError
 
 import numpy as np
@@ -160,11 +160,7 @@ class Preprocessor:
 
 
 class PublishedPreprocessor:
-    """What IMMA's evaluation script does to pictures before CLIP and DINO; see the module.
-
-    Args:
-        side: of the square pictures that the model reads, in pixels.
-    """
+    """What IMMA's evaluation script does to pictures before CLIP and DINO; see the module."""
 
     def __init__(self, side: int) -> None:
         self.side = side
@@ -227,10 +223,7 @@ class _Encoder:
 class DiscriminantEncoder(_Encoder):
     """The embedded judge of counted features; see `mima.evaluation.discriminants`.
 
-    Args:
-        folder: holds ``judge.safetensors``, as `fit_judge.py` writes.
-        device: where it runs.
-        batch_size: pictures at a time.
+    The folder holds ``judge.safetensors``, as `fit_judge.py` writes.
 
     Raises:
         MimaError: no such file, or a damaged one.
@@ -260,39 +253,47 @@ def _judged(images: Sequence[Image.Image]) -> torch.Tensor:
 
 
 class _TransformersEncoder(_Encoder):
-    """An encoder with a network of transformers, which stands still."""
-
-    def __init__(
-        self, model: Any, preprocess: Preprocessor | PublishedPreprocessor, **settings: Any
-    ) -> None:
-        super().__init__(preprocess, **settings)
-        self.model = model.to(self.device).eval().requires_grad_(False)
-
-
-class ClipEncoder(_TransformersEncoder):
-    """CLIP through transformers: `get_image_features` and `get_text_features`, normalised.
+    """An encoder with a network of transformers.
 
     Args:
-        model: hub id or folder of a CLIPModel with tokenizer and preprocessor.
+        model: hub id or folder of the network and its preprocessor; by default the published one.
         device: where it runs.
         batch_size: images per forward pass.
         protocol: how pictures are prepared; see the module.
     """
 
+    published: ClassVar[str]
+
     def __init__(
         self,
-        model: str | Path = CLIP_DEFAULT,
+        model: str | Path | None = None,
         *,
         device: str | torch.device = "cpu",
         batch_size: int = 64,
         protocol: PictureProtocol = "standard",
     ) -> None:
-        source = str(model)
-        clip, settings = _open(source, CLIPModel, {})
-        preprocess = _preprocessor(source, protocol, settings, clip.config.vision_config.image_size)
-        super().__init__(clip, preprocess, name=source, device=device, batch_size=batch_size)
+        source = str(model or self.published)
+        network, settings = self._open(source)
+        config = getattr(network.config, "vision_config", network.config)
+        preprocess = _preprocessor(source, protocol, settings, config.image_size)
+        super().__init__(preprocess, name=source, device=device, batch_size=batch_size)
+        self.model = network.to(device).eval().requires_grad_(False)
+
+    def _open(self, source: str) -> tuple[Any, dict[str, Any]]:
+        """The network, in float32, and the settings of its image processor."""
+        raise NotImplementedError
+
+
+class ClipEncoder(_TransformersEncoder):
+    """CLIP through transformers: `get_image_features` and `get_text_features`, normalised."""
+
+    published = CLIP_DEFAULT
+
+    def _open(self, source: str) -> tuple[Any, dict[str, Any]]:
+        opened = _open(source, CLIPModel)
         with _opening(source):
             self.tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return opened
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         return _unit(_pooled(self.model.get_image_features(pixel_values=pixels)))
@@ -322,29 +323,14 @@ class ClipEncoder(_TransformersEncoder):
 
 
 class DinoEncoder(_TransformersEncoder):
-    """DINO or DINOv2 through transformers: the last layer's class token, normalised.
+    """DINO or DINOv2 through transformers: the last layer's class token, normalised."""
 
-    Args:
-        model: hub id or folder of a ViTModel or Dinov2Model with its preprocessor.
-        device: where it runs.
-        batch_size: images per forward pass.
-        protocol: how pictures are prepared; see the module.
-    """
+    published = DINO_DEFAULT
 
-    def __init__(
-        self,
-        model: str | Path = DINO_DEFAULT,
-        *,
-        device: str | torch.device = "cpu",
-        batch_size: int = 64,
-        protocol: PictureProtocol = "standard",
-    ) -> None:
-        source = str(model)
+    def _open(self, source: str) -> tuple[Any, dict[str, Any]]:
         # a ViTModel's pooling layer is random in DINO checkpoints and not used
         pooling = {"add_pooling_layer": False} if _model_type(source) == "vit" else {}
-        dino, settings = _open(source, AutoModel, pooling)
-        preprocess = _preprocessor(source, protocol, settings, dino.config.image_size)
-        super().__init__(dino, preprocess, name=source, device=device, batch_size=batch_size)
+        return _open(source, AutoModel, **pooling)
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         return _unit(self.model(pixel_values=pixels).last_hidden_state[:, 0])
@@ -571,8 +557,7 @@ def _model_type(source: str) -> str:
         return str(AutoConfig.from_pretrained(source, trust_remote_code=False).model_type)
 
 
-def _open(source: str, kind: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The model, in float32, and the settings of its image processor."""
+def _open(source: str, kind: Any, **keywords: Any) -> tuple[Any, dict[str, Any]]:
     with _opening(source):
         model = kind.from_pretrained(source, dtype=torch.float32, **keywords)
         settings, _ = BaseImageProcessor.get_image_processor_dict(source)

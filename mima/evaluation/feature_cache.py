@@ -26,13 +26,8 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 class CachedSimilarity:
     """A similarity model that remembers every picture, or pair of pictures, it has seen.
 
-    Several processes may share one file.
-
-    Args:
-        model: an encoder, whose features are kept, or a pairwise similarity, whose values are.
-        name: what tables call it.
-        protocol: how it prepares pictures.
-        path: the file; None keeps nothing beyond this object.
+    Kept are the features of an encoder, or the values of a pairwise similarity, in a file that
+    several processes may share; without a path, in this object alone.
     """
 
     def __init__(

@@ -46,11 +46,7 @@ class Entry:
     def read(self, files: Mapping[str, Path]) -> dict[str, Any] | None:
         """Copy the files of a complete entry to their places, and give back its data.
 
-        Args:
-            files: places by name; those that were not kept are left alone.
-
-        Returns:
-            None if there is no such entry yet.
+        Files that were not kept are left alone. None if there is no such entry yet.
 
         Raises:
             MimaError: it is damaged.

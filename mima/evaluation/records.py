@@ -420,9 +420,6 @@ class EvaluationFolder:
     Files are replaced whole, never changed in place, and ``curves.csv`` before ``attacks.csv``: an
     attack counts as done once it has rows there.
 
-    Args:
-        path: the folder.
-
     Example:
         >>> folder = EvaluationFolder("results")
         >>> folder.evaluation().summary["clip"].worst_attack.sgr

@@ -120,14 +120,9 @@ def gap_of(groups: Sequence[Sequence[AttackRow]]) -> Gap:
 
 
 def over_seeds(groups: Iterable[Sequence[AttackRow]], name: str) -> Interval:
-    """Mean of one field of the rows, and its interval over seeds.
+    """Mean of one field of the rows, which come by concept, and its interval over seeds.
 
-    Args:
-        groups: one for each concept, its rows. Concepts without any value are left out.
-        name: a field with numbers or None.
-
-    Returns:
-        Without ends where no seed has a value of every concept.
+    Concepts without any value are left out; there are no ends where no seed has one of the others.
     """
     by_seed = [found for rows in groups if (found := _by_seed(rows, name))]
     if not by_seed:
