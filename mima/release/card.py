@@ -84,7 +84,8 @@ def model_card(
     if metrics:
         rows = [f"| {as_text(name)} | {value:.4g} |" for name, value in metrics.items()]
         parts += ["## Measurements", "\n".join(["| | |", "|---|---|", *rows])]
-    parts += ["## How it was made", _fenced(_yaml(facts.settings), "yaml")]
+    settings = yaml.safe_dump(dict(facts.settings), sort_keys=False, allow_unicode=True)
+    parts += ["## How it was made", _fenced(settings.strip(), "yaml")]
     if sums:
         lines = "\n".join(f"{digest}  {name}" for name, digest in sums.items())
         parts += ["SHA-256, as `sha256sum --check` reads it:", _fenced(lines, "text")]
@@ -124,10 +125,6 @@ def _usage(base: str | None, opened_with: Mapping[str, str], delta: bool) -> str
         "`mima.load_delta` and `mima apply` put them in place; so does\n\n"
         + _fenced("\n".join(lines), "python")
     )
-
-
-def _yaml(settings: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True).strip()
 
 
 def _fenced(text: str, language: str) -> str:

@@ -154,6 +154,7 @@ class Released(ABC):
         delta: bool = False,
         metrics: Mapping[str, float] | None = None,
         license: str | None = None,
+        sums: Mapping[str, str] | None = None,
     ) -> ModelCard:
         """The model card, as ``huggingface_hub`` reads and writes it.
 
@@ -162,18 +163,10 @@ class Released(ABC):
             metrics: measured values by name, for a table; further to those of the run.
             license: the hub's identifier of the licence, such as ``"openrail"``. Without one the
                 card says that the base model's applies.
+            sums: SHA-256 of the files with weights, by their name in the folder.
         """
-        return self._card(delta, metrics, license, {})
-
-    def _card(
-        self,
-        delta: bool,
-        metrics: Mapping[str, float] | None,
-        license: str | None,
-        sums: Mapping[str, str],
-    ) -> ModelCard:
         facts = self._facts()
-        return model_card(facts, {**facts.metrics, **(metrics or {})}, license, delta, sums)
+        return model_card(facts, {**facts.metrics, **(metrics or {})}, license, delta, sums or {})
 
     def save_pretrained(
         self,
@@ -201,7 +194,7 @@ class Released(ABC):
         self._write_records(folder)
         weights = sorted(folder.rglob("*.safetensors"))
         sums = {file.relative_to(folder).as_posix(): sha256_of(file) for file in weights}
-        card = self._card(delta, metrics, license, sums)
+        card = self.card(delta=delta, metrics=metrics, license=license, sums=sums)
         (folder / CARD_FILE).write_text(str(card), encoding="utf-8")
 
     def push_to_hub(
