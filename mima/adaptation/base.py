@@ -148,10 +148,10 @@ class Injection:
     """Write the trained part to a folder, in the format that diffusers reads."""
     encode_prompts: Callable[[Family, Sequence[str]], Conditioning] | None = None
     """Text encoding with a graph, for methods that train tokens; None if text is frozen."""
-    before_step: Callable[[int], None] | None = None
+    before_step: Callable[[int], None] = lambda done: None
     """Called before each optimiser step, with the number of steps done; it may set gradients to
     None, and the step leaves their parameters as they are."""
-    after_step: Callable[[], None] | None = None
+    after_step: Callable[[], None] = lambda: None
     """Called after each optimiser step."""
 
 
@@ -338,8 +338,7 @@ class Run:
             parameter.copy_(kept.tensors[f"parameter.{n}"])
         if self._average is not None:
             self._average.swap_in()
-        if self._injection.after_step is not None:
-            self._injection.after_step()
+        self._injection.after_step()
         self._generator.set_state(kept.tensors["generator"])
         moments: dict[int, dict[str, Any]] = {}
         for name, value in (kept.tensors | kept.state["numbers"]).items():
@@ -400,8 +399,7 @@ class Run:
         period = settings.restart_every or settings.steps
         if settings.restart_every is not None and self.step and self.step % period == 0:
             self._optimizers = self._new_optimizers()
-        if self._injection.before_step is not None:
-            self._injection.before_step(self.step)
+        self._injection.before_step(self.step)
         done = self.step % period if settings.restart_every is not None else self.step
         rate = settings.learning_rate * rate_factor(settings.schedule, done, period)
         for optimizer in self._optimizers:
@@ -417,8 +415,7 @@ class Run:
             optimizer.zero_grad(set_to_none=True)
         if self._average is not None:
             self._average.update()
-        if self._injection.after_step is not None:
-            self._injection.after_step()
+        self._injection.after_step()
         self.step += 1
         self.losses.append(loss)
         if not math.isfinite(loss):
@@ -439,8 +436,7 @@ class Run:
                 yield
             finally:
                 self._average.swap_in()
-                if self._injection.after_step is not None:
-                    self._injection.after_step()
+                self._injection.after_step()
 
     @contextlib.contextmanager
     def _offloaded(self) -> Iterator[None]:
