@@ -51,10 +51,14 @@ def show_error(message: str) -> None:
     stderr().print(Text("error: ", style="bold red") + Text(message, style="red"))
 
 
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+def _say(message: str, style: str) -> None:
     from rich.text import Text
 
-    stderr().print(Text(f"warning: {message}", style="yellow"))
+    stderr().print(Text(message, style=style))
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    _say(f"warning: {message}", "yellow")
 
 
 class _OneLine(logging.Handler):
@@ -62,13 +66,10 @@ class _OneLine(logging.Handler):
         return record.levelno >= logging.WARNING or record.name in LONG_WAITS
 
     def emit(self, record: logging.LogRecord) -> None:
-        from rich.text import Text
-
         if record.levelno < logging.WARNING:
-            stderr().print(Text(record.getMessage(), style="dim"))
+            _say(record.getMessage(), "dim")
         else:
-            level = record.levelname.lower()
-            stderr().print(Text(f"{level}: {record.getMessage()}", style="yellow"))
+            _say(f"{record.levelname.lower()}: {record.getMessage()}", "yellow")
 
 
 def yield_cores() -> None:
