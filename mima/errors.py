@@ -70,11 +70,7 @@ def check_choice(what: str, name: str, valid: Iterable[str]) -> None:
 
 
 def check_settings(settings: object, checks: Mapping[str, tuple[bool, str]]) -> None:
-    """Refuse the first setting that is out of its range.
-
-    Args:
-        settings: whose attributes are judged.
-        checks: by name, whether the value is good, and what was wanted of it.
+    """Refuse the first setting that is out of its range; checks say if it is good, and the range.
 
     Raises:
         MimaError: names the settings' class, the setting, what was wanted and the value.

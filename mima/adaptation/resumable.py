@@ -47,16 +47,9 @@ def learn(
     CPU the result is the same bit by bit; with dropout, which draws from torch's own random state,
     up to its draws. Ctrl-C is put off until the step is done.
 
-    Args:
-        learner: one run or several, started and not trained, with the same `steps`.
-        folder: for the checkpoints, and for the pictures in ``samples/<step>/``, of several runs in
-            a folder for each.
-        checkpoint_every: steps between checkpoints, at least 1.
-        sample_every: steps between pictures, one for each of at most two prompts of the concept's
-            pictures; the last step has some too. 0 draws none.
-        sampler: how to draw.
-        on_step: called after each step.
-        on_pictures: called with the step and the folder of pictures that were just drawn.
+    Several runs have the same `steps`. The folder takes the checkpoints, and in ``samples/<step>/``
+    the pictures, of several runs in a folder for each: one picture for each of at most two prompts
+    of the concept's pictures, at the last step, too; with ``sample_every`` 0, none.
 
     Raises:
         MimaError: more steps are done already; or the disk is full.

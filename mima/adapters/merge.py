@@ -224,10 +224,7 @@ def merge_adapters(
 def apply(pipeline: Pipeline, adapters: Sequence[Adapter], weights: Sequence[float] = ()) -> Any:
     """A pipeline with adapters in its weights: ``W0 + Σ_n w_n (W_n − W0)``, and with their words.
 
-    Args:
-        pipeline: the model under the adapters, which stays as it is.
-        adapters: N adapters.
-        weights: N numbers; default 1/N each.
+    The given pipeline stays as it is. The weights are N numbers, by default 1/N each.
 
     Raises:
         MimaError: two adapters bring the same word with different meanings.

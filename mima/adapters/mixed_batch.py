@@ -38,12 +38,8 @@ class Rows:
     ) -> torch.Tensor:
         """Return the place of each row's adapter among a layer's factors: [num_rows] int64.
 
-        Args:
-            places: of each adapter among the layer's factors, −1 where it leaves the layer alone;
-                and −1 at the end, for pictures without an adapter.
-            num_factors: of the layer.
-            num_rows: a multiple of the pictures; under guidance the batch of pictures comes twice.
-            device: of the result.
+        ``places`` are those of all adapters, −1 where one leaves the layer alone, and −1 at the
+        end, for pictures without any. Rows are a multiple of pictures: guidance doubles the batch.
         """
         key = places, num_rows, device
         if key not in self._indices:

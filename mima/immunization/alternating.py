@@ -78,13 +78,8 @@ def merge_step(
 ) -> tuple[OuterGradient, Tensors]:
     """The even step: merged keys and values, and the mean gradient of everything else.
 
-    Args:
-        theta: θ by name.
-        tasks: the lower level of each concept; the gradient of its first batch is used.
-        merge: the merge layer.
-        names: what the concepts' losses are called in reports.
-        lr: step size of the keys and values.
-        ranks: the processes that share the concepts out.
+    Of each concept's lower level, the gradient of the first batch is used, with the step size lr
+    for keys and values. Reports call the concepts' losses by the names.
 
     Returns:
         The mean gradient of what is not merged, with the lower losses, the drift and the

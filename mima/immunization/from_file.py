@@ -68,11 +68,7 @@ def parse_run(
 ) -> ImmunizeRun:
     """A run from plain data, a recipe's and a task's settings beneath its own.
 
-    Args:
-        raw: what a file says.
-        source: what errors call it.
-        recipe: takes the place of the one that ``raw`` names.
-        task: see ``mima.immunization.recipes.TASKS``.
+    The recipe takes the place of one that the data name; errors call them ``source``.
 
     Raises:
         MimaError: as ``load_config``.

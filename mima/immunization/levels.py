@@ -204,10 +204,7 @@ class Problem:
     ) -> dict[int, Alive]:
         """The attackers that are alive after an outer step, by concept.
 
-        Args:
-            step: the outer step.
-            alive: those that were alive before.
-            ends: where those of this step that go on have stopped, by their places in the step.
+        ``ends`` is where those of this step that go on have stopped, by their places in the step.
         """
         chosen = self.concepts(step, alive)
         others = {n: attacker for n, attacker in alive.items() if n not in chosen}
@@ -252,13 +249,8 @@ class Problem:
     ) -> FullWeights | LoraFactors:
         """Steps of who attacks, or means no harm, on the weights, their batches drawn.
 
-        Args:
-            attacker: what it has drawn.
-            pictures: what it learns from.
-            among: the indices of those that it sees.
-            steps: how many steps.
-            draws: of batches, and of LoRA's factors.
-            n: the concept whose class pictures and new word belong to the pictures; None for none.
+        It sees the pictures at the indices ``among``. ``draws`` are of batches and LoRA's factors.
+        n is the concept whose class pictures and new word belong to the pictures; None for none.
         """
         config, theta = attacker.config, self.theta()
         draw = partial(Batch.draw, self.family, size=config.batch_size, generator=draws)
@@ -312,11 +304,7 @@ class Problem:
     ) -> Level:
         """Some concepts' part of the upper level, −L(x_u, c; φ) + w · L(class; φ) for each.
 
-        Args:
-            concepts: their indices.
-            step: the outer step.
-            state: of the attacks' paths, each with pictures of its own; None for the last.
-            alive: the attackers that live on from earlier steps, by concept.
+        A state of the attacks' paths has pictures of its own; None is the last one.
         """
         config, last = self.config.upper, self.states[-1]
         k = last if state is None else state
@@ -393,12 +381,7 @@ class Problem:
         return torch.stack(summands).sum() if summands else pairs[0][0].new_zeros(()), told
 
     def lower_levels(self, step: int, alive: Mapping[int, Alive] = NOBODY) -> Sequence[LowerLevel]:
-        """The lower level of each of the step's concepts, drawn when asked for and not kept.
-
-        Args:
-            step: the outer step.
-            alive: the attackers that live on from earlier steps, by concept.
-        """
+        """The lower level of each of the step's concepts, drawn when asked for and not kept."""
         chosen = self.concepts(step, alive)
         return _Drawn(lambda i: self.lower_level(chosen[i], step, alive), len(chosen))
 
@@ -433,11 +416,7 @@ class Problem:
     ) -> OuterGradient:
         """dJ/dθ on S_u, merged or, where the run has no merge, for each concept by itself.
 
-        Args:
-            theta: θ.
-            lower: the lower levels of the step.
-            upper: its upper level.
-            moved: φ − θ along the path of the attack that serves again; None simulates one.
+        ``moved`` is φ − θ along the path of the attack that serves again; None simulates one.
         """
         with self._fused:
             return self._hypergradient(theta, lower, upper, moved)
@@ -498,13 +477,9 @@ class Problem:
 
 
 class _AttackLoss(SharedLoss):
-    """The losses of an attack's K steps.
+    """The losses of an attack's K steps: of each step's batch and, if any, that of class pictures.
 
-    Args:
-        problem: whose network learns.
-        batches: each step's; a second one is of class pictures.
-        prior_weight: what the loss on class pictures counts.
-        n: the concept whose new word, where there are such, the first batches read; None for none.
+    n is the concept whose new word, where there are such, the first batches read; None for none.
     """
 
     def __init__(

@@ -23,12 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def idle_modules(pipeline: Pipeline, *, reads_text: bool) -> list[torch.nn.Module]:
-    """The networks of a pipeline that the outer steps do not read: the VAE, and text encoders.
-
-    Args:
-        pipeline: a diffusers pipeline.
-        reads_text: whether text is encoded in the steps, as trained new words are.
-    """
+    """The networks that the outer steps do not read: the VAE and, unless they do, text encoders."""
     denoiser = family_of(pipeline).denoiser
     return [
         module
@@ -45,12 +40,8 @@ def out_of_memory_while(
 ) -> Iterator[None]:
     """Move networks from a GPU to the CPU's memory, or from there to a file that is mapped.
 
-    They go on working where they are; afterwards they are back. Small ones stay.
-
-    Args:
-        modules: the networks.
-        folder: whose disk takes the file, where there is such a folder; by default that of
-            temporary files.
+    They go on working where they are; afterwards they are back. Small ones stay. The file is on the
+    folder's disk, where there is such a folder; by default on that of temporary files.
     """
     moved = [m for m in modules if sum(map(frozen.stored_bytes, m.parameters())) >= frozen.LARGE]
     # safetensors stores no quantized tensor
@@ -164,11 +155,9 @@ def step_offloaded(
     optimizer: torch.optim.Optimizer,
     gradients: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
 ) -> None:
-    """A step of an optimizer whose state stays elsewhere, one parameter at a time.
+    """A step of an optimizer whose state stays on the CPU, one parameter at a time.
 
-    Args:
-        optimizer: its state of a parameter is on the CPU, or not there yet.
-        gradients: by name, a parameter and its gradient on the device.
+    Gradients are given by name: each parameter and its gradient, both on the device.
     """
     for parameter, gradient in gradients.values():
         state = optimizer.state[parameter]

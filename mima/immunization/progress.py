@@ -156,11 +156,9 @@ def write_metrics(path: Path, history: Sequence[StepReport]) -> None:
 
 
 class MetricsFile:
-    """A callback that appends each report to a JSON Lines file.
+    """A callback that appends each report to a JSON Lines file, made when the first comes.
 
-    Args:
-        path: the file; its folder is made when the first report comes.
-        history: reports of the steps before, with which the file starts.
+    The file starts with the reports of the steps before, the history.
     """
 
     def __init__(self, path: str | Path, history: Sequence[StepReport] = ()) -> None:
@@ -228,12 +226,7 @@ class Tracker:
 def open_trackers(
     names: Sequence[str], folder: Path | None, config: Mapping[str, Any]
 ) -> list[Tracker]:
-    """Trackers by the names that accelerate knows them by.
-
-    Args:
-        names: ``tensorboard``, ``wandb``, ...
-        folder: where those that write files write.
-        config: plain settings to store with the run.
+    """Trackers by the names that accelerate knows them by; some write files, to the folder.
 
     Raises:
         MimaError: a tracker whose package is not installed, or that needs a folder.

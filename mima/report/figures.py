@@ -107,17 +107,9 @@ def _draw_line(panel: Axes, line: Line) -> Any:
 def line_panel(
     lines: Sequence[Line], *, title: str, subtitle: str, quantity: str, limits: tuple[float, float]
 ) -> Figure:
-    """A small panel of lines against adaptation steps, each named at its end.
+    """A small panel of at least one line against adaptation steps, each named at its end.
 
-    Args:
-        lines: at least one.
-        title: bold, above the panel.
-        subtitle: below the title.
-        quantity: what the y axis shows.
-        limits: of the y axis, so that panels beside each other can be compared.
-
-    Returns:
-        A figure to save.
+    ``quantity`` is what the y axis shows, within limits that let panels be compared.
     """
     with house_style():
         figure = Figure(figsize=(4.0, 2.9))

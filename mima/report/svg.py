@@ -16,10 +16,7 @@ def inline(svg: str, *, label: str) -> Markup:
 
     Styles become presentation attributes, which no content security policy forbids and which the
     page's style sheet can recolour; ids that nothing refers to, fonts and metadata are left out.
-
-    Args:
-        svg: a document that matplotlib wrote.
-        label: what the picture shows, for those who do not see it.
+    The label says what the picture shows to those who do not see it.
 
     Returns:
         One `svg` element without namespace prefixes, safe to insert.

@@ -27,10 +27,8 @@ def staged(final: Path) -> Iterator[Path]:
     """Make a file or folder appear whole, in place of the one that was there.
 
     If the block raises, ``final`` is as it was, and nothing is left beside it. A process that is
-    killed may leave ``.NAME.partial`` or ``.NAME.replaced``; the next ``staged`` clears both.
-
-    Args:
-        final: its folder is made where it does not exist.
+    killed may leave ``.NAME.partial`` or ``.NAME.replaced``; the next ``staged`` clears both. The
+    folder that it is in is made where it does not exist.
 
     Yields:
         A path beside it, where the block writes the file or makes the folder.

@@ -53,11 +53,9 @@ class Checkpoint:
 class CheckpointFolder:
     """A folder with the last two checkpoints of a run, and what is costly to compute again.
 
-    Nothing in it is ever half-written: a process may be killed, or the disk may fill, at any
-    moment. Every checkpoint has checksums; where the last one is damaged, the one before is used.
-
-    Args:
-        path: made when something is first written.
+    It is made when something is first written. Nothing in it is ever half-written: a process may be
+    killed, or the disk may fill, at any moment. Every checkpoint has checksums; where the last one
+    is damaged, the one before is used.
     """
 
     def __init__(self, path: str | Path) -> None:

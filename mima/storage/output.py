@@ -32,9 +32,7 @@ OUR_FILES = (
 def check_folder(path: Path, *, overwrite: bool) -> None:
     """Refuse an output folder before any long work starts.
 
-    Args:
-        path: where results will go.
-        overwrite: whether earlier results there may be replaced.
+    With ``overwrite``, earlier results there may be replaced.
 
     Raises:
         MimaError: it is a file, holds files that may not be replaced, or cannot be written.
@@ -114,10 +112,6 @@ def fresh_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
     What was at `path` stays there until then, and stays for good if the block raises. No other run
     can write there meanwhile.
-
-    Args:
-        path: where the results go in the end.
-        overwrite: as for `check_folder`.
 
     Yields:
         An empty folder beside `path`.

@@ -24,16 +24,10 @@ def write_record(
     prompts: Sequence[str],
     details: Mapping[str, Any],
 ) -> None:
-    """Write down where a folder came from.
+    """Write down where a folder came from: by which command, from which model.
 
-    Args:
-        folder: that was just written.
-        command: what made it, as the command line calls it.
-        model: what it was made from; None for a pipeline that was built in memory.
-        opened_with: what else was said of the model, see ``ModelSource.options``.
-        concepts: their names.
-        prompts: what asks for them, in the same order.
-        details: what the command alone has to say, as plain data.
+    The model is None if it was built in memory; ``ModelSource.options`` are what it was opened
+    with. The prompts ask for the concepts; the details, plain data, are the command's own.
     """
     record = {
         "command": command,

@@ -102,9 +102,7 @@ def spill(
 ) -> dict[str, torch.Tensor]:
     """Move tensors to a file without a name, and map it: it goes when they do.
 
-    Args:
-        tensors: by name.
-        folder: whose disk takes them; by default that of temporary files.
+    It is on the disk of the folder, by default that of temporary files.
 
     Raises:
         MimaError: the disk is full.

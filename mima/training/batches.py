@@ -62,14 +62,10 @@ class Encoded:
         prompts: Sequence[str],
         pictures: Sequence[Picture] = (),
     ) -> Encoded:
-        """Put latents and prompts together; each distinct prompt is encoded.
+        """Put latents [P, C, H, W] and P prompts together; each distinct prompt is encoded.
 
-        Args:
-            family: the model.
-            latents: [P, C, H, W].
-            prompts: P texts.
-            pictures: the P pictures that the latents were encoded from; none where the model drew
-                them, which are uncropped and of its resolution.
+        ``pictures`` are the P that the latents were encoded from; none where the model drew them,
+        which are uncropped and of its resolution.
         """
         distinct = list(dict.fromkeys(prompts))
         encoded = [family.encode_prompts(chunk) for chunk in chunks(distinct)]
@@ -161,14 +157,9 @@ class Batch:
         generator: torch.Generator,
         among: torch.Tensor | None = None,
     ) -> Batch:
-        """Draw ``size`` pictures (without repetition while they last), noise levels and noise.
+        """Draw B = ``size`` pictures (without repetition while they last), noise levels and noise.
 
-        Args:
-            family: the model.
-            pictures: what to draw from.
-            size: B.
-            generator: of all draws.
-            among: the indices of those that may be drawn; None for all.
+        ``among`` are the indices of the pictures that may be drawn; None for all.
         """
         count = len(pictures) if among is None else len(among)
         order = torch.cat(

@@ -43,15 +43,10 @@ class ClassPictures:
         self._cache = CheckpointFolder(cache_folder() / "class-images")
 
     def latents(self, prompts: Sequence[str], generator: torch.Generator) -> torch.Tensor:
-        """Draw or read pictures; stopped, it goes on after the last batch that is kept.
+        """Draw or read P pictures; stopped, it goes on after the last batch that is kept.
 
-        Args:
-            prompts: P texts, one per picture.
-            generator: draws the noise; in the end as if all had been drawn, also where they are
-                read.
-
-        Returns:
-            [P, C, H, W] scaled latents on the CPU.
+        The generator draws the noise; in the end it is as if all had been drawn, also where they
+        are read. Returns scaled latents [P, C, H, W] on the CPU.
 
         Raises:
             MimaError: the cache cannot be written, or holds a damaged file.
