@@ -17,7 +17,7 @@ from mima.concepts.pictures import Picture
 from mima.errors import check_choice, nearest
 from mima.evaluation.families import FAMILIES, AttackFamily
 from mima.evaluation.records import Pictures, Preparation, PromptVariant, Role, Side
-from mima.evaluation.tuning import Choice, Tuning
+from mima.evaluation.tuning import Choice, Tuning, above_zero
 from mima.settings import Settings, parse_config, set_nested
 
 logger = logging.getLogger(__name__)
@@ -82,12 +82,7 @@ class GridConfig(Settings):
     rare_token: str = Field("sks", min_length=1)
     """Stands for the name in attacks with a rare token."""
 
-    @field_validator("lr_factors", "step_factors")
-    @classmethod
-    def _positive(cls, values: tuple[float, ...]) -> tuple[float, ...]:
-        if min(values) <= 0:
-            raise ValueError("must be above 0")
-        return values
+    _positive = field_validator("lr_factors", "step_factors")(above_zero)
 
     @field_validator("seeds")
     @classmethod

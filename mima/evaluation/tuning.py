@@ -23,6 +23,13 @@ SGD_RATE = 100.0
 moves every weight by about its rate."""
 
 
+def above_zero(values: tuple[float, ...]) -> tuple[float, ...]:
+    """For pydantic: refuse values that are not all above 0."""
+    if min(values) <= 0:
+        raise ValueError("must be above 0")
+    return values
+
+
 class Tuning(Settings):
     """What every attack may try, on each model for itself, before it begins."""
 
@@ -47,12 +54,7 @@ class Tuning(Settings):
     steps: int | None = Field(None, ge=1)
     """Training steps of a trial; None, as many as the attack's."""
 
-    @field_validator("lr_factors", "batch_factors")
-    @classmethod
-    def _positive(cls, values: tuple[float, ...]) -> tuple[float, ...]:
-        if min(values) <= 0:
-            raise ValueError("must be above 0")
-        return values
+    _positive = field_validator("lr_factors", "batch_factors")(above_zero)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -418,28 +418,19 @@ class Problem:
 
         ``moved`` is φ − θ along the path of the attack that serves again; None simulates one.
         """
-        with self._fused:
-            return self._hypergradient(theta, lower, upper, moved)
-
-    def _hypergradient(
-        self,
-        theta: Params,
-        lower: Sequence[LowerLevel],
-        upper: Upper,
-        moved: Mapping[int, Tensors] | None,
-    ) -> OuterGradient:
         mode, wrt = self.config.hypergradient, self.upper_names
-        if moved:
-            return replayed_gradient(theta, moved, upper, wrt=wrt, ranks=self.ranks)
-        if self.merge is None:
-            return unmerged_gradient(theta, lower, upper, mode=mode, wrt=wrt, ranks=self.ranks)
-        merge = self.merge
-        if self.config.merge == "sum":
-            merge = MergeLayer(merge.weights.new_ones(len(lower)))
-        keep = self.config.attack_every > 1
-        return outer_gradient(
-            theta, lower, merge, upper, mode=mode, wrt=wrt, ranks=self.ranks, keep=keep
-        )
+        with self._fused:
+            if moved:
+                return replayed_gradient(theta, moved, upper, wrt=wrt, ranks=self.ranks)
+            if self.merge is None:
+                return unmerged_gradient(theta, lower, upper, mode=mode, wrt=wrt, ranks=self.ranks)
+            merge = self.merge
+            if self.config.merge == "sum":
+                merge = MergeLayer(merge.weights.new_ones(len(lower)))
+            keep = self.config.attack_every > 1
+            return outer_gradient(
+                theta, lower, merge, upper, mode=mode, wrt=wrt, ranks=self.ranks, keep=keep
+            )
 
     def retaining_gradient(
         self, theta: Params, step: int, alive: Mapping[int, Alive] = NOBODY
