@@ -164,7 +164,7 @@ def test_class_pictures_are_drawn_once(model, tmp_path, monkeypatch):
     config = settings(tmp_path, steps=1, num_class_images=2)
     first = immunize(model, bare, config, checkpoint=tmp_path / "c")
     monkeypatch.setattr("mima.immunization.encoding.encode", None)
-    monkeypatch.setattr("mima.immunization.encoding._generate_class_images", None)
+    monkeypatch.setattr("mima.training.class_images.ClassPictures.latents", None)
     again = immunize(model, bare, config, checkpoint=tmp_path / "c", resume=True)
     assert_same(unet(again), unet(first))
 
