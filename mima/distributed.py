@@ -324,7 +324,7 @@ class Pulse:
     def _end(self, problem: str) -> None:
         self._problem = problem
         self._found.set()
-        # who is about to fail, too, says so by itself
+        # a process that is about to fail, too, says so by itself
         if not self._ended.wait(2 * PERIOD):
             logger.error("distributed: %s; process %d ends, too", problem, self._rank)
             os._exit(1)

@@ -199,7 +199,7 @@ class Run:
         self.losses: list[float] = []
         self._injection = injection
         self._family = sized(injection.pipeline)
-        # before the pictures are encoded: bitsandbytes may be missing
+        # made before pictures are encoded, which takes long: bitsandbytes may be missing
         self._optimizers = self._new_optimizers()
         self._average: Average | None = None
         if adaptation.ema_decay is not None:

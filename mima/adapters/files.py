@@ -52,7 +52,7 @@ READING_ERRORS = (
     # diffusers: no layer of the file is in the model
     *(KeyError, IndexError),
 )
-# what they and torch raise for settings and pickles of unexpected types
+# what diffusers, peft and torch raise for settings and pickles of unexpected types
 FOREIGN_ERRORS = (
     *(TypeError, AttributeError, AssertionError, ArithmeticError),
     *(EOFError, MemoryError, struct.error),
@@ -157,7 +157,7 @@ class AdapterReader:
             raise MimaError(f"adapter {path} holds no tensors by name")
         for key, value in state.items():
             learned_word = key == "string_to_param" and isinstance(value, Mapping)
-            # tensors, and what trainers note beside them
+            # trainers note texts and numbers beside the tensors
             plain = value is None or isinstance(value, (torch.Tensor, str, int, float))
             if not isinstance(key, str) or not (learned_word or plain):
                 raise MimaError(f"adapter {path}: {quoted(key)} is no tensor by name")

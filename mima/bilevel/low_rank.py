@@ -124,7 +124,7 @@ def _linear(
     return y.reshape(*x.shape[:-1], -1)
 
 
-# All are the same for every layer and step: on a GPU, no layer copies them there or waits.
+# Every layer and step has the same scales and indices: kept on a GPU, no layer copies or waits.
 @functools.lru_cache(maxsize=64)
 def _scale(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64, device=device)

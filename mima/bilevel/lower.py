@@ -294,7 +294,7 @@ def _consume(
         share = State({}, {})
         for name in names:
             value = share.z[name] = state.z.pop(name)
-            # begins where it is needed: after the last step, nobody keeps it
+            # the optimizer's state of a tensor is made here: after the last step, nobody keeps it
             share.memory[name] = state.memory.pop(name, ()) or task.rule(name).init(value)
         own = {name: g.pop(name) for name in names}
         after = advance(task, share, own, k, overwrite=overwrite)

@@ -142,7 +142,7 @@ def outer_gradient(
         (``LowerLevel.at_once``), φ_k − θ for each state k, and as many paths as ``KEPT`` holds.
     """
     theta = {name: value.detach() for name, value in theta.items()}
-    # made once: a task may begin with an adaptation of its own
+    # made once and handed on: to make a task may take an adaptation
     first = {0: tasks[0]}
     steps = first[0].steps
     parts = along_path(upper, steps)
@@ -281,7 +281,7 @@ def _together(
             yield group
             group = {}
         group[n] = task
-        # before the next one is made
+        # a full group is handed out before the next lower level is made
         if len(group) >= task.at_once:
             yield group
             group = {}

@@ -65,7 +65,7 @@ def sample(
 
     source = options.model_source(model, revision, variant, single_file_config)
     pipeline = options.open_pipeline(source, dtype, device)
-    # refuses what does not fit
+    # family_of refuses a resolution that the model cannot have
     size = family_of(pipeline, resolution=resolution).resolution
     if adapter is not None:
         pipeline = merge_adapters(pipeline, [adapter], weights=[1.0], method="weighted").pipeline

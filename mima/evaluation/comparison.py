@@ -188,7 +188,7 @@ def evaluate(
         logger.warning("families outside: immunization changed every parameter; left out")
         grid = [attack for attack in grid if not attack.outside]
     for pipeline in worker.pipelines.values():
-        # refuses what does not fit
+        # family_of refuses resolutions and options that the model cannot have
         family_of(pipeline, resolution=sampler.size)
         for said in {(attack.adaptation.resolution, attack.adaptation.training) for attack in grid}:
             family_of(pipeline, resolution=said[0], training=said[1])
@@ -243,7 +243,7 @@ def evaluate(
         plan = Plan(tuning, ledger.pending())
         tasks.extend(side for side in SIDES if not bench.benign_done(side))
         tasks.extend(plan.first())
-        # before anything else: whoever finds the folder sees whose it is
+        # the description is the first file: whoever finds the folder sees whose it is
         if not folder.exists():
             folder.write_evaluation(evaluation)
         bench.write_references()

@@ -72,7 +72,7 @@ def described(
     lengths = filtered.square().mean(dim=(2, 3)).sqrt()
     whole = patches[:, : len(numbers["centres"])]
     measured = texture_features(pixels)
-    # square roots spread what is rare
+    # square roots spread small values, those of rare features
     rare = torch.cat([filtered.mean(dim=(2, 3)), whole, measured], dim=1).sqrt()
     return objects, torch.cat([rare, lengths, whole, measured], dim=1)
 

@@ -525,7 +525,7 @@ def load_encoder(
             f"encoder: {source!r} is neither a folder nor a hub id of the form owner/name; "
             + nearest(source, ("clip", "dino", *EMBEDDED))
         )
-    # before transformers tries for a minute
+    # asked here: transformers would try for a minute to reach the hub
     elif not isinstance(try_to_load_from_cache(source, "config.json"), str):
         problem = unreachable()
         if problem:

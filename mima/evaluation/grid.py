@@ -22,7 +22,7 @@ from mima.settings import Settings, parse_config, set_nested
 
 logger = logging.getLogger(__name__)
 
-# trains the embedding of a word that the model does not know yet
+# methods that train a token call the concept by a word in brackets, which no vocabulary holds
 NEW_WORD = "<{}>"
 TRAINS_A_TOKEN = frozenset({"textual-inversion", "pivotal"})
 NEEDS_OTHERS = frozenset({"benign", "kick"})

@@ -98,7 +98,7 @@ def in_parallel(
                     ) from error
                 yield pending.pop(future), result
     finally:
-        # running attacks end within a step; what waits is not begun
+        # running attacks end within a step; waiting ones are not begun
         stop.set()
         drain = threading.Thread(target=_drain, args=(queue,), daemon=True)
         drain.start()

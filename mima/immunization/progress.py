@@ -297,7 +297,7 @@ class ProgressBar:
         label = cut(f"immunizing {report.stage}".strip(), self.LABEL)
         if report.stage not in self._tasks:
             self._tasks[report.stage] = self._shown.add_task(label, total=report.steps, note="")
-        # a blank between columns, and the count of steps
+        # cells beside the note: label, bar and step/steps, and a blank between columns
         taken = len(label) + self.BAR + 2 * len(str(report.steps)) + 1 + 3
         self._shown.update(
             self._tasks[report.stage],

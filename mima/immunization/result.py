@@ -104,7 +104,7 @@ class ImmunizeResult(Released):
     def _facts(self) -> CardFacts:
         immunized = self.config.method != "none"
         metrics = {}
-        # of each concept's own run, where each is immunized alone
+        # compose has a last report for each concept, which it immunizes alone
         for last in {report.stage: report for report in self.history}.values():
             metrics["outer steps"] = float(last.step)
             metrics |= {f"loss at the last step: {k}": v for k, v in last.losses.items()}

@@ -203,7 +203,7 @@ def load_whole(folder: Path) -> dict[str, torch.Tensor]:
     kept = kept_in_shards(folder)
     tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in kept.items()}
     with warnings.catch_warnings():
-        # no_dist: this process alone reads, as it means to
+        # torch warns of no_dist, by which this process reads alone on purpose
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")
         distributed_checkpoint().load(tensors, checkpoint_id=folder, no_dist=True)
     return tensors

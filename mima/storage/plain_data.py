@@ -37,7 +37,7 @@ class _OnceLoader(yaml.SafeLoader):
         self._depth += 1
         if self._depth > DEEPEST:
             raise MimaError(f"nested more than {DEEPEST} levels deep")
-        # as they come, for a list is measured at its end
+        # values are counted as they come: the size of a list is known at its end alone
         self._values += 1
         if self._values > MOST_VALUES:
             raise MimaError(f"more than {MOST_VALUES} values")

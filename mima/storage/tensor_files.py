@@ -42,7 +42,7 @@ def order_metadata(path: Path) -> None:
             return
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        # the same characters in another order; spaces fill up, as safetensors' own do
+        # the header has the same characters in another order; spaces fill it, as safetensors' do
         assert len(text) <= size
         file.seek(8)
         file.write(text.ljust(size))
