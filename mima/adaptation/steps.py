@@ -60,7 +60,7 @@ def build_optimizers(
 class Average:
     """The running mean of trained parameters, by diffusers' `EMAModel`.
 
-    Its decay rises, (1 + t) / (10 + t) after t steps, to the one that was asked for, so that short
+    Its decay rises, (1 + t) / (10 + t) after t steps, to the given one in (0, 1), so that short
     trainings do not keep their start. `swap_in` puts the mean in the parameters' place; training
     goes on with the parameters themselves after `swap_out`.
 

@@ -268,7 +268,7 @@ def read_folder(folder: Path, prompt: str = "") -> tuple[Picture, ...]:
 
 
 def read_captions(folder: Path, metadata: Path) -> tuple[Picture, ...]:
-    """Pair the pictures of a folder with the rows of a `.csv` or `.jsonl` file, which name them.
+    """Pair the pictures of a folder with the rows of a `.csv` or `.jsonl` file of names in it.
 
     Returns:
         One picture for each row, in the order of the rows.

@@ -290,7 +290,7 @@ class ClipEncoder(_TransformersEncoder):
     published = CLIP_DEFAULT
 
     def _open(self, source: str) -> tuple[Any, dict[str, Any]]:
-        opened = _open(source, CLIPModel)
+        opened = _from_pretrained(source, CLIPModel)
         with _opening(source):
             self.tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         return opened
@@ -330,7 +330,7 @@ class DinoEncoder(_TransformersEncoder):
     def _open(self, source: str) -> tuple[Any, dict[str, Any]]:
         # a ViTModel's pooling layer is random in DINO checkpoints and not used
         pooling = {"add_pooling_layer": False} if _model_type(source) == "vit" else {}
-        return _open(source, AutoModel, **pooling)
+        return _from_pretrained(source, AutoModel, **pooling)
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         return _unit(self.model(pixel_values=pixels).last_hidden_state[:, 0])
@@ -557,7 +557,7 @@ def _model_type(source: str) -> str:
         return str(AutoConfig.from_pretrained(source, trust_remote_code=False).model_type)
 
 
-def _open(source: str, kind: Any, **keywords: Any) -> tuple[Any, dict[str, Any]]:
+def _from_pretrained(source: str, kind: Any, **keywords: Any) -> tuple[Any, dict[str, Any]]:
     with _opening(source):
         model = kind.from_pretrained(source, dtype=torch.float32, **keywords)
         settings, _ = BaseImageProcessor.get_image_processor_dict(source)

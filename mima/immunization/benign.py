@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class BenignTerms:
-    """The benign terms of a run on its ``benign`` concepts; ``before`` is θ before immunization."""
+    """The benign terms of a run on its ``benign`` concepts; ``before`` is all of θ at its start."""
 
     def __init__(self, problem: Problem, config: BenignConfig, before: Params) -> None:
         self._problem = problem

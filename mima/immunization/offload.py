@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def idle_modules(pipeline: Pipeline, *, reads_text: bool) -> list[torch.nn.Module]:
-    """The networks that the outer steps do not read: the VAE and, unless they do, text encoders."""
+    """The networks that no outer step reads: the VAE and, unless ``reads_text``, text encoders."""
     denoiser = family_of(pipeline).denoiser
     return [
         module

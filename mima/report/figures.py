@@ -166,7 +166,7 @@ class Strip:
 
 
 def strip_chart(strips: Sequence[Strip], *, quantity: str) -> Figure:
-    """SGR of every attack in rows from top to bottom, the worst of each ringed, with the mean.
+    """SGR of every attack in rows from the top, the worst of each ringed, with mean and interval.
 
     ``quantity`` is what the x axis shows; there is at least one row.
     """
