@@ -48,6 +48,11 @@ def quoted(value: object, longest: int = 200) -> str:
     return one_line(repr(value), longest)
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things, of which there may be one: "1 attack", "2 attacks"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A suggestion to append to "unknown NAME": the closest valid name and the whole list."""
     known = sorted(valid)

@@ -42,6 +42,46 @@ def test_no_input_is_an_accident(name, known):
         assert outcome in GOOD, (outcome, problem, data[:500])
 
 
+MEGABYTE = 2**20
+LARGE = {
+    "json": {
+        "values": b"[" + b"1," * (MEGABYTE // 2) + b"1]",
+        "names": b"{" + b",".join(b'"k%d":0' % n for n in range(MEGABYTE // 12)) + b"}",
+        "a text": b'{"name": "' + b"a " * (MEGABYTE // 2) + b'"}',
+        "a number": b"[" + b"9" * MEGABYTE + b"]",
+        "levels": b"[" * MEGABYTE,
+        "escapes": b'["' + b"\\u0000" * (MEGABYTE // 6) + b'"]',
+    },
+    "csv": {
+        "rows": b"file_name,text\n" + b"0.png,a\n" * (MEGABYTE // 8),
+        "columns": b"a," * (MEGABYTE // 2),
+        "a cell": b"file_name,text\n0.png," + b"a" * MEGABYTE,
+    },
+    "bytes": {"zeros": bytes(MEGABYTE), "lines": b"a red cat\n" * (MEGABYTE // 10)},
+}
+LARGE["yaml"] = LARGE["json"] | {
+    "lines": b"- a\n" * (MEGABYTE // 4),
+    "aliases": b"- &a [1]\n" + b"- *a\n" * (MEGABYTE // 5),
+    "remarks": b"# a\n" * (MEGABYTE // 4),
+    "a block": b"a: |\n" + b" a\n" * (MEGABYTE // 3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_megabyte_takes_ten_seconds_and_500_megabytes_at_most(name, known):
+    parser = known[name]()
+    good = next(iter(parser.files.values()))
+    if parser.kind == "safetensors":
+        header = b'{"a": "' + b"a" * MEGABYTE + b'"}'
+        large = {"a header": len(header).to_bytes(8, "little") + header}
+    else:
+        large = LARGE[parser.kind] | {"behind": good + bytes(MEGABYTE)}
+    for what, data in large.items():
+        outcome, problem = outcome_of(parser, data)
+        assert outcome in GOOD, (what, outcome, problem)
+
+
 def test_the_corpus_is_of_parsers_that_there_are():
     found = {path.name for path in CORPUS.iterdir()}
     assert found

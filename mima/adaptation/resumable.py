@@ -160,7 +160,7 @@ def adapt(
         >>> adapt("embedded", [concept], LoRA(steps=200), "cat-lora").folders
     """
     folder = Path(output or default_output(concepts, adaptation))
-    check_folder(folder, overwrite=overwrite)
+    check_folder(folder, overwrite=overwrite, resume=resume)
     names = _folder_names(concepts, adaptation)
     pipeline = load_pipeline(model, dtype=dtype, device=device_of(device))
     runs = [adaptation.start(pipeline, concept) for concept in concepts]

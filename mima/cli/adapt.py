@@ -10,7 +10,7 @@ import typer
 from mima.choices import Adaptation as AdaptationMethod
 from mima.cli import options
 from mima.cli.base import app
-from mima.errors import check_choice
+from mima.errors import check_choice, counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -101,7 +101,7 @@ def adapt(
     options.check_named(model, device=device)
     check_choice("method", method, get_args(AdaptationMethod))
     if output is not None:
-        check_folder(output, overwrite=overwrite)
+        check_folder(output, overwrite=overwrite, resume=resume)
 
     named = {
         "steps": steps,
@@ -162,7 +162,7 @@ def adapt(
             stderr().print("what was done is kept; the same command with --resume goes on from it")
             raise
     where = done.folders[0] if len(learned) == 1 else done.folders[0].parent
-    stdout().print(f"learned {said} by {method} in {done.steps} steps: {where}")
+    stdout().print(f"learned {said} by {method} in {counted(done.steps, 'step')}: {where}")
     opened = [part for key, value in source.options.items() for part in (f"--{key}", value)]
     if single_file_config is not None:
         opened += ["--single-file-config", single_file_config]

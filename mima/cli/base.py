@@ -44,12 +44,25 @@ class _Commands(TyperGroup):
         except Exception as error:
             # usage errors know how to show themselves
             if hasattr(error, "format_message"):
+                _explain_more_values(error)
                 raise
             traceback.print_exc()
             show_error(
                 "this is a bug in mima, not a mistake of yours; please report the lines above"
             )
             raise typer.Exit(UNEXPECTED_ERROR) from error
+
+
+def _explain_more_values(error: Any) -> None:
+    """Say of a word too many that options take one each: people write ``--concepts cat dog``."""
+    if "unexpected extra argument" not in error.message or error.ctx is None:
+        return
+    repeated = [p.opts[0] for p in error.ctx.command.params if getattr(p, "multiple", False)]
+    if repeated:
+        error.message += (
+            f"; {', '.join(repeated)} take one value and are repeated for more: "
+            f"{repeated[0]} A {repeated[0]} B"
+        )
 
 
 app = typer.Typer(

@@ -76,7 +76,7 @@ def immunize(
     run = read_run(config, **said)
     folder = run.output
     assert folder is not None
-    check_folder(folder, overwrite=overwrite)
+    check_folder(folder, overwrite=overwrite, resume=resume)
     concepts_of(run, config)
 
     said |= {

@@ -22,7 +22,7 @@ from mima.concepts.pictures import (
     picture_files,
     read_folder,
 )
-from mima.errors import MimaError, nearest, quoted
+from mima.errors import MimaError, counted, nearest, quoted
 from mima.storage.inputs import expanded
 from mima.storage.plain_data import read_json, read_yaml, yaml_problem
 
@@ -126,15 +126,16 @@ class Concept:
             "held_out": _pictures(held_out, prompt),
             "class_images": _pictures(class_images, class_prompt),
         }
-        if not prompt.strip():
-            raise MimaError(f"{where}: prompt is empty")
         if not pictures["images"]:
             raise MimaError(f"{where} has no pictures: images is empty")
+        if not prompt.strip():
+            raise MimaError(f"{where}: prompt is empty")
         if token is not None:
             _check_token(where, token, prompt, pictures["images"])
         problems = check_pictures(picture for group in pictures.values() for picture in group)
         if problems:
-            raise PictureError(f"{where}: {_count(problems)} cannot be read:", problems)
+            unread = counted(len(problems), "picture")
+            raise PictureError(f"{where}: {unread} cannot be read:", problems)
         for key, value in {**texts, **pictures}.items():
             object.__setattr__(self, key, value)
 
@@ -306,10 +307,6 @@ def _check_token(where: str, token: str, prompt: str, images: Iterable[Picture])
         )
 
 
-def _count(problems: list[str]) -> str:
-    return "1 picture" if len(problems) == 1 else f"{len(problems)} pictures"
-
-
 def _from_description(given: Mapping[str, object], where: str) -> Concept:
     """Build a concept from its attributes, paths already resolved."""
     _check_keys(where, given, _KEYS)
@@ -326,7 +323,7 @@ def _from_description(given: Mapping[str, object], where: str) -> Concept:
                 )
     if "images" not in attributes:
         raise MimaError(f"{where}: images is missing (a folder, or a list of files)")
-    prompt = attributes.get("prompt", "")
+    prompt = attributes.setdefault("prompt", "")
     images = _pictures(attributes["images"], prompt)
     attributes["images"] = images
     if not prompt and images:

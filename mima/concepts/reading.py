@@ -14,7 +14,6 @@ from mima.concepts.concept import (
     CLASS_FOLDER,
     HELD_OUT_FOLDER,
     Concept,
-    _count,
     _embedded_folder,
     _from_description,
     _is_concept_folder,
@@ -33,7 +32,7 @@ from mima.concepts.pictures import (
     read_captions,
     read_folder,
 )
-from mima.errors import MimaError, nearest, quoted
+from mima.errors import MimaError, counted, nearest, quoted
 from mima.storage.inputs import expanded
 
 # the entries of concept lists that DreamBooth and Custom Diffusion scripts read
@@ -81,7 +80,7 @@ def load_concepts(
         except PictureError as error:
             problems += error.problems
     if problems:
-        raise PictureError(f"{_count(problems)} cannot be read:", problems)
+        raise PictureError(f"{counted(len(problems), 'picture')} cannot be read:", problems)
     if not concepts:
         raise MimaError("no concepts given")
     return _distinct(concepts)

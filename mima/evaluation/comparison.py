@@ -41,6 +41,7 @@ from mima.evaluation.seen import Seen, seen_by
 from mima.evaluation.tuning import TrialRow, TuningLog
 from mima.evaluation.worker import Bench, Outcome, Task, Worker
 from mima.families import family_of, source_of
+from mima.families.pipelines import Pipeline, networks, readers
 from mima.sampling import Sampler
 from mima.storage.lock import locked
 from mima.storage.output import slug
@@ -181,6 +182,7 @@ def evaluate(
     )
     with one_thread(processes > 1):
         worker = Worker(bench)
+    _check_alike(*(worker.pipelines[side] for side in SIDES))
     targets = {slug: c for slug, c in by_slug.items() if roles[slug] == "target"}
     rest = {slug: c for slug, c in by_slug.items() if roles[slug] == "other"}
     grid = attack_grid(config, targets, rest)
@@ -289,6 +291,32 @@ def evaluate(
             evaluation = ledger.write(worker.benign())
             shared.remove()
     return ranks.broadcast(evaluation)
+
+
+def _check_alike(original: Pipeline, immunized: Pipeline) -> None:
+    """Refuse two models whose weights differ in names or shapes: no attack is the same on both."""
+    kinds = [type(pipeline).__name__ for pipeline in (original, immunized)]
+    before, after = _shapes(original), _shapes(immunized)
+    for name in {**before, **after}:
+        if before.get(name) != after.get(name):
+            raise MimaError(
+                "evaluate: the immunized model has another architecture than the original "
+                f"({' and '.join(kinds)}): {name} is {before.get(name, 'missing')} in the original "
+                f"and {after.get(name, 'missing')} in the immunized one"
+            )
+
+
+def _shapes(pipeline: Pipeline) -> dict[str, list[int]]:
+    """The shape of every weight that attacks train or draw with, by component and name."""
+    # of models that learned words, text encoders have more rows
+    rows = {id(reader.rows) for reader in readers(pipeline)}
+    parts = networks(pipeline)
+    return {
+        f"{part}.{name}": list(value.shape[1:] if id(value) in rows else value.shape)
+        for part in family_of(pipeline).parts
+        if part in parts
+        for name, value in parts[part].named_parameters()
+    }
 
 
 def _take_over(shared: SharedFolder, ledger: Ledger, tuning: TuningLog) -> None:

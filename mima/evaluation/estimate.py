@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mima.errors import counted
 from mima.evaluation.grid import Attack, Trial
 from mima.evaluation.worker import Bench, Task, Worker
 
@@ -32,12 +33,12 @@ class Estimate:
     seconds: float
 
     def __str__(self) -> str:
-        trials = f" and {self.trials} trials" if self.trials else ""
+        trials = f" and {counted(self.trials, 'trial')}" if self.trials else ""
         minutes = self.seconds / 60
-        about = f"{self.seconds:.0f} seconds" if minutes < 2 else f"{minutes:.0f} minutes"
+        about = f"{minutes:.0f} minutes" if minutes >= 2 else counted(round(self.seconds), "second")
         return (
-            f"{self.attacks} attacks{trials}: {self.steps} training steps and {self.pictures} "
-            f"pictures, about {about}"
+            f"{counted(self.attacks, 'attack')}{trials}: {counted(self.steps, 'training step')} "
+            f"and {counted(self.pictures, 'picture')}, about {about}"
         )
 
 

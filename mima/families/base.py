@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch.func import functional_call
 
-from mima.errors import MimaError
+from mima.errors import MimaError, one_line
 from mima.families.pipelines import Pipeline, readers
 from mima.options import TrainingOptions
 
@@ -147,8 +147,8 @@ class Family(ABC):
         for what, read, made in self._text_widths():
             if read != made:
                 raise MimaError(
-                    f"model: the {self.denoiser_name} reads {what} of width {read} and the text "
-                    f"encoders make {made}: they are of different models"
+                    f"model: the {self.denoiser_name} reads {what} of width {one_line(read)} and "
+                    f"the text encoders make {made}: they are of different models"
                 )
 
     @abstractmethod
@@ -169,8 +169,8 @@ class Family(ABC):
         if len(sides) != 1:
             raise MimaError(
                 f"model: sample_size of the {self.denoiser_name} must be one number or two equal "
-                f"ones, got {self._sample_size}; only square pictures are supported, whose "
-                "resolution must be said"
+                f"ones, got {one_line(self._sample_size)}; only square pictures are supported, "
+                "whose resolution must be said"
             )
         return sides.pop()
 

@@ -190,7 +190,7 @@ def _family_class(name: str, where: str = "this") -> type[Family]:
     if name == "StableDiffusionXLImg2ImgPipeline":
         hint = " (the SDXL refiner is such a model)"
     raise MimaError(
-        f"model: {where} is a {name}, which is not supported{hint}; "
+        f"model: {where} is a {one_line(name)}, which is not supported{hint}; "
         f"supported pipelines are {supported}"
     )
 
@@ -487,6 +487,7 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
     """Name the file that is missing or damaged; the loaders' own errors often do not."""
     if not folder.is_dir():
         raise MimaError(f"model: {folder} is missing; it should hold the {kind}")
+    held = {file.name for file in folder.iterdir()}
     for file in sorted(folder.glob("*.json")):
         content = _read_json(file)
         # diffusers takes a configuration that is a text for the name of a model, and fetches it
@@ -502,17 +503,16 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
             if not isinstance(places, dict):
                 raise MimaError(f"model: {file} names no files of weights")
             shards = sorted({str(shard) for shard in places.values()})
-            absent = [shard for shard in shards if not (folder / shard).is_file()]
+            absent = one_line(", ".join(shard for shard in shards if shard not in held))
             if absent:
-                raise MimaError(f"model: {folder} lacks {', '.join(absent)}, named in {file.name}")
+                raise MimaError(f"model: {folder} lacks {absent}, named in {file.name}")
     weights = sorted(folder.glob("*.safetensors"))
     for file in weights:
         safetensors_keys(file)
-    if kind.endswith(("Tokenizer", "TokenizerFast")):
-        held = {file.name for file in folder.iterdir()}
-        if not any(needed <= held for needed in VOCABULARIES):
-            wanted = " or ".join(" with ".join(sorted(needed)) for needed in VOCABULARIES)
-            raise MimaError(f"model: {folder} holds no vocabulary of the {kind}: {wanted}")
+    tokenizer = kind.endswith(("Tokenizer", "TokenizerFast"))
+    if tokenizer and not any(needed <= held for needed in VOCABULARIES):
+        wanted = " or ".join(" with ".join(sorted(needed)) for needed in VOCABULARIES)
+        raise MimaError(f"model: {folder} holds no vocabulary of the {kind}: {wanted}")
     if not (folder / "config.json").is_file():
         return
     weights += sorted(folder.glob("*.bin"))

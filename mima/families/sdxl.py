@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mima.errors import MimaError
+from mima.errors import MimaError, one_line
 from mima.families.base import Conditioning, TextReader
 from mima.families.pipelines import Pipeline
 from mima.families.stable_diffusion import StableDiffusion
@@ -43,8 +43,8 @@ class StableDiffusionXL(StableDiffusion):
             if expected != given:
                 raise MimaError(
                     "model: this is the SDXL refiner or another model whose unet reads other "
-                    f"conditions (width {expected}) than pooled text and six sizes ({given}); "
-                    "SDXL base models are supported"
+                    f"conditions (width {one_line(expected)}) than pooled text and six sizes "
+                    f"({given}); SDXL base models are supported"
                 )
         super().__init__(pipeline)
 

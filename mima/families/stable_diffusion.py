@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from mima.errors import MimaError
+from mima.errors import MimaError, quoted
 from mima.families.base import Conditioning
 from mima.families.ddpm import DDPM
 from mima.families.pipelines import Pipeline
@@ -36,11 +36,11 @@ class StableDiffusion(DDPM):
         for name, reason in UNSUPPORTED.items():
             value = self._config.get(name)
             if value not in (None, False):
-                raise MimaError(f"model: {name} of the unet is {value!r}: {reason}")
+                raise MimaError(f"model: {name} of the unet is {quoted(value)}: {reason}")
         added = self._config.get("addition_embed_type")
         if added != self.added_conditions:
             raise MimaError(
-                f"model: addition_embed_type of the unet is {added!r}, expected "
+                f"model: addition_embed_type of the unet is {quoted(added)}, expected "
                 f"{self.added_conditions!r} in a {type(pipeline).__name__}"
             )
 

@@ -181,7 +181,7 @@ def immunize(
     check_concepts(concepts, benign, config)
     check_shards(config, dry_run=dry_run)
     if output is not None:
-        check_folder(Path(output), overwrite=overwrite)
+        check_folder(Path(output), overwrite=overwrite, resume=resume)
         checkpoint = checkpoint or default_folder(Path(output))
     check_erased(erased, config)
     captions = ordinary_captions(config.captions)

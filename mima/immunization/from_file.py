@@ -182,7 +182,7 @@ def immunize_file(
     """
     run = read_run(path, recipe=recipe, task=task, settings=settings, output=output, erased=erased)
     assert run.output is not None
-    check_folder(run.output, overwrite=overwrite)
+    check_folder(run.output, overwrite=overwrite, resume=resume)
     said = _arguments(run, path, revision, variant, single_file_config)
 
     # imports that take seconds, once the arguments are checked

@@ -18,7 +18,7 @@ from PIL import Image
 
 from mima._version import __version__
 from mima.concepts.pictures import Picture
-from mima.errors import MimaError
+from mima.errors import MimaError, counted
 from mima.evaluation.metrics import run_interval
 from mima.evaluation.records import AttackRow, ConceptRecord, Side
 from mima.evaluation.summary import over_seeds
@@ -248,8 +248,8 @@ class Report:
                     strips, quantity=f"similarity gap ratio of each attack ({similarity})"
                 )
                 ends = "; ".join(
-                    f"{s.label}: {len(s.values)} attacks, worst {s.values[s.worst]:.2f}, "
-                    f"highest {max(s.values):.2f}"
+                    f"{s.label}: {counted(len(s.values), 'attack')}, "
+                    f"worst {s.values[s.worst]:.2f}, highest {max(s.values):.2f}"
                     for s in strips
                 )
                 name = _file_name("attacks", similarity)
@@ -380,9 +380,9 @@ class Report:
             spent += size
         total = len({(setting(row), row.seed) for run in self.runs for row in run.attacks})
         self.left_out.append(
-            f"Pictures of {len(cards)} of {total} attacks are in this page, reduced to at most "
-            f"{PICTURE_SIDE} pixels, at most {MAX_PICTURES} for each model and step; all are in "
-            "the evaluation's folder under images."
+            f"Pictures of {len(cards)} of {counted(total, 'attack')} are in this page, reduced to "
+            f"at most {PICTURE_SIDE} pixels, at most {MAX_PICTURES} for each model and step; all "
+            "are in the evaluation's folder under images."
         )
         return sorted(cards, key=lambda card: names.index(card.concept.name))
 
@@ -610,6 +610,7 @@ def _render(report: Report) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {
+        "counted": counted,
         "number": wording.number,
         "percent": wording.percent,
         "share": wording.share,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mima.errors import MimaError
+from mima.errors import MimaError, counted
 from mima.evaluation.records import SIDES, AttackRow, Evaluation, EvaluationFolder
 from mima.report.figures import RUN_COLOURS
 from mima.report.wording import PICTURES, PREPARATIONS, VARIANTS
@@ -43,7 +43,7 @@ class Setting(NamedTuple):
     @property
     def words(self) -> str:
         """What differs from the usual attack."""
-        parts = [f"{self.steps} steps"]
+        parts = [counted(self.steps, "step")]
         if self.lr_factor != 1:
             parts.append(f"learning rate ×{self.lr_factor:g}")
         if self.prompt_variant != "name":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mima.errors import counted
 from mima.evaluation.records import Evaluation, Gap
 from mima.report.wording import interval_words, method_name, number, ratio
 
@@ -24,7 +25,8 @@ def summary_table(evaluation: Evaluation) -> Table:
             "Rise left 1: the attack adds as much as without immunization, 0: nothing.\n"
             "Steps ratio: times as long to half of the rise; – : the attack taught nothing.\n"
             "Concepts of the last part should stay learnable: SGR 0 is wanted.\n"
-            f"Means are over {len(evaluation.seeds)} attack seed(s) and one immunized model."
+            f"Means are over {counted(len(evaluation.seeds), 'attack seed')} and one immunized "
+            "model."
         ),
     )
     table.add_column("concept", overflow="fold")
@@ -77,7 +79,7 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
             (counts.led_away, "broke the immunized model's pictures, which SGR counts as immunity"),
         ):
             if count:
-                lines.append(f"{label}: {count} of {counts.attacks} attacks {what}")
+                lines.append(f"{label}: {count} of {counted(counts.attacks, 'attack')} {what}")
         if counts.known_before:
             lines.append(
                 f"{label}: the immunized model shows {', '.join(counts.known_before)} before any "

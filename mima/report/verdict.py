@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mima.errors import counted
 from mima.evaluation.records import AttackRow, SimilaritySummary, Tally
 from mima.evaluation.summary import paired_difference, tally
 from mima.report.runs import Run, means, setting
@@ -33,8 +34,8 @@ def verdict(runs: Sequence[Run], similarity: str) -> tuple[str, list[str]]:
         title = f"{best.label} withstands the attack that gets furthest best"
         sentences = [
             f"Against the attack that gets furthest, {best.label} holds most: of the "
-            f"{len(common)} attacks that all runs met, that attack still adds {share(rise)} of "
-            "what it adds on the original model."
+            f"{counted(len(common), 'attack')} that all runs met, that attack still adds "
+            f"{share(rise)} of what it adds on the original model."
         ]
     else:
         title = "These runs met no attack in common: which holds best was not measured"
@@ -92,15 +93,15 @@ def _verdict_of(run: Run, similarity: str) -> tuple[str, list[str]]:
         )
     if counts.diverged:
         sentences.append(
-            f"{counts.diverged} of {len(mine)} attacks on immunized concepts diverged on a model "
-            "and count as not tried: an attacker would take a lower rate."
+            f"{counts.diverged} of {counted(len(mine), 'attack')} on immunized concepts diverged "
+            "on a model and count as not tried: an attacker would take a lower rate."
         )
     failed = len(mine) - len(taught) - counts.diverged
     if failed:
         sentences.append(
-            f"{failed} of {len(mine)} attacks on immunized concepts taught neither model anything: "
-            "they say little, and none of them counts as the one that got furthest, but MSGR "
-            "counts them."
+            f"{failed} of {counted(len(mine), 'attack')} on immunized concepts taught neither "
+            "model anything: they say little, and none of them counts as the one that got "
+            "furthest, but MSGR counts them."
         )
     alone = sum(not row.learned for row in taught)
     if alone:

@@ -29,10 +29,10 @@ OUR_FILES = (
 )
 
 
-def check_folder(path: Path, *, overwrite: bool) -> None:
+def check_folder(path: Path, *, overwrite: bool, resume: bool = False) -> None:
     """Refuse an output folder before any long work starts.
 
-    With ``overwrite``, earlier results there may be replaced.
+    With ``overwrite``, earlier results there may be replaced; a finished run cannot be resumed.
 
     Raises:
         MimaError: it is a file, holds files that may not be replaced, or cannot be written.
@@ -44,6 +44,11 @@ def check_folder(path: Path, *, overwrite: bool) -> None:
     if path.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise MimaError(f"output {path} is or holds the working directory; name a folder in it")
     held = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    if resume and RECORD_FILE in held and not overwrite:
+        raise MimaError(
+            f"output folder {path} holds a finished run, there is nothing to resume; "
+            "choose another, or use --overwrite to do it again"
+        )
     if held and not overwrite:
         raise MimaError(f"output folder {path} is not empty; choose another, or use --overwrite")
     if held and not any((path / name).exists() for name in OUR_FILES):

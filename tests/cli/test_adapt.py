@@ -30,6 +30,7 @@ def test_adapt_and_sample_with_what_was_learned(workdir, model):
     assert Path("b.png").read_bytes() == Path("cat.png").read_bytes()
     before = Path("cat-lora/pytorch_lora_weights.safetensors").read_bytes()
     assert "not empty" in run("adapt", "cat", *options, code=2)
+    assert "cat-lora holds a finished run" in run("adapt", "cat", *options, "--resume", code=2)
     run("adapt", "cat", *options, "--seed", 1, "--overwrite")
     assert Path("cat-lora/pytorch_lora_weights.safetensors").read_bytes() != before
     assert not list(workdir.glob(".cat-lora*"))

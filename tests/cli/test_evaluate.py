@@ -32,6 +32,22 @@ def test_evaluate_attacks_writes_and_goes_on(model, workdir):
     assert "preset 'slow' is unknown" in run(*command[:3], *command[3:], "--preset", "slow", code=2)
 
 
+def test_a_second_concept_without_the_options_name_is_explained():
+    output = run("evaluate", "a", "b", "--concepts", "cat", "dog", "-o", "results", code=2)
+    assert "(dog); --concepts, --others, --similarity, --set take one value" in output
+    assert "--concepts A --concepts B" in output
+
+
+def test_models_of_different_architectures_are_refused(model, workdir):
+    tiny.save_tiny_stable_diffusion(workdir / "other", blocks=1)
+    tiny.save_tiny_clip(workdir / "clip")
+    options = ["--concepts", "cat", "--processes", 1, "--similarity", workdir / "clip"]
+    output = run("evaluate", model, workdir / "other", *options, "-o", "results", code=2)
+    assert "the immunized model has another architecture than the original" in output
+    assert "in the original and missing in the immunized one" in output
+    assert not Path("results").exists()
+
+
 def test_what_cannot_be_evaluated_costs_no_earlier_results(model, workdir):
     """By default CLIP compares, which is not on this machine."""
     (workdir / "results").mkdir()

@@ -29,6 +29,8 @@ def test_immunize(config, model):
     assert any(not before[name].equal(after[name]) for name in before)
     run("sample", "a cat", "--model", "out", "--steps", 2)
     assert "not empty" in run("immunize", config, "--output", "out", code=2)
+    refused = run("immunize", config, "--output", "out", "--resume", code=2)
+    assert "out holds a finished run, there is nothing to resume" in refused
     run("immunize", config, "--output", "out", "--overwrite", "--set", "lower.lr=1e-4")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from support import tiny
 from support.commands import run, write_config
 
 from mima.release.delta import Delta
+from mima.storage.lock import locked
 
 
 @pytest.mark.parametrize(
@@ -80,6 +83,38 @@ def test_every_command_that_takes_a_resolution_bounds_it(workdir, model, command
     output = run(*words.split(), "-o", "out.png", code=2)
     assert "resolution" in output
     assert re.search(message, output)
+    assert sorted(workdir.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "adapt cat --model MODEL --steps 1 --resume",
+        "immunize run.yaml --resume",
+        "evaluate MODEL MODEL --concepts cat --similarity CLIP --processes 1",
+    ],
+)
+def test_an_output_that_another_run_writes_is_refused(workdir, model, command):
+    write_config(workdir / "run.yaml", model=str(model))
+    clip = tiny.save_tiny_clip(workdir / "clip")
+    before = sorted(workdir.rglob("*"))
+    held, ended = threading.Event(), threading.Event()
+
+    def other_run():
+        with locked(workdir / "out"):
+            held.set()
+            ended.wait()
+
+    thread = threading.Thread(target=other_run)
+    thread.start()
+    try:
+        assert held.wait(60)
+        words = command.replace("MODEL", str(model)).replace("CLIP", str(clip)).split()
+        output = run(*words, "-o", "out", code=2)
+    finally:
+        ended.set()
+        thread.join()
+    assert f"out is in use by another run (process {os.getpid()})" in output
     assert sorted(workdir.rglob("*")) == before
 
 

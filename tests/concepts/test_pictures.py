@@ -359,8 +359,17 @@ def test_a_folder_that_is_none(tmp_path):
         read_folder(tmp_path / "empty", "x")
 
 
-def test_postscript_is_no_picture_whatever_its_name(tmp_path):
-    (tmp_path / "cat.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        _encoded("DDS"),
+        b"\0\0\0\x20ftypavif\0\0\0\0avifmif1miafMA1B" + bytes(200),
+    ],
+    ids=["PostScript", "DDS", "AVIF"],
+)
+def test_other_formats_are_no_pictures_whatever_their_name(tmp_path, data):
+    (tmp_path / "cat.png").write_bytes(data)
     with pytest.raises(PictureError, match=r"cat\.png: not a picture in a known format"):
         Picture(tmp_path / "cat.png", "a cat").load()
 

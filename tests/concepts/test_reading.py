@@ -268,6 +268,7 @@ def test_paths_may_start_from_the_working_directory(tmp_path, monkeypatch):
         ("a.yaml", "[]", "describes no concepts"),
         ("a.yaml", "- 3", "expected the attributes of a concept, got 3"),
         ("a.yaml", "- {prompt: x}", "images is missing"),
+        ("a.yaml", "- {name: x, images: []}", "has no pictures: images is empty"),
         ("a.yaml", "- {prompt: x, imagse: y}", "'imagse' is unknown; did you mean 'images'"),
         ("a.yaml", "- {prompt: [x], images: y}", "prompt must be text"),
         ("a.json", '[{"instance_prompt": "x"}]', "instance_data_dir is missing"),

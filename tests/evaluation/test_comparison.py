@@ -18,6 +18,8 @@ from mima.concepts import Concept
 from mima.concepts.naming import without_name
 from mima.errors import MimaError
 from mima.evaluation import Sampler, cmmd, evaluate, load_encoder
+from mima.evaluation.comparison import _check_alike
+from mima.evaluation.estimate import Estimate
 from mima.evaluation.grid import PRESETS, attack_grid, grid_config, material
 from mima.evaluation.records import AttackRow, ConceptRecord, EvaluationFolder
 from mima.evaluation.summary import paired_difference, summarize
@@ -520,6 +522,24 @@ def test_a_judge_that_is_missing_is_said_before_a_model_is_opened(folders, tmp_p
     with pytest.raises(MimaError, match=r"pip install 'mima\[lpips\]'"):
         run(folders, tmp_path / "out", similarities=["lpips"])
     assert not (tmp_path / "out").exists()
+
+
+def test_models_differ_in_the_number_of_words_at_most(pipeline, tmp_path):
+    other = tiny.tiny_stable_diffusion(tmp_path)
+    other.text_encoder.resize_token_embeddings(len(other.tokenizer) + 1)
+    _check_alike(pipeline, other)
+    other.unet.conv_in = torch.nn.Conv2d(4, 16, 1)
+    with pytest.raises(MimaError) as refused:
+        _check_alike(pipeline, other)
+    said = "unet.conv_in.weight is [16, 4, 3, 3] in the original and [16, 4, 1, 1] in the immunized"
+    assert said in str(refused.value)
+
+
+def test_one_of_anything_is_said_as_one():
+    one = Estimate(attacks=1, trials=1, steps=1, pictures=1, seconds=1.2)
+    assert str(one) == "1 attack and 1 trial: 1 training step and 1 picture, about 1 second"
+    many = Estimate(attacks=2, trials=0, steps=20, pictures=8, seconds=130)
+    assert str(many) == "2 attacks: 20 training steps and 8 pictures, about 2 minutes"
 
 
 def test_differences_are_paired_attack_by_attack():

@@ -261,7 +261,9 @@ def _truncate(folder: Path) -> None:
 
 def _shard(folder: Path) -> None:
     (folder / UNET).rename(folder / "unet" / "part-1.safetensors")
-    index = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}
+    # the last is a name that no file can have
+    names = ("part-1.safetensors", "part-2.safetensors", "x" * 300)
+    index = {"weight_map": dict(zip("abc", names, strict=True))}
     name = "diffusion_pytorch_model.safetensors.index.json"
     (folder / "unet" / name).write_text(json.dumps(index))
 
@@ -280,7 +282,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (_truncate, r"diffusion_pytorch_model\.safetensors is damaged"),
     "not-safetensors": (lambda f: (f / UNET).write_bytes(b"no"), r"safetensors is damaged"),
     "no-weights": (lambda f: (f / UNET).unlink(), r"unet holds no weights .*UNet2DConditionModel"),
-    "no-shard": (_shard, r"unet lacks part-2\.safetensors, named in"),
+    "no-shard": (_shard, r"unet lacks part-2\.safetensors, x+…, named in"),
     "bad-pickle": (_wrong_pickle, r"unet/diffusion_pytorch_model\.bin"),
     "bad-config": (lambda f: (f / "unet/config.json").write_text("{"), r"unet/config\.json"),
     "bad-index": (lambda f: (f / "model_index.json").write_text("{"), r"model_index\.json"),

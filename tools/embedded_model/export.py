@@ -1,4 +1,4 @@
-"""Copy the trained models into mima/assets as fp16, with attribution, licences and a model card."""
+"""Copy the trained models into mima/assets as fp16, with a model card."""
 
 import argparse
 import shutil
@@ -53,7 +53,7 @@ def export_model(source: Path, assets: Path) -> None:
 
 
 def main() -> None:
-    """Write mima/assets/model, mima/assets/encoder, ATTRIBUTION.md and licences."""
+    """Write mima/assets/model and mima/assets/encoder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--assets", type=Path, default=ASSETS)
@@ -67,7 +67,6 @@ def main() -> None:
         shutil.rmtree(building, ignore_errors=True)
         shutil.copytree(args.data / "encoder", building)
         replace_folder(building, args.assets / "encoder")
-    shutil.copy(HERE / "legal" / "ATTRIBUTION.md", args.assets)
     for folder in ("model", "encoder"):
         if (args.assets / folder).exists():
             size = sum(f.stat().st_size for f in (args.assets / folder).rglob("*") if f.is_file())
