@@ -271,7 +271,8 @@ class Counts:
             )
         for name in {*self.peak_parts, *more.peak_parts}:
             a, b, c = (peaks.peak_parts.get(name, 0) for peaks in (self, fewer, more))
-            counts.peak_parts[name] = a + living * (c - b)
+            # what shrank where the peak is at another moment would fall below nothing
+            counts.peak_parts[name] = max(a + living * (c - b), 0)
         return counts
 
     @property
