@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from support.convolutions import Convolutions
 from torch import nn
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mima.bilevel.hypergradient import twice_differentiable_attention
 from mima.families import fused_layers
@@ -139,18 +139,6 @@ def test_attention_that_the_operator_does_not_know_stays_pytorchs(calls):
         actual = F.scaled_dot_product_attention(q, k, v, scale=0.3)
     assert calls == ["attention"]
     torch.testing.assert_close(actual, F.scaled_dot_product_attention(q, k, v, scale=0.3))
-
-
-class Convolutions(TorchDispatchMode):
-    """Count convolutions, their adjoints, and gradients at their kernels."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func._opname in ("convolution", "convolution_backward")
-        return func(*args, **(kwargs or {}))
 
 
 def counted(denoiser, params, *, side=8):

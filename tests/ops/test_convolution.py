@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from support.convolutions import Convolutions
 from torch.autograd import gradcheck, gradgradcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mima.ops.convolution import convolution
 
@@ -71,23 +71,11 @@ def test_is_linear_to_any_order(case):
     assert gradgradcheck(gradient, [x], fast_mode=True)
 
 
-class Products(TorchDispatchMode):
-    """Count convolutions and their adjoints."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func._opname in ("convolution", "convolution_backward")
-        return func(*args, **(kwargs or {}))
-
-
 def test_computes_and_keeps_nothing_for_the_kernel():
     x, weight, bias, numbers = make("3x3")
     counts = []
     for function in (F.conv2d, convolution):
-        with Products() as counted:
+        with Convolutions() as counted:
             derivatives(function, x, weight, bias, *numbers)
         counts.append(counted.count)
     # there, back, and twice back again; PyTorch's has the kernel's gradient besides
