@@ -30,10 +30,10 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from mima.choices import PictureProtocol
-from mima.errors import MimaError, first_line, nearest, one_line
+from mima.errors import MimaError, first_line, nearest, one_line, quoted
 from mima.evaluation.discriminants import NEEDED, SIDE, embedding
 from mima.families.hub import unreachable
-from mima.families.loading import LOADING_ERRORS
+from mima.families.loading import LOADING_ERRORS, too_many_layers
 from mima.storage.inputs import is_hub_id
 from mima.storage.tensor_files import fingerprint
 
@@ -112,7 +112,7 @@ class Preprocessor:
             elif "height" in size and "width" in size:
                 self.exact = (int(size["width"]), int(size["height"]))
             else:
-                raise MimaError(f"encoder: preprocessor size {size} is not understood")
+                raise MimaError(f"encoder: preprocessor size {quoted(size)} is not understood")
         if settings.get("do_center_crop"):
             crop = settings.get("crop_size", 224)
             self.crop = (
@@ -554,7 +554,11 @@ def load_encoder(
 def _model_type(source: str) -> str:
     with _opening(source):
         # False: where nothing is said, transformers asks on the terminal whether to run its code
-        return str(AutoConfig.from_pretrained(source, trust_remote_code=False).model_type)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    problem = too_many_layers(config.to_dict())
+    if problem is not None:
+        raise MimaError(f"encoder: cannot open {source!r}: {problem}")
+    return str(config.model_type)
 
 
 def _from_pretrained(source: str, kind: Any, **keywords: Any) -> tuple[Any, dict[str, Any]]:

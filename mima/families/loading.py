@@ -497,7 +497,9 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
         if isinstance(steps, (int, float)) and steps > MOST_TIMESTEPS:
             raise MimaError(f"model: {file}: num_train_timesteps is over {MOST_TIMESTEPS}")
         if file.name == "config.json":
-            _check_layers(file, content)
+            problem = too_many_layers(content)
+            if problem is not None:
+                raise MimaError(f"model: {file}: {problem}")
         if file.name.endswith(".index.json"):
             places = content.get("weight_map")
             if not isinstance(places, dict):
@@ -527,15 +529,16 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
         )
 
 
-def _check_layers(file: Path, content: dict[str, Any]) -> None:
-    """Refuse what diffusers and transformers would make before they look at the weights."""
+def too_many_layers(content: Mapping[str, Any]) -> str | None:
+    """What is too large in a configuration: layers are made before anybody looks at weights."""
     # a model of several has a configuration for each
     for part in (content, *(inner for inner in content.values() if isinstance(inner, dict))):
         for name, counts in part.items():
             values = counts if isinstance(counts, list) else [counts]
             numbers = [value for value in values if isinstance(value, (int, float))]
-            if "layers" in name and max(numbers, default=0) > MOST_LAYERS:
-                raise MimaError(f"model: {file}: {one_line(name, 80)} is over {MOST_LAYERS}")
+            if "layers" in str(name) and max(numbers, default=0) > MOST_LAYERS:
+                return f"{one_line(name, 80)} is over {MOST_LAYERS}"
+    return None
 
 
 def _open_file(path: Path, dtype: torch.dtype | None, config: str | Path | None) -> Any:
