@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -231,23 +232,47 @@ def test_both_launching_commands_start_it(model, tmp_path, command):
     assert weights(tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+BENIGN_LORA = {"ascent_ratio": 1.0, "benign": {"lower": {"parameters": "lora"}}}
+REFUSED = {
+    "`hypergradient: exact`, `finite_difference`": [
         ({"hypergradient": "exact"}, "twice; use hypergradient 'first_order', got 'exact'"),
         ({"hypergradient": "finite_difference"}, "got 'finite_difference'"),
+    ],
+    "`method: compose`, `alternating`": [
         ({"method": "compose"}, "got 'compose'.*use shards 1"),
         ({"method": "alternating"}, "got 'alternating'.*use shards 1"),
+    ],
+    "LoRA attackers, LoRA in `upper.benign`": [
         ({"lower": {"parameters": "lora"}}, "LoRA's factors are not split; use lower.parameters"),
+        ({"upper": BENIGN_LORA}, "LoRA's factors are not split; use lower.parameters"),
+    ],
+    "`lower.train_token`": [
         (
             {"new_words": True, "lower": {"parameters": None, "train_token": True}},
             "leave out lower.train_token",
         ),
     ],
-)
+}
+"""Settings that are refused, by their row of docs/distributed.md."""
+REFUSED_OTHERWISE = {
+    "class pictures drawn by the model, on GPUs",
+    "a number of processes that `shards` does not divide",
+    "a denoiser a weight of which goes by several names",
+}
+"""Rows of pictures, processes and models: two tests below refuse these."""
+
+
+@pytest.mark.parametrize(("changes", "message"), [case for row in REFUSED.values() for case in row])
 def test_what_shards_do_not_go_with_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         ImmunizeConfig(**{"shards": 2, "hypergradient": "first_order"} | changes)
+
+
+def test_the_page_lists_what_is_refused():
+    page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    section = page.split("## What does not go with shards")[1]
+    rows = re.findall(r"^\| (.+?) \| .+ \|$", section, re.MULTILINE)
+    assert set(rows) == REFUSED.keys() | REFUSED_OTHERWISE | {"---"}
 
 
 def test_a_number_of_processes_that_shards_do_not_divide_is_refused(monkeypatch):
@@ -275,7 +300,7 @@ def test_a_plan_refuses_what_the_run_in_shards_refuses(model, tmp_path, monkeypa
     # on a GPU, the whole denoiser is on the CPU before and after
     assert not any("weights" in part for part in found.memory["preparing"])
     assert sum(found.host.values()) > 0
-    assert all(name in str(found) for name in ("LoRA attackers", "exact", "2 processes, 2 of"))
+    assert "2 processes, 2 of which hold a model between them\n" in str(found)
     monkeypatch.setattr(Family, "shares_weights", True)
     with pytest.raises(MimaError, match="go by several names and cannot be split"):
         immunize(model, concepts(2), config, **arguments)

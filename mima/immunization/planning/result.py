@@ -8,15 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-REFUSED = (
-    "hypergradient exact and finite_difference",
-    "method compose and alternating",
-    "LoRA attackers",
-    "lower.train_token",
-    "class pictures drawn on GPUs",
-    "denoisers a weight of which goes by several names",
-)
-"""What a run in shards refuses before any work."""
 KINDS = 12
 """Kinds of tensors that are told by name."""
 BACKWARD, DOUBLE_BACKWARD = 2, 6
@@ -96,10 +87,7 @@ class Plan:
         each = ""
         if self.shards > 1:
             each = " of each process"
-            yield (
-                f"{self.processes} processes, {self.shards} of which hold a model between them; "
-                f"in shards is refused: {', '.join(REFUSED)}"
-            )
+            yield f"{self.processes} processes, {self.shards} of which hold a model between them"
         yield f"memory{each} on {self.device}, {gib(self.peak)} at the peak:"
         for phase, parts in self.memory.items():
             yield f"  {phase}: {gib(sum(parts.values()))}"
