@@ -10,6 +10,7 @@ from diffusers.configuration_utils import FrozenDict
 from torch.utils._pytree import tree_map_only
 
 from mima.families.pipelines import Pipeline, shared_copy, with_modules
+from mima.storage.memory import page_out
 
 aten = torch.ops.aten
 
@@ -157,9 +158,22 @@ def hold_frozen(module: torch.nn.Module, trained: Collection[str] = ()) -> None:
                 setattr(owner, name, at_least_float32(buffer))
 
 
-def make_dense(module: torch.nn.Module) -> None:
-    """Make plain float32 parameters of what ``hold_frozen`` keeps in half precision."""
-    replace_parameters(module, at_least_float32, Upcast)
+def make_dense(module: torch.nn.Module, *, own: bool = False) -> None:
+    """Make plain float32 parameters of what ``hold_frozen`` keeps in half precision.
+
+    Args:
+        module: a network whose weights ``hold_frozen`` holds.
+        own: nobody else reads its half-precision weights: those that are mapped from a file leave
+            memory one after the other. A mapping lasts until the last of them is gone.
+    """
+
+    def dense(value: torch.Tensor) -> torch.Tensor:
+        full = at_least_float32(value)
+        if own and isinstance(value, Upcast) and not is_quantized(value.stored):
+            page_out(value.stored)
+        return full
+
+    replace_parameters(module, dense, Upcast)
 
 
 def at_least_float32(value: torch.Tensor) -> torch.Tensor:

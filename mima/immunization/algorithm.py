@@ -80,6 +80,8 @@ def ascend(
             retain = problem.retaining_gradient(run.theta, step, run.alive)
             # θ ← θ − η dJ/dθ on S_u, clipped or balanced, by AdamW
             run.update(outer, retain=retain)
+            # otherwise these gradients would be in memory beside the next step's attacks
+            del outer, retain
     return run.history
 
 
@@ -315,7 +317,7 @@ def _immunized(
         del problem
         if family.sharded is not None:
             pipeline = gathered(pipeline, family, main=ranks.main)
-        make_whole(pipeline, family.device)
+        make_whole(pipeline, family.device, own=source is not None)
         result = ImmunizeResult(
             pipeline,
             [concept.name for concept in concepts],

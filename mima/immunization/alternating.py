@@ -58,12 +58,15 @@ def alternate(
                     run.theta, tasks, merge, names, lr=problem.config.highest_lr, ranks=ranks
                 )
                 run.update(outer, "lower", committed=merged)
+                # otherwise these would be in memory beside the next step's gradients
+                del outer, merged
             else:
                 upper = problem.upper_levels(step)
                 gradient, _, losses = upper_gradient(run.theta, upper, ranks)
                 share = 1 / len(problem.data)
                 wanted = {name: share * gradient[name] for name in problem.upper_names}
                 run.update(OuterGradient(wanted, losses, 0.0))
+                del gradient, wanted
     return run.history
 
 

@@ -17,6 +17,7 @@ from mima.errors import MimaError
 from mima.families import family_of, frozen
 from mima.families.frozen import Upcast
 from mima.families.pipelines import Pipeline
+from mima.storage.memory import trim
 from mima.storage.tensor_files import spill
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,10 @@ def out_of_memory_while(
             _spill(module, folder if folder is not None and folder.is_dir() else None)
         else:
             module.to("cpu")
+    trim()
     yield
+    # of attacks and moments, nothing stays beside the result
+    trim()
     for module, device in zip(moved, devices, strict=True):
         if device.type == "cpu":
             # nothing may write into a mapped file
@@ -85,8 +89,14 @@ def _set(parameter: torch.Tensor, values: torch.Tensor) -> None:
         parameter.data = values
 
 
-def make_whole(pipeline: Pipeline, device: torch.device) -> None:
-    """Make every network of a pipeline plain float32, in the CPU's memory if a GPU is too small."""
+def make_whole(pipeline: Pipeline, device: torch.device, *, own: bool) -> None:
+    """Make every network of a pipeline plain float32, in the CPU's memory if a GPU is too small.
+
+    Args:
+        pipeline: a run's result.
+        device: where it is to be.
+        own: its half-precision weights are this run's, not those of a caller's pipeline.
+    """
     modules = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
     more = sum(
         value.numel() * 4 - frozen.stored_bytes(value)
@@ -103,7 +113,7 @@ def make_whole(pipeline: Pipeline, device: torch.device) -> None:
         )
         pipeline.to("cpu")
     for module in modules:
-        frozen.make_dense(module)
+        frozen.make_dense(module, own=own)
 
 
 class MomentsOnDisk:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ from mima.families import frozen, load_pipeline
 from mima.families.frozen import Upcast
 from mima.immunization.algorithm import immunize
 from mima.immunization.offload import MomentsOnDisk, idle_modules, out_of_memory_while
+from mima.immunization.outer_loop import Ascent
 from mima.immunization.planning.meta_memory import LiveBytes
 from mima.merging import MergeLayer
+from mima.storage.tensor_files import spill
 
 SAVERS = [{}, {"hypergradient": "exact"}, {"method": "alternating"}, {"erase_first": True}]
 IDS = ["first_order", "exact", "alternating", "erased"]
@@ -68,12 +71,12 @@ def test_while_it_runs_only_what_is_trained_is_float32(half, tmp_path, monkeypat
     seen = []
     original = immunize.__globals__["make_whole"]
 
-    def look(own, device):
+    def look(own, device, **options):
         for name, value in own.unet.named_parameters():
             held = isinstance(value, Upcast)
             shared = held and value.stored.data_ptr() in pointers
             seen.append((".attn2." in name, held, shared))
-        original(own, device)
+        original(own, device, **options)
 
     monkeypatch.setitem(immunize.__globals__, "make_whole", look)
     result = immunize(pipeline, concepts(), settings(tmp_path, steps=1))
@@ -154,6 +157,26 @@ def test_moments_on_disk_are_in_memory_while_a_step_lasts_alone(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_mapped_weights_leave_memory_as_they_become_float32(tmp_path, monkeypatch):
+    monkeypatch.setattr(frozen, "LARGE", 0)
+    layers = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(8)))
+    values = {name: value.detach().bfloat16() for name, value in layers.named_parameters()}
+    mapped = spill(values, tmp_path)
+    for name, value in layers.named_parameters():
+        value.data = mapped[name]
+    frozen.hold_frozen(layers)
+    assert all(isinstance(value, Upcast) for value in layers.parameters())
+    before = resident(mapped["0.weight"])
+    assert before >= sum(value.nbytes for value in values.values()) // 1024
+    frozen.make_dense(layers, own=True)
+    # of each tensor, the pages that it shares with its neighbours stay
+    assert resident(mapped["0.weight"]) < before / 4
+    for name, value in layers.named_parameters():
+        assert torch.equal(value, values[name].float())
+        assert torch.equal(mapped[name], values[name])
+
+
 def test_a_run_with_moments_on_disk_goes_on_bit_by_bit(half, tmp_path):
     config = settings(tmp_path, steps=4, checkpoint_every=2, offload_optimizer=True)
     whole = immunize(half, concepts(), config)
@@ -195,6 +218,27 @@ def test_a_concepts_path_is_out_of_memory_before_the_next_begins():
         return live.peak / theta["w"].nbytes
 
     assert copies(3) - copies(1) <= 1.1
+
+
+@pytest.mark.parametrize("method", ["mima", "alternating"])
+def test_no_step_begins_beside_the_gradient_of_the_one_before(half, tmp_path, monkeypatch, method):
+    update, steps = Ascent.update, Ascent.steps
+    gradients, begun = [], []
+
+    def seen(run, outer, *args, **options):
+        gradients.extend(weakref.ref(value) for value in outer.gradient.values())
+        update(run, outer, *args, **options)
+
+    def watched(run):
+        for step in steps(run):
+            begun.append(sum(gradient() is not None for gradient in gradients))
+            yield step
+
+    monkeypatch.setattr(Ascent, "update", seen)
+    monkeypatch.setattr(Ascent, "steps", watched)
+    immunize(half, concepts(), settings(tmp_path, steps=4, method=method))
+    assert len(gradients) > 4
+    assert begun == [0, 0, 0, 0]
 
 
 def small_ones():
