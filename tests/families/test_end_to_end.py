@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mima.errors import MimaError
 from mima.families import Family, family_of, load_pipeline
 from mima.immunization.algorithm import immunize
 from mima.immunization.config import ImmunizeConfig, LowerConfig, UpperConfig
+from mima.immunization.recipes import RECIPES
 from mima.merging import MergePlan
 from mima.training.loss import prediction_and_target
 
@@ -74,6 +76,43 @@ def test_two_concepts_are_immunized_in_two_steps(folder, mode, tmp_path):
     assert all(
         torch.equal(w, before[n]) for n, w in family_of(pipeline).denoiser.named_parameters()
     )
+
+
+ONE = {"steps": 2, "batch_size": 1}
+SHORT = {
+    "default": {
+        "lower": ONE,
+        "upper": {"path_every": 1, "batch_size": 1, "prior_batch_size": 2},
+    },
+    "paper": {"resolution": None},
+    "apdm": {"lower": ONE},
+    "sophon": {"lower": ONE},
+}
+"""What makes attacks of the recipes short."""
+
+
+@pytest.mark.parametrize("folder", ["lumina2", "qwen-image"], indirect=True)
+@pytest.mark.parametrize("recipe", SHORT)
+def test_recipes_take_finite_steps(folder, recipe, tmp_path):
+    pipeline = open_pipeline(folder)
+    common = {"steps": 3, "captions": immunizing.captions(tmp_path)}
+    config = RECIPES[recipe](**common, **SHORT[recipe])
+    result = immunize(pipeline, immunizing.concepts(), config)
+
+    last = result.history[-1]
+    assert (last.step, last.skipped) == (3, 0)
+    for report in result.history:
+        seen = [*report.losses.values(), *report.prior_losses.values()]
+        assert seen
+        assert all(map(math.isfinite, [*seen, report.drift, report.gradient_norm]))
+    before = dict(family_of(pipeline).denoiser.named_parameters())
+    after = dict(family_of(result.pipeline).denoiser.named_parameters())
+    assert all(torch.isfinite(weight).all() for weight in after.values())
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    # the published update changes what the attacker trains, too
+    trained = config.attackers[0] if config.method == "alternating" else config.upper
+    assert changed <= set(family_of(pipeline).parameter_names(trained.parameters))
+    assert len(changed) > 0.9 * len(family_of(pipeline).parameter_names("cross_attention"))
 
 
 def test_the_immunized_model_samples_is_saved_and_learns(folder, tmp_path):
