@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -71,12 +72,12 @@ def test_while_it_runs_only_what_is_trained_is_float32(half, tmp_path, monkeypat
     seen = []
     original = immunize.__globals__["make_whole"]
 
-    def look(own, device, **options):
-        for name, value in own.unet.named_parameters():
+    def look(made, device, **options):
+        for name, value in made.unet.named_parameters():
             held = isinstance(value, Upcast)
             shared = held and value.stored.data_ptr() in pointers
             seen.append((".attn2." in name, held, shared))
-        original(own, device, **options)
+        original(made, device, **options)
 
     monkeypatch.setitem(immunize.__globals__, "make_whole", look)
     result = immunize(pipeline, concepts(), settings(tmp_path, steps=1))
@@ -159,6 +160,9 @@ def test_moments_on_disk_are_in_memory_while_a_step_lasts_alone(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_mapped_weights_leave_memory_as_they_become_float32(tmp_path, monkeypatch):
+    kind = subprocess.run(["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True)
+    if kind.stdout.strip() == "tmpfs":
+        pytest.skip("files are in memory here")
     monkeypatch.setattr(frozen, "LARGE", 0)
     layers = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(8)))
     values = {name: value.detach().bfloat16() for name, value in layers.named_parameters()}
@@ -167,11 +171,12 @@ def test_mapped_weights_leave_memory_as_they_become_float32(tmp_path, monkeypatc
         value.data = mapped[name]
     frozen.hold_frozen(layers)
     assert all(isinstance(value, Upcast) for value in layers.parameters())
+    assert all(torch.equal(mapped[name], value) for name, value in values.items())
     before = resident(mapped["0.weight"])
     assert before >= sum(value.nbytes for value in values.values()) // 1024
     frozen.make_dense(layers, own=True)
     # of each tensor, the pages that it shares with its neighbours stay
-    assert resident(mapped["0.weight"]) < before / 4
+    assert resident(mapped["0.weight"]) < before / 2
     for name, value in layers.named_parameters():
         assert torch.equal(value, values[name].float())
         assert torch.equal(mapped[name], values[name])
