@@ -5,13 +5,14 @@
 Writes a model of the published architecture with random weights in bfloat16 (SD 1.4: 2.1 GB, ten
 seconds; SDXL: 7 GB, a minute), then immunizes it against two concepts at 256 pixels for two steps,
 in a fresh process for each row: the second step is the first that has the optimizer's moments. On
-two free CPU cores a row of SD 1.4 takes about two minutes, one of SDXL about ten.
+one thread that others shared, a row of SD 1.4 took 4 minutes (``exact``: 12), one of SDXL 9 to 13.
 
 Rows: ``kv``, one step of Adam on keys and values of cross-attention below, the same above;
 ``kv-bf16``, the same in bfloat16; ``kv-4``, four steps; ``lora-4``, four steps on LoRA's factors of
 rank 8 on every projection of attention; ``xattn``, one step on all of cross-attention, the same
-above: the package's default. All recompute activations. The merge is the default one, its plan made
-from 8 captions instead of 200: that saves minutes, not memory.
+above: the package's default; ``xattn-disk``, the same with AdamW's moments on disk. All recompute
+activations. The merge is the default one, its plan made from 2 captions instead of 200: that saves
+minutes, not memory.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ import argparse
 import itertools
 import json
 import platform
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +62,21 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 SCHEDULE |= {"steps_offset": 1}
 
 
-def write_model(name: str, folder: Path) -> None:
-    """Write a pipeline of a published architecture with random weights in bfloat16."""
+def write_model(name: str, folder: Path, *, weights: bool = True) -> None:
+    """Write a pipeline of a published architecture with random weights in bfloat16.
+
+    Args:
+        name: ``sd14`` or ``sdxl``.
+        folder: a new one.
+        weights: False leaves holes in the files where the weights would be, which is enough for a
+            plan: it reads headers alone.
+    """
     tokenizer = load_embedded().tokenizer
     tokenizer.model_max_length = 77
     with torch.device("meta"):
         # as published, but for the number of words of the embedded model's tokenizer
         text = {"vocab_size": 49408, "max_position_embeddings": 77}
-        denoiser = ARCHITECTURES[name].build()
+        denoiser = ARCHITECTURES[name].build(*ARCHITECTURES[name].layers)
         clip = CLIPTextModel(CLIPTextConfig(**text, **CLIP_L))
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
@@ -76,7 +88,7 @@ def write_model(name: str, folder: Path) -> None:
     parts: dict[str, Any] = {"unet": denoiser, "text_encoder": clip, "vae": vae}
     if name == "sdxl":
         parts["text_encoder_2"] = other
-    parts = {part: filled(module) for part, module in parts.items()}
+    parts = {part: (filled if weights else hollow)(m) for part, m in parts.items()}
     if name == "sdxl":
         pipeline: Any = StableDiffusionXLPipeline(
             **parts,
@@ -118,12 +130,43 @@ def filled(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
+def hollow(module: torch.nn.Module) -> torch.nn.Module:
+    """A module of the meta device that is written as configuration and header, without weights."""
+    made: Any = module.to(torch.bfloat16).eval()
+    made.save_pretrained = partial(_save_hollow, made)
+    opened: torch.nn.Module = made
+    return opened
+
+
+def _save_hollow(module: Any, folder: str, **_: Any) -> None:
+    place = Path(folder)
+    if hasattr(module, "save_config"):
+        name = "diffusion_pytorch_model.safetensors"
+        module.save_config(folder)
+    else:
+        name = "model.safetensors"
+        module.config.save_pretrained(folder)
+    header, end = {}, 0
+    for key, value in module.named_parameters():
+        start, end = end, end + value.nbytes
+        header[key] = {"dtype": "BF16", "shape": [*value.shape], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (place / name).open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+
 ROWS: dict[str, dict[str, Any]] = {
     "kv": {"lower": {"parameters": "cross_attention_kv"}},
     "kv-bf16": {"lower": {"parameters": "cross_attention_kv"}, "precision": "bfloat16"},
     "kv-4": {"lower": {"parameters": "cross_attention_kv", "steps": 4}},
     "lora-4": {"lower": {"parameters": "lora", "rank": 8, "steps": 4}},
     "xattn": {"upper": {"parameters": "cross_attention"}, "lower": {}},
+    "xattn-disk": {
+        "upper": {"parameters": "cross_attention"},
+        "lower": {},
+        "offload_optimizer": True,
+    },
 }
 """What the levels train, by the name of the row."""
 
@@ -134,7 +177,7 @@ def settings(row: str, mode: str) -> ImmunizeConfig:
         "steps": STEPS,
         "hypergradient": mode,
         "resolution": SIDE,
-        "num_captions": 8,
+        "num_captions": 2,
         "gradient_checkpointing": True,
         "upper": {"parameters": "cross_attention_kv"},
     }
@@ -142,11 +185,15 @@ def settings(row: str, mode: str) -> ImmunizeConfig:
 
 
 def concepts() -> list[Concept]:
-    """Two, with two pictures each and two class pictures, so that none is drawn."""
+    """Two, with two pictures each and a class picture, so that none is drawn."""
     pictures = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("red", "blue")]
     return [
         Concept(
-            noun, f"a photo of a {noun}", pictures, class_prompt="a photo", class_images=pictures
+            noun,
+            f"a photo of a {noun}",
+            pictures,
+            class_prompt="a photo",
+            class_images=pictures[:1],
         )
         for noun in ("cat", "dog")
     ]
@@ -156,13 +203,20 @@ def measure(folder: str, row: str, mode: str, *, plan_only: bool) -> dict[str, A
     """Plan, and immunize in this process; sizes in bytes."""
     config = settings(row, mode)
     planned = plan(ModelSource(folder), concepts(), config, device="cpu")
-    phases = {phase: sum(parts.values()) for phase, parts in planned.memory.items()}
-    seen: dict[str, Any] = {"plan": str(planned), "planned": phases}
+    seen: dict[str, Any] = {"plan": str(planned), "planned": planned.memory}
     if plan_only:
         return seen
     reports: list[StepReport] = []
+
+    def tell(report: StepReport) -> None:
+        reports.append(report)
+        said = f"step {report.step}: {report.seconds:.0f} s, {report.memory / 2**30:.2f} GiB so far"
+        print(said, file=sys.stderr, flush=True)
+
     started = time.perf_counter()
-    immunize(ModelSource(folder), concepts(), config, device="cpu", callbacks=[reports.append])
+    immunize(ModelSource(folder), concepts(), config, device="cpu", callbacks=[tell])
+    # a step that is left out takes no step of the optimizer, whose moments are to be there
+    assert [report.skipped for report in reports] == [0] * STEPS
     return {
         **seen,
         "threads": torch.get_num_threads(),
@@ -194,43 +248,61 @@ def main() -> None:
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.write:
-        write_model(args.write[0], Path(args.write[1]))
+        write_model(args.write[0], Path(args.write[1]), weights=not args.plan_only)
         return
     if args.one:
         print(json.dumps(measure(*args.one, plan_only=args.plan_only)))
         return
     print(f"{cpu()}, torch {torch.__version__}, GiB")
     print(__doc__.split("\n\n")[2].replace("\n", " "), flush=True)
+    only = ["--plan-only"] * args.plan_only
     with tempfile.TemporaryDirectory() as made:
         for model in args.models:
             folder = (args.folder or Path(made)) / model
             if not folder.is_dir():
+                # what has no weights is not kept
+                folder = Path(made) / model if args.plan_only else folder
                 # in a process of its own, so that its memory is given back
-                _in_a_process("--write", model, str(folder))
+                _in_a_process("--write", model, str(folder), *only)
             for row, mode in itertools.product(args.rows, args.modes):
-                _row(args, model, folder, row, mode)
+                found = _in_a_process("--one", str(folder), row, mode, *only).splitlines()[-1]
+                told = {"model": model, "row": row, "mode": mode}
+                _say(told, json.loads(found), args.output)
 
 
-def _row(args: argparse.Namespace, model: str, folder: Path, row: str, mode: str) -> None:
-    only = ["--plan-only"] * args.plan_only
-    found = json.loads(_in_a_process("--one", str(folder), row, mode, *only).splitlines()[-1])
-    print(f"\n{model}, {row}, {mode}\n{found.pop('plan')}", flush=True)
-    if args.plan_only:
+def _say(told: Mapping[str, str], found: dict[str, Any], output: Path | None) -> None:
+    """Print what a row found, and add it to a file."""
+    print(f"\n{', '.join(told.values())}\n{found.pop('plan')}", flush=True)
+    if "peak_after_step" not in found:
         return
-    peak, planned = max(found["peak_after_step"]), found["planned"]
-    before = max(planned["preparing"], planned["outer steps"])
-    print(
-        f"measured: {peak / 2**30:.2f} GiB up to the end of the last step, {before / peak:.2f} of "
-        f"it planned; {found['peak_with_result'] / 2**30:.2f} with the float32 result; "
-        f"{found['step_seconds'][-1]:.0f} s the step, {found['seconds']:.0f} s in all",
-        flush=True,
-    )
-    if args.output:
-        known = json.loads(args.output.read_text()) if args.output.exists() else {"rows": []}
-        told = {"model": model, "row": row, "mode": mode}
+    print(f"{HEADER}\n{line({**told, **found})}", flush=True)
+    if output:
+        known = json.loads(output.read_text()) if output.exists() else {"rows": []}
         rows = [one for one in known["rows"] if not told.items() <= one.items()]
-        known |= {"cpu": cpu(), "torch": torch.__version__, "rows": [*rows, {**told, **found}]}
-        args.output.write_text(json.dumps(known, indent=1) + "\n")
+        rows = sorted([*rows, {**told, **found}], key=itemgetter(*told))
+        known |= {"cpu": cpu(), "torch": torch.__version__, "rows": rows}
+        output.write_text(json.dumps(known, indent=1) + "\n")
+
+
+HEADER = """\
+| model | row | | planned | measured | with the result: planned | measured | a step | in all |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+def line(found: Mapping[str, Any]) -> str:
+    """A row of the table: bytes up to the last step, with the float32 result, and seconds."""
+    planned = {phase: sum(parts.values()) for phase, parts in found["planned"].items()}
+    steps = max(planned["preparing"], planned["outer steps"])
+    sizes = (
+        steps,
+        max(found["peak_after_step"]),
+        max(steps, planned["the result, in float32"]),
+        found["peak_with_result"],
+    )
+    told = [found["model"], f"`{found['row']}`", f"`{found['mode']}`"]
+    told += [f"{size / 2**30:.1f} GiB" for size in sizes]
+    told += [f"{found['step_seconds'][-1]:.0f} s", f"{found['seconds'] / 60:.0f} min"]
+    return f"| {' | '.join(told)} |"
 
 
 def _in_a_process(*arguments: str) -> str:

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from mima.families import ModelSource
+from mima.immunization.planning.plan import plan
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -489,3 +492,48 @@ def test_the_start_of_commands_is_timed_where_the_answer_is_right(capsys, monkey
     assert start_up.main(["--runs", "1"]) == 1
     with pytest.raises(RuntimeError, match="mima --version: 0: mima"):
         start_up.seconds_of(replace(chosen[0], says="something else"))
+
+
+SIZES = json.loads((ROOT / "benchmarks" / "results" / "sizes-intel-xeon.json").read_text())["rows"]
+STEPS, RESULT = ("preparing", "outer steps"), "the result, in float32"
+
+
+def size_of(memory, phases, *, libraries):
+    """The largest phase, with what Python and its libraries took elsewhere."""
+    own = [{**memory[phase], "Python and its libraries": libraries} for phase in phases]
+    return max(sum(parts.values()) for parts in own)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(
+            row,
+            id="-".join(named := (row["model"], row["row"], row["mode"])),
+            # a plan of the others takes twice as long
+            marks=() if named == ("sd14", "kv", "first_order") else pytest.mark.slow,
+        )
+        for row in SIZES
+    ],
+)
+def test_models_of_real_size_are_planned_as_they_were_measured(tmp_path, row):
+    from benchmarks import sizes
+
+    # configurations and headers, and files with holes
+    sizes.write_model(row["model"], tmp_path / "model", weights=False)
+    config = sizes.settings(row["row"], row["mode"])
+    found = plan(ModelSource(tmp_path / "model"), sizes.concepts(), config, device="cpu")
+    assert found.memory.keys() == row["planned"].keys()
+    libraries = row["planned"]["preparing"]["Python and its libraries"]
+    planned = size_of(found.memory, STEPS, libraries=libraries)
+    assert planned == pytest.approx(max(row["peak_after_step"]), rel=0.15)
+    whole = max(planned, size_of(found.memory, [RESULT], libraries=libraries))
+    assert whole == pytest.approx(row["peak_with_result"], rel=0.15)
+
+
+def test_the_guide_shows_the_sizes_that_were_measured():
+    from benchmarks import sizes
+
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    table = "\n".join([sizes.HEADER, *map(sizes.line, SIZES)])
+    assert table in guide
