@@ -189,7 +189,12 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 def check_pictures(pictures: Iterable[Picture]) -> list[str]:
     """Decode every picture once, those in memory too: a line for each that fails, and why."""
     problems: list[str] = []
+    # a file may have a caption in each of many rows
+    good: set[Path] = set()
     for picture in pictures:
+        file = picture.image if isinstance(picture.image, Path) else None
+        if file in good:
+            object.__setattr__(picture, "_checked", True)
         if picture._checked:
             continue
         try:
@@ -198,6 +203,8 @@ def check_pictures(pictures: Iterable[Picture]) -> list[str]:
             problems.extend(error.problems)
         else:
             object.__setattr__(picture, "_checked", True)
+            if file is not None:
+                good.add(file)
     return problems
 
 
