@@ -87,6 +87,8 @@ MOST_TIMESTEPS = 100_000
 """Noise levels of a schedule, of which diffusers makes tables; models have 1000."""
 MOST_LAYERS = 1000
 """Layers, or layers of a block, that a configuration may ask for."""
+MOST_SETTINGS = 1000
+"""Names in one configuration; diffusers takes kilobytes of memory for each unknown one."""
 
 HALF_PRECISION = {"BF16": torch.bfloat16, "F16": torch.float16}
 """By the names that safetensors has for them."""
@@ -493,6 +495,8 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
         # diffusers takes a configuration that is a text for the name of a model, and fetches it
         if not isinstance(content, dict):
             raise MimaError(f"model: {file} is damaged: expected a mapping")
+        if file.name.endswith("config.json") and len(content) > MOST_SETTINGS:
+            raise MimaError(f"model: {file}: more than {MOST_SETTINGS} settings")
         steps = content.get("num_train_timesteps")
         if isinstance(steps, (int, float)) and steps > MOST_TIMESTEPS:
             raise MimaError(f"model: {file}: num_train_timesteps is over {MOST_TIMESTEPS}")
