@@ -67,12 +67,8 @@ LARGE["yaml"] = LARGE["json"] | {
 }
 
 
-# a configuration without sizes stands for a model of its library's own size, of 600 MB and more
-UNBOUNDED = ("model's unet/config.json", "encoder's config.json")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in UNBOUNDED])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_megabyte_takes_ten_seconds_and_500_megabytes_at_most(name, known):
     parser = known[name]()
     good = next(iter(parser.files.values()))

@@ -33,7 +33,7 @@ from mima.choices import PictureProtocol
 from mima.errors import MimaError, first_line, nearest, one_line, quoted
 from mima.evaluation.discriminants import NEEDED, SIDE, embedding
 from mima.families.hub import unreachable
-from mima.families.loading import LOADING_ERRORS, too_many_layers
+from mima.families.loading import LOADING_ERRORS, too_many_layers, too_many_numbers
 from mima.storage.inputs import is_hub_id
 from mima.storage.tensor_files import fingerprint
 
@@ -562,7 +562,15 @@ def _model_type(source: str) -> str:
 
 
 def _from_pretrained(source: str, kind: Any, **keywords: Any) -> tuple[Any, dict[str, Any]]:
+    folder = Path(source)
     with _opening(source):
+        if folder.is_dir():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            with torch.device("meta"):
+                network = AutoModel.from_config(config, trust_remote_code=False)
+            problem = too_many_numbers(folder, network, folder.glob("*.safetensors"))
+            if problem is not None:
+                raise MimaError(f"encoder: {problem}")
         model = kind.from_pretrained(source, dtype=torch.float32, **keywords)
         settings, _ = BaseImageProcessor.get_image_processor_dict(source)
         return model, settings

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import logging
+import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -89,6 +91,9 @@ MOST_LAYERS = 1000
 """Layers, or layers of a block, that a configuration may ask for."""
 MOST_SETTINGS = 1000
 """Names in one configuration; diffusers takes kilobytes of memory for each unknown one."""
+
+SPARE_NUMBERS = 2**24
+"""How many more numbers than twice those of its files a network may consist of."""
 
 HALF_PRECISION = {"BF16": torch.bfloat16, "F16": torch.float16}
 """By the names that safetensors has for them."""
@@ -324,6 +329,7 @@ def _explain(model: str, revision: str | None, error: Exception) -> str:
 
 def _open_folder(path: Path, dtype: torch.dtype | None, variant: str | None) -> Any:
     index = check_folder_of_model(path, variant)
+    _check_sizes(path, index, lambda part: weight_files(part, variant))
     wanted = _dtype(_stored_dtypes(path, index, variant) if dtype is None else dtype)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
@@ -402,6 +408,61 @@ def library_of(name: str) -> str | None:
     # such as stable_diffusion, which has the safety checker
     inside = f"diffusers.pipelines.{name}"
     return inside if importlib.util.find_spec(inside) is not None else None
+
+
+def without_weights(folder: Path, kind: Sequence[str]) -> torch.nn.Module:
+    """A part of a model on the meta device, of its configuration alone.
+
+    Args:
+        folder: the part's.
+        kind: library and class, as ``model_index.json`` names them.
+
+    Raises:
+        MimaError: the configuration cannot be used.
+    """
+    library, name = kind
+    try:
+        cls = getattr(importlib.import_module(library_of(library) or library), name)
+        with torch.device("meta"):
+            if library == "diffusers":
+                made = cls.from_config(cls.load_config(str(folder)))
+            else:
+                made = cls(cls.config_class.from_pretrained(str(folder)))
+    except (ImportError, *LOADING_ERRORS) as error:
+        raise MimaError(f"model: cannot open {folder}: {first_line(error)}") from error
+    assert isinstance(made, torch.nn.Module)
+    return made
+
+
+def too_many_numbers(folder: Path, network: torch.nn.Module, files: Iterable[Path]) -> str | None:
+    """What is wrong with a configuration that asks for far more weights than its files hold.
+
+    diffusers and transformers make all of them in memory before they read a file.
+
+    Args:
+        folder: of the configuration.
+        network: as it is described there, on the meta device.
+        files: of safetensors; where there are none, those that end in ``.bin`` count by their size.
+    """
+    shapes = [shape for file in files for _, shape in read_header(file).values()]
+    held = sum(map(math.prod, shapes))
+    if not shapes:
+        held = sum(file.stat().st_size for file in folder.glob("*.bin")) // 2
+    asked = sum(parameter.numel() for parameter in network.parameters())
+    if asked <= 2 * held + SPARE_NUMBERS:
+        return None
+    return f"{folder / 'config.json'} asks for {asked:,} numbers, the files hold {held:,}"
+
+
+def _check_sizes(
+    folder: Path, index: Mapping[str, Any], files_of: Callable[[Path], Iterable[Path]]
+) -> None:
+    for name, kind in index.items():
+        part = folder / name
+        if isinstance(kind, list) and (part / "config.json").is_file():
+            problem = too_many_numbers(part, without_weights(part, kind), files_of(part))
+            if problem is not None:
+                raise MimaError(f"model: {problem}")
 
 
 def _stored_dtypes(
@@ -563,7 +624,8 @@ def _open_file(path: Path, dtype: torch.dtype | None, config: str | Path | None)
     if config is not None:
         keywords["config"] = str(config)
         if expanded(config).is_dir():
-            check_folder_of_model(expanded(config), None, weights=False)
+            index = check_folder_of_model(expanded(config), None, weights=False)
+            _check_sizes(expanded(config), index, lambda _: [path])
     elif unreachable():
         # offline, diffusers looks for the configuration in the hub's cache
         keywords["local_files_only"] = True

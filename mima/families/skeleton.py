@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from mima.families.loading import (
     ModelSource,
     absent_parts,
     check_folder_of_model,
-    library_of,
     stored_dtype,
     weight_files,
+    without_weights,
 )
 from mima.families.pipelines import Pipeline, networks, with_modules
 from mima.storage.inputs import check_model, expanded
@@ -64,7 +63,7 @@ def open_skeleton(model: Any) -> Pipeline:
     for part, kind in index.items():
         if isinstance(kind, list) and (folder / part / "config.json").is_file():
             files = [single] if single else weight_files(folder / part, model.variant)
-            made[part] = _network(folder / part, kind)
+            made[part] = without_weights(folder / part, kind)
             cast(made[part], stored_dtype(files))
     try:
         pipeline = DiffusionPipeline.from_pretrained(
@@ -103,21 +102,6 @@ def _snapshot(name: str, revision: str | None) -> Path:
             f"model: a plan reads the headers of weights, and those of {name} are not on this "
             f"machine; download it first: hf download {name}"
         ) from error
-
-
-def _network(folder: Path, kind: list[str]) -> torch.nn.Module:
-    library, name = kind
-    try:
-        cls = getattr(importlib.import_module(library_of(library) or library), name)
-        with torch.device("meta"):
-            if library == "diffusers":
-                made = cls.from_config(cls.load_config(str(folder)))
-            else:
-                made = cls(cls.config_class.from_pretrained(str(folder)))
-    except (ImportError, *LOADING_ERRORS) as error:
-        raise MimaError(f"model: cannot read {folder}: {first_line(error)}") from error
-    assert isinstance(made, torch.nn.Module)
-    return made
 
 
 def _empty(parameter: torch.Tensor) -> torch.Tensor:

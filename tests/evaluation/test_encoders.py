@@ -146,6 +146,13 @@ def test_alignment_refuses_what_does_not_fit(clip, pictures, tmp_path):
         prompt_alignment(pictures, ["a"] * 4, load_encoder(tiny.save_tiny_dino(tmp_path)))
 
 
+def test_a_configuration_asks_for_no_more_than_its_files_hold(tmp_path):
+    folder = tiny.save_tiny_clip(tmp_path / "clip")
+    (folder / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(MimaError, match=r"config\.json asks for [\d,]+ numbers, the files hold"):
+        load_similarity(folder)
+
+
 def test_unusable_encoders_are_named(tmp_path):
     with pytest.raises(MimaError, match="neither a folder nor a hub id"):
         load_encoder(tmp_path / "nothing")

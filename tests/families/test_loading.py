@@ -530,6 +530,18 @@ def test_a_configuration_that_is_a_name_is_not_fetched(tmp_path, name, text):
         load_pipeline(folder)
 
 
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_configuration_asks_for_no_more_than_its_files_hold(tmp_path, part):
+    folder = tiny.save_tiny_stable_diffusion(tmp_path / "model", blocks=1)
+    file = folder / part / "config.json"
+    told = json.loads(file.read_text())
+    # without sizes, those of the published models are meant: gigabytes
+    kind = {"_class_name": told["_class_name"]} if part == "unet" else {}
+    file.write_text(json.dumps(kind))
+    with pytest.raises(MimaError, match=rf"{part}/config\.json asks for [\d,]+ numbers, the files"):
+        load_pipeline(folder)
+
+
 @pytest.mark.parametrize("case", HOSTILE_SETTINGS)
 def test_damaged_settings_of_a_model_are_refused(tmp_path, case):
     name, text = HOSTILE_SETTINGS[case]
