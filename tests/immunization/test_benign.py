@@ -115,7 +115,12 @@ def test_what_the_start_becomes_is_computed_once_for_each_path(model, tmp_path, 
     problem = make(model, settings(tmp_path, BENIGN | {"paths": 2}), 1)
     terms, theta, begun = problem._benign, problem.theta(), []
     paths = lower.paths
-    monkeypatch.setattr(lower, "paths", lambda tasks, at: begun.append(at) or paths(tasks, at))
+
+    def recorded(tasks, at, *args, **options):
+        begun.append(at)
+        return paths(tasks, at, *args, **options)
+
+    monkeypatch.setattr(lower, "paths", recorded)
     for step in range(12):
         terms.gradient(moved(theta, problem.upper_names), step)
     at_the_start = [at for at in begun if at is terms._before]
