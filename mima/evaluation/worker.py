@@ -437,9 +437,10 @@ class Worker:
         if self._originals is None or attack.outside or attack.preparation != "none":
             return None
         bench = self.bench
-        concept, jobs, files = bench.trial_material(attack)
         if trial is None:
             concept, _ = bench.material(attack)
+        else:
+            concept, jobs, files = bench.trial_material(attack)
         learned = (
             *(concept.prompt, concept.token, concept.initializer, concept.class_prompt),
             *((digest(p), p.prompt) for p in (*concept.images, *concept.class_images)),
