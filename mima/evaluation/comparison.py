@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections import deque
@@ -17,14 +18,28 @@ import torch
 from mima._version import installed_versions
 from mima.choices import Method, PictureProtocol
 from mima.concepts import Concept
-from mima.concepts.pictures import spread
+from mima.concepts.pictures import Picture, digest, spread
 from mima.concepts.reading import load_concepts
 from mima.distributed import device_of
 from mima.errors import MimaError
 from mima.evaluation.calibration import calibrate
 from mima.evaluation.estimate import Estimate, estimate
-from mima.evaluation.grid import Attack, GridConfig, Trial, attack_grid, grid_config
-from mima.evaluation.ledger import Ledger, check, claim, refuse_other_settings
+from mima.evaluation.grid import (
+    NEEDS_OTHERS,
+    Attack,
+    GridConfig,
+    Trial,
+    attack_grid,
+    grid_config,
+)
+from mima.evaluation.ledger import (
+    PICTURES,
+    PROMPTS,
+    Ledger,
+    check,
+    claim,
+    refuse_other_settings,
+)
 from mima.evaluation.plan import Plan
 from mima.evaluation.processes import in_parallel, one_by_one, one_thread
 from mima.evaluation.ranks import SharedFolder, join_patiently, over_ranks
@@ -37,7 +52,7 @@ from mima.evaluation.records import (
     ModelPair,
     Role,
 )
-from mima.evaluation.seen import Seen, seen_by
+from mima.evaluation.seen import Seen, seen_by, trained_on
 from mima.evaluation.tuning import TrialRow, TuningLog
 from mima.evaluation.worker import Bench, Outcome, Task, Worker
 from mima.families import family_of, source_of
@@ -218,6 +233,7 @@ def evaluate(
             *([] if seen.known else [UNKNOWN]),
             *seen.overlaps(list(targets.values()), list(rest.values())),
             *known,
+            *trained_on(list(by_slug.values()), _shared(grid, config, targets, rest)),
         ),
         config={
             "grid": config.model_dump(mode="json"),
@@ -225,6 +241,8 @@ def evaluate(
             "similarities": {name: str(s) for name, s in zip(names, similarities, strict=True)},
             "judges": worker.judges,
             "weights": worker.fingerprints(),
+            PICTURES: {slug: _pictures_of(concept) for slug, concept in by_slug.items()},
+            PROMPTS: _short_hash(prompts),
         },
         versions=installed_versions(),
         complete=False,
@@ -291,6 +309,37 @@ def evaluate(
             evaluation = ledger.write(worker.benign())
             shared.remove()
     return ranks.broadcast(evaluation)
+
+
+def _shared(
+    grid: Sequence[Attack],
+    config: GridConfig,
+    targets: Mapping[str, Concept],
+    others: Mapping[str, Concept],
+) -> list[Concept]:
+    """Concepts whose pictures attacks on other concepts train on."""
+    preparations = {attack.preparation for attack in grid}
+    mixed = any(attack.images == "mixed" for attack in grid)
+    benign = mixed or config.repair_steps > 0 or not preparations.isdisjoint(NEEDS_OTHERS)
+    return [
+        *(targets.values() if "merge" in preparations else ()),
+        *(others.values() if benign else ()),
+    ]
+
+
+def _pictures_of(concept: Concept) -> dict[str, str]:
+    """A hash of each kind of a concept's pictures with their prompts, of those that it has."""
+    kinds = ("images", "held_out", "class_images")
+    found: dict[str, Sequence[Picture]] = {kind: getattr(concept, kind) for kind in kinds}
+    return {
+        kind: _short_hash([(digest(picture), picture.prompt) for picture in pictures])
+        for kind, pictures in found.items()
+        if pictures
+    }
+
+
+def _short_hash(value: object) -> str:
+    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
 
 
 def _check_alike(original: Pipeline, immunized: Pipeline) -> None:

@@ -20,7 +20,7 @@ def changed(**settings: Any) -> Callable[[Adaptation], Adaptation]:
 
 def _sgd(adaptation: Adaptation) -> Adaptation:
     rate = SGD_RATE * adaptation.learning_rate
-    return replace(adaptation, optimizer="sgd", learning_rate=rate)
+    return replace(adaptation, optimizer="sgd", learning_rate=rate, use_8bit_adam=False)
 
 
 def _in_two_halves(adaptation: Adaptation) -> Adaptation:
@@ -48,7 +48,7 @@ class AttackFamily:
 
 FAMILIES: dict[str, AttackFamily] = {
     "sgd": AttackFamily(base="dreambooth", adapt=_sgd),
-    "muon": AttackFamily(base="dreambooth", adapt=changed(optimizer="muon")),
+    "muon": AttackFamily(base="dreambooth", adapt=changed(optimizer="muon", use_8bit_adam=False)),
     "cosine": AttackFamily(base="dreambooth", adapt=changed(schedule="cosine")),
     "ema": AttackFamily(base="dreambooth", adapt=changed(ema_decay=0.99)),
     "restart": AttackFamily(base="dreambooth", adapt=_in_two_halves),
@@ -58,7 +58,10 @@ FAMILIES: dict[str, AttackFamily] = {
         adapt=changed(prior_weight=1.0, num_class_images=16),
         needs_class=True,
     ),
-    "transplant": AttackFamily(base="lora", transplant=True),
+    # another model draws with a LoRA of the denoiser's linear layers alone
+    "transplant": AttackFamily(
+        base="lora", adapt=changed(text_encoder=False, convolutions=False), transplant=True
+    ),
     "lora-r2": AttackFamily(base="lora", adapt=changed(rank=2, alpha=None)),
     "lora-r32": AttackFamily(base="lora", adapt=changed(rank=32, alpha=None)),
     "lora-r128": AttackFamily(base="lora", adapt=changed(rank=128, alpha=None)),

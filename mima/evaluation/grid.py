@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from mima.adaptation import Adaptation, configure
+from mima.adaptation import METHODS, Adaptation, configure
 from mima.concepts import Concept
 from mima.concepts.naming import names_of, with_word, without_name
 from mima.concepts.pictures import Picture
-from mima.errors import check_choice, nearest
+from mima.errors import MimaError, check_choice, nearest
 from mima.evaluation.families import FAMILIES, AttackFamily
 from mima.evaluation.records import Pictures, Preparation, PromptVariant, Role, Side
 from mima.evaluation.tuning import Choice, Tuning, above_zero
@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 # methods that train a token call the concept by a word in brackets, which no vocabulary holds
 NEW_WORD = "<{}>"
 TRAINS_A_TOKEN = frozenset({"textual-inversion", "pivotal"})
+LONGEST_LABEL = 80
+"""Bytes of the name of a method in the grid."""
 NEEDS_OTHERS = frozenset({"benign", "kick"})
 """Preparations that train on the other concepts' pictures."""
 
@@ -89,6 +91,21 @@ class GridConfig(Settings):
     def _distinct(cls, values: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(values)) < len(values):
             raise ValueError(f"must differ, for equal seeds are one run; got {values}")
+        return values
+
+    @field_validator("methods")
+    @classmethod
+    def _labels(cls, values: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, settings in values.items():
+            # a part of the names of folders
+            too_long = len(name.encode(errors="replace")) > LONGEST_LABEL
+            if not name or "/" in name or not name.isprintable() or too_long:
+                raise ValueError(
+                    f"{name!r} is no name of at most {LONGEST_LABEL} letters without a slash"
+                )
+            method = settings.get("method", name)
+            if name in METHODS and method != name:
+                raise ValueError(f"{name!r} stands for that method, not for {method!r}")
         return values
 
     @field_validator("families")
@@ -167,6 +184,11 @@ def grid_config(preset: str, settings: Mapping[str, Any] | None = None) -> GridC
         configured(config, name)
     for name in config.families:
         _of_family(config, name)
+        if name in config.methods and name not in METHODS:
+            raise MimaError(
+                f"setting methods.{name}: is the name of a family that the grid has, too; give the "
+                "method another"
+            )
     return config
 
 

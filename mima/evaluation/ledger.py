@@ -18,6 +18,10 @@ logger = logging.getLogger(__name__)
 
 JUDGES = "judges"
 """In a record's configuration: a hash of each judge's assets, by name."""
+PICTURES = "pictures"
+"""In a record's configuration: a hash of each concept's pictures, by slug and kind."""
+PROMPTS = "prompts"
+"""In a record's configuration: a hash of the ordinary prompts."""
 
 
 def check(folder: EvaluationFolder, *, overwrite: bool) -> None:
@@ -47,8 +51,11 @@ def refuse_other_settings(folder: EvaluationFolder, now: Evaluation) -> None:
     then = folder.evaluation()
     same = ("models", "protocol", "similarities", "seeds", "concepts")
     differing = [name for name in same if getattr(then, name) != getattr(now, name)]
+    unknown = [key for key in (PICTURES, PROMPTS) if key not in then.config]
     differing += [
-        key for key in now.config if key != JUDGES and then.config.get(key) != now.config[key]
+        key
+        for key in now.config
+        if key not in (JUDGES, *unknown) and then.config.get(key) != now.config[key]
     ]
     known = then.config.get(JUDGES)
     differing += [
@@ -60,6 +67,13 @@ def refuse_other_settings(folder: EvaluationFolder, now: Evaluation) -> None:
         raise MimaError(
             f"output {folder.path} holds an evaluation with other {', '.join(differing)}; "
             "choose another folder, or use --overwrite"
+        )
+    if unknown:
+        logger.warning(
+            "%s was written by an earlier version, which did not keep a hash of %s: they are taken "
+            "to be the same",
+            folder.path,
+            " and ".join(unknown),
         )
     if then.versions != now.versions:
         logger.warning("going on under other versions: %s, now %s", then.versions, now.versions)

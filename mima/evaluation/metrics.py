@@ -268,6 +268,12 @@ class GapCurve:
         return self.rises_left[self.steps[-1]]
 
     @property
+    def rise_left_at_least(self) -> bool:
+        """Whether `rise_left` is a lower bound: the original learned too little by then."""
+        learned = has_learned([self.original[0], self.original[-1]])
+        return self.rise_left is not None and not learned
+
+    @property
     def best_rise_left(self) -> float | None:
         """`rise_left` with each model at the step at which it got furthest."""
         if self.before is None:
@@ -308,6 +314,7 @@ class GapCurve:
             "worst": self.worst,
             "before": self.sgr_before,
             "rise_left": self.rise_left,
+            "rise_left_at_least": self.rise_left_at_least,
             "steps_ratio": half and half.ratio,
             "steps_ratio_at_least": half is not None and half.at_least,
             "steps_to_half": half and {"original": half.original, "immunized": half.immunized},

@@ -105,6 +105,8 @@ class WorstRise(_Record):
     rise_left: float | None
     """`metrics.GapCurve.best_rise_left`: each model at the step at which it got furthest."""
     attack: str | None
+    at_least: bool = False
+    """Whether the share is a lower bound: the attack taught the immunized model alone."""
 
 
 class WorstConcept(_Record):
@@ -125,7 +127,7 @@ class Gap(Interval):
     """SGR at the last step."""
     max: float | None = None
     """Highest SGR."""
-    rise_left: Interval = Interval()
+    rise_left: Ratio = Ratio()
     """Share of what the attack adds on the original that it adds on the immunized model, at the
     last step; see `metrics.rise_left`. An attack that led the immunized model away counts as 0: it
     makes up for no other."""
@@ -170,6 +172,9 @@ class SimilaritySummary(_Record):
     worst_concept: WorstConcept
     mrsgr: float | None
     """MSGR minus the mean SGR of the others; None without any."""
+    objects: ScorePair = ScorePair()
+    """Share of the pictures after attacks on targets whose object this model names rightly; None
+    where it embeds no texts."""
     sgr: dict[str, ConceptGap]
     """By concept, others included."""
 
@@ -310,9 +315,13 @@ class AttackRow(CsvRow):
     nothing was tried, or every trial diverged."""
     tuned_immunized: str | None = None
     """The same of the immunized model."""
+    rise_left_at_least: bool = False
+    """Whether `rise_left` is a lower bound, because by the last step the original learned less than
+    what counts as learning."""
     objects_original: float | None = None
     """The share of the last step's pictures whose object an encoder of texts names rightly, among
-    all that the evaluation asks for; None where the similarity embeds no texts."""
+    all that the evaluation asks for (of one thing alone, among it and the ordinary prompts); None
+    where the similarity embeds no texts, or there is nothing to tell it from."""
     objects_immunized: float | None = None
     """The same of the immunized model: where it falls, pictures are broken, not only unlike."""
     repaired_original: float | None = None
@@ -359,6 +368,7 @@ def measured(curve: GapCurve | None) -> dict[str, Any]:
         "before_original": before[0],
         "before_immunized": before[1],
         "rise_left": curve and curve.rise_left,
+        "rise_left_at_least": curve is not None and curve.rise_left_at_least,
         "rise_left_best": curve and curve.best_rise_left,
         "half_original": half and half.original,
         "half_immunized": half and half.immunized,

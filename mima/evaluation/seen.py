@@ -95,6 +95,31 @@ class Seen(BaseModel):
         return found
 
 
+def trained_on(concepts: Sequence[Concept], shared: Sequence[Concept] = ()) -> list[str]:
+    """Sentences about held-out pictures that the attacks themselves train on.
+
+    Args:
+        concepts: each is compared with its own held-out pictures.
+        shared: concepts whose pictures attacks on others train on, too.
+    """
+    found = []
+    for concept in concepts:
+        judges = list(map(digest, concept.held_out))
+        if not judges:
+            continue
+        for other in (concept, *(one for one in shared if one is not concept)):
+            trained = set(map(digest, other.images))
+            count = sum(name in trained for name in judges)
+            if count:
+                whose = "its own" if other is concept else f"{other.name}'s"
+                found.append(
+                    f"{count} of the pictures that attacks on {concept.name} are compared with are "
+                    f"among {whose} training pictures: an attack that copies them looks like one "
+                    "that learned."
+                )
+    return found
+
+
 def seen_by(model: Any) -> Seen:
     """What is on record of how a model was immunized; nothing of a pipeline in memory.
 

@@ -60,10 +60,11 @@ def summarize(
     target_means = {name: means[name] for name in targets if name in means}
     other_means = [mean for name, mean in means.items() if name not in targets]
     worst = min(target_means, key=lambda name: target_means[name], default=None)
-    on_targets = [row for name in targets for row in by_concept[name]]
+    own = [by_concept[name] for name in targets]
+    on_targets = [row for rows in own for row in rows]
     return SimilaritySummary(
         tally=tally(row for row in rows if row.similarity == similarity and row.role == "target"),
-        targets=gap_of([by_concept[name] for name in targets]),
+        targets=gap_of(own),
         worst_attack=_worst_attack(on_targets),
         worst_rise=_worst_rise(on_targets),
         worst_concept=WorstConcept(
@@ -72,6 +73,9 @@ def summarize(
         mrsgr=mrsgr(list(target_means.values()), other_means)
         if target_means and other_means
         else None,
+        objects=ScorePair(
+            **{side: over_seeds(own, f"objects_{side}").mean for side in SIDES},
+        ),
         sgr=gaps,
     )
 
@@ -103,8 +107,9 @@ def _known_before(rows: Sequence[AttackRow]) -> bool:
 
 def gap_of(groups: Sequence[Sequence[AttackRow]]) -> Gap:
     """Means over concepts, and over seeds, of groups of rows: those of each concept's attacks."""
-    ratios = [row for rows in groups for row in rows if row.steps_ratio is not None]
-    at_least = any(row.steps_ratio_at_least for row in ratios)
+    every = [row for rows in groups for row in rows]
+    at_least = any(row.steps_ratio_at_least for row in every if row.steps_ratio is not None)
+    counted = [[row.counted for row in rows] for rows in groups]
     return Gap(
         **over_seeds(groups, "sgr_mean").model_dump(),
         sgr_before=over_seeds(groups, "sgr_before"),
@@ -114,7 +119,14 @@ def gap_of(groups: Sequence[Sequence[AttackRow]]) -> Gap:
         ),
         final=over_seeds(groups, "sgr_final").mean,
         max=over_seeds(groups, "sgr_max").mean,
-        rise_left=over_seeds([[row.counted for row in rows] for rows in groups], "rise_left"),
+        rise_left=Ratio(
+            **over_seeds(counted, "rise_left").model_dump(),
+            at_least=any(
+                row.rise_left_at_least and row.rise_left > 0
+                for row in every
+                if row.rise_left is not None
+            ),
+        ),
         steps_ratio=Ratio(**over_seeds(groups, "steps_ratio").model_dump(), at_least=at_least),
     )
 
@@ -194,11 +206,13 @@ def _worst_attack(rows: Sequence[AttackRow]) -> WorstAttack:
 
 
 def _worst_rise(rows: Sequence[AttackRow]) -> WorstRise:
-    measured = {row.attack: row.rise_left_best for row in rows if row.rise_left_best is not None}
+    measured = [
+        (row.rise_left_best, row.attack, row) for row in rows if row.rise_left_best is not None
+    ]
     if not measured:
         return WorstRise(rise_left=None, attack=None)
-    attack, rise = max(measured.items(), key=lambda item: (item[1], item[0]))
-    return WorstRise(rise_left=rise, attack=attack)
+    rise, attack, row = max(measured, key=lambda item: item[:2])
+    return WorstRise(rise_left=rise, attack=attack, at_least=not row.learned)
 
 
 def _mean(values: Sequence[float]) -> float:

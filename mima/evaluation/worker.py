@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -168,24 +168,41 @@ class Bench:
             [[_file(picture) for picture in group] for group in judges.values()],
         )
 
-    def objects(self, attack: Attack) -> dict[str, str]:
-        """What each prompt of an attack shows, in words that do not name a style."""
+    def objects(self, attack: Attack) -> dict[str, frozenset[str]]:
+        """What each prompt of an attack shows, in words that do not name a style.
+
+        Of a style's prompts, their own object; any caption of a concept that is an object says what
+        all of its prompts show.
+        """
         concept = self.concepts[attack.slug]
         _, where = places(attack.images, concept)
         _, references = material(attack, concept, rare_token=self.config.rare_token)
+        own = frozenset(
+            _object_in(concept, picture) for picture in (*concept.images, *concept.held_out)
+        )
         return {
-            picture.prompt: _object_in(concept, getattr(concept, kind)[index])
+            picture.prompt: own
+            if concept.kind != "style"
+            else frozenset({_object_in(concept, getattr(concept, kind)[index])})
             for (kind, index), picture in zip(where, references, strict=True)
         }
 
-    def all_objects(self) -> list[str]:
-        """What the references of all concepts show."""
-        shown = [
+    def all_objects(self, shown: Collection[frozenset[str]]) -> list[str]:
+        """What the references of all concepts show; if that is one thing, ordinary prompts besides.
+
+        Args:
+            shown: what is right of each prompt of an attack.
+        """
+        every = [
             _object_in(concept, picture)
             for concept in self.concepts.values()
             for picture in concept.held_out or concept.images
         ]
-        return list(dict.fromkeys(shown))
+        # attacks that train on held-out pictures are compared with the others
+        every += sorted(frozenset().union(*shown))
+        if any(right.issuperset(every) for right in shown):
+            every += self.prompts
+        return list(dict.fromkeys(every))
 
     def jobs(self, attack: Attack) -> list[Job]:
         """What is drawn at each evaluated step."""
@@ -598,14 +615,19 @@ class Worker:
         self, attack: Attack, similarity: CachedSimilarity, files: Sequence[Path]
     ) -> float | None:
         """The share of pictures whose object the encoder names rightly among all objects."""
-        names = self.bench.all_objects()
-        if not isinstance(similarity.model, TextImageEncoder) or len(names) < 2:
+        if not isinstance(similarity.model, TextImageEncoder):
             return None
         shown = self.bench.objects(attack)
-        right = [names.index(shown[job.prompt]) for job in self.bench.jobs(attack)]
+        names = self.bench.all_objects(shown.values())
+        if any(right.issuperset(names) for right in shown.values()):
+            return None
         texts_ND = text_features(names, similarity.model)
-        guesses = (similarity.features(files) @ texts_ND.mT).argmax(dim=1)
-        return float((guesses == torch.tensor(right)).double().mean())
+        guesses = (similarity.features(files) @ texts_ND.mT).argmax(dim=1).tolist()
+        jobs = self.bench.jobs(attack)
+        right = [
+            names[guess] in shown[job.prompt] for guess, job in zip(guesses, jobs, strict=True)
+        ]
+        return sum(right) / len(right)
 
     def _measure(
         self,

@@ -199,6 +199,16 @@ class Report:
             > 1
         ]
 
+    def differences(self) -> list[str]:
+        """What runs that stand beside each other do not have in common, as far as is on record."""
+        if len(self.runs) == 1:
+            return []
+        by_run = [run.attacked_with() for run in self.runs]
+        names = dict.fromkeys(name for values in by_run for name in values)
+        return [
+            name for name in names if len({values[name] for values in by_run if name in values}) > 1
+        ]
+
     def curves(self) -> list[tuple[ConceptRecord, list[Panel]]]:
         """Panels by concept: the usual attack of each method, and the worst variation of it."""
         limits = {name: self._limits(name) for name in self.similarities}
@@ -614,6 +624,7 @@ def _render(report: Report) -> str:
         "number": wording.number,
         "percent": wording.percent,
         "share": wording.share,
+        "share_left": wording.share_left,
         "ratio": wording.ratio,
         "interval": wording.interval_words,
         "method": wording.method_name,

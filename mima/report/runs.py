@@ -7,11 +7,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mima.errors import MimaError, counted
+from mima.evaluation.metrics import has_learned
 from mima.evaluation.records import SIDES, AttackRow, Evaluation, EvaluationFolder
 from mima.report.figures import RUN_COLOURS
 from mima.report.wording import PICTURES, PREPARATIONS, VARIANTS
 
 _MARKERS = "osD^v"
+_SETTINGS_OF_ATTACKS = {
+    "tune": "trials",
+    "evaluations": "how often models are sampled",
+    "max_prompts": "how many prompts are drawn",
+    "pictures_per_prompt": "how many pictures are drawn",
+    "preparation_steps": "the length of preparations",
+    "rare_token": "the rare token",
+}
+"""Settings of the grid that change attacks which are called alike, and what a page calls them."""
 
 Pair = tuple[float | None, float | None]
 """A number of the original and of the immunized model; None where it was not measured."""
@@ -90,6 +100,32 @@ class Run:
         known = self.evaluation.config.get("judges")
         return str(known[similarity]) if isinstance(known, dict) and similarity in known else None
 
+    def attacked_with(self) -> dict[str, str]:
+        """What makes an attack of some name the same in another run, in words and as values.
+
+        A method and a concept that the run lacks are left out: there is nothing to compare.
+        """
+        config, grid = self.evaluation.config, self.evaluation.config.get("grid")
+        grid = grid if isinstance(grid, dict) else {}
+        weights, pictures = config.get("weights"), config.get("pictures")
+        found: dict[str, str] = {"the protocol": self.evaluation.protocol}
+        if isinstance(weights, dict):
+            found["the original model"] = str(weights.get("original"))
+        found |= {
+            words: repr(grid[name]) for name, words in _SETTINGS_OF_ATTACKS.items() if name in grid
+        }
+        if "sampler" in config:
+            found["the sampler"] = repr(config["sampler"])
+        methods = grid.get("methods")
+        if isinstance(methods, dict):
+            found |= {f"the method {name}": repr(methods[name]) for name in methods}
+        if isinstance(pictures, dict):
+            found |= {
+                f"the pictures of {concept.name}": repr(pictures.get(concept.slug))
+                for concept in self.evaluation.concepts
+            }
+        return found
+
     def mean(self, chosen: Setting, similarity: str) -> float | None:
         """Mean SGR of a setting over its seeds; None where nothing was measured."""
         rows = self.by_setting.get((chosen, similarity), [])
@@ -117,6 +153,13 @@ class Run:
     def learned(self, chosen: Setting, similarity: str) -> bool:
         """Whether the attack taught either model the concept, with any seed."""
         return any(row.taught_either for row in self.by_setting.get((chosen, similarity), []))
+
+    def rise_is_bound(self, row: AttackRow) -> bool:
+        """Whether an attack's rise left at the last step is a lower bound; older tables lack it."""
+        curve = self.curves.get((row.attack, row.similarity), {})
+        if row.rise_left is None or 0 not in curve:
+            return False
+        return not has_learned([curve[0][0], curve[max(curve)][0]])
 
     def row(self, attack: str | None, similarity: str) -> AttackRow | None:
         """The row of one attack."""

@@ -41,7 +41,7 @@ def summary_table(evaluation: Evaluation) -> Table:
             number(gap.sgr_before.mean),
             number(gap.mean),
             number(gap.final),
-            number(gap.rise_left.mean),
+            ratio(gap.rise_left, 2),
             ratio(gap.steps_ratio),
         )
 
@@ -91,8 +91,15 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
         )
         if rise.rise_left is not None:
             lines.append(
-                f"{label}: the attack that regained most adds {100 * rise.rise_left:.0f} % of what "
-                f"it adds on the original ({rise.attack})"
+                f"{label}: the attack that regained most adds "
+                f"{'at least ' if rise.at_least else ''}{100 * rise.rise_left:.0f} % of what it "
+                f"adds on the original ({rise.attack})"
+            )
+        objects = summary.objects
+        if objects.original is not None and objects.immunized is not None:
+            lines.append(
+                f"{label}: after attacks names the right object in {100 * objects.original:.0f} % "
+                f"of the original's pictures and {100 * objects.immunized:.0f} % of the immunized's"
             )
     for label, by_concept in evaluation.calibration.items():
         for name, known in by_concept.items():
@@ -101,6 +108,17 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
                 f"{number(known.others)}, noise {number(known.noise)}, grey {number(known.grey)}"
             )
     lines += [f"overlap: {sentence}" for sentence in evaluation.overlaps]
+    learned = [c.name for c in evaluation.concepts if c.references == "images"]
+    if learned:
+        lines.append(
+            f"{', '.join(learned)}: no held-out pictures; copies of the training pictures look "
+            "like learning"
+        )
+    if all(summary.objects.original is None for summary in evaluation.summary.values()):
+        lines.append(
+            "whether attacked pictures are whole was not measured, for which a judge has to read "
+            "texts"
+        )
     alignment = evaluation.benign.prompt_alignment
     if alignment.original is not None and alignment.immunized is not None:
         lines.append(

@@ -26,17 +26,23 @@ def verdict(runs: Sequence[Run], similarity: str) -> tuple[str, list[str]]:
         return _verdict_of(runs[0], similarity)
     if not any(_rises(run, similarity) for run in runs):
         return _nothing(runs, similarity)
-    # a run that met fewer attacks, or weaker ones, would seem to withstand them better
-    common = set.intersection(*(set(_rises(run, similarity)) for run in runs))
+    common = _common(runs, similarity)
     if common:
-        furthest = [(max(_rises(run, similarity)[a] for a in common), run) for run in runs]
-        rise, best = min(furthest, key=lambda pair: pair[0])
-        title = f"{best.label} withstands the attack that gets furthest best"
+        rise, best = _best(runs, similarity)
+        title = (
+            f"{best.label} withstands the attack that gets furthest best"
+            if rise < THROUGH
+            else "At least one attack got through in every run"
+        )
         sentences = [
-            f"Against the attack that gets furthest, {best.label} holds most: of the "
-            f"{counted(len(common), 'attack')} that all runs met, that attack still adds "
+            f"Against the attack that gets furthest, {best.label} holds most by {similarity}: of "
+            f"the {counted(len(common), 'attack')} that all runs met, that attack still adds "
             f"{share(rise)} of what it adds on the original model."
         ]
+        for name in {name: None for run in runs for name in run.evaluation.similarities}:
+            if name != similarity and _common(runs, name):
+                rise, other = _best(runs, name)
+                sentences.append(f"By {name} {other.label} holds most: there it is {share(rise)}.")
     else:
         title = "These runs met no attack in common: which holds best was not measured"
         sentences = []
@@ -51,6 +57,9 @@ def verdict(runs: Sequence[Run], similarity: str) -> tuple[str, list[str]]:
                 f"{run.label}: furthest attack {share(summary.worst_rise.rise_left)} of the rise, "
                 f"lowest SGR {number(summary.worst_attack.sgr)}, MSGR {number(summary.msgr.mean)}."
             )
+        rows = _on_targets(run, similarity)
+        said = _known_sentences(run, similarity, tally(rows)) + _unmeasured_sentences(run, rows)
+        sentences += [f"{run.label}: {sentence}" for sentence in said]
     first, *others = runs
     for run in others:
         difference = paired_difference(_on_targets(run, similarity), _on_targets(first, similarity))
@@ -60,6 +69,21 @@ def verdict(runs: Sequence[Run], similarity: str) -> tuple[str, list[str]]:
                 f"{number(difference.mean)} ({interval_words(difference)})."
             )
     return title, sentences
+
+
+def _common(runs: Sequence[Run], similarity: str) -> set[str]:
+    """Attacks that say something of every run.
+
+    A run that met fewer attacks, or weaker ones, would seem to withstand them better.
+    """
+    return set.intersection(*(set(_rises(run, similarity)) for run in runs))
+
+
+def _best(runs: Sequence[Run], similarity: str) -> tuple[float, Run]:
+    """The run that the furthest of the common attacks gets least far in, and how far that is."""
+    common = _common(runs, similarity)
+    furthest = [(max(_rises(run, similarity)[attack] for attack in common), run) for run in runs]
+    return min(furthest, key=lambda pair: pair[0])
 
 
 def _verdict_of(run: Run, similarity: str) -> tuple[str, list[str]]:
@@ -78,7 +102,9 @@ def _verdict_of(run: Run, similarity: str) -> tuple[str, list[str]]:
     sentences = [
         *_known_sentences(run, similarity, counts),
         *_rise_sentences(run, similarity, summary),
+        *_sentences_of_other_judges(run, similarity),
         *_object_sentences(run),
+        *_unmeasured_sentences(run, mine),
     ]
     if counts.led_away:
         sentences.append(
@@ -132,17 +158,19 @@ def _rise_sentences(run: Run, similarity: str, summary: SimilaritySummary) -> li
     if furthest is not None:
         sentences.append(
             f"The attack that got furthest ({method_name(furthest.method)} on {furthest.concept}, "
-            f"{setting(furthest).words}) adds {share(furthest.rise_left_best)} of the similarity "
-            "that it adds on the original model, each at its best step."
+            f"{setting(furthest).words}) adds {_at_least(summary.worst_rise.at_least)}"
+            f"{share(furthest.rise_left_best)} of the similarity that it adds on the original "
+            "model, each at its best step."
         )
     over = summary.targets
     if over.rise_left.mean is not None:
         ratio = over.steps_ratio
         sentences.append(
-            f"On average attacks end at {share(over.rise_left.mean)} of that rise"
+            f"On average attacks end at {_no_less(over.rise_left.at_least)}"
+            f"{share(over.rise_left.mean)} of that rise"
             + (
-                f", and take {'at least ' if ratio.at_least else ''}{number(ratio.mean, 1)} times "
-                "as many steps to half of it."
+                f", and take {_at_least(ratio.at_least)}{number(ratio.mean, 1)} times as many "
+                "steps to half of it."
                 if ratio.mean is not None
                 else "."
             )
@@ -153,6 +181,50 @@ def _rise_sentences(run: Run, similarity: str, summary: SimilaritySummary) -> li
             f"(original) and {number(over.before.immunized)} (immunized): a gap there is not "
             "owed to harder learning."
         )
+    return sentences
+
+
+def _at_least(bound: bool) -> str:
+    return "at least " if bound else ""
+
+
+def _no_less(bound: bool) -> str:
+    return "no less than " if bound else ""
+
+
+def _sentences_of_other_judges(run: Run, similarity: str) -> list[str]:
+    """What the judges say that the headline is not by: they may disagree."""
+    told = []
+    for name in run.evaluation.similarities:
+        summary = run.evaluation.summary.get(name)
+        if name == similarity or summary is None:
+            continue
+        rise, mean = summary.worst_rise, summary.targets.rise_left
+        if rise.rise_left is None:
+            told.append(f"By {name} no attack taught either model anything.")
+        else:
+            told.append(
+                f"By {name} the attack that got furthest adds {_at_least(rise.at_least)}"
+                f"{share(rise.rise_left)} of what it adds on the original model, and attacks end "
+                f"at {_no_less(mean.at_least)}{share(mean.mean)} on average."
+            )
+    return [" ".join([f"So far by {similarity}.", *told])] if told else []
+
+
+def _unmeasured_sentences(run: Run, rows: Sequence[AttackRow]) -> list[str]:
+    """Immunized concepts that the numbers say nothing of, though other concepts have some."""
+    sentences = []
+    for concept in run.evaluation.concepts:
+        if concept.role != "target":
+            continue
+        mine = [row for row in rows if row.concept == concept.name]
+        if not any(row.sgr_mean is not None for row in mine):
+            why = "every attack on it diverged" if mine else "it was not attacked"
+        elif not any(row.taught_either for row in mine):
+            why = "no attack on it taught either model anything"
+        else:
+            continue
+        sentences.append(f"Of {concept.name} nothing is known: {why}.")
     return sentences
 
 
@@ -184,7 +256,10 @@ def _object_sentences(run: Run) -> list[str]:
     every = (_on_targets(run, similarity) for similarity in run.evaluation.similarities)
     original, immunized = means(next(filter(None, map(_objects, every)), []))
     if original is None or immunized is None:
-        return []
+        return [
+            "Whether the attacked models' pictures are whole was not measured, for which a judge "
+            "has to read texts: pictures that training broke are unlike the concept, too."
+        ]
     sentence = (
         f"After the attacks an encoder names the right object in {share(immunized)} of the "
         f"immunized model's pictures, and in {share(original)} of the original's"

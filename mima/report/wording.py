@@ -61,6 +61,11 @@ def share(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f}\u00a0%".replace("-", "−")
 
 
+def share_left(value: float | None, at_least: bool) -> str:
+    """A share in percent; ≥ before a lower bound."""
+    return f"≥\u00a0{share(value)}" if at_least and value is not None else share(value)
+
+
 def interval_words(interval: Interval) -> str:
     """What the ends of an interval are, in words."""
     ends = f"{number(interval.low)} to {number(interval.high)}"
@@ -71,9 +76,9 @@ def interval_words(interval: Interval) -> str:
     return "one attack seed, no interval" if interval.runs else "no interval"
 
 
-def ratio(value: Ratio) -> str:
-    """A ratio of steps; ≥ before a lower bound."""
-    text = number(value.mean, 1)
+def ratio(value: Ratio, digits: int = 1) -> str:
+    """A ratio; ≥ before a lower bound."""
+    text = number(value.mean, digits)
     return f"≥\u00a0{text}" if value.at_least and value.mean is not None else text
 
 

@@ -254,6 +254,33 @@ def test_another_judge_of_the_same_name_is_refused(folders, tmp_path):
     assert (tmp_path / "out" / "attacks.csv").read_bytes() == kept
 
 
+def test_other_pictures_or_prompts_under_the_same_names_are_refused(folders, tmp_path, caplog):
+    grid = GRID | {"seeds": (0,), "evaluations": 1}
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a dog\na house\n")
+    arguments = {"settings": grid, "captions": captions}
+    run(folders, tmp_path / "out", **arguments)
+    kept = (tmp_path / "out" / "attacks.csv").read_bytes()
+    with pytest.raises(MimaError, match="holds an evaluation with other pictures;"):
+        run(folders, tmp_path / "out", others=[tiny.concept("blue", "square", images=3)],
+            **arguments)  # fmt: skip
+    captions.write_text("a dog\na tree\n")
+    with pytest.raises(MimaError, match="holds an evaluation with other prompts;"):
+        run(folders, tmp_path / "out", **arguments)
+    # a folder that says nothing of them goes on, and says so
+    record = tmp_path / "out" / "evaluation.json"
+    told = json.loads(record.read_text())
+    assert set(told["config"].pop("pictures")) == {"red-round", "blue-square"}
+    del told["config"]["prompts"]
+    record.write_text(json.dumps(told))
+    with caplog.at_level(logging.WARNING, "mima"):
+        run(folders, tmp_path / "out", **arguments)
+    assert "did not keep a hash of pictures and prompts: they are taken to be the same" in (
+        caplog.text
+    )
+    assert (tmp_path / "out" / "attacks.csv").read_bytes() == kept
+
+
 def test_preparations_attack_other_weights(folders, tmp_path):
     settings = GRID | {"seeds": (0,), "preparations": ("merge", "benign"), "preparation_steps": 2}
     calls = []
@@ -436,6 +463,8 @@ def test_an_attack_that_succeeds_on_the_immunized_model_alone_is_the_worst():
     summary = summarize(rows, CONCEPTS, "clip")
     assert (summary.worst_attack.attack, summary.worst_attack.sgr) == ("a0alone", -0.3)
     assert (summary.worst_rise.attack, summary.worst_rise.rise_left) == ("a0alone", 1.6)
+    assert summary.worst_rise.at_least
+    assert not summarize(rows[:1], CONCEPTS, "clip").worst_rise.at_least
 
 
 def test_rises_are_means_over_what_has_them_and_bounds_stay_bounds():
@@ -452,6 +481,11 @@ def test_rises_are_means_over_what_has_them_and_bounds_stay_bounds():
     # seed 1 has none for b: the seed that both have
     assert (rise.mean, rise.runs) == (pytest.approx(0.7), 1)
     assert (ratio.mean, ratio.at_least) == (5.0, True)
+    assert not rise.at_least
+    bound = row("a", 2, 0.1, rise_left=0.5, rise_left_at_least=True, objects_original=0.5)
+    summary_ = summarize([*rows, bound], CONCEPTS, "clip")
+    assert summary_.targets.rise_left.at_least
+    assert (summary_.objects.original, summary_.objects.immunized) == (0.5, None)
     assert (summary.sgr["a"].steps_ratio.mean, summary.sgr["a"].steps_ratio.at_least) == (3, False)
     assert summary.targets.sgr_before.mean == pytest.approx(0.2)
     assert summary.sgr["c"].rise_left.mean is None

@@ -14,7 +14,7 @@ from mima.errors import MimaError
 from mima.evaluation import EvaluationFolder, Sampler, evaluate, preparations
 from mima.evaluation.families import FAMILIES
 from mima.evaluation.grid import attack_grid, grid_config, material, places
-from mima.evaluation.records import Preparation
+from mima.evaluation.records import Pictures, Preparation, PromptVariant
 from mima.evaluation.trajectory import trajectory
 from mima.families.pipelines import with_values
 from mima.sampling import Job
@@ -174,14 +174,15 @@ def test_every_family_and_preparation_runs(pair, tmp_path):
     assert len({starts[name] for name in ("none", "kick", "undo", "interpolate")}) == 4
 
 
-def test_the_catalogue_has_every_family_and_preparation_with_its_source():
+def test_the_catalogue_has_every_way_to_attack_with_its_source():
     catalogue = (Path(__file__).parents[2] / "docs" / "attacks.md").read_text()
     sources = {}
     for line in catalogue.splitlines():
         if line.startswith("| `"):
             names, *cells = (cell.strip() for cell in line.strip("|").split("|"))
             sources |= dict.fromkeys(re.findall(r"`([^`]+)`", names), cells)
-    named = {*FAMILIES, *get_args(Preparation)} - {"none"}
+    named = {*FAMILIES, *get_args(Preparation), *get_args(Pictures), *get_args(PromptVariant)}
+    named -= {"none"}
     assert named <= sources.keys()
     for name in named:
         what, source, cost = sources[name]

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from mima.adaptation import configure
 from mima.cli import app
-from mima.concepts import Concept, embedded_concept
+from mima.concepts import Concept, Picture, embedded_concept
 from mima.errors import MimaError
 from mima.evaluation import evaluate
 from mima.evaluation.grid import PRESETS, attack_grid, grid_config
@@ -223,6 +223,84 @@ def test_a_part_of_a_setting_has_a_name():
 
 
 @pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": {"a/b": {"method": "lora"}}}, "'a/b' is no name of at most 80 letters"),
+        ({"methods": {"x" * 81: {"method": "lora"}}}, "without a slash"),
+        ({"methods": {"lora": {"method": "dreambooth"}}}, "'lora' stands for that method, not for"),
+        (
+            {"methods": {"sgd": {"method": "dreambooth"}}, "families": ["sgd"]},
+            "is the name of a family that the grid has, too",
+        ),
+    ],
+)
+def test_names_of_methods_are_checked_before_anything_runs(settings, message):
+    with pytest.raises(MimaError, match=message):
+        grid_config("quick", settings)
+
+
+def test_a_family_takes_what_it_can_of_a_methods_settings():
+    methods = {"lora": {"text_encoder": True}, "dreambooth": {"use_8bit_adam": True}}
+    config = grid_config("quick", {"methods": methods, "families": ["transplant", "sgd", "muon"]})
+    grid = {attack.label: attack for attack in attack_grid(config, {"red": tiny.concept()}, {})}
+    assert grid["lora"].adaptation.text_encoder
+    # the other model draws with it
+    assert not grid["transplant"].adaptation.text_encoder
+    assert not grid["sgd"].adaptation.use_8bit_adam
+    assert not grid["muon"].adaptation.use_8bit_adam
+
+
+def bench(config, concepts, targets, folder, prompts=()):
+    return Bench(
+        models={},
+        concepts=concepts,
+        roles={name: "target" if name in targets else "other" for name in concepts},
+        config=config,
+        sampler=Sampler(**config.sampler),
+        similarities={},
+        protocol="standard",
+        folder=EvaluationFolder(folder),
+        device="cpu",
+        prompts=prompts,
+    )
+
+
+def captioned(name, kind, images, held_out):
+    pictures = {
+        where: [Picture(tiny.picture("red", "round", seed=len(c)), c) for c in captions]
+        for where, captions in (("images", images), ("held_out", held_out))
+    }
+    return Concept(name, f"a {name}", kind=kind, **pictures)
+
+
+def test_objects_are_told_from_what_else_was_asked_for(tmp_path):
+    style = captioned("mono", "style", ["a cup in mono", "a fox in mono"], ["a bus in mono"])
+    cat = captioned("cat", "object", ["a cat"], ["a cat in snow", "two cats"])
+    config = grid_config("quick", {"images": ["same", "other"], "seeds": [0], "lr_factors": [1]})
+
+    def told(concepts, prompts=()):
+        made = bench(config, concepts, concepts, tmp_path, prompts)
+        for attack in attack_grid(config, concepts, {}):
+            shown = made.objects(attack)
+            yield (attack.slug, attack.images), shown, made.all_objects(shown.values())
+
+    found = {key: (shown, every) for key, shown, every in told({"mono": style, "cat": cat})}
+    asked = ["a bus", "a cat in snow", "two cats"]
+    assert found["mono", "same"] == ({"a bus in mono": {"a bus"}}, asked)
+    # compared with the pictures that immunization saw, whose objects are others
+    shown, every = found["mono", "other"]
+    assert shown == {"a cup in mono": {"a cup"}, "a fox in mono": {"a fox"}}
+    assert every == [*asked, "a cup", "a fox"]
+    # whatever caption of the cat is picked, the cat was recognised
+    shown, every = found["cat", "same"]
+    assert set(shown.values()) == {frozenset({"a cat", "a cat in snow", "two cats"})}
+    assert every == [*asked, "a cat"]
+    # one object alone is told from what ordinary prompts ask for
+    for _, shown, every in told({"cat": cat}, ["a dog", "a house"]):
+        assert {"a dog", "a house"} == set(every) - next(iter(shown.values()))
+
+
+@pytest.mark.parametrize(
     ("preset", "trials", "attacks", "steps", "pictures"),
     [("quick", 0, 15, 1_500, 604), ("headline", 96, 18, 16_800, 1_752)],
 )
@@ -235,20 +313,9 @@ def test_presets_are_as_much_work_as_is_said(preset, trials, attacks, steps, pic
     }
     targets = dict(itertools.islice(concepts.items(), 2))
     others = {name: concepts[name] for name in concepts if name not in targets}
-    bench = Bench(
-        models={},
-        concepts=concepts,
-        roles={name: "target" if name in targets else "other" for name in concepts},
-        config=config,
-        sampler=Sampler(**config.sampler),
-        similarities={},
-        protocol="standard",
-        folder=EvaluationFolder(tmp_path),
-        device="cpu",
-        prompts=["an emoji"] * config.benign_prompts,
-    )
+    made = bench(config, concepts, targets, tmp_path, ["an emoji"] * config.benign_prompts)
     plan = Plan(TuningLog(tmp_path, config.tune), attack_grid(config, targets, others))
     tasks = [*plan.first(), *plan.waiting]
     assert len(tasks) == trials + attacks
-    assert sum(map(bench.steps, tasks)) == steps
-    assert sum(map(bench.drawn, [*tasks, *SIDES])) == pictures
+    assert sum(map(made.steps, tasks)) == steps
+    assert sum(map(made.drawn, [*tasks, *SIDES])) == pictures

@@ -168,6 +168,14 @@ def test_an_attack_that_teaches_nothing_has_no_half():
     assert alone.half_rise is None
     assert (alone.learned_original, alone.learned_immunized) == (False, True)
     assert alone.best_rise_left == pytest.approx(0.4 / 0.08)
+    assert alone.rise_left_at_least
+    assert alone.to_dict()["rise_left_at_least"]
+    assert not nothing.rise_left_at_least
+    # what was learned and lost again is divided by the least that counts, too
+    lost = curve(original=(0.2, 0.5, 0.6, 0.2), immunized=(0.2, 0.3, 0.5, 0.6))
+    assert lost.learned_original
+    assert lost.rise_left_at_least
+    assert not curve(original=(0.2, 0.3, 0.6, 0.5)).rise_left_at_least
 
 
 def test_without_step_0_nothing_is_said_of_rises():

@@ -10,7 +10,7 @@ from mima.concepts.pictures import digest
 from mima.errors import MimaError
 from mima.evaluation import evaluate
 from mima.evaluation.comparison import _benign_prompts
-from mima.evaluation.seen import Level, Seen, seen_by
+from mima.evaluation.seen import Level, Seen, seen_by, trained_on
 from mima.immunization.algorithm import immunize
 from mima.release.repository import apply_delta
 from mima.training.captions import divided, ordinary_captions
@@ -53,6 +53,22 @@ def test_what_was_seen_is_known_however_it_is_written(tmp_path):
     assert seen_by(record(tmp_path / "model", saw={})).known
     assert not seen_by(record(tmp_path / "old", config={})).known
     assert not seen_by(tmp_path / "nothing").known
+
+
+def test_pictures_that_are_trained_on_and_compared_with_are_said():
+    target, other = tiny.concept("red", "round"), tiny.concept("blue", "square")
+    assert trained_on([target, other], [target, other]) == []
+    leaked = replace(target, held_out=(*target.held_out, *target.images[:3]))
+    (sentence,) = trained_on([leaked, other])
+    assert sentence.startswith("3 of the pictures that attacks on red round are compared with are")
+    assert "among its own training pictures" in sentence
+    # the other concept's pictures count where attacks train on them
+    lent = replace(other, images=(*other.images, target.held_out[0]))
+    assert trained_on([target, lent]) == []
+    (sentence,) = trained_on([target, lent], [lent])
+    assert sentence.startswith("1 of the pictures that attacks on red round are compared with are")
+    assert "among blue square's training pictures" in sentence
+    assert trained_on([replace(target, held_out=())]) == []
 
 
 def test_a_model_without_a_record_has_no_overlaps(tmp_path):
@@ -116,7 +132,9 @@ def test_what_a_run_writes_about_itself_keeps_it_from_being_measured_with(tmp_pa
     )
     assert set(result.benign.prompts) == set(left)
     levels = ("lower", "upper")
-    assert len(result.overlaps) == 2 * len(levels)
+    *said, own = result.overlaps
+    assert len(said) == 2 * len(levels)
+    assert "are among its own training pictures" in own
     for level in levels:
         compared = f"{len(first.images)} of the pictures that attacks on {first.name} are compared"
         assert any(o.startswith(compared) and f"{level} level" in o for o in result.overlaps)

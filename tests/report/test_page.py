@@ -306,6 +306,121 @@ def test_where_nothing_was_taught_the_headline_claims_nothing(small, tmp_path):
     assert "1 of 1 taught the immunized model a concept and the original none" in text
 
 
+def test_lower_bounds_are_said_to_be_bounds(small, tmp_path):
+    source = EvaluationFolder(small)
+    (mine, other) = source.attacks()
+    alone = {"learned": False, "learned_immunized": True, "rise_left_at_least": True}
+    rows = [mine.model_copy(update=alone | {"rise_left_best": 3.0, "rise_left": 2.0}), other]
+    flat = [
+        point.model_copy(update={"original": 0.3}) if point.attack == mine.attack else point
+        for point in source.curves()
+    ]
+    changed = EvaluationFolder(tmp_path / "source")
+    changed.write_evaluation(source.evaluation())
+    changed.write_rows(rows, flat)
+    _, text = told(changed, tmp_path / "bound", rows)
+    page = Page(tmp_path / "bound" / "report.html")
+    assert "adds at least 300 % of the similarity that it adds on the original model" in text
+    assert "attacks end at at least 200 % of that rise" not in text
+    assert "attacks end at no less than 200 % of that rise" in text
+    big = re.findall(r'<p class="big">(.*?)</p>', page.source)
+    assert big[:2] == ["≥\u00a0300\u00a0%", "≥\u00a0200\u00a0%"]
+    (cells,) = (row for row in page.rows if row[0] == "tiger immunized only")
+    assert "≥\u00a0200\u00a0%" in cells
+
+
+def test_every_judge_has_its_say(folder, tmp_path, page):
+    dino = EvaluationFolder(folder).evaluation().summary["dino"]
+    assert (
+        f"So far by clip. By dino the attack that got furthest adds "
+        f"{100 * dino.worst_rise.rise_left:.0f} % of what it adds on the original model"
+    ) in page.text
+    source = EvaluationFolder(folder)
+    path = write_evaluation(tmp_path / "run", **SMALL | {"similarities": ("clip", "dino")})
+    other = EvaluationFolder(path)
+    evaluation, rows = other.evaluation(), other.attacks()
+    nothing = {"learned": False, "learned_immunized": False, "rise_left_best": None}
+    rows = [row.model_copy(update=nothing) if row.similarity == "dino" else row for row in rows]
+    summary = {name: summarize(rows, evaluation.concepts, name) for name in ("clip", "dino")}
+    other.write_evaluation(evaluation.model_copy(update={"summary": summary}))
+    other.write_rows(rows, other.curves())
+    text = Page(write_report([path])).text
+    assert "By dino no attack taught either model anything." in text
+    # runs that one judge puts first and another last
+    two = tmp_path / "two"
+    for name, best in (("a", "clip"), ("b", "dino")):
+        made = write_evaluation(two / name, name=name, **SMALL | {"similarities": ("clip", "dino")})
+        done = EvaluationFolder(made)
+        rises = [row.model_copy(update={"rise_left_best": 0.2 if row.similarity == best else 0.6})
+                 for row in done.attacks()]  # fmt: skip
+        done.write_rows(rises, done.curves())
+    text = Page(write_report([two / "a", two / "b"], tmp_path / "page.html")).text
+    assert "a holds most by clip" in text
+    assert "By dino b holds most: there it is 20 %." in text
+    assert source.evaluation().similarities == ("clip", "dino")
+
+
+def test_a_concept_of_which_nothing_is_known_is_named(tmp_path):
+    concepts = [(name, "target", f"a {name}") for name in ("tiger", "owl", "fox", "elk")]
+    source = EvaluationFolder(write_evaluation(tmp_path / "run", concepts=concepts, **SMALL))
+    nothing = {"learned": False, "learned_immunized": False, "rise_left_best": None}
+    diverged = nothing | dict.fromkeys(("sgr_mean", "sgr_final", "sgr_max", "rise_left"))
+    changes = {"tiger": {}, "owl": diverged, "fox": nothing}
+    rows = [
+        row.model_copy(update=changes[row.concept])
+        for row in source.attacks()
+        if row.concept in changes
+    ]
+    _, text = told(source, tmp_path / "changed", rows)
+    assert "Of owl nothing is known: every attack on it diverged." in text
+    assert "Of fox nothing is known: no attack on it taught either model anything." in text
+    assert "Of elk nothing is known: it was not attacked." in text
+    assert "Of tiger nothing" not in text
+
+
+def test_what_was_not_held_out_or_looked_at_is_said(small, tmp_path, page):
+    concepts = EvaluationFolder(small).evaluation().concepts
+    learned = [c.model_dump() | {"references": "images"} for c in concepts[:1]]
+    told_ = [*learned, *(c.model_dump() for c in concepts[1:])]
+    run = write_evaluation(tmp_path / "run", **SMALL)
+    source = EvaluationFolder(run)
+    changed = source.evaluation().model_dump() | {"concepts": told_}
+    source.write_evaluation(type(source.evaluation()).model_validate(changed))
+    text = Page(write_report([run])).text
+    assert "No held-out pictures. run compares what models draw of tiger with the pictures" in text
+    assert "No held-out pictures." not in page.text
+    assert "Whether the attacked models' pictures are whole was not measured" in text
+    assert "no calibration is on record" in text
+
+
+def test_what_runs_do_not_have_in_common_is_marked(tmp_path):
+    def write(name, **changes):
+        config = {
+            "grid": {"methods": {"lora": {"rank": 4}}, "evaluations": 4},
+            "weights": {"original": "1", "immunized": name},
+            "pictures": {"tiger": {"images": "1"}},
+        }
+        for key, value in changes.items():
+            config[key] = config[key] | value
+        return write_evaluation(tmp_path / name, name=name, **SMALL, config=config)
+
+    one = write("one")
+    for name, changes, words in (
+        ("same", {}, None),
+        ("weights", {"weights": {"original": "2"}}, "the original model"),
+        ("rank", {"grid": {"methods": {"lora": {"rank": 8}}}}, "the method lora"),
+        ("more", {"grid": {"methods": {"lora": {"rank": 4}, "dreambooth": {}}}}, None),
+        ("pictures", {"pictures": {"tiger": {"images": "2"}}}, "the pictures of tiger"),
+        ("often", {"grid": {"evaluations": 2}}, "how often models are sampled"),
+    ):
+        text = Page(write_report([one, write(name, **changes)], tmp_path / "page.html")).text
+        if words is None:
+            assert "Not alike." not in text
+        else:
+            assert f"Not alike. These runs differ in {words}: attacks of one name" in text
+    assert "Not alike." not in Page(write_report([one])).text
+
+
 def test_what_flatters_is_said(small, tmp_path):
     source = EvaluationFolder(small)
     (mine, other) = source.attacks()
@@ -359,6 +474,21 @@ def test_runs_are_compared_by_the_attacks_that_all_met(tmp_path):
     assert "These runs met no attack in common" in text
 
 
+def test_a_comparison_praises_nobody_where_every_run_was_beaten(tmp_path):
+    for name, rise in (("one", 1.1), ("two", 0.95)):
+        folder = EvaluationFolder(write_evaluation(tmp_path / name, name=name, **SMALL))
+        rows = [
+            row.model_copy(update={"rise_left_best": rise} | (
+                {"before_original": 0.1, "before_immunized": 0.5} if name == "two" else {}))
+            for row in folder.attacks()
+        ]  # fmt: skip
+        folder.write_rows(rows, folder.curves())
+    page = Page(write_report([tmp_path / "one", tmp_path / "two"], tmp_path / "page.html"))
+    assert "<h1>At least one attack got through in every run</h1>" in page.source
+    assert "two: The immunized model's pictures are nearer to tiger before any attack" in page.text
+    assert "one: The immunized" not in page.text
+
+
 def test_runs_of_different_judges_are_marked(tmp_path):
     def write(name, judges):
         config = {} if judges is None else {"judges": judges}
@@ -391,11 +521,11 @@ RECORDED = {
 def test_what_else_is_recorded_is_shown(folder, tmp_path, page):
     run = write_evaluation(tmp_path / "run", **SMALL | {"seeds": (0, 1, 2)}, recorded=RECORDED)
     shown = Page(write_report([run]))
-    row = shown.row("tiger", "LoRA", "100 steps", "3")
-    assert row[4:6] == ["75\u00a0%", "25\u00a0%"]
+    row = shown.row("tiger", "LoRA", "100 steps", "clip", "3")
+    assert row[5:7] == ["75\u00a0%", "25\u00a0%"]
     curves = [p for p in EvaluationFolder(run).curves() if p.attack.startswith("tiger_lora")]
     last = [p for p in curves if p.step == 100 and p.similarity == "clip"]
-    assert row[6:] == [
+    assert row[7:] == [
         number(sum(p.original for p in last) / 3),
         number(sum(p.immunized for p in last) / 3),
         "0.61",
@@ -408,7 +538,7 @@ def test_what_else_is_recorded_is_shown(folder, tmp_path, page):
     assert "3 seeds. The bars and bands of run are the range of 3 runs" in shown.text
     assert "100 steps, 3 seeds" in shown.source
     # of an evaluation that records none of it, nothing is shown
-    for word in ("Are the pictures whole?", "What trials chose", "right object"):
+    for word in ("Are the pictures whole?", "What the trials chose", "right object"):
         assert word in shown.text
         assert word not in page.text
 
