@@ -159,6 +159,9 @@ class Tally(_Record):
     known_before: tuple[str, ...] = ()
     """Concepts that the immunized model shows before any attack: nearer to them than the original
     model by what counts as learning. An attack has little to add to these."""
+    known_to_original: tuple[str, ...] = ()
+    """Concepts that the original model shows before any attack, and the immunized less: there SGR
+    counts what nobody had to attack for."""
 
 
 class SimilaritySummary(_Record):

@@ -16,6 +16,7 @@ from mima.evaluation.records import (
     Interval,
     Ratio,
     ScorePair,
+    Side,
     SimilaritySummary,
     Tally,
     WorstAttack,
@@ -83,26 +84,29 @@ def summarize(
 def tally(rows: Iterable[AttackRow]) -> Tally:
     """Count attacks on target concepts by what became of them, diverged ones among the rows."""
     mine = list(rows)
-    concepts = dict.fromkeys(row.concept for row in mine)
     return Tally(
         attacks=len(mine),
         diverged=sum(row.sgr_mean is None for row in mine),
         taught=sum(row.taught_either for row in mine),
         led_away=sum(row.learned and (row.rise_left or 0.0) < -LED_AWAY for row in mine),
         beyond=sum((row.sgr_mean or 0.0) > 1 for row in mine),
-        known_before=tuple(
-            concept
-            for concept in concepts
-            if _known_before([row for row in mine if row.concept == concept])
-        ),
+        known_before=_nearer(mine, "immunized"),
+        known_to_original=_nearer(mine, "original"),
     )
 
 
-def _known_before(rows: Sequence[AttackRow]) -> bool:
-    """Whether the immunized model is nearer to a concept than the original, before any attack."""
-    means = [over_seeds([rows], f"before_{side}").mean for side in SIDES]
-    found = [mean for mean in means if mean is not None]
-    return len(found) == len(SIDES) and has_learned(found)
+def _nearer(rows: Sequence[AttackRow], side: Side) -> tuple[str, ...]:
+    """Concepts that one model is nearer to than the other, before any attack."""
+    found = []
+    for concept in dict.fromkeys(row.concept for row in rows):
+        own = [row for row in rows if row.concept == concept]
+        # the other model first
+        order = sorted(SIDES, key=lambda name: name == side)
+        means = [over_seeds([own], f"before_{name}").mean for name in order]
+        known = [mean for mean in means if mean is not None]
+        if len(known) == len(SIDES) and has_learned(known):
+            found.append(concept)
+    return tuple(found)
 
 
 def gap_of(groups: Sequence[Sequence[AttackRow]]) -> Gap:

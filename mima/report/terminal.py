@@ -68,6 +68,13 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
             lines.append(f"{label}: no attack could be compared")
             continue
         counts = summary.tally
+        unknown = [
+            concept.name
+            for concept in evaluation.concepts
+            if concept.role == "target" and summary.sgr[concept.name].mean is None
+        ]
+        if unknown:
+            lines.append(f"{label}: no attack on {', '.join(unknown)} could be compared")
         if rise.rise_left is None:
             lines.append(
                 f"{label}: no attack taught either model anything: nothing was measured; train "
@@ -84,6 +91,12 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
             lines.append(
                 f"{label}: the immunized model shows {', '.join(counts.known_before)} before any "
                 "attack, so that a low rise is no immunity"
+            )
+        if counts.known_to_original:
+            lines.append(
+                f"{label}: before any attack the original shows "
+                f"{', '.join(counts.known_to_original)} and the immunized model less so, which SGR "
+                "counts (of erased concepts, the original is the erased model)"
             )
         lines.append(
             f"{label}: worst attack SGR {number(worst.sgr)} ({worst.attack}); MSGR "

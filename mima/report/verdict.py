@@ -237,6 +237,13 @@ def _known_sentences(run: Run, similarity: str, counts: Tally) -> list[str]:
             "any attack than the original's, by what counts as learning: there an attack has "
             "little to add, and a low rise is no immunity."
         )
+    if counts.known_to_original:
+        names = ", ".join(counts.known_to_original)
+        sentences.append(
+            f"The original model's pictures are nearer to {names} before any attack than the "
+            "immunized model's, by what counts as learning: SGR counts that, though nobody has "
+            "attacked yet. Of concepts that were erased before, the original is the erased model."
+        )
     blind = [
         name
         for name, known in run.evaluation.calibration.get(similarity, {}).items()

@@ -339,6 +339,9 @@ def test_what_a_concept_has_no_material_for_is_left_out_and_said(caplog):
         ("cat", "a photo of a cat", "a photo"),
         ("cat", "a photo of a cat in snow", "a photo in snow"),
         ("cat", "cat", "an animal"),
+        ("car", "a scar on a cartoon of cars", "a scar on a cartoon"),
+        ("猫", "一只猫的照片", "一只的照片"),
+        ("<new1>", "a photo of a <new1>", "a photo"),
     ],
 )
 def test_captions_without_the_name(name, caption, expected):
@@ -506,6 +509,9 @@ def test_attacks_are_counted_by_what_became_of_them():
     counts = summary.tally
     assert (counts.attacks, counts.diverged, counts.taught) == (4, 1, 2)
     assert (counts.led_away, counts.beyond, counts.known_before) == (1, 1, ("a",))
+    assert counts.known_to_original == ()
+    erased = [row("b", 0, 0.7, before_original=0.6, before_immunized=0.2)]
+    assert summarize(erased, CONCEPTS, "clip").tally.known_to_original == ("b",)
     # noise of pictures is neither
     still = [row("a", 0, 0.2, rise_left=-0.05, before_original=0.2, before_immunized=0.22)]
     assert summarize(still, CONCEPTS, "clip").tally.led_away == 0

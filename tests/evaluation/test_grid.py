@@ -301,6 +301,24 @@ def test_objects_are_told_from_what_else_was_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("count", "trained", "judges"), [(1, 1, 1), (3, 3, 3), (4, 3, 1), (9, 7, 2)]
+)
+def test_a_trial_holds_back_every_fourth_picture_where_there_are_four(
+    count, trained, judges, tmp_path
+):
+    concept = tiny.concept(images=count)
+    config = grid_config("headline", {"seeds": [0]})
+    made = bench(config, {"red": concept}, {"red"}, tmp_path)
+    attack = attack_grid(config, {"red": concept}, {})[0]
+    shown, jobs, files = made.trial_material(attack)
+    places = [int(file.stem) for group in files for file in group]
+    assert (len(shown.images), len(places)) == (trained, judges)
+    assert len(jobs) == 2 * len(files) == 2
+    kept = [concept.images[place].image for place in places]
+    assert count < 4 or not any(picture.image in kept for picture in shown.images)
+
+
+@pytest.mark.parametrize(
     ("preset", "trials", "attacks", "steps", "pictures"),
     [("quick", 0, 15, 1_500, 604), ("headline", 96, 18, 16_800, 1_752)],
 )

@@ -7,11 +7,14 @@ import pytest
 from support import immunizing, tiny
 
 from mima.concepts.pictures import digest
+from mima.demo import PRIOR_SEED
 from mima.errors import MimaError
 from mima.evaluation import evaluate
 from mima.evaluation.comparison import _benign_prompts
 from mima.evaluation.seen import Level, Seen, seen_by, trained_on
+from mima.evaluation.worker import SEED_STRIDE
 from mima.immunization.algorithm import immunize
+from mima.immunization.encoding import _class_prompts
 from mima.release.repository import apply_delta
 from mima.training.captions import divided, ordinary_captions
 
@@ -139,6 +142,16 @@ def test_what_a_run_writes_about_itself_keeps_it_from_being_measured_with(tmp_pa
         compared = f"{len(first.images)} of the pictures that attacks on {first.name} are compared"
         assert any(o.startswith(compared) and f"{level} level" in o for o in result.overlaps)
         assert any(o.startswith(second.name) and f"{level} level" in o for o in result.overlaps)
+
+
+def test_class_pictures_are_drawn_with_seeds_that_no_measurement_has(tmp_path):
+    """A measured picture's noise is of a small number, a class picture's of a hash."""
+    config = immunizing.settings(tmp_path, num_class_images=2)
+    own = replace(tiny.concept(), class_images=())
+    for seed in range(10):
+        _, draws = _class_prompts(own, config.model_copy(update={"seed": seed}))
+        assert draws.initial_seed() > 10**6
+        assert draws.initial_seed() > PRIOR_SEED > SEED_STRIDE * seed
 
 
 def test_captions_are_divided_where_there_are_enough():

@@ -131,9 +131,11 @@ def test_headline_numbers_are_those_of_the_evaluation(folder, page):
 
 def test_the_table_has_every_attack_the_worst_first(folder, page):
     attacks = EvaluationFolder(folder).attacks()
-    table = [row for row in page.rows if len(row) == 17][1:]
+    table = [row for row in page.rows if len(row) == 18][1:]
     assert len(table) == len(attacks) == 2 * 2 * 2 * 2
-    gaps = [float(row[2].replace("−", "-")) for row in table]
+    # on paper the rows of all judges are there
+    assert {row[2] for row in table} == {"clip", "dino"}
+    gaps = [float(row[3].replace("−", "-")) for row in table]
     assert gaps == sorted(gaps)
     assert gaps == [round(gap, 2) for gap in sorted(row.sgr_mean for row in attacks)]
     assert {row[1] for row in table} == {"LoRA"}
@@ -430,6 +432,10 @@ def test_what_flatters_is_said(small, tmp_path):
     title, text = told(source, tmp_path / "known", rows)
     assert title == "The immunized model shows tiger before any attack"
     assert "a low rise is no immunity" in text
+    erased = mine.model_copy(update={"before_original": 0.6, "before_immunized": 0.2})
+    _, text = told(source, tmp_path / "erased", [erased, other])
+    assert "The original model's pictures are nearer to tiger before any attack than" in text
+    assert "Of concepts that were erased before, the original is the erased model." in text
     away = mine.model_copy(update={"rise_left": -1.5, "sgr_mean": 3.0})
     lost = mine.model_copy(update={"attack": "x", "sgr_mean": None, "learned": False,
                                    "learned_immunized": False, "rise_left_best": None})  # fmt: skip
