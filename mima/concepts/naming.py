@@ -22,8 +22,9 @@ def without_name(caption: str, concept: Concept) -> str:
         lead = r"(?:,|\b(?:in|of|by|with|from)\b)?\s*(?:\b(?:the|a|an)\b\s*)?"
         # a name before a noun keeps that noun's article: "a cat emoji" becomes "a emoji"
         noun = r"(?=\s+(?!(?:in|of|on|at|by|with|from|and)\b)\w)"
-        text = re.sub(rf"{re.escape(name)}{noun}", "", text, flags=re.IGNORECASE)
-        text = re.sub(rf"{lead}{re.escape(name)}", "", text, flags=re.IGNORECASE)
+        word = _word(name)
+        text = re.sub(rf"{word}{noun}", "", text, flags=re.IGNORECASE)
+        text = re.sub(rf"{lead}{word}", "", text, flags=re.IGNORECASE)
     text = re.sub(r"\s+", " ", text).strip(" ,")
     return text or concept.class_prompt or "a picture"
 
@@ -32,7 +33,7 @@ def with_word(caption: str, concept: Concept, word: str) -> str:
     """A caption with a word in place of the concept's name, or behind it where it has no name."""
     text = caption
     for name in names_of(concept):
-        text = re.sub(re.escape(name), lambda _: word, text, flags=re.IGNORECASE)
+        text = re.sub(_word(name), lambda _: word, text, flags=re.IGNORECASE)
     # a token must be in every caption
     return text if word in text else f"{text}, {word}"
 
@@ -40,4 +41,16 @@ def with_word(caption: str, concept: Concept, word: str) -> str:
 def names_of(concept: Concept) -> list[str]:
     """What the concept's prompt calls it: its token, or its name."""
     candidates = [name for name in (concept.token, concept.name) if name]
-    return [name for name in candidates if name.lower() in concept.prompt.lower()]
+    return [n for n in candidates if re.search(_word(n), concept.prompt, flags=re.IGNORECASE)]
+
+
+def _word(name: str) -> str:
+    """A pattern of a name as a word of its own, or its plural: a "car" is in no "cartoon".
+
+    Names that begin or end with another letter than a to z have no such bounds: not all scripts
+    part words.
+    """
+    letter = "[a-zA-Z]"
+    before = f"(?<!{letter})" if re.match(letter, name) else ""
+    after = f"(?:e?s)?(?!{letter})" if re.search(f"{letter}$", name) else ""
+    return f"{before}{re.escape(name)}{after}"
