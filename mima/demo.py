@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,9 +21,10 @@ from mima._version import installed_versions
 from mima.concepts import embedded_concept
 from mima.concepts.pictures import Picture, spread
 from mima.erasure import erase
-from mima.evaluation import Evaluation, EvaluationFolder, Sampler, evaluate
+from mima.evaluation import Evaluation, EvaluationFolder, Sampler, attack_original, evaluate
 from mima.evaluation.encoders import EMBEDDED
 from mima.evaluation.metrics import GapCurve
+from mima.evaluation.processes import beside
 from mima.families import load_pipeline
 from mima.immunization.algorithm import StepReport, immunize
 from mima.immunization.config import ImmunizeConfig
@@ -135,34 +137,43 @@ def _run(settings: DemoSettings, folder: Path, bars: console.Bars) -> dict[str, 
     erased = erase(original, targets, preserve=captions)
     save_pipeline(erased, folder / "erased")
 
-    with _one_thread():
-        prior = _class_pictures(settings, original, captions, _bar(bars, "class pictures"))
-        advance = _bar(bars, "immunize")
+    with tempfile.TemporaryDirectory() as originals:
+        alike: dict[str, Any] = {
+            "others": [untouched],
+            "settings": settings.grid,
+            "similarities": list(EMBEDDED),
+            "originals": originals,
+        }
+        # the erased model is attacked while the immunized one is made
+        with (
+            beside(attack_original, folder / "erased", targets, **alike),
+            _one_thread(),
+        ):
+            prior = _class_pictures(settings, original, captions, _bar(bars, "class pictures"))
+            advance = _bar(bars, "immunize")
 
-        def on_step(report: StepReport) -> None:
-            advance(report.step, report.steps)
-            logger.info("%s", report)
+            def on_step(report: StepReport) -> None:
+                advance(report.step, report.steps)
+                logger.info("%s", report)
 
-        with_prior = [replace(target, class_images=prior) for target in targets]
-        benign = [embedded_concept(name).without(targets) for name in settings.benign]
-        result = immunize(
-            erased, with_prior, settings.immunization, benign=benign, callbacks=[on_step]
+            with_prior = [replace(target, class_images=prior) for target in targets]
+            benign = [embedded_concept(name).without(targets) for name in settings.benign]
+            result = immunize(
+                erased, with_prior, settings.immunization, benign=benign, callbacks=[on_step]
+            )
+        result.save_pretrained(folder / "immunized")
+
+        attacked = _bar(bars, "attack")
+        evaluation = evaluate(
+            folder / "erased",
+            folder / "immunized",
+            targets,
+            output=folder / "evaluation",
+            name="demonstration",
+            method=settings.immunization.method,
+            progress=lambda done, total, _: attacked(done, total),
+            **alike,
         )
-    result.save_pretrained(folder / "immunized")
-
-    attacked = _bar(bars, "attack")
-    evaluation = evaluate(
-        folder / "erased",
-        folder / "immunized",
-        targets,
-        others=[untouched],
-        output=folder / "evaluation",
-        settings=settings.grid,
-        similarities=list(EMBEDDED),
-        name="demonstration",
-        method=settings.immunization.method,
-        progress=lambda done, total, _: attacked(done, total),
-    )
     page = write_report([folder / "evaluation"], folder / "report.html")
     for name in ("curves.png", "grid.png"):
         shutil.copy(page.with_name(f"{page.stem}-figures") / name, folder / name)

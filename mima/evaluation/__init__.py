@@ -1,7 +1,7 @@
 """Measure immunity: attack a model, sample from it, compare what it learned with the references."""
 
 from mima.evaluation.benign import cmmd, prompt_alignment
-from mima.evaluation.comparison import evaluate
+from mima.evaluation.comparison import attack_original, evaluate
 from mima.evaluation.encoders import (
     ClipEncoder,
     DinoEncoder,
@@ -43,6 +43,7 @@ __all__ = [
     "Sampler",
     "TextImageEncoder",
     "attack",
+    "attack_original",
     "cmmd",
     "compare",
     "evaluate",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -151,18 +152,12 @@ def evaluate(
         >>> result = evaluate("model", "immunized", ["cat"], output="results", others=["dog"])
         >>> result.summary["clip"].worst_attack.sgr
     """
-    config = grid_config(preset, settings)
-    sampler = _sampler(config)
-    found, kept = load_concepts(concepts), load_concepts(others) if len(others) else []
-    by_slug = _with_slugs([*found, *kept])
-    roles: dict[str, Role] = {
-        slug: "other" if concept in kept or concept.kind == "benign" else "target"
-        for slug, concept in by_slug.items()
-    }
-    if "target" not in roles.values():
-        raise MimaError("evaluate: needs a concept that the model was immunized against")
+    asked = _asked(concepts, others, preset, settings, similarities)
+    config, sampler, by_slug, roles = (
+        asked[name] for name in ("config", "sampler", "concepts", "roles")
+    )
+    names = tuple(asked["similarities"])
     method = method or _method_of(immunized)
-    names = _similarity_names(similarities)
     in_memory = [source_of(model) is None for model in (original, immunized)]
     device = str(device_of(device))
     ranks = join_patiently(device)
@@ -184,11 +179,7 @@ def evaluate(
     prompts, known = _benign_prompts(ordinary, seen, config.benign_prompts)
     bench = Bench(
         models={"original": original, "immunized": immunized},
-        concepts=by_slug,
-        roles=roles,
-        config=config,
-        sampler=sampler,
-        similarities=dict(zip(names, map(str, similarities), strict=True)),
+        **asked,
         protocol=protocol,
         folder=folder,
         device=device,
@@ -198,8 +189,7 @@ def evaluate(
     with one_thread(processes > 1):
         worker = Worker(bench)
     _check_alike(*(worker.pipelines[side] for side in SIDES))
-    targets = {slug: c for slug, c in by_slug.items() if roles[slug] == "target"}
-    rest = {slug: c for slug, c in by_slug.items() if roles[slug] == "other"}
+    targets, rest = bench.with_role("target"), bench.with_role("other")
     grid = attack_grid(config, targets, rest)
     if any(attack.outside for attack in grid) and not worker.common_parameters():
         logger.warning("families outside: immunization changed every parameter; left out")
@@ -238,7 +228,7 @@ def evaluate(
         config={
             "grid": config.model_dump(mode="json"),
             "sampler": asdict(sampler),
-            "similarities": {name: str(s) for name, s in zip(names, similarities, strict=True)},
+            "similarities": bench.similarities,
             "judges": worker.judges,
             "weights": worker.fingerprints(),
             PICTURES: {slug: _pictures_of(concept) for slug, concept in by_slug.items()},
@@ -340,6 +330,94 @@ def _pictures_of(concept: Concept) -> dict[str, str]:
 
 def _short_hash(value: object) -> str:
     return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
+
+
+def attack_original(
+    original: Any,
+    concepts: Any,
+    *,
+    originals: str | Path,
+    others: Any = (),
+    preset: str = "quick",
+    settings: Mapping[str, Any] | None = None,
+    similarities: Sequence[str | Path] = ("clip",),
+    protocol: PictureProtocol = "standard",
+    device: str | None = None,
+) -> None:
+    """Attack a model ahead of its immunization, in this process, and keep what the attacks show.
+
+    An `evaluate` that is given the same arguments, the same folder `originals` and any immunized
+    model goes on from there. Nothing is done of what is kept already, nor of attacks of which
+    nothing is kept.
+
+    Args:
+        original: the model before immunization; see `evaluate`, as of all that follows.
+        concepts: concepts that it is to be immunized against.
+        originals: the folder that keeps what attacks and trials show; it grows.
+        others: concepts that must stay learnable; may be empty.
+        preset: a name of `mima.evaluation.PRESETS`.
+        settings: settings of `GridConfig` that replace the preset's.
+        similarities: the first judges trials.
+        protocol: how pictures are prepared for it.
+        device: where to compute.
+
+    Raises:
+        MimaError: the model, a concept, a setting or the folder cannot be used.
+    """
+    asked = _asked(concepts, others, preset, settings, similarities)
+    with tempfile.TemporaryDirectory() as work:
+        bench = Bench(
+            models={"original": original},
+            **asked,
+            protocol=protocol,
+            folder=EvaluationFolder(Path(work)),
+            device=str(device_of(device)),
+            prompts=(),
+            originals=Path(originals).expanduser().resolve(),
+        )
+        bench.write_references()
+        worker = Worker(bench)
+        grid = [
+            attack
+            for attack in attack_grid(
+                bench.config, bench.with_role("target"), bench.with_role("other")
+            )
+            if worker.kept_of(attack, attack.adaptation) is not None
+        ]
+        plan = Plan(TuningLog(bench.folder.path, bench.config.tune), grid, sides=("original",))
+        tasks: deque[Task] = deque(plan.first())
+        for task, result in one_by_one(worker, tasks):
+            if isinstance(task, Trial):
+                assert isinstance(result, TrialRow)
+                tasks += plan.tried(result)
+
+
+def _asked(
+    concepts: Any,
+    others: Any,
+    preset: str,
+    settings: Mapping[str, Any] | None,
+    similarities: Sequence[str | Path],
+) -> dict[str, Any]:
+    """Those fields of `Bench` that say what is attacked, how, and who judges."""
+    config = grid_config(preset, settings)
+    sampler = _sampler(config)
+    found, kept = load_concepts(concepts), load_concepts(others) if len(others) else []
+    by_slug = _with_slugs([*found, *kept])
+    roles: dict[str, Role] = {
+        slug: "other" if concept in kept or concept.kind == "benign" else "target"
+        for slug, concept in by_slug.items()
+    }
+    if "target" not in roles.values():
+        raise MimaError("evaluate: needs a concept that the model was immunized against")
+    names = _similarity_names(similarities)
+    return {
+        "concepts": by_slug,
+        "roles": roles,
+        "config": config,
+        "sampler": sampler,
+        "similarities": dict(zip(names, map(str, similarities), strict=True)),
+    }
 
 
 def _check_alike(original: Pipeline, immunized: Pipeline) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from mima.adaptation import Adaptation
 from mima.evaluation.grid import Attack, Trial
-from mima.evaluation.records import SIDES
+from mima.evaluation.records import SIDES, Side
 from mima.evaluation.tuning import TrialRow, TuningLog, choices
 
 
@@ -18,11 +18,13 @@ class Plan:
     Attributes:
         log: the trials so far.
         pending: attacks that are not done.
-        waiting: those of them whose trials are not done.
+        sides: the models that are attacked.
+        waiting: those of the pending attacks whose trials are not done.
     """
 
     log: TuningLog
     pending: Sequence[Attack]
+    sides: Sequence[Side] = SIDES
     waiting: list[Attack] = field(default_factory=list)
 
     def first(self) -> list[Trial | Attack]:
@@ -36,7 +38,7 @@ class Plan:
     def tried(self, row: TrialRow) -> list[Attack]:
         """Write a trial down; the attacks that waited for it alone come next."""
         self.log.add(row)
-        if any(self.log.missing(row.attack, side) for side in SIDES):
+        if any(self.log.missing(row.attack, side) for side in self.sides):
             return []
         ready = [attack for attack in self.waiting if attack.key == row.attack]
         self.waiting = [attack for attack in self.waiting if attack.key != row.attack]
@@ -50,7 +52,7 @@ class Plan:
         return [
             Trial.of(attack, side, number, every[number], tuning)
             for attack in reversed(by_key.values())
-            for side in SIDES
+            for side in self.sides
             for number in self.log.missing(attack.key, side)
         ]
 
@@ -67,5 +69,5 @@ class Plan:
                 use_8bit_adam=attack.adaptation.use_8bit_adam and row.optimizer == "adamw",
             )
 
-        chosen = {side: tuple(map(like, self.log.ranked(attack.key, side))) for side in SIDES}
+        chosen = {side: tuple(map(like, self.log.ranked(attack.key, side))) for side in self.sides}
         return replace(attack, tuned={side: ways for side, ways in chosen.items() if ways})

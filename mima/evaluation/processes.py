@@ -7,10 +7,11 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from typing import Any
 
@@ -20,16 +21,8 @@ from mima.errors import MimaError
 from mima.evaluation.worker import Advance, Bench, Result, Task, Worker
 
 
-class _Stopped(Exception):  # noqa: N818 - no error: the main process asked for it
-    pass
-
-
-_worker: Worker
-
-
-def _start_process(bench: Bench, queue: Any, stop: Any) -> None:
-    """Set up a worker process: one thread, no Ctrl-C of its own, gone when its parent is."""
-    global _worker
+def _follow_parent() -> None:
+    """Be a process of one thread, without a Ctrl-C of its own, and gone when its parent is."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
@@ -40,6 +33,19 @@ def _start_process(bench: Bench, queue: Any, stop: Any) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+class _Stopped(Exception):  # noqa: N818 - no error: the main process asked for it
+    pass
+
+
+_worker: Worker
+
+
+def _start_process(bench: Bench, queue: Any, stop: Any) -> None:
+    """Set up a worker process."""
+    global _worker
+    _follow_parent()
 
     def advance(amount: int) -> None:
         if stop.is_set():
@@ -105,6 +111,52 @@ def in_parallel(
         pool.shutdown(cancel_futures=True)
         queue.put(None)
         drain.join()
+
+
+@contextmanager
+def beside(function: Callable[..., None], *args: Any, **options: Any) -> Iterator[None]:
+    """Run a function in a process of one thread while the block runs, and wait for both.
+
+    The process ends with a block that raises.
+
+    Raises:
+        MimaError: what the function raised, or that its process was killed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    heard, said = context.Pipe(duplex=False)
+    process = context.Process(target=_run_beside, args=(said, function, args, options), daemon=True)
+    with one_thread(True):
+        process.start()
+    # the other end is the process's alone: its death is the end of what can be heard
+    said.close()
+    try:
+        yield
+        try:
+            problem = heard.recv()
+        except EOFError:
+            process.join()
+            raise MimaError(
+                f"a process beside the main one ended with status {process.exitcode}, perhaps for "
+                "want of memory"
+            ) from None
+        if problem is not None:
+            raise MimaError(problem)
+    finally:
+        process.terminate()
+        process.join()
+        heard.close()
+
+
+def _run_beside(
+    said: Connection, function: Callable[..., None], args: Sequence[Any], options: dict[str, Any]
+) -> None:
+    _follow_parent()
+    try:
+        function(*args, **options)
+    except MimaError as error:
+        said.send(str(error))
+    else:
+        said.send(None)
 
 
 def _drain(queue: Any) -> None:

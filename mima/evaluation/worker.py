@@ -87,7 +87,10 @@ Result: TypeAlias = Outcome | TrialRow | None
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Everything that the processes of one evaluation share; plain data but for the models."""
+    """Everything that the processes of one evaluation share; plain data but for the models.
+
+    ``models`` may be the original alone: what its attacks show is then kept, and not measured.
+    """
 
     models: Mapping[Side, Any]
     concepts: Mapping[str, Concept]
@@ -101,9 +104,9 @@ class Bench:
     prompts: Sequence[str]
     originals: Path | None = None
 
-    def with_role(self, role: Role) -> list[Concept]:
-        """The concepts of one role."""
-        return [concept for slug, concept in self.concepts.items() if self.roles[slug] == role]
+    def with_role(self, role: Role) -> dict[str, Concept]:
+        """The concepts of one role, by their slugs."""
+        return {slug: c for slug, c in self.concepts.items() if self.roles[slug] == role}
 
     def material(self, attack: Attack) -> tuple[Concept, dict[str, list[Picture]]]:
         """What an attack trains on, and its references by prompt, as the files written of them."""
@@ -228,7 +231,7 @@ class Bench:
         if not isinstance(task, Attack):
             return 0
         repair = self.config.repair_steps if self.repairs else 0
-        return 2 * (task.steps + repair + self._steps_before(task))
+        return len(self.models) * (task.steps + repair + self._steps_before(task))
 
     def drawn(self, task: Task) -> int:
         """Pictures of a task."""
@@ -238,7 +241,7 @@ class Bench:
         if not isinstance(task, Attack):
             return len(self.prompts)
         times = len(self.config.steps_of(task)) + self.repairs
-        return 2 * times * len(self.jobs(task))
+        return len(self.models) * times * len(self.jobs(task))
 
     @property
     def repairs(self) -> bool:
@@ -384,7 +387,7 @@ class Worker:
         _, references = bench.material(attack)
         whole, repaired = True, {}
         tuned: dict[Side, str | None] = dict.fromkeys(SIDES)
-        for side in SIDES:
+        for side in bench.models:
             for adaptation in attack.on(side):
                 tuned[side] = _described(adaptation) if side in attack.tuned else None
                 diverged = self._attack_on(attack, side, adaptation)
@@ -395,6 +398,8 @@ class Worker:
                 whole = False
             elif bench.repairs:
                 repaired[side] = bench.repaired_files(attack, side)
+        if len(bench.models) < len(SIDES):
+            return Outcome([], [])
         # an attack that diverged on either model counts as not tried: it shows the start alone
         steps = bench.config.steps_of(attack) if whole else (0,)
         seconds = time.perf_counter() - started
@@ -432,7 +437,7 @@ class Worker:
             files |= {f"repaired-{index}.png": file for index, file in enumerate(mended)}
         known = entry.read(files) if entry is not None else None
         if known is not None:
-            self.advance(bench.work(attack) // len(SIDES))
+            self.advance(bench.work(attack) // len(bench.models))
             why = known["diverged"]
             return None if why is None else str(why)
         concept, _ = bench.material(attack)
@@ -735,7 +740,7 @@ class Worker:
         config = self.bench.config
         lora = replace(configured(config, "lora"), steps=config.preparation_steps, seed=attack.seed)
         assert isinstance(lora, LoRA)
-        subjects = self.bench.with_role("target")
+        subjects = list(self.bench.with_role("target").values())
         if attack.preparation == "benign":
             pictures = self.bench.ordinary()
             subjects = [Concept("benign", pictures[0].prompt, pictures)]

@@ -1,10 +1,13 @@
 """What attacks show on an original model is kept for other evaluations of it, and nothing else."""
 
+import signal
+
 import pytest
 from support import tiny
 
 from mima.errors import MimaError
-from mima.evaluation import EvaluationFolder, evaluate
+from mima.evaluation import EvaluationFolder, attack_original, evaluate
+from mima.evaluation.processes import beside
 from mima.evaluation.worker import Worker
 
 GRID = {
@@ -46,15 +49,21 @@ def run(folders, immunized, output, originals=None, similarities=None, **changes
     return [row.model_copy(update={"seconds": 0}) for row in folder.attacks()], folder.curves()
 
 
-def test_the_original_is_attacked_once_for_all(folders, tmp_path, monkeypatch):
-    trained = []
+@pytest.fixture
+def trained(monkeypatch):
+    """Side and preparation of each training since."""
+    noted = []
     train = Worker._train
 
     def recorded(self, attack, concept, side, *args, **options):
-        trained.append((side, attack.preparation))
+        noted.append((side, attack.preparation))
         return train(self, attack, concept, side, *args, **options)
 
     monkeypatch.setattr(Worker, "_train", recorded)
+    return noted
+
+
+def test_the_original_is_attacked_once_for_all(folders, tmp_path, trained):
     shared = tmp_path / "originals"
     run(folders, "one", tmp_path / "first", shared)
     alone = run(folders, "two", tmp_path / "alone")
@@ -79,3 +88,49 @@ def test_the_original_is_attacked_once_for_all(folders, tmp_path, monkeypatch):
             (entry / "entry.json").write_text(content, encoding="latin-1")
         with pytest.raises(MimaError, match="is damaged"):
             run(folders, "two", tmp_path / "fourth", shared)
+
+
+def ahead(folders, originals, settings):
+    return {
+        "original": folders / "original",
+        "concepts": [tiny.concept("red", "round")],
+        "others": [tiny.concept("blue", "square")],
+        "originals": originals,
+        "settings": settings,
+        "similarities": [folders / "clip"],
+    }
+
+
+def test_the_original_is_attacked_ahead_of_its_immunization(folders, tmp_path, trained):
+    alone = run(folders, "one", tmp_path / "alone")
+    trained.clear()
+    shared = tmp_path / "originals"
+    attack_original(**ahead(folders, shared, GRID))
+    # each concept's two trials and attack, and nothing that would not be kept
+    assert trained == [("original", "none")] * 6
+    trained.clear()
+    assert run(folders, "one", tmp_path / "after", shared) == alone
+    # of the original only what was prepared, with its trials
+    assert [preparation for side, preparation in trained if side == "original"] == ["fp16"] * 3
+    # a second time there is nothing left
+    trained.clear()
+    attack_original(**ahead(folders, shared, GRID))
+    assert trained == []
+
+
+def test_a_process_beside_the_main_one(folders, tmp_path):
+    shared = tmp_path / "originals"
+    with beside(attack_original, **ahead(folders, shared, GRID)):
+        pass
+    # of each concept two trials and an attack
+    assert len(list(shared.iterdir())) == 6
+    with (
+        pytest.raises(MimaError, match="no concepts given"),
+        beside(attack_original, **ahead(folders, shared, GRID) | {"concepts": []}),
+    ):
+        pass
+    # a block that raises does not wait
+    with pytest.raises(KeyError), beside(signal.pause):
+        raise KeyError
+    with pytest.raises(MimaError, match="status -9"), beside(signal.raise_signal, signal.SIGKILL):
+        pass
