@@ -7,14 +7,24 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
+import torch
 from PIL import Image
 
 from mima.concepts import Concept
+from mima.concepts.pictures import Picture
 from mima.errors import MimaError
-from mima.evaluation.encoders import ImageEncoder, PairwiseSimilarity, similarity
+from mima.evaluation.encoders import (
+    ImageEncoder,
+    PairwiseSimilarity,
+    at_a_time,
+    embed_files,
+    similarity,
+)
 
 NOISE_PICTURES = 16
 GREYS = (64, 128, 192, 255)
+NOISE_SIDE = 512
+"""Pixels of the longest side of a picture of noise, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,22 +76,29 @@ def calibrate(
         if not concept.held_out:
             raise MimaError(f"concept {concept.name!r} has no held_out pictures to compare with")
     known = [picture for concept in concepts for picture in concept.images]
-    images = [picture.load() for picture in known]
-    size = images[0].size
+    first = known[0].load()
+    # of a photograph's size, noise would be grey once it is scaled to what judges look at
+    first.thumbnail((NOISE_SIDE, NOISE_SIDE))
+    size = first.size
     draws = np.random.default_rng(0)
     shape = (NOISE_PICTURES, size[1], size[0], 3)
     noise = [Image.fromarray(pixels) for pixels in draws.integers(0, 256, shape, dtype=np.uint8)]
     grey = [Image.new("RGB", size, (shade,) * 3) for shade in GREYS]
-    images += [*noise, *grey]
-    features = judge.embed(images) if isinstance(judge, ImageEncoder) else None
+    images = [*known, *(Picture(image, "") for image in (*noise, *grey))]
+    features = embed_files(judge, images) if isinstance(judge, ImageEncoder) else None
     found = []
     for concept in concepts:
-        references = [picture.load() for picture in concept.held_out]
         if isinstance(judge, ImageEncoder):
             assert features is not None
-            table = similarity(features, judge.embed(references))
+            table = similarity(features, embed_files(judge, concept.held_out))
         else:
-            table = judge.pairs(images, references)
+            references = [picture.load() for picture in concept.held_out]
+            table = torch.cat(
+                [
+                    judge.pairs([picture.load() for picture in some], references)
+                    for some in at_a_time(images)
+                ]
+            )
         values = table.mean(dim=1).tolist()
         of_noise, of_grey = values[len(known) : -len(grey)], values[-len(grey) :]
         name = concept.name.casefold()

@@ -16,7 +16,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 from urllib.error import URLError
 
 import numpy as np
@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from mima.choices import PictureProtocol
+from mima.concepts.pictures import Picture
 from mima.errors import MimaError, first_line, nearest, one_line, quoted
 from mima.evaluation.discriminants import NEEDED, SIDE, embedding
 from mima.families.hub import unreachable
@@ -37,8 +38,12 @@ from mima.families.loading import LOADING_ERRORS, too_many_layers, too_many_numb
 from mima.storage.inputs import is_hub_id
 from mima.storage.tensor_files import fingerprint
 
+T = TypeVar("T")
+
 CLIP_DEFAULT = "openai/clip-vit-base-patch32"
 DINO_DEFAULT = "facebook/dino-vits16"
+AT_A_TIME = 64
+"""Pictures that are in memory at once where they are read from files."""
 LPIPS_SIDE = 224
 PUBLISHED_SIDE = 64
 LARGEST_SIDE = 4096
@@ -81,6 +86,17 @@ class PairwiseSimilarity(Protocol):
 def similarity(a_AD: torch.Tensor, b_BD: torch.Tensor) -> torch.Tensor:
     """Cosine similarities [A, B] of two sets of normalised features."""
     return a_AD @ b_BD.mT
+
+
+def at_a_time(pictures: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Pictures in parts so small that photographs fit into memory."""
+    for start in range(0, len(pictures), AT_A_TIME):
+        yield pictures[start : start + AT_A_TIME]
+
+
+def embed_files(encoder: ImageEncoder, pictures: Sequence[Picture]) -> torch.Tensor:
+    """Normalised features [B, D] of pictures that need not be in memory all at once."""
+    return torch.cat([encoder.embed([p.load() for p in some]) for some in at_a_time(pictures)])
 
 
 class Preprocessor:

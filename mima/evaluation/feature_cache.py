@@ -18,7 +18,12 @@ from PIL import Image
 from mima.choices import PictureProtocol
 from mima.concepts.pictures import Picture
 from mima.errors import MimaError, one_line
-from mima.evaluation.encoders import ImageEncoder, PairwiseSimilarity, similarity
+from mima.evaluation.encoders import (
+    ImageEncoder,
+    PairwiseSimilarity,
+    embed_files,
+    similarity,
+)
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -74,7 +79,7 @@ class CachedSimilarity:
         self._recall(keys)
         fresh = {key: file for key, file in zip(keys, files, strict=True) if key not in self._known}
         if fresh:
-            rows = self.model.embed([_load(file) for file in fresh.values()]).numpy()
+            rows = embed_files(self.model, [Picture(f, "") for f in fresh.values()]).numpy()
             self._keep(dict(zip(fresh, rows, strict=True)))
         return torch.from_numpy(np.stack([self._known[key] for key in keys]))
 

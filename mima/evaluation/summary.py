@@ -131,6 +131,9 @@ def gap_of(groups: Sequence[Sequence[AttackRow]]) -> Gap:
                 if row.rise_left is not None
             ),
         ),
+        steps_to_half=ScorePair(
+            **{side: over_seeds(counted, f"half_{side}").mean for side in SIDES},
+        ),
         steps_ratio=Ratio(**over_seeds(groups, "steps_ratio").model_dump(), at_least=at_least),
     )
 

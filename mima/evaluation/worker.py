@@ -25,7 +25,12 @@ from mima.concepts.naming import without_name
 from mima.concepts.pictures import Picture, by_prompt, digest
 from mima.evaluation import preparations
 from mima.evaluation.benign import cmmd, text_features
-from mima.evaluation.encoders import TextImageEncoder, judge_fingerprint, load_similarity
+from mima.evaluation.encoders import (
+    ImageEncoder,
+    TextImageEncoder,
+    judge_fingerprint,
+    load_similarity,
+)
 from mima.evaluation.feature_cache import CachedSimilarity
 from mima.evaluation.grid import (
     Attack,
@@ -366,15 +371,18 @@ class Worker:
 
     def benign(self) -> Benign:
         """Compare the models' pictures of ordinary prompts."""
-        chosen = [s for s in self.similarities if isinstance(s.model, TextImageEncoder)]
+        encoders = [s for s in self.similarities if isinstance(s.model, ImageEncoder)]
+        readers = [s for s in encoders if isinstance(s.model, TextImageEncoder)]
         prompts = list(self.bench.prompts)
-        if not chosen or not prompts:
-            return Benign()
-        encoder = chosen[0]
-        assert isinstance(encoder.model, TextImageEncoder)
-        texts_BD = text_features(prompts, encoder.model)
+        if not encoders or not prompts:
+            return Benign(prompts=tuple(prompts))
+        # without one that reads texts, how far pictures moved can still be said
+        encoder = (readers or encoders)[0]
         features = {side: encoder.features(self.bench.benign_files(side)) for side in SIDES}
-        alignment = {side: float((f * texts_BD).sum(dim=-1).mean()) for side, f in features.items()}
+        alignment = {}
+        if isinstance(encoder.model, TextImageEncoder):
+            texts_BD = text_features(prompts, encoder.model)
+            alignment = {s: float((f * texts_BD).sum(dim=-1).mean()) for s, f in features.items()}
         return Benign(
             prompt_alignment=ScorePair(**alignment),
             prompts=tuple(prompts),
@@ -644,12 +652,15 @@ class Worker:
     ) -> tuple[AttackRow, list[CurvePoint]]:
         folder = self.bench.folder
         curves: dict[Side, list[float]] = {side: [] for side in SIDES}
-        nearest: dict[Side, float] = {}
-        objects: dict[Side, float | None] = {}
+        # of an attack that counts as not tried, there is nothing after it to look at
+        nearest: dict[Side, float | None] = dict.fromkeys(SIDES)
+        objects: dict[Side, float | None] = dict.fromkeys(SIDES)
         for side in SIDES:
             for step in steps:
                 files = folder.images(attack.id, side, step)
                 curves[side].append(self._mean(similarity, files, references))
+            if steps[-1] == 0:
+                continue
             last = folder.images(attack.id, side, steps[-1])
             table_BR = similarity.table(last, self.bench.training_files(attack))
             nearest[side] = float((1 - table_BR).amin(dim=1).mean())

@@ -626,6 +626,7 @@ def _render(report: Report) -> str:
         "share": wording.share,
         "share_left": wording.share_left,
         "ratio": wording.ratio,
+        "steps_to_half": wording.steps_to_half,
         "interval": wording.interval_words,
         "method": wording.method_name,
     }

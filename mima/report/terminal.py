@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mima.errors import counted
 from mima.evaluation.records import Evaluation, Gap
-from mima.report.wording import interval_words, method_name, number, ratio
+from mima.report.wording import interval_words, method_name, number, ratio, steps_to_half
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +23,8 @@ def summary_table(evaluation: Evaluation) -> Table:
         caption=(
             "SGR 0: as like the concept as without immunization.\n"
             "Rise left 1: the attack adds as much as without immunization, 0: nothing.\n"
-            "Steps ratio: times as long to half of the rise; – : the attack taught nothing.\n"
+            "Steps to half of the original's rise, in both models, and their ratio; – : the attack "
+            "taught nothing.\n"
             "Concepts of the last part should stay learnable: SGR 0 is wanted.\n"
             f"Means are over {counted(len(evaluation.seeds), 'attack seed')} and one immunized "
             "model."
@@ -31,7 +32,14 @@ def summary_table(evaluation: Evaluation) -> Table:
     )
     table.add_column("concept", overflow="fold")
     table.add_column("method", no_wrap=True)
-    for name in ("SGR\nbefore", "SGR\nmean", "SGR\nlast", "rise\nleft", "steps\nratio"):
+    for name in (
+        "SGR\nbefore",
+        "SGR\nmean",
+        "SGR\nlast",
+        "rise\nleft",
+        "steps\nto half",
+        "steps\nratio",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
 
     def add(concept: str, method: str, gap: Gap) -> None:
@@ -42,6 +50,9 @@ def summary_table(evaluation: Evaluation) -> Table:
             number(gap.mean),
             number(gap.final),
             ratio(gap.rise_left, 2),
+            steps_to_half(
+                gap.steps_to_half.original, gap.steps_to_half.immunized, gap.steps_ratio.at_least
+            ),
             ratio(gap.steps_ratio),
         )
 

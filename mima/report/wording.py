@@ -82,6 +82,14 @@ def ratio(value: Ratio, digits: int = 1) -> str:
     return f"≥\u00a0{text}" if value.at_least and value.mean is not None else text
 
 
+def steps_to_half(original: float | None, immunized: float | None, at_least: bool) -> str:
+    """Steps that both models take to half of the original's rise; ≥ before a lower bound."""
+    if original is None:
+        return "–"
+    bound = "≥\u00a0" if at_least else ""
+    return f"{number(original, 0)}\u00a0→ {bound}{number(immunized, 0)}"
+
+
 def method_name(method: str) -> str:
     """How people write an adaptation method."""
     return METHODS.get(method, method)

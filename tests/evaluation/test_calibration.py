@@ -7,6 +7,7 @@ import pytest
 import torch
 from support import tiny
 
+from mima.concepts import Picture
 from mima.concepts.concept import embedded_names
 from mima.concepts.reading import load_concepts
 from mima.errors import MimaError
@@ -60,6 +61,30 @@ def test_pictures_that_show_the_concept_are_no_wrong_ones():
     found = calibrate(judge, [red, only])[0]
     assert found.others == {}
     assert found.margin == pytest.approx(found.right - max(found.noise, found.grey))
+
+
+class Counting(Redness):
+    """Remembers how many pictures came at once, and how large they were."""
+
+    def __init__(self):
+        self.counts, self.sides = [], []
+
+    def embed(self, images):
+        self.counts.append(len(images))
+        self.sides += [max(image.size) for image in images]
+        return super().embed(images)
+
+
+def test_photographs_are_looked_at_a_few_at_a_time_and_noise_stays_noise():
+    """Scaled down from a photograph's size, noise at every pixel would be a grey picture."""
+    photo = tiny.picture("red", "round", size=700)
+    many = (Picture(photo, "a red emoji"),) * 70
+    red = dataclasses.replace(tiny.concept("red"), images=many)
+    judge = Counting()
+    calibrate(judge, [red])
+    assert max(judge.counts) == 64
+    assert judge.sides.count(700) == 70
+    assert judge.sides.count(512) == 16 + 4
 
 
 # the judge takes its twemoji picture for something else, and flat pictures for twemoji ones

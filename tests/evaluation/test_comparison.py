@@ -472,9 +472,26 @@ def test_an_attack_that_succeeds_on_the_immunized_model_alone_is_the_worst():
 
 def test_rises_are_means_over_what_has_them_and_bounds_stay_bounds():
     rows = [
-        row("a", 0, 0.4, rise_left=0.5, steps_ratio=2.0, sgr_before=0.1),
+        row(
+            "a",
+            0,
+            0.4,
+            rise_left=0.5,
+            steps_ratio=2.0,
+            sgr_before=0.1,
+            half_original=0.5,
+            half_immunized=0.75,
+        ),
         row("a", 1, 0.4, rise_left=0.3, steps_ratio=4.0, sgr_before=0.3),
-        row("b", 0, 0.2, rise_left=0.9, steps_ratio=8.0, steps_ratio_at_least=True),
+        row(
+            "b",
+            0,
+            0.2,
+            rise_left=0.9,
+            steps_ratio=8.0,
+            steps_ratio_at_least=True,
+            half_original=0.125,
+        ),
         row("b", 1, 0.2, rise_left=None),
         # another concept without any rise
         row("c", 0, 0.0, role="other", learned=False),
@@ -484,6 +501,9 @@ def test_rises_are_means_over_what_has_them_and_bounds_stay_bounds():
     # seed 1 has none for b: the seed that both have
     assert (rise.mean, rise.runs) == (pytest.approx(0.7), 1)
     assert (ratio.mean, ratio.at_least) == (5.0, True)
+    # what never came counts with the last of its steps, of which there is one
+    half = summary.targets.steps_to_half
+    assert (half.original, half.immunized) == (0.3125, 0.875)
     assert not rise.at_least
     bound = row("a", 2, 0.1, rise_left=0.5, rise_left_at_least=True, objects_original=0.5)
     summary_ = summarize([*rows, bound], CONCEPTS, "clip")

@@ -182,6 +182,25 @@ def test_one_picture_is_enough(folders, tmp_path, caplog):
     assert not {"nan", "inf", "-inf", "NaN"} & set(numbers(folder))
 
 
+def test_a_judge_that_reads_no_texts_says_how_far_ordinary_pictures_moved(folders, tmp_path):
+    tiny.save_tiny_dino(tmp_path / "dino")
+    result = evaluate(
+        folders / "model",
+        folders / "immunized",
+        [Concept.from_folder(folders / "red")],
+        output=tmp_path / "out",
+        settings=SMALL | {"methods": {"lora": {"steps": 1}}, "seeds": [0], "lr_factors": [1]},
+        similarities=[tmp_path / "dino"],
+        processes=1,
+    )
+    assert result.benign.prompt_alignment.original is None
+    assert len(result.benign.prompts) == 1
+    assert result.benign.cmmd > 0
+    (row,) = EvaluationFolder(tmp_path / "out").attacks()
+    assert row.objects_original is None
+    assert result.summary["dino"].objects.original is None
+
+
 def test_a_concept_without_pictures_cannot_be_attacked():
     with pytest.raises(MimaError, match="red"):
         Concept("red", "a red emoji", [])
@@ -205,6 +224,9 @@ def test_an_attack_that_diverges_has_no_numbers_and_no_nan(folders, tmp_path):
     folder = EvaluationFolder(tmp_path)
     (row,) = folder.attacks()
     assert (row.sgr_mean, row.sgr_final, row.sgr_max) == (None, None, None)
+    # what the models draw before the attack is not what they draw after it
+    assert (row.nearest_original, row.nearest_immunized) == (None, None)
+    assert (row.objects_original, row.objects_immunized) == (None, None)
     assert not row.learned
     assert [point.step for point in folder.curves()] == [0]
     assert result.complete

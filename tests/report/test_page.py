@@ -20,7 +20,7 @@ from mima.errors import MimaError
 from mima.evaluation.records import EvaluationFolder
 from mima.evaluation.summary import summarize
 from mima.report import write_report
-from mima.report.wording import number, ratio, setting_text, share
+from mima.report.wording import number, ratio, setting_text, share, steps_to_half
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">\'"&{{ 7*7 }}'
 
@@ -112,6 +112,11 @@ def test_headline_numbers_are_those_of_the_evaluation(folder, page):
         "dino",
         share(dino.worst_rise.rise_left),
         share(dino.targets.rise_left.mean),
+        steps_to_half(
+            dino.targets.steps_to_half.original,
+            dino.targets.steps_to_half.immunized,
+            dino.targets.steps_ratio.at_least,
+        ),
         ratio(dino.targets.steps_ratio),
         number(dino.targets.before.original),
         number(dino.targets.before.immunized),
@@ -131,7 +136,7 @@ def test_headline_numbers_are_those_of_the_evaluation(folder, page):
 
 def test_the_table_has_every_attack_the_worst_first(folder, page):
     attacks = EvaluationFolder(folder).attacks()
-    table = [row for row in page.rows if len(row) == 18][1:]
+    table = [row for row in page.rows if len(row) == 19][1:]
     assert len(table) == len(attacks) == 2 * 2 * 2 * 2
     # on paper the rows of all judges are there
     assert {row[2] for row in table} == {"clip", "dino"}
@@ -139,6 +144,12 @@ def test_the_table_has_every_attack_the_worst_first(folder, page):
     assert gaps == sorted(gaps)
     assert gaps == [round(gap, 2) for gap in sorted(row.sgr_mean for row in attacks)]
     assert {row[1] for row in table} == {"LoRA"}
+    first = min(attacks, key=lambda row: row.sgr_mean)
+    half = steps_to_half(first.half_original, first.half_immunized, False)
+    assert re.fullmatch(r"\d+\u00a0→ \d+", half)
+    assert table[0][8] == half
+    assert steps_to_half(None, None, False) == "–"
+    assert steps_to_half(21.6, 100, True) == "22\u00a0→ ≥\u00a0100"
 
 
 def test_the_page_needs_nothing_but_itself(page):
@@ -509,9 +520,19 @@ def test_runs_of_different_judges_are_marked(tmp_path):
 def test_single_seeds_and_overlaps_are_marked(small, tmp_path, folder):
     page = Page(write_report([small], tmp_path / "page.html"))
     assert "One seed. Every attack of run ran once" in page.text
-    assert "One seed." not in Page(write_report([folder])).text
+    assert "One judge. Everything of run is by clip" in page.text
+    both = Page(write_report([folder])).text
+    assert "One seed." not in both
+    assert "One judge." not in both
+    assert "tuned" not in both
+    for trials, words in ((0, "attacks as configured, not tuned"), (1, "tuned by 1 trial on each")):
+        grid = {"grid": {"tune": {"trials": trials}}}
+        run = write_evaluation(tmp_path / f"tuned{trials}", **SMALL, config=grid)
+        assert words in Page(write_report([run])).text
     seen = write_evaluation(tmp_path / "seen", **SMALL, overlaps=("<b>Pictures</b> were seen.",))
     assert "Overlap. <b>Pictures</b> were seen." in Page(write_report([seen])).text
+    both = Page(write_report([seen, small], tmp_path / "both.html")).text
+    assert "Overlap in run. <b>Pictures</b> were seen." in both
 
 
 RECORDED = {
@@ -582,7 +603,7 @@ def compared(tmp_path_factory) -> Page:
 def test_several_runs_are_beside_each_other(compared):
     assert "mima withstands the attack that gets furthest best" in compared.text
     assert re.search(r"mima minus none, attack by attack: SGR \d", compared.text)
-    rows = [row for row in compared.rows if row[1:2] == ["clip"] and len(row) == 14]
+    rows = [row for row in compared.rows if row[1:2] == ["clip"] and len(row) == 15]
     assert [row[0] for row in rows] == ["none", "joint", "mima"]
     furthest = [int(row[2].removesuffix("\u00a0%")) for row in rows]
     assert furthest == sorted(furthest, reverse=True)
