@@ -20,7 +20,14 @@ from torch import Tensor
 
 from mima.ops.backends import arguments
 from mima.ops.backends.arguments import Directions, Needs, Tensors
-from mima.ops.backends.extension import DTYPE_CODES, contiguous, empty_like, loaded
+from mima.ops.backends.extension import (
+    DTYPE_CODES,
+    adam_step_backward_lists,
+    adam_step_lists,
+    contiguous,
+    empty_like,
+    loaded,
+)
 
 
 def cpu_level() -> str:
@@ -97,23 +104,17 @@ def token_sums(X: Tensors, A: Tensor) -> Tensor:
 
 def adam_step_forward(inputs: arguments.AdamStep, *, overwrite: bool = False) -> list[Tensor]:
     """Return z, m and v after the step, one after the other; m and v in place on request."""
-    z, g, m, v = map(contiguous, inputs[:4])
-    *numbers, step = inputs[4:]
-    out = empty_like(z), m if overwrite else empty_like(m), v if overwrite else empty_like(v)
-    _run("adam_step_forward", z[0], numbers, step, z, g, m, v, *out)
-    return [x for values in out for x in values]
+    given, out = adam_step_lists(inputs, overwrite)
+    _run("adam_step_forward", out[0], *given)
+    return out
 
 
 def adam_step_backward(
     d_out: Tensors, saved: arguments.AdamStepSaved, needs: Needs
 ) -> list[list[Tensor]]:
     """Return the gradients of z, g, m and v, an empty list where not needed."""
-    d_out, g, m, v = map(contiguous, (d_out, *saved[:3]))
-    *numbers, step = saved[3:]
-    P = len(g)
-    grads = [empty_like(g) if need else [] for need in needs]
-    bars = d_out[:P], d_out[P : 2 * P], d_out[2 * P :]
-    _run("adam_step_backward", g[0], numbers, step, *bars, g, m, v, *grads)
+    given, grads = adam_step_backward_lists(d_out, saved, needs)
+    _run("adam_step_backward", d_out[0], *given)
     return grads
 
 

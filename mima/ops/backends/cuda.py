@@ -17,7 +17,14 @@ from torch import Tensor
 
 from mima.ops.backends import arguments
 from mima.ops.backends.arguments import Needs, Tensors
-from mima.ops.backends.extension import DTYPE_CODES, contiguous, empty_like, loaded
+from mima.ops.backends.extension import (
+    DTYPE_CODES,
+    adam_step_backward_lists,
+    adam_step_lists,
+    contiguous,
+    empty_like,
+    loaded,
+)
 
 
 @contextmanager
@@ -75,25 +82,17 @@ def combine_into(out: Tensors, x: Tensors, factors: Sequence[Sequence[float]]) -
 
 def adam_step_forward(inputs: arguments.AdamStep, *, overwrite: bool = False) -> list[Tensor]:
     """Return z, m and v after the step, one after the other; m and v in place on request."""
-    z, g, m, v = map(contiguous, inputs[:4])
-    *numbers, step = inputs[4:]
-    out = empty_like(z), m if overwrite else empty_like(m), v if overwrite else empty_like(v)
-    given = DTYPE_CODES[z[0].dtype], numbers, step, z, g, m, v
-    _launch(loaded("cuda").AdamStep(*given, *out), z[0].device)
-    return [x for values in out for x in values]
+    given, out = adam_step_lists(inputs, overwrite)
+    _launch(loaded("cuda").AdamStep(DTYPE_CODES[out[0].dtype], *given), out[0].device)
+    return out
 
 
 def adam_step_backward(
     d_out: Tensors, saved: arguments.AdamStepSaved, needs: Needs
 ) -> list[list[Tensor]]:
     """Return the gradients of z, g, m and v, an empty list where not needed."""
-    d_out, g, m, v = map(contiguous, (d_out, *saved[:3]))
-    *numbers, step = saved[3:]
-    P = len(g)
-    grads = [empty_like(g) if need else [] for need in needs]
-    bars = d_out[:P], d_out[P : 2 * P], d_out[2 * P :]
-    given = DTYPE_CODES[g[0].dtype], numbers, step, *bars, g, m, v
-    _launch(loaded("cuda").AdamStep(*given, *grads), g[0].device)
+    given, grads = adam_step_backward_lists(d_out, saved, needs)
+    _launch(loaded("cuda").AdamStep(DTYPE_CODES[d_out[0].dtype], *given), d_out[0].device)
     return grads
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mima._version import __version__
+from mima.ops.backends.arguments import AdamStep, AdamStepSaved, Needs, Tensors
 from mima.ops.backends.choice import OPERATORS
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -101,13 +101,36 @@ def loaded(device_type: str) -> Any:
     return module
 
 
-def contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
+def contiguous(tensors: Tensors) -> list[Tensor]:
     """Return the tensors, copied where they are not contiguous."""
     if not tensors or loaded(tensors[0].device.type).are_contiguous(tensors):
         return list(tensors)
     return [x.contiguous() for x in tensors]
 
 
-def empty_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+def empty_like(tensors: Tensors) -> list[Tensor]:
     """Return contiguous tensors of the same shapes."""
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+
+
+def adam_step_lists(inputs: AdamStep, overwrite: bool) -> tuple[list[Any], list[Tensor]]:
+    """Return what the forward kernel takes: numbers, step, lists; and the results among these.
+
+    The results are z, m and v one after the other, m and v in place on request.
+    """
+    z, g, m, v = map(contiguous, inputs[:4])
+    *numbers, step = inputs[4:]
+    out = empty_like(z), m if overwrite else empty_like(m), v if overwrite else empty_like(v)
+    return [numbers, step, z, g, m, v, *out], [x for values in out for x in values]
+
+
+def adam_step_backward_lists(
+    d_out: Tensors, saved: AdamStepSaved, needs: Needs
+) -> tuple[list[Any], list[list[Tensor]]]:
+    """Return what the backward kernel takes, and of that the gradients, empty where not needed."""
+    d_out, g, m, v = map(contiguous, (d_out, *saved[:3]))
+    *numbers, step = saved[3:]
+    P = len(g)
+    grads = [empty_like(g) if need else [] for need in needs]
+    bars = d_out[:P], d_out[P : 2 * P], d_out[2 * P :]
+    return [numbers, step, *bars, g, m, v, *grads], grads
