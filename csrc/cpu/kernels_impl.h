@@ -101,7 +101,7 @@ MIMA_INLINE void nn_tile(const T* a, int64_t stride_am, int64_t stride_ak, const
     for (int v = 0; v < VECS; ++v) b_p[v] = load(b + p * ldb + v * kLanes<T>);
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS; ++i) {
-      const Vec a_ip = Vec{} + a[i * stride_am + p * stride_ak];
+      const Vec a_ip = broadcast<Vec>(a[i * stride_am + p * stride_ak]);
 #pragma GCC unroll 4
       for (int v = 0; v < VECS; ++v) total[i][v] += a_ip * b_p[v];
     }
@@ -177,7 +177,7 @@ void panel_tile(const PanelTerm<T>* terms, int num_terms, int64_t row, int64_t p
         for (int v = 0; v < VECS; ++v) b_p[v] = load(b + p * width + v * kLanes<T>);
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; ++i) {
-          const Vec a_ip = Vec{} + a[i * lda + p];
+          const Vec a_ip = broadcast<Vec>(a[i * lda + p]);
 #pragma GCC unroll 4
           for (int v = 0; v < VECS; ++v) total[i][v] += a_ip * b_p[v];
         }
@@ -363,7 +363,7 @@ void merge_run(T* to, const T* from, const void* const* thetas, const double* we
     }
     for (int64_t n = 0; n < num_concepts; ++n) {
       const T* theta = static_cast<const T*>(thetas[n]) + i;
-      const Vec w = Vec{} + static_cast<Acc>(weights[n]);
+      const Vec w = broadcast<Vec>(static_cast<Acc>(weights[n]));
 #pragma GCC unroll 4
       for (int u = 0; u < kUnroll; ++u) total[u] += w * (load(theta + u * kLanes<T>) - b[u]);
     }

@@ -44,6 +44,13 @@ struct Traits<Float16> : Traits<float> {};
 template <class T>
 constexpr int64_t kLanes = MIMA_VECTOR_BYTES / sizeof(typename Traits<T>::Acc);
 
+// x in every lane. A difference, which compilers know to be x itself; 0 + x is another number where
+// x is -0, and would be computed, in the units that a product's multiply-adds wait for.
+template <class Vec, class T>
+MIMA_INLINE Vec broadcast(T x) {
+  return x - Vec{};
+}
+
 // Unaligned access: memcpy of a whole vector is one instruction.
 template <class V, class T>
 MIMA_INLINE V read(const T* p) {

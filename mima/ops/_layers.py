@@ -82,6 +82,8 @@ def layer(
 ) -> Tensor:
     """Apply a layer to checked arguments."""
     out: Tensor
+    # kernels read what is contiguous: copied here, tensors are copied once, not by each derivative
+    tensors = tuple(None if x is None else x.contiguous() for x in tensors)
     assert tensors[0] is not None
     if tensors[0].is_meta or is_watched(tensors, Tensor.is_neg):
         (out,) = apply(Layer, name, backend or "", numbers, *tensors)
