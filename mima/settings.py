@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
@@ -72,8 +72,9 @@ def _explain(kind: type[Settings], error: dict[str, Any]) -> str:
 
 def group_of(annotation: Any) -> type[Settings] | None:
     """The settings class that a field's type is, or is made of."""
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return annotation
+    # to Python 3.10, tuple[float, float] is a type
+    if get_origin(annotation) is None and isinstance(annotation, type):
+        return annotation if issubclass(annotation, Settings) else None
     found = (group_of(part) for part in get_args(annotation))
     return next((group for group in found if group), None)
 

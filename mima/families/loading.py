@@ -65,6 +65,8 @@ FAMILIES: tuple[type[Family], ...] = (
 
 # what diffusers and transformers raise for files that are missing, damaged or do not fit
 LOADING_ERRORS = (
+    # an index may name a library that is none, a tokenizer one that is not installed
+    ImportError,
     *(OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError),
     # older diffusers: a class that model_index.json names and the library does not have
     *(AttributeError, SingleFileComponentError),
@@ -428,7 +430,7 @@ def without_weights(folder: Path, kind: Sequence[str]) -> torch.nn.Module:
                 made = cls.from_config(cls.load_config(str(folder)))
             else:
                 made = cls(cls.config_class.from_pretrained(str(folder)))
-    except (ImportError, *LOADING_ERRORS) as error:
+    except LOADING_ERRORS as error:
         raise MimaError(f"model: cannot open {folder}: {first_line(error)}") from error
     assert isinstance(made, torch.nn.Module)
     return made

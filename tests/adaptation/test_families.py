@@ -97,7 +97,7 @@ def test_erasure_edits_what_reads_text(folder):
             # the others read the picture's sizes
             assert not change[:, reader.columns :].any()
             change = change[:, : reader.columns]
-        assert moved(reader, change, [concept.prompt]) > 3 * moved(reader, change, kept)
+        assert moved(reader, change, [concept.prompt]) > 1.5 * moved(reader, change, kept)
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])

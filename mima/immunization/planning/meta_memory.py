@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -49,8 +49,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default and args[0].device.type == "meta":
-            # a number of no consequence, where the engine reads one
-            return 1.0
+            # a number of no consequence, where the engine reads one; or how much is padded
+            return 1.0 if args[0].is_floating_point() else 1
         out = func(*args, **(kwargs or {}))
         for x in _flat(args):
             if isinstance(x, Upcast):
@@ -95,14 +95,18 @@ def _as_on_a_device(*, bfloat16: bool) -> Iterator[None]:
     """Let PyTorch's functions do on the meta device what they do on one that computes.
 
     Attention has no fused kernel there: what is not differentiated twice would keep its matrix.
-    Autocast does not know the device: products are cast as it casts them. The functions are
+    Autocast does not know the device: products are cast as it casts them, and what asks for none
+    gets none. The functions are
     replaced, since a ``TorchFunctionMode`` is not active within backward passes, where
     checkpointed blocks are computed again.
 
     Args:
         bfloat16: whether autocast is to be imitated.
     """
-    plain = F.scaled_dot_product_attention
+    plain, autocast = F.scaled_dot_product_attention, torch.autocast
+
+    def no_autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
 
     def fused(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("enable_gqa") or not torch.backends.cuda.mem_efficient_sdp_enabled():
@@ -121,6 +125,7 @@ def _as_on_a_device(*, bfloat16: bool) -> Iterator[None]:
         for place, name in products:
             stack.enter_context(_replaced(place, name, halved(getattr(place, name))))
         stack.enter_context(_replaced(F, "scaled_dot_product_attention", halved(fused)))
+        stack.enter_context(_replaced(torch, "autocast", no_autocast))
         yield
 
 
