@@ -15,7 +15,15 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import mima.kernels
 import triton
-from mima.kernels import _common, batched_lora, merge_lora, projected_merge, weighted_merge
+from mima.kernels import (
+    _common,
+    batched_lora,
+    group_norm,
+    merge_lora,
+    projected_merge,
+    token_products,
+    weighted_merge,
+)
 from support.triton_aot import recorded_launches
 
 from mima.adapters.adapter import LowRank
@@ -100,6 +108,60 @@ def test_an_adapter_that_is_not_there_is_refused_where_it_is_chosen() -> None:
     rows.choose([2])
     with pytest.raises(IndexError):
         layer(torch.randn(1, 5, 8))
+
+
+def _adapted(b: int, t: int) -> arguments.BatchedLoraSaved:
+    A, B = (list(pair) for pair in zip(*(_factors() for _ in range(3)), strict=True))
+    x, weight = torch.randn(b, t, 8), torch.randn(6, 8)
+    return arguments.BatchedLoraSaved(x, weight, A, B, torch.ones(3), torch.arange(b) % 3, None)
+
+
+def test_gradients_of_adapters_are_split_over_tokens() -> None:
+    with recorded_launches(batched_lora) as launches:
+        needs = False, False, True, True, False, False
+        batched_lora.batched_lora_backward(torch.randn(2, 4096, 6), _adapted(2, 4096), needs)
+    outer = [x for x in launches if x.kernel.__name__ == "_batched_lora_outer_kernel"]
+    assert len(outer) == 2
+    for launch in outer:
+        assert launch.grid[0] == 2 * 4096 // launch.arguments["SPLIT_T"]
+        assert launch.arguments["SPLIT_T"] <= 512
+
+
+class _FixedOrder(TorchDispatchMode):
+    """Refuse PyTorch's operations whose sums on CUDA come in any order."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__.rstrip("_")
+        anyhow = {"index_add", "scatter_add", "scatter_reduce", "index_put", "put", "index_reduce"}
+        assert name not in anyhow, f"{func} adds in any order"
+        return func(*args, **(kwargs or {}))
+
+
+def test_sums_are_in_a_fixed_order() -> None:
+    modules = batched_lora, group_norm, merge_lora, projected_merge, token_products, weighted_merge
+    base, three = [torch.randn(6, 8)], torch.ones(3)
+    adapted = _adapted(4, 5)
+    merged = arguments.MergeLora(base[0], adapted.A, adapted.B, three, three)
+    texts = [torch.randn(2, 8)] * 3
+    x, channels = torch.randn(2, 8, 4, 4), torch.ones(8)
+    norm = arguments.GroupNorm(x, channels, channels, 2, 1e-5, True)
+    with recorded_launches(*modules) as launches, _FixedOrder():
+        batched_lora.batched_lora_backward(torch.randn(4, 5, 6), adapted, (True,) * 6)
+        merge_lora.merge_lora_backward(base[0], merged, (True,) * 5)
+        weighted_merge.weighted_merge_backward(
+            base, arguments.WeightedMerge(base, base * 3, three), (True,) * 3
+        )
+        projected_merge.projected_merge_backward(
+            base, arguments.ProjectedMerge(base, base * 3, texts, texts), (True,) * 4
+        )
+        token_products.token_sums(base, torch.randn(6, 2))
+        group_norm.group_norm_backward(x, norm, (True,) * 3)
+        group_norm.group_norm_double_backward(x, (x, channels, channels), norm, (True,) * 4)
+    assert launches
+    for module in vars(mima.kernels).values():
+        for function in vars(module).values() if hasattr(module, "__file__") else ():
+            if isinstance(function, triton.JITFunction):
+                assert "atomic" not in function.src, f"{function.__name__} adds in any order"
 
 
 def test_tables_are_copied_once_for_the_same_tensors() -> None:

@@ -36,10 +36,11 @@ _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: the function and its keyword arguments."""
+    """One kernel launch: the function, its keyword arguments, and how many programs."""
 
     kernel: JITFunction
     arguments: dict[str, Any]
+    grid: tuple[int, ...]
 
 
 class _Recorder:
@@ -49,7 +50,7 @@ class _Recorder:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         assert all(size > 0 for size in grid), f"empty grid {grid}"
-        return lambda **arguments: self.launches.append(Launch(self.kernel, arguments))
+        return lambda **arguments: self.launches.append(Launch(self.kernel, arguments, grid))
 
 
 @contextmanager
