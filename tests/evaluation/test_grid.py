@@ -274,7 +274,7 @@ def test_a_family_takes_what_it_can_of_a_methods_settings():
 
 def bench(config, concepts, targets, folder, prompts=()):
     return Bench(
-        models={},
+        models=dict.fromkeys(SIDES, "embedded"),
         concepts=concepts,
         roles={name: "target" if name in targets else "other" for name in concepts},
         config=config,
