@@ -76,9 +76,13 @@ def tile_pointer(table_ptr, i, first, d, DTYPE: tl.constexpr, ALIGNED: tl.conste
     return load_pointer(table_ptr, i, DTYPE, ALIGNED) + first * d
 
 
+# Triton 3.5 takes a default for what it is, and a text is no constant of a kernel there.
+_AS_USUAL = tl.constexpr("")
+
+
 @triton.jit
 def load_tile(
-    pointer, offs_d, rows, d, BLOCK_O: tl.constexpr, EVICTION: tl.constexpr = ""
+    pointer, offs_d, rows, d, BLOCK_O: tl.constexpr, EVICTION: tl.constexpr = _AS_USUAL
 ):  # fmt: skip
     """Load a tile of rows as float32, zero outside; EVICTION tells the cache what comes next."""
     offs_o = tl.arange(0, BLOCK_O)
