@@ -135,10 +135,20 @@ def test_pictures_of_an_attack():
     assert counts == {"same": (4, 3), "fewer": (1, 3), "more": (6, 1), "mixed": (8, 3)}
 
 
+def test_a_method_may_come_under_names_of_its_own():
+    methods = {"lora": {}, "small": {"method": "lora", "rank": 2, "steps": 2}}
+    config = grid_config("quick", {"methods": methods, "seeds": [0], "lr_factors": [1]})
+    attacks = attack_grid(config, {"red": tiny.concept()}, {})
+    assert [(a.label, a.adaptation.rank, a.steps) for a in attacks] == [
+        ("lora", LoRA().rank, LoRA().steps),
+        ("small", 2, 2),
+    ]
+    assert attacks[1].id.startswith("red_small_x1_2steps_")
+
+
 def test_every_family_and_preparation_runs(pair, tmp_path):
     others = [dataclasses.replace(tiny.concept("blue"), kind="benign")]
     settings = GRID | {
-        "methods": GRID["methods"] | {"small": {"method": "lora", "rank": 2, "steps": 2}},
         "families": sorted(FAMILIES),
         "preparations": ["kick", "undo", "interpolate", "fp16", "int8"],
         "images": ["same", "mixed"],
@@ -159,7 +169,7 @@ def test_every_family_and_preparation_runs(pair, tmp_path):
     )
     assert calls[-1][0] == calls[-1][1]
     rows = EvaluationFolder(tmp_path / "out").attacks()
-    assert {*FAMILIES, "lora", "dreambooth", "small"} == {row.method for row in rows}
+    assert {*FAMILIES, "lora", "dreambooth"} == {row.method for row in rows}
     assert all(row.sgr_mean is not None for row in rows)
     assert all(0 <= row.objects_original <= 1 for row in rows)
     assert all(-1 <= row.repaired_immunized <= 1 for row in rows)

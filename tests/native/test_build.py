@@ -107,7 +107,8 @@ def test_with_a_compiler_and_without_nvcc(tmp_path):
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler")
     home = tmp_path / "no-cuda"
-    done = build(tmp_path, CUDA_HOME=str(home))
+    # half the time of -O3, and the compiler still looks at what is used before it is set
+    done = build(tmp_path, CUDA_HOME=str(home), CXXFLAGS="-O1")
     assert done.returncode == 0, done.stderr
     assert modules(tmp_path) == ["_native"]
     assert outcome(tmp_path)["native"]["built"] is True

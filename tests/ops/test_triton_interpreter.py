@@ -31,7 +31,10 @@ def test_kernels_in_the_interpreter() -> None:
     pytest_script = Path(sys.executable).with_name("pytest")
     # nor in several processes: this may be one of several already
     options = ["-p", "no:xdist", "-p", "no:cacheprovider"]
-    command = [pytest_script, "-q", *options, "-k", "triton"]
+    # Whole blocks are read in one layout: the others differ from it in what is aligned to words,
+    # of which the interpreter knows nothing, and small shapes have them all.
+    others = "aligned and (transposed or expanded or offset or negated)"
+    command = [pytest_script, "-q", *options, "-k", f"triton and not ({others})"]
     result = subprocess.run(
         [*command, values, streaming],
         cwd=values.parents[2],
