@@ -1,8 +1,15 @@
-"""The names that settings choose from, for the library and the commands; imports nothing heavy."""
+"""Names that settings choose from, and their bounds; imports nothing heavy, for the commands."""
 
 from __future__ import annotations
 
 from typing import Literal
+
+MOST = 2**31 - 1
+"""Steps of a run."""
+MOST_AT_ONCE = 4096
+"""Pictures of one batch, and the rank of an update: beyond, memory ends before anything is told."""
+LARGEST_SEED = 2**63 - 1
+"""What torch takes on every device."""
 
 Method = Literal["none", "imma", "joint", "compose", "mima", "alternating"]
 """How a model is immunized: see ``ImmunizeConfig.method``."""

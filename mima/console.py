@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from mima.errors import cut
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     Bars: TypeAlias = "Progress | Lines"
     """Tasks under way: bars on a terminal, lines elsewhere."""
 
+LONGEST_LINE = 2000
+"""Characters of one line of a message; libraries may repeat in theirs whatever a file holds."""
 LONG_WAITS = ("mima.training.class_images",)
 """Loggers whose notices show that a long wait is no hang; others only warn on a terminal."""
 
@@ -48,13 +52,19 @@ def show_error(message: str) -> None:
     """One red message."""
     from rich.text import Text
 
-    stderr().print(Text("error: ", style="bold red") + Text(message, style="red"))
+    stderr().print(Text("error: ", style="bold red") + Text(_shown(message), style="red"))
 
 
 def _say(message: str, style: str) -> None:
     from rich.text import Text
 
-    stderr().print(Text(message, style=style))
+    stderr().print(Text(_shown(message), style=style))
+
+
+def _shown(message: str) -> str:
+    """A message as a terminal may have it: without control characters, its lines not too long."""
+    lines = ("".join(c if c.isprintable() else " " for c in x) for x in message.split("\n"))
+    return "\n".join(cut(line, LONGEST_LINE) for line in lines)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -12,18 +12,23 @@ class MimaError(ValueError):
 
 LONGEST_PROBLEM = 1000
 """Characters of one line of several."""
+MOST_PROBLEMS = 100
+"""Lines of one message; a list may have a hundred thousand bad rows."""
 
 
 class ProblemList(MimaError):  # noqa: N818 - reads as what it holds; MimaError says it is one
     """One error for several problems of the same input, so that all can be mended at once.
 
     Attributes:
-        problems: one line each, already naming file or row.
+        problems: one line each, already naming file or row; the message has the first hundred.
     """
 
     def __init__(self, summary: str, problems: Iterable[str]) -> None:
         self.problems = tuple(one_line(problem, LONGEST_PROBLEM) for problem in problems)
-        super().__init__("\n".join([summary, *(f"  - {problem}" for problem in self.problems)]))
+        lines = [f"  - {problem}" for problem in self.problems[:MOST_PROBLEMS]]
+        if len(self.problems) > MOST_PROBLEMS:
+            lines.append(f"  and {len(self.problems) - MOST_PROBLEMS} more")
+        super().__init__("\n".join([summary, *lines]))
 
 
 def cut(text: str, longest: int) -> str:
@@ -60,7 +65,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
         return "none is available"
     close = get_close_matches(name.lower(), known, n=1, cutoff=0.55)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Known: {', '.join(known)}"
+    return f"{hint}Known: {one_line(', '.join(known), LONGEST_PROBLEM)}"
 
 
 def check_choice(what: str, name: str, valid: Iterable[str]) -> None:
@@ -72,6 +77,11 @@ def check_choice(what: str, name: str, valid: Iterable[str]) -> None:
     known = tuple(valid)
     if name not in known:
         raise MimaError(f"{what} {name!r} is unknown; {nearest(name, known)}")
+
+
+def bounded(value: int, least: int, most: int) -> tuple[bool, str]:
+    """A check for `check_settings`, which says what was passed: the least or the most."""
+    return least <= value <= most, f"at least {least}" if value < least else f"at most {most}"
 
 
 def check_settings(settings: object, checks: Mapping[str, tuple[bool, str]]) -> None:

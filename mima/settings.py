@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from mima.errors import MimaError, ProblemList, nearest, one_line, quoted
+from mima.errors import MOST_PROBLEMS, MimaError, ProblemList, nearest, one_line, quoted
 
 
 class Settings(BaseModel):
@@ -52,8 +52,10 @@ def parse_config(kind: type[SettingsT], raw: dict[str, Any], *, source: str) -> 
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        problems = [_explain(kind, dict(item)) for item in error.errors()]
-        raise ProblemList(f"config: {source} has {len(problems)} problem(s)", problems) from error
+        found = error.errors()
+        # to look for the nearest name of a hundred thousand unknown ones takes minutes
+        problems = [_explain(kind, dict(item)) for item in found[:MOST_PROBLEMS]]
+        raise ProblemList(f"config: {source} has {len(found)} problem(s)", problems) from error
 
 
 def _explain(kind: type[Settings], error: dict[str, Any]) -> str:
@@ -91,7 +93,7 @@ def checked(kind: type[T], what: str, settings: Mapping[str, Any]) -> T:
     known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     for name in settings:
         if name not in known:
-            raise MimaError(f"{what} has no setting {name}; {nearest(name, known)}")
+            raise MimaError(f"{what} has no setting {one_line(name)}; {nearest(name, known)}")
     try:
         return TypeAdapter(kind).validate_python(dict(settings))
     except ValidationError as error:

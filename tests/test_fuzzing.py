@@ -51,6 +51,7 @@ LARGE = {
         "a number": b"[" + b"9" * MEGABYTE + b"]",
         "levels": b"[" * MEGABYTE,
         "escapes": b'["' + b"\\u0000" * (MEGABYTE // 6) + b'"]',
+        "a text without an end": b'"' + b'\\"' * (MEGABYTE // 2),
     },
     "csv": {
         "rows": b"file_name,text\n" + b"0.png,a\n" * (MEGABYTE // 8),

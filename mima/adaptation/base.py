@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 import torch
 
 from mima.adaptation.steps import Average, Optimizer, Schedule, build_optimizers, rate_factor
+from mima.choices import LARGEST_SEED, MOST, MOST_AT_ONCE
 from mima.concepts import Concept, Picture
-from mima.errors import MimaError, check_settings
+from mima.errors import MimaError, bounded, check_settings
 from mima.families import Conditioning, Family, TrainingOptions, family_of
 from mima.families.base import cast
 from mima.families.pipelines import Pipeline, networks, readers, with_modules
@@ -92,10 +93,11 @@ class Adaptation(ABC):
 
     def __post_init__(self) -> None:
         checks = {
-            "steps": (self.steps >= 1, "at least 1"),
+            "steps": bounded(self.steps, 1, MOST),
             "learning_rate": (0 < self.learning_rate < math.inf, "above 0 and finite"),
             "resolution": (self.resolution is None or self.resolution >= 1, "at least 1"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "batch_size": bounded(self.batch_size, 1, MOST_AT_ONCE),
+            "seed": bounded(self.seed, 0, LARGEST_SEED),
             "num_class_images": (self.num_class_images >= 1, "at least 1"),
             "gradient_accumulation_steps": (self.gradient_accumulation_steps >= 1, "at least 1"),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),

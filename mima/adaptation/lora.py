@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 
 from mima.adaptation.base import Adaptation, Injection
 from mima.adapters.adapter import check_unadapted
+from mima.choices import MOST_AT_ONCE
 from mima.concepts import Concept
-from mima.errors import MimaError
+from mima.errors import MimaError, bounded, check_settings
 from mima.families import Family, family_of
 from mima.families.pipelines import Pipeline, shared_copy, with_modules
 
@@ -53,8 +54,7 @@ class LoRA(Adaptation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1:
-            raise ValueError(f"LoRA: rank must be at least 1, got {self.rank}")
+        check_settings(self, {"rank": bounded(self.rank, 1, MOST_AT_ONCE)})
         if not 0 <= self.dropout < 1:
             raise ValueError(f"LoRA: dropout must lie in [0, 1), got {self.dropout}")
         if self.target_modules == ():

@@ -6,6 +6,7 @@ parameters, and embeddings of new words.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,12 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftType, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.utils import (
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -61,14 +67,18 @@ READ_TYPES = (PeftType.LORA, PeftType.LOKR, PeftType.LOHA)
 """The kinds of peft's folders that are read; DoRA is a LORA."""
 LYCORIS = {"lokr_w": "LoKr", "hada_w": "LoHa"}
 """Kinds of files by what names in them contain."""
+PEFT_WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 MAGNITUDE = "lora_magnitude_vector"
 MOST_RANK = 256
 """A rank of which no matrix is in the file is believed up to this: peft makes matrices of it."""
+MOST_VECTORS = 256
+"""Of a learned word: as many tokens of a prompt, which has 77 or a few hundred."""
 MOST_NAMES = 10_000
 """Entries of one list of an adapter's configuration."""
 # peft matches layers by regular expressions; one that repeats a part may run for hours
 _PLAIN = re.compile(r"\^?[\w.\\-]*\$?|all-linear")
-_LAYER = re.compile(r"\.(lora|lokr|hada)_.*$")
+# whatever follows, line breaks too: else each such part of a name would be tried to its end
+_LAYER = re.compile(r"\.(lora|lokr|hada)_.*", re.S)
 _LORA_DOWN = re.compile(r"(\.down|lora_A)(\.[^.]+)?\.weight$")
 _CUSTOM_DIFFUSION = re.compile(r"^(.*)\.processor\.(to_\w+)_custom_diffusion(\.\d+)?\.(\w+)$")
 
@@ -103,6 +113,8 @@ class AdapterReader:
         path = expanded(source)
         if not path.exists():
             raise MimaError(f"adapter {source} does not exist")
+        if not path.is_dir() and not path.is_file():
+            raise MimaError(f"adapter {source} is no ordinary file")
         try:
             found = self._read_folder(path) if path.is_dir() else self._read_file(path)
         except MimaError:
@@ -123,7 +135,9 @@ class AdapterReader:
             if (folder / "config.json").is_file():
                 return {"values": self._denoiser_folder(folder)}
         found: dict[str, Any] = {}
-        files = [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".bin", ".pt")]
+        kinds = (".safetensors", ".bin", ".pt")
+        # a pipe would keep its reader waiting
+        files = [p for p in sorted(path.iterdir()) if p.suffix in kinds and p.is_file()]
         if (path / CUSTOM_DIFFUSION_FILE).is_file():
             # diffusers' training script may leave the same weights in both formats
             other = Path(CUSTOM_DIFFUSION_FILE).with_suffix(".bin").name
@@ -133,7 +147,8 @@ class AdapterReader:
                 twice = set(part) & set(found.get(kind, {}))
                 if twice:
                     raise MimaError(
-                        f"adapter {path}: several files hold {min(twice)}; name the one to use"
+                        f"adapter {path}: several files hold {one_line(min(twice))}; "
+                        "name the one to use"
                     )
                 found[kind] = {**found.get(kind, {}), **part}
         if not found:
@@ -161,6 +176,12 @@ class AdapterReader:
             plain = value is None or isinstance(value, (torch.Tensor, str, int, float))
             if not isinstance(key, str) or not (learned_word or plain):
                 raise MimaError(f"adapter {path}: {quoted(key)} is no tensor by name")
+            for tensor in value.values() if learned_word else (value,):
+                if isinstance(tensor, torch.Tensor) and not _is_plain(tensor):
+                    raise MimaError(
+                        f"adapter {path}: {quoted(key)} is sparse, quantized, complex or repeats "
+                        "its numbers; plain tensors are read"
+                    )
         if path.suffix == ".safetensors" and is_delta(path):
             delta = read_delta(path)
             return {"values": delta.values, "words": delta.words}
@@ -186,7 +207,7 @@ class AdapterReader:
             if foreign:
                 raise MimaError(
                     f"adapter {path} does not fit the model: the {self.denoiser} has no "
-                    f"{foreign[0]} ({len(foreign)} such names)"
+                    f"{one_line(foreign[0])} ({len(foreign)} such names)"
                 )
             return {"values": {tail + key: value for key, value in stripped.items()}}
         return {"words": self._words_of_encoders(path, state) or _words(path, state)}
@@ -202,8 +223,8 @@ class AdapterReader:
             isinstance(part, torch.Tensor) and part.ndim in (1, 2) for part in rows
         ):
             raise MimaError(
-                f"adapter {path} holds {', '.join(sorted(state))}, expected a learned word for "
-                f"{', '.join(names)}"
+                f"adapter {path} holds {one_line(', '.join(sorted(state)))}, expected a learned "
+                f"word for {', '.join(names)}"
             )
         parts = [part.detach().view(-1, part.shape[-1]) for part in rows if part is not None]
         if len({len(part) for part in parts}) > 1:
@@ -253,12 +274,15 @@ class AdapterReader:
         settings = read_json((path / PEFT_CONFIG).read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
             raise MimaError(f"adapter {path}: {PEFT_CONFIG} holds no settings")
+        if not any((path / name).is_file() for name in PEFT_WEIGHTS):
+            # peft would ask the hub for a repository of the folder's name
+            raise MimaError(f"adapter {path} holds no {' or '.join(PEFT_WEIGHTS)}")
         with _foreign(path):
             weights = {
                 key.removeprefix("base_model.model."): value
                 for key, value in load_peft_weights(str(path), device="cpu").items()
             }
-        _check_config(path, settings, weights)
+        _check_config(path, settings, _largest_rank(weights))
         with _foreign(path):
             config = PeftConfig.from_pretrained(str(path))
         if config.peft_type not in READ_TYPES:
@@ -278,7 +302,7 @@ class AdapterReader:
             raise MimaError(
                 f"adapter {path} does not fit the model: {len(found)} layers match its "
                 f"configuration and it holds {expected}"
-                + "".join(f"; {key} is unknown" for key in report.unexpected_keys[:1])
+                + "".join(f"; {one_line(key)} is unknown" for key in report.unexpected_keys[:1])
             )
         return {"values" if whole else "factors": found}
 
@@ -291,7 +315,9 @@ class AdapterReader:
                 values[f"{self.denoiser}.{attention}.{projection}{number or ''}.{leaf}"] = value
             # a processor without weights is an empty entry
             elif value.numel():
-                raise MimaError(f"{key} is no weight of a custom attention processor")
+                raise MimaError(
+                    f"adapter: {one_line(key)} is no weight of a custom attention processor"
+                )
         return values
 
     def _denoiser_folder(self, path: Path) -> dict[str, torch.Tensor]:
@@ -335,7 +361,7 @@ class AdapterReader:
                 own = parameter(self.pipeline, name)
             except AttributeError:
                 raise MimaError(
-                    f"adapter {path} does not fit the model, which has no {name}"
+                    f"adapter {path} does not fit the model, which has no {one_line(name)}"
                 ) from None
             if own.shape != value.shape:
                 raise MimaError(
@@ -345,19 +371,37 @@ class AdapterReader:
         numbers = [*found.get("values", {}).items(), *found.get("words", {}).items()]
         for name, factor in found.get("factors", {}).items():
             numbers += [(name, factor.A), (name, factor.B)]
+            largest = math.prod(float(x.abs().max()) for x in (factor.A, factor.B) if x.numel())
+            # what each product is at most, in the precision that they are added in
+            bound = torch.tensor(largest * len(factor.A) * abs(factor.scale), dtype=torch.float32)
+            numbers.append((name, bound))
         for name, value in numbers:
             if not bool(value.isfinite().all()):
-                raise MimaError(f"adapter {path}: {name} holds numbers that are not finite")
+                raise MimaError(
+                    f"adapter {path}: {one_line(name)} holds numbers that are not finite"
+                )
         if not any(found.values()):
             raise MimaError(f"adapter {path} changes nothing of this model")
         words = found.get("words", {})
         width = sum(reader.rows.shape[1] for reader in readers(self.pipeline))
         for word, rows in words.items():
+            if not 1 <= len(rows) <= MOST_VECTORS:
+                raise MimaError(
+                    f"adapter {path}: the word {quoted(word)} has {len(rows)} vectors, expected "
+                    f"1 to {MOST_VECTORS}"
+                )
             if rows.shape[1] != width:
                 raise MimaError(
-                    f"adapter {path}: the word {word!r} has {rows.shape[1]} numbers, the text "
-                    f"encoder's embeddings have {width}"
+                    f"adapter {path}: the word {quoted(word)} has {rows.shape[1]} numbers, the "
+                    f"text encoder's embeddings have {width}"
                 )
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds each of its numbers itself; one of a pickle may stand for more."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+        return False
+    return not tensor.is_meta and tensor.untyped_storage().nbytes() >= tensor.nbytes
 
 
 @contextmanager
@@ -391,17 +435,29 @@ def _check_metadata(path: Path, state: Mapping[str, Any]) -> None:
     header = None if text is None else read_json(text)
     if not isinstance(header, dict):
         return
-    for part in {name.partition(".")[0] for name in header}:
-        settings = {
-            name.removeprefix(f"{part}."): value
-            for name, value in header.items()
-            if name.startswith(f"{part}.")
-        }
-        _check_config(path, settings, state)
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in header.items():
+        part, _, setting = name.partition(".")
+        parts.setdefault(part, {})[setting] = value
+    most = _largest_rank(state)
+    for settings in parts.values():
+        _check_config(path, settings, most)
 
 
-def _check_config(path: Path, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+def _largest_rank(state: Mapping[str, Any]) -> int:
+    """Of the matrices of a LoRA's file; 0 where it has none."""
+    downs = [value for key, value in state.items() if _LORA_DOWN.search(key)]
+    # a pickle may hold texts and numbers in a matrix's place
+    return max((len(x) for x in downs if isinstance(x, torch.Tensor) and x.ndim), default=0)
+
+
+def _check_config(path: Path, settings: Mapping[str, Any], most: int) -> None:
     """Refuse settings of a LoRA that would take hours to match or memory without end.
+
+    Args:
+        path: of the adapter.
+        settings: its configuration.
+        most: the largest rank of its own matrices.
 
     Raises:
         MimaError: an expression that repeats something, too long a list, or a rank that is no
@@ -427,8 +483,6 @@ def _check_config(path: Path, settings: Mapping[str, Any], state: Mapping[str, A
                 f"adapter {path}: {quoted(name, 80)} is an expression for layers, "
                 "which is not run; name the layers"
             )
-    downs = [value for key, value in state.items() if _LORA_DOWN.search(key) and value.ndim]
-    most = max(map(len, downs), default=0)
     for rank in ranks:
         if not isinstance(rank, int) or not 1 <= rank <= max(most, MOST_RANK):
             raise MimaError(
@@ -483,8 +537,8 @@ def _refuse_others(path: Path, state: Mapping[str, Any]) -> None:
     ]
     if others:
         raise MimaError(
-            f"adapter {path} holds {others[0]} beside the low-rank matrices ({len(others)} such "
-            "names); this is not supported"
+            f"adapter {path} holds {one_line(others[0])} beside the low-rank matrices "
+            f"({len(others)} such names); this is not supported"
         )
 
 
@@ -496,9 +550,9 @@ def _words(path: Path, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     for word, rows in state.items():
         if not isinstance(rows, torch.Tensor) or rows.ndim not in (1, 2) or len(state) > 8:
             raise MimaError(
-                f"adapter {path} is of no known kind (it holds names like {next(iter(state))!r}): "
-                "expected a LoRA, Custom Diffusion weights, a learned word, a delta, or weights of "
-                "the denoiser"
+                f"adapter {path} is of no known kind (it holds names like "
+                f"{quoted(next(iter(state)))}): expected a LoRA, Custom Diffusion weights, a "
+                "learned word, a delta, or weights of the denoiser"
             )
         words[word] = rows.detach().view(-1, rows.shape[-1])
     return words

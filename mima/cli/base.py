@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import traceback
 from typing import Annotated, Any
 
@@ -9,9 +10,11 @@ import typer
 from typer.core import TyperGroup
 
 from mima._version import __version__
-from mima.errors import MimaError
+from mima.errors import MimaError, one_line
 
 USAGE_ERROR, UNEXPECTED_ERROR, INTERRUPTED = 2, 1, 130
+OF_PATHS = frozenset({errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR})
+"""What the system says of a path that the user gave, whatever looks at it first."""
 
 
 class _Commands(TyperGroup):
@@ -46,11 +49,23 @@ class _Commands(TyperGroup):
             if hasattr(error, "format_message"):
                 _explain_more_values(error)
                 raise
-            traceback.print_exc()
+            problem = _of_a_path(error)
+            if problem is None or debug:
+                traceback.print_exc()
+            if problem is not None:
+                show_error(problem)
+                raise typer.Exit(USAGE_ERROR) from error
             show_error(
                 "this is a bug in mima, not a mistake of yours; please report the lines above"
             )
             raise typer.Exit(UNEXPECTED_ERROR) from error
+
+
+def _of_a_path(error: Exception) -> str | None:
+    """One line where the system refuses a path; None of other errors."""
+    if not isinstance(error, OSError) or error.errno not in OF_PATHS or error.filename is None:
+        return None
+    return f"{one_line(error.filename)}: {error.strerror}"
 
 
 def _explain_more_values(error: Any) -> None:

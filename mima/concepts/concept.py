@@ -23,7 +23,7 @@ from mima.concepts.pictures import (
     read_folder,
 )
 from mima.errors import MimaError, counted, nearest, quoted
-from mima.storage.inputs import expanded
+from mima.storage.inputs import expanded, resolved
 from mima.storage.plain_data import read_json, read_yaml, yaml_problem
 
 Kind = Literal["object", "style", "instance", "benign"]
@@ -191,7 +191,7 @@ class Concept:
         if not folder.is_dir():
             what = "is not a folder" if folder.exists() else "does not exist"
             raise MimaError(f"concept folder {folder} {what}")
-        description: dict[str, object] = {"name": folder.resolve().name, "images": str(folder)}
+        description: dict[str, object] = {"name": resolved(folder).name, "images": str(folder)}
         for key in (HELD_OUT_FOLDER, CLASS_FOLDER):
             if (folder / key).is_dir():
                 description[key] = str(folder / key)
@@ -335,7 +335,7 @@ def _from_description(given: Mapping[str, object], where: str) -> Concept:
 def _default_name(given: Mapping[str, object], prompt: str) -> str:
     source = given.get("images")
     if isinstance(source, (str, Path)):
-        path = Path(source).resolve()
+        path = resolved(Path(source))
         return path.name if path.is_dir() else path.parent.name
     return prompt
 

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from mima.errors import MimaError, ProblemList, one_line, quoted
-from mima.storage.inputs import expanded
+from mima.storage.inputs import expanded, resolved
 from mima.storage.plain_data import read_json
 
 CAPTION_COLUMNS = ("text", "prompt", "caption")
@@ -287,7 +287,7 @@ def read_captions(folder: Path, metadata: Path) -> tuple[Picture, ...]:
         _read_jsonl(metadata) if metadata.suffix.lower() == ".jsonl" else _read_csv(metadata)
     )
     pictures = []
-    named = set()
+    named: set[Path] = set()
     for place, name, caption in rows:
         try:
             path = folder / expanded(name)
@@ -296,10 +296,15 @@ def read_captions(folder: Path, metadata: Path) -> tuple[Picture, ...]:
             continue
         if not path.is_file():
             problems.append(f"{place}: {name} is not in {folder}")
-        named.add(path.resolve())
+        named.add(path)
         pictures.append(Picture(path, caption))
-    files = picture_files(folder)
-    problems += [f"{path.name} has no row" for path in files if path.resolve() not in named]
+    # the same file by several names; each is followed once, whatever the number of its rows
+    named |= {resolved(path) for path in named}
+    problems += [
+        f"{path.name} has no row"
+        for path in picture_files(folder)
+        if path not in named and resolved(path) not in named
+    ]
     if problems:
         raise ProblemList(f"{metadata} does not fit its pictures:", problems)
     return tuple(pictures)

@@ -32,8 +32,8 @@ from mima.concepts.pictures import (
     read_captions,
     read_folder,
 )
-from mima.errors import MimaError, counted, nearest, quoted
-from mima.storage.inputs import expanded
+from mima.errors import LONGEST_PROBLEM, MimaError, counted, nearest, one_line, quoted
+from mima.storage.inputs import expanded, resolved
 
 # the entries of concept lists that DreamBooth and Custom Diffusion scripts read
 _LIST_KEYS = (
@@ -92,7 +92,7 @@ def _from_list_entry(
     """Build a concept from an entry of a DreamBooth or Custom Diffusion concept list."""
     unused = sorted(set(entry) - set(_LIST_KEYS))
     if unused:
-        warnings.warn(f"{where}: ignored {', '.join(unused)}", stacklevel=2)
+        warnings.warn(f"{where}: ignored {one_line(', '.join(unused))}", stacklevel=2)
     texts = {key: entry[key] for key in _LIST_KEYS if entry.get(key) is not None}
     for key, value in texts.items():
         if not isinstance(value, str):
@@ -115,7 +115,7 @@ def _from_list_entry(
         images = read_folder(folder, prompt)
     class_prompt = values.get("class_prompt", "")
     return Concept(
-        name=values.get("name") or name or folder.resolve().name,
+        name=values.get("name") or name or resolved(folder).name,
         prompt=prompt or Counter(image.prompt for image in images).most_common(1)[0][0],
         images=images,
         class_prompt=class_prompt,
@@ -280,7 +280,8 @@ def _chosen_group(
 ) -> tuple[str, Sequence[object]]:
     if group is None and len(groups) > 1:
         raise MimaError(
-            f"{where} holds {len(groups)} groups of concepts, say which: {', '.join(groups)}"
+            f"{where} holds {len(groups)} groups of concepts, say which: "
+            + one_line(", ".join(groups), LONGEST_PROBLEM)
         )
     key = next(iter(groups)) if group is None else group
     if key not in groups:

@@ -26,9 +26,10 @@ import torch
 import torch.nn.functional as F
 
 from mima.adaptation.base import require_full_precision
+from mima.choices import LARGEST_SEED, MOST, MOST_AT_ONCE
 from mima.concepts import Concept
 from mima.erasure.uce import Edit, edit_groups
-from mima.errors import MimaError, check_settings
+from mima.errors import MimaError, bounded, check_settings
 from mima.families import Conditioning, Family, family_of
 from mima.families.pipelines import Pipeline, with_modules
 
@@ -68,9 +69,10 @@ class ESD:
 
     def __post_init__(self) -> None:
         checks = {
-            "steps": (self.steps >= 1, "at least 1"),
+            "steps": bounded(self.steps, 1, MOST),
             "learning_rate": (0 < self.learning_rate < math.inf, "above 0 and finite"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "batch_size": bounded(self.batch_size, 1, MOST_AT_ONCE),
+            "seed": bounded(self.seed, 0, LARGEST_SEED),
             "negative_guidance": (self.negative_guidance >= 0, "at least 0"),
             "start_guidance": (self.start_guidance >= 1, "at least 1"),
             "resolution": (self.resolution is None or self.resolution >= 1, "at least 1"),

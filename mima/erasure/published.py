@@ -7,6 +7,7 @@ from pathlib import Path
 from mima.adapters.merge import MergedAdapters, merge_adapters
 from mima.errors import MimaError
 from mima.families.pipelines import Pipeline
+from mima.storage.inputs import expanded
 
 
 def load_erased(pipeline: Pipeline, checkpoint: str | Path) -> MergedAdapters:
@@ -29,7 +30,7 @@ def load_erased(pipeline: Pipeline, checkpoint: str | Path) -> MergedAdapters:
     Example:
         >>> erased = load_erased(pipeline, "esd-vangogh-unet.pt").pipeline
     """
-    if not Path(checkpoint).expanduser().exists():
+    if not expanded(checkpoint).exists():
         raise MimaError(f"erased: {checkpoint} does not exist")
     try:
         found = merge_adapters(pipeline, [checkpoint], method="weighted")

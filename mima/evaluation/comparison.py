@@ -59,6 +59,7 @@ from mima.evaluation.worker import Bench, Outcome, Task, Worker
 from mima.families import family_of, source_of
 from mima.families.pipelines import Pipeline, networks, readers
 from mima.sampling import Sampler
+from mima.storage.inputs import expanded, resolved
 from mima.storage.lock import locked
 from mima.storage.output import slug
 from mima.storage.record import read_record
@@ -171,7 +172,7 @@ def evaluate(
         )
     if processes > 1 and ranks.size > 1:
         raise MimaError(f"evaluate: torchrun's {ranks.size} processes are all; leave processes out")
-    folder = EvaluationFolder(Path(output).expanduser().resolve())
+    folder = EvaluationFolder(resolved(expanded(output)))
     ranks.together(lambda: check(folder, overwrite=overwrite))
 
     seen = seen_by(immunized)
@@ -184,7 +185,7 @@ def evaluate(
         folder=folder,
         device=device,
         prompts=prompts,
-        originals=None if originals is None else Path(originals).expanduser().resolve(),
+        originals=None if originals is None else resolved(expanded(originals)),
     )
     with one_thread(processes > 1):
         worker = Worker(bench)

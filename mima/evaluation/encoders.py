@@ -35,7 +35,7 @@ from mima.errors import MimaError, first_line, nearest, one_line, quoted
 from mima.evaluation.discriminants import NEEDED, SIDE, embedding
 from mima.families.hub import unreachable
 from mima.families.loading import LOADING_ERRORS, too_many_layers, too_many_numbers
-from mima.storage.inputs import is_hub_id
+from mima.storage.inputs import expanded, is_hub_id
 from mima.storage.tensor_files import fingerprint
 
 T = TypeVar("T")
@@ -533,7 +533,7 @@ def load_encoder(
             return DiscriminantEncoder(folder, device=device, batch_size=batch_size)
         model = folder
     source = {"clip": CLIP_DEFAULT, "dino": DINO_DEFAULT}.get(str(model), str(model))
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if folder.is_dir():
         source = str(folder)
     elif not is_hub_id(source):

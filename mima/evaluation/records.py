@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from mima.choices import Method, PictureProtocol
+from mima.choices import MOST, Method, PictureProtocol
 from mima.errors import MimaError, one_line
 from mima.evaluation.metrics import GapCurve, IntervalKind
 from mima.storage.inputs import evaluation_file
@@ -271,7 +272,7 @@ class AttackRow(CsvRow):
     method: str
     lr: float
     lr_factor: float
-    steps: int
+    steps: int = Field(ge=0, le=MOST)
     prompt_variant: PromptVariant
     images: Pictures
     """Trained on the pictures that immunization saw, or on others: see `GridConfig.images`."""
@@ -361,7 +362,7 @@ class CurvePoint(CsvRow):
 
     attack: str
     similarity: str
-    step: int
+    step: int = Field(ge=0, le=MOST)
     original: float
     """Mean similarity to the references."""
     immunized: float
@@ -420,8 +421,10 @@ def read_rows(path: Path, kind: type[RowT]) -> list[RowT]:
     Raises:
         MimaError: damaged.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return []
+    if not path.is_file():
+        raise MimaError(f"evaluation: cannot read {path}: no ordinary file")
     try:
         with path.open(encoding="utf-8", newline="") as file:
             return [kind.model_validate(row) for row in csv.DictReader(file)]

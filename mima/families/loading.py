@@ -553,6 +553,10 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
     if not folder.is_dir():
         raise MimaError(f"model: {folder} is missing; it should hold the {kind}")
     held = {file.name for file in folder.iterdir()}
+    for name in sorted(held):
+        # a pipe would keep its reader waiting
+        if (folder / name).exists() and not ((folder / name).is_file() or (folder / name).is_dir()):
+            raise MimaError(f"model: {folder / name} is no ordinary file")
     for file in sorted(folder.glob("*.json")):
         content = _read_json(file)
         # diffusers takes a configuration that is a text for the name of a model, and fetches it

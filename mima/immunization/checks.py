@@ -14,6 +14,7 @@ from mima.families import family_of
 from mima.families.new_words import check_token
 from mima.families.pipelines import Pipeline
 from mima.immunization.config import ImmunizeConfig
+from mima.storage.inputs import expanded
 
 
 def check_concepts(
@@ -56,7 +57,7 @@ def check_erased(erased: str | Path | None, config: ImmunizeConfig) -> None:
     """Refuse an erased checkpoint that is not there, or beside which the concepts are erased."""
     if erased is not None and config.erase_first:
         raise MimaError(f"erase_first: the concepts are erased in {erased} already; leave it out")
-    if erased is not None and not Path(erased).expanduser().exists():
+    if erased is not None and not expanded(erased).exists():
         raise MimaError(f"erased: {erased} does not exist")
 
 

@@ -7,7 +7,15 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from mima.choices import Hypergradient, MergeRule, Method, Precision, Task
+from mima.choices import (
+    LARGEST_SEED,
+    MOST,
+    Hypergradient,
+    MergeRule,
+    Method,
+    Precision,
+    Task,
+)
 from mima.immunization.level_config import Attackers, BenignConfig, LowerConfig, UpperConfig
 from mima.options import TrainingOptions
 from mima.settings import Settings
@@ -47,9 +55,9 @@ class ImmunizeConfig(Settings):
     training: TrainingOptions = TrainingOptions()
     """Noise levels, loss weighting and conditions of every loss, simulated attacks' included; by
     default as diffusers' scripts have them for the model's family (docs/families.md)."""
-    steps: int = Field(1000, ge=1)
+    steps: int = Field(1000, ge=1, le=MOST)
     """Outer steps."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
     """Seeds every draw."""
     lower: Attackers = LowerConfig()
     """The lower level; of several attackers, each attack is by one of them, drawn by ``share``."""

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mima.choices import Recipe, Task
-from mima.errors import MimaError, nearest, one_line
+from mima.errors import MimaError, nearest, one_line, quoted
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.recipes import RECIPES, beneath
 from mima.settings import Settings, parse_config, set_nested
@@ -52,6 +52,14 @@ class ImmunizeRun(Settings):
     immunize: ImmunizeConfig = ImmunizeConfig()
     """The settings."""
 
+    @field_validator("concepts", "benign")
+    @classmethod
+    def _are_descriptions(cls, value: list[Any]) -> list[Any]:
+        for one in value:
+            if not isinstance(one, (str, dict)):
+                raise ValueError(f"expected names, folders, files or mappings, got {quoted(one)}")
+        return value
+
 
 def load_config(path: str | Path) -> ImmunizeRun:
     """Read a run from YAML (or JSON). Relative paths in it are relative to its folder.
@@ -89,7 +97,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     Raises:
         MimaError: unreadable, not YAML, or no mapping.
     """
-    path = Path(path)
+    path = expanded(path)
     try:
         raw = read_yaml(path.read_text(encoding="utf-8"))
     except MimaError as error:
@@ -132,7 +140,7 @@ def read_run(
         MimaError: the file cannot be read, a setting is unknown or contradicts another, or neither
             the file nor ``output`` says where to write.
     """
-    path = Path(path)
+    path = expanded(path)
     raw = read_mapping(path)
     if erased is not None or raw.get("erased") is not None:
         own = raw.get("immunize", {})

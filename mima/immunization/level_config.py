@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from mima.choices import (
+    MOST_AT_ONCE,
     AttackerCaptions,
     BenignTarget,
     LearningRateSchedule,
@@ -26,7 +27,7 @@ class LowerConfig(Settings):
     """Update rule: plain, with momentum 0.9, or Adam's; its state is unrolled too."""
     lr: float | tuple[float, float] = 5e-6
     """Step size; of two numbers, each attack draws its own log-uniformly between them."""
-    batch_size: int = Field(1, ge=1)
+    batch_size: int = Field(1, ge=1, le=MOST_AT_ONCE)
     """Pictures per step."""
     parameters: str | None = "cross_attention"
     """S_l: ``cross_attention``, ``cross_attention_kv``, ``attention``, ``denoiser``, ``lora``
@@ -95,8 +96,11 @@ class LowerConfig(Settings):
     @classmethod
     def _is_whole_and_in_order(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
         low, high = value if isinstance(value, tuple) else (value, value)
-        if not 1 <= low <= high:
-            raise ValueError("must be >= 1, and of two numbers the first must not be the larger")
+        if not 1 <= low <= high <= MOST_AT_ONCE:
+            raise ValueError(
+                f"must be >= 1 and <= {MOST_AT_ONCE}, and of two numbers the first must not be "
+                "the larger"
+            )
         return value
 
     @field_validator("lr")
@@ -187,13 +191,13 @@ class UpperConfig(Settings):
     to a tenth of it at the last step, so that the run ends with what retains."""
     weight_decay: float = Field(1e-2, ge=0)
     """AdamW's decoupled decay."""
-    batch_size: int = Field(1, ge=1)
+    batch_size: int = Field(1, ge=1, le=MOST_AT_ONCE)
     """Pictures per concept and step."""
     parameters: str = "cross_attention"
     """S_u: the same names as ``lower.parameters``, but for ``lora``."""
     prior_weight: float = Field(1.0, ge=0)
     """Weight of the loss on class pictures, which keeps the model useful."""
-    prior_batch_size: int | None = Field(None, ge=1)
+    prior_batch_size: int | None = Field(None, ge=1, le=MOST_AT_ONCE)
     """Class pictures per concept and step. Default: ``batch_size``."""
     concepts_per_forward: int = Field(1, ge=1)
     """Concepts, class pictures included, whose losses one forward and one backward compute: faster

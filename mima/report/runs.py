@@ -81,6 +81,8 @@ class Run:
         self.marker = _MARKERS[index]
         self.evaluation: Evaluation = folder.evaluation()
         self.attacks = folder.attacks()
+        if self.evaluation.complete and not self.attacks:
+            raise MimaError(f"report: {folder.path} holds no attacks of a complete evaluation")
         named = [("an attack", row.attack) for row in self.attacks]
         named += [("a concept's folder", concept.slug) for concept in self.evaluation.concepts]
         for what, name in named:
@@ -91,6 +93,8 @@ class Run:
         for point in folder.curves():
             steps = self.curves.setdefault((point.attack, point.similarity), {})
             steps[point.step] = (point.original, point.immunized)
+        if self.evaluation.complete and not self.curves:
+            raise MimaError(f"report: {folder.path} holds no curves of a complete evaluation")
         self.by_setting: dict[tuple[Setting, str], list[AttackRow]] = {}
         for row in self.attacks:
             self.by_setting.setdefault((setting(row), row.similarity), []).append(row)

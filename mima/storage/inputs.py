@@ -10,6 +10,9 @@ from pathlib import Path
 from mima.errors import MimaError, quoted
 from mima.storage.names import DELTA_FILE, EVALUATION_FILE, MODEL_INDEX
 
+LONGEST_PATH = 4095
+"""Bytes that Linux takes."""
+
 _HUB_ID = re.compile(r"\b[\w\-.]{1,96}\b/\b[\w\-.]{1,96}\b", re.ASCII)
 
 
@@ -35,7 +38,17 @@ def expanded(path: str | Path) -> Path:
         raise MimaError(f"{shown} is no path: it holds a NUL")
     if any(len(name) > 255 for name in names):
         raise MimaError(f"{shown} is no path: a name in it is longer than 255 bytes")
+    if len(os.fsencode(found)) > LONGEST_PATH:
+        raise MimaError(f"{shown} is no path: it is longer than {LONGEST_PATH} bytes")
     return found
+
+
+def resolved(path: Path) -> Path:
+    """A path from the root on, links followed; those that lead in a circle stay.
+
+    ``Path.resolve`` raises RuntimeError for such links before Python 3.13.
+    """
+    return Path(os.path.realpath(path))
 
 
 def check_model(name: str | Path) -> None:

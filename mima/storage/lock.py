@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mima.errors import MimaError
 from mima.storage.atomic import reason_of
+from mima.storage.inputs import resolved
 
 _held: set[tuple[str, int]] = set()
 
@@ -25,7 +26,7 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         MimaError: another run has the lock, or the file system has none.
     """
-    path = path.resolve()
+    path = resolved(path)
     key = str(path), threading.get_ident()
     if key in _held:
         yield

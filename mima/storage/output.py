@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mima.errors import MimaError
 from mima.storage.atomic import WRITING_ERRORS, is_of_the_disk, reason_of, recover, staged
-from mima.storage.inputs import expanded
+from mima.storage.inputs import expanded, resolved
 from mima.storage.lock import locked
 from mima.storage.names import DELTA_FILE, EVALUATION_FILE, LORA_FILE, MODEL_INDEX, WORD_FILE
 from mima.storage.record import RECORD_FILE
@@ -41,7 +41,7 @@ def check_folder(path: Path, *, overwrite: bool, resume: bool = False) -> None:
     if path.exists() and not path.is_dir():
         raise MimaError(f"output {path} is a file, expected a folder")
     # writing replaces the folder: a shell within would stand in a deleted one
-    if path.resolve() in (Path.cwd(), *Path.cwd().parents):
+    if resolved(path) in (Path.cwd(), *Path.cwd().parents):
         raise MimaError(f"output {path} is or holds the working directory; name a folder in it")
     held = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     if resume and RECORD_FILE in held and not overwrite:
@@ -79,6 +79,8 @@ def _check_name(path: Path) -> None:
     # the folder that is written beside it, and then renamed, has a longer name
     if len(os.fsencode(path.name)) > LONGEST_NAME:
         raise MimaError(f"output {path}: the name is longer than {LONGEST_NAME} bytes")
+    if resolved(path).is_symlink():
+        raise MimaError(f"output {path}: its links lead in a circle")
 
 
 def _check_writable(path: Path, parent: Path) -> None:
@@ -125,7 +127,7 @@ def fresh_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         MimaError: as for `check_folder`; another run is writing there; or the disk is full.
     """
     # a link to a folder stays one
-    path = path.resolve()
+    path = resolved(path)
     check_folder(path, overwrite=overwrite)
     with locked(path):
         # a killed run may have moved the folder away

@@ -20,7 +20,8 @@ LONGEST_INTEGER = 1000
 
 # what PyYAML's constructors of numbers, dates and tagged values raise for what they cannot read
 _VALUE_ERRORS = (ValueError, LookupError, AttributeError, ArithmeticError)
-_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.S)
+# a text that does not end reaches to the end: else each quote in it would be tried as the first
+_BRACKETS = re.compile(r'"(?:[^"\\]+|\\.?)*(?:"|\Z)|[\[\]{}]', re.S)
 
 
 class _OnceLoader(yaml.SafeLoader):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 
 import peft
 import pytest
@@ -540,6 +541,77 @@ def test_damaged_pickles_are_refused(base, tmp_path, content):
     (tmp_path / "adapter.pt").write_bytes(content)
     with pytest.raises(MimaError, match=r"adapter\.pt"):
         AdapterReader(base).read(tmp_path / "adapter.pt")
+
+
+def test_names_of_a_megabyte_are_cut_and_looked_through_once(base, tmp_path):
+    folder = peft_folder(base, tmp_path / "adapter")
+    # a line break keeps an expression from reaching the end
+    name = ".lora_" * 100_000 + "\n\n"
+    save_file({name: torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
+    with pytest.raises(MimaError, match="does not fit the model") as caught:
+        AdapterReader(base).read(folder)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_header_of_many_parts_is_looked_through_once(base, tmp_path):
+    header = json.dumps({f"part{n}.r": 2 for n in range(60_000)})
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    state = {f"{layer}.lora_A.weight": torch.zeros(2, 99)}
+    save_file(state, tmp_path / "adapter.safetensors", {"lora_adapter_metadata": header})
+    with pytest.raises(MimaError, match=r"adapter\.safetensors"):
+        AdapterReader(base).read(tmp_path / "adapter.safetensors")
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e39])
+def test_a_product_of_factors_that_is_not_finite_is_refused(base, tmp_path, scale):
+    folder = peft_folder(base, tmp_path / "adapter", lora_alpha=scale)
+    with pytest.raises(MimaError, match=r"to_k\.weight holds numbers that are not finite"):
+        AdapterReader(base).read(folder)
+
+
+def test_a_folder_without_weights_asks_no_hub(base, tmp_path, monkeypatch):
+    # a hub's name of a repository, too
+    monkeypatch.chdir(tmp_path)
+    folder = peft_folder(base, tmp_path / "owner-name")
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(MimaError, match=r"holds no adapter_model\.safetensors or adapter_model\.b"):
+        AdapterReader(base).read("owner-name")
+
+
+def test_pipes_are_not_waited_for(base, tmp_path):
+    os.mkfifo(tmp_path / "adapter.safetensors")
+    with pytest.raises(MimaError, match="holds no adapter"):
+        AdapterReader(base).read(tmp_path)
+    with pytest.raises(MimaError, match="is no ordinary file"):
+        AdapterReader(base).read(tmp_path / "adapter.safetensors")
+
+
+ODD = {
+    "sparse": torch.ones(1, 32).to_sparse(),
+    "meta": torch.empty(1, 32, device="meta"),
+    "quantized": torch.quantize_per_tensor(torch.ones(1, 32), 0.1, 0, torch.qint8),
+    "complex": torch.ones(1, 32, dtype=torch.complex64),
+    "repeated": torch.zeros(1).expand(10**9, 32),
+    "long": torch.zeros(1000, 32),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_pickles_tensors_are_plain_and_as_large_as_they_look(base, tmp_path, kind):
+    for state in ({"<w>": ODD[kind]}, {"string_to_param": {"*": ODD[kind]}, "name": "w"}):
+        torch.save(state, tmp_path / "adapter.pt")
+        with pytest.raises(
+            MimaError, match=r"adapter\.pt: .* (plain tensors are read|1000 vectors)"
+        ):
+            AdapterReader(base).read(tmp_path / "adapter.pt")
+
+
+def test_a_peft_pickle_of_texts_is_refused(base, tmp_path):
+    folder = peft_folder(base, tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"base_model.model.x.lora_A.weight": "no"}, folder / "adapter_model.bin")
+    with pytest.raises(MimaError, match="adapter"):
+        AdapterReader(base).read(folder)
 
 
 @pytest.mark.parametrize("state", [{1: torch.zeros(2)}, {"a": [1]}, {"string_to_param": 3}, {}])

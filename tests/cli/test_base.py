@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from typing import get_args
@@ -79,6 +81,17 @@ REFUSED = {
         *("--preset", "slow"),
     ],
     "report": ["report", "dog"],
+    "sample, a path that no file has": ["sample", "x", "--model", "n/" * 3000],
+    "report, a path that no folder has": ["report", "n/" * 3000],
+    "immunize, a path that no file has": ["immunize", "n/" * 3000],
+    "immunize, links in a circle": ["immunize", "circle"],
+    "immunize, no concepts": ["immunize", "odd.yaml", "-o", "out"],
+    "adapt, links in a circle": ["adapt", "circle", "-o", "out"],
+    "adapt, an output of such links": ["adapt", "cat", "-o", "circle"],
+    "adapt, an output within a file": ["adapt", "cat", "-o", "run.yaml/out"],
+    "demo, an output of such links": ["demo", "-o", "circle"],
+    "sample, an output beyond such links": ["sample", "x", "-o", "circle/x.png"],
+    "sample, a seed": ["sample", "x", "--seed", str(2**70)],
 }
 
 
@@ -90,6 +103,8 @@ def test_help_and_refusals_come_before_anything_heavy_is_imported(workdir):
     write_config(workdir / "run.yaml")
     write_config(workdir / "absent-concept.yaml", model="embedded", concepts=["absent"])
     write_config(workdir / "absent-model.yaml")
+    write_config(workdir / "odd.yaml", concepts=["cat", 1, None])
+    (workdir / "circle").symlink_to("circle")
     # all in one process: one that imports too much shows in those after it, too
     code = f"""
 import json, sys
@@ -165,6 +180,23 @@ def test_a_users_mistake_is_a_line_and_with_debug_a_traceback_too(monkeypatch):
         assert result.exit_code == 2
         assert "in fail" in result.output
         assert result.output.endswith("error: no [such] thing\n")
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR])
+def test_a_path_that_the_system_refuses_is_a_line(monkeypatch, code):
+    failing(monkeypatch, OSError(code, os.strerror(code), "a\n/file"))
+    result = CliRunner().invoke(app, ["doctor"])
+    assert (result.exit_code, result.output) == (2, f"error: a /file: {os.strerror(code)}\n")
+    # of no path
+    failing(monkeypatch, OSError(code, os.strerror(code)))
+    assert CliRunner().invoke(app, ["doctor"]).exit_code == 1
+
+
+def test_a_message_is_cut_and_keeps_its_control_characters_to_itself(monkeypatch):
+    failing(monkeypatch, MimaError("a\x1b[31m\n" + "b" * 100_000))
+    first, second = CliRunner().invoke(app, ["doctor"]).output.splitlines()
+    assert first == "error: a [31m"
+    assert second == "b" * 1999 + "…"
 
 
 def test_an_interrupt(monkeypatch):

@@ -296,6 +296,37 @@ def test_all_problems_of_jsonl_come_at_once(tmp_path):
         assert part in message, message
 
 
+def test_a_hundred_problems_are_told_and_the_others_counted(tmp_path):
+    save(tmp_path / "a.png")
+    rows = "".join(f"{n}.png,x\n" for n in range(250))
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\na.png,x\n{rows}")
+    with pytest.raises(ProblemList) as caught:
+        read_folder(tmp_path)
+    assert len(caught.value.problems) == 250
+    lines = str(caught.value).splitlines()
+    assert (len(lines), lines[-1]) == (102, "  and 150 more")
+
+
+def test_links_in_a_circle_are_pictures_that_are_missing(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("c")
+    (tmp_path / "c").symlink_to("b.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\nb.png,x\nc,x\n")
+    pictures = "line 3: b.png is not in", "line 4: c is not in"
+    with pytest.raises(ProblemList) as caught:
+        read_folder(tmp_path)
+    assert all(part in str(caught.value) for part in pictures)
+
+
+def test_a_picture_may_be_named_by_a_link_to_it(tmp_path):
+    (tmp_path / "there").mkdir()
+    save(tmp_path / "there" / "a.png")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "b.png").symlink_to(tmp_path / "there" / "a.png")
+    (tmp_path / "here" / "metadata.csv").write_text("file_name,text\n../there/a.png,x\n")
+    assert [picture.prompt for picture in read_folder(tmp_path / "here")] == ["x"]
+
+
 @pytest.mark.parametrize("header", ["name,text", "file_name,words", ""])
 def test_metadata_without_the_columns(tmp_path, header):
     save(tmp_path / "a.png")

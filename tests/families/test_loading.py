@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -255,6 +256,14 @@ def _drop_tensor(file: str, tensor: str) -> Callable[[Path], None]:
     return spoil
 
 
+def _pipe(file: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / file).unlink()
+        os.mkfifo(folder / file)
+
+    return spoil
+
+
 def _truncate(folder: Path) -> None:
     (folder / UNET).write_bytes((folder / UNET).read_bytes()[:-64])
 
@@ -314,6 +323,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"is a StableDiffusionInpaintPipeline, which is not supported; supported pipelines are "
         r"StableDiffusionPipeline, StableDiffusionXLPipeline, PixArtAlphaPipeline, ",
     ),
+    "pipe": (_pipe("unet/config.json"), r"unet/config\.json is no ordinary file"),
+    "pipe-of-weights": (_pipe(UNET), r"safetensors is no ordinary file"),
     "video": (_edit("model_index.json", _class_name="WanPipeline"), "WanPipeline.*FluxPipeline"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import xml.etree.ElementTree as ET
 from base64 import b64decode, b64encode
@@ -20,6 +21,7 @@ from mima.errors import MimaError
 from mima.evaluation.records import EvaluationFolder
 from mima.evaluation.summary import summarize
 from mima.report import write_report
+from mima.report.runs import load_runs
 from mima.report.wording import number, ratio, setting_text, share, steps_to_half
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">\'"&{{ 7*7 }}'
@@ -249,6 +251,29 @@ def test_a_table_cannot_lead_out_of_the_folder(name, tmp_path):
     table.write_text(table.read_text().replace("tiger_lora_x1_name_seed0", name))
     with pytest.raises(MimaError, match="names an attack"):
         write_report([folder])
+
+
+@pytest.mark.parametrize("table", ["attacks", "curves"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.unlink(), "holds no {} of a complete evaluation"),
+        (lambda path: path.write_text(""), "holds no {} of a complete evaluation"),
+        (lambda path: (path.unlink(), path.mkdir()), r"{}\.csv: no ordinary file"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), r"{}\.csv: no ordinary file"),
+        (lambda path: (path.unlink(), path.symlink_to(path)), r"{}\.csv: no ordinary file"),
+        (
+            lambda path: path.write_text(re.sub(",100,", f",{9**99},", path.read_text())),
+            r"{}\.csv: .*less than or equal to 2147483647",
+        ),
+    ],
+    ids=["gone", "empty", "folder", "pipe", "circle", "steps"],
+)
+def test_tables_that_are_not_there_are_named(table, change, message, tmp_path):
+    folder = write_evaluation(tmp_path / "run", **SMALL)
+    change(folder / f"{table}.csv")
+    with pytest.raises(MimaError, match=message.format(table)):
+        load_runs([folder])
 
 
 def test_what_was_not_measured_is_a_dash(tmp_path):

@@ -50,6 +50,13 @@ def test_hostile_json_is_refused(text):
         read_json(text)
 
 
+@pytest.mark.parametrize("end", ["", "\\", '"]'])
+def test_a_text_of_escaped_quotes_is_read_once(end):
+    # to try each quote as the first of a text takes hours
+    with pytest.raises(json.JSONDecodeError):
+        read_json('"' + '\\"' * 250_000 + end)
+
+
 def test_brackets_in_texts_are_no_nesting():
     text = '{"a": "' + "[" * 500 + '", "b": "\\"' + "{" * 500 + '"}'
     assert read_json(text) == {"a": "[" * 500, "b": '"' + "{" * 500}
