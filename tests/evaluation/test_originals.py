@@ -7,6 +7,7 @@ from support import tiny
 
 from mima.errors import MimaError
 from mima.evaluation import EvaluationFolder, attack_original, evaluate
+from mima.evaluation.originals import Originals
 from mima.evaluation.processes import beside
 from mima.evaluation.worker import Worker
 
@@ -83,11 +84,22 @@ def test_the_original_is_attacked_once_for_all(folders, tmp_path, trained):
     run(folders, "two", tmp_path / "judged", shared, similarities=[tmp_path / "clip"])
     tried = [preparation for side, preparation in trained if side == "original"]
     assert tried.count("none") >= 2
-    for content in ("{", "[1]", "[" * 100_000, "\xff"):
-        for entry in shared.iterdir():
-            (entry / "entry.json").write_text(content, encoding="latin-1")
-        with pytest.raises(MimaError, match="is damaged"):
-            run(folders, "two", tmp_path / "fourth", shared)
+    for entry in shared.iterdir():
+        (entry / "entry.json").write_text("{")
+    with pytest.raises(MimaError, match="is damaged"):
+        run(folders, "two", tmp_path / "fourth", shared)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000, "\xff"])
+def test_a_damaged_entry_is_named(tmp_path, content):
+    entry = Originals(tmp_path, "model", "cpu").entry("an attack")
+    assert entry.read({}) is None
+    entry.write({"losses": [1.0]}, {})
+    assert entry.read({}) == {"losses": [1.0]}
+    (file,) = tmp_path.glob("*/entry.json")
+    file.write_text(content, encoding="latin-1")
+    with pytest.raises(MimaError, match=r"is damaged.*remove it"):
+        entry.read({})
 
 
 def ahead(folders, originals, settings):
