@@ -383,6 +383,10 @@ def _check_code(path: Path, index: Mapping[str, Any]) -> None:
     name in the part's folder before it.
     """
     for name, kind in index.items():
+        if isinstance(kind, (str, dict)) and len(kind) == 2 and not name.startswith("_"):
+            # older diffusers take any two things for a library and a class
+            shown = one_line(f"{name}: {kind}")
+            raise MimaError(f"model: {path / MODEL_INDEX} names no library and class for {shown}")
         if not isinstance(kind, list) or not kind or not isinstance(kind[0], str):
             continue
         try:

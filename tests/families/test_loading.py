@@ -467,6 +467,14 @@ def test_a_foreign_pipeline_of_the_hub_is_refused_before_it_is_fetched(cached, m
 HOSTILE_SETTINGS = {
     "index-list": ("model_index.json", "[]"),
     "index-deep": ("model_index.json", "[" * 5000),
+    "index-two-letters": (
+        "model_index.json",
+        '{"_class_name": "StableDiffusionPipeline", "unet": "{}"}',
+    ),
+    "index-two-names": (
+        "model_index.json",
+        '{"_class_name": "StableDiffusionPipeline", "unet": {"antigravity": 1, "b": 2}}',
+    ),
     "index-number": ("model_index.json", '{"_class_name": "StableDiffusionPipeline", "unet": 7}'),
     "unet-list": ("unet/config.json", "[1]"),
     "unet-text": (

@@ -111,16 +111,7 @@ def released(problem, steps):
     return {name: parameter.detach() for name, parameter in weights.items()}
 
 
-@pytest.fixture
-def double():
-    """float64 by default, in which older text encoders make their masks whatever their weights."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
-@pytest.mark.usefixtures("double")
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("parameters", ["denoiser", "cross_attention", "cross_attention_kv"])
 def test_it_is_the_released_update(tmp_path, parameters):
     folder = tiny.save_tiny_stable_diffusion(tmp_path / "model")

@@ -41,7 +41,7 @@ def test_kernels_in_the_interpreter() -> None:
         env={**os.environ, "TRITON_INTERPRET": "1", "MIMA_TEST_DEVICES": "cpu"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     passed = re.search(r"(\d+) passed", result.stdout)
