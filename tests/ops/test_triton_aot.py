@@ -197,7 +197,7 @@ LARGEST: dict[str, Call] = {
     "batched_lora-rank-64": (batched_lora, _batched_lora, (64,)),
     "merge_lora-rank-64": (merge_lora, _merge_lora, (64,)),
 }
-# Of a network, compiled for one target: what they take of others was not looked at.
+# Of a network.
 LAYERS: dict[str, Call] = {
     "group_norm": (group_norm, _group_norm, (320, 32, 64)),
     "geglu": (geglu, _geglu, ()),
@@ -257,19 +257,30 @@ def test_compiled_kernels_fit_spill_nothing_and_read_wide(
             assert narrow_loads(compiled) == 0, f"{kernel} loads single elements on {target}"
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize(
+    ("dtype", "target"),
+    # float32 on one target of each vendor: for others it was looked at once, and takes minutes
+    [("f32", "sm_90"), ("f32", "gfx942"), *(("bf16", target) for target in TARGETS)],
+)
 @pytest.mark.parametrize("name", LAYERS)
-def test_compiled_layers_fit_and_spill_nothing(name: str, dtype: str) -> None:
-    for launch in _distinct(_launches(LAYERS[name], DTYPES[dtype], "sm_90")):
-        compiled = compile_launch(launch, SM90)
+def test_compiled_layers_fit_and_spill_nothing(name: str, dtype: str, target: str) -> None:
+    if not FRUGAL and target != "sm_90":
+        pytest.skip("what an older Triton makes of the others was not looked at")
+    for launch in _distinct(_launches(LAYERS[name], DTYPES[dtype], target)):
+        compiled = compile_launch(launch, TARGETS[target])
         kernel = launch.kernel.__name__
         used = resources(compiled)
-        assert used.spilled == 0 or not FRUGAL, f"{kernel} spills"
-        assert used.shared <= SHARED["sm_90"], f"{kernel}: {used.shared} bytes"
+        # the one kernel that spills: the second derivative at the keys, in 16 bits
+        known = kernel == "_attention_keys_kernel" and (dtype, target) == ("bf16", "gfx942")
+        assert used.spilled <= 16 * known or not FRUGAL, f"{kernel} spills on {target}"
+        assert used.shared <= SHARED[target], f"{kernel}: {used.shared} bytes on {target}"
+        if target == "gfx942":
+            assert used.registers <= 512
+            continue
         most = REGISTERS[kernel] if FRUGAL else 255
-        assert used.registers <= most, f"{kernel}: {used.registers}"
+        assert used.registers <= most, f"{kernel}: {used.registers} on {target}"
         if name != "attention":  # 16 rows of 64 elements are 8 bytes a thread
-            assert widest_accesses(compiled)[0] > 0, f"{kernel} has no 128-bit loads"
+            assert widest_accesses(compiled)[0] > 0, f"{kernel} has no 128-bit loads on {target}"
 
 
 def _distinct(launches: list[Launch]) -> list[Launch]:
