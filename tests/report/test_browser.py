@@ -290,6 +290,9 @@ def test_paper_is_white_and_shows_every_step(open_page, path, keep):
     assert len(visible(page, "picture 1")) == 2 * len(STEPS)
     # all similarities: a choice cannot be made on paper
     assert all(svg.is_visible() for svg in page.locator(".panels svg").all())
+    # columns that A4 has no room for
+    assert page.locator("th.screen").count() == 4
+    assert not any(cell.is_visible() for cell in page.locator("th.screen").all())
     keep(page, "print")
     assert page.pdf(format="A4").startswith(b"%PDF")
 
