@@ -7,13 +7,17 @@ embedded model, batch 1, merged by the text; cross-attention is what the defende
 commit is checked out beside this one and imported from there, without its native code, which no
 outer step of commit 58e5962 called. Each tree computes in a process of its own, a step of either at
 a time, so that both see the same machine, on one thread. Printed are seconds of the processor, the
-best of a few rounds.
+best of a few rounds, and by how much the process grew at most in a step. ``exact, 16 times the
+latents`` is one concept and one step of SGD on the whole of cross-attention, on pictures of four
+times the side that the model was trained on.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -31,14 +36,29 @@ BELOW = {"parameters": "lora", "optimizer": "adam", "lr": 1e-4, "steps": STEPS, 
 TOGETHER = ", concepts in one forward"
 """On both levels, where the tree has a setting for it."""
 MODES = ("first_order", "exact")
-HERE = (*MODES, *(mode + TOGETHER for mode in MODES), "naive", "TorchOpt")
+WIDE, SIDES = "exact, 16 times the latents", 4
+HERE = (*MODES, *(mode + TOGETHER for mode in MODES), WIDE, "naive", "TorchOpt")
 Gradient = dict[str, Tensor]
 
 
 def problem_of(variant: str) -> Any:
     """The problem of one variant, from whichever tree ``benchmarks`` is imported."""
+    from benchmarks import outer_step
     from benchmarks.outer_step import make_problem
 
+    if variant == WIDE:
+        family_of = outer_step.family_of
+
+        def wide(pipeline: Any) -> Any:
+            family = family_of(pipeline)
+            family.resolution *= SIDES
+            return family
+
+        # the other tree has no setting for it
+        with mock.patch.object(outer_step, "family_of", wide):
+            problem = make_problem(1, batch=1, hypergradient="exact")
+        problem.family.denoiser.requires_grad_(False)
+        return problem
     mode = variant.removesuffix(TOGETHER)
     problem = make_problem(CONCEPTS, batch=1, hypergradient=mode if mode in MODES else "exact")
     # as a run has it, in either tree
@@ -93,23 +113,38 @@ def gradient_of(variant: str) -> Callable[[], Gradient]:
 
 
 def serve(requests: IO[str], answers: IO[str]) -> None:
-    """Compute the steps that are asked for, a variant a line; answer with seconds and the norm."""
+    """Compute the steps that are asked for, a variant a line.
+
+    An answer has seconds, by how many MiB the process grew at most, and the gradient's norm.
+    """
     torch.set_num_threads(1)
     steps: dict[str, Callable[[], Gradient]] = {}
     for line in requests:
         variant = line.strip()
         if variant not in steps:
             steps[variant] = gradient_of(variant)
+        # what the allocator keeps of earlier steps would hide what this one takes
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        held = peak_kib()
         # of the processor: other work on the machine does not count
         started = time.process_time()
         gradient = steps[variant]()
         seconds = time.process_time() - started
+        grown = (peak_kib() - held) / 1024
         norm = float(torch.stack([g.norm() for g in gradient.values()]).norm())
-        print(seconds, norm, file=answers, flush=True)
+        print(seconds, grown, norm, file=answers, flush=True)
+
+
+def peak_kib() -> int:
+    """The most memory that this process had since it was last asked to forget it."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1])
 
 
 @contextmanager
-def server(tree: Path) -> Iterator[Callable[[str], tuple[float, float]]]:
+def server(tree: Path) -> Iterator[Callable[[str], tuple[float, float, float]]]:
     """A process that computes steps with the code of a tree."""
     source = f"import sys; sys.path.insert(0, {str(tree)!r})\n{_SERVE}"
     command = [sys.executable, "-P", "-c", source, __file__]
@@ -119,10 +154,10 @@ def server(tree: Path) -> Iterator[Callable[[str], tuple[float, float]]]:
         assert process.stdin is not None
         assert process.stdout is not None
 
-        def ask(variant: str) -> tuple[float, float]:
+        def ask(variant: str) -> tuple[float, float, float]:
             print(variant, file=process.stdin, flush=True)
-            seconds, norm = map(float, process.stdout.readline().split())
-            return seconds, norm
+            seconds, grown, norm = map(float, process.stdout.readline().split())
+            return seconds, grown, norm
 
         try:
             yield ask
@@ -164,6 +199,7 @@ def main() -> None:
         variants.remove("TorchOpt")
         print("TorchOpt is not installed")
     best: dict[tuple[str, str], float] = {}
+    memory: dict[tuple[str, str], float] = {}
     norms: dict[tuple[str, str], float] = {}
     root = Path(__file__).parents[1]
     with checked_out(options.commit) as tree, server(tree) as before, server(root) as now:
@@ -174,16 +210,30 @@ def main() -> None:
                 if variant != "TorchOpt":
                     places.insert(0, (options.commit, before))
                 for place, ask in places:
-                    seconds, norms[variant, place] = ask(variant)
+                    key = variant, place
+                    seconds, grown, norms[key] = ask(variant)
                     if round_:
-                        key = variant, place
                         best[key] = min(best.get(key, seconds), seconds)
-    print(f"| variant | {options.commit} | now | now / {options.commit} | norm of the gradient |")
-    print("| --- | ---: | ---: | ---: | --- |")
+                        memory[key] = max(memory.get(key, grown), grown)
+    columns = [options.commit, "now", f"now / {options.commit}"]
+    print("|", " | ".join(["variant", *columns, *columns, "norm of the gradient"]), "|")
+    print("| ---", "| ---: " * 6, "| --- |", sep="")
     for variant in variants:
-        old, new = best.get((variant, options.commit)), best[variant, "now"]
-        told = f"{old:.2f} s | {new:.2f} s | {new / old:.2f}" if old else f" | {new:.2f} s | "
-        print(f"| {variant} | {told} | {norms[variant, 'now']:.4g} |")
+        cells = [
+            cell
+            for numbers, unit, places in ((best, "s", 2), (memory, "MiB", 0))
+            for cell in _cells(
+                numbers.get((variant, options.commit)), numbers[variant, "now"], unit, places
+            )
+        ]
+        print("|", " | ".join([variant, *cells, f"{norms[variant, 'now']:.4g}"]), "|")
+
+
+def _cells(old: float | None, new: float, unit: str, places: int) -> tuple[str, str, str]:
+    told = f"{new:.{places}f} {unit}"
+    if old is None:
+        return "", told, ""
+    return f"{old:.{places}f} {unit}", told, f"{new / old:.2f}"
 
 
 if __name__ == "__main__":
