@@ -374,7 +374,7 @@ def attack_original(
             folder=EvaluationFolder(Path(work)),
             device=str(device_of(device)),
             prompts=(),
-            originals=Path(originals).expanduser().resolve(),
+            originals=resolved(expanded(originals)),
         )
         bench.write_references()
         worker = Worker(bench)
