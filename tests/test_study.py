@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -158,6 +159,17 @@ def test_the_report_says_what_the_cells_hold(study, tmp_path):
     # 4 cells, 2 concepts, 2 methods, 2 seeds, 2 judges
     assert len(lines) == 4 * 2 * 2 * 2 * 2
     assert {line["study_method"] for line in lines} == {"joint", "default"}
+
+
+def test_runs_are_paired_with_those_of_their_own_seed(study):
+    from benchmarks.immunity import report
+
+    cells = {cell.name: cell for cell in study.cells()}
+    shutil.rmtree(study.place(cells["relearn_tiger.joint.seed1"]))
+    report.write(study)
+    table = rows_of((study.folder / "results.md").read_text())
+    paired, _ = (row for row in table if row[0] == "joint" and len(row) == 4)
+    assert paired[3] == "1"
 
 
 def test_a_text_without_marks_is_left_alone(study, tmp_path):

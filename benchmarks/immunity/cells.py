@@ -288,7 +288,7 @@ CUTS: dict[str, Cut] = {
         others=_TWO_OTHERS,
         grid=_TWO_ATTACKS,
     ),
-    # `small`, and the recipe on objects, on three concepts of both kinds, on what was never erased
+    # `small`, and objects, three concepts of both kinds, what was never erased, three seeds
     "breadth": Cut(
         problems=(
             Problem("relearn", STYLES),
@@ -297,7 +297,7 @@ CUTS: dict[str, Cut] = {
             Problem("personalize", UNSEEN[:2]),
         ),
         methods=(CEILING, UNTRAINED, "joint", "mima", "apdm", "default"),
-        seeds=(0,),
+        seeds=(0, 1, 2),
         budget=500,
         others=_TWO_OTHERS,
         grid=_TWO_ATTACKS,

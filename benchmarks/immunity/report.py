@@ -12,7 +12,7 @@ from statistics import fmean
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from benchmarks.immunity.cells import Cell, Problem
+from benchmarks.immunity.cells import CEILING, UNTRAINED, Cell, Problem
 from benchmarks.immunity.study import Compute, Study
 from mima.errors import MimaError
 from mima.evaluation.metrics import run_interval
@@ -188,8 +188,8 @@ def _text(study: Study, cells: Sequence[Finished]) -> Iterable[str]:
 def _seeds(study: Study) -> str:
     attacks = study.cut.grid.get("seeds", ())
     return (
-        f"Seeds of the immunization: {len(study.cut.seeds)}; of each attack: {len(attacks)}; "
-        f"budget: {study.cut.budget} simulated attack steps per concept."
+        f"Planned seeds of the immunization: {len(study.cut.seeds)}; of each attack: "
+        f"{len(attacks)}; budget: {study.cut.budget} simulated attack steps per concept."
     )
 
 
@@ -257,7 +257,7 @@ def _difference_table(groups: dict[str, list[Finished]]) -> Iterable[str]:
             (reference[seed], one)
             for seed in reference
             for one in group
-            if one.cell.seed == seed or len(group) == 1
+            if one.cell.seed == seed or method in (CEILING, UNTRAINED)
         ]
         if pairs:
             differences = [
