@@ -2,21 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any, TypeVar, get_args, get_origin
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from mima.errors import MOST_PROBLEMS, MimaError, ProblemList, nearest, one_line, quoted
 
+NO_NUMBER = "Input should be a number"
+
+
+def _is_no_number(value: object, annotation: Any) -> bool:
+    """Whether a truth value stands, alone or in a list, where numbers are asked for.
+
+    Python takes `True` for 1, and so would pydantic.
+    """
+    if isinstance(value, (list, tuple)):
+        return any(_is_no_number(part, annotation) for part in value)
+    kinds = list(_parts(annotation))
+    asked = (int in kinds or float in kinds) and bool not in kinds and Any not in kinds
+    return isinstance(value, bool) and asked
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """The types that a type is made of."""
+    inner = get_args(annotation)
+    for part in inner:
+        yield from _parts(part)
+    if not inner:
+        yield annotation
+
 
 class Settings(BaseModel):
-    """Frozen; refuses what it does not know, and numbers that are not finite."""
+    """Frozen; refuses what it does not know, and numbers that are not finite or are no numbers."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        if _is_no_number(value, cls.model_fields[info.field_name].annotation):
+            raise PydanticCustomError("no_number", NO_NUMBER)
+        return value
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
@@ -94,13 +133,30 @@ def checked(kind: type[T], what: str, settings: Mapping[str, Any]) -> T:
     for name in settings:
         if name not in known:
             raise MimaError(f"{what} has no setting {one_line(name)}; {nearest(name, known)}")
+    problems = [
+        f"{name} {NO_NUMBER}, got {quoted(value)}" for name, value in _no_numbers(kind, settings)
+    ]
     try:
-        return TypeAdapter(kind).validate_python(dict(settings))
+        made = TypeAdapter(kind).validate_python(dict(settings))
     except ValidationError as error:
-        problems = [
+        problems += [
             f"{'.'.join(map(str, item['loc']))} {item['msg']}, got {quoted(item['input'])}"
             if item["loc"]
             else item["msg"].removeprefix("Value error, ")
             for item in error.errors()
         ]
         raise ProblemList(f"{what} cannot be used:", problems) from error
+    if problems:
+        raise ProblemList(f"{what} cannot be used:", problems)
+    return made
+
+
+def _no_numbers(kind: type, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Name and value of each setting of a dataclass, and of those within it, that is no number."""
+    hints = get_type_hints(kind)
+    for name, value in settings.items():
+        hint = hints.get(name)
+        if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, Mapping):
+            yield from ((f"{name}.{inner}", no) for inner, no in _no_numbers(hint, value))
+        elif _is_no_number(value, hint):
+            yield name, value

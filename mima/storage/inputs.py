@@ -28,18 +28,21 @@ def expanded(path: str | Path) -> Path:
     Raises:
         MimaError: no file can be called so.
     """
-    shown = quoted(str(path), 80)
+
+    def no_path(why: object) -> MimaError:
+        return MimaError(f"{quoted(str(path), 80)} is no path: {why}")
+
     try:
         names = [os.fsencode(part) for part in Path(path).parts]
         found = Path(path).expanduser()
     except (UnicodeEncodeError, RuntimeError) as error:
-        raise MimaError(f"{shown} is no path: {error}") from error
+        raise no_path(error) from error
     if any(b"\0" in name for name in names):
-        raise MimaError(f"{shown} is no path: it holds a NUL")
+        raise no_path("it holds a NUL")
     if any(len(name) > 255 for name in names):
-        raise MimaError(f"{shown} is no path: a name in it is longer than 255 bytes")
+        raise no_path("a name in it is longer than 255 bytes")
     if len(os.fsencode(found)) > LONGEST_PATH:
-        raise MimaError(f"{shown} is no path: it is longer than {LONGEST_PATH} bytes")
+        raise no_path(f"it is longer than {LONGEST_PATH} bytes")
     return found
 
 

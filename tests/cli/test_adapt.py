@@ -132,6 +132,8 @@ def test_every_method_can_replace_its_own_results(workdir, model, method):
         (["cat", "--method", "lroa"], "method 'lroa' is unknown; did you mean 'lora'"),
         (["cat", "--set", "rnak=3"], "method lora has no setting rnak; did you mean 'rank'"),
         (["cat", "--set", "rank=big"], "rank Input should be a valid integer"),
+        (["cat", "--set", "rank=true"], "rank Input should be a number, got True"),
+        (["cat", "--set", "training={snr_gamma: no}"], "training.snr_gamma Input should be a num"),
         (["cat", "--set", "rank"], "expected KEY=VALUE"),
         (["cat", "--method", "dreambooth", "--rank", "3"], "method dreambooth has no setting rank"),
         (["cat", "--model", "absent"], "absent"),

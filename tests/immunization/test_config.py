@@ -115,6 +115,11 @@ def test_settings_cannot_be_changed_by_accident():
     ("name", "value", "reason"),
     [
         ("steps", 0, "greater than or equal to 1"),
+        # Python's True is a 1
+        ("steps", True, "should be a number"),
+        ("lower.lr", True, "should be a number"),
+        ("lower.age", [False, 2], "should be a number"),
+        ("upper.margin", False, "should be a number"),
         ("seed", -1, "greater than or equal to 0"),
         ("resolution", 0, "greater than or equal to 1"),
         ("lam", -1e-3, "greater than or equal to 0"),

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mima.errors import MimaError
+from mima.storage import plain_data
 from mima.storage.plain_data import flat, read_json, read_yaml
 
 
@@ -42,6 +43,43 @@ def test_hostile_yaml_is_refused(case):
     with pytest.raises(MimaError) as caught:
         read_yaml(HOSTILE_YAML[case])
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.skipif(not yaml.__with_libyaml__, reason="PyYAML has no parser in C here")
+@pytest.mark.parametrize(
+    "text",
+    [
+        *HOSTILE_YAML.values(),
+        "name: cat\nimages: &x [0.png, {file_name: 'a: b.png'}]\nmore: *x\nday: 2020-01-31\n",
+        "a: |\n  one\n  two\nb: >-\n  three\n\n  four\n? c\n: ~\n",
+        "é: [ü, 😀, 0x1F, 1e-4, 1.0e-4, yes]",
+        # what one of them takes and the other does not
+        *("a: b\tc", "[what?]"),
+        # what is none, and where
+        *(
+            "a: [",
+            "a: b: c",
+            "a: 'b",
+            "- a\nb",
+            "a: 1\na: 2",
+            "a: !!python/name:x y",
+            "\0",
+            "\ud800",
+        ),
+        *("a: *b", "@a", "--- a\n--- b"),
+    ],
+)
+def test_a_parser_in_c_says_what_that_in_python_says(text, monkeypatch):
+    def outcome():
+        try:
+            return read_yaml(text)
+        except (MimaError, yaml.YAMLError) as error:
+            return type(error), str(error)
+
+    said = outcome()
+    monkeypatch.setattr(plain_data, "_LOADERS", plain_data._LOADERS[1:])
+    assert len(plain_data._LOADERS) == 1
+    assert outcome() == said
 
 
 @pytest.mark.parametrize("text", ["[" * 5000 + "]" * 5000, "9" * 5000, '{"a": 1, "a": 2}'])
