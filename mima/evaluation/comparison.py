@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import tempfile
@@ -19,20 +18,19 @@ import torch
 from mima._version import installed_versions
 from mima.choices import Method, PictureProtocol
 from mima.concepts import Concept
-from mima.concepts.pictures import Picture, digest, spread
 from mima.concepts.reading import load_concepts
 from mima.distributed import device_of
 from mima.errors import MimaError
 from mima.evaluation.calibration import calibrate
 from mima.evaluation.estimate import Estimate, estimate
 from mima.evaluation.grid import (
-    NEEDS_OTHERS,
     Attack,
     GridConfig,
     Trial,
     attack_grid,
     grid_config,
 )
+from mima.evaluation.identity import pictures_of, short_hash
 from mima.evaluation.ledger import (
     PICTURES,
     PROMPTS,
@@ -53,7 +51,7 @@ from mima.evaluation.records import (
     ModelPair,
     Role,
 )
-from mima.evaluation.seen import Seen, seen_by, trained_on
+from mima.evaluation.seen import UNKNOWN, benign_prompts, lent, seen_by, trained_on
 from mima.evaluation.tuning import TrialRow, TuningLog
 from mima.evaluation.worker import Bench, Outcome, Task, Worker
 from mima.families import family_of, source_of
@@ -63,15 +61,9 @@ from mima.storage.inputs import expanded, resolved
 from mima.storage.lock import locked
 from mima.storage.output import slug
 from mima.storage.record import read_record
-from mima.training.captions import divided, ordinary_captions
+from mima.training.captions import ordinary_captions
 
 logger = logging.getLogger(__name__)
-
-UNKNOWN = (
-    "What the immunization saw is not on record with the model: whether it saw what is measured "
-    "with cannot be told."
-)
-"""Stands among overlaps where none can be found."""
 
 Progress = Callable[[int, int, str], None]
 """Called with work done, all work, and what was just finished, if anything."""
@@ -177,7 +169,7 @@ def evaluate(
 
     seen = seen_by(immunized)
     ordinary = ordinary_captions(None if captions is None else Path(captions))
-    prompts, known = _benign_prompts(ordinary, seen, config.benign_prompts)
+    prompts, known = benign_prompts(ordinary, seen, config.benign_prompts)
     bench = Bench(
         models={"original": original, "immunized": immunized},
         **asked,
@@ -224,7 +216,7 @@ def evaluate(
             *([] if seen.known else [UNKNOWN]),
             *seen.overlaps(list(targets.values()), list(rest.values())),
             *known,
-            *trained_on(list(by_slug.values()), _shared(grid, config, targets, rest)),
+            *trained_on(list(by_slug.values()), lent(grid, config, targets, rest)),
         ),
         config={
             "grid": config.model_dump(mode="json"),
@@ -232,8 +224,8 @@ def evaluate(
             "similarities": bench.similarities,
             "judges": worker.judges,
             "weights": worker.fingerprints(),
-            PICTURES: {slug: _pictures_of(concept) for slug, concept in by_slug.items()},
-            PROMPTS: _short_hash(prompts),
+            PICTURES: {slug: pictures_of(concept) for slug, concept in by_slug.items()},
+            PROMPTS: short_hash(prompts),
         },
         versions=installed_versions(),
         complete=False,
@@ -300,37 +292,6 @@ def evaluate(
             evaluation = ledger.write(worker.benign())
             shared.remove()
     return ranks.broadcast(evaluation)
-
-
-def _shared(
-    grid: Sequence[Attack],
-    config: GridConfig,
-    targets: Mapping[str, Concept],
-    others: Mapping[str, Concept],
-) -> list[Concept]:
-    """Concepts whose pictures attacks on other concepts train on."""
-    preparations = {attack.preparation for attack in grid}
-    mixed = any(attack.images == "mixed" for attack in grid)
-    benign = mixed or config.repair_steps > 0 or not preparations.isdisjoint(NEEDS_OTHERS)
-    return [
-        *(targets.values() if "merge" in preparations else ()),
-        *(others.values() if benign else ()),
-    ]
-
-
-def _pictures_of(concept: Concept) -> dict[str, str]:
-    """A hash of each kind of a concept's pictures with their prompts, of those that it has."""
-    kinds = ("images", "held_out", "class_images")
-    found: dict[str, Sequence[Picture]] = {kind: getattr(concept, kind) for kind in kinds}
-    return {
-        kind: _short_hash([(digest(picture), picture.prompt) for picture in pictures])
-        for kind, pictures in found.items()
-        if pictures
-    }
-
-
-def _short_hash(value: object) -> str:
-    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
 
 
 def attack_original(
@@ -475,25 +436,6 @@ def _calibrations(worker: Worker, concepts: Sequence[Concept]) -> dict[str, dict
         }
         for similarity in worker.similarities
     }
-
-
-def _benign_prompts(captions: Sequence[str], seen: Seen, count: int) -> tuple[list[str], list[str]]:
-    """Ordinary prompts to measure on, and a sentence where the immunization saw them.
-
-    They come from the captions that no immunization draws class pictures from. Where it saw these
-    all the same, others take their place; where it saw every caption, there is nothing else.
-    """
-    _, left = divided(captions)
-    unseen = [caption for caption in left if not seen.said(caption)]
-    if len(unseen) < count:
-        rest = [c for c in captions if not seen.said(c) and c not in unseen]
-        unseen += spread(rest, count - len(unseen))
-    if unseen or not count:
-        return spread(unseen, count), []
-    return spread(left, count), [
-        "The immunization saw every ordinary prompt that there is: the two models' pictures are "
-        "compared on prompts that are not held out."
-    ]
 
 
 def _sampler(config: GridConfig) -> Sampler:

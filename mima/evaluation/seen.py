@@ -11,7 +11,7 @@ record without it is not held against anybody.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,18 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from mima.concepts import Concept
-from mima.concepts.pictures import Picture, digest
+from mima.concepts.pictures import Picture, digest, spread
 from mima.errors import MimaError
+from mima.evaluation.grid import NEEDS_OTHERS, Attack, GridConfig
 from mima.families import source_of
 from mima.storage.record import read_record
+from mima.training.captions import divided
+
+UNKNOWN = (
+    "What the immunization saw is not on record with the model: whether it saw what is measured "
+    "with cannot be told."
+)
+"""Stands among overlaps where none can be found."""
 
 
 class Level(BaseModel):
@@ -120,6 +128,22 @@ def trained_on(concepts: Sequence[Concept], shared: Sequence[Concept] = ()) -> l
     return found
 
 
+def lent(
+    grid: Sequence[Attack],
+    config: GridConfig,
+    targets: Mapping[str, Concept],
+    others: Mapping[str, Concept],
+) -> list[Concept]:
+    """Concepts whose pictures attacks on other concepts train on."""
+    preparations = {attack.preparation for attack in grid}
+    mixed = any(attack.images == "mixed" for attack in grid)
+    benign = mixed or config.repair_steps > 0 or not preparations.isdisjoint(NEEDS_OTHERS)
+    return [
+        *(targets.values() if "merge" in preparations else ()),
+        *(others.values() if benign else ()),
+    ]
+
+
 def seen_by(model: Any) -> Seen:
     """What is on record of how a model was immunized; nothing of a pipeline in memory.
 
@@ -143,6 +167,25 @@ def seen_by(model: Any) -> Seen:
     seed = config.get("seed") if isinstance(config, dict) else None
     number = seed if isinstance(seed, int) else None
     return Seen(levels=levels, seed=number, known="saw" in record)
+
+
+def benign_prompts(captions: Sequence[str], seen: Seen, count: int) -> tuple[list[str], list[str]]:
+    """Ordinary prompts to measure on, and a sentence where the immunization saw them.
+
+    They come from the captions that no immunization draws class pictures from. Where it saw these
+    all the same, others take their place; where it saw every caption, there is nothing else.
+    """
+    _, left = divided(captions)
+    unseen = [caption for caption in left if not seen.said(caption)]
+    if len(unseen) < count:
+        rest = [c for c in captions if not seen.said(c) and c not in unseen]
+        unseen += spread(rest, count - len(unseen))
+    if unseen or not count:
+        return spread(unseen, count), []
+    return spread(left, count), [
+        "The immunization saw every ordinary prompt that there is: the two models' pictures are "
+        "compared on prompts that are not held out."
+    ]
 
 
 def _plain(text: str) -> str:

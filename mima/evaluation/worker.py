@@ -41,6 +41,7 @@ from mima.evaluation.grid import (
     material,
     places,
 )
+from mima.evaluation.identity import weights_of
 from mima.evaluation.metrics import GapCurve, sgr
 from mima.evaluation.originals import Entry, Originals
 from mima.evaluation.records import (
@@ -320,7 +321,7 @@ class Worker:
         }
         self._originals: Originals | None = None
         if bench.originals is not None:
-            model = _fingerprint_of(self.pipelines["original"])
+            model = weights_of(self.pipelines["original"])
             self._originals = Originals(bench.originals, model, torch.device(bench.device).type)
         self._prepared: dict[Side, tuple[object, Any]] = {}
 
@@ -760,17 +761,6 @@ class Worker:
             run = lora.adapt(pipeline, subject, on_step=lambda _: self.advance(1))
             adapters.append(Adapter.of(run.pipeline))
         return apply(pipeline, adapters)
-
-
-def _fingerprint_of(pipeline: Pipeline) -> str:
-    """A hash of all weights of a pipeline, and of its noise schedule."""
-    parts = [
-        f"{name} {fingerprint(dict(module.state_dict()))}"
-        for name, module in sorted(pipeline.components.items())
-        if isinstance(module, torch.nn.Module)
-    ]
-    scheduler = pipeline.scheduler
-    return " ".join([*parts, type(scheduler).__name__, str(sorted(scheduler.config.items()))])
 
 
 def _object_in(concept: Concept, picture: Picture) -> str:

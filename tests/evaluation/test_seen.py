@@ -10,8 +10,7 @@ from mima.concepts.pictures import digest
 from mima.demo import PRIOR_SEED
 from mima.errors import MimaError
 from mima.evaluation import evaluate
-from mima.evaluation.comparison import _benign_prompts
-from mima.evaluation.seen import Level, Seen, seen_by, trained_on
+from mima.evaluation.seen import Level, Seen, benign_prompts, seen_by, trained_on
 from mima.evaluation.worker import SEED_STRIDE
 from mima.immunization.algorithm import immunize
 from mima.immunization.encoding import _class_prompts
@@ -166,7 +165,7 @@ def test_prompts_that_were_seen_are_replaced_or_said():
 
     def chosen(*prompts, count=2):
         level = Level(prompts=frozenset(prompts))
-        return _benign_prompts(captions, Seen(levels={"prior": level}), count)
+        return benign_prompts(captions, Seen(levels={"prior": level}), count)
 
     assert chosen() == (["a d", "a h"], [])
     assert chosen("a d") == (["a h", "a a"], [])
