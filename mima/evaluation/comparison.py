@@ -51,7 +51,7 @@ from mima.evaluation.records import (
     ModelPair,
     Role,
 )
-from mima.evaluation.seen import UNKNOWN, benign_prompts, lent, seen_by, trained_on
+from mima.evaluation.seen import benign_prompts, lent, seen_by, trained_on
 from mima.evaluation.tuning import TrialRow, TuningLog
 from mima.evaluation.worker import Bench, Outcome, Task, Worker
 from mima.families import family_of, source_of
@@ -213,7 +213,7 @@ def evaluate(
         ),
         immunization_seed=seen.seed,
         overlaps=(
-            *([] if seen.known else [UNKNOWN]),
+            *seen.untold,
             *seen.overlaps(list(targets.values()), list(rest.values())),
             *known,
             *trained_on(list(by_slug.values()), lent(grid, config, targets, rest)),

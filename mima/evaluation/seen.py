@@ -3,22 +3,25 @@
 The record (``mima.json``) may hold, for each level of the run that saw anything (``lower``,
 ``upper``, ``prior``, ``benign`` or whatever it calls them)::
 
-    "saw": {"prior": {"concepts": [names], "pictures": [digests], "prompts": [texts]}}
+    "saw": {"prior": {"concepts": [names], "pictures": [digests], "signatures": [signatures],
+                      "prompts": [texts]}}
 
-with pictures named by `mima.concepts.pictures.digest`: `mima.immunization.encoding.saw` makes it. A
-record without it is not held against anybody.
+with pictures named by `mima.concepts.pictures.digest`, and recognised in other files and sizes by
+`mima.concepts.near_duplicates.signature`: `mima.immunization.encoding.saw` makes it. A record
+without it is not held against anybody, and records of before there were signatures are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints, TypeAdapter, ValidationError
 
 from mima.concepts import Concept
+from mima.concepts.near_duplicates import SIGNATURE_LENGTH, nearly_the_same, signature
 from mima.concepts.pictures import Picture, digest, spread
 from mima.errors import MimaError
 from mima.evaluation.grid import NEEDS_OTHERS, Attack, GridConfig
@@ -32,6 +35,15 @@ UNKNOWN = (
 )
 """Stands among overlaps where none can be found."""
 
+EXACT_ONLY = (
+    "The model's record names the pictures that its immunization saw by exact hashes alone: "
+    "whether it saw nearly the same pictures (saved anew, resized, cropped or mirrored) cannot be "
+    "told."
+)
+"""Stands among overlaps of records without signatures."""
+
+Signature = Annotated[str, StringConstraints(pattern=rf"^[A-Za-z0-9+/]{{{SIGNATURE_LENGTH}}}$")]
+
 
 class Level(BaseModel):
     """What one level of an immunization saw."""
@@ -40,7 +52,15 @@ class Level(BaseModel):
 
     concepts: tuple[str, ...] = ()
     pictures: frozenset[str] = frozenset()
+    signatures: frozenset[Signature] | None = None
+    """None in records of before there were signatures."""
     prompts: frozenset[str] = frozenset()
+
+    def saw(self, pictures: Sequence[Picture]) -> tuple[int, int]:
+        """How many of some pictures it saw, and how many others are nearly the same as one."""
+        left = [picture for picture in pictures if digest(picture) not in self.pictures]
+        near = nearly_the_same(left, self.signatures or ())
+        return len(pictures) - len(left), sum(near)
 
 
 class Seen(BaseModel):
@@ -57,6 +77,15 @@ class Seen(BaseModel):
     def prompts(self) -> frozenset[str]:
         """Prompts that any level saw."""
         return frozenset().union(*(level.prompts for level in self.levels.values()))
+
+    @property
+    def untold(self) -> list[str]:
+        """Sentences about overlaps that the record cannot tell."""
+        if not self.known:
+            return [UNKNOWN]
+        levels = self.levels.values()
+        exact = any(level.pictures and level.signatures is None for level in levels)
+        return [EXACT_ONLY] if exact else []
 
     def said(self, prompt: str) -> bool:
         """Whether a level saw a prompt, however it was written."""
@@ -77,23 +106,35 @@ class Seen(BaseModel):
             names = set(map(_plain, level.concepts))
             prompts = set(map(_plain, level.prompts))
             for concept in targets:
-                count = _shared(concept.held_out, level)
-                if count:
+                same, near = level.saw(concept.held_out)
+                if same:
                     found.append(
-                        f"{count} of the pictures that attacks on {concept.name} are compared with "
+                        f"{same} of the pictures that attacks on {concept.name} are compared with "
                         f"were seen by the immunization's {name} level."
+                    )
+                if near:
+                    found.append(
+                        f"{near} of the pictures that attacks on {concept.name} are compared with "
+                        "are nearly the same pictures as some that were seen by the immunization's "
+                        f"{name} level."
                     )
             for concept in others:
                 pictures = *concept.images, *concept.held_out
+                same, near = level.saw(pictures)
                 if _plain(concept.name) in names:
                     found.append(
                         f"{concept.name}, which is to stay learnable, was a concept of the "
                         f"immunization's {name} level: how well it can be learned is not held out."
                     )
-                elif _shared(pictures, level):
+                elif same:
                     found.append(
                         f"Pictures of {concept.name}, which is to stay learnable, were seen by the "
                         f"immunization's {name} level."
+                    )
+                elif near:
+                    found.append(
+                        f"Pictures of {concept.name}, which is to stay learnable, are nearly the "
+                        f"same pictures as some that were seen by the immunization's {name} level."
                     )
                 elif {_plain(picture.prompt) for picture in pictures} & prompts:
                     found.append(
@@ -112,20 +153,29 @@ def trained_on(concepts: Sequence[Concept], shared: Sequence[Concept] = ()) -> l
     """
     found = []
     for concept in concepts:
-        judges = list(map(digest, concept.held_out))
-        if not judges:
+        if not concept.held_out:
             continue
         for other in (concept, *(one for one in shared if one is not concept)):
-            trained = set(map(digest, other.images))
-            count = sum(name in trained for name in judges)
-            if count:
-                whose = "its own" if other is concept else f"{other.name}'s"
+            whose = "its own" if other is concept else f"{other.name}'s"
+            same, near = _level_of(other.images).saw(concept.held_out)
+            compared = f"of the pictures that attacks on {concept.name} are compared with are"
+            if same:
                 found.append(
-                    f"{count} of the pictures that attacks on {concept.name} are compared with are "
-                    f"among {whose} training pictures: an attack that copies them looks like one "
-                    "that learned."
+                    f"{same} {compared} among {whose} training pictures: an attack that copies "
+                    "them looks like one that learned."
+                )
+            if near:
+                found.append(
+                    f"{near} {compared} nearly the same pictures as some of {whose} training "
+                    "pictures: an attack that copies these looks like one that learned."
                 )
     return found
+
+
+def _level_of(pictures: Sequence[Picture]) -> Level:
+    """What somebody saw who saw some pictures."""
+    names, signatures = (frozenset(map(of, pictures)) for of in (digest, signature))
+    return Level(pictures=names, signatures=signatures)
 
 
 def lent(
@@ -191,7 +241,3 @@ def benign_prompts(captions: Sequence[str], seen: Seen, count: int) -> tuple[lis
 def _plain(text: str) -> str:
     """A text without what does not change what it says: case, spaces."""
     return " ".join(text.casefold().split())
-
-
-def _shared(pictures: Iterable[Picture], level: Level) -> int:
-    return sum(digest(picture) in level.pictures for picture in pictures) if level.pictures else 0

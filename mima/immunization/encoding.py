@@ -10,6 +10,7 @@ import torch
 from mima.choices import AttackerCaptions
 from mima.concepts import Concept
 from mima.concepts.naming import with_word, without_name
+from mima.concepts.near_duplicates import signature
 from mima.concepts.pictures import Picture, digest
 from mima.distributed import ALONE, Ranks
 from mima.families import Family
@@ -147,7 +148,7 @@ def _unpack(name: str, tensors: dict[str, torch.Tensor]) -> ConceptData:
 def saw(
     concepts: Sequence[Concept], config: ImmunizeConfig, benign: Sequence[Concept] = ()
 ) -> dict[str, dict[str, list[str]]]:
-    """What each level of a run sees: names of concepts, digests of their pictures, and prompts.
+    """What each level of a run sees: concepts' names, pictures' digests and signatures, prompts.
 
     The levels are ``lower``, ``upper`` and, where one of them has class pictures, ``prior``: those
     that a concept brings, or the prompts of those that are drawn; and ``benign``, the concepts that
@@ -181,6 +182,7 @@ def _seen(names: Sequence[str], pictures: Sequence[Picture]) -> dict[str, list[s
     return {
         "concepts": list(names),
         "pictures": list(dict.fromkeys(map(digest, pictures))),
+        "signatures": list(dict.fromkeys(map(signature, pictures))),
         "prompts": list(dict.fromkeys(picture.prompt for picture in pictures)),
     }
 

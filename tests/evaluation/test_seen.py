@@ -4,9 +4,11 @@ import json
 from dataclasses import replace
 
 import pytest
+from PIL import ImageOps
 from support import immunizing, tiny
 
-from mima.concepts.pictures import digest
+from mima.concepts.near_duplicates import signature
+from mima.concepts.pictures import Picture, digest
 from mima.demo import PRIOR_SEED
 from mima.errors import MimaError
 from mima.evaluation import evaluate
@@ -73,6 +75,54 @@ def test_pictures_that_are_trained_on_and_compared_with_are_said():
     assert trained_on([replace(target, held_out=())]) == []
 
 
+def mirrored(picture):
+    return Picture(ImageOps.mirror(picture.load()), picture.prompt)
+
+
+def test_nearly_the_same_pictures_are_said_in_other_words(tmp_path):
+    target, other = tiny.concept("red", "round"), tiny.concept("blue", "square")
+    pictures = [*target.images, *other.images]
+    saw = {
+        "lower": {
+            "pictures": list(map(digest, pictures)),
+            "signatures": list(map(signature, pictures)),
+        }
+    }
+    seen = seen_by(record(tmp_path / "model", saw=saw))
+    assert seen.untold == []
+    leaked = replace(target, held_out=(target.images[0], mirrored(target.images[1])))
+    exact, near = seen.overlaps([leaked], [])
+    assert exact.startswith("1 of the pictures that attacks on red round are compared with were")
+    assert near.startswith("1 of the pictures that attacks on red round are compared with are near")
+    turned = replace(other, images=tuple(map(mirrored, other.images)), held_out=())
+    (near,) = seen.overlaps([], [turned])
+    assert near.startswith(
+        "Pictures of blue square, which is to stay learnable, are nearly the same"
+    )
+
+    exact, near = trained_on([leaked])
+    assert "1 of the pictures" in exact
+    assert "among its own training pictures" in exact
+    assert "1 of the pictures" in near
+    assert "nearly the same pictures as some of its own training pictures" in near
+
+
+def test_a_record_of_before_there_were_signatures_is_read_and_said_to_be_one(tmp_path):
+    target = tiny.concept("red", "round")
+    old = {"lower": {"pictures": list(map(digest, target.images)), "prompts": ["a dog"]}}
+    seen = seen_by(record(tmp_path / "old", saw=old))
+    (sentence,) = seen.untold
+    assert "by exact hashes alone" in sentence
+    leaked = replace(target, held_out=(target.images[0], mirrored(target.images[1])))
+    (exact,) = seen.overlaps([leaked], [])
+    assert exact.startswith("1 of the pictures")
+    (sentence,) = seen_by(tmp_path / "nothing").untold
+    assert "is not on record with the model" in sentence
+    damaged = {"lower": {"pictures": [], "signatures": ["AAAA"]}}
+    with pytest.raises(MimaError, match="saw is damaged"):
+        seen_by(record(tmp_path / "damaged", saw=damaged))
+
+
 def test_a_model_without_a_record_has_no_overlaps(tmp_path):
     target = tiny.concept("red", "round")
     for folder in (tmp_path / "nothing", record(tmp_path / "old", config={})):
@@ -110,6 +160,8 @@ def test_what_a_run_writes_about_itself_keeps_it_from_being_measured_with(tmp_pa
     assert seen.levels["lower"] == seen.levels["upper"]
     assert seen.levels["upper"].concepts == (first.name, second.name)
     assert seen.levels["upper"].pictures == own
+    shown = {signature(picture) for concept in (first, second) for picture in concept.images}
+    assert seen.levels["upper"].signatures == shown
     assert seen.levels["prior"].pictures == {digest(p) for p in second.class_images}
     said = {picture.prompt for picture in second.class_images}
     prompts = seen.levels["prior"].prompts - said
@@ -134,8 +186,11 @@ def test_what_a_run_writes_about_itself_keeps_it_from_being_measured_with(tmp_pa
     )
     assert set(result.benign.prompts) == set(left)
     levels = ("lower", "upper")
-    *said, own = result.overlaps
+    *said, near, own = result.overlaps
     assert len(said) == 2 * len(levels)
+    # a class picture shows the same square, less than a point further
+    assert near.startswith("Pictures of blue square, which is to stay learnable, are nearly the")
+    assert "prior level" in near
     assert "are among its own training pictures" in own
     for level in levels:
         compared = f"{len(first.images)} of the pictures that attacks on {first.name} are compared"
