@@ -51,7 +51,7 @@ from mima.evaluation.records import (
     ModelPair,
     Role,
 )
-from mima.evaluation.seen import benign_prompts, lent, seen_by, trained_on
+from mima.evaluation.seen import benign_prompts, lent, record_of, seen_by, trained_on
 from mima.evaluation.tuning import TrialRow, TuningLog
 from mima.evaluation.worker import Bench, Outcome, Task, Worker
 from mima.families import family_of, source_of
@@ -60,7 +60,6 @@ from mima.sampling import Sampler
 from mima.storage.inputs import expanded, resolved
 from mima.storage.lock import locked
 from mima.storage.output import slug
-from mima.storage.record import read_record
 from mima.training.captions import ordinary_captions
 
 logger = logging.getLogger(__name__)
@@ -462,9 +461,7 @@ def _with_slugs(concepts: Sequence[Concept]) -> dict[str, Concept]:
 
 def _method_of(model: Any) -> Method | None:
     """How a folder that ``immunize`` wrote was immunized, where its record says so."""
-    source = source_of(model)
-    record = None if source is None else read_record(Path(source.model).expanduser())
-    config = (record or {}).get("config")
+    config = (record_of(model) or {}).get("config")
     found = config.get("method") if isinstance(config, dict) else None
     return next((method for method in get_args(Method) if method == found), None)
 

@@ -613,7 +613,7 @@ def _preprocessor(
 
 
 def _weights_file(source: str) -> str:
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if folder.is_dir():
         return str(folder / "model.safetensors")
     return hf_hub_download(source, "model.safetensors")

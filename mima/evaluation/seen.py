@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, TypeAdapter, ValidationError
@@ -23,9 +22,10 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, TypeAdapter, Vali
 from mima.concepts import Concept
 from mima.concepts.near_duplicates import SIGNATURE_LENGTH, nearly_the_same, signature
 from mima.concepts.pictures import Picture, digest, spread
-from mima.errors import MimaError
+from mima.errors import MimaError, one_line
 from mima.evaluation.grid import NEEDS_OTHERS, Attack, GridConfig
 from mima.families import source_of
+from mima.storage.inputs import expanded
 from mima.storage.record import read_record
 from mima.training.captions import divided
 
@@ -194,15 +194,23 @@ def lent(
     ]
 
 
+def record_of(model: Any) -> dict[str, Any] | None:
+    """What a model's folder says of how it was made; None of a model that has no folder.
+
+    Raises:
+        MimaError: no path, or the record is damaged.
+    """
+    source = source_of(model)
+    return None if source is None else read_record(expanded(source.model))
+
+
 def seen_by(model: Any) -> Seen:
     """What is on record of how a model was immunized; nothing of a pipeline in memory.
 
     Raises:
         MimaError: the record is damaged.
     """
-    source = source_of(model)
-    folder = None if source is None else Path(source.model).expanduser()
-    record = read_record(folder) if folder is not None and folder.is_dir() else None
+    record = record_of(model)
     if record is None:
         return Seen(known=False)
     # a whole model that was made of a delta says so of the delta
@@ -212,7 +220,7 @@ def seen_by(model: Any) -> Seen:
     try:
         levels = TypeAdapter(dict[str, Level]).validate_python(record.get("saw", {}))
     except ValidationError as error:
-        raise MimaError(f"{folder}: saw is damaged: {error}") from error
+        raise MimaError(f"{model}: saw is damaged: {one_line(error)}") from error
     config = record.get("config")
     seed = config.get("seed") if isinstance(config, dict) else None
     number = seed if isinstance(seed, int) else None

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from mima.errors import MimaError, one_line, quoted
 from mima.storage.atomic import WRITING_ERRORS, reason_of, recover, sha256_of, staged
+from mima.storage.inputs import expanded
 from mima.storage.plain_data import read_json
 from mima.storage.tensor_files import mapped, save_tensors
 
@@ -59,7 +60,7 @@ class CheckpointFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser().absolute()
+        self.path = expanded(path).absolute()
         self._intact: Path | None = None
 
     def __truediv__(self, name: str) -> CheckpointFolder:

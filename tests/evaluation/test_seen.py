@@ -12,6 +12,7 @@ from mima.concepts.pictures import Picture, digest
 from mima.demo import PRIOR_SEED
 from mima.errors import MimaError
 from mima.evaluation import evaluate
+from mima.evaluation.comparison import _method_of
 from mima.evaluation.seen import Level, Seen, benign_prompts, seen_by, trained_on
 from mima.evaluation.worker import SEED_STRIDE
 from mima.immunization.algorithm import immunize
@@ -121,6 +122,16 @@ def test_a_record_of_before_there_were_signatures_is_read_and_said_to_be_one(tmp
     damaged = {"lower": {"pictures": [], "signatures": ["AAAA"]}}
     with pytest.raises(MimaError, match="saw is damaged"):
         seen_by(record(tmp_path / "damaged", saw=damaged))
+
+
+def test_a_record_is_found_from_home_and_no_path_is_one_line(tmp_path, monkeypatch):
+    record(tmp_path / "model", saw={}, config={"seed": 3, "method": "joint"})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert seen_by("~/model").seed == 3
+    assert _method_of("~/model") == "joint"
+    for read in (seen_by, _method_of):
+        with pytest.raises(MimaError, match="is no path"):
+            read("~nobody-of-this-name/model")
 
 
 def test_a_model_without_a_record_has_no_overlaps(tmp_path):

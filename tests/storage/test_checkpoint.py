@@ -44,6 +44,14 @@ def test_the_last_two_checkpoints_are_kept(tmp_path):
     assert names(folder) == ["step-00000009", "step-00000010"]
 
 
+def test_a_folder_is_found_from_home_and_no_path_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert CheckpointFolder("~/c").path == tmp_path / "c"
+    for path in ("~nobody-of-this-name/c", "c\0"):
+        with pytest.raises(MimaError, match="is no path"):
+            CheckpointFolder(path)
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     folder = CheckpointFolder(tmp_path / "c")
     folder.write(checkpoint(1))
