@@ -450,14 +450,37 @@ def too_many_numbers(folder: Path, network: torch.nn.Module, files: Iterable[Pat
         network: as it is described there, on the meta device.
         files: of safetensors; where there are none, those that end in ``.bin`` count by their size.
     """
+    return _too_many(folder, _size(network), files)
+
+
+def _size(network: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _too_many(folder: Path, asked: int, files: Iterable[Path]) -> str | None:
     shapes = [shape for file in files for _, shape in read_header(file).values()]
     held = sum(map(math.prod, shapes))
     if not shapes:
         held = sum(file.stat().st_size for file in folder.glob("*.bin")) // 2
-    asked = sum(parameter.numel() for parameter in network.parameters())
     if asked <= 2 * held + SPARE_NUMBERS:
         return None
     return f"{folder / 'config.json'} asks for {asked:,} numbers, the files hold {held:,}"
+
+
+_SIZES: dict[tuple[str, str, bytes], int] = {}
+"""Of networks, by library, class and configuration: to make one, even empty, takes as long as to
+open a small model."""
+
+
+def _size_asked(folder: Path, library: str, name: str) -> int:
+    """The size of the network that a part's configuration describes."""
+    try:
+        described = library, name, (folder / "config.json").read_bytes()
+    except OSError as error:
+        raise MimaError(f"model: cannot open {folder}: {first_line(error)}") from error
+    if described not in _SIZES:
+        _SIZES[described] = _size(without_weights(folder, (library, name)))
+    return _SIZES[described]
 
 
 def _check_sizes(
@@ -466,7 +489,7 @@ def _check_sizes(
     for name, kind in index.items():
         part = folder / name
         if isinstance(kind, list) and (part / "config.json").is_file():
-            problem = too_many_numbers(part, without_weights(part, kind), files_of(part))
+            problem = _too_many(part, _size_asked(part, *kind), files_of(part))
             if problem is not None:
                 raise MimaError(f"model: {problem}")
 
