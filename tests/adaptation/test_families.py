@@ -12,7 +12,7 @@ from mima.adapters.merge import merge_adapters
 from mima.concepts import Concept
 from mima.erasure import Edit, erase
 from mima.evaluation import Sampler, attack
-from mima.families import family_of, load_pipeline
+from mima.families import family_of
 from mima.families.pipelines import readers
 
 
@@ -40,7 +40,7 @@ def difference(a, b):
 
 
 def test_lora_attack_and_round_trip(folder, tmp_path):
-    pipeline = load_pipeline(folder)
+    pipeline = builders.opened(folder)
     concept = tiny.concept()
     settings = LoRA(learning_rate=2e-2, batch_size=2)
     curve = attack(
@@ -62,19 +62,19 @@ def test_lora_attack_and_round_trip(folder, tmp_path):
     assert difference(curve.images[1][0][0], adapted) <= 1 < difference(adapted, drawn)
 
     run.save(tmp_path)
-    fresh = load_pipeline(folder)
+    fresh = builders.opened(folder)
     if hasattr(fresh, "load_lora_weights"):
         fresh.load_lora_weights(tmp_path, weight_name=LORA_WEIGHT_NAME_SAFE)
     else:
         fresh.transformer = PeftModel.from_pretrained(fresh.transformer, tmp_path).base_model.model
     assert draw(fresh) == adapted
     # and as mima reads it, which sums in another order
-    merged = merge_adapters(load_pipeline(folder), [tmp_path], weights=[1.0], method="weighted")
+    merged = merge_adapters(builders.opened(folder), [tmp_path], weights=[1.0], method="weighted")
     assert difference(draw(merged.pipeline), adapted) <= 1
 
 
 def test_erasure_edits_what_reads_text(folder):
-    pipeline = load_pipeline(folder)
+    pipeline = builders.opened(folder)
     concept = Concept("red", "a red round emoji", tiny.concept().images)
     kept = ["a blue cat", "a green dog"]
     erased = erase(pipeline, [concept], preserve=kept, preserve_scale=100.0, ridge=1e-9)
@@ -103,7 +103,7 @@ def test_erasure_edits_what_reads_text(folder):
 @pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
 def test_erasure_is_exact(kind, tmp_path):
     """Of text, only what is edited is read: the prompt is its target, whatever the picture."""
-    pipeline = load_pipeline(builders.save(builders.KINDS[kind], tmp_path / kind))
+    pipeline = builders.opened(builders.save(builders.KINDS[kind], tmp_path / kind))
     source, target = "a red emoji", "a cat emoji"
     erased = family_of(erase(pipeline, [[Edit(source, target)]], ridge=1e-12))
     family = family_of(pipeline)
@@ -120,7 +120,7 @@ def test_erasure_is_exact(kind, tmp_path):
 
 
 def test_new_words_are_learned_in_all_encoders(folder, tmp_path):
-    pipeline = load_pipeline(folder)
+    pipeline = builders.opened(folder)
     images = [picture.image for picture in tiny.concept().images]
     concept = Concept("thing", "a <new1> emoji", images, token="<new1>", initializer="cat")
     run = TextualInversion(learning_rate=1e-2).start(pipeline, concept)
@@ -134,7 +134,7 @@ def test_new_words_are_learned_in_all_encoders(folder, tmp_path):
         moved = (reader.rows != before).any(dim=1).nonzero().flatten().tolist()
         assert moved == [index]
     run.save(tmp_path / "word")
-    read = merge_adapters(load_pipeline(folder), [tmp_path / "word"], method="weighted").pipeline
+    read = merge_adapters(builders.opened(folder), [tmp_path / "word"], method="weighted").pipeline
     texts = [family_of(one).encode_prompts([concept.prompt]) for one in (read, run.pipeline)]
     for name, value in texts[0].items():
         torch.testing.assert_close(value, texts[1][name])

@@ -16,7 +16,7 @@ from mima.adaptation import LoRA
 from mima.bilevel.hypergradient import twice_differentiable_attention
 from mima.concepts import Concept
 from mima.errors import MimaError
-from mima.families import Family, family_of, load_pipeline
+from mima.families import Family, family_of
 from mima.immunization.algorithm import immunize
 from mima.immunization.config import ImmunizeConfig, LowerConfig, UpperConfig
 from mima.immunization.recipes import RECIPES
@@ -32,13 +32,6 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return builders.save(builders.KINDS[request.param], path)
 
 
-def open_pipeline(folder: Path, **options: Any) -> Any:
-    pipeline = load_pipeline(folder, **options)
-    if folder.name in ("flux", "qwen-image"):
-        pipeline.default_sample_size = 8  # their folders do not say what they were trained on
-    return pipeline
-
-
 def concepts() -> list[Concept]:
     """Without class pictures, so that each family samples its own."""
     return [replace(concept, class_images=()) for concept in immunizing.concepts()]
@@ -46,7 +39,7 @@ def concepts() -> list[Concept]:
 
 @pytest.mark.parametrize("mode", ["first_order", "exact"])
 def test_two_concepts_are_immunized_in_two_steps(folder, mode, tmp_path):
-    pipeline = open_pipeline(folder)
+    pipeline = builders.opened(folder)
     before = {name: w.clone() for name, w in family_of(pipeline).denoiser.named_parameters()}
     config = ImmunizeConfig(
         hypergradient=mode,
@@ -94,7 +87,7 @@ SHORT = {
 @pytest.mark.parametrize("folder", ["lumina2", "qwen-image"], indirect=True)
 @pytest.mark.parametrize("recipe", SHORT)
 def test_recipes_take_finite_steps(folder, recipe, tmp_path):
-    pipeline = open_pipeline(folder)
+    pipeline = builders.opened(folder)
     common = {"steps": 3, "captions": immunizing.captions(tmp_path)}
     config = RECIPES[recipe](**common, **SHORT[recipe])
     result = immunize(pipeline, immunizing.concepts(), config)
@@ -117,7 +110,7 @@ def test_recipes_take_finite_steps(folder, recipe, tmp_path):
 
 def test_the_immunized_model_samples_is_saved_and_learns(folder, tmp_path):
     config = immunizing.settings(tmp_path, steps=1, upper=UpperConfig(lr=1e-2))
-    result = immunize(open_pipeline(folder), immunizing.concepts(), config)
+    result = immunize(builders.opened(folder), immunizing.concepts(), config)
     output = tmp_path / folder.name
     result.save_pretrained(output)
 
@@ -131,7 +124,7 @@ def test_the_immunized_model_samples_is_saved_and_learns(folder, tmp_path):
         for pipeline in (
             result.pipeline,
             DiffusionPipeline.from_pretrained(output),
-            open_pipeline(folder),
+            builders.opened(folder),
         )
     ]
     # not bit by bit: where tensors lie in memory decides how a CPU groups its sums
@@ -139,7 +132,7 @@ def test_the_immunized_model_samples_is_saved_and_learns(folder, tmp_path):
     assert (pictures[0] - pictures[2]).abs().max() > 1e-4
 
     concept = immunizing.concepts()[0]
-    run = LoRA(rank=2, learning_rate=3e-2).start(open_pipeline(output), concept)
+    run = LoRA(rank=2, learning_rate=3e-2).start(builders.opened(output), concept)
     run.advance(2)
     assert all(0 < loss < float("inf") for loss in run.losses)
     adapted = run.pipeline("a cat", generator=torch.Generator().manual_seed(5), **options).images
@@ -149,7 +142,7 @@ def test_the_immunized_model_samples_is_saved_and_learns(folder, tmp_path):
 @pytest.mark.parametrize("parameters", [None, "lora"])
 def test_new_words_are_trained_where_text_alone_is_read(folder, parameters, tmp_path, monkeypatch):
     """By any encoders; where attention is joint, that is said before any work."""
-    pipeline = open_pipeline(folder)
+    pipeline = builders.opened(folder)
     told = [
         Concept(
             word, f"a <new{n}> {word}", [tiny.picture("red", "round", seed=n)], f"a {word}",
@@ -200,7 +193,7 @@ def _batch(family: Family) -> dict[str, Any]:
 
 def test_the_loss_has_a_second_derivative(folder):
     """Autograd's Hessian-vector product against central differences of gradients, in float64."""
-    family = family_of(open_pipeline(folder))
+    family = family_of(builders.opened(folder))
     family.denoiser.double()
     batch = _batch(family)
     weights = dict(family.denoiser.named_parameters())
@@ -241,7 +234,7 @@ def test_the_merge_plan_holds_for_what_the_projections_read(folder, tmp_path):
     Checked on what the first projection really reads in a call of the denoiser: for cross-attention
     at any noise level, for joint attention in the first block at the middle one.
     """
-    family = family_of(open_pipeline(folder))
+    family = family_of(builders.opened(folder))
     prompts = ["red cat", "green house"]
     captions = [
         f"a {c} {o} in the style of a {c} {o}" for c in tiny.WORDS[:20] for o in ("dog", "bird")

@@ -74,10 +74,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 def open_family(folder: Path, **options: Any) -> Family:
-    pipeline = load_pipeline(folder, **options)
-    if type(pipeline).__name__ in ("FluxPipeline", "QwenImagePipeline"):
-        pipeline.default_sample_size = 8  # their folders do not say what they were trained on
-    return family_of(pipeline)
+    return family_of(builders.opened(folder, **options))
 
 
 @pytest.fixture(params=KINDS)

@@ -99,7 +99,7 @@ def test_masters_have_memory_of_their_own_and_shared_weights_stay_shared():
 def test_every_family_encodes_and_predicts_as_in_float32(tmp_path, kind, dtype):
     folder = builders.save(getattr(builders, kind), tmp_path / "model")
     load_pipeline(folder, dtype=dtype).save_pretrained(tmp_path / "half")
-    dense, held = (load_pipeline(tmp_path / "half", dtype=d) for d in (torch.float32, None))
+    dense, held = (builders.opened(tmp_path / "half", dtype=d) for d in (torch.float32, None))
     for module in held.components.values():
         if isinstance(module, torch.nn.Module):
             hold_frozen(module)

@@ -38,10 +38,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def opened(folders: dict[str, Path], kind: str, **training: object) -> Family:
-    pipeline = load_pipeline(folders[kind])
-    if kind in ("flux", "qwen"):
-        pipeline.default_sample_size = 8
-    return family_of(pipeline, training=TrainingOptions(**training))
+    return family_of(builders.opened(folders[kind]), training=TrainingOptions(**training))
 
 
 def script_timesteps(family: Family, scheme: str, count: int) -> torch.Tensor:

@@ -50,6 +50,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from mima.families import load_pipeline
+
 T5_WIDTH = 32
 T5_TOKENS = 12
 LANGUAGE_TOKENS = 80
@@ -432,3 +434,11 @@ def save(kind: Any, folder: Path, *, seed: int = 0, **options: Any) -> Path:
                 parameter.normal_(0, 0.1, generator=generator)
     pipeline.save_pretrained(folder)
     return folder
+
+
+def opened(folder: Path, **options: Any) -> Any:
+    """A saved pipeline that takes small pictures, whatever its family."""
+    pipeline = load_pipeline(folder, **options)
+    if isinstance(pipeline, (FluxPipeline, QwenImagePipeline)):
+        pipeline.default_sample_size = 8  # their folders do not say what they were trained on
+    return pipeline
