@@ -55,6 +55,30 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.dist = "worksteal"
 
 
+LONG = (
+    "tests/ops/test_triton_interpreter.py",
+    "tests/test_benchmarks.py",
+    "tests/test_shards.py",
+    "tests/test_distributed.py",
+    "tests/test_faults.py",
+    "tests/evaluation/test_families.py",
+    "tests/evaluation/test_originals.py",
+    "tests/immunization/test_resume.py",
+    "tests/cli/test_reproducible.py",
+    "tests/erasure/test_embedded.py",
+    "tests/native/test_cuda_kernels.py",
+    "tests/ops/test_triton_aot.py",
+)
+"""Files with tests of half a minute, and those that ask for the server of processes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where two processes share the tests, long ones begin first: none is waited for at the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        order = {file: place for place, file in enumerate(LONG)}
+        items.sort(key=lambda item: order.get(item.nodeid.split("::")[0], len(LONG)))
+
+
 def pytest_collection_finish() -> None:
     """What is there before the first test stays: the collector need not look at it each time."""
     gc.collect()
@@ -95,6 +119,14 @@ def model(tmp_path_factory) -> Path:
     from support import tiny
 
     return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory) -> Path:
+    """A smaller one, for what runs a model often or in several processes; left as it is, too."""
+    from support import tiny
+
+    return tiny.save_tiny_stable_diffusion(tmp_path_factory.mktemp("small"), blocks=1)
 
 
 @pytest.fixture(scope="module")

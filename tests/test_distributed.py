@@ -76,10 +76,10 @@ def test_any_number_of_ranks_gives_the_gradient_of_one(processes, tmp_path):
     ],
     ids=["mima", "compose", "living attackers"],
 )
-def test_a_run_resumes_on_another_number_of_ranks(processes, model, tmp_path, changes):
+def test_a_run_resumes_on_another_number_of_ranks(processes, small_model, tmp_path, changes):
     config = settings(tmp_path, steps=3, checkpoint_every=1, **changes)
-    assert finish(start(processes, 1, model, config, 3, output=tmp_path / "one")) == [0]
-    two = start(processes, 2, model, config, 3, output=tmp_path / "more", resume=True)
+    assert finish(start(processes, 1, small_model, config, 3, output=tmp_path / "one")) == [0]
+    two = start(processes, 2, small_model, config, 3, output=tmp_path / "more", resume=True)
     folder = default_folder(tmp_path / "more")
     while not list(folder.glob("**/step-*")):
         assert all(process.is_alive() for process in two)
@@ -88,7 +88,7 @@ def test_a_run_resumes_on_another_number_of_ranks(processes, model, tmp_path, ch
         process.kill()
     finish(two)
     assert not (tmp_path / "more").exists()
-    three = start(processes, 3, model, config, 3, output=tmp_path / "more", resume=True)
+    three = start(processes, 3, small_model, config, 3, output=tmp_path / "more", resume=True)
     assert finish(three) == [0, 0, 0]
     # AdamW's first steps divide a gradient by its own size, which magnifies rounding
     assert_near(weights(tmp_path / "more"), weights(tmp_path / "one"), 1e-4)

@@ -33,7 +33,7 @@ WORK = {
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     tiny.save_tiny_clip(folder / "encoder")
-    return tiny.save_tiny_stable_diffusion(folder / "model")
+    return tiny.save_tiny_stable_diffusion(folder / "model", blocks=1)
 
 
 @pytest.mark.parametrize("work", WORK)

@@ -67,14 +67,14 @@ LIVING = {
     ids=["paper", "recipe", "living"],
 )
 def test_a_run_in_shards_is_that_of_one_process_and_resumes_on_others(
-    processes, model, tmp_path, changes, later
+    processes, small_model, tmp_path, changes, later
 ):
     config = settings(tmp_path, steps=3, checkpoint_every=1, **changes)
-    assert finish(start(processes, 1, model, config, 2, output=tmp_path / "one")) == [0]
+    assert finish(start(processes, 1, small_model, config, 2, output=tmp_path / "one")) == [0]
 
     def in_shards(size, shards):
         split = config.model_copy(update={"shards": shards})
-        return start(processes, size, model, split, 2, output=tmp_path / "more", resume=True)
+        return start(processes, size, small_model, split, 2, output=tmp_path / "more", resume=True)
 
     killed = in_shards(2, 2)
     while not list(default_folder(tmp_path / "more").glob("step-*")):
@@ -85,7 +85,9 @@ def test_a_run_in_shards_is_that_of_one_process_and_resumes_on_others(
     finish(killed)
     assert not (tmp_path / "more").exists()
     assert finish(in_shards(*later)) == [0] * later[0]
-    more, one, before = (weights(path) for path in (tmp_path / "more", tmp_path / "one", model))
+    more, one, before = (
+        weights(path) for path in (tmp_path / "more", tmp_path / "one", small_model)
+    )
     # AdamW divides a gradient by its own size, too
     assert distance(more, one) < 5e-3 * distance(one, before)
     for ours, theirs in zip(steps(tmp_path / "more"), steps(tmp_path / "one"), strict=True):
@@ -103,22 +105,18 @@ def steps(output):
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_blocks_are_computed_in_half_precision(processes, model, tmp_path):
+def test_blocks_are_computed_in_half_precision(processes, small_model, tmp_path):
     changes = RECIPE | {"attack_every": 1, "steps": 1}
     seen = {}
     for precision, size in (("float32", 1), ("bfloat16", 1), ("bfloat16", 2)):
         config = settings(tmp_path, **changes | {"precision": precision, "shards": size})
         output = tmp_path / f"{precision}-{size}"
-        assert finish(start(processes, size, model, config, 2, output=output)) == [0] * size
+        assert finish(start(processes, size, small_model, config, 2, output=output)) == [0] * size
         first = steps(output)[0]
         seen[precision, size] = [*first["losses"].values(), first["gradient_norm"]]
     one, two = seen["bfloat16", 1], seen["bfloat16", 2]
     assert two == pytest.approx(one, rel=2e-2)
     assert two != pytest.approx(seen["float32", 1], rel=1e-5)
-
-
-def split_in(config, shards):
-    return config.model_copy(update={"shards": shards})
 
 
 def test_each_process_holds_its_share(processes, model, tmp_path, monkeypatch):
@@ -137,18 +135,18 @@ def test_each_process_holds_its_share(processes, model, tmp_path, monkeypatch):
     assert held[1] - others == pytest.approx(7 * whole, rel=0.05)
     # and the shards that the module computes from
     assert held[4] - others == pytest.approx(8 * whole / 4, rel=0.05)
-    for size in (2, 4):
-        monkeypatch.setenv("WORLD_SIZE", str(size))
-        found = plan(ModelSource(model), concepts(2), split_in(config, size), device="cpu")
-        assert (found.processes, found.shards) == (size, size)
-        parts = found.memory["outer steps"]
-        kept = ("the denoiser's shard", "trained weights' rows", "weights as they were before")
-        assert sum(parts[name] for name in kept) == pytest.approx(3 * whole / size, rel=0.05)
-        assert parts["AdamW's moments"] == pytest.approx(2 * whole / size, rel=0.05)
-        # θ', its gradient, the states of its path and what they sum up to
-        step = parts["attacks, their gradients and merge"] + parts["further states of the path"]
-        assert 3 * whole / size <= step < 7 * whole / size
-        assert "of each process on cpu" in str(found)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    split = config.model_copy(update={"shards": 4})
+    found = plan(ModelSource(model), concepts(2), split, device="cpu")
+    assert (found.processes, found.shards) == (4, 4)
+    parts = found.memory["outer steps"]
+    kept = ("the denoiser's shard", "trained weights' rows", "weights as they were before")
+    assert sum(parts[name] for name in kept) == pytest.approx(3 * whole / 4, rel=0.05)
+    assert parts["AdamW's moments"] == pytest.approx(2 * whole / 4, rel=0.05)
+    # θ', its gradient, the states of its path and what they sum up to
+    step = parts["attacks, their gradients and merge"] + parts["further states of the path"]
+    assert 3 * whole / 4 <= step < 7 * whole / 4
+    assert "of each process on cpu" in str(found)
 
 
 def test_a_plan_says_what_a_process_receives(processes, model, tmp_path, monkeypatch):
@@ -175,10 +173,10 @@ def num_bytes(module):
     ids=["dies", "stands still"],
 )
 def test_a_process_that_gives_no_sign_of_life_ends_the_others(
-    processes, model, tmp_path, how, size, shards
+    processes, small_model, tmp_path, how, size, shards
 ):
     config = settings(tmp_path, steps=1000, checkpoint_every=1, shards=shards)
-    run = (model, config, 2), {"output": tmp_path / "out"}
+    run = (small_model, config, 2), {"output": tmp_path / "out"}
     started = launch(processes, ranks.immunize_or_say, size, tmp_path, *run)
     while not list(default_folder(tmp_path / "out").glob("step-*")):
         assert all(process.is_alive() for process in started)
@@ -193,12 +191,12 @@ def test_a_process_that_gives_no_sign_of_life_ends_the_others(
 
 
 @pytest.mark.parametrize("command", ["torchrun", "accelerate"])
-def test_both_launching_commands_start_it(model, tmp_path, command):
+def test_both_launching_commands_start_it(small_model, tmp_path, command):
     for name in ("red", "blue"):
         (tmp_path / name).mkdir()
         tiny.picture(name, "round").save(tmp_path / name / "0.png")
     run = {
-        "model": str(model),
+        "model": str(small_model),
         "concepts": [
             {"name": name, "prompt": f"a {name} emoji", "images": str(tmp_path / name)}
             for name in ("red", "blue")

@@ -186,7 +186,7 @@ def test_a_cell_runs_once_and_goes_on(tmp_path, monkeypatch):
     from benchmarks.immunity import report, study
     from benchmarks.immunity.cells import CUTS
 
-    tiny.save_tiny_stable_diffusion(tmp_path / "model")
+    tiny.save_tiny_stable_diffusion(tmp_path / "model", blocks=1)
     tiny.save_tiny_clip(tmp_path / "clip")
     smoke = CUTS["smoke"]
     cut = replace(

@@ -47,7 +47,7 @@ def files(tmp_path, monkeypatch) -> Path:
     """The models and pictures that the tutorials speak of, small."""
     monkeypatch.chdir(tmp_path)
     for name in ("my-model", "base", "theirs"):
-        tiny.save_tiny_stable_diffusion(tmp_path / name)
+        tiny.save_tiny_stable_diffusion(tmp_path / name, blocks=1)
     for number, name in enumerate(("cat", "cat-held-out", "mono")):
         place = tmp_path / "pictures" / name
         place.mkdir(parents=True)

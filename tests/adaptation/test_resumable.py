@@ -26,7 +26,7 @@ SAMPLER = Sampler(steps=2, guidance=1.0)
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    return tiny.tiny_stable_diffusion(tmp_path_factory.mktemp("tokenizer"))
+    return tiny.tiny_stable_diffusion(tmp_path_factory.mktemp("tokenizer"), blocks=1)
 
 
 def start(pipeline, method="lora", names=("red",), steps=6, **settings):
@@ -147,7 +147,7 @@ def test_pictures_come_while_it_learns(pipeline, tmp_path):
 
 def test_the_command_is_interrupted_and_resumed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny.save_tiny_stable_diffusion(tmp_path / "model")
+    tiny.save_tiny_stable_diffusion(tmp_path / "model", blocks=1)
     (tmp_path / "cat").mkdir()
     for index in range(3):
         Image.new("RGB", (32, 32), (80 * index, 0, 90)).save(tmp_path / "cat" / f"{index}.png")

@@ -15,10 +15,10 @@ COMMANDS = {
 }
 
 
-def test_two_runs_write_the_same_bytes(workdir, model):
-    write_config(workdir / "run.yaml", model=str(model))
+def test_two_runs_write_the_same_bytes(workdir, small_model):
+    write_config(workdir / "run.yaml", model=str(small_model))
     commands = [
-        ([model if word == "MODEL" else word for word in words] + ["-o", name], {})
+        ([small_model if word == "MODEL" else word for word in words] + ["-o", name], {})
         for name, words in COMMANDS.items()
     ]
     written = []

@@ -1,5 +1,7 @@
 """Erasure on the embedded model, with its numbers."""
 
+import functools
+
 import pytest
 
 from mima.concepts import embedded_concept
@@ -39,32 +41,42 @@ def similarity():
     return measure
 
 
+@pytest.fixture(scope="module")
+def at_first(original, similarity):
+    """What is measured of the original model, once for all tests; a word may become another."""
+
+    @functools.cache
+    def measure(name, word="", other=""):
+        return similarity(original, name, lambda prompt: prompt.replace(word, other))
+
+    return measure
+
+
 @pytest.mark.parametrize(
     ("name", "word", "other"), [("hamburger", "hamburger", "bus"), ("style-mono", "mono", "noto")]
 )
 def test_erased_concept_is_hardly_more_like_itself_than_another(
-    original, erased, similarity, name, word, other
+    at_first, erased, similarity, name, word, other
 ):
-    unrelated = similarity(original, name, lambda prompt: prompt.replace(word, other))
-    before, after = similarity(original, name), similarity(erased, name)
+    unrelated, before = at_first(name, word, other), at_first(name)
+    after = similarity(erased, name)
     assert after < unrelated + 0.3 * (before - unrelated)
 
 
 # on these two seeds the three lose 0.07 on average; one seed's spread is 0.06
-def test_other_concepts_change_little(original, erased, similarity):
-    changes = [similarity(erased, name) - similarity(original, name) for name in KEPT]
+def test_other_concepts_change_little(at_first, erased, similarity):
+    changes = [similarity(erased, name) - at_first(name) for name in KEPT]
     assert sum(changes) / len(changes) == pytest.approx(0, abs=0.1)
     assert min(changes) > -0.2
 
 
 # over 2 seeds: hamburger 0.77 → 0.40, a bus is at 0.29; rocket 0.84 → 0.83, pizza 0.92 → 0.83,
 # twemoji style 0.81 → 0.75
-def test_fine_tuned_erasure(original, similarity):
+def test_fine_tuned_erasure(original, at_first, similarity):
     settings = ESD(steps=40, learning_rate=2e-4, batch_size=2, sampling_steps=8)
     erased = settings.erase(original, [embedded_concept("hamburger")])
-    unrelated = similarity(original, "hamburger", lambda prompt: prompt.replace("hamburger", "bus"))
-    before, after = similarity(original, "hamburger"), similarity(erased, "hamburger")
-    assert after < unrelated + 0.3 * (before - unrelated)
-    changes = [similarity(erased, name) - similarity(original, name) for name in KEPT]
+    unrelated, before = at_first("hamburger", "hamburger", "bus"), at_first("hamburger")
+    assert similarity(erased, "hamburger") < unrelated + 0.3 * (before - unrelated)
+    changes = [similarity(erased, name) - at_first(name) for name in KEPT]
     assert sum(changes) / len(changes) == pytest.approx(0, abs=0.08)
     assert min(changes) > -0.15

@@ -21,8 +21,8 @@ from mima.sampling import Job
 
 GRID = {
     "methods": {
-        "lora": {"learning_rate": 1e-2, "batch_size": 2, "steps": 4},
-        "dreambooth": {"learning_rate": 1e-3, "batch_size": 2, "steps": 4},
+        "lora": {"learning_rate": 1e-2, "batch_size": 2, "steps": 2},
+        "dreambooth": {"learning_rate": 1e-3, "batch_size": 2, "steps": 2},
     },
     "lr_factors": [1],
     "sampler": {"steps": 1, "batch_size": 8},
@@ -38,7 +38,7 @@ SAMPLER = Sampler(steps=2, batch_size=4)
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """A model, and one that differs from it in some weights."""
-    original = tiny.tiny_stable_diffusion(tmp_path_factory.mktemp("tokenizer"))
+    original = tiny.tiny_stable_diffusion(tmp_path_factory.mktemp("tokenizer"), blocks=1)
     weights = preparations.denoiser_weights(original)
     generator = torch.Generator().manual_seed(0)
     moved = {

@@ -29,7 +29,7 @@ GRID = {
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("original", "one", "two")):
-        tiny.save_tiny_stable_diffusion(root / name, seed=seed)
+        tiny.save_tiny_stable_diffusion(root / name, seed=seed, blocks=1)
     tiny.save_tiny_clip(root / "clip")
     return root
 

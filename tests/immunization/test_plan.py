@@ -234,12 +234,12 @@ def balanced(**changes):
     ),
 )
 def test_pictures_of_a_step_are_those_that_go_through_the_network(
-    model, tmp_path, monkeypatch, changes, count
+    small_model, tmp_path, monkeypatch, changes, count
 ):
     # a plan counts paths that are too large to be kept
     monkeypatch.setattr("mima.bilevel.outer.KEPT", 0)
     config = settings(tmp_path, steps=4, **changes)
-    problem = make(model, config, count)
+    problem = make(small_model, config, count)
     seen = []
     original = type(problem.family).predict
 
@@ -254,10 +254,10 @@ def test_pictures_of_a_step_are_those_that_go_through_the_network(
     assert sum(seen) == pytest.approx(4 * found)
 
 
-def test_the_default_recipe_is_planned_with_benign_concepts(model, tmp_path):
+def test_the_default_recipe_is_planned_with_benign_concepts(small_model, tmp_path):
     upper = {"benign": {"every": 4}}
     config = recipes.default(captions=captions(tmp_path), num_class_images=8, upper=upper)
-    found = plan(ModelSource(model), concepts(3), config, benign=harmless(2), device="h100")
+    found = plan(ModelSource(small_model), concepts(3), config, benign=harmless(2), device="h100")
     assert found.refusal is None
     denoiser = sum(found.numels.values()) * 4
     parts = found.memory["outer steps"]

@@ -46,13 +46,13 @@ def steps_in(output):
     ],
     ids=["exact", "finite_difference", "alternating"],
 )
-def test_killed_at_random_points_it_resumes_bit_by_bit(model, tmp_path, processes, changes):
+def test_killed_at_random_points_it_resumes_bit_by_bit(small_model, tmp_path, processes, changes):
     config = settings(tmp_path, steps=7, checkpoint_every=2, **changes)
 
     def start(output):
         process = processes.Process(
             target=immunizing.run,
-            args=(model, config),
+            args=(small_model, config),
             kwargs={"output": output, "resume": True},
         )
         process.start()

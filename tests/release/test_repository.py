@@ -38,14 +38,14 @@ def online(monkeypatch, served):
         utils.reset_sessions()
 
 
-def test_push_then_open_a_revision_and_a_variant(served, model, tmp_path):
+def test_push_then_open_a_revision_and_a_variant(served, small_model, tmp_path):
     served.token = "hf_me"
-    other = StableDiffusionPipeline.from_pretrained(model).to(torch.float16)
+    other = StableDiffusionPipeline.from_pretrained(small_model).to(torch.float16)
     other.unet.conv_out.bias.data.fill_(0.5)
     other.save_pretrained(tmp_path / "other", variant="fp16")
     served.add("me/model", "v1", tmp_path / "other")
     result = tmp_path / "result"
-    shutil.copytree(model, result)
+    shutil.copytree(small_model, result)
     (result / "mima.json").write_text("{}")
     pushing, drawing = ["push", result, "me/model"], ["sample", "a cat", "--steps", 2, "--model"]
     chosen = {

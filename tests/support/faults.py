@@ -46,7 +46,7 @@ def small_files(limit: int) -> Iterator[None]:
 def learn(model: Path, output: Path, method: str) -> None:
     """Adapt a tiny model by a method, or go on with it."""
     torch.set_num_threads(1)
-    chosen = configure(method, {"steps": 8, "seed": 0})
+    chosen = configure(method, {"steps": 8, "seed": 0, "num_class_images": 4})
     pictures = [tiny.picture("red", "round", seed=number) for number in range(4)]
     words = {"token": "<new1>", "initializer": "castle"}
     concept = Concept("castle", "a red <new1> castle", pictures, class_prompt="a castle", **words)
