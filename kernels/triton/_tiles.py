@@ -150,7 +150,8 @@ class Tiles:
             most: tokens of a product.
         """
         device, dtype = layers[0].device, layers[0].dtype
-        rows = tuple([len(x) for x in layers])
+        # not `len`, which is a Python function of tensors
+        rows = tuple([x.shape[0] for x in layers])
         chosen = settings(dtype, longest)
         chosen = replace(chosen, block_s=min(chosen.block_s, most))
         blocks = block_map(rows, chosen.block_o, device)

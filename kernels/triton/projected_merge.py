@@ -309,7 +309,7 @@ def projected_merge_forward(inputs: arguments.ProjectedMerge) -> list[Tensor]:
         return [x.clone(memory_format=torch.contiguous_format) for x in W0]
     W0, W = contiguous(W0), contiguous(W)
     out = [torch.empty_like(x) for x in W0]
-    if W0[0].shape[1] == 0 or sum(map(len, W0)) == 0:
+    if W0[0].shape[1] == 0 or sum([x.shape[0] for x in W0]) == 0:
         return out
     of = Tiles.of(W0, [*W0, *W, *out], longest)
     size = of.count * len(C) * of.chosen.block_o * of.padded
@@ -336,7 +336,7 @@ def projected_merge_backward(
     d_out = contiguous(d_out)
     device, dtype, d = d_out[0].device, d_out[0].dtype, d_out[0].shape[1]
     longest = max((len(C_n) for C_n in C), default=0)
-    if longest == 0 or d == 0 or sum(map(len, d_out)) == 0:
+    if longest == 0 or d == 0 or sum([x.shape[0] for x in d_out]) == 0:
         return (
             [x.clone() for x in d_out] if need_W0 else [],
             [torch.zeros_like(x) for _ in C for x in d_out] if need_W else [],

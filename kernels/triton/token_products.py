@@ -149,14 +149,13 @@ def _token_sums_kernel(
 
 def _output_rows(X: Sequence[Tensor], num_tokens: int) -> dict[str, Any]:
     """Where each layer's rows begin in A, and how long they are."""
-    firsts = tuple(accumulate(map(len, X), initial=0))[:-1]
+    firsts = tuple(accumulate([x.shape[0] for x in X], initial=0))[:-1]
     return {"first_rows_ptr": sizes_on_device(firsts, X[0].device), "num_tokens": num_tokens}
 
 
 def token_outputs(X: Sequence[Tensor], C: Tensor) -> Tensor:
     """Return X Cᵀ [Σ o_l, s], by one launch."""
-    rows = sum(map(len, X))
-    A = C.new_empty(rows, len(C))
+    A = C.new_empty(sum([x.shape[0] for x in X]), len(C))
     if A.numel() == 0 or C.shape[1] == 0:
         return A.zero_()
     X = contiguous(X)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mima.kernels._common import (
-    ceil_div,
+    block_map,
     contiguous,
     launch_stream,
     load_pointer,
@@ -175,8 +175,9 @@ def weighted_merge_backward(
         *d_thetas,
     ]
     block = _block(d_out[0].dtype)
-    programs = sum(ceil_div(d.numel(), block) for d in d_out)
-    shares = weights.new_empty(programs if need_weights else 0, len(weights))
+    sizes = tuple([d.numel() for d in d_out])
+    programs = len(block_map(sizes, block, d_out[0].device)) if need_weights else 0
+    shares = weights.new_empty(programs, len(weights))
     if any(needs):
         launch_stream(
             *(_weighted_merge_bwd_kernel, d_out, everything),

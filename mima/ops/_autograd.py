@@ -131,7 +131,7 @@ def raw_operator(
 
 def refuse_graph(op: str, wanted: str, tensors: Iterable[Tensor]) -> None:
     """Refuse, with what is wanted instead, what is written in place where a graph is recorded."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if torch.is_grad_enabled() and any(map(_requires_grad, tensors)):
         raise ValueError(f"{op}: {wanted} where a gradient is asked for")
 
 

@@ -114,6 +114,26 @@ def require_lists(op: str, names: Sequence[str], lists: Sequence[Sequence[Tensor
                 require_like(op, f"{name}[{p}]", values[p], first, f"{names[0]}[{p}]", wanted)
 
 
+def require_matrices(op: str, name: str, values: Sequence[Tensor]) -> None:
+    """Refuse a list, not empty, but of matrices [o, d], all of one d, dtype and device."""
+    like = values[0]
+    require_floating(op, f"{name}[0]", like)
+    if like.ndim != 2:
+        raise ValueError(f"{op}: {name}[0] must be [o, d], got {list(like.shape)}")
+    d, dtype, device = like.shape[1], like.dtype, like.device
+    for i, x in enumerate(values):
+        # Every layer of a model comes here: compare, and leave the message to the slow path.
+        if (
+            not isinstance(x, Tensor)
+            or x.dtype is not dtype
+            or x.device != device
+            or x.layout is not torch.strided
+            or len(x.shape) != 2
+            or x.shape[1] != d
+        ):
+            require_like(op, f"{name}[{i}]", x, like, f"{name}[0]", ("o", d))
+
+
 def require_adapters(op: str, A: Sequence[Tensor], B: Sequence[Tensor], weight: Tensor) -> None:
     """Refuse low-rank factors that do not fit a weight [o, d]: A_n [r_n, d] and B_n [o, r_n]."""
     require_sequence(op, "A", A)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -140,8 +141,7 @@ def adam_step_pullback(
     if not g:
         return [], [], [], []
     needs = weight_decay != 0, True, True, True
-    tensors = (x for values in lists for x in values)
-    out = apply(AdamStepBackward, len(g), backend or "", rule, needs, *tensors)
+    out = apply(AdamStepBackward, len(g), backend or "", rule, needs, *chain.from_iterable(lists))
     d_z, d_g, d_m, d_v = split(out, (len(g),) * 4, needs)
     return d_z if needs[0] else list(bar_z), d_g, d_m, d_v
 
@@ -214,8 +214,7 @@ class AdamStep(Operator):
         needs = tuple(any(group) for group in _lists(ctx.needs_input_grad[4:], ctx.P))
         args = ctx.P, ctx.backend, ctx.rule, needs, *d_out, *ctx.saved_tensors
         grads = apply_backward(AdamStepBackward, *args)
-        split_up = split(grads, (ctx.P,) * 4, needs)
-        return *(None,) * 4, *(x for group in split_up for x in group)
+        return *(None,) * 4, *chain.from_iterable(split(grads, (ctx.P,) * 4, needs))
 
 
 class AdamStepBackward(Operator):

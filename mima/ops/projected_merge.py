@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -125,12 +126,9 @@ def _require_agreement(
         _checks.require_length(_OP, f"W[{n}]", row, len(W0), "one per layer of W0")
     if not W0:
         return
-    _checks.require_floating(_OP, "W0[0]", W0[0])
-    if W0[0].ndim != 2:
-        raise ValueError(f"{_OP}: W0[0] must be [o, d], got {list(W0[0].shape)}")
+    _checks.require_matrices(_OP, "W0", W0)
     d, dtype, device = W0[0].shape[1], W0[0].dtype, W0[0].device
     for layer, W0_l in enumerate(W0):
-        _checks.require_like(_OP, f"W0[{layer}]", W0_l, W0[0], "W0[0]", ("o", d))
         for n, row in enumerate(W):
             x = row[layer]
             # As many as layers times concepts: compare, and leave the message to the slow path.
@@ -197,7 +195,7 @@ class ProjectedMerge(Operator):
         needs = tuple(any(group) for group in _groups(ctx.needs_input_grad[3:], L, N))
         tensors = *d_out, *ctx.saved_tensors
         grads = apply_backward(ProjectedMergeBackward, L, N, ctx.backend, needs, *tensors)
-        return *(None,) * 3, *(x for group in split(grads, _sizes(L, N), needs) for x in group)
+        return *(None,) * 3, *chain.from_iterable(split(grads, _sizes(L, N), needs))
 
 
 class ProjectedMergeBackward(Operator):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mima.ops import _checks
-from mima.ops._autograd import raw_operator, refuse_graph
+from mima.ops._autograd import call, call_in_place, raw_operator, refuse_graph
 from mima.ops.backends import choice
 
 _OP = "token_outputs"
@@ -42,7 +42,7 @@ def token_outputs(X: Sequence[Tensor], C: Tensor, *, backend: str | None = None)
     _require_layers(X)
     _checks.require_like(_OP, "C", C, X[0], "X[0]", ("s", X[0].shape[1]))
     refuse_graph(_OP, _WANTED, [*X, C])
-    out: Tensor = _outputs(list(X), C, backend or "")
+    out: Tensor = call(_outputs, list(X), C, backend or "")
     return out
 
 
@@ -65,12 +65,12 @@ def add_token_outputs_(
     """
     _require_layers(X)
     _checks.require_like(_OP, "M", M, X[0], "X[0]", ("s", X[0].shape[1]))
-    _checks.require_like(_OP, "A", A, M, "X and M", (sum(map(len, X)), len(M)))
+    _checks.require_like(_OP, "A", A, M, "X and M", (_rows(X), len(M)))
     for layer, x in enumerate(X):
         if not x.is_contiguous():
             raise ValueError(f"{_OP}: X[{layer}] must be contiguous")
     refuse_graph(_OP, _WANTED, [*X, A, M])
-    _add(list(X), A, M, backend or "")
+    call_in_place(_add, list(X), A, M, backend or "")
 
 
 def token_sums(X: Sequence[Tensor], A: Tensor, *, backend: str | None = None) -> Tensor:
@@ -90,9 +90,9 @@ def token_sums(X: Sequence[Tensor], A: Tensor, *, backend: str | None = None) ->
         BackendError: `backend` cannot serve.
     """
     _require_layers(X)
-    _checks.require_like(_OP, "A", A, X[0], "X", (sum(map(len, X)), "s"))
+    _checks.require_like(_OP, "A", A, X[0], "X", (_rows(X), "s"))
     refuse_graph(_OP, _WANTED, [*X, A])
-    sums: Tensor = _sums(list(X), A, backend or "")
+    sums: Tensor = call(_sums, list(X), A, backend or "")
     return sums
 
 
@@ -100,18 +100,19 @@ def _require_layers(X: Sequence[Tensor]) -> None:
     _checks.require_sequence(_OP, "X", X)
     if not X:
         raise ValueError(f"{_OP}: X must have a layer, got none")
-    _checks.require_floating(_OP, "X[0]", X[0])
-    if X[0].ndim != 2:
-        raise ValueError(f"{_OP}: X[0] must be [o, d], got {list(X[0].shape)}")
-    for layer, x in enumerate(X):
-        _checks.require_like(_OP, f"X[{layer}]", x, X[0], "X[0]", ("o", X[0].shape[1]))
+    _checks.require_matrices(_OP, "X", X)
+
+
+def _rows(X: Sequence[Tensor]) -> int:
+    # `len` of a tensor is a Python function
+    return sum([x.shape[0] for x in X])
 
 
 _outputs = raw_operator(
     "token_outputs",
     "(Tensor[] X, Tensor C, str backend) -> Tensor",
     lambda X, C, name: choice.resolve(_OP, C, name).token_outputs(X, C),
-    fake=lambda X, C, name: C.new_empty(sum(map(len, X)), len(C)),
+    fake=lambda X, C, name: C.new_empty(_rows(X), len(C)),
 )
 _add = raw_operator(
     "add_token_outputs_",

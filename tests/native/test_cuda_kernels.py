@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,7 +181,33 @@ def test_nothing_spills(source, arch, tmp_path):
         assert numbers == ["0", "0", "0"], f"{kernel}: stack, spill stores, spill loads {numbers}"
 
 
+def test_a_capture_is_refused_before_anything_is_copied(monkeypatch):
+    capturing = [True]
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[-1])
+    stream = SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    copied = []
+    call = SimpleNamespace(table=lambda: copied.append(1) or bytearray(8))
+    cpu = torch.device("cpu")
+    refused = pytest.raises(RuntimeError, match="cannot be captured into a CUDA graph")
+    with refused, cuda._launching(call, cpu):
+        pass
+    assert not copied
+    capturing.append(False)
+    with cuda._launching(call, cpu) as (table, current):
+        assert (len(table), current) == (8, 7)
+
+
+@pytest.fixture
+def _built():
+    """Skip where the module was left out; one that is there has to work."""
+    if importlib.util.find_spec("mima._native_cuda") is None:
+        pytest.skip("mima._native_cuda was not built")
+
+
 @pytest.mark.cuda
+@pytest.mark.usefixtures("_built")
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize(
     "name", [n for n in native_cases.CASES if n.split("-")[0] in extension.OPS["cuda"]]
@@ -208,6 +235,7 @@ def test_values_on_a_device(name, dtype):
 
 
 @pytest.mark.cuda
+@pytest.mark.usefixtures("_built")
 def test_current_stream_and_device():
     stream = torch.cuda.Stream()
     base = torch.zeros(1 << 20, device="cuda")

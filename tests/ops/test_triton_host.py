@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -17,19 +22,23 @@ import mima.kernels
 import triton
 from mima.kernels import (
     _common,
+    adam_step,
     batched_lora,
+    combine,
     group_norm,
     merge_lora,
     projected_merge,
     token_products,
     weighted_merge,
 )
+from support.operator_cases import skip_unless_available
 from support.triton_aot import recorded_launches
 
+from mima import ops
 from mima.adapters.adapter import LowRank
 from mima.adapters.mixed_batch import MixedLinear, Rows
 from mima.ops._autograd import _functions
-from mima.ops.backends import arguments, choice
+from mima.ops.backends import arguments, choice, cpu
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 replaces the launches"
@@ -196,6 +205,92 @@ def test_tables_are_copied_once_for_the_same_tensors() -> None:
         assert len(copied) <= 2
 
 
+OF_LISTS = adam_step, combine, projected_merge, token_products, weighted_merge
+"""The modules of operators whose lists have the tensors of a whole model."""
+OURS = tuple(str(Path(module.__file__ or "").parent) for module in (mima, mima.kernels, triton))
+
+
+@contextmanager
+def _python_calls() -> Iterator[Counter[str]]:
+    """Count the Python functions of mima and Triton that run, and those that they call."""
+    calls: Counter[str] = Counter()
+
+    def look(frame: FrameType, event: str, arg: object) -> None:
+        caller = frame.f_back
+        files = frame.f_code.co_filename, caller.f_code.co_filename if caller else ""
+        # a generator is called once for each of its values
+        if event == "call" and any(file.startswith(OURS) for file in files):
+            calls[f"{Path(files[0]).name}:{frame.f_code.co_name}"] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(before)
+
+
+def _calls_on_lists(P: int) -> dict[str, Callable[[], object]]:
+    """Every operator on lists, and its gradients, for lists of P tensors."""
+    a, b, c, d = ([torch.randn(4, 8) for _ in range(P)] for _ in range(4))
+    leaves = [torch.randn(4, 8, requires_grad=True) for _ in range(2 * P)]
+    up = [torch.randn(4, 8) for _ in range(3 * P)]
+    texts = [torch.randn(2, 8, requires_grad=True) for _ in range(2)]
+    text, A = texts[0].detach(), torch.randn(4 * P, 2)
+    weights = torch.tensor([0.5, 0.5], requires_grad=True)
+    rule = {"lr": 0.1, "step": 1}
+
+    def gradients(outputs: Any, *inputs: torch.Tensor) -> object:
+        return torch.autograd.grad(outputs, [*leaves[: 2 * P], *inputs], up[: len(outputs)])
+
+    merged = leaves[:P], [leaves[P:], c]
+    return {
+        "weighted_merge": lambda: ops.weighted_merge(a, [b, c], weights.detach()),
+        "weighted_merge backward": lambda: gradients(ops.weighted_merge(*merged, weights), weights),
+        "weighted_merge_pullback": lambda: ops.weighted_merge_pullback(a, weights.detach()),
+        "projected_merge": lambda: ops.projected_merge(a, [b, c], [text] * 2, [text] * 2),
+        "projected_merge backward": lambda: gradients(
+            ops.projected_merge(*merged, texts, texts), *texts
+        ),
+        "projected_merge_pullback": lambda: ops.projected_merge_pullback(a, [text], [text]),
+        "adam_step": lambda: ops.adam_step(a, b, c, d, **rule),
+        "adam_step, moments in place": lambda: ops.adam_step(a, b, c, d, **rule, overwrite=True),
+        "adam_step backward": lambda: gradients(
+            list(chain(*ops.adam_step(leaves[:P], leaves[P:], c, d, **rule)))
+        ),
+        "adam_step_pullback": lambda: ops.adam_step_pullback(a, b, c, d, a, b, **rule),
+        "combine": lambda: ops.combine([a, b], [[1, 0.5]]),
+        "combine in place": lambda: ops.combine([a, b], [[1, 0.5]], into=[a]),
+        "combine backward": lambda: gradients(ops.combine([leaves[:P], leaves[P:]], [[1, 0.5]])[0]),
+        "token_outputs": lambda: ops.token_outputs(a, text),
+        "add_token_outputs_": lambda: ops.add_token_outputs_(a, A, text),
+        "token_sums": lambda: ops.token_sums(a, A),
+    }
+
+
+@pytest.mark.parametrize("backend", ["triton", "native"])
+def test_no_python_function_runs_for_each_tensor_of_a_list(backend: str) -> None:
+    if backend == "native":
+        skip_unless_available("native", "combine", torch.float32)
+    module = cpu if backend == "native" else mima.kernels
+    found = []
+    with mock.patch.object(choice, "resolve", return_value=module), recorded_launches(*OF_LISTS):
+        for P in (3, 40):
+            calls = _calls_on_lists(P)
+            for call in calls.values():
+                # what is kept of sizes is made here
+                call()
+            counted = {}
+            for name, call in calls.items():
+                with _python_calls() as counted[name]:
+                    call()
+            found.append(counted)
+    assert all(counted.total() > 20 for counted in found[0].values())
+    few, many = found
+    more = {name: many[name] - few[name] for name in few}
+    assert more == {name: Counter() for name in few}
+
+
 def test_tables_of_one_stream_serve_no_other() -> None:
     # Nothing makes another stream wait for the copy.
     x = torch.randn(3)
@@ -204,6 +299,49 @@ def test_tables_of_one_stream_serve_no_other() -> None:
     assert len(copied) == 2
     assert first is again
     assert first is not second
+
+
+@contextmanager
+def _on_a_stream(*, captured: bool) -> Iterator[None]:
+    """Let the CPU pass for a GPU, whose stream is being captured into a CUDA graph or is not."""
+    original = _common._stream
+
+    def stream(device: torch.device) -> int:
+        return original(torch.device("cuda"))
+
+    with (
+        mock.patch.object(_common, "_stream", stream),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=captured),
+        mock.patch.object(torch.cuda, "current_stream", return_value=mock.Mock(cuda_stream=7)),
+    ):
+        yield
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["new-tensors", "tables-are-there"])
+@pytest.mark.parametrize("name", _calls_on_lists(1))
+def test_a_capture_of_an_operator_on_lists_is_refused(name: str, known: bool) -> None:
+    call = _calls_on_lists(3)[name]
+    with (
+        mock.patch.object(choice, "resolve", return_value=mima.kernels),
+        recorded_launches(*OF_LISTS) as launches,
+        _copies() as copied,
+    ):
+        if known:
+            with _on_a_stream(captured=False):
+                call()
+            assert launches
+        launches.clear()
+        copied.clear()
+        refused = pytest.raises(RuntimeError, match="cannot be captured into a CUDA graph")
+        with _on_a_stream(captured=True), refused:
+            call()
+        # a graph would have kept the addresses of tables, which stay as long as a cache keeps them
+        assert not launches
+        assert not copied
+        # nothing of the refusal is kept
+        with _on_a_stream(captured=False):
+            call()
+        assert launches
 
 
 def test_an_address_says_whether_it_is_aligned() -> None:

@@ -85,7 +85,7 @@ def combine_into(out: Tensors, x: Tensors, factors: Sequence[Sequence[float]]) -
 
 def token_outputs(X: Tensors, C: Tensor) -> Tensor:
     """Return A = X Cᵀ, [Σ o_l, s]."""
-    A = C.new_empty(sum(len(X_l) for X_l in X), len(C))
+    A = C.new_empty(sum([X_l.shape[0] for X_l in X]), len(C))
     _run("token_outputs", C, _with_rows(X), *_with_rows([C]), A)
     return A
 

@@ -29,8 +29,13 @@ from mima.ops.backends.extension import (
 
 @contextmanager
 def _launching(call: Any, device: torch.device) -> Iterator[tuple[Tensor, int]]:
-    """Make the device current, copy a call's table to it, and name the current stream."""
+    """Make the device current, copy a call's table to it, and name the current stream.
+
+    A CUDA graph would copy the table again at each replay, from host memory that is not kept.
+    """
     with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("mima's native kernels cannot be captured into a CUDA graph")
         table = torch.frombuffer(call.table(), dtype=torch.uint8).to(device, non_blocking=True)
         yield table, torch.cuda.current_stream(device).cuda_stream
 
