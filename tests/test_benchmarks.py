@@ -388,6 +388,80 @@ def test_the_gpu_run_goes_through_its_stages_without_a_gpu(tmp_path):
     assert "merge_lora.json" in names
 
 
+# Python on a GPU machine where nothing can be compiled; it runs nothing
+WITHOUT_COMPILER = """#!/usr/bin/env bash
+echo "$* [native $MIMA_BUILD_NATIVE, device $MIMA_BENCH_DEVICE]" >>"$CALLS"
+case "$*" in
+  *get_device_capability*) echo 90 ;;
+  "-m pip install"*)
+    [[ $MIMA_BUILD_NATIVE == "$PIP_BUILDS" ]] || exit 1
+    mkdir -p "${@: -2:1}/mima" ;;
+  "-m mima doctor") cp -r "$PYTHONPATH" "$SITE" ;;
+  *--benchmark-json=*) file=${@: -1}; echo "{}" >"${file#*=}" ;;
+  "-m benchmarks.report"*) echo "a report" >"${@: -1}/report.md" ;;
+esac
+"""
+LOOK = """
+import torch, mima.kernels
+from mima.ops.backends import choice
+print("found", mima.__file__, mima.kernels.__file__)
+for row in choice.report("cpu"):
+    print(row.operator, row.backend, *row.reasons)
+"""
+
+
+@pytest.mark.parametrize(
+    ("builds", "installed"),
+    [
+        ("0", "mima was installed without native code, which could not be built"),
+        ("nothing", "mima was copied, not installed"),
+    ],
+)
+def test_the_gpu_run_goes_on_without_native_code(tmp_path, builds, installed):
+    pytest.importorskip("triton")
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    python.write_text(WITHOUT_COMPILER)
+    python.chmod(0o755)
+    site = tmp_path / "site"
+    environment = {"PYTHON": python, "CALLS": calls, "SITE": site, "PIP_BUILDS": builds}
+    done = subprocess.run(
+        ["bash", ROOT / "benchmarks/gpu/run.sh", tmp_path / "out"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + log
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert installed in summary
+    stages = re.findall(r"^\| (\w+) \| ok \| \d+ \|$", summary, flags=re.MULTILINE)
+    operators = "batched_lora", "adam_step", "weighted_merge", "projected_merge", "merge_lora"
+    benchmarks = [f"benchmark_{name}" for name in ("step", *operators)]
+    assert stages == ["install", "machine", "tests", *benchmarks, "memory", "benchmark_sampling"]
+    lines = calls.read_text().splitlines()
+    built = [line for line in lines if line.startswith("-m pip install")]
+    assert ["[native 1" in line for line in built] == [True, False]
+    (tests,) = (line for line in lines if "cuda and not slow" in line)
+    assert "tests/ops tests/native" in tests
+    measured = [line for line in lines if "--benchmark-json" in line]
+    assert len(measured) == len(benchmarks) + 1
+    assert all("device cuda]" in line for line in measured)
+    if builds == "0":
+        return
+    # what was copied has Triton's kernels, and no native code
+    found = subprocess.run(
+        [sys.executable, "-c", LOOK],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert f"found {site}/mima/__init__.py {site}/mima/kernels/__init__.py" in found
+    assert "combine triton on the CPU only in Triton's interpreter" in found
+    assert "combine native No module named 'mima._native'" in found
+
+
 def test_the_gpu_run_lists_the_wheels_to_carry():
     done = subprocess.run(
         ["bash", ROOT / "benchmarks/gpu/run.sh", "--list-wheels"],

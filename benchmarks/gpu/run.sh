@@ -181,9 +181,10 @@ install() {
   elif MIMA_BUILD_NATIVE=0 MIMA_BUILD_CUDA=0 build; then
     echo "mima was installed without native code, which could not be built: see log.txt."
   else
-    # as setup.py would lay it out
-    mkdir "$work/mima"
+    # as setup.py would lay it out, without what another machine may have built
+    mkdir -p "$work/mima"
     cp -r mima "$work/mima/mima" && cp -r kernels/triton "$work/mima/mima/kernels"
+    rm -f "$work/mima/mima"/{_native*,_build_info.json}
     echo "mima was copied, not installed: see log.txt. It has no native code."
   fi >"$work/installed"
   cp -r "$work"/mima/* "$work/site/"
