@@ -320,15 +320,21 @@ class _Walked:
         return lower.paths(tasks, theta, list(kept.values()), with_gradients=with_gradients)
 
 
-def held_by_paths(num_bytes: int, count: int) -> int:
-    """Bytes that paths hold in the second pass: the kept ones, and one that is walked again.
+def kept_paths(num_bytes: int, count: int, at_once: int) -> int:
+    """How many paths the second pass finds as the first has walked them.
 
     Args:
-        num_bytes: of one path.
+        num_bytes: of one path, as ``lower.path_bytes`` says.
         count: how many there are.
+        at_once: how many share their forwards, which are kept together or not at all.
     """
-    kept = min(count, KEPT // max(num_bytes, 1))
-    return (kept + (kept < count)) * num_bytes
+    room, kept = KEPT, 0
+    for first in range(0, count, at_once):
+        together = min(at_once, count - first)
+        if together * num_bytes <= room:
+            room -= together * num_bytes
+            kept += together
+    return kept
 
 
 def _gathered(ends: dict[int, Carried], ranks: Ranks, theta: Params) -> dict[int, Carried]:

@@ -7,12 +7,17 @@ import torch
 from support import builders
 from support.immunizing import captions, concepts, settings
 
+from mima.bilevel import lower
+from mima.bilevel.optimizers import SGD, Adam
+from mima.bilevel.outer import UpperLevel, UpperTerm, kept_paths, outer_gradient
+from mima.bilevel.tasks import FullWeights
 from mima.errors import MimaError
 from mima.families import ModelSource, family_of, frozen, load_pipeline
 from mima.families.frozen import Upcast, hold_frozen
 from mima.families.skeleton import open_skeleton
 from mima.immunization import levels, recipes
 from mima.immunization.algorithm import ascend, immunize
+from mima.immunization.config import LowerConfig
 from mima.immunization.encoding import encode_concepts
 from mima.immunization.levels import Problem
 from mima.immunization.planning import outer_step, refusal
@@ -42,6 +47,10 @@ def each(cases, fast):
     ]
 
 
+OWN = ("attacks, their gradients and merge", "further states of the path", "activations")
+"""Parts of an outer step's memory that are its own."""
+
+
 def make(model, config, count=2, benign=1):
     """A problem as the plan takes it: with a merge by the mean."""
     family = family_of(load_pipeline(str(model)))
@@ -50,6 +59,22 @@ def make(model, config, count=2, benign=1):
     hold_frozen(family.denoiser)
     merge = MergeLayer(torch.full((count,), 1 / count)) if config.method == "mima" else None
     return Problem(family, data, config, merge, benign=others)
+
+
+def measured(problem):
+    """Most bytes of one outer step on the CPU, and those of the trained weights' shapes then."""
+    theta, denoiser = problem.theta(), problem.family.denoiser
+    held = [*denoiser.parameters(), *denoiser.buffers(), *problem._start.values()]
+    held += [x for d in problem.data + problem.benign for e in (d.images, d.class_images)
+             if e is not None for x in (e.latents, *e.prompts.values())]  # fmt: skip
+    live = LiveBytes(held, [value.shape for value in theta.values()], "cpu")
+    peak, weights = 0, 0
+    with live:
+        for _ in outer_step.follow(problem, theta):
+            if live.peak > peak:
+                peak, weights = live.peak, live.parts["weights"]
+            live.restart()
+    return peak, weights
 
 
 def harmless(count):
@@ -119,18 +144,7 @@ def test_the_memory_of_a_step_is_what_the_step_holds(model, tmp_path, monkeypatc
     found = plan(ModelSource(model), concepts(), config, benign=harmless(1), device="cpu")
     parts = found.memory["outer steps"]
     monkeypatch.setattr(levels, "choose", lambda attackers, seed, n, step: attackers[n % 2 - 1])
-    problem = make(model, config)
-    theta, denoiser = problem.theta(), problem.family.denoiser
-    held = [*denoiser.parameters(), *denoiser.buffers(), *problem._start.values()]
-    held += [x for d in problem.data + problem.benign for e in (d.images, d.class_images)
-             if e is not None for x in (e.latents, *e.prompts.values())]  # fmt: skip
-    live = LiveBytes(held, [value.shape for value in theta.values()], "cpu")
-    peak, weights = 0, 0
-    with live:
-        for _ in outer_step.follow(problem, theta):
-            if live.peak > peak:
-                peak, weights = live.peak, live.parts["weights"]
-            live.restart()
+    peak, weights = measured(make(model, config))
     own = parts["attacks, their gradients and merge"] + parts["further states of the path"]
     # what shares its shape with a trained weight is counted as one
     assert 0.8 < own / weights < 1.25
@@ -178,8 +192,7 @@ def test_what_grows_with_the_path_is_added_without_being_followed(
     def own():
         found = plan(ModelSource(model), concepts(), config, benign=harmless(1))
         parts = found.memory["outer steps"]
-        names = ("attacks, their gradients and merge", "further states of the path", "activations")
-        return [sum(parts[name] for name in names), parts["further states of the path"]]
+        return [sum(parts[name] for name in OWN), parts["further states of the path"]]
 
     short, further = own()
     assert further > 0 or (mode, every) == ("first_order", None)
@@ -187,6 +200,72 @@ def test_what_grows_with_the_path_is_added_without_being_followed(
     whole, none = own()
     assert none == 0
     assert short == pytest.approx(whole, rel=0.15)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("mode", "rule", "every", "replayed"),
+    [
+        ("exact", SGD(lr=0.1), None, False),
+        ("exact", Adam(lr=0.1), 1, False),
+        ("exact", SGD(lr=0.1), 1, True),
+        ("finite_difference", Adam(lr=0.1), None, False),
+        ("first_order", SGD(lr=0.1), 1, True),
+    ],
+    ids=str,
+)
+def test_a_path_holds_what_is_added_for_it(monkeypatch, mode, rule, every, replayed, kept):
+    """Three concepts of six steps each, above two of two."""
+    theta = {f"w{i}": torch.randn(32, 32) for i in range(3)}
+    whole = sum(value.nbytes for value in theta.values())
+
+    def loss(params, k=0):
+        return sum((params[name] @ value).square().sum() for name, value in theta.items())
+
+    def task(steps):
+        return FullWeights(loss, tuple(theta), steps=steps, optimizer=rule)
+
+    gradients = mode != "exact" and rule.reads_gradient
+    one = lower.path_bytes(task(6), theta, with_gradients=gradients)
+    monkeypatch.setattr("mima.bilevel.outer.KEPT", kept * one)
+
+    def peak(count, steps):
+        parts = [UpperLevel([UpperTerm("one", -1.0)], lambda phi: [loss(phi)])] * count
+        upper = dict.fromkeys(range(1, steps + 1), parts) if every else parts
+        merge = MergeLayer(torch.full((count,), 1 / count))
+        with LiveBytes(theta.values(), [], "cpu") as live:
+            outer_gradient(
+                *(theta, [task(steps)] * count, merge, upper),
+                mode=mode,
+                wrt=tuple(theta),
+                keep=replayed,
+            )
+        return live.peak
+
+    low = LowerConfig(steps=6, optimizer=type(rule).__name__.lower())
+    found = outer_step._further(low, every, mode, whole, whole, (3, 2), replayed)
+    # of two steps, other tensors may be there at the peak
+    assert found == pytest.approx(peak(3, 6) - peak(2, 2), abs=1.5 * whole)
+
+
+@pytest.mark.parametrize(("room", "kept"), [(50, 5), (49, 4), (39, 3), (19, 1), (9, 0)])
+def test_paths_that_share_their_forwards_are_kept_together(monkeypatch, room, kept):
+    monkeypatch.setattr("mima.bilevel.outer.KEPT", room)
+    # two, two and one, of ten bytes each
+    assert kept_paths(10, 5, 2) == kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("changes", "kept"), [({}, 3), ({}, 1), (LORA, 3)], ids=str)
+def test_paths_are_planned_as_they_are_held(tmp_path, monkeypatch, changes, kept):
+    """The embedded model's, of which all or one are kept between the passes."""
+    config = settings(tmp_path, hypergradient="exact", lower={"steps": 4, **changes})
+    problem = make("embedded", config, 3, benign=0)
+    one = lower.path_bytes(problem.lower_levels(0)[0], problem.theta())
+    monkeypatch.setattr("mima.bilevel.outer.KEPT", kept * one)
+    parts = plan(ModelSource("embedded"), concepts(3), config, device="cpu").memory["outer steps"]
+    peak, _ = measured(problem)
+    assert sum(parts[name] for name in OWN) == pytest.approx(peak, rel=0.15)
 
 
 def balanced(**changes):

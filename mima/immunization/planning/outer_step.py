@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
@@ -11,7 +12,7 @@ import torch
 
 from mima.bilevel import lower
 from mima.bilevel.hypergradient import accumulate
-from mima.bilevel.outer import held_by_paths, upper_gradient
+from mima.bilevel.outer import kept_paths, upper_gradient
 from mima.concepts import Concept
 from mima.families import Conditioning, Family, Params
 from mima.families.frozen import Upcast, stored_bytes
@@ -75,13 +76,14 @@ def step_parts(
     _, names = trained_names(family, config)
     merged = sum(numels[name] for name in names) * FLOAT32
     # without a merge, one concept's path is over before the next begins
-    paths = (done, count) if config.method == "mima" else (1, 1)
+    paths = (math.ceil(done / mesh.groups), count) if config.method == "mima" else (1, 1)
+    replayed = config.attack_every > 1
     states = max(
-        _further(a, upper.path_every, mode, attacked(family, a, numels), merged, paths)
+        _further(a, upper.path_every, mode, attacked(family, a, numels), merged, paths, replayed)
         for a in config.attackers
     )
     beside = _further(low, upper.path_every, "first_order", 0, merged)
-    further = {"attack": states, "retain": beside if config.attack_every > 1 else 0}
+    further = {"attack": states, "retain": beside if replayed else 0}
     if upper.benign is not None:
         own = upper.benign.lower or low.as_benign
         size = sum(numels[n] for n in _names_of(family, own)) * FLOAT32
@@ -160,6 +162,7 @@ def _further(
     attacked: int,
     merged: int,
     paths: tuple[int, int] = (1, 1),
+    replayed: bool = False,
 ) -> int:
     """Bytes that paths, and steps of them, which are not followed add to those that are.
 
@@ -170,6 +173,7 @@ def _further(
         attacked: bytes of what it trains.
         merged: bytes of its change.
         paths: how many there are in an outer step, and how many of them are followed.
+        replayed: whether φ_k − θ of each state is kept beside the gradient there.
     """
     few = low.model_copy(update={"steps": min(low.steps, FOLLOWED)})
     states = len(low.states(every)) - len(few.states(_every(low, every)))
@@ -177,12 +181,16 @@ def _further(
         return states * merged
     gradient = mode == "finite_difference" and low.optimizer == "adam"
     state = attacked * (1 + MOMENTS[low.optimizer] + gradient)
-    every_one, followed = (
+    # where z is beside the network, it begins as tensors of its own, elsewhere as θ's
+    first = attacked * (low.parameters == "lora")
+    held = []
+    for one, count in zip((low, few), paths, strict=True):
+        own = one.steps * state
         # of one step, there is no path to keep
-        held_by_paths(one.steps * state, count) if one.steps > 1 else state
-        for one, count in zip((low, few), paths, strict=True)
-    )
-    return max(every_one - followed, 0) + states * 2 * merged
+        kept = kept_paths(own + attacked, count, low.concepts_per_forward) if one.steps > 1 else 1
+        # kept ones are given up one by one, and others are walked again when all of them are gone
+        held.append(max(kept, 1) * (own + first))
+    return max(held[0] - held[1], 0) + states * (1 + replayed) * merged
 
 
 def _names_of(family: Family, low: LowerConfig) -> list[str]:
