@@ -14,8 +14,8 @@ trap 'rm -rf "$work"' EXIT
 
 cd "$root"
 export CXX=$compiler MIMA_BUILD_NATIVE=1 MIMA_BUILD_CUDA=0
-# -O1 keeps the stack traces; a finding ends the process
-flags="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1"
+# -O1 keeps the stack traces; a finding ends the process, and a warning the build
+flags="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1 -Werror"
 lib=${SANITIZED:-$work/lib}
 if [[ ! -e $lib ]]; then
   CXXFLAGS=$flags LDFLAGS=$flags "$python" setup.py -q build_ext -b "$lib" -t "$work/temp"

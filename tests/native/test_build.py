@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.native_cases import needs_cpu_kernels
+
+from mima._version import __version__
+from mima.ops.backends import extension
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,9 +47,8 @@ def modules(tmp_path: Path) -> list[str]:
     return sorted(p.name.split(".")[0] for p in (tmp_path / "lib/mima").glob("*.so"))
 
 
-@pytest.fixture
-def broken(tmp_path) -> Path:
-    """A copy of the sources in which the CPU code does not compile, and is one file."""
+def with_cpu_code(tmp_path: Path, **files: str) -> Path:
+    """A copy of the sources in which the CPU code is these files, which compile in seconds."""
     copy = tmp_path / "copy"
     copy.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -56,8 +59,14 @@ def broken(tmp_path) -> Path:
     shutil.copy(ROOT / "mima/_version.py", copy / "mima")
     for source in (copy / "csrc/cpu").glob("*.cpp"):
         source.unlink()
-    (copy / "csrc/cpu/dispatch.cpp").write_text("this is no C++;\n")
+    for name, text in files.items():
+        (copy / f"csrc/cpu/{name}.cpp").write_text(text)
     return copy
+
+
+needs_a_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler"
+)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +94,8 @@ def test_asked_for_and_impossible_is_an_error(tmp_path):
     assert "mima._native cannot be built (MIMA_BUILD_NATIVE=1): no C++ compiler" in done.stderr
 
 
-def test_a_failing_compilation_is_recorded(tmp_path, broken):
+def test_a_failing_compilation_is_recorded(tmp_path):
+    broken = with_cpu_code(tmp_path, dispatch="this is no C++;\n")
     done = build(tmp_path, broken)
     assert done.returncode == 0, done.stderr
     assert "the compiler failed: " in outcome(tmp_path)["native"]["reason"]
@@ -103,25 +113,60 @@ def test_left_out_on_request(tmp_path):
     assert "MIMA_BUILD_CUDA must be 0, 1 or auto, got 'yes'" in done.stderr
 
 
+SMALL = {
+    "bindings": """
+#include <pybind11/pybind11.h>
+#include "cpu/dispatch.h"
+PYBIND11_MODULE(_native, module) {
+  module.attr("version") = MIMA_VERSION;
+  module.def("level", [] { return mima::name(mima::CpuLevel::kAvx2); });
+}
+""",
+    "dispatch": """
+#include "cpu/dispatch.h"
+const char* mima::name(CpuLevel) { return "the only one"; }
+""",
+}
+
+
+@needs_a_compiler
 def test_with_a_compiler_and_without_nvcc(tmp_path):
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("no C++ compiler")
-    home = tmp_path / "no-cuda"
-    # half the time of -O3, and the compiler still looks at what is used before it is set
-    done = build(tmp_path, CUDA_HOME=str(home), CXXFLAGS="-O1")
+    small, home = with_cpu_code(tmp_path, **SMALL), tmp_path / "no-cuda"
+    done = build(tmp_path, small, CUDA_HOME=str(home))
     assert done.returncode == 0, done.stderr
     assert modules(tmp_path) == ["_native"]
     assert outcome(tmp_path)["native"]["built"] is True
     assert f"no nvcc: {home}/bin/nvcc does not exist" in outcome(tmp_path)["native_cuda"]["reason"]
-    assert "warning:" not in done.stderr
-    done = build(tmp_path, CUDA_HOME=str(home), MIMA_BUILD_CUDA="1")
+    said = alone(tmp_path / "lib/mima", "print(_native.version, _native.level())")
+    assert said == f"{__version__} the only one"
+    done = build(tmp_path, small, CUDA_HOME=str(home), MIMA_BUILD_CUDA="1")
     assert done.returncode != 0
     assert "mima._native_cuda cannot be built (MIMA_BUILD_CUDA=1): no nvcc" in done.stderr
-    # what was built runs on its own: no symbol of torch, Python's alone
+
+
+def alone(folder: Path, code: str) -> str:
+    """What code says of the module in a folder, in a process without torch."""
     code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path / 'lib/mima')!r}); import _native;"
-        "assert 'torch' not in sys.modules; print(_native.cpu_level())"
+        f"import sys; sys.path.insert(0, {str(folder)!r}); import _native; {code};"
+        "assert 'torch' not in sys.modules"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() in {"generic", "avx2", "avx512"}
+    return ran.stdout.strip()
+
+
+@needs_cpu_kernels
+def test_what_is_installed_runs_on_its_own():
+    """No symbol of torch, Python's alone."""
+    said = alone(Path(extension.loaded("cpu").__file__).parent, "print(_native.cpu_level())")
+    assert said in {"generic", "avx2", "avx512"}
+
+
+@pytest.mark.slow
+@needs_a_compiler
+def test_the_sources_compile_without_a_warning(tmp_path):
+    """csrc/sanitize.sh, which the whole check runs, takes a warning for an error, too."""
+    # half the time of -O3, and the compiler still looks at what is used before it is set
+    done = build(tmp_path, CXXFLAGS="-O1", MIMA_BUILD_NATIVE="1", MIMA_BUILD_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    assert "warning:" not in done.stderr

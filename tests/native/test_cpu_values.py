@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from support.native_cases import (
     CASES,
     DTYPE_IDS,
     DTYPES,
-    check_backward,
-    check_forward,
+    Case,
+    Expected,
+    check_values,
+    expected_of,
     merge_lora,
     needs_cpu_kernels,
     vector_dtype,
@@ -33,16 +37,18 @@ def level(request, monkeypatch) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize("name", CASES)
-def test_forward(name, dtype, level):
-    check_forward(CASES[name](dtype))
+@functools.lru_cache(maxsize=1)
+def made(name: str, dtype: torch.dtype) -> tuple[Case, Expected]:
+    """A case and what is expected of it, kept for the levels, which follow each other."""
+    case = CASES[name](dtype)
+    return case, expected_of(case)
 
 
+@pytest.mark.parametrize("level", LEVELS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("name", CASES)
-def test_backward(name, dtype, level):
-    check_backward(CASES[name](dtype))
+def test_values_and_gradients(name, dtype, level):
+    check_values(*made(name, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
@@ -145,8 +151,8 @@ def test_a_large_step_in_place_and_beside_has_the_same_bits(offset, level):
 
 def test_adapters_narrower_than_a_vector_side_by_side(level):
     # their padding overlaps the next adapter, and at R = 16 the next row
-    check_forward(merge_lora(9, 20, [13, 3], torch.float32))
-    check_backward(merge_lora(9, 20, [1, 13, 2], torch.float32))
+    check_values(merge_lora(9, 20, [13, 3], torch.float32))
+    check_values(merge_lora(9, 20, [1, 13, 2], torch.float32))
 
 
 @pytest.mark.parametrize("strides", [(8, 1, 1), (8, 40, 1), (8, 7, 1), (0, 8, 1)])

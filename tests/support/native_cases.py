@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -78,29 +78,47 @@ def check(actual: Tensor, same_dtype: Tensor, truth: Tensor, length: int) -> Non
     assert error <= 2 * base + floor, f"{error:.2e} > 2 * {base:.2e} + {floor:.2e}"
 
 
-def check_forward(case: Case) -> None:
-    """Compare every output with the reference."""
-    actual = case.run(case.inputs)
-    same = case.reference(case.inputs)
-    truth = case.reference([x.double() for x in case.inputs])
-    assert len(actual) == len(truth)
-    for a, s, t in zip(actual, same, truth, strict=True):
-        check(a, s, t, case.length)
+class Expected(NamedTuple):
+    """What an operator and its gradients should give."""
+
+    upstream: list[Tensor]
+    """Gradients of the outputs."""
+    same: list[Tensor]
+    """Outputs, then gradients, by autograd through the reference in the inputs' dtype."""
+    truth: list[Tensor]
+    """The same in float64."""
 
 
-def check_backward(case: Case) -> None:
-    """Compare every gradient with autograd through the reference."""
+def expected_of(case: Case) -> Expected:
+    """Run the reference and its gradients, in both dtypes."""
 
-    def gradients(inputs: Sequence[Tensor], upstream: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def outputs_of(inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         leaves = [x.clone().requires_grad_() for x in inputs]
-        return torch.autograd.grad(
-            case.reference(leaves), leaves, upstream, materialize_grads=True, allow_unused=True
-        )
+        return leaves, case.reference(leaves)
 
-    upstream = [torch.randn(x.shape).to(x.dtype) for x in case.run(case.inputs)]
-    actual = case.backward(upstream, case.inputs)
-    same = gradients(case.inputs, upstream)
-    truth = gradients([x.double() for x in case.inputs], [x.double() for x in upstream])
+    def with_gradients(
+        leaves: list[Tensor], outputs: list[Tensor], upstream: Sequence[Tensor]
+    ) -> list[Tensor]:
+        gradients = torch.autograd.grad(
+            outputs, leaves, upstream, materialize_grads=True, allow_unused=True
+        )
+        return [*(x.detach() for x in outputs), *gradients]
+
+    leaves, outputs = outputs_of(case.inputs)
+    upstream = [torch.randn(x.shape).to(x.dtype) for x in outputs]
+    exact = outputs_of([x.double() for x in case.inputs])
+    return Expected(
+        upstream,
+        with_gradients(leaves, outputs, upstream),
+        with_gradients(*exact, [x.double() for x in upstream]),
+    )
+
+
+def check_values(case: Case, expected: Expected | None = None) -> None:
+    """Compare every output and every gradient with the reference."""
+    upstream, same, truth = expected or expected_of(case)
+    outputs = case.run(case.inputs)
+    actual = [*outputs, *case.backward(upstream, case.inputs)]
     assert len(actual) == len(truth)
     for a, s, t in zip(actual, same, truth, strict=True):
         check(a, s, t, case.length)
