@@ -123,7 +123,7 @@ def find_ninja() -> str:
     return path
 
 
-def python_includes() -> str:
+def python_includes(build_dir: Path) -> str:
     """Include flags for the bindings; CannotBuildError where the headers are missing."""
     try:
         import pybind11
@@ -135,7 +135,14 @@ def python_includes() -> str:
             f"no Python headers: {include}/Python.h does not exist (for instance "
             "`apt install python3-dev`)"
         )
-    return f"-isystem {pybind11.get_include()} -isystem {include}"
+    # copied: pip puts pybind11 into another folder each time, and bindings would be compiled anew
+    copy = build_dir / f"pybind11-{pybind11.__version__}"
+    if not copy.exists():
+        unfinished = copy.with_name(f"{copy.name}.part")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(pybind11.get_include(), unfinished)
+        unfinished.rename(copy)
+    return f"-isystem {shlex.quote(str(copy))} -isystem {shlex.quote(include)}"
 
 
 def ninja_path(path: Path | str) -> str:
@@ -160,7 +167,7 @@ def compile_module(name: str, build_dir: Path, compilers: dict[str, list[str]]) 
         "  depfile = $out.d",
         "  deps = gcc",
         "rule bindings",
-        f"  command = {cxx} -MMD -MF $out.d $flags {BINDINGS_FLAGS} {python_includes()}"
+        f"  command = {cxx} -MMD -MF $out.d $flags {BINDINGS_FLAGS} {python_includes(build_dir)}"
         " -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",

@@ -131,6 +131,7 @@ const char* mima::name(CpuLevel) { return "the only one"; }
 
 @needs_a_compiler
 def test_with_a_compiler_and_without_nvcc(tmp_path):
+    pybind11 = pytest.importorskip("pybind11")
     small, home = with_cpu_code(tmp_path, **SMALL), tmp_path / "no-cuda"
     done = build(tmp_path, small, CUDA_HOME=str(home))
     assert done.returncode == 0, done.stderr
@@ -139,7 +140,11 @@ def test_with_a_compiler_and_without_nvcc(tmp_path):
     assert f"no nvcc: {home}/bin/nvcc does not exist" in outcome(tmp_path)["native_cuda"]["reason"]
     said = alone(tmp_path / "lib/mima", "print(_native.version, _native.level())")
     assert said == f"{__version__} the only one"
-    done = build(tmp_path, small, CUDA_HOME=str(home), MIMA_BUILD_CUDA="1")
+    # pip puts what it builds with elsewhere each time
+    shutil.copytree(Path(pybind11.__file__).parent, tmp_path / "elsewhere" / "pybind11")
+    path = str(tmp_path / "elsewhere")
+    done = build(tmp_path, small, CUDA_HOME=str(home), MIMA_BUILD_CUDA="1", PYTHONPATH=path)
+    assert "no work to do" in done.stderr
     assert done.returncode != 0
     assert "mima._native_cuda cannot be built (MIMA_BUILD_CUDA=1): no nvcc" in done.stderr
 
