@@ -37,9 +37,8 @@ def test_cells_are_what_the_cuts_say():
     assert {len(cell.problem.targets) for cell in full if cell.method == "imma"} == {1}
     assert {cell.seed for cell in full if cell.method in (CEILING, UNTRAINED)} == {0}
     assert {cell.seed for cell in full if cell.method == "joint"} == {0, 1, 2}
-    for cell in full:
-        for name in cell.problem.targets:
-            embedded_concept(name)
+    for name in {name for cell in full for name in cell.problem.targets}:
+        embedded_concept(name)
     assert Cell(Problem("relearn", ("tiger",)), "joint", 2).name == "relearn_tiger.joint.seed2"
     with pytest.raises(MimaError, match=r"cell 'relearn_tigre\.joint\.seed0' is unknown"):
         CUTS["full"].cell("relearn_tigre.joint.seed0")
