@@ -76,6 +76,7 @@ class Sampler:
         seeds: Sequence[int],
         *,
         progress: Callable[[int, int], None] | None = None,
+        broken: list[int] | None = None,
     ) -> list[list[Image.Image]]:
         """Draw one picture for each prompt and seed.
 
@@ -84,6 +85,7 @@ class Sampler:
             prompts: P texts.
             seeds: R seeds; every prompt uses the same ones.
             progress: called with the number of pictures done and the number of all.
+            broken: as for `draw`, places counted through the rows.
 
         Returns:
             P rows of R pictures.
@@ -97,7 +99,7 @@ class Sampler:
             )
         jobs = [Job(prompt, seed) for prompt in prompts for seed in seeds]
         pictures: list[Image.Image] = []
-        for image in self.draw(pipeline, jobs):
+        for image in self.draw(pipeline, jobs, broken=broken):
             pictures.append(image)
             if progress is not None:
                 progress(len(pictures), len(jobs))
@@ -138,10 +140,13 @@ class Sampler:
             if rows is not None:
                 rows.choose(job.adapter for job in batch)
             pixels = self._draw(drawer, batch)
+            finite = np.isfinite(pixels)
             if broken is not None:
-                finite = np.isfinite(pixels).all(axis=(1, 2, 3))
-                broken += [start + place for place in np.flatnonzero(~finite).tolist()]
-            images: list[Image.Image] = drawer.image_processor.numpy_to_pil(pixels)
+                whole = finite.all(axis=(1, 2, 3))
+                broken += [start + place for place in np.flatnonzero(~whole).tolist()]
+            # what a cast to bytes makes of other numbers is undefined
+            shown = np.where(finite, pixels, np.float32(0))
+            images: list[Image.Image] = drawer.image_processor.numpy_to_pil(shown)
             yield from images
 
     def _drawer(self, pipeline: Pipeline) -> Any:

@@ -420,6 +420,12 @@ class Run:
         self._injection.after_step()
         self.step += 1
         self.losses.append(loss)
+        if not math.isfinite(loss) and self.step == 1:
+            # the loss is that of the weights before the step
+            raise Diverged(
+                f"{settings.method}: the loss is {loss} before any step: the model's weights are "
+                "not finite, or overflow"
+            )
         if not math.isfinite(loss):
             raise Diverged(
                 f"{settings.method}: the loss is {loss} at step {self.step}; "

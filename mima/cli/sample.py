@@ -9,7 +9,7 @@ import typer
 
 from mima.cli import options
 from mima.cli.base import app
-from mima.errors import MimaError
+from mima.errors import MimaError, counted
 
 
 @app.command()
@@ -69,7 +69,7 @@ def sample(
     size = family_of(pipeline, resolution=resolution).resolution
     if adapter is not None:
         pipeline = merge_adapters(pipeline, [adapter], weights=[1.0], method="weighted").pipeline
-    seeds = range(seed, seed + num)
+    seeds, broken = range(seed, seed + num), list[int]()
     with progress() as bars:
         task = bars.add_task("drawing", total=num, note="")
         sampler = Sampler(steps=steps, guidance=guidance, size=size)
@@ -78,7 +78,15 @@ def sample(
             [prompt],
             seeds,
             progress=lambda done, total: bars.update(task, completed=done, total=total),
+            broken=broken,
         )
-    for one, picture in zip(paths, row, strict=True):
-        write_picture(one, picture, kinds[one.suffix.lower()])
-        stdout().print(str(one))
+    for place, (one, picture) in enumerate(zip(paths, row, strict=True)):
+        if place not in broken:
+            write_picture(one, picture, kinds[one.suffix.lower()])
+            stdout().print(str(one))
+    if broken:
+        raise MimaError(
+            f"{source.label}: {len(broken)} of {counted(num, 'picture')} (seeds "
+            f"{', '.join(str(seeds[place]) for place in broken)}) are not of finite numbers and so "
+            f"not written: the weights are not finite, or overflow in {dtype}"
+        )

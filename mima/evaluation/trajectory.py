@@ -72,6 +72,7 @@ class Trajectory:
         images: the pictures of each, in the order of the jobs.
         losses: training loss of every step done.
         diverged: why the last steps are missing, or their pictures are no finite numbers.
+        broken: steps at which some pictures are no finite numbers.
         pipeline: the adapted pipeline, after the last step.
     """
 
@@ -79,6 +80,7 @@ class Trajectory:
     images: tuple[tuple[Image.Image, ...], ...]
     losses: tuple[float, ...]
     diverged: Diverged | None
+    broken: tuple[int, ...]
     pipeline: Pipeline
 
 
@@ -163,7 +165,12 @@ def trajectory(
             f"learning_rate ({adaptation.learning_rate})"
         )
     return Trajectory(
-        tuple(reached), tuple(map(tuple, images)), tuple(run.losses), diverged, run.pipeline
+        steps=tuple(reached),
+        images=tuple(map(tuple, images)),
+        losses=tuple(run.losses),
+        diverged=diverged,
+        broken=tuple(sorted(set(black))),
+        pipeline=run.pipeline,
     )
 
 
@@ -200,7 +207,7 @@ def attack(
         progress: called with work done and all work, in steps and pictures.
 
     Raises:
-        MimaError: the concept has no references.
+        MimaError: the concept has no references, or the model draws no finite numbers.
         ValueError: steps do not ascend, or an empty list.
     """
     steps = tuple(steps)
@@ -235,6 +242,11 @@ def attack(
             progress(done, total)
 
     drawn = trajectory(pipeline, concept, adaptation, steps, jobs, sampler, advance=advance)
+    if 0 in drawn.broken:
+        raise MimaError(
+            "attack: before any training the model's pictures are not of finite numbers: nothing "
+            "can be measured of it"
+        )
     if drawn.diverged is not None:
         raise drawn.diverged
     images = [

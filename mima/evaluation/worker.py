@@ -23,6 +23,7 @@ from mima.choices import PictureProtocol
 from mima.concepts import Concept
 from mima.concepts.naming import without_name
 from mima.concepts.pictures import Picture, by_prompt, digest
+from mima.errors import MimaError
 from mima.evaluation import preparations
 from mima.evaluation.benign import cmmd, text_features
 from mima.evaluation.encoders import (
@@ -59,7 +60,7 @@ from mima.evaluation.records import (
 from mima.evaluation.trajectory import Trajectory, trajectory
 from mima.evaluation.tuning import TrialRow
 from mima.families import family_of, load_pipeline
-from mima.families.pipelines import Pipeline
+from mima.families.pipelines import Pipeline, networks
 from mima.sampling import Job, Sampler
 from mima.storage.output import write_picture
 from mima.storage.tensor_files import fingerprint
@@ -319,6 +320,8 @@ class Worker:
         self.pipelines = {
             side: load_pipeline(model, device=bench.device) for side, model in bench.models.items()
         }
+        for side, pipeline in self.pipelines.items():
+            _check_finite(side, pipeline)
         self._originals: Originals | None = None
         if bench.originals is not None:
             model = weights_of(self.pipelines["original"])
@@ -346,8 +349,11 @@ class Worker:
             return self._try(task)
         jobs = [Job(prompt, index) for index, prompt in enumerate(self.bench.prompts)]
         files = self.bench.benign_files(task)
-        pictures = self.bench.sampler.draw(self.pipelines[task], jobs)
+        broken: list[int] = []
+        pictures = self.bench.sampler.draw(self.pipelines[task], jobs, broken=broken)
         for file, image in zip(files, pictures, strict=True):
+            if broken:
+                raise _not_finite(task, jobs[broken[0]].prompt)
             write_picture(file, image)
             self.advance(1)
         return None
@@ -432,6 +438,9 @@ class Worker:
 
         Returns:
             Why it diverged, if it did.
+
+        Raises:
+            MimaError: pictures of the model itself, before any training, are no finite numbers.
         """
         bench, count = self.bench, len(self.bench.jobs(attack))
         entry = self.kept_of(attack, adaptation) if side == "original" else None
@@ -451,6 +460,9 @@ class Worker:
             return None if why is None else str(why)
         concept, _ = bench.material(attack)
         drawn = self._train(attack, concept, side, adaptation, bench.jobs(attack))
+        # what a preparation breaks is the attacker's to bear
+        if 0 in drawn.broken and attack.preparation == "none":
+            raise _not_finite(side, concept.prompt)
         diverged = None if drawn.diverged is None else str(drawn.diverged)
         if bench.repairs and diverged is None:
             self._repair(attack, side, drawn.pipeline)
@@ -761,6 +773,24 @@ class Worker:
             run = lora.adapt(pipeline, subject, on_step=lambda _: self.advance(1))
             adapters.append(Adapter.of(run.pipeline))
         return apply(pipeline, adapters)
+
+
+def _check_finite(side: Side, pipeline: Pipeline) -> None:
+    """Refuse a model with weights that no picture can be drawn with."""
+    for part, module in networks(pipeline).items():
+        for name, value in module.named_parameters():
+            if not bool(value.isfinite().all()):
+                raise MimaError(
+                    f"evaluate: the {side} model's {part}.{name} holds numbers that are not "
+                    "finite: nothing can be measured of it"
+                )
+
+
+def _not_finite(side: Side, prompt: str) -> MimaError:
+    return MimaError(
+        f"evaluate: before any attack the {side} model's picture of {prompt!r} is not of finite "
+        "numbers: nothing can be measured of it"
+    )
 
 
 def _object_in(concept: Concept, picture: Picture) -> str:

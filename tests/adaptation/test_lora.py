@@ -297,6 +297,15 @@ def test_diverging_training_says_so(pipeline):
         run.advance(20)
 
 
+def test_a_model_that_is_not_finite_is_no_matter_of_the_rate(pipeline):
+    broken = copy.deepcopy(pipeline)
+    broken.unet.conv_in.weight.data[0] = float("nan")
+    run = FAST.start(broken, tiny.concept())
+    with pytest.raises(MimaError, match="lora: the loss is nan before any step: the model's"):
+        run.advance(2)
+    assert run.step == 1
+
+
 def test_model_with_adapters_is_refused(pipeline):
     run = FAST.start(pipeline, tiny.concept())
     with pytest.raises(MimaError, match="adapters are loaded already"):

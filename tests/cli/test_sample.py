@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from support.commands import run
 
 
@@ -86,3 +87,15 @@ def test_a_damaged_model(workdir, model, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "damaged" in run("sample", "a cat", "--model", "damaged", code=2)
     assert not list(workdir.glob("*.png"))
+
+
+def test_pictures_that_are_not_of_finite_numbers_are_refused(workdir, model):
+    shutil.copytree(model, "broken")
+    (weights,) = Path("broken/unet").glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["conv_in.weight"][0] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    options = ["--model", "broken", "--steps", 1, "--num", 2, "-o", "x.png"]
+    said = run("sample", "a cat", *options, code=2)
+    assert "broken: 2 of 2 pictures (seeds 0, 1) are not of finite numbers" in said
+    assert not list(workdir.glob("x*.png"))

@@ -24,6 +24,7 @@ from mima.evaluation.plan import Plan
 from mima.evaluation.records import SIDES, EvaluationFolder
 from mima.evaluation.tuning import TuningLog
 from mima.evaluation.worker import Bench
+from mima.families import load_pipeline
 from mima.report import write_report
 from mima.sampling import Sampler
 
@@ -233,6 +234,40 @@ def test_an_attack_that_diverges_has_no_numbers_and_no_nan(folders, tmp_path):
     assert result.summary["clip"].msgr.mean is result.summary["clip"].worst_attack.attack is None
     assert not {"nan", "inf", "-inf", "NaN"} & set(numbers(folder))
     assert "No attack could be compared" in write_report([tmp_path]).read_text()
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_model_that_is_not_finite_before_any_attack_is_refused_by_name(folders, tmp_path, side):
+    models = {one: load_pipeline(folders / "model") for one in SIDES}
+    models[side].unet.conv_in.weight.data[0] = math.nan
+    with pytest.raises(MimaError, match=rf"the {side} model's unet\.conv_in\.weight holds numbers"):
+        evaluate(
+            *models.values(),
+            [Concept.from_folder(folders / "red")],
+            output=tmp_path / "out",
+            settings=SMALL,
+            similarities=[folders / "clip"],
+        )
+    # nothing was begun, and nothing that was there is lost
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("benign", [0, 1])
+def test_a_model_that_overflows_before_any_attack_is_refused_by_name(folders, tmp_path, benign):
+    models = {one: load_pipeline(folders / "model") for one in SIDES}
+    # finite, and too large to compute with
+    models["immunized"].unet.conv_in.weight.data.fill_(3e38)
+    with pytest.raises(MimaError, match="before any attack the immunized model's picture of"):
+        evaluate(
+            *models.values(),
+            [Concept.from_folder(folders / "red")],
+            output=tmp_path,
+            settings=SMALL
+            | {"benign_prompts": benign, "methods": {"lora": {"steps": 1}}, "seeds": [0]},
+            similarities=[folders / "clip"],
+        )
+    assert not list(tmp_path.glob("images/benign/immunized/*"))
+    assert EvaluationFolder(tmp_path).attacks() == []
 
 
 def test_a_part_of_a_setting_has_a_name():

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import numpy as np
@@ -175,3 +176,13 @@ def test_attack_refuses_bad_input(pipeline):
             attack(pipeline, concept, FAST, encoder=MeanColour(), **keywords)
     with pytest.raises(MimaError, match="'red round' has no held_out pictures"):
         attack(pipeline, dataclasses.replace(concept, held_out=()), FAST, encoder=MeanColour())
+
+
+def test_a_model_that_is_not_finite_is_not_measured(pipeline):
+    broken = copy.deepcopy(pipeline)
+    broken.unet.conv_in.weight.data[0] = float("nan")
+    with pytest.raises(MimaError, match="before any training the model's pictures are not of"):
+        attack(
+            broken, tiny.concept(), FAST, encoder=MeanColour(), steps=(0,), seeds=(0,),
+            sampler=SAMPLER,
+        )  # fmt: skip
