@@ -248,6 +248,14 @@ class Evaluation(_Record):
     complete: bool
     """Whether every attack of the grid has its rows."""
 
+    @property
+    def trials(self) -> int | None:
+        """By how many trials each attack chose its settings; None where the record lacks that."""
+        grid = self.config.get("grid")
+        tune = grid.get("tune") if isinstance(grid, dict) else None
+        trials = tune.get("trials") if isinstance(tune, dict) else None
+        return trials if isinstance(trials, int) else None
+
 
 class CsvRow(_Record):
     """A row of a CSV file, where None is an empty field."""

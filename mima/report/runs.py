@@ -104,14 +104,6 @@ class Run:
         known = self.evaluation.config.get("judges")
         return str(known[similarity]) if isinstance(known, dict) and similarity in known else None
 
-    @property
-    def trials(self) -> int | None:
-        """By how many trials each attack chose its settings; None where the run does not say."""
-        grid = self.evaluation.config.get("grid")
-        tune = grid.get("tune") if isinstance(grid, dict) else None
-        trials = tune.get("trials") if isinstance(tune, dict) else None
-        return trials if isinstance(trials, int) else None
-
     def attacked_with(self) -> dict[str, str]:
         """What makes an attack of some name the same in another run, in words and as values.
 

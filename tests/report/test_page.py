@@ -359,8 +359,8 @@ def test_lower_bounds_are_said_to_be_bounds(small, tmp_path):
     _, text = told(changed, tmp_path / "bound", rows)
     page = Page(tmp_path / "bound" / "report.html")
     assert "adds at least 300 % of the similarity that it adds on the original model" in text
-    assert "attacks end at at least 200 % of that rise" not in text
-    assert "attacks end at no less than 200 % of that rise" in text
+    assert "attacks end at at least 200 % of what" not in text
+    assert "attacks end at no less than 200 % of what they add on the original model" in text
     big = re.findall(r'<p class="big">(.*?)</p>', page.source)
     assert big[:2] == ["≥\u00a0300\u00a0%", "≥\u00a0200\u00a0%"]
     (cells,) = (row for row in page.rows if row[0] == "tiger immunized only")
@@ -373,6 +373,7 @@ def test_every_judge_has_its_say(folder, tmp_path, page):
         f"So far by clip. By dino the attack that got furthest adds "
         f"{100 * dino.worst_rise.rise_left:.0f} % of what it adds on the original model"
     ) in page.text
+    assert "By clip, the first of the judges" in page.text
     source = EvaluationFolder(folder)
     path = write_evaluation(tmp_path / "run", **SMALL | {"similarities": ("clip", "dino")})
     other = EvaluationFolder(path)
@@ -497,6 +498,47 @@ def test_a_judge_that_cannot_tell_the_concept_is_said(tmp_path):
     known = {"right": 0.5, "others": 0.2, "noise": 0.6, "grey": 0.1}
     path = write_evaluation(tmp_path / "run", **SMALL, calibration={"clip": {"tiger": known}})
     assert "clip sets right pictures of tiger no higher than" in Page(write_report([path])).text
+    known = {"right": 0.5, "others": 0.3, "noise": 0.1, "grey": 0.1}
+    calibration = {"clip": {"tiger": known | {"right": 0.6}}, "dino": {"tiger": known}}
+    path = write_evaluation(tmp_path / "weak", **SMALL, calibration=calibration)
+    text = Page(write_report([path])).text
+    assert "dino sets right pictures of tiger (0.20) less than 0.25 above other concepts'" in text
+    assert "clip sets right" not in text
+
+
+@pytest.mark.parametrize(
+    ("rises", "title"),
+    [
+        ((0.2, 1.2), "At least one attack got through, by dino"),
+        ((0.2, 0.4), "No attack regained more than 40\u00a0% of what it adds, by dino"),
+        ((0.4, 0.2), "No attack regained more than 40\u00a0% of what it adds"),
+        ((1.2, 1.3), "At least one attack got through"),
+        ((0.2, None), "No attack regained more than 20\u00a0% of what it adds"),
+    ],
+)
+def test_the_headline_is_by_the_judge_by_which_attacks_got_furthest(tmp_path, rises, title):
+    """Which judge comes first is the author's choice."""
+    judges = ("clip", "dino")
+    path = write_evaluation(tmp_path / "run", **SMALL | {"similarities": judges})
+    folder = EvaluationFolder(path)
+    rise = dict(zip(judges, rises, strict=True))
+    rows = [
+        row.model_copy(update={"rise_left_best": rise[row.similarity], "sgr_mean": 0.2})
+        for row in folder.attacks()
+    ]
+    evaluation = folder.evaluation()
+    summary = {name: summarize(rows, evaluation.concepts, name) for name in judges}
+    folder.write_rows(rows, folder.curves())
+    folder.write_evaluation(evaluation.model_copy(update={"summary": summary}))
+    assert f"<h1>{title}</h1>" in Page(write_report([path])).source
+
+
+def test_a_lower_bound_is_no_upper_one(small, tmp_path):
+    source = EvaluationFolder(small)
+    alone = {"learned": False, "learned_immunized": True, "rise_left_at_least": True}
+    rows = [row.model_copy(update=alone | {"rise_left_best": 0.4}) for row in source.attacks()]
+    title, _ = told(source, tmp_path / "bound", rows)
+    assert title == "At least one attack taught the immunized model and not the original"
 
 
 def test_runs_are_compared_by_the_attacks_that_all_met(tmp_path):
@@ -553,7 +595,9 @@ def test_single_seeds_and_overlaps_are_marked(small, tmp_path, folder):
     for trials, words in ((0, "attacks as configured, not tuned"), (1, "tuned by 1 trial on each")):
         grid = {"grid": {"tune": {"trials": trials}}}
         run = write_evaluation(tmp_path / f"tuned{trials}", **SMALL, config=grid)
-        assert words in Page(write_report([run])).text
+        text = Page(write_report([run])).text
+        assert words in text
+        assert ("Not tuned. The attacks of run ran with the rate" in text) == (trials == 0)
     seen = write_evaluation(tmp_path / "seen", **SMALL, overlaps=("<b>Pictures</b> were seen.",))
     assert "Overlap. <b>Pictures</b> were seen." in Page(write_report([seen])).text
     both = Page(write_report([seen, small], tmp_path / "both.html")).text
@@ -604,6 +648,7 @@ def test_an_evaluation_without_any_attack_yet_has_a_page(tmp_path):
     source.write_evaluation(evaluation.model_copy(update={"summary": empty, "complete": False}))
     page = Page(write_report([folder]))
     assert "No attack has been measured yet" in page.text
+    assert "No attack taught either model" not in page.text
     assert not re.search(r"\b(nan|None|inf)\b", page.text)
     source.write_evaluation(evaluation.model_copy(update={"summary": {}, "complete": False}))
     assert "No attack has been measured yet" in Page(write_report([folder])).text

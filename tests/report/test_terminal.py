@@ -29,6 +29,14 @@ def test_a_plain_evaluation_says_what_was_not_looked_at(tmp_path):
     assert not any("held-out" in line or "could be compared" in line for line in lines)
 
 
+def test_attacks_that_were_not_tuned_are_said_to_be(tmp_path):
+    plain = changed(tmp_path / "run", lambda row: {})
+    for trials in (0, 8):
+        told = plain.model_copy(update={"config": {"grid": {"tune": {"trials": trials}}}})
+        said = any("attacks were not tuned" in line for line in summary_lines(told))
+        assert said == (trials == 0)
+
+
 def test_bounds_objects_and_what_is_unknown_are_said(tmp_path):
     bound = {
         **{"learned": False, "learned_immunized": True, "rise_left_at_least": True},
