@@ -100,8 +100,8 @@ def _apart(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 def _points(picture: Picture) -> torch.Tensor:
     """A picture as F × F points of brightness and colour, [F, F, 3]."""
-    small = picture.load().convert("YCbCr").resize((FINE, FINE), Image.Resampling.BILINEAR)
-    return torch.tensor(np.asarray(small)).float()
+    small = picture.load().resize((FINE, FINE), Image.Resampling.BILINEAR)
+    return torch.tensor(np.asarray(small.convert("YCbCr"))).float()
 
 
 def _whole(points_FF3: torch.Tensor) -> torch.Tensor:

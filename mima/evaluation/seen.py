@@ -152,12 +152,13 @@ def trained_on(concepts: Sequence[Concept], shared: Sequence[Concept] = ()) -> l
         shared: concepts whose pictures attacks on others train on, too.
     """
     found = []
+    trained = {one.name: _level_of(one.images) for one in (*concepts, *shared)}
     for concept in concepts:
         if not concept.held_out:
             continue
         for other in (concept, *(one for one in shared if one is not concept)):
             whose = "its own" if other is concept else f"{other.name}'s"
-            same, near = _level_of(other.images).saw(concept.held_out)
+            same, near = trained[other.name].saw(concept.held_out)
             compared = f"of the pictures that attacks on {concept.name} are compared with are"
             if same:
                 found.append(
