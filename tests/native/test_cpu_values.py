@@ -18,6 +18,7 @@ from support.native_cases import (
     needs_cpu_kernels,
     vector_dtype,
 )
+from torch import Tensor
 
 from mima import ops, reference
 from mima.ops.backends import cpu, extension
@@ -113,23 +114,36 @@ def test_gradients_that_are_not_needed_are_not_made(level):
     torch.testing.assert_close(d_C[0], (W[0] @ C[0].mT).mT @ (W[1] - W[0]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
-def test_results_larger_than_the_caches(dtype, offset, level):
-    # written past the caches, where the addresses allow it
+@pytest.fixture(scope="module", params=DTYPES, ids=DTYPE_IDS)
+def dtype_of_large(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["aligned", "unaligned"])
+def large(request, dtype_of_large) -> tuple[list[Tensor], list[Tensor]]:
+    """Base, θ and an upstream gradient larger than the caches; their merge and its gradients."""
+    dtype, offset, draws = dtype_of_large, request.param, torch.Generator().manual_seed(0)
     size = (17 << 20) // torch.empty(0, dtype=dtype).element_size() + 5
-    base, theta, d_out = (torch.randn(size + 1).to(dtype)[offset : size + offset] for _ in range(3))
-    w = torch.tensor([0.25], dtype=vector_dtype(dtype))
-    (out,) = cpu.weighted_merge_forward(WeightedMerge([base], [theta], w))
-    (expected,) = reference.weighted_merge([base], [[theta]], w)
-    torch.testing.assert_close(out, expected)
-    (d_base,), (d_theta,), d_w = cpu.weighted_merge_backward(
-        [d_out], WeightedMerge([base], [theta], w), [True] * 3
+    base, theta, d_out = (
+        torch.randn(size + 1, generator=draws).to(dtype)[offset : size + offset] for _ in range(3)
     )
-    torch.testing.assert_close(d_base, (0.75 * d_out.double()).to(dtype))
-    torch.testing.assert_close(d_theta, (0.25 * d_out.double()).to(dtype))
-    products = d_out.double() * (theta.double() - base.double())
-    torch.testing.assert_close(d_w.double(), products.sum()[None], rtol=1e-4, atol=0.1)
+    w = torch.tensor([0.25], dtype=vector_dtype(dtype))
+    (out,) = reference.weighted_merge([base], [[theta]], w)
+    d_base, d_theta = ((share * d_out.double()).to(dtype) for share in (0.75, 0.25))
+    d_w = (d_out.double() * (theta.double() - base.double())).sum()[None]
+    return [base, theta, w, d_out], [out, d_base, d_theta, d_w]
+
+
+def test_results_larger_than_the_caches(large, level):
+    # written past the caches, where the addresses allow it
+    (base, theta, w, d_out), (expected, d_base, d_theta, d_w) = large
+    merge = WeightedMerge([base], [theta], w)
+    (out,) = cpu.weighted_merge_forward(merge)
+    torch.testing.assert_close(out, expected)
+    found = cpu.weighted_merge_backward([d_out], merge, [True] * 3)
+    torch.testing.assert_close(found[0], [d_base])
+    torch.testing.assert_close(found[1], [d_theta])
+    torch.testing.assert_close(found[2].double(), d_w, rtol=1e-4, atol=0.1)
 
 
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])

@@ -49,7 +49,8 @@ def test_hostile_yaml_is_refused(case):
 @pytest.mark.parametrize(
     "text",
     [
-        *HOSTILE_YAML.values(),
+        # that in Python takes seconds to refuse the many values
+        *(text for case, text in HOSTILE_YAML.items() if case != "many values"),
         "name: cat\nimages: &x [0.png, {file_name: 'a: b.png'}]\nmore: *x\nday: 2020-01-31\n",
         "a: |\n  one\n  two\nb: >-\n  three\n\n  four\n? c\n: ~\n",
         "é: [ü, 😀, 0x1F, 1e-4, 1.0e-4, yes]",
