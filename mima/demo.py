@@ -73,12 +73,12 @@ def settings(*, quick: bool, seed: int) -> DemoSettings:
     immunization = default(
         rate=1e-4,
         benign=True,
-        steps=24 if quick else 100,
+        steps=24 if quick else 84,
         seed=seed,
         num_class_images=32 if quick else 192,
     )
     steps = 24 if quick else 100
-    sampler = Sampler(steps=15, guidance=3.0, batch_size=16, scheduler="dpm++")
+    sampler = Sampler(steps=12, guidance=3.0, batch_size=16, scheduler="dpm++")
     return DemoSettings(
         immunization=immunization,
         sampler=sampler,
