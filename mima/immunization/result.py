@@ -13,6 +13,7 @@ from mima.immunization.progress import StepReport, write_metrics
 from mima.release.card import CardFacts, as_text
 from mima.release.delta import Delta
 from mima.release.repository import Released
+from mima.storage.record import without_thumbnails
 
 MIMA_PAPER = "[MIMA](https://arxiv.org/abs/2412.15320)"
 
@@ -127,4 +128,6 @@ class ImmunizeResult(Released):
 
     def _delta(self) -> Delta:
         origin = {"model": self.model, "concepts": self.concepts, "prompts": self.prompts}
-        return Delta.of(self.pipeline, self.changed, origin={**origin, **self._details()})
+        return Delta.of(
+            self.pipeline, self.changed, origin=without_thumbnails({**origin, **self._details()})
+        )

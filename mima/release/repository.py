@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -21,7 +23,13 @@ from mima.families.pipelines import Pipeline
 from mima.release.card import CARD_FILE, CardFacts, as_text, model_card
 from mima.release.delta import Delta, load_delta, read_delta
 from mima.storage.atomic import sha256_of
-from mima.storage.record import write_record
+from mima.storage.record import (
+    RECORD_FILE,
+    read_record,
+    record_text,
+    without_thumbnails,
+    write_record,
+)
 
 # RuntimeError: the hub refused a large file
 REFUSALS = (
@@ -66,6 +74,8 @@ class Repository:
     ) -> str:
         """Publish what a folder holds.
 
+        Its record goes without the thumbnails of the pictures that an immunization saw.
+
         Args:
             folder: the folder.
             revision: a branch, made from the main one where it is missing; default the main one.
@@ -81,13 +91,14 @@ class Repository:
         with self._explained():
             if revision is not None and not create_pr:
                 self._api.create_branch(self._name, branch=revision, exist_ok=True)
-            commit = self._api.upload_folder(
-                repo_id=self._name,
-                folder_path=folder,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message,
-            )
+            with _published(Path(folder)) as public:
+                commit = self._api.upload_folder(
+                    repo_id=self._name,
+                    folder_path=public,
+                    revision=revision,
+                    create_pr=create_pr,
+                    commit_message=commit_message,
+                )
         return str(commit.commit_url)
 
     @contextmanager
@@ -97,6 +108,21 @@ class Repository:
         except REFUSALS as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise MimaError(f"hub: cannot publish {self._name!r}: {first}") from error
+
+
+@contextmanager
+def _published(folder: Path) -> Iterator[Path]:
+    """The folder, or links to its files beside a record without thumbnails."""
+    record = read_record(folder)
+    if record is None or (public := without_thumbnails(record)) == record:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as links:
+        shutil.copytree(folder.resolve(), links, copy_function=os.symlink, dirs_exist_ok=True)
+        place = Path(links) / RECORD_FILE
+        place.unlink()
+        place.write_text(record_text(public), encoding="utf-8")
+        yield Path(links)
 
 
 def save_pipeline(pipeline: Pipeline, folder: str | Path) -> None:

@@ -38,8 +38,12 @@ def write_record(
         "prompts": list(prompts),
         **details,
     }
-    text = json.dumps(record, indent=2, ensure_ascii=False)
-    (folder / RECORD_FILE).write_text(text + "\n", encoding="utf-8")
+    (folder / RECORD_FILE).write_text(record_text(record), encoding="utf-8")
+
+
+def record_text(record: Mapping[str, Any]) -> str:
+    """What the file of a record holds."""
+    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -60,6 +64,23 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not isinstance(record, dict):
         raise MimaError(f"{path} is damaged: expected a mapping")
     return record
+
+
+def without_thumbnails(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as it is published: pictures that a run saw are named by their hashes alone.
+
+    Their signatures show them, if only at 12 × 12 points, and may be of people.
+    """
+    saw = record.get("saw")
+    if not isinstance(saw, Mapping):
+        return dict(record)
+    levels = {
+        name: {part: value for part, value in level.items() if part != "signatures"}
+        if isinstance(level, Mapping)
+        else level
+        for name, level in saw.items()
+    }
+    return {**record, "saw": levels}
 
 
 def prompt_of(folder: Path) -> str | None:

@@ -178,9 +178,13 @@ def test_what_a_run_writes_about_itself_keeps_it_from_being_measured_with(tmp_pa
     prompts = seen.levels["prior"].prompts - said
     assert len(prompts) == 5
     assert prompts < set(free)
-    # the delta says the same, and so does the whole model that is made of it
+    # the delta's folder says the same, the delta itself names pictures by their hashes alone
     apply_delta(tmp_path / "base", tmp_path / "delta").save_pretrained(tmp_path / "whole")
-    assert seen_by(tmp_path / "delta") == seen_by(tmp_path / "whole") == seen
+    assert seen_by(tmp_path / "delta") == seen
+    whole = seen_by(tmp_path / "whole")
+    assert whole.levels["upper"].signatures is None
+    assert whole.levels["upper"].pictures == own
+    assert whole.prompts == seen.prompts
     assert next(iter(own)) not in (tmp_path / "whole" / "README.md").read_text()
 
     result = evaluate(

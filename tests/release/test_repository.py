@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 
@@ -46,7 +47,8 @@ def test_push_then_open_a_revision_and_a_variant(served, small_model, tmp_path):
     served.add("me/model", "v1", tmp_path / "other")
     result = tmp_path / "result"
     shutil.copytree(small_model, result)
-    (result / "mima.json").write_text("{}")
+    record = {"saw": {"lower": {"pictures": ["digest"], "signatures": ["thumbnail"]}}}
+    (result / "mima.json").write_text(json.dumps(record))
     pushing, drawing = ["push", result, "me/model"], ["sample", "a cat", "--steps", 2, "--model"]
     chosen = {
         "main": ["me/model"],
@@ -67,8 +69,11 @@ def test_push_then_open_a_revision_and_a_variant(served, small_model, tmp_path):
     # huggingface_hub has said it in two ways
     assert created.get("visibility") == "private" or created.get("private") is True
     files = {path for path in result.rglob("*") if path.is_file()}
-    assert served.files["me/model", "main"] == {
-        str(path.relative_to(result)): path.read_bytes() for path in files
+    published = dict(served.files["me/model", "main"])
+    # nobody is shown the pictures that a run saw, not even small
+    assert json.loads(published.pop("mima.json")) == {"saw": {"lower": {"pictures": ["digest"]}}}
+    assert published == {
+        str(path.relative_to(result)): path.read_bytes() for path in files - {result / "mima.json"}
     }
 
     assert drawn == [(0, f"{name}.png") for name in chosen]
