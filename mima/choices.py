@@ -10,6 +10,9 @@ MOST_AT_ONCE = 4096
 """Pictures of one batch, and the rank of an update: beyond, memory ends before anything is told."""
 LARGEST_SEED = 2**63 - 1
 """What torch takes on every device."""
+SEED_STRIDE = 1000
+"""Pictures of attacks with different seeds are drawn from multiples of it on, and never meet."""
+LARGEST_ATTACK_SEED = LARGEST_SEED // SEED_STRIDE - 1
 
 Method = Literal["none", "imma", "joint", "compose", "mima", "alternating"]
 """How a model is immunized: see ``ImmunizeConfig.method``."""

@@ -119,7 +119,7 @@ def test_the_report_says_what_the_cells_hold(study, tmp_path):
     assert docs.read_text().endswith("after\n")
     assert text.strip() in docs.read_text()
     assert "old" not in docs.read_text()
-    assert "Not finished: relearn_tiger.mima.seed0, relearn_tiger.mima.seed1." in text
+    assert "Not finished: relearn_tiger.mima, seed 0, 1." in text
     table = rows_of(text)
     cells = {cell.name: cell for cell in study.cells()}
 

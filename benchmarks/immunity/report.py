@@ -165,9 +165,13 @@ def _text(study: Study, cells: Sequence[Finished]) -> Iterable[str]:
         "the original, at the last step, 0 where it led away; held out: attacks of families that "
         "no method simulates. Judges that disagree are not averaged."
     )
-    missing = [cell.name for cell in planned if cell not in done]
+    missing: dict[str, list[str]] = {}
+    for cell in planned:
+        if cell not in done:
+            missing.setdefault(f"{cell.problem.name}.{cell.method}", []).append(str(cell.seed))
     if missing:
-        yield f"\nNot finished: {', '.join(missing)}."
+        names = (f"{name}, seed {', '.join(seeds)}" for name, seeds in missing.items())
+        yield f"\nNot finished: {'; '.join(names)}."
     for problem, judge in _parts(cells):
         yield (
             f"\n### {problem.task}: {', '.join(problem.targets)} (N = {len(problem.targets)}), "

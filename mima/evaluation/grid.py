@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from mima.adaptation import METHODS, Adaptation, configure
+from mima.choices import LARGEST_ATTACK_SEED
 from mima.concepts import Concept
 from mima.concepts.naming import names_of, with_word, without_name
 from mima.concepts.pictures import Picture
@@ -91,6 +92,8 @@ class GridConfig(Settings):
     def _distinct(cls, values: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(values)) < len(values):
             raise ValueError(f"must differ, for equal seeds are one run; got {values}")
+        if not all(0 <= value <= LARGEST_ATTACK_SEED for value in values):
+            raise ValueError(f"must be >= 0 and <= {LARGEST_ATTACK_SEED}; got {values}")
         return values
 
     @field_validator("methods")

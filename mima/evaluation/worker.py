@@ -19,7 +19,7 @@ from PIL import Image
 from mima.adaptation import Adaptation, DreamBooth, LoRA, Run
 from mima.adapters.adapter import Adapter
 from mima.adapters.merge import apply
-from mima.choices import PictureProtocol
+from mima.choices import SEED_STRIDE, PictureProtocol
 from mima.concepts import Concept
 from mima.concepts.naming import without_name
 from mima.concepts.pictures import Picture, by_prompt, digest
@@ -68,8 +68,6 @@ from mima.storage.tensor_files import fingerprint
 logger = logging.getLogger(__name__)
 
 FEATURES_FILE = "features.sqlite"
-# sampling seeds of attacks with different seeds never meet
-SEED_STRIDE = 1000
 HELD_BACK = 4
 """Of so many training pictures, a trial is judged by one."""
 TRIAL_PICTURES = 2

@@ -12,7 +12,8 @@ def test_bad_demos(workdir):
     assert "dog" in run("demo", "--output", "dog", code=2)
     assert "dog" in run("demo", "--output", "dog", "--overwrite", code=2)
     assert sorted(path.name for path in Path("dog").glob("*.png"))[0] == "0.png"
-    assert "'--seed'" in run("demo", "--seed", "-1", code=2)
+    for seed in ("-1", str(2**60)):
+        assert "'--seed'" in run("demo", "--seed", seed, code=2)
     assert "cat/0.png" in run("demo", "--output", "cat/0.png", code=2)
 
 

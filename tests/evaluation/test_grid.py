@@ -77,6 +77,12 @@ def usual(slug, method, seed, preparation="none"):
     return (slug, method, lr, steps, variant, "same", preparation, seed)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**60])
+def test_seeds_are_those_that_pictures_can_be_drawn_with(seed):
+    with pytest.raises(MimaError, match=r"seeds.* must be >= 0 and <= "):
+        grid_config("quick", {"seeds": [seed]})
+
+
 def test_standard_is_every_method_once_per_concept_and_seed():
     grid = attack_grid(PRESETS["standard"], {"red": tiny.concept()}, {"blue": tiny.concept("blue")})
     found = Counter(map(described, grid))

@@ -7,6 +7,7 @@ import pytest
 from PIL import ImageOps
 from support import immunizing, tiny
 
+from mima.choices import SEED_STRIDE
 from mima.concepts.near_duplicates import signature
 from mima.concepts.pictures import Picture, digest
 from mima.demo import PRIOR_SEED
@@ -14,7 +15,6 @@ from mima.errors import MimaError
 from mima.evaluation import evaluate
 from mima.evaluation.comparison import _method_of
 from mima.evaluation.seen import Level, Seen, benign_prompts, seen_by, trained_on
-from mima.evaluation.worker import SEED_STRIDE
 from mima.immunization.algorithm import immunize
 from mima.immunization.encoding import _class_prompts
 from mima.release.repository import apply_delta
@@ -221,6 +221,9 @@ def test_class_pictures_are_drawn_with_seeds_that_no_measurement_has(tmp_path):
         _, draws = _class_prompts(own, config.model_copy(update={"seed": seed}))
         assert draws.initial_seed() > 10**6
         assert draws.initial_seed() > PRIOR_SEED > SEED_STRIDE * seed
+    # torch draws by the last 32 bits, of which the last three are then 0 in multiples of the stride
+    assert PRIOR_SEED % 8 == 7
+    assert SEED_STRIDE % 8 == 0
 
 
 def test_captions_are_divided_where_there_are_enough():
