@@ -30,7 +30,7 @@ def demo(
 
     from mima.console import stderr, stdout
 
-    length = "two minutes" if quick else "eight minutes"
+    length = "two minutes" if quick else "six minutes"
     stderr().print(
         "erases two styles from the embedded model, immunizes it against them, attacks the erased "
         "and the immunized model alike, and says what came back; on two quiet cores about "

@@ -251,12 +251,12 @@ def _config(own: Plain, task: Task | None, settings: Mapping[str, Any]) -> Immun
 
 
 def _over(own: Plain, settings: Mapping[str, Any]) -> Plain:
-    """Settings that win over others, group by group."""
+    """Settings that win over others, group by group, and so within groups."""
     combined = {**own, **settings}
     for name, value in own.items():
         more = settings.get(name)
         if isinstance(more, BaseModel):
             more = more.model_dump(exclude_unset=True)
         if isinstance(value, dict) and isinstance(more, dict):
-            combined[name] = {**value, **more}
+            combined[name] = _over(value, more)
     return combined

@@ -356,7 +356,9 @@ def test_the_recommended_recipe_keeps_benign_concepts_of_a_file_learnable(tmp_pa
     assert read_run(path).immunize.upper.benign.lower.steps == 12
     said = {"upper": {"benign": {"every": 2}}}
     path.write_text(yaml.safe_dump(text | {"benign": ["hamburger"], "immunize": said}))
-    assert read_run(path).immunize.upper.benign.every == 2
+    benign = read_run(path).immunize.upper.benign
+    assert benign.every == 2
+    assert benign.lower.steps == 12
 
 
 def test_a_run_names_its_recipe(tmp_path):
