@@ -52,7 +52,7 @@ from mima.evaluation.records import (
     Role,
 )
 from mima.evaluation.seen import benign_prompts, lent, record_of, seen_by, trained_on
-from mima.evaluation.tuning import TrialRow, TuningLog
+from mima.evaluation.tuning import TrialRow, TuningLog, hardly_trained
 from mima.evaluation.worker import Bench, Outcome, Task, Worker
 from mima.families import family_of, source_of
 from mima.families.pipelines import Pipeline, networks, readers
@@ -288,6 +288,9 @@ def evaluate(
                 assert isinstance(result, TrialRow)
                 tasks += plan.tried(result)
         if ledger is not None:
+            assert plan is not None
+            idle = hardly_trained(plan.log.rows)
+            ledger.evaluation = ledger.evaluation.model_copy(update={"hardly_trained": idle})
             evaluation = ledger.write(worker.benign())
             shared.remove()
     return ranks.broadcast(evaluation)

@@ -243,6 +243,9 @@ class Evaluation(_Record):
     """What each similarity says of known pictures, by concept."""
     overlaps: tuple[str, ...] = ()
     """What the immunization saw and the evaluation measured with all the same, in sentences."""
+    hardly_trained: tuple[str, ...] = ()
+    """Attacks whose trials chose settings that hardly train the immunized model: see
+    `mima.evaluation.tuning.hardly_trained`."""
     config: dict[str, Any]
     versions: dict[str, str]
     complete: bool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -143,6 +143,26 @@ def ranked(rows: Iterable[TrialRow], by: Literal["similarity", "loss"]) -> list[
         return (value if by == "loss" else -value), row.trial
 
     return sorted(left, key=badness)
+
+
+HARDLY = 2.0
+"""Settings hardly train that end with so many times the loss of the attack as configured."""
+
+
+def hardly_trained(rows: Sequence[TrialRow]) -> tuple[str, ...]:
+    """Attacks whose trials chose settings that hardly train the immunized model.
+
+    Where every trial that trains breaks the pictures, those win that leave them as they are. An
+    attack of more steps than its trials may get further as it was configured.
+    """
+    mine = [row for row in rows if row.side == "immunized"]
+    usual = {row.attack: row.loss for row in mine if row.trial == 0}
+    found = []
+    for row in mine:
+        loss, as_configured = row.loss, usual.get(row.attack)
+        if row.chosen and loss is not None and as_configured is not None:
+            found += [row.attack] * (loss > HARDLY * as_configured)
+    return tuple(found)
 
 
 @dataclass

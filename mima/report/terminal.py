@@ -137,6 +137,12 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
             "attacks were not tuned: an attacker who tries other rates, schedules, batches and "
             "optimizers may get further"
         )
+    if evaluation.hardly_trained:
+        lines.append(
+            f"trials of {counted(len(evaluation.hardly_trained), 'attack')} chose settings that "
+            "hardly train the immunized model: as configured, with more steps than a trial has, "
+            "these may get further"
+        )
     learned = [c.name for c in evaluation.concepts if c.references == "images"]
     if learned:
         lines.append(

@@ -11,7 +11,16 @@ from mima.errors import MimaError
 from mima.evaluation import EvaluationFolder, evaluate
 from mima.evaluation.grid import attack_grid, grid_config
 from mima.evaluation.plan import Plan
-from mima.evaluation.tuning import SGD_RATE, Choice, TrialRow, Tuning, TuningLog, choices, ranked
+from mima.evaluation.tuning import (
+    SGD_RATE,
+    Choice,
+    TrialRow,
+    Tuning,
+    TuningLog,
+    choices,
+    hardly_trained,
+    ranked,
+)
 from mima.evaluation.worker import Worker
 
 GRID = {
@@ -55,6 +64,28 @@ def test_a_choice_changes_rate_schedule_batch_and_optimiser():
     muon = dataclasses.replace(settings, optimizer="muon")
     assert choice.apply(muon).optimizer == "muon"
     assert choice.apply(muon).learning_rate == pytest.approx(3e-3)
+
+
+def test_settings_that_hardly_train_are_told():
+    """Of a model that breaks under whatever trains it, pictures that are left alone win."""
+    sides = {"side": "immunized", "loss": 0.2}
+    idle = {"side": "immunized", "loss": 0.5, "similarity": 0.6, "chosen": True}
+    rows = [
+        row(0, attack="red", **sides),
+        row(1, attack="red", **idle),
+        # less than twice the loss as configured
+        row(0, attack="blue", **sides),
+        row(1, attack="blue", **(idle | {"loss": 0.35})),
+        # on the original, and not chosen
+        row(0, attack="green", loss=0.2),
+        row(1, attack="green", **(idle | {"side": "original"})),
+        row(0, attack="grey", **sides, chosen=True),
+        row(1, attack="grey", **(idle | {"chosen": False})),
+        # as configured it diverged
+        row(0, attack="black", side="immunized", loss=None, similarity=None, diverged=True),
+        row(1, attack="black", **idle),
+    ]
+    assert hardly_trained(rows) == ("red",)
 
 
 def test_the_best_trial_is_no_diverged_one():

@@ -598,6 +598,10 @@ def test_single_seeds_and_overlaps_are_marked(small, tmp_path, folder):
         text = Page(write_report([run])).text
         assert words in text
         assert ("Not tuned. The attacks of run ran with the rate" in text) == (trials == 0)
+    idle = write_evaluation(tmp_path / "idle", **SMALL, hardly_trained=("red_lora",))
+    said = "Trials. On the immunized model of run the trials of 1 attack chose settings"
+    assert said in Page(write_report([idle])).text
+    assert "Trials." not in page.text
     seen = write_evaluation(tmp_path / "seen", **SMALL, overlaps=("<b>Pictures</b> were seen.",))
     assert "Overlap. <b>Pictures</b> were seen." in Page(write_report([seen])).text
     both = Page(write_report([seen, small], tmp_path / "both.html")).text

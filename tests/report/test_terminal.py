@@ -37,6 +37,14 @@ def test_attacks_that_were_not_tuned_are_said_to_be(tmp_path):
         assert said == (trials == 0)
 
 
+def test_trials_that_chose_what_hardly_trains_are_said(tmp_path):
+    plain = changed(tmp_path / "run", lambda row: {})
+    assert not any(line.startswith("trials of") for line in summary_lines(plain))
+    told = plain.model_copy(update={"hardly_trained": ("red_lora", "red_dreambooth")})
+    (line,) = (line for line in summary_lines(told) if line.startswith("trials of"))
+    assert line.startswith("trials of 2 attacks chose settings that hardly train the immunized")
+
+
 def test_bounds_objects_and_what_is_unknown_are_said(tmp_path):
     bound = {
         **{"learned": False, "learned_immunized": True, "rise_left_at_least": True},
