@@ -75,8 +75,8 @@ def settings(*, quick: bool, seed: int) -> DemoSettings:
         rate=1e-4,
         benign=True,
         steps=24 if quick else 75,
-        # so few adaptations that with several paths of each concept hardly one would serve again
-        upper={"benign": {"paths": 1}},
+        # of the recipe's three paths of each concept, hardly one would serve twice
+        upper={} if quick else {"benign": {"paths": 1}},
         seed=seed,
         num_class_images=32 if quick else 192,
     )

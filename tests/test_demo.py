@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mima.report.wording import number
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
@@ -63,7 +65,7 @@ def test_the_table_shows_every_concept(demo):
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     for name in (*results["targets"], results["untouched"]):
         assert name in output
-    assert f"{results['msgr']:.2f}" in output.replace("−", "-")
+    assert number(results["msgr"]) in output
     assert "DreamBooth" in output
 
 

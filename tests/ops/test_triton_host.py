@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -223,11 +224,14 @@ def _python_calls() -> Iterator[Counter[str]]:
             calls[f"{Path(files[0]).name}:{frame.f_code.co_name}"] += 1
 
     before = sys.getprofile()
+    # a collection may begin in any call, and others have callbacks there
+    gc.disable()
     sys.setprofile(look)
     try:
         yield calls
     finally:
         sys.setprofile(before)
+        gc.enable()
 
 
 def _calls_on_lists(P: int) -> dict[str, Callable[[], object]]:
