@@ -18,6 +18,8 @@ CEILING = "ceiling"
 """The method of a cell that attacks a model which never saw the concepts."""
 UNTRAINED = "none"
 """The method of a cell that attacks the model as it was, a control: every gap must be 0."""
+NOT_IMMUNIZED = (CEILING, UNTRAINED)
+"""Methods that have no immunization, and so none of its seeds."""
 BENIGN = ("benign-panda", "benign-tractor", "benign-pizza")
 """Concepts that an immunization may simulate benign adaptations to; no cell is measured on them."""
 OTHERS = ("benign-style-twemoji", "benign-cupcake", "benign-owl")
@@ -95,8 +97,7 @@ class Cut:
                 for method in self.methods:
                     if method == "imma" and len(problem.targets) > 1:
                         continue
-                    # nothing of either depends on the seed of an immunization
-                    if method in (CEILING, UNTRAINED) and seed != self.seeds[0]:
+                    if method in NOT_IMMUNIZED and seed != self.seeds[0]:
                         continue
                     yield Cell(problem, method, seed)
 

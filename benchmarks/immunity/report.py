@@ -12,7 +12,7 @@ from statistics import fmean
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from benchmarks.immunity.cells import CEILING, UNTRAINED, Cell, Problem
+from benchmarks.immunity.cells import NOT_IMMUNIZED, Cell, Problem
 from benchmarks.immunity.study import Compute, Study
 from mima.errors import MimaError
 from mima.evaluation.metrics import run_interval
@@ -261,7 +261,7 @@ def _difference_table(groups: dict[str, list[Finished]]) -> Iterable[str]:
             (reference[seed], one)
             for seed in reference
             for one in group
-            if one.cell.seed == seed or method in (CEILING, UNTRAINED)
+            if one.cell.seed == seed or method in NOT_IMMUNIZED
         ]
         if pairs:
             differences = [

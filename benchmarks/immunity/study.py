@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.immunity.cells import (
     BENIGN,
     CEILING,
+    NOT_IMMUNIZED,
     UNTRAINED,
     Cell,
     Cut,
@@ -168,7 +169,7 @@ class Study:
         """How much a cell is, from nothing."""
         config = grid_config("quick", self.cut.grid)
         attacks, simulated = self.attacks(cell), 0.0
-        if cell.method not in (CEILING, UNTRAINED):
+        if cell.method not in NOT_IMMUNIZED:
             settings, count = configured(cell, self.cut), len(cell.problem.targets)
             simulated = settings.steps * attack_steps(settings, count)
         keys = {attack.key for attack in attacks}

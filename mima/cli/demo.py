@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from mima.choices import LARGEST_ATTACK_SEED
 from mima.cli import options
 from mima.cli.base import app
 
@@ -18,9 +17,7 @@ def demo(
         "mima-demo"
     ),
     quick: Annotated[bool, typer.Option("--quick", help="A shorter run, in two minutes.")] = False,
-    seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_ATTACK_SEED, help="Seeds every random draw.")
-    ] = 0,
+    seed: options.AttackSeed = 0,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Immunize the embedded model against two concepts, attack it, and print what held."""

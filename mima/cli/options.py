@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mima.choices import DEVICES, LARGEST_SEED, Precision
+from mima.choices import DEVICES, LARGEST_ATTACK_SEED, LARGEST_SEED, Precision
 from mima.errors import MimaError, check_choice, one_line, quoted
 
 if TYPE_CHECKING:
@@ -52,6 +52,10 @@ Dtype = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace earlier results.")]
 
 Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seeds every random draw.")]
+
+AttackSeed = Annotated[
+    int, typer.Option(min=0, max=LARGEST_ATTACK_SEED, help="Seeds every random draw.")
+]
 
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")

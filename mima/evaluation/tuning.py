@@ -160,8 +160,10 @@ def hardly_trained(rows: Sequence[TrialRow]) -> tuple[str, ...]:
     found = []
     for row in mine:
         loss, as_configured = row.loss, usual.get(row.attack)
-        if row.chosen and loss is not None and as_configured is not None:
-            found += [row.attack] * (loss > HARDLY * as_configured)
+        if not row.chosen or loss is None or as_configured is None:
+            continue
+        if loss > HARDLY * as_configured:
+            found.append(row.attack)
     return tuple(found)
 
 
