@@ -54,12 +54,7 @@ struct Layout {
         ldr(leading_dimension<T>(max_rank)),
         ld_d(leading_dimension<T>(p.d)),
         ld_o(leading_dimension<T>(p.o)),
-        // whole tiles of 6 rows; 96 KiB of tokens, read again for each panel, leave the
-        // second-level cache to the panels
-        tokens_per_block(std::min(
-            p.t, std::clamp<int64_t>(
-                     (96 << 10) / (std::max<int64_t>({p.d, p.o, 1}) * int64_t(sizeof(T))) / 6 * 6,
-                     6, 96))),
+        tokens_per_block(block_of_tokens()),
         blocks_per_sample(p.t == 0 ? 0 : ceil_div(p.t, tokens_per_block)),
         W_k(forward ? p.d : p.o),
         W_n(forward ? p.o : p.d),
@@ -198,9 +193,20 @@ struct Layout {
     return offsets;
   }
 
-  int threads() const {
-    return useful_threads(params.threads, double(num_samples()) * params.t *
-                                              double(params.d + params.o) * (1 + max_rank / 4));
+  double operations() const {
+    return double(params.b) * params.t * double(params.d + params.o) * (1 + max_rank / 4);
+  }
+  int threads() const { return useful_threads(params.threads, operations()); }
+
+  // Whole tiles of 6 rows. Tokens of a block share a pass over W, which need not fit the
+  // second-level cache: up to 96 of them, 512 KiB, beside one panel of W. Fewer where threads, or
+  // slabs, whose number is the same for any number of threads, would have nothing to do.
+  int64_t block_of_tokens() const {
+    const int64_t row = std::max<int64_t>({params.d, params.o, 1}) * int64_t(sizeof(T));
+    const int parts = useful_threads(forward ? 2 * params.threads : kMaxSlabs, operations());
+    const int64_t share = ceil_div(params.b * params.t, parts);
+    const int64_t rows = std::min((int64_t(512) << 10) / row, ceil_div(share, 6) * 6);
+    return std::min(params.t, std::clamp<int64_t>(rows / 6 * 6, 6, 96));
   }
 
   // Rows of src in the accumulator type: src itself where that is what it holds.

@@ -221,7 +221,7 @@ void store_slab_sums(const Kernels& kernels, DType dtype, const std::vector<Slab
     const int64_t start = (item - first[index]) * lanes;
     const int64_t rows = std::min(lanes, sum.rows - start);
     T* total = sum.slabs + sum.offset + start * sum.ld;
-    for (int64_t i = 0; i < rows; ++i)
+    for (int64_t i = 0; i < rows && (sum.count > 1 || sum.factor != T(1)); ++i)
       block.sum(total + i * sum.ld, sum.count, sum.stride, padded<T>(kernels, sum.cols), sum.factor,
                 total + i * sum.ld);
     if (!sum.transposed)

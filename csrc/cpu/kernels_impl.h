@@ -142,10 +142,16 @@ void gemm_nn(const T* a, int64_t stride_am, int64_t stride_ak, const T* b, int64
 constexpr int kPanelRows = 6;
 constexpr int kPanelVecs = MIMA_VECTOR_REGISTERS >= 32 ? 4 : 2;
 
-// c[ROWS, cols], VECS - 1 < cols / lanes <= VECS, from one panel of each term.
+// Elements of a panel whose next one is worth fetching ahead.
+constexpr int64_t kFetchedPanel = 16 << 10;
+
+// c[ROWS, cols], VECS - 1 < cols / lanes <= VECS, from one panel of each term. Of the first term's
+// next panel, part `strip` of `strips` is fetched meanwhile: large matrices come from the
+// third-level cache, and the first strip would wait for them. No strips: there is no next panel.
 template <class T, int ROWS, int VECS>
 void panel_tile(const PanelTerm<T>* terms, int num_terms, int64_t row, int64_t panel, T* c,
-                int64_t ldc, int64_t width, int64_t cols, bool accumulate) {
+                int64_t ldc, int64_t width, int64_t cols, bool accumulate, int64_t strip,
+                int64_t strips) {
   using Vec = typename Traits<T>::Vec;
   const int64_t last = cols - (VECS - 1) * kLanes<T>;  // columns of the last vector
   Vec total[ROWS][VECS] = {};
@@ -163,6 +169,9 @@ void panel_tile(const PanelTerm<T>* terms, int num_terms, int64_t row, int64_t p
     const int64_t lda = terms[term].lda, k = terms[term].k;
     const T* a = terms[term].a + row * lda;
     const T* b = terms[term].panels + panel * k * width;
+    const bool fetches = term == 0 && strips > 0 && k * width >= kFetchedPanel;
+    const int64_t fetched = fetches ? width / strips : 0;
+    const T* next = fetches ? b + k * width + strip * k * fetched : b;
     int64_t p = 0;
     for (int part = 1; part <= ROWS; ++part) {
       // a row of c at a time, spread over the product: written all at once, they would take the
@@ -172,6 +181,7 @@ void panel_tile(const PanelTerm<T>* terms, int num_terms, int64_t row, int64_t p
         for (int v = 0; v < VECS; ++v)
           __builtin_prefetch(c + (part - 1) * ldc + v * kLanes<T>, 1, 3);
       for (const int64_t end = k * part / ROWS; p < end; ++p) {
+        __builtin_prefetch(next + p * fetched, 0, 2);
         Vec b_p[VECS];
 #pragma GCC unroll 4
         for (int v = 0; v < VECS; ++v) b_p[v] = load(b + p * width + v * kLanes<T>);
@@ -199,7 +209,8 @@ void panel_tile(const PanelTerm<T>* terms, int num_terms, int64_t row, int64_t p
 
 template <class T>
 using PanelTile = void (*)(const PanelTerm<T>* terms, int num_terms, int64_t row, int64_t panel,
-                           T* c, int64_t ldc, int64_t width, int64_t cols, bool accumulate);
+                           T* c, int64_t ldc, int64_t width, int64_t cols, bool accumulate,
+                           int64_t strip, int64_t strips);
 
 // By number of vectors and rows, both counted from one.
 template <class T>
@@ -226,11 +237,12 @@ void gemm_panels(const PanelTerm<T>* terms, int num_terms, T* c, int64_t ldc, in
     const int64_t cols = n - j < width ? n - j : width;
     const PanelTile<T>* tiles = kPanelTiles<T>[(cols - 1) / kLanes<T>];
     // strips as even as can be: a last one of a single row would take as long as four rows
-    int64_t strips = (m + kPanelRows - 1) / kPanelRows;
-    for (int64_t i = 0; i < m; --strips) {
-      const int64_t rows = (m - i + strips - 1) / strips;
-      tiles[rows - 1](terms, num_terms, i, j / width, c + i * ldc + j, ldc, width, cols,
-                      accumulate);
+    const int64_t strips = (m + kPanelRows - 1) / kPanelRows;
+    int64_t i = 0;
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      const int64_t rows = (m - i + strips - strip - 1) / (strips - strip);
+      tiles[rows - 1](terms, num_terms, i, j / width, c + i * ldc + j, ldc, width, cols, accumulate,
+                      strip, j + width < n ? strips : 0);
       i += rows;
     }
   }
