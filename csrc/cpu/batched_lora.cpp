@@ -200,11 +200,12 @@ struct Layout {
 
   // Whole tiles of 6 rows. Tokens of a block share a pass over W, which need not fit the
   // second-level cache: up to 96 of them, 512 KiB, beside one panel of W. Fewer where threads, or
-  // slabs, whose number is the same for any number of threads, would have nothing to do.
+  // slabs, whose number is the same for any number of threads, would have nothing to do; of slabs
+  // of fewer than 48 tokens, the sums would take longer than the products.
   int64_t block_of_tokens() const {
     const int64_t row = std::max<int64_t>({params.d, params.o, 1}) * int64_t(sizeof(T));
     const int parts = useful_threads(forward ? 2 * params.threads : kMaxSlabs, operations());
-    const int64_t share = ceil_div(params.b * params.t, parts);
+    const int64_t share = std::max<int64_t>(ceil_div(params.b * params.t, parts), forward ? 0 : 48);
     const int64_t rows = std::min((int64_t(512) << 10) / row, ceil_div(share, 6) * 6);
     return std::min(params.t, std::clamp<int64_t>(rows / 6 * 6, 6, 96));
   }
