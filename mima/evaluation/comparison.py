@@ -21,6 +21,7 @@ from mima.concepts import Concept
 from mima.concepts.reading import load_concepts
 from mima.distributed import device_of
 from mima.errors import MimaError
+from mima.evaluation.bench import Bench, Task
 from mima.evaluation.calibration import calibrate
 from mima.evaluation.estimate import Estimate, estimate
 from mima.evaluation.grid import (
@@ -53,7 +54,7 @@ from mima.evaluation.records import (
 )
 from mima.evaluation.seen import benign_prompts, lent, record_of, seen_by, trained_on
 from mima.evaluation.tuning import TrialRow, TuningLog, hardly_trained
-from mima.evaluation.worker import Bench, Outcome, Task, Worker
+from mima.evaluation.worker import Outcome, Worker
 from mima.families import family_of, source_of
 from mima.families.pipelines import Pipeline, networks, readers
 from mima.sampling import Sampler

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mima.errors import counted
+from mima.evaluation.bench import Bench, Task
 from mima.evaluation.grid import Attack, Trial
-from mima.evaluation.worker import Bench, Task, Worker
+from mima.evaluation.worker import Worker
 
 TIMED_STEPS = 2
 TIMED_PICTURES = 4

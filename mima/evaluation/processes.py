@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from mima.errors import MimaError
-from mima.evaluation.worker import Advance, Bench, Result, Task, Worker
+from mima.evaluation.bench import Bench, Task
+from mima.evaluation.worker import Advance, Result, Worker
 
 
 def _follow_parent() -> None:

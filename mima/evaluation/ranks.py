@@ -21,9 +21,10 @@ from pydantic import ValidationError
 
 from mima.distributed import ALONE, Ranks, join
 from mima.errors import MimaError
+from mima.evaluation.bench import Bench, Task
 from mima.evaluation.records import AttackRow, CurvePoint
 from mima.evaluation.tuning import TrialRow
-from mima.evaluation.worker import Advance, Bench, Outcome, Result, Task, Worker
+from mima.evaluation.worker import Advance, Outcome, Result, Worker
 from mima.storage.output import write_whole
 
 SHARED = "shared"

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,12 +19,11 @@ from PIL import Image
 from mima.adaptation import Adaptation, DreamBooth, LoRA, Run
 from mima.adapters.adapter import Adapter
 from mima.adapters.merge import apply
-from mima.choices import SEED_STRIDE, PictureProtocol
 from mima.concepts import Concept
-from mima.concepts.naming import without_name
-from mima.concepts.pictures import Picture, by_prompt, digest
+from mima.concepts.pictures import Picture, digest
 from mima.errors import MimaError
 from mima.evaluation import preparations
+from mima.evaluation.bench import TRIAL_PICTURES, Bench, Task, file_of
 from mima.evaluation.benign import cmmd, text_features
 from mima.evaluation.encoders import (
     ImageEncoder,
@@ -35,12 +34,8 @@ from mima.evaluation.encoders import (
 from mima.evaluation.feature_cache import CachedSimilarity
 from mima.evaluation.grid import (
     Attack,
-    GridConfig,
-    Place,
     Trial,
     configured,
-    material,
-    places,
 )
 from mima.evaluation.identity import weights_of
 from mima.evaluation.metrics import GapCurve, sgr
@@ -50,8 +45,6 @@ from mima.evaluation.records import (
     AttackRow,
     Benign,
     CurvePoint,
-    EvaluationFolder,
-    Role,
     ScorePair,
     Side,
     measured,
@@ -61,21 +54,15 @@ from mima.evaluation.trajectory import Trajectory, trajectory
 from mima.evaluation.tuning import TrialRow
 from mima.families import family_of, load_pipeline
 from mima.families.pipelines import Pipeline, networks
-from mima.sampling import Job, Sampler
+from mima.sampling import Job
 from mima.storage.output import write_picture
 from mima.storage.tensor_files import fingerprint
 
 logger = logging.getLogger(__name__)
 
 FEATURES_FILE = "features.sqlite"
-HELD_BACK = 4
-"""Of so many training pictures, a trial is judged by one."""
-TRIAL_PICTURES = 2
-"""How many are drawn of each prompt by which a trial is judged."""
 
 Advance = Callable[[int], None]
-Task: TypeAlias = Attack | Trial | Side
-"""An attack, a trial before it, or the pictures that one model draws of ordinary prompts."""
 
 
 @dataclass(frozen=True)
@@ -88,211 +75,6 @@ class Outcome:
 
 Result: TypeAlias = Outcome | TrialRow | None
 """What is known after an attack, after a trial, or after ordinary pictures were drawn."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """Everything that the processes of one evaluation share; plain data but for the models.
-
-    ``models`` may be the original alone: what its attacks show is then kept, and not measured.
-    """
-
-    models: Mapping[Side, Any]
-    concepts: Mapping[str, Concept]
-    roles: Mapping[str, Role]
-    config: GridConfig
-    sampler: Sampler
-    similarities: Mapping[str, str]
-    protocol: PictureProtocol
-    folder: EvaluationFolder
-    device: str
-    prompts: Sequence[str]
-    originals: Path | None = None
-
-    def with_role(self, role: Role) -> dict[str, Concept]:
-        """The concepts of one role, by their slugs."""
-        return {slug: c for slug, c in self.concepts.items() if self.roles[slug] == role}
-
-    def material(self, attack: Attack) -> tuple[Concept, dict[str, list[Picture]]]:
-        """What an attack trains on, and its references by prompt, as the files written of them."""
-        concept = self.concepts[attack.slug]
-        others = self.ordinary(attack.slug) if attack.images == "mixed" else ()
-        described, references = material(
-            attack, concept, rare_token=self.config.rare_token, others=others
-        )
-        _, where = places(attack.images, concept)
-        pictures = [
-            Picture(self._file_of(attack.slug, place), picture.prompt)
-            for place, picture in zip(where, references, strict=True)
-        ]
-        return described, by_prompt(pictures, self.config.max_prompts)
-
-    def ordinary(self, slug: str = "") -> tuple[Picture, ...]:
-        """Pictures of the concepts that must stay learnable, without those of one of them."""
-        return tuple(
-            picture
-            for other, concept in self.concepts.items()
-            if self.roles[other] == "other" and other != slug
-            for picture in concept.images
-        )
-
-    def training_files(self, attack: Attack) -> list[Path]:
-        """The files of the concept's pictures that an attack trains on."""
-        where, _ = places(attack.images, self.concepts[attack.slug])
-        return [self._file_of(attack.slug, place) for place in where]
-
-    def _file_of(self, slug: str, place: Place) -> Path:
-        kind, index = place
-        held_out = bool(self.concepts[slug].held_out) and kind == "held_out"
-        folder = self.folder.reference_folder(slug) if held_out else self.training_folder(slug)
-        return folder / f"{index}.png"
-
-    def trial_material(self, attack: Attack) -> tuple[Concept, list[Job], list[list[Path]]]:
-        """What a trial trains on, what it draws, and the pictures of each prompt that judge it.
-
-        Every fourth training picture is held back to judge by: a setting that memorises is not to
-        look like one that learns. Of fewer than four, all are trained on and judge.
-        """
-        concept, _ = self.material(attack)
-        # behind the concept's own pictures may come ordinary ones
-        files = self.training_files(attack)
-        back = range(HELD_BACK - 1, len(files), HELD_BACK)
-        images = tuple(p for index, p in enumerate(concept.images) if index not in back)
-        judges = by_prompt(
-            [
-                Picture(files[index], concept.images[index].prompt)
-                for index in back or range(len(files))
-            ],
-            self.config.max_prompts,
-        )
-        jobs = [
-            Job(prompt, attack.seed * SEED_STRIDE + seed)
-            for prompt in judges
-            for seed in range(TRIAL_PICTURES)
-        ]
-        return (
-            replace(concept, images=images),
-            jobs,
-            [[_file(picture) for picture in group] for group in judges.values()],
-        )
-
-    def objects(self, attack: Attack) -> dict[str, frozenset[str]]:
-        """What each prompt of an attack shows, in words that do not name a style.
-
-        Of a style's prompts, their own object; any caption of a concept that is an object says what
-        all of its prompts show.
-        """
-        concept = self.concepts[attack.slug]
-        _, where = places(attack.images, concept)
-        _, references = material(attack, concept, rare_token=self.config.rare_token)
-        own = frozenset(
-            _object_in(concept, picture) for picture in (*concept.images, *concept.held_out)
-        )
-        return {
-            picture.prompt: own
-            if concept.kind != "style"
-            else frozenset({_object_in(concept, getattr(concept, kind)[index])})
-            for (kind, index), picture in zip(where, references, strict=True)
-        }
-
-    def all_objects(self, shown: Collection[frozenset[str]]) -> list[str]:
-        """What the references of all concepts show; if that is one thing, ordinary prompts besides.
-
-        Args:
-            shown: what is right of each prompt of an attack.
-        """
-        every = [
-            _object_in(concept, picture)
-            for concept in self.concepts.values()
-            for picture in concept.held_out or concept.images
-        ]
-        # attacks that train on held-out pictures are compared with the others
-        every += sorted(frozenset().union(*shown))
-        if any(right.issuperset(every) for right in shown):
-            every += self.prompts
-        return list(dict.fromkeys(every))
-
-    def jobs(self, attack: Attack) -> list[Job]:
-        """What is drawn at each evaluated step."""
-        _, references = self.material(attack)
-        seeds = range(self.config.pictures_per_prompt)
-        return [
-            Job(prompt, attack.seed * SEED_STRIDE + seed) for prompt in references for seed in seeds
-        ]
-
-    def repaired_files(self, attack: Attack, side: Side) -> list[Path]:
-        """Where the pictures of an attacked and repaired model are."""
-        folder = self.folder.path / "images" / "repaired" / attack.id / side
-        return _numbered(folder, len(self.jobs(attack)))
-
-    def work(self, task: Task) -> int:
-        """Training steps and pictures of a task."""
-        return self.steps(task) + self.drawn(task)
-
-    def steps(self, task: Task) -> int:
-        """Training steps of a task."""
-        if isinstance(task, Trial):
-            return task.adaptation.steps + self._steps_before(task.attack)
-        if not isinstance(task, Attack):
-            return 0
-        repair = self.config.repair_steps if self.repairs else 0
-        return len(self.models) * (task.steps + repair + self._steps_before(task))
-
-    def drawn(self, task: Task) -> int:
-        """Pictures of a task."""
-        if isinstance(task, Trial):
-            _, jobs, _ = self.trial_material(task.attack)
-            return len(jobs) if self.config.tune.by == "similarity" else 0
-        if not isinstance(task, Attack):
-            return len(self.prompts)
-        times = len(self.config.steps_of(task)) + self.repairs
-        return len(self.models) * times * len(self.jobs(task))
-
-    @property
-    def repairs(self) -> bool:
-        """Whether attacked models are repaired."""
-        return self.config.repair_steps > 0 and bool(self.ordinary())
-
-    def repair_pictures(self, attack: Attack) -> tuple[Picture, ...]:
-        """What an attacked model is repaired with: where it can be, nothing of its concept."""
-        return self.ordinary(attack.slug) or self.ordinary()
-
-    def _steps_before(self, attack: Attack) -> int:
-        """Training steps of its preparation on one model."""
-        return self.config.preparation_steps * self.trainings_before(attack)
-
-    def trainings_before(self, attack: Attack) -> int:
-        """How many trainings its preparation consists of."""
-        targets = len(self.with_role("target"))
-        return {"merge": targets, "benign": 1, "kick": 1}.get(attack.preparation, 0)
-
-    def training_folder(self, slug: str) -> Path:
-        """Where a concept's training pictures are written."""
-        return self.folder.path / "images" / "training" / slug
-
-    def benign_files(self, side: Side) -> list[Path]:
-        """Where one model's pictures of ordinary prompts are written."""
-        return _numbered(self.folder.path / "images" / "benign" / side, len(self.prompts))
-
-    def benign_done(self, side: Side) -> bool:
-        """Whether they all are."""
-        return all(file.is_file() for file in self.benign_files(side))
-
-    def write_references(self) -> None:
-        """Write every concept's references and training pictures."""
-        for slug, concept in self.concepts.items():
-            if not concept.held_out:
-                logger.warning(
-                    "concept %s has no held_out pictures: adapted models are compared with those "
-                    "that they were trained on, so that learning looks like memorising",
-                    concept.name,
-                )
-            for place, pictures in (
-                (self.folder.reference_folder(slug), concept.held_out or concept.images),
-                (self.training_folder(slug), concept.images),
-            ):
-                for file, picture in zip(_numbered(place, len(pictures)), pictures, strict=True):
-                    write_picture(file, picture.load())
 
 
 class Worker:
@@ -629,7 +411,7 @@ class Worker:
         width = self.bench.config.pictures_per_prompt
         means = [
             similarity.table(
-                files[place * width : (place + 1) * width], [_file(picture) for picture in group]
+                files[place * width : (place + 1) * width], [file_of(picture) for picture in group]
             ).mean()
             for place, group in enumerate(references.values())
         ]
@@ -791,25 +573,9 @@ def _not_finite(side: Side, prompt: str) -> MimaError:
     )
 
 
-def _object_in(concept: Concept, picture: Picture) -> str:
-    """What a picture shows: its caption, of a style's pictures without the style."""
-    if concept.kind == "style":
-        return without_name(picture.prompt, concept)
-    return picture.prompt
-
-
 def _described(adaptation: Adaptation) -> str:
     """What trials chose, in words."""
     return (
         f"rate {adaptation.learning_rate:g}, {adaptation.schedule}, "
         f"batch {adaptation.batch_size}, {adaptation.optimizer}"
     )
-
-
-def _numbered(folder: Path, count: int) -> list[Path]:
-    return [folder / f"{index}.png" for index in range(count)]
-
-
-def _file(picture: Picture) -> Path:
-    assert isinstance(picture.image, Path)
-    return picture.image

@@ -19,11 +19,11 @@ from mima.cli import app
 from mima.concepts import Concept, Picture, embedded_concept
 from mima.errors import MimaError
 from mima.evaluation import evaluate
+from mima.evaluation.bench import Bench
 from mima.evaluation.grid import PRESETS, attack_grid, grid_config
 from mima.evaluation.plan import Plan
 from mima.evaluation.records import SIDES, EvaluationFolder
 from mima.evaluation.tuning import TuningLog
-from mima.evaluation.worker import Bench
 from mima.families import load_pipeline
 from mima.report import write_report
 from mima.sampling import Sampler
