@@ -26,7 +26,6 @@ from mima.evaluation.calibration import calibrate
 from mima.evaluation.estimate import Estimate, estimate
 from mima.evaluation.grid import (
     Attack,
-    GridConfig,
     Trial,
     attack_grid,
     grid_config,
@@ -58,6 +57,7 @@ from mima.evaluation.worker import Outcome, Worker
 from mima.families import family_of, source_of
 from mima.families.pipelines import Pipeline, networks, readers
 from mima.sampling import Sampler
+from mima.settings import checked
 from mima.storage.inputs import expanded, resolved
 from mima.storage.lock import locked
 from mima.storage.output import slug
@@ -366,7 +366,7 @@ def _asked(
 ) -> dict[str, Any]:
     """Those fields of `Bench` that say what is attacked, how, and who judges."""
     config = grid_config(preset, settings)
-    sampler = _sampler(config)
+    sampler = checked(Sampler, "setting sampler", config.sampler)
     found, kept = load_concepts(concepts), load_concepts(others) if len(others) else []
     by_slug = _with_slugs([*found, *kept])
     roles: dict[str, Role] = {
@@ -439,13 +439,6 @@ def _calibrations(worker: Worker, concepts: Sequence[Concept]) -> dict[str, dict
         }
         for similarity in worker.similarities
     }
-
-
-def _sampler(config: GridConfig) -> Sampler:
-    try:
-        return Sampler(**config.sampler)
-    except (TypeError, ValueError) as error:
-        raise MimaError(f"setting sampler: {error}") from error
 
 
 def _with_slugs(concepts: Sequence[Concept]) -> dict[str, Concept]:

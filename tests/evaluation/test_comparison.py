@@ -380,6 +380,8 @@ def test_unusable_settings_are_named(folders, tmp_path):
         ({"settings": {"methods": {"lora": {"rnk": 1}}}}, "did you mean 'rank'"),
         ({"settings": {"lr_factors": [0]}}, "must be above 0"),
         ({"settings": {"sampler": {"steps": 0}}}, "steps must be at least 1"),
+        ({"settings": {"sampler": {"steps": True}}}, "steps Input should be a number, got True"),
+        ({"settings": {"sampler": {"stepz": 5}}}, "sampler has no setting stepz; did you mean"),
         ({"similarities": ["a/clip", "b/clip"]}, "two are called alike"),
         ({"others": [tiny.concept("red", "round")]}, "two concepts are named"),
     ):
