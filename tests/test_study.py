@@ -15,7 +15,10 @@ from support.evaluations import write_evaluation
 from mima.concepts import embedded_concept
 from mima.errors import MimaError
 from mima.evaluation.seen import seen_by
+from mima.families import load_pipeline
 from mima.report.wording import number, share
+from mima.sampling import Sampler
+from mima.storage.tensor_files import fingerprint
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,6 +45,25 @@ def test_cells_are_what_the_cuts_say():
     assert Cell(Problem("relearn", ("tiger",)), "joint", 2).name == "relearn_tiger.joint.seed2"
     with pytest.raises(MimaError, match=r"cell 'relearn_tigre\.joint\.seed0' is unknown"):
         CUTS["full"].cell("relearn_tigre.joint.seed0")
+
+
+def test_the_ceiling_of_two_styles_is_shipped(tmp_path):
+    from benchmarks.immunity.cells import CEILING, CUTS, STYLES, Problem, ceiling_of
+    from benchmarks.immunity.study import Study
+
+    made = [cell for cell in Study(tmp_path, CUTS["breadth"]).cells() if cell.method == CEILING]
+    assert [cell.problem for cell in made] == [Problem("relearn", STYLES)]
+    elsewhere = Study(tmp_path, CUTS["breadth"], ceilings=tmp_path).cells()
+    assert all(cell.method != CEILING for cell in elsewhere)
+    pipeline = load_pipeline(ceiling_of(made[0].problem, None))
+    embedded = load_pipeline("embedded")
+    # the same network, trained on other pictures
+    shapes = [{n: w.shape for n, w in p.unet.state_dict().items()} for p in (pipeline, embedded)]
+    assert shapes[0] == shapes[1]
+    assert fingerprint(pipeline.unet.state_dict()) != fingerprint(embedded.unet.state_dict())
+    assert fingerprint(pipeline.vae.state_dict()) == fingerprint(embedded.vae.state_dict())
+    (picture,) = Sampler(steps=2)(pipeline, ["a tiger emoji in noto style"], seeds=(0,))[0]
+    assert picture.size == (64, 64)
 
 
 def test_every_method_simulates_as_many_attack_steps():

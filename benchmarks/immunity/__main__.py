@@ -27,7 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, default=Path("immunity-study"))
     parser.add_argument("--cut", choices=sorted(CUTS), default="small")
     parser.add_argument(
-        "--ceilings", type=Path, help="models trained without the targets, each named as a problem"
+        "--ceilings",
+        type=Path,
+        help="models trained without the targets, each named as a problem; default those shipped",
     )
     parser.add_argument("--processes", type=int, help="attacks at a time; default one per core")
     parser.add_argument("--docs", type=Path, help="of report: write the tables into this text too")

@@ -336,9 +336,18 @@ CUTS: dict[str, Cut] = {
 """Parts of the study by name. Families of attacks are held out: no method simulates them."""
 
 
+SHIPPED_CEILINGS = Path(__file__).parent / "ceilings"
+
+
 def ceiling_of(problem: Problem, folder: Path | None) -> Path | None:
-    """The folder of the model that was trained without a problem's concepts, if there is one."""
-    if folder is None or problem.task != "relearn":
+    """The model that was trained without a problem's concepts, if there is one.
+
+    Args:
+        problem: what is immunized against.
+        folder: holds such models, each in a folder that is named as its problem; by default those
+            that the study ships.
+    """
+    if problem.task != "relearn":
         return None
-    found = folder / problem.name
+    found = (folder or SHIPPED_CEILINGS) / problem.name
     return found if found.is_dir() else None

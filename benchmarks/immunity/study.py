@@ -84,7 +84,8 @@ class Study:
             them, once for all methods) and ``cells/``.
         cut: what there is to do.
         ceilings: a folder of models that were trained without a problem's concepts, each named as
-            the problem is; cells of the method ``ceiling`` are left out where there is none.
+            the problem is; by default those that the study ships. Cells of the method ``ceiling``
+            are left out where there is none.
         processes: attacks at a time.
     """
 
