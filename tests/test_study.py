@@ -12,6 +12,7 @@ import pytest
 from support import tiny
 from support.evaluations import write_evaluation
 
+from mima.assets import assets
 from mima.concepts import embedded_concept
 from mima.errors import MimaError
 from mima.evaluation.seen import seen_by
@@ -230,6 +231,10 @@ def test_a_cell_runs_once_and_goes_on(tmp_path, monkeypatch):
     for name in ("immunize", "erase"):
         monkeypatch.setattr(study, name, None)
     before = (made.place(cell) / "evaluation" / "attacks.csv").stat().st_mtime_ns
+    # in a checkout that has moved
+    record = made.place(cell) / "immunized" / "mima.json"
+    assert str(assets()) in record.read_text()
+    record.write_text(record.read_text().replace(str(assets()), "/elsewhere"))
     again = study.Study(tmp_path / "study", cut, processes=1)
     again.run(cell, said.append)
     assert again.evaluation(cell).evaluation().complete
