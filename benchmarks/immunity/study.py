@@ -252,8 +252,10 @@ def _refuse_other(output: Path, config: ImmunizeConfig) -> None:
     """Refuse a model that was immunized with other settings than the cell's."""
     then = (read_record(output) or {}).get("config", {})
     now = config.model_dump(mode="json")
-    # the captions are the package's own, wherever it lies
-    differing = [name for name in now if name != "captions" and then.get(name) != now[name]]
+    if Path(then.get("captions") or "").name == Path(now["captions"] or "").name:
+        # a file of the package's, wherever it lies
+        then = {**then, "captions": now["captions"]}
+    differing = [name for name in now if then.get(name) != now[name]]
     if differing:
         raise MimaError(
             f"{output} was immunized with other {', '.join(differing)}; choose another folder, or "
