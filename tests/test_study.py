@@ -217,9 +217,12 @@ def test_a_cell_runs_once_and_goes_on(tmp_path, monkeypatch):
         similarities=(str(tmp_path / "clip"),),
         grid={**smoke.grid, "families": [], "sampler": {"steps": 1, "guidance": 1.0}},
     )
-    made = study.Study(tmp_path / "study", cut, processes=1)
+    records = tmp_path / "records"
+    made = study.Study(tmp_path / "study", cut, records=records, processes=1)
     (cell,) = made.cells()
     assert made.status(cell) == "not begun"
+    with pytest.raises(MimaError, match="not begun; only what is done can be kept"):
+        made.keep(cell)
     said: list[str] = []
     made.run(cell, said.append)
     assert made.status(cell) == "done"
@@ -244,3 +247,21 @@ def test_a_cell_runs_once_and_goes_on(tmp_path, monkeypatch):
     other = study.Study(tmp_path / "study", replace(cut, budget=8), processes=1)
     with pytest.raises(MimaError, match="was immunized with other steps"):
         other.run(cell, said.append)
+    # what is kept stands for the cell where there is nothing else, with its settings alone
+    kept = made.keep(cell)
+    for file in kept.iterdir():
+        assert str(made.folder) not in file.read_text()
+    assert made.status(cell) == "done"
+    elsewhere = study.Study(tmp_path / "elsewhere", cut, records=records)
+    assert elsewhere.status(cell) == "kept"
+    assert elsewhere.compute(cell) == compute
+    elsewhere.folder.mkdir()
+    rows, text, *_ = report.write(elsewhere)
+    assert rows.read_text() == (made.folder / "results.csv").read_text()
+    assert text.read_text() == (made.folder / "results.md").read_text()
+    for changes in ({"budget": 8}, {"others": ()}, {"grid": {**cut.grid, "seeds": [1]}}):
+        changed = study.Study(tmp_path / "elsewhere", replace(cut, **changes), records=records)
+        assert changed.status(cell) == "not begun"
+    (kept / "settings.json").write_text("{")
+    with pytest.raises(MimaError, match=r"cannot read .*settings\.json: "):
+        elsewhere.status(cell)

@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=benchmarks.immunity.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=("cells", "run", "all", "status", "report"))
+    parser.add_argument("command", choices=("cells", "run", "all", "status", "keep", "report"))
     parser.add_argument("cell", nargs="?", help="of run: a name that cells prints")
     parser.add_argument("-o", "--output", type=Path, default=Path("immunity-study"))
     parser.add_argument("--cut", choices=sorted(CUTS), default="small")
@@ -54,13 +54,17 @@ def _do(args: argparse.Namespace, study: Study) -> None:
                 raise MimaError("run: name a cell; cells prints them")
             study.run(study.cut.cell(args.cell))
         case "all":
-            left = [cell for cell in study.cells() if study.status(cell) != "done"]
+            left = [cell for cell in study.cells() if study.status(cell) not in ("done", "kept")]
             print("\n".join(estimate(study, left, processes)), flush=True)
             for cell in left:
                 study.run(cell)
         case "status":
             for cell in study.cells():
                 print(f"{cell.name}: {study.status(cell)}")
+        case "keep":
+            for cell in study.cells():
+                if study.status(cell) == "done":
+                    print(study.keep(cell))
         case "report":
             print("\n".join(map(str, report.write(study, args.docs))))
 

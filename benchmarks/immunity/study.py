@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,9 +25,10 @@ from benchmarks.immunity.cells import (
 from mima._version import installed_versions
 from mima.concepts import Concept, embedded_concept
 from mima.erasure import erase
-from mima.errors import MimaError
+from mima.errors import MimaError, one_line
 from mima.evaluation import EvaluationFolder, evaluate
-from mima.evaluation.grid import attack_grid, grid_config
+from mima.evaluation.grid import GridConfig, attack_grid, grid_config
+from mima.evaluation.records import ModelPair
 from mima.families import load_pipeline
 from mima.immunization.algorithm import immunize
 from mima.immunization.config import ImmunizeConfig
@@ -39,6 +41,11 @@ SECONDS_PER_STEP, SECONDS_PER_PICTURE, SECONDS_PER_SIMULATED_STEP = 0.045, 0.09,
 """Rough figures for the embedded model on one core: a training step with a batch of 4, a picture
 of 12 sampling steps, and a step of a simulated attack with its share of the outer step. They serve
 estimates alone; `evaluate` times its own before it begins."""
+
+
+RECORDS = Path(__file__).parent / "records"
+"""What is kept of finished cells: figures without models and pictures, a folder for each."""
+SETTINGS_FILE, COMPUTE_FILE = "settings.json", "compute.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +93,24 @@ class Study:
         ceilings: a folder of models that were trained without a problem's concepts, each named as
             the problem is; by default those that the study ships. Cells of the method ``ceiling``
             are left out where there is none.
+        records: what is kept of finished cells, by default in the checkout. A cell that was made
+            with the settings which it has today is not run again, and reported from there.
         processes: attacks at a time.
     """
 
     def __init__(
-        self, folder: Path, cut: Cut, *, ceilings: Path | None = None, processes: int | None = None
+        self,
+        folder: Path,
+        cut: Cut,
+        *,
+        ceilings: Path | None = None,
+        records: Path = RECORDS,
+        processes: int | None = None,
     ) -> None:
         self.folder = folder
         self.cut = cut
         self.ceilings = ceilings
+        self.records = records
         self.processes = processes
 
     def cells(self) -> list[Cell]:
@@ -110,16 +126,69 @@ class Study:
         return self.folder / "cells" / cell.name
 
     def evaluation(self, cell: Cell) -> EvaluationFolder:
-        """The folder of a cell's attacks."""
-        return EvaluationFolder(self.place(cell) / "evaluation")
+        """The folder of a cell's attacks, or what is kept of them."""
+        own = EvaluationFolder(self.place(cell) / "evaluation")
+        if (kept := self.kept(cell)) is None or (own.exists() and own.evaluation().complete):
+            return own
+        return EvaluationFolder(kept)
 
     def compute(self, cell: Cell) -> Compute | None:
         """What a cell's immunization cost; None before it is done, and of models as they are."""
-        file = self.place(cell) / "compute.json"
-        if not file.is_file():
+        for place in (self.place(cell), self.kept(cell)):
+            if place is not None and (place / COMPUTE_FILE).is_file():
+                then = _plain(place / COMPUTE_FILE)
+                return Compute(**{name: then[name] for name in Compute.__dataclass_fields__})
+        return None
+
+    def kept(self, cell: Cell) -> Path | None:
+        """What is kept of a cell; None where nothing is, or with other settings."""
+        place = self.records / cell.name
+        if not (place / SETTINGS_FILE).is_file():
             return None
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        return Compute(**{name: kept[name] for name in Compute.__dataclass_fields__})
+        return place if not self._differing(cell, _plain(place / SETTINGS_FILE)) else None
+
+    def keep(self, cell: Cell) -> Path:
+        """Keep the figures of a finished cell, instead of what was kept of it before.
+
+        Raises:
+            MimaError: it is not finished.
+        """
+        own = self.place(cell)
+        evaluation = EvaluationFolder(own / "evaluation")
+        if not evaluation.exists() or not evaluation.evaluation().complete:
+            raise MimaError(f"{cell.name}: {self.status(cell)}; only what is done can be kept")
+        with fresh_folder(self.records / cell.name, overwrite=True) as staging:
+            copy = EvaluationFolder(staging)
+            copy.write_rows(evaluation.attacks(), evaluation.curves())
+            # by name: where they lay is nobody's business
+            models = ModelPair(original=cell.problem.name, immunized=cell.name)
+            copy.write_evaluation(evaluation.evaluation().model_copy(update={"models": models}))
+            if (own / COMPUTE_FILE).is_file():
+                shutil.copyfile(own / COMPUTE_FILE, staging / COMPUTE_FILE)
+            text = json.dumps(self._settings(cell), indent=2)
+            write_whole(staging / SETTINGS_FILE, f"{text}\n".encode())
+        return self.records / cell.name
+
+    def _settings(self, cell: Cell) -> dict[str, Any]:
+        """What a cell is made with, plain."""
+        config = None if cell.method in NOT_IMMUNIZED else configured(cell, self.cut)
+        return {
+            "model": self.cut.model,
+            "similarities": list(self.cut.similarities),
+            "others": list(self.cut.others),
+            "attacks": grid_config("quick", self.cut.grid).model_dump(mode="json"),
+            "immunization": config and _plain_config(config),
+        }
+
+    def _differing(self, cell: Cell, then: dict[str, Any]) -> list[str]:
+        """Settings that a cell has otherwise today; those that are new count as their default."""
+        now = self._settings(cell)
+        names = [name for name in ("model", "similarities", "others") if then[name] != now[name]]
+        if GridConfig.model_validate(then["attacks"]).model_dump(mode="json") != now["attacks"]:
+            names.append("attacks")
+        if now["immunization"] is not None:
+            names += _differing(then["immunization"], now["immunization"])
+        return names
 
     def run(self, cell: Cell, say: Callable[[str], None] = print) -> None:
         """Do what is left of a cell.
@@ -153,7 +222,9 @@ class Study:
         if evaluation.exists():
             done = {row.attack for row in evaluation.attacks()}
             whole = evaluation.evaluation().complete
-            return "done" if whole else f"{len(done)} of {len(self.attacks(cell))} attacks"
+            if whole:
+                return "kept" if evaluation.path == self.kept(cell) else "done"
+            return f"{len(done)} of {len(self.attacks(cell))} attacks"
         if (place / "immunized").is_dir():
             return "immunized"
         return "immunizing" if place.is_dir() else "not begun"
@@ -243,7 +314,7 @@ class Study:
             seconds=sum(measured) if measured else None,
         )
         text = json.dumps(asdict(cost) | {"versions": installed_versions()}, indent=2)
-        write_whole(self.place(cell) / "compute.json", f"{text}\n".encode())
+        write_whole(self.place(cell) / COMPUTE_FILE, f"{text}\n".encode())
         say(f"{cell.name}: immunized in {time.perf_counter() - started:.0f} s")
         return output
 
@@ -251,16 +322,30 @@ class Study:
 def _refuse_other(output: Path, config: ImmunizeConfig) -> None:
     """Refuse a model that was immunized with other settings than the cell's."""
     then = (read_record(output) or {}).get("config", {})
-    now = config.model_dump(mode="json")
-    if Path(then.get("captions") or "").name == Path(now["captions"] or "").name:
-        # a file of the package's, wherever it lies
-        then = {**then, "captions": now["captions"]}
-    differing = [name for name in now if then.get(name) != now[name]]
-    if differing:
+    if differing := _differing(then, _plain_config(config)):
         raise MimaError(
             f"{output} was immunized with other {', '.join(differing)}; choose another folder, or "
             "remove it"
         )
+
+
+def _plain_config(config: ImmunizeConfig) -> dict[str, Any]:
+    """The settings of an immunization, with the name of a file of captions, wherever it lies."""
+    plain = config.model_dump(mode="json")
+    return plain | {"captions": plain["captions"] and Path(plain["captions"]).name}
+
+
+def _differing(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Settings of an immunization that differ; those that have come since are the defaults."""
+    then = _plain_config(ImmunizeConfig.model_validate(then))
+    return [name for name in now if then[name] != now[name]]
+
+
+def _plain(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MimaError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def estimate(study: Study, cells: Sequence[Cell], processes: int) -> Iterator[str]:
