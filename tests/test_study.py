@@ -85,7 +85,7 @@ def test_what_trains_and_what_is_measured_are_apart():
     from benchmarks.immunity.cells import BENIGN, CUTS
 
     for cut in CUTS.values():
-        targets = {name for problem in cut.problems for name in problem.targets}
+        targets = {name for problem in cut.plan for name in problem.targets}
         assert not set(BENIGN) & set(cut.others)
         assert not targets & {*BENIGN, *cut.others}
         assert not set(cut.grid["families"]) & set(cut.grid["methods"])
@@ -99,8 +99,7 @@ def study(tmp_path):
 
     cut = replace(
         CUTS["small"],
-        problems=(Problem("relearn", ("tiger",)),),
-        methods=("joint", "default", "mima"),
+        plan={Problem("relearn", ("tiger",)): ("joint", "default", "mima")},
         seeds=(0, 1),
         grid={"methods": {"lora": {}}, "families": ["sgd"], "seeds": [0, 1]},
     )

@@ -69,8 +69,7 @@ class Cut:
     """A part of the study, with everything that its cells have in common.
 
     Attributes:
-        problems: what is immunized against.
-        methods: how, by their names.
+        plan: what is immunized against, and each by which methods.
         seeds: of the immunizations.
         budget: simulated attack steps for each target, the same for every method.
         grid: settings of the evaluation's grid, see `mima.evaluation.GridConfig`.
@@ -80,8 +79,7 @@ class Cut:
         others: concepts that must stay learnable.
     """
 
-    problems: tuple[Problem, ...]
-    methods: tuple[str, ...]
+    plan: Mapping[Problem, tuple[str, ...]]
     seeds: tuple[int, ...]
     budget: int
     grid: Mapping[str, Any]
@@ -93,8 +91,8 @@ class Cut:
     def cells(self) -> Iterator[Cell]:
         """Every cell; those of the first seed first. IMMA is for one concept."""
         for seed in self.seeds:
-            for problem in self.problems:
-                for method in self.methods:
+            for problem, names in self.plan.items():
+                for method in names:
                     if method == "imma" and len(problem.targets) > 1:
                         continue
                     if method in NOT_IMMUNIZED and seed != self.seeds[0]:
@@ -243,7 +241,8 @@ _ATTACKS: dict[str, dict[str, Any]] = {
     "custom-diffusion": {"learning_rate": 1e-4, "batch_size": 4, "steps": 200},
     "textual-inversion": {"learning_rate": 5e-3, "batch_size": 4, "steps": 200},
 }
-BASELINES = (CEILING, UNTRAINED, "imma", "joint", "compose", "alternating", "mima")
+EVERY = (CEILING, UNTRAINED, "imma", "joint", "compose", "alternating", "mima", *RECIPES)
+"""All methods."""
 
 _TWO_OTHERS = ("benign-style-twemoji", "benign-owl")
 _TWO_ATTACKS: dict[str, Any] = {
@@ -260,11 +259,17 @@ _TWO_ATTACKS: dict[str, Any] = {
     "benign_prompts": 48,
 }
 
+_FOUR_ATTACKS: dict[str, Any] = {
+    **_TWO_ATTACKS,
+    "methods": _ATTACKS,
+    "seeds": [0],
+    "evaluations": 5,
+}
+
 CUTS: dict[str, Cut] = {
     # one attack of a few steps: does everything run?
     "smoke": Cut(
-        problems=(Problem("relearn", ("style-mono",)),),
-        methods=("joint",),
+        plan={Problem("relearn", ("style-mono",)): ("joint",)},
         seeds=(0,),
         budget=4,
         settings={"num_class_images": 4},
@@ -282,41 +287,46 @@ CUTS: dict[str, Cut] = {
     ),
     # half an hour on two cores: see `benchmarks.immunity.study.estimate`
     "small": Cut(
-        problems=(Problem("relearn", STYLES),),
-        methods=(CEILING, "joint", "mima", "apdm", "default"),
+        plan={Problem("relearn", STYLES): (CEILING, "joint", "mima", "apdm", "default")},
         seeds=(0,),
         budget=500,
         others=_TWO_OTHERS,
         grid=_TWO_ATTACKS,
     ),
-    # `small`, a control, objects, three concepts of both kinds, what was never erased, three seeds
+    # two styles by all methods; objects, more and fewer concepts, and unseen ones by two of them
     "breadth": Cut(
-        problems=(
-            Problem("relearn", STYLES),
-            Problem("relearn", OBJECTS[:2]),
-            Problem("relearn", (*STYLES, *OBJECTS[:1])),
-            Problem("personalize", UNSEEN[:2]),
+        plan={Problem("relearn", STYLES): tuple(name for name in EVERY if name != "imma")}
+        | dict.fromkeys(
+            (
+                Problem("relearn", STYLES[:1]),
+                Problem("relearn", OBJECTS[:2]),
+                Problem("relearn", (*STYLES, *OBJECTS[:1])),
+                Problem("relearn", (*STYLES, *OBJECTS)),
+                Problem("personalize", UNSEEN[:2]),
+            ),
+            ("joint", "default"),
         ),
-        methods=(CEILING, UNTRAINED, "joint", "mima", "apdm", "default"),
         seeds=(0, 1, 2),
         budget=500,
         others=_TWO_OTHERS,
-        grid=_TWO_ATTACKS,
+        grid=_FOUR_ATTACKS,
     ),
     "full": Cut(
-        problems=(
-            Problem("relearn", STYLES[:1]),
-            Problem("relearn", OBJECTS[:1]),
-            Problem("relearn", STYLES),
-            Problem("relearn", OBJECTS[:3]),
-            Problem("relearn", (*STYLES, *OBJECTS[:3])),
-            # all that the embedded model knows and ships pictures of: there are no ten
-            Problem("relearn", (*STYLES, *OBJECTS)),
-            Problem("personalize", UNSEEN[:1]),
-            Problem("personalize", UNSEEN[:2]),
-            Problem("personalize", UNSEEN),
+        plan=dict.fromkeys(
+            (
+                Problem("relearn", STYLES[:1]),
+                Problem("relearn", OBJECTS[:1]),
+                Problem("relearn", STYLES),
+                Problem("relearn", OBJECTS[:3]),
+                Problem("relearn", (*STYLES, *OBJECTS[:3])),
+                # all that the embedded model knows and ships pictures of: there are no ten
+                Problem("relearn", (*STYLES, *OBJECTS)),
+                Problem("personalize", UNSEEN[:1]),
+                Problem("personalize", UNSEEN[:2]),
+                Problem("personalize", UNSEEN),
+            ),
+            EVERY,
         ),
-        methods=(*BASELINES, *RECIPES),
         seeds=(0, 1, 2),
         budget=4000,
         grid={
