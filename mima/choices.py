@@ -38,6 +38,9 @@ LearningRateSchedule = Literal["constant", "cosine"]
 Retention = Literal["class_images", "distill"]
 """How a model is kept useful: see ``UpperConfig.retain``."""
 
+RetentionCaptions = Literal["own", "other", "empty"]
+"""What class pictures are read under: see ``UpperConfig.retain_captions``."""
+
 Hypergradient = Literal["exact", "finite_difference", "first_order"]
 """How the lower level is differentiated: see ``mima.bilevel.hypergradient``."""
 

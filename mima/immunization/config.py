@@ -276,6 +276,8 @@ class ImmunizeConfig(Settings):
             raise ValueError("upper.ascent_ratio: with prior_weight 0 nothing retains")
         if upper.retain == "distill" and upper.ascent_ratio is None:
             raise ValueError("upper.retain: 'distill' needs upper.ascent_ratio")
+        if upper.retain_captions != ("own",) and upper.retain != "distill":
+            raise ValueError("upper.retain_captions: other than own needs upper.retain 'distill'")
         if upper.benign is not None:
             self._check_benign(upper.benign)
         if upper.ascent_ratio is not None and upper.concepts_per_forward > 1:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from mima.choices import AttackerCaptions
+from mima.choices import AttackerCaptions, RetentionCaptions
 from mima.concepts import Concept
 from mima.concepts.naming import with_word, without_name
 from mima.concepts.near_duplicates import signature
@@ -95,6 +95,8 @@ def _encode_concept(
         else:
             prompts, generator = _class_prompts(concept, config)
             class_images = Encoded.of(family, drawer.latents(prompts, generator), prompts)
+        if "empty" in config.upper.retain_captions:
+            class_images = class_images.with_prompt(family, "")
     images = encode(family, concept.images)
     captioned: dict[str, Encoded] = {
         kind: Encoded.of(family, images.latents, captions_of(concept, kind))
@@ -102,6 +104,27 @@ def _encode_concept(
         if kind != "as_is"
     }
     return ConceptData(concept.name, images, class_images, captioned)
+
+
+def recaptioned(
+    pictures: Encoded, captions: Sequence[RetentionCaptions], generator: torch.Generator
+) -> Encoded:
+    """Pictures under captions of the kinds that are drawn for them: see ``retain_captions``.
+
+    The empty caption is the last of ``pictures.prompts`` where ``captions`` name it.
+    """
+    if set(captions) == {"own"}:
+        return pictures
+    count = len(pictures)
+    kind = torch.randint(len(captions), (count,), generator=generator)
+    last = pictures.prompt.new_tensor(len(next(iter(pictures.prompts.values()))) - 1)
+    prompt = {
+        "own": pictures.prompt,
+        "other": pictures.prompt[torch.randint(count, (count,), generator=generator)],
+        "empty": last.expand(count),
+    }
+    rows = torch.stack([prompt[name] for name in captions])
+    return replace(pictures, prompt=rows[kind, torch.arange(count)])
 
 
 def caption_kinds(config: ImmunizeConfig) -> list[AttackerCaptions]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -88,6 +88,12 @@ class Encoded:
         """The pictures at ``index`` [B], repetitions allowed."""
         pictures = {name: value[index] for name, value in self.pictures.items()}
         return Encoded(self.latents[index], self.prompts, self.prompt[index], pictures)
+
+    def with_prompt(self, family: Family, prompt: str) -> Encoded:
+        """The same, with one row more of ``prompts``, which no picture has yet."""
+        more = family.encode_prompts([prompt])
+        rows = {name: torch.cat([kept, more[name].cpu()]) for name, kept in self.prompts.items()}
+        return replace(self, prompts=rows)
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """As named tensors, for a file."""
