@@ -23,6 +23,8 @@ from mima.training.class_images import ClassPictures
 
 RARE_TOKEN = "sks"
 """The word that stands for a concept in the captions of ``rare_token``."""
+CLASS_PROMPTS = "class_prompts"
+"""The part of a file of kept encodings that holds ``ConceptData.class_prompts``."""
 LARGE = 256 * 2**20
 """Bytes of one concept's encodings above which they are mapped from a file, not kept in memory."""
 
@@ -36,16 +38,37 @@ class ConceptData:
         images: reference pictures.
         class_images: class pictures, or None where no level has a prior.
         captioned: the reference pictures under the other captions that attackers use.
+        class_prompts: rows of ``class_images.prompts`` beside the pictures' own, by their kind.
     """
 
     name: str
     images: Encoded
     class_images: Encoded | None
     captioned: Mapping[str, Encoded] = field(default_factory=dict)
+    class_prompts: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def pictures(self, captions: AttackerCaptions) -> Encoded:
         """The reference pictures under an attacker's captions."""
         return self.images if captions == "as_is" else self.captioned[captions]
+
+    def class_pictures(
+        self, captions: Sequence[RetentionCaptions], generator: torch.Generator
+    ) -> Encoded:
+        """The class pictures, each under a caption of a kind that is drawn for it."""
+        assert self.class_images is not None
+        if set(captions) == {"own"}:
+            return self.class_images
+        own = self.class_images.prompt
+        rows = {"other": own, **self.class_prompts}
+
+        def drawn(kind: str) -> torch.Tensor:
+            if kind == "own":
+                return own
+            return rows[kind][torch.randint(len(rows[kind]), own.shape, generator=generator)]
+
+        kind = torch.randint(len(captions), own.shape, generator=generator)
+        each = torch.stack([drawn(name) for name in captions])
+        return replace(self.class_images, prompt=each[kind, torch.arange(len(own))])
 
 
 def encode_concepts(
@@ -88,48 +111,36 @@ def _encode_concept(
 ) -> ConceptData:
     if drawer is None:
         return ConceptData(concept.name, encode(family, concept.images), None)
-    class_images = None
+    class_images, class_prompts = None, dict[str, torch.Tensor]()
     if config.has_prior:
         if concept.class_images:
             class_images = encode(family, concept.class_images)
         else:
             prompts, generator = _class_prompts(concept, config)
             class_images = Encoded.of(family, drawer.latents(prompts, generator), prompts)
-        if "empty" in config.upper.retain_captions:
-            class_images = class_images.with_prompt(family, "")
+        for kind, captions in _retained_captions(concept, config).items():
+            before = class_images.rows_of_prompts
+            class_images = class_images.with_prompts(family, captions)
+            class_prompts[kind] = torch.arange(before, class_images.rows_of_prompts)
     images = encode(family, concept.images)
     captioned: dict[str, Encoded] = {
         kind: Encoded.of(family, images.latents, captions_of(concept, kind))
         for kind in caption_kinds(config)
         if kind != "as_is"
     }
-    return ConceptData(concept.name, images, class_images, captioned)
-
-
-def recaptioned(
-    pictures: Encoded, captions: Sequence[RetentionCaptions], generator: torch.Generator
-) -> Encoded:
-    """Pictures under captions of the kinds that are drawn for them: see ``retain_captions``.
-
-    The empty caption is the last of ``pictures.prompts`` where ``captions`` name it.
-    """
-    if set(captions) == {"own"}:
-        return pictures
-    count = len(pictures)
-    kind = torch.randint(len(captions), (count,), generator=generator)
-    last = pictures.prompt.new_tensor(len(next(iter(pictures.prompts.values()))) - 1)
-    prompt = {
-        "own": pictures.prompt,
-        "other": pictures.prompt[torch.randint(count, (count,), generator=generator)],
-        "empty": last.expand(count),
-    }
-    rows = torch.stack([prompt[name] for name in captions])
-    return replace(pictures, prompt=rows[kind, torch.arange(count)])
+    return ConceptData(concept.name, images, class_images, captioned, class_prompts)
 
 
 def caption_kinds(config: ImmunizeConfig) -> list[AttackerCaptions]:
     """All that attackers may call a concept."""
     return list(dict.fromkeys(kind for attacker in config.attackers for kind in attacker.captions))
+
+
+def _retained_captions(concept: Concept, config: ImmunizeConfig) -> dict[str, list[str]]:
+    """What class pictures are read under beside captions of class pictures, by kind."""
+    kinds: tuple[AttackerCaptions, ...] = ("without_name", "empty")
+    named = config.upper.retain_captions
+    return {kind: captions_of(concept, kind) for kind in kinds if kind in named}
 
 
 def captions_of(concept: Concept, kind: AttackerCaptions) -> list[str]:
@@ -145,7 +156,7 @@ def captions_of(concept: Concept, kind: AttackerCaptions) -> list[str]:
 
 def _pack(data: ConceptData) -> dict[str, torch.Tensor]:
     parts = {"images": data.images, "class_images": data.class_images} | dict(data.captioned)
-    return {
+    return {f"{CLASS_PROMPTS}.{kind}": rows for kind, rows in data.class_prompts.items()} | {
         f"{part}.{name}": tensor
         for part, encoded in parts.items()
         if encoded is not None
@@ -160,12 +171,13 @@ def _unpack(name: str, tensors: dict[str, torch.Tensor]) -> ConceptData:
     for key, tensor in tensors.items():
         part, rest = key.split(".", 1)
         parts.setdefault(part, {})[rest] = tensor
+    class_prompts = parts.pop(CLASS_PROMPTS, {})
     latents = parts["images"]["latents"]
     encoded = {
         part: Encoded.from_tensors({"latents": latents, **own}) for part, own in parts.items()
     }
     images, class_images = encoded.pop("images"), encoded.pop("class_images", None)
-    return ConceptData(name, images, class_images, encoded)
+    return ConceptData(name, images, class_images, encoded, class_prompts)
 
 
 def saw(
@@ -194,6 +206,8 @@ def saw(
         for concept in concepts:
             if not concept.class_images:
                 prior["prompts"] += _class_prompts(concept, config)[0]
+            for captions in _retained_captions(concept, config).values():
+                prior["prompts"] += captions
         prior["prompts"] = list(dict.fromkeys(prior["prompts"]))
         levels["prior"] = prior
     if benign:

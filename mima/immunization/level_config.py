@@ -231,10 +231,11 @@ class UpperConfig(Settings):
     """What keeps the model useful: a low loss on class pictures, or (``distill``) the predictions
     on them of the model as it was before immunization."""
     retain_captions: tuple[RetentionCaptions, ...] = Field(("own",), min_length=1)
-    """With ``distill``, what each class picture of a step is read under, drawn from these: its
-    ``own`` caption, that of an ``other`` one, or an ``empty`` one. Predictions are kept where they
-    are compared. Pictures are drawn with guidance, which subtracts the prediction under the empty
-    caption: kept under own captions alone, it drifts several times as far."""
+    """With ``distill``, what each class picture of a step is read under, drawn from these, of which
+    some may be named more than once: its ``own`` caption, that of an ``other`` one, one of the
+    concept's ``without_name``, or an ``empty`` one. Predictions are kept where they are compared:
+    under own captions alone, what lies nearest to the concept, its captions without its name, and
+    the empty caption, which guidance subtracts, drift several times as far as the rest."""
     ascent_ratio: float | None = Field(None, gt=0)
     """ρ: the objective's gradient is scaled to ρ times the running mean of the length of the
     retaining one, which is taken at θ instead of φ, and nothing is clipped. None: both are summed

@@ -43,7 +43,7 @@ from mima.immunization import published
 from mima.immunization.attackers import Alive, Attacker, choose
 from mima.immunization.benign import BenignTerms
 from mima.immunization.config import ImmunizeConfig
-from mima.immunization.encoding import ConceptData, recaptioned
+from mima.immunization.encoding import ConceptData
 from mima.immunization.objectives import (
     PENALTIES,
     READS_START,
@@ -456,7 +456,7 @@ class Problem:
         assert data.class_images is not None
         draws = seeded(self.config.seed, step, n, "retain")
         size = config.prior_batch_size or config.batch_size
-        pictures = recaptioned(data.class_images, config.retain_captions, draws)
+        pictures = data.class_pictures(config.retain_captions, draws)
         batch = Batch.draw(self.family, pictures, size, draws)
         ((prediction, target),) = self.predictions([batch], theta)
         loss = F.mse_loss(prediction, target)

@@ -89,10 +89,18 @@ class Encoded:
         pictures = {name: value[index] for name, value in self.pictures.items()}
         return Encoded(self.latents[index], self.prompts, self.prompt[index], pictures)
 
-    def with_prompt(self, family: Family, prompt: str) -> Encoded:
-        """The same, with one row more of ``prompts``, which no picture has yet."""
-        more = family.encode_prompts([prompt])
-        rows = {name: torch.cat([kept, more[name].cpu()]) for name, kept in self.prompts.items()}
+    @property
+    def rows_of_prompts(self) -> int:
+        """T, how many distinct prompts there are."""
+        return len(next(iter(self.prompts.values())))
+
+    def with_prompts(self, family: Family, prompts: Sequence[str]) -> Encoded:
+        """The same, with rows of ``prompts`` for more, distinct ones, which no picture has."""
+        more = [family.encode_prompts(some) for some in chunks(list(dict.fromkeys(prompts)))]
+        rows = {
+            name: torch.cat([kept, *(part[name].cpu() for part in more)])
+            for name, kept in self.prompts.items()
+        }
         return replace(self, prompts=rows)
 
     def to_tensors(self) -> dict[str, torch.Tensor]:

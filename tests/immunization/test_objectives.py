@@ -11,10 +11,10 @@ from support import immunizing
 from support.immunizing import problem_of
 
 from mima.bilevel.outer import OuterGradient, part_backward, upper_gradient
+from mima.concepts.naming import without_name
 from mima.families import family_of, load_pipeline
 from mima.immunization.algorithm import immunize
 from mima.immunization.config import ImmunizeConfig
-from mima.immunization.encoding import recaptioned
 from mima.immunization.objectives import (
     EPSILON,
     PENALTIES,
@@ -281,38 +281,45 @@ def test_class_pictures_are_retained_under_the_captions_that_are_drawn(model, tm
         upper = UPPER | {"retain_captions": captions, "prior_batch_size": 3}
         return problem_of(model, settings(tmp_path, upper=upper))
 
-    problem = of("empty", "other")
-    pictures = problem.data[0].class_images
-    draw = torch.Generator().manual_seed(0)
-    assert recaptioned(pictures, ("own", "own"), draw) is pictures
-    # the last row is what the model reads where there is no caption, and no picture's own
-    nothing = problem.family.encode_prompts([""])
-    assert all(torch.equal(rows[-1:], nothing[name]) for name, rows in pictures.prompts.items())
-    last = len(pictures.prompts["encoder_hidden_states"]) - 1
-    assert last not in pictures.prompt
-    assert set(recaptioned(pictures, ("empty",), draw).prompt.tolist()) == {last}
-    assert set(recaptioned(pictures, ("other",), draw).prompt.tolist()) <= set(
-        pictures.prompt.tolist()
-    )
-    many = pictures.rows(torch.arange(3000) % len(pictures))
-    drawn = recaptioned(many, ("own", "other", "empty"), draw).prompt
-    assert float((drawn == last).double().mean()) == pytest.approx(1 / 3, abs=0.04)
+    problem = of("empty", "without_name")
+    data, draw = problem.data[0], torch.Generator().manual_seed(0)
+    pictures = data.class_images
+    assert data.class_pictures(("own", "own"), draw) is pictures
+    # each kind has rows of its own, which no picture has otherwise
+    concept = immunizing.concepts()[0]
+    assert data.name == concept.name
+    named = {"empty": "", "without_name": without_name(concept.images[0].prompt, concept)}
+    for kind, text in named.items():
+        (row,) = data.class_prompts[kind].tolist()
+        assert row not in pictures.prompt
+        read = problem.family.encode_prompts([text])
+        assert all(
+            torch.equal(rows[row : row + 1], read[n]) for n, rows in pictures.prompts.items()
+        )
+        assert set(data.class_pictures((kind,), draw).prompt.tolist()) == {row}
+    others = data.class_pictures(("other",), draw).prompt
+    assert set(others.tolist()) <= set(pictures.prompt.tolist())
+    many = replace(data, class_images=pictures.rows(torch.arange(3000) % len(pictures)))
+    drawn = many.class_pictures(("own", "empty", "without_name", "own"), draw).prompt
+    for kind in named:
+        share = float((drawn == data.class_prompts[kind]).double().mean())
+        assert share == pytest.approx(1 / 4, abs=0.04)
 
     # the gap to the start is taken where they are read so
     theta = problem.theta()
     name = max(problem.upper_names, key=lambda n: theta[n].numel())
     moved = {**theta, name: theta[name] * 1.5}
     penalties = {}
-    for captions in (("own",), ("empty",), ("other",)):
+    for captions in (("own",), ("empty",), ("without_name",), ("other",)):
         other = of(*captions)
         penalties[captions], losses = other._retention(0, 3, moved)
         assert losses.keys() == {LossName(other.data[0].name, "prior")}
         draws = seeded(other.config.seed, 3, 0, "retain")
-        chosen = recaptioned(other.data[0].class_images, captions, draws)
+        chosen = other.data[0].class_pictures(captions, draws)
         batch = Batch.draw(other.family, chosen, 3, draws)
         ((now, _),), ((then, _),) = (other.predictions([batch], p) for p in (moved, theta))
         assert torch.equal(penalties[captions], torch.nn.functional.mse_loss(now, then))
-    assert penalties["own",] != penalties["empty",]
+    assert len({float(penalties[kind,]) for kind in ("own", "empty", "without_name")}) == 3
 
 
 def test_attacks_draw_their_rates_log_uniformly_between_two(model, tmp_path):
