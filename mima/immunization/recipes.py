@@ -35,8 +35,10 @@ def default(
 
     Each attack is 20 steps of Adam on all weights, at a rate drawn between half of and ten times
     the usual one: few large steps stand for many small ones. The states of its path serve three
-    outer steps. On every fourth of them the defender raises log L on other pictures, by half the
-    length of what retains, which is to predict on class pictures what the model predicted before.
+    outer steps. On every fourth of them the defender raises log L on other pictures, by 0.65 of the
+    length of what retains, which is to predict on class pictures what the model predicted before:
+    under their captions, under the concept's without its name, which lie nearest to it, and under
+    the empty one, which guidance subtracts.
     One concept is attacked at a time, so that cost and memory of a step do not grow with their
     number; the ``steps`` should: about 75 for each concept. ``docs/results.md`` says what held,
     against whom, on the embedded model; nothing else was measured.
@@ -56,7 +58,7 @@ def default(
         "steps": 150,
         "attack_every": 3,
         "concepts_per_step": 1,
-        "num_class_images": 192,
+        "num_class_images": 384,
         "lower": {
             "steps": 20,
             "lr": (rate / 2, 10 * rate),
@@ -69,11 +71,13 @@ def default(
             "lr_schedule": "cosine",
             "weight_decay": 0.0,
             "batch_size": 4,
-            "prior_batch_size": 20,
+            "prior_batch_size": 40,
             "objective": "log",
             "path_every": 4,
             "retain": "distill",
-            "ascent_ratio": 0.5,
+            # most under their own captions, three tenths under the concept's without its name
+            "retain_captions": (*(6 * ("own",)), *(3 * ("without_name",)), "empty"),
+            "ascent_ratio": 0.65,
         },
     }
     if benign:
