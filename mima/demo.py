@@ -75,8 +75,9 @@ def settings(*, quick: bool, seed: int) -> DemoSettings:
         rate=1e-4,
         benign=True,
         steps=24 if quick else 75,
-        # of the recipe's three paths of each concept, hardly one would serve twice
-        upper={} if quick else {"benign": {"paths": 1}},
+        # half of the recipe's class pictures in each step, and one of its three paths of each
+        # concept: hardly one would serve twice
+        upper={"prior_batch_size": 20} | ({} if quick else {"benign": {"paths": 1}}),
         seed=seed,
         num_class_images=32 if quick else 192,
     )

@@ -118,7 +118,7 @@ def _encode_concept(
         else:
             prompts, generator = _class_prompts(concept, config)
             class_images = Encoded.of(family, drawer.latents(prompts, generator), prompts)
-        for kind, captions in _retained_captions(concept, config).items():
+        for kind, captions in retained_captions(concept, config).items():
             before = class_images.rows_of_prompts
             class_images = class_images.with_prompts(family, captions)
             class_prompts[kind] = torch.arange(before, class_images.rows_of_prompts)
@@ -136,11 +136,17 @@ def caption_kinds(config: ImmunizeConfig) -> list[AttackerCaptions]:
     return list(dict.fromkeys(kind for attacker in config.attackers for kind in attacker.captions))
 
 
-def _retained_captions(concept: Concept, config: ImmunizeConfig) -> dict[str, list[str]]:
-    """What class pictures are read under beside captions of class pictures, by kind."""
+def retained_kinds(config: ImmunizeConfig) -> list[AttackerCaptions]:
+    """What class pictures are read under beside captions of class pictures."""
     kinds: tuple[AttackerCaptions, ...] = ("without_name", "empty")
-    named = config.upper.retain_captions
-    return {kind: captions_of(concept, kind) for kind in kinds if kind in named}
+    return [kind for kind in kinds if kind in config.upper.retain_captions]
+
+
+def retained_captions(concept: Concept, config: ImmunizeConfig) -> dict[str, list[str]]:
+    """The distinct ones of these captions, by kind."""
+    return {
+        kind: list(dict.fromkeys(captions_of(concept, kind))) for kind in retained_kinds(config)
+    }
 
 
 def captions_of(concept: Concept, kind: AttackerCaptions) -> list[str]:
@@ -206,7 +212,7 @@ def saw(
         for concept in concepts:
             if not concept.class_images:
                 prior["prompts"] += _class_prompts(concept, config)[0]
-            for captions in _retained_captions(concept, config).values():
+            for captions in retained_captions(concept, config).values():
                 prior["prompts"] += captions
         prior["prompts"] = list(dict.fromkeys(prior["prompts"]))
         levels["prior"] = prior

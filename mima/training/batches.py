@@ -95,8 +95,8 @@ class Encoded:
         return len(next(iter(self.prompts.values())))
 
     def with_prompts(self, family: Family, prompts: Sequence[str]) -> Encoded:
-        """The same, with rows of ``prompts`` for more, distinct ones, which no picture has."""
-        more = [family.encode_prompts(some) for some in chunks(list(dict.fromkeys(prompts)))]
+        """The same, with a row of ``prompts`` for each of more, which no picture has."""
+        more = [family.encode_prompts(some) for some in chunks(prompts)]
         rows = {
             name: torch.cat([kept, *(part[name].cpu() for part in more)])
             for name, kept in self.prompts.items()

@@ -18,7 +18,7 @@ from mima.families import Conditioning, Family, Params
 from mima.families.frozen import Upcast, stored_bytes
 from mima.immunization.attackers import Alive, Attacker
 from mima.immunization.config import BenignConfig, ImmunizeConfig, LowerConfig
-from mima.immunization.encoding import ConceptData
+from mima.immunization.encoding import ConceptData, retained_kinds
 from mima.immunization.levels import NOBODY, Problem, recomputed_blocks, trained_names
 from mima.immunization.planning.meta_memory import counted
 from mima.immunization.planning.shards import Mesh, of_each_process
@@ -228,7 +228,10 @@ def _followed(
         benign: concepts that must stay learnable.
     """
     count = len(names)
-    data = [ConceptData(name, encoded, encoded) for name in names]
+    read: dict[str, torch.Tensor] = {
+        kind: torch.zeros(1, dtype=torch.long) for kind in retained_kinds(config)
+    }
+    data = [ConceptData(name, encoded, encoded, class_prompts=read) for name in names]
     others = [ConceptData(f"benign {b}", encoded, None) for b in range(benign)]
     merges = config.method in ("mima", "alternating")
     merge = MergeLayer(torch.full((count,), 1 / count, device="meta")) if merges else None

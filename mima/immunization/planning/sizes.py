@@ -12,7 +12,7 @@ from mima.families.base import PIXELS_AT_ONCE
 from mima.families.frozen import Upcast, stored_bytes
 from mima.families.pipelines import Pipeline
 from mima.immunization.config import ImmunizeConfig
-from mima.immunization.encoding import caption_kinds
+from mima.immunization.encoding import caption_kinds, retained_captions
 from mima.immunization.objectives import READS_START
 from mima.immunization.planning.meta_memory import counted
 from mima.training.batches import CHUNK, Encoded
@@ -70,6 +70,7 @@ def encodings_size(
             pictures += len(concept.class_images) or drawn
             said = concept.class_prompt and config.captions is None
             prompts += len(own) or (1 if said else drawn)
+            prompts += sum(map(len, retained_captions(concept, config).values()))
     text = sum(stored_bytes(v) for v in encoded.prompts.values())
     return stored_bytes(encoded.latents[:1]) * pictures + text * prompts
 
