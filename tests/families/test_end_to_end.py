@@ -88,7 +88,7 @@ SHORT = {
 @pytest.mark.parametrize("recipe", SHORT)
 def test_recipes_take_finite_steps(folder, recipe, tmp_path):
     pipeline = builders.opened(folder)
-    common = {"steps": 3, "captions": immunizing.captions(tmp_path)}
+    common = {"steps": 3, "captions": immunizing.captions(tmp_path), "num_class_images": 8}
     config = RECIPES[recipe](**common, **SHORT[recipe])
     result = immunize(pipeline, immunizing.concepts(), config)
 
