@@ -153,9 +153,10 @@ def test_the_report_says_what_the_cells_hold(study, tmp_path):
             if (row.role, row.method, row.similarity) == ("target", kind, "clip")
         )
 
+    header, _ = (row for row in table if row[0] == "method")
     for method in ("joint", "default"):
         # the second is the other judge's
-        line, _ = (row for row in table if row[0] == method and len(row) == 15)
+        line, _ = (row for row in table if row[0] == method and len(row) == len(header))
         assert line[1] == "2 × 2"
         rises = [mean(method, seed, "lora", "rise_left") for seed in (0, 1)]
         ends = [share(value) for value in (fmean(rises), min(rises), max(rises))]
@@ -164,7 +165,14 @@ def test_the_report_says_what_the_cells_hold(study, tmp_path):
         assert line[4].startswith(share(fmean(held_out)))
         gaps = [mean(method, seed, "lora", "sgr_mean") for seed in (0, 1)]
         assert line[5].startswith(number(fmean(gaps)))
-        assert line[12] == "−2.0\u00a0%"
+        assert line[header.index("alignment")] == "−2.0\u00a0%"
+        benign = [
+            row.sgr_mean
+            for seed in (0, 1)
+            for row in study.evaluation(cells[f"relearn_tiger.{method}.seed{seed}"]).attacks()
+            if (row.role, row.similarity) == ("other", "clip")
+        ]
+        assert line[header.index("benign, owl")].startswith(number(fmean(benign)))
     paired, _ = (row for row in table if row[0] == "joint" and len(row) == 4)
     expected = [
         fmean(
@@ -180,6 +188,22 @@ def test_the_report_says_what_the_cells_hold(study, tmp_path):
     # 4 cells, 2 concepts, 2 methods, 2 seeds, 2 judges
     assert len(lines) == 4 * 2 * 2 * 2 * 2
     assert {line["study_method"] for line in lines} == {"joint", "default"}
+
+
+def test_a_ratio_to_what_a_judge_does_not_tell_is_not_shown(study, monkeypatch):
+    from benchmarks.immunity import report
+
+    def benign():
+        report.write(study)
+        table = rows_of((study.folder / "results.md").read_text())
+        header, first = (
+            next(row for row in table if row[0] == name) for name in ("method", "joint")
+        )
+        return first[header.index("benign, owl")]
+
+    assert benign() != "–"
+    monkeypatch.setattr(report, "TOLD", 1.01)
+    assert benign() == "–"
 
 
 def test_runs_are_paired_with_those_of_their_own_seed(study):

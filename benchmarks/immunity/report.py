@@ -25,6 +25,8 @@ BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 PLOTS = "plots"
 """The folder of the plots, beside the text that shows them."""
 """What stands around the tables in a text that they are written into."""
+TOLD = 0.25
+"""A similarity below which a judge does not tell a concept; a ratio to it says nothing."""
 REFERENCE = "default"
 """The method that all others are compared with, attack by attack."""
 
@@ -163,7 +165,8 @@ def _text(study: Study, cells: Sequence[Finished]) -> Iterable[str]:
         "nothing of the mean: over seeds of the immunization where a method has several, else over "
         "attack seeds. Rise left: what an attack adds on the immunized model, over what it adds on "
         "the original, at the last step, 0 where it led away; held out: attacks of families that "
-        "no method simulates. Judges that disagree are not averaged."
+        "no method simulates. Judges that disagree are not averaged. Benign: SGR of a concept that "
+        f"must stay learnable, over all kinds of training, where the original's is {TOLD} at least."
     )
     missing: dict[str, list[str]] = {}
     for cell in planned:
@@ -199,10 +202,13 @@ def _seeds(study: Study) -> str:
 
 def _main_table(study: Study, groups: dict[str, list[Finished]]) -> Iterable[str]:
     simulated, held_out = set(study.cut.grid["methods"]), set(study.cut.grid.get("families", ()))
+    others = dict.fromkeys(
+        row.concept for g in groups.values() for one in g for row in one.rows if row.role == "other"
+    )
     columns = (
         "method", "runs", "rise left", "worst concept", "rise left, held out", "SGR", "SGR before",
-        "SGR, last step", "worst concept", "steps ratio", "benign, LoRA", "benign, DreamBooth",
-        "alignment", "attack steps", "seconds",
+        "SGR, last step", "worst concept", "steps ratio",
+        *(f"benign, {name}" for name in others), "alignment", "attack steps", "seconds",
     )  # fmt: skip
     yield _line(columns)
     yield _line("---" if n < 1 else "---:" for n in range(len(columns)))
@@ -223,7 +229,7 @@ def _main_table(study: Study, groups: dict[str, list[Finished]]) -> Iterable[str
                 _shown(over_runs(group, lambda one: _final(one, simulated))),
                 number(_worst(group, simulated, "sgr_mean", min)),
                 ("≥ " if bound else "") + number(steps.mean, 1),
-                *(_shown(over_runs(group, _benign(kind))) for kind in ("lora", "dreambooth")),
+                *(_shown(over_runs(group, _benign(name))) for name in others),
                 _alignment(group),
                 f"{fmean(one.attack_steps for one in computes):.0f}" if computes else "–",
                 f"{fmean(seconds):.0f}" if seconds else "–",
@@ -302,15 +308,15 @@ def _worst(
     return worst(means) if means else None
 
 
-def _benign(kind: str) -> Callable[[Finished], Interval]:
-    """SGR of the concepts that must stay learnable, under one kind of training."""
+def _benign(concept: str) -> Callable[[Finished], Interval]:
+    """SGR of a concept that must stay learnable, where the judge tells it on the original."""
 
     def value(one: Finished) -> Interval:
-        names = [c.name for c in one.evaluation.concepts if c.role == "other"]
-        rows = [row for row in one.rows if row.role == "other" and row.method == kind]
-        return over_seeds(
-            [[row for row in rows if row.concept == name] for name in names], "sgr_mean"
-        )
+        rows = [row for row in one.rows if (row.role, row.concept) == ("other", concept)]
+        ends = [max(one.points[row.attack], key=lambda point: point.step) for row in rows]
+        if not ends or fmean(end.original for end in ends) < TOLD:
+            return Interval()
+        return over_seeds([rows], "sgr_mean")
 
     return value
 
