@@ -34,13 +34,14 @@ def default(
     """What is recommended: attacks on every weight, along their whole path, first order.
 
     Each attack is 20 steps of Adam on all weights, at a rate drawn between half of and ten times
-    the usual one: few large steps stand for many small ones. The states of its path serve three
-    outer steps. On every fourth of them the defender raises log L on other pictures, by 0.65 of the
-    length of what retains, which is to predict on class pictures what the model predicted before:
-    under their captions, under the concept's without its name, which lie nearest to it, and under
-    the empty one, which guidance subtracts.
+    the usual one: few large steps stand for many small ones. The states of its path serve four
+    outer steps. After every fourth of its steps the defender raises log L on other pictures, by
+    0.65 of the length of what retains, which is to predict on class pictures what the model
+    predicted before: under their captions, under the concept's without its name, which lie nearest
+    to it, and under the empty one, which guidance subtracts.
+
     One concept is attacked at a time, so that cost and memory of a step do not grow with their
-    number; the ``steps`` should: about 75 for each concept. ``docs/results.md`` says what held,
+    number; the ``steps`` should: about 100 for each concept. ``docs/results.md`` says what held,
     against whom, on the embedded model; nothing else was measured.
 
     Args:
@@ -55,8 +56,8 @@ def default(
     own: Plain = {
         "merge": "sum",
         "hypergradient": "first_order",
-        "steps": 150,
-        "attack_every": 3,
+        "steps": 200,
+        "attack_every": 4,
         "concepts_per_step": 1,
         "num_class_images": 384,
         "lower": {
