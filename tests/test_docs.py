@@ -93,7 +93,7 @@ def flattened(config: BaseModel, prefix: str = "") -> dict[str, object]:
 def test_the_guides_config_is_valid():
     (text,) = re.findall(r"```yaml\n(# run.yaml.*?)```", GUIDE, flags=re.DOTALL)
     config = parse_run(yaml.safe_load(text), source="guide").immunize
-    assert (config.steps, config.upper.objective) == (150, "log")
+    assert (config.steps, config.upper.objective) == (200, "log")
 
 
 def test_the_guides_two_files_work_together(tmp_path, monkeypatch):

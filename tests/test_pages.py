@@ -126,7 +126,7 @@ def test_commands(line, world, adapters):
 
 def small(code: str) -> str:
     """The same code, with settings that take seconds."""
-    return code.replace("steps=150", "steps=1, num_class_images=1, num_captions=8")
+    return code.replace("steps=200", "steps=1, num_class_images=1, num_captions=8")
 
 
 def test_blocks_of_the_readme(world, tmp_path, monkeypatch):
