@@ -48,12 +48,13 @@ def moved(theta, names):
 def test_the_model_before_immunization_matches_itself(model, tmp_path):
     problem = make(model, settings(tmp_path))
     theta = problem.theta()
-    for step in range(3):
-        benign = problem._benign.gradient(theta, step)
-        assert benign.norm < 1e-6
-        assert {name.kind for name in benign.losses} == {"benign"}
     pulled = problem._benign.gradient(moved(theta, problem.upper_names), 0)
     assert pulled.norm > 1e-3
+    for step in range(3):
+        benign = problem._benign.gradient(theta, step)
+        # predictions differ by rounding where they are made with a graph and without one
+        assert benign.norm < 1e-3 * pulled.norm
+        assert {name.kind for name in benign.losses} == {"benign"}
 
 
 @pytest.mark.parametrize("target", ["match", "held_out"])
