@@ -22,9 +22,9 @@ from mima.report.wording import method_name, number, percent, share
 from mima.storage.output import slug, write_whole
 
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
+"""What stands around the tables in a text that they are written into."""
 PLOTS = "plots"
 """The folder of the plots, beside the text that shows them."""
-"""What stands around the tables in a text that they are written into."""
 TOLD = 0.25
 """A similarity below which a judge does not tell a concept; a ratio to it says nothing."""
 REFERENCE = "default"

@@ -53,7 +53,7 @@ def test_the_model_before_immunization_matches_itself(model, tmp_path):
     for step in range(3):
         benign = problem._benign.gradient(theta, step)
         # predictions differ by rounding where they are made with a graph and without one
-        assert benign.norm < 1e-3 * pulled.norm
+        assert benign.norm < 20 * torch.finfo(torch.float32).eps * pulled.norm
         assert {name.kind for name in benign.losses} == {"benign"}
 
 
