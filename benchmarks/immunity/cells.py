@@ -164,8 +164,8 @@ def configured(cell: Cell, cut: Cut) -> ImmunizeConfig:
     common = {
         # ordinary captions, since the embedded concepts' class prompts say nothing but "an emoji"
         "captions": assets() / "captions.txt",
-        # the recipe reads twice as many in each step
-        "num_class_images": 384 if cell.method == "default" else 192,
+        # of the recipe, its own number
+        **({} if cell.method == "default" else {"num_class_images": 192}),
         # the embedded model's own, also where a recipe has that of Stable Diffusion 1.4
         "resolution": None,
         "seed": cell.seed,
