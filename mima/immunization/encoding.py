@@ -138,7 +138,7 @@ def caption_kinds(config: ImmunizeConfig) -> list[AttackerCaptions]:
 
 def retained_kinds(config: ImmunizeConfig) -> list[AttackerCaptions]:
     """What class pictures are read under beside captions of class pictures."""
-    kinds: tuple[AttackerCaptions, ...] = ("without_name", "empty")
+    kinds: tuple[AttackerCaptions, ...] = ("as_is", "without_name", "empty")
     return [kind for kind in kinds if kind in config.upper.retain_captions]
 
 

@@ -233,9 +233,11 @@ class UpperConfig(Settings):
     retain_captions: tuple[RetentionCaptions, ...] = Field(("own",), min_length=1)
     """With ``distill``, what each class picture of a step is read under, drawn from these, of which
     some may be named more than once: its ``own`` caption, that of an ``other`` one, one of the
-    concept's ``without_name``, or an ``empty`` one. Predictions are kept where they are compared:
-    under own captions alone, what lies nearest to the concept, its captions without its name, and
-    the empty caption, which guidance subtracts, drift several times as far as the rest."""
+    concept's ``as_is`` or ``without_name``, or an ``empty`` one. Predictions are kept where they
+    are compared: under own captions alone, what lies nearest to the concept, its captions without
+    its name, and the empty caption, which guidance subtracts, drift several times as far as the
+    rest; and the concept's own captions drift until they are an erasure of their own (``as_is``
+    keeps what an erased model draws, so that an immunized one differs from it under attack)."""
     ascent_ratio: float | None = Field(None, gt=0)
     """ρ: the objective's gradient is scaled to ρ times the running mean of the length of the
     retaining one, which is taken at θ instead of φ, and nothing is clipped. None: both are summed

@@ -281,14 +281,15 @@ def test_class_pictures_are_retained_under_the_captions_that_are_drawn(model, tm
         upper = UPPER | {"retain_captions": captions, "prior_batch_size": 3}
         return problem_of(model, settings(tmp_path, upper=upper))
 
-    problem = of("empty", "without_name")
+    problem = of("empty", "as_is", "without_name")
     data, draw = problem.data[0], torch.Generator().manual_seed(0)
     pictures = data.class_images
     assert data.class_pictures(("own", "own"), draw) is pictures
     # each kind has rows of its own, which no picture has otherwise
     concept = immunizing.concepts()[0]
     assert data.name == concept.name
-    named = {"empty": "", "without_name": without_name(concept.images[0].prompt, concept)}
+    caption = concept.images[0].prompt
+    named = {"empty": "", "as_is": caption, "without_name": without_name(caption, concept)}
     for kind, text in named.items():
         (row,) = data.class_prompts[kind].tolist()
         assert row not in pictures.prompt
@@ -300,7 +301,7 @@ def test_class_pictures_are_retained_under_the_captions_that_are_drawn(model, tm
     others = data.class_pictures(("other",), draw).prompt
     assert set(others.tolist()) <= set(pictures.prompt.tolist())
     many = replace(data, class_images=pictures.rows(torch.arange(3000) % len(pictures)))
-    drawn = many.class_pictures(("own", "empty", "without_name", "own"), draw).prompt
+    drawn = many.class_pictures((*named, "own"), draw).prompt
     for kind in named:
         share = float((drawn == data.class_prompts[kind]).double().mean())
         assert share == pytest.approx(1 / 4, abs=0.04)
@@ -310,7 +311,7 @@ def test_class_pictures_are_retained_under_the_captions_that_are_drawn(model, tm
     name = max(problem.upper_names, key=lambda n: theta[n].numel())
     moved = {**theta, name: theta[name] * 1.5}
     penalties = {}
-    for captions in (("own",), ("empty",), ("without_name",), ("other",)):
+    for captions in (("own",), ("empty",), ("as_is",), ("without_name",), ("other",)):
         other = of(*captions)
         penalties[captions], losses = other._retention(0, 3, moved)
         assert losses.keys() == {LossName(other.data[0].name, "prior")}
@@ -319,7 +320,7 @@ def test_class_pictures_are_retained_under_the_captions_that_are_drawn(model, tm
         batch = Batch.draw(other.family, chosen, 3, draws)
         ((now, _),), ((then, _),) = (other.predictions([batch], p) for p in (moved, theta))
         assert torch.equal(penalties[captions], torch.nn.functional.mse_loss(now, then))
-    assert len({float(penalties[kind,]) for kind in ("own", "empty", "without_name")}) == 3
+    assert len({float(penalties[kind,]) for kind in ("own", *named)}) == 4
 
 
 def test_attacks_draw_their_rates_log_uniformly_between_two(model, tmp_path):
