@@ -40,9 +40,9 @@ class ImmunizeConfig(Settings):
     everywhere; or, within the steps of ``mima``, summed: φ = θ + Σ (θ'[n] − θ), since an average of
     N attacks shows 1/N of each."""
     concepts_per_step: int | None = Field(None, ge=1)
-    """Concepts that an outer step immunizes against, with ``joint`` or merge ``sum``: drawn anew,
-    but for those whose attackers live on, which stay. Cost and memory are then the same for any
-    number of concepts. None: all."""
+    """Concepts that an outer step immunizes against, with ``joint`` or merge ``sum``: in
+    turn, in an order that is drawn, but for those whose attackers live on, which stay. Cost and
+    memory are then the same for any number of concepts. None: all."""
     attack_every: int = Field(1, ge=1)
     """Outer steps from one simulated attack to the next. The states of an attack's path serve all
     of these steps, relative to θ as it is by then, with other pictures each time: most of a step's

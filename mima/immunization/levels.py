@@ -152,15 +152,27 @@ class Problem:
         """The concepts that one outer step is about, in order.
 
         Those whose attackers live on come first, so that no more attackers are ever alive than a
-        step has concepts; the other places are drawn.
+        step has concepts. The other places are dealt, in an order that is drawn anew in each round:
+        as far as steps and attackers' lives allow, none has a second turn before all had one.
         """
         count = self.config.concepts_per_step
         if count is None or count >= len(self.data):
             return list(range(len(self.data)))
-        draws = seeded(self.config.seed, self._simulated(step), "concepts")
-        order = torch.randperm(len(self.data), generator=draws)
-        drawn = [n for n in order.tolist() if n not in alive]
-        return sorted([*alive, *drawn][:count])
+        chosen = [*alive][:count]
+        for n in self._turns(self._simulated(step) // self.config.attack_every * count):
+            if len(chosen) == count:
+                break
+            if n not in chosen:
+                chosen.append(n)
+        return sorted(chosen)
+
+    def _turns(self, first: int) -> Iterator[int]:
+        """Whose turn it is, without end, from the ``first`` turn on."""
+        round_, place = divmod(first, len(self.data))
+        while True:
+            draws = seeded(self.config.seed, round_, "concepts")
+            yield from torch.randperm(len(self.data), generator=draws).tolist()[place:]
+            round_, place = round_ + 1, 0
 
     def _simulated(self, step: int) -> int:
         """The outer step that simulated the attack which serves at this one."""
