@@ -33,10 +33,11 @@ def default(
 ) -> ImmunizeConfig:
     """What is recommended: attacks on every weight, along their whole path, first order.
 
-    Each attack is 20 steps of Adam on all weights, at a rate drawn between half of and ten times
-    the usual one: few large steps stand for many small ones. The states of its path serve four
-    outer steps. After every fourth of its steps the defender raises log L on other pictures, by
-    0.65 of the length of what retains, which is to predict on class pictures what the model
+    Each attack is 60 steps of Adam on all weights, at a rate drawn between half of and five times
+    the usual one: large steps stand for many small ones, long attacks for those that learn anew
+    what was broken. The states of its path serve twelve outer steps, so that a long attack costs
+    no more than a short one. After every twelfth of its steps the defender raises log L on other
+    pictures, by 0.65 of the length of what retains, which is to predict on class pictures what the model
     predicted before: under their captions, under the concept's without its name, which lie nearest
     to it, and under the empty one, which guidance subtracts.
 
@@ -57,12 +58,12 @@ def default(
         "merge": "sum",
         "hypergradient": "first_order",
         "steps": 200,
-        "attack_every": 4,
+        "attack_every": 12,
         "concepts_per_step": 1,
         "num_class_images": 384,
         "lower": {
-            "steps": 20,
-            "lr": (rate / 2, 10 * rate),
+            "steps": 60,
+            "lr": (rate / 2, 5 * rate),
             "batch_size": 4,
             "parameters": "denoiser",
         },
@@ -74,7 +75,7 @@ def default(
             "batch_size": 4,
             "prior_batch_size": 40,
             "objective": "log",
-            "path_every": 4,
+            "path_every": 12,
             "retain": "distill",
             # most under their own captions, three tenths under the concept's without its name
             "retain_captions": (*(6 * ("own",)), *(3 * ("without_name",)), "empty"),
