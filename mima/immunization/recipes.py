@@ -33,13 +33,13 @@ def default(
 ) -> ImmunizeConfig:
     """What is recommended: attacks on every weight, along their whole path, first order.
 
-    Each attack is 60 steps of Adam on all weights, at a rate drawn between half of and five times
-    the usual one: large steps stand for many small ones, long attacks for those that learn anew
-    what was broken. The states of its path serve twelve outer steps, so that a long attack costs no
-    more than a short one. After every twelfth of its steps the defender raises log L on other
-    pictures, by 0.65 of the length of what retains, which is to predict on class pictures what the
-    model predicted before: under their captions, under the concept's without its name, which lie
-    nearest to it, and under the empty one, which guidance subtracts.
+    Each attack is 60 steps of Adam on all weights, at a rate drawn between half of and twice the
+    usual one: long enough to learn anew what a few large steps would only break. The states of its
+    path serve twelve outer steps, so that a long attack costs no more than a short one. After every
+    twelfth of its steps the defender raises log L on other pictures, by 0.65 of the length of what
+    retains, which is to predict on class pictures what the model predicted before: under their
+    captions, under the concept's without its name, which lie nearest to it, and under the empty
+    one, which guidance subtracts.
 
     One concept is attacked at a time, so that cost and memory of a step do not grow with their
     number; the ``steps`` should: about 100 for each concept. ``docs/results.md`` says what held,
@@ -63,7 +63,7 @@ def default(
         "num_class_images": 384,
         "lower": {
             "steps": 60,
-            "lr": (rate / 2, 5 * rate),
+            "lr": (rate / 2, 2 * rate),
             "batch_size": 4,
             "parameters": "denoiser",
         },
