@@ -106,7 +106,8 @@ def test_the_guides_two_files_work_together(tmp_path, monkeypatch):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         tiny.picture("red", "round").save(file)
     tiny.save_tiny_stable_diffusion(tmp_path / "model")
-    changes = ("model=model", "steps=1", "lower.steps=5", "num_class_images=1", "num_captions=8")
+    changes = ("model=model", "steps=1", "num_class_images=1", "num_captions=8")
+    changes += ("lower.steps=5", "upper.path_every=2")
     options = [part for change in changes for part in ("--set", change)]
     done = CliRunner().invoke(app, ["immunize", "run.yaml", *options], catch_exceptions=False)
     assert "immunized against cat, my castle: immunized" in done.output

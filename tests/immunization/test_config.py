@@ -336,11 +336,11 @@ def test_rivals_take_the_steps_that_their_sources_take():
 
 def test_the_recommended_recipe_takes_the_models_usual_rate_for_its_unit():
     here, there = default(rate=1e-4), default("relearn", steps=7, upper={"batch_size": 1})
-    assert here.attackers[0].lr == pytest.approx((5e-5, 1e-3))
+    assert here.attackers[0].lr == pytest.approx((5e-5, 2e-4))
     assert here.upper.lr == pytest.approx(5e-4)
     assert (there.steps, there.erase_first, there.upper.batch_size) == (7, True, 1)
     assert there.upper.objective == "log"
-    assert there.attackers[0].lr == pytest.approx((2.5e-6, 5e-5))
+    assert there.attackers[0].lr == pytest.approx((2.5e-6, 1e-5))
     assert here.upper.benign is None
     adaptation = default(rate=1e-4, benign=True).upper.benign.lower
     assert adaptation.lr == pytest.approx((3e-5, 3e-4))
