@@ -373,7 +373,7 @@ def _plot(cells: Sequence[Finished], path: Path) -> Path:
     """SGR over steps, a panel for each kind of attack and a line for each method."""
     kinds = list(dict.fromkeys(row.method for one in cells for row in one.targets()))
     methods = list(dict.fromkeys(one.cell.method for one in cells))
-    figure = Figure(figsize=(3.2 * len(kinds), 3.4), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(kinds), 3.6), layout="constrained")
     places = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
     for place, kind in zip(places, kinds, strict=True):
         for number_, method in enumerate(methods):
@@ -391,7 +391,14 @@ def _plot(cells: Sequence[Finished], path: Path) -> Path:
         place.set_xlabel("attack steps", fontsize=8)
         place.tick_params(labelsize=8)
     places[0].set_ylabel("similarity gap ratio", fontsize=8)
-    places[-1].legend(fontsize=7, frameon=False)
+    lines = {line.get_label(): line for place in places for line in place.lines[:-1]}
+    figure.legend(
+        handles=list(lines.values()),
+        loc="outside lower center",
+        ncols=min(len(lines), 3 * len(kinds)),
+        fontsize=8,
+        frameon=False,
+    )
     # divided by a similarity near 0, a ratio may be anything
     places[0].set_ylim(bottom=max(places[0].get_ylim()[0], -1.0))
     # the same file from the same numbers, with text as text
