@@ -21,7 +21,7 @@ TUTORIALS = Path(__file__).parents[1] / "docs" / "tutorials"
 SMALL = {
     "immunize": [
         *("--set", "steps=1", "--set", "lower.steps=5", "--set", "num_class_images=1"),
-        *("--set", "num_captions=8"),
+        *("--set", "upper.path_every=2", "--set", "num_captions=8"),
     ],
     "sample": ["--steps", "2"],
     "evaluate": [
