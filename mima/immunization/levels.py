@@ -159,7 +159,7 @@ class Problem:
         if count is None or count >= len(self.data):
             return list(range(len(self.data)))
         chosen = [*alive][:count]
-        for n in self._turns(self._simulated(step) // self.config.attack_every * count):
+        for n in self._turns(step // self.config.attack_every * count):
             if len(chosen) == count:
                 break
             if n not in chosen:
