@@ -14,7 +14,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from mima.errors import MOST_PROBLEMS, MimaError, ProblemList, nearest, one_line, quoted
 
@@ -91,10 +91,15 @@ def parse_config(kind: type[SettingsT], raw: dict[str, Any], *, source: str) -> 
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        found = error.errors()
+        found = [item for item in error.errors() if not _follows(item)]
         # to look for the nearest name of a hundred thousand unknown ones takes minutes
         problems = [_explain(kind, dict(item)) for item in found[:MOST_PROBLEMS]]
         raise ProblemList(f"config: {source} has {len(found)} problem(s)", problems) from error
+
+
+def _follows(error: ErrorDetails) -> bool:
+    """Whether a list counts as too short because all in it was refused, which is told already."""
+    return error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]
 
 
 def _explain(kind: type[Settings], error: dict[str, Any]) -> str:

@@ -202,6 +202,15 @@ def test_every_problem_is_told_at_once():
     assert named == ["lower.lr", "lower.what", "seed", "stpes"]
 
 
+def test_a_list_whose_items_are_all_refused_is_told_once():
+    with pytest.raises(ProblemList) as caught:
+        parse_config(ImmunizeConfig, {"upper": {"retain_captions": ["onw"]}}, source="run.yaml")
+    (problem,) = caught.value.problems
+    assert problem.startswith("upper.retain_captions.0: Input should be 'own'")
+    with pytest.raises(ProblemList, match="at least 1 item"):
+        parse_config(ImmunizeConfig, {"upper": {"retain_captions": []}}, source="run.yaml")
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
