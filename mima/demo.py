@@ -80,7 +80,7 @@ def settings(*, quick: bool, seed: int) -> DemoSettings:
         changes["upper"]["path_every"] = 4
     else:
         # one of the recipe's three paths of each benign concept: hardly one would serve twice
-        changes |= {"steps": 75, "num_class_images": 192}
+        changes |= {"steps": 108, "num_class_images": 192}
         changes["upper"]["benign"] = {"paths": 1}
     immunization = default(rate=1e-4, benign=True, seed=seed, **changes)
     steps = 24 if quick else 100
