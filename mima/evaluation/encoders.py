@@ -34,7 +34,7 @@ from mima.concepts.pictures import Picture
 from mima.errors import MimaError, first_line, nearest, one_line, quoted
 from mima.evaluation.discriminants import NEEDED, SIDE, embedding
 from mima.families.hub import unreachable
-from mima.families.loading import LOADING_ERRORS, too_many_layers, too_many_numbers
+from mima.families.model_files import LOADING_ERRORS, too_many_layers, too_many_numbers
 from mima.storage.inputs import expanded, is_hub_id
 from mima.storage.tensor_files import fingerprint
 

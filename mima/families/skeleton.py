@@ -14,12 +14,10 @@ from mima.assets import assets
 from mima.errors import MimaError, first_line
 from mima.families.base import cast
 from mima.families.frozen import Upcast, is_quantized
-from mima.families.loading import (
-    HUB_ERRORS,
+from mima.families.loading import HUB_ERRORS, ModelSource, check_folder_of_model
+from mima.families.model_files import (
     LOADING_ERRORS,
-    ModelSource,
     absent_parts,
-    check_folder_of_model,
     stored_dtype,
     weight_files,
     without_weights,

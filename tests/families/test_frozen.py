@@ -11,7 +11,7 @@ from support import builders, tiny
 from mima.errors import MimaError
 from mima.families import family_of, frozen, load_pipeline
 from mima.families.frozen import Upcast, hold_frozen, make_dense
-from mima.families.loading import stored_dtype, weight_files
+from mima.families.model_files import stored_dtype, weight_files
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 

@@ -21,7 +21,7 @@ from support import builders, ldm, tiny
 from mima.errors import MimaError
 from mima.families import ModelSource, family_of, load_pipeline, origin_of
 from mima.families.flux import Flux
-from mima.families.loading import library_of
+from mima.families.model_files import library_of
 from mima.families.sd3 import StableDiffusion3
 from mima.families.skeleton import open_skeleton
 
