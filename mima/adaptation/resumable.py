@@ -170,7 +170,8 @@ def adapt(
             kept.remove()
         weights = dict(family_of(pipeline).denoiser.state_dict())
         config = {"method": adaptation.method, **json.loads(json.dumps(asdict(adaptation)))}
-        claim(kept, describe_run(config, concepts, weights), resume=resume)
+        described = [concept.identity() for concept in concepts]
+        claim(kept, describe_run(config, described, weights), resume=resume)
         learn(
             runs[0] if len(runs) == 1 else Together(runs),
             kept,

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,6 +19,7 @@ from mima.concepts.pictures import (
     Picture,
     PictureError,
     check_pictures,
+    digest,
     metadata_file,
     picture_files,
     read_folder,
@@ -138,6 +140,26 @@ class Concept:
             raise PictureError(f"{where}: {unread} cannot be read:", problems)
         for key, value in {**texts, **pictures}.items():
             object.__setattr__(self, key, value)
+
+    def identity(self) -> dict[str, str]:
+        """What a run reads of the concept, as plain data; of pictures a hash of all, with captions.
+
+        Two concepts of the same identity are trained on alike.
+        """
+
+        def hashed(pictures: Iterable[Picture]) -> str:
+            told = [f"{digest(picture)} {picture.prompt}" for picture in pictures]
+            return blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
+
+        return {
+            "name": self.name,
+            "prompt": self.prompt,
+            "class_prompt": self.class_prompt,
+            "token": self.token or "",
+            "initializer": self.initializer or "",
+            "images": hashed(self.images),
+            "class_images": hashed(self.class_images),
+        }
 
     def without(self, others: Iterable[Concept]) -> Concept:
         """The concept without those of its pictures whose captions name another concept.

@@ -49,7 +49,7 @@ from mima.immunization.own_model import (
 )
 from mima.immunization.planning.plan import large, plan
 from mima.immunization.planning.result import Plan
-from mima.immunization.progress import Callback, StepReport
+from mima.immunization.progress import Callback, StepReport, tracker_kinds
 from mima.immunization.result import ImmunizeResult
 from mima.immunization.trained_words import TrainedWord
 from mima.storage.checkpoint import CheckpointFolder
@@ -186,6 +186,7 @@ def immunize(
         check_folder(Path(output), overwrite=overwrite, resume=resume)
         checkpoint = checkpoint or default_folder(Path(output))
     check_erased(erased, config)
+    tracker_kinds(config.trackers, None if checkpoint is None else Path(checkpoint))
     captions = ordinary_captions(config.captions)
     source = source_of(model)
     if source is None:
@@ -274,13 +275,19 @@ def _immunized(
         if folder:
             if overwrite and not resume:
                 ranks.together(folder.remove)
-            run = describe_run(config.model_dump(mode="json"), concepts, weights, benign)
+            run = describe_run(
+                config.model_dump(mode="json"),
+                *([c.identity() for c in concepts], weights, [c.identity() for c in benign]),
+                captions=captions,
+            )
             ranks.together(lambda: claim(folder, run, resume=resume))
 
         vocabulary = text_parts(pipeline)
         if config.new_words:
             pipeline = with_new_words(pipeline, concepts, config)
             family = family_of(pipeline, resolution=config.resolution, training=config.training)
+        # before class pictures are drawn: it may refuse the concepts
+        merge = merge_layer(family, concepts, config, where)
         encoded = partial(encode_concepts, family, config=config, cache=folder, ranks=ranks)
         data, others = encoded(concepts), encoded(benign, benign=True)
         # besides the pipeline, these alone hold the weights before they are sharded
@@ -292,7 +299,6 @@ def _immunized(
         if config.shards > 1:
             own = ranks.split(config.shards, where)
             family.sharded = sharded(family, written_to, own, config)
-        merge = merge_layer(family, concepts, config)
         words = [TrainedWord.of(family, c) for c in concepts] if config.train_tokens else []
         problem = Problem(family, data, config, merge, own, words, others)
         # the published update draws captions for each merge

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from mima.families.new_words import check_token
 from mima.families.pipelines import Pipeline
 from mima.immunization.config import ImmunizeConfig
 from mima.storage.inputs import expanded
+
+logger = logging.getLogger(__name__)
 
 
 def check_concepts(
@@ -77,14 +80,20 @@ def check_shards(config: ImmunizeConfig, *, dry_run: bool) -> None:
 
 def check_model(pipeline: Pipeline, concepts: Sequence[Concept], config: ImmunizeConfig) -> None:
     """Refuse a model that a later part of the run would refuse."""
+    nameless = [concept.name for concept in concepts if not names_of(concept)]
     kinds = {kind for attacker in config.attackers for kind in attacker.captions}
     for kind in sorted(kinds & {"without_name", "rare_token"}):
-        nameless = [concept.name for concept in concepts if not names_of(concept)]
         if nameless:
             raise MimaError(
                 f"lower.captions: {kind} needs a name to replace; the prompt does not contain it: "
                 f"{', '.join(nameless)}"
             )
+    if nameless and config.has_prior and "without_name" in config.upper.retain_captions:
+        logger.warning(
+            "upper.retain_captions: without_name needs a name to leave out, and the prompt does "
+            "not contain it: %s; class pictures are retained under their own captions instead",
+            ", ".join(nameless),
+        )
     if config.erase_first:
         for concept in concepts:
             edits_of(concept)

@@ -147,6 +147,8 @@ class ImmunizeConfig(Settings):
     @property
     def has_prior(self) -> bool:
         """Whether any level reads class pictures."""
+        if self.method == "none":
+            return False
         attackers = any(attacker.prior_weight for attacker in self.attackers)
         return bool(self.upper.prior_weight) or attackers or self.upper.objective == "pair"
 
@@ -264,6 +266,15 @@ class ImmunizeConfig(Settings):
             raise ValueError(f"upper.loss_cap: objective {upper.objective!r} has no use for a cap")
         if upper.margin and upper.objective != "hinge":
             raise ValueError(f"upper.margin: it is of objective 'hinge', got {upper.objective!r}")
+        for attacker in self.attackers:
+            of_lora = attacker.alpha is not None or attacker.rank != LowerConfig().rank
+            if of_lora and attacker.parameters != "lora":
+                raise ValueError(
+                    "lower.rank, lower.alpha: they are LoRA's; set lower.parameters: lora, got "
+                    f"{attacker.parameters!r}"
+                )
+            if attacker.benign_start == (0, 0):
+                raise ValueError("lower.benign_start: [0, 0] steps are none; leave it out")
         if upper.pair_beta is not None and upper.objective != "pair":
             raise ValueError(f"upper.pair_beta: it is of objective 'pair', got {upper.objective!r}")
         if upper.objective == "pair" and self.train_tokens:

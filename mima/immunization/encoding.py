@@ -9,7 +9,7 @@ import torch
 
 from mima.choices import AttackerCaptions, RetentionCaptions
 from mima.concepts import Concept
-from mima.concepts.naming import with_word, without_name
+from mima.concepts.naming import names_of, with_word, without_name
 from mima.concepts.near_duplicates import signature
 from mima.concepts.pictures import Picture, digest
 from mima.distributed import ALONE, Ranks
@@ -54,7 +54,10 @@ class ConceptData:
     def class_pictures(
         self, captions: Sequence[RetentionCaptions], generator: torch.Generator
     ) -> Encoded:
-        """The class pictures, each under a caption of a kind that is drawn for it."""
+        """The class pictures, each under a caption of a kind that is drawn for it.
+
+        Of a kind that the concept has no captions of, the picture's own stands for them.
+        """
         assert self.class_images is not None
         if set(captions) == {"own"}:
             return self.class_images
@@ -62,7 +65,7 @@ class ConceptData:
         rows = {"other": own, **self.class_prompts}
 
         def drawn(kind: str) -> torch.Tensor:
-            if kind == "own":
+            if kind == "own" or kind not in rows:
                 return own
             return rows[kind][torch.randint(len(rows[kind]), own.shape, generator=generator)]
 
@@ -143,9 +146,11 @@ def retained_kinds(config: ImmunizeConfig) -> list[AttackerCaptions]:
 
 
 def retained_captions(concept: Concept, config: ImmunizeConfig) -> dict[str, list[str]]:
-    """The distinct ones of these captions, by kind."""
+    """The distinct ones of these captions, by kind; a concept without a name has none without."""
     return {
-        kind: list(dict.fromkeys(captions_of(concept, kind))) for kind in retained_kinds(config)
+        kind: list(dict.fromkeys(captions_of(concept, kind)))
+        for kind in retained_kinds(config)
+        if kind != "without_name" or names_of(concept)
     }
 
 

@@ -216,7 +216,7 @@ def concepts_of(run: ImmunizeRun, path: str | Path) -> tuple[list[Concept], list
     from mima.concepts.reading import load_concepts
 
     check_model(run.model)
-    base = Path(path).parent
+    base = expanded(path).parent
     # load_concepts refuses an empty list
     benign = load_concepts(run.benign, base=base) if run.benign else []
     return load_concepts(run.concepts, base=base), benign

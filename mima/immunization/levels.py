@@ -121,6 +121,10 @@ class Problem:
         sharded = family.sharded
         parameters = sharded.theta if sharded else dict(family.denoiser.named_parameters())
         self._theta = {name: parameters[name] for name in self.names}
+        # whose turn it is: what was dealt, what waits in its round, and how many rounds there were
+        self._deals: list[list[int]] = []
+        self._waiting: list[int] = []
+        self._rounds = 0
         self._start: dict[str, torch.Tensor] = {}
         compared = config.upper.benign is not None and config.upper.benign.target == "match"
         if config.upper.objective in READS_START or config.upper.retain == "distill" or compared:
@@ -159,20 +163,30 @@ class Problem:
         if count is None or count >= len(self.data):
             return list(range(len(self.data)))
         chosen = [*alive][:count]
-        for n in self._turns(step // self.config.attack_every * count):
+        for n in self._turns(step // self.config.attack_every, count):
             if len(chosen) == count:
                 break
             if n not in chosen:
                 chosen.append(n)
         return sorted(chosen)
 
-    def _turns(self, first: int) -> Iterator[int]:
-        """Whose turn it is, without end, from the ``first`` turn on."""
-        round_, place = divmod(first, len(self.data))
+    def _turns(self, first: int, count: int) -> Iterator[int]:
+        """Whose turn it is, without end, ``count`` different ones in each deal, from a deal on."""
         while True:
-            draws = seeded(self.config.seed, round_, "concepts")
-            yield from torch.randperm(len(self.data), generator=draws).tolist()[place:]
-            round_, place = round_ + 1, 0
+            while len(self._deals) <= first:
+                deal: list[int] = []
+                while len(deal) < count:
+                    n = next((n for n in self._waiting if n not in deal), None)
+                    if n is None:
+                        draws = seeded(self.config.seed, self._rounds, "concepts")
+                        self._waiting += torch.randperm(len(self.data), generator=draws).tolist()
+                        self._rounds += 1
+                    else:
+                        deal.append(n)
+                        self._waiting.remove(n)
+                self._deals.append(deal)
+            yield from self._deals[first]
+            first += 1
 
     def _simulated(self, step: int) -> int:
         """The outer step that simulated the attack which serves at this one."""
@@ -599,12 +613,19 @@ class _Drawn(Sequence[T]):
 
 
 def merge_layer(
-    family: Family, concepts: Sequence[Concept], config: ImmunizeConfig
+    family: Family,
+    concepts: Sequence[Concept],
+    config: ImmunizeConfig,
+    device: torch.device | None = None,
 ) -> MergeLayer | None:
-    """The merge of a run: None for the methods that do not merge."""
-    if config.method in ("imma", "joint"):
+    """The merge of a run on a device, by default the model's: None for methods that do not merge.
+
+    Raises:
+        MimaError: the concepts' texts admit no merge.
+    """
+    if config.method in ("none", "imma", "joint"):
         return None
-    weights = torch.full((len(concepts),), 1 / len(concepts), device=family.device)
+    weights = torch.full((len(concepts),), 1 / len(concepts), device=device or family.device)
     if config.merge in ("average", "sum"):
         return MergeLayer(weights)
     try:

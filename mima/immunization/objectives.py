@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from mima.choices import UpperObjective
 from mima.families import Family
 from mima.training.batches import Batch
+from mima.training.loss import weighted
 
 EPSILON = 1e-3
 """ε: added to losses under a logarithm; a trained denoiser's are of the order of 0.1."""
@@ -124,13 +125,14 @@ def blind_prediction(family: Family, batch: Batch) -> torch.Tensor:
     """v_blind [B, C, H, W]: what the best denoiser of Gaussian pictures predicts on a batch.
 
     Noisy latents are ``z = a x + s ε``. With x of unit variance, like ε, the expectations are
-    ``x̂ = a z / (a² + s²)`` and ``ε̂ = s z / (a² + s²)``; targets are linear in both.
+    ``x̂ = a z / (a² + s²)`` and ``ε̂ = s z / (a² + s²)``; targets are linear in both. Weighted as
+    the loss is.
     """
     one, none = torch.ones_like(batch.latents), torch.zeros_like(batch.latents)
     a = family.add_noise(one, none, batch.timesteps)
     s = family.add_noise(none, one, batch.timesteps)
     z = family.add_noise(batch.latents, batch.noise, batch.timesteps) / (a.square() + s.square())
-    return family.target(a * z, s * z, batch.timesteps)
+    return weighted(family, family.target(a * z, s * z, batch.timesteps), batch.timesteps)
 
 
 PENALTIES: dict[UpperObjective, Callable[[Seen], torch.Tensor]] = {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from mima.console import Lines, fitting
-from mima.errors import MimaError, cut
+from mima.errors import MimaError, cut, nearest
 from mima.storage.plain_data import flat
 
 if TYPE_CHECKING:
@@ -223,32 +223,45 @@ class Tracker:
             self.tracker.finish()
 
 
-def open_trackers(
-    names: Sequence[str], folder: Path | None, config: Mapping[str, Any]
-) -> list[Tracker]:
-    """Trackers by the names that accelerate knows them by; some write files, to the folder.
+def tracker_kinds(names: Sequence[str], folder: Path | None) -> list[Any]:
+    """Accelerate's classes of trackers, by the names that it knows them by.
 
     Raises:
-        MimaError: a tracker whose package is not installed, or that needs a folder.
+        MimaError: no such tracker, one whose package is not installed, or that needs a folder.
     """
     if not names:
         return []
     from accelerate import tracking  # type: ignore[import-untyped]
 
-    available = {str(name): kind for name, kind in tracking.LOGGER_TYPE_TO_CLASS.items()}
+    known = {str(name): kind for name, kind in tracking.LOGGER_TYPE_TO_CLASS.items()}
     installed = {str(getattr(kind, "value", kind)) for kind in tracking.get_available_trackers()}
-    opened = []
     for name in names:
+        if name not in known:
+            raise MimaError(f"trackers: {name!r} is unknown; {nearest(name, known)}")
         if name not in installed:
             raise MimaError(f"trackers: {name} is not installed; pip install {name}")
-        kind = available[name]
-        if kind.requires_logging_directory:
-            if folder is None:
-                raise MimaError(f"trackers: {name} writes files, so it needs an output folder")
-            opened.append(Tracker(kind("mima", logging_dir=str(folder)), config))
-        else:
-            opened.append(Tracker(kind("mima"), config))
-    return opened
+        if known[name].requires_logging_directory and folder is None:
+            raise MimaError(f"trackers: {name} writes files, so it needs an output folder")
+    return [known[name] for name in names]
+
+
+def open_trackers(
+    names: Sequence[str], folder: Path | None, config: Mapping[str, Any]
+) -> list[Tracker]:
+    """Trackers by name; some write files, to the folder.
+
+    Raises:
+        MimaError: as `tracker_kinds`.
+    """
+    return [
+        Tracker(
+            kind("mima", logging_dir=str(folder))
+            if kind.requires_logging_directory
+            else kind("mima"),
+            config,
+        )
+        for kind in tracker_kinds(names, folder)
+    ]
 
 
 class ProgressBar:

@@ -257,7 +257,10 @@ def _config(own: Plain, task: Task | None, settings: Mapping[str, Any]) -> Immun
 
 
 def _over(own: Plain, settings: Mapping[str, Any]) -> Plain:
-    """Settings that win over others, group by group, and so within groups."""
+    """Settings that win over others, group by group, and so within groups.
+
+    Those of one attacker win over each of several.
+    """
     combined = {**own, **settings}
     for name, value in own.items():
         more = settings.get(name)
@@ -265,4 +268,6 @@ def _over(own: Plain, settings: Mapping[str, Any]) -> Plain:
             more = more.model_dump(exclude_unset=True)
         if isinstance(value, dict) and isinstance(more, dict):
             combined[name] = _over(value, more)
+        elif isinstance(more, dict) and isinstance(value, (list, tuple)):
+            combined[name] = [_over(one, more) for one in value]
     return combined

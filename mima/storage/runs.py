@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from mima.storage.tensor_files import fingerprint
 logger = logging.getLogger(__name__)
 
 MAY_CHANGE = frozenset({"steps", "checkpoint_every", "max_skipped", "trackers", "shards"})
-"""Settings that a resumed run may change: no gradient depends on them."""
+"""Settings that a resumed run may change: no gradient depends on them. ``steps`` only where no
+schedule stretches over them."""
+SCHEDULES = ("upper.lr_schedule", "schedule")
+"""The settings that name a schedule, of an immunization and of an adaptation."""
 
 
 @contextmanager
@@ -42,24 +46,33 @@ def uninterrupted() -> Iterator[Sequence[object]]:
 
 def describe_run(
     config: Mapping[str, Any],
-    concepts: Sequence[Any],
+    concepts: Sequence[Mapping[str, str]],
     weights: Mapping[str, torch.Tensor],
-    benign: Sequence[Any] = (),
+    benign: Sequence[Mapping[str, str]] = (),
+    captions: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What a run is, as plain data: settings, concepts, the model's fingerprint, versions."""
+    """What a run is, as plain data: settings, concepts, the model's fingerprint, versions.
 
-    def described(concepts: Sequence[Any]) -> list[dict[str, str]]:
-        return [
-            {"name": c.name, "prompt": c.prompt, "class_prompt": c.class_prompt} for c in concepts
-        ]
-
+    Args:
+        config: the settings.
+        concepts: what `Concept.identity` says of each.
+        weights: the model's.
+        benign: the same of concepts that are to stay learnable.
+        captions: the ordinary captions that it reads, from whatever file.
+    """
     return {
         "config": config,
-        "concepts": described(concepts),
-        "benign": described(benign),
+        "concepts": [*concepts],
+        "benign": [*benign],
+        "captions": hashed("\n".join(captions)),
         "model": fingerprint(weights),
         "versions": installed_versions(),
     }
+
+
+def hashed(text: str) -> str:
+    """A short name for a text, which another text does not have."""
+    return blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
 def claim(folder: CheckpointFolder, run: Mapping[str, Any], *, resume: bool) -> None:
@@ -82,11 +95,16 @@ def claim(folder: CheckpointFolder, run: Mapping[str, Any], *, resume: bool) -> 
             f"checkpoint: {folder.path / 'run.json'} is damaged: it describes no run; remove the "
             "folder to begin anew (overwrite)"
         )
-    before, now = ({"model": r["model"], **_settings(r)} for r in (earlier, run))
+    before, now = (
+        {"model": r["model"], "the captions": r.get("captions"), **_settings(r)}
+        for r in (earlier, run)
+    )
+    scheduled = any(now.get(name, "constant") != "constant" for name in SCHEDULES)
     problems = [
         f"{name}: {one_line(before.get(name), 60)} then, {one_line(now.get(name), 60)} now"
         for name in dict.fromkeys([*before, *now])
-        if before.get(name) != now.get(name) and name not in MAY_CHANGE
+        if before.get(name) != now.get(name)
+        and (name not in MAY_CHANGE or (scheduled and name == "steps"))
     ]
     if problems:
         raise MimaError(

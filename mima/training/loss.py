@@ -81,8 +81,18 @@ def prediction_and_target(
     noisy = family.add_noise(latents, noise, timesteps)
     prediction = wide(family.predict(noisy, timesteps, conditioning, params))
     target = family.target(latents, noise, timesteps).to(prediction.dtype)
+    return weighted(family, prediction, timesteps), weighted(family, target, timesteps)
+
+
+def weighted(family: Family, predicted: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    """A side of the training loss [B, C, H, W] times the root of the weights of its noise levels.
+
+    Args:
+        family: the model.
+        predicted: what the denoiser predicts, or what it should.
+        timesteps: [B].
+    """
     weights = family.loss_weights(timesteps)
-    if weights is None:
-        return prediction, target
-    root = weights.to(prediction).sqrt().view(-1, 1, 1, 1)
-    return root * prediction, root * target
+    return (
+        predicted if weights is None else weights.to(predicted).sqrt().view(-1, 1, 1, 1) * predicted
+    )

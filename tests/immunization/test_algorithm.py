@@ -22,12 +22,13 @@ from mima.errors import MimaError
 from mima.families import family_of, load_pipeline
 from mima.immunization.algorithm import immunize
 from mima.immunization.config import ImmunizeConfig
-from mima.immunization.encoding import ConceptData
+from mima.immunization.encoding import ConceptData, encode_concepts
 from mima.immunization.levels import Problem, recomputed_blocks
 from mima.immunization.outer_loop import cosine
 from mima.immunization.progress import ProgressBar, StepReport, Tracker, open_trackers
 from mima.merging import MergeLayer
-from mima.training.batches import Encoded
+from mima.training.batches import Encoded, seeded
+from mima.training.class_images import ClassPictures
 
 MODES = ("exact", "finite_difference", "first_order")
 
@@ -321,8 +322,8 @@ def test_trackers_get_the_same_numbers(model, tmp_path):
     assert (recorder.config["trackers"], recorder.config["lower.alpha"]) == ("[]", "None")
     assert [step for step, _ in recorder.logged] == [1, 2]
     assert recorder.logged[-1][1]["loss/cat"] == result.history[-1].losses["cat"]
-    with pytest.raises(MimaError, match="trackers: nosuch is not installed"):
-        open_trackers(["nosuch"], tmp_path, {})
+    with pytest.raises(MimaError, match=r"trackers: 'tensorbord' is unknown.*tensorboard"):
+        open_trackers(["tensorbord"], tmp_path, {})
 
 
 def test_tensorboard_gets_the_same_numbers(model, tmp_path):
@@ -505,3 +506,41 @@ def test_new_words_are_words_while_the_model_is_immunized(tmp_path, monkeypatch)
         assert 1e-4 < (new[row] - start).abs().max() < 2e-3
     assert result.pipeline.tokenizer is pipeline.tokenizer
     assert result.pipeline.text_encoder is pipeline.text_encoder
+
+
+def test_what_a_run_cannot_use_is_said_before_class_pictures_are_drawn(
+    model, tmp_path, monkeypatch
+):
+    def drawn(*args):
+        raise AssertionError("class pictures were drawn")
+
+    monkeypatch.setattr(ClassPictures, "latents", drawn)
+    given = [replace(concept, class_images=(), prompt="a cat") for concept in concepts()]
+    projected = {"merge": "projected", "lam": 0.0}
+    for refused, options in (
+        ({"trackers": ("tensorbord",)}, {}),
+        ({"trackers": ("tensorboard",)}, {}),
+        (projected, {}),
+    ):
+        with pytest.raises(MimaError, match=r"trackers: |merge: "):
+            immunize(model, given, settings(tmp_path, **refused), **options)
+    # nothing reads them
+    result = immunize(model, given, settings(tmp_path, method="none", **projected))
+    assert not result.history
+
+
+def test_class_pictures_of_a_concept_without_a_name_keep_their_captions(model, tmp_path, caplog):
+    nameless = replace(concepts()[0], name="cat6", images=concepts()[0].images[:1])
+    kinds = ("own", "without_name", "empty")
+    upper = {"retain": "distill", "ascent_ratio": 1.0, "retain_captions": kinds}
+    config = settings(tmp_path, steps=1, upper=upper)
+    family = family_of(load_pipeline(str(model)))
+    data, named = encode_concepts(family, [nameless, concepts()[1]], config)
+    assert [*data.class_prompts] == ["empty"]
+    assert [*named.class_prompts] == ["without_name", "empty"]
+    own = data.class_images.prompt
+    alone = data.class_pictures(("without_name",), seeded(0))
+    assert torch.equal(alone.prompt, own)
+    immunize(model, [nameless], config)
+    assert "without_name needs a name to leave out" in caplog.text
+    assert "cat6" in caplog.text

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import pytest
 import yaml
 from pydantic import ValidationError
+from support import tiny
 
 from mima.errors import MimaError, ProblemList
 from mima.immunization.config import ImmunizeConfig, LowerConfig, UpperConfig
-from mima.immunization.from_file import ImmunizeRun, load_config, read_run
+from mima.immunization.from_file import ImmunizeRun, concepts_of, load_config, read_run
 from mima.immunization.recipes import RECIPES, TASKS, beneath, default, paper
 from mima.settings import checked, parse_config
 
@@ -235,6 +236,12 @@ def test_a_list_whose_items_are_all_refused_is_told_once():
             "benign_start: no benign concept has the new word",
         ),
         ({"lower": {"benign_start": (3, 2)}}, "benign_start: must be two numbers"),
+        ({"lower": {"benign_start": (0, 0)}}, "benign_start: [0, 0] steps are none"),
+        ({"lower": {"rank": (4, 32)}}, "lower.rank, lower.alpha: they are LoRA's"),
+        (
+            {"merge": "sum", "lower": [{}, {"parameters": "denoiser", "alpha": 4.0}]},
+            "lower.rank, lower.alpha: they are LoRA's",
+        ),
         ({"method": "alternating", "lower": {"captions": "empty"}}, "whose attackers draw nothing"),
         ({"upper": {"benign": {}}}, "upper.benign: it is part of what retains"),
         (
@@ -341,6 +348,25 @@ def test_rivals_take_the_steps_that_their_sources_take():
     assert steps == [(800, 20), (1000, 50), (750, 64)]
     assert [c.upper.objective for c in (apdm, sophon, tar)] == ["pair", "neg", "entropy"]
     assert [attacker.lr for attacker in tar.attackers] == [2e-6, 2e-5, 4e-5]
+
+
+def test_a_file_in_the_home_folder_finds_its_concepts(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "a" / "dog"
+    folder.mkdir(parents=True)
+    tiny.picture("red", "round").save(folder / "1.png")
+    (folder / "1.txt").write_text("a photo of a dog")
+    (tmp_path / "run.yaml").write_text("model: embedded\nconcepts: [a/dog]\noutput: out")
+    found, _ = concepts_of(read_run("~/run.yaml"), "~/run.yaml")
+    assert [concept.name for concept in found] == ["dog"]
+
+
+def test_a_setting_of_one_attacker_is_laid_over_each_of_a_recipes():
+    plain = beneath({"lower": {"steps": 8}}, "tar")
+    config, tar = ImmunizeConfig.model_validate(plain), RECIPES["tar"]()
+    assert [attacker.steps for attacker in config.attackers] == [8, 8, 8]
+    assert [a.lr for a in config.attackers] == [a.lr for a in tar.attackers]
+    assert {attacker.parameters for attacker in config.attackers} == {"denoiser"}
 
 
 def test_the_recommended_recipe_takes_the_models_usual_rate_for_its_unit():

@@ -8,17 +8,19 @@ import random
 import resource
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from support import immunizing, tiny
 from support.faults import small_files
-from support.immunizing import assert_same, concepts, settings, weights
+from support.immunizing import assert_same, concepts, problem_of, settings, weights
 
 from mima.bilevel.outer import UpperLevel
 from mima.errors import MimaError
 from mima.immunization.algorithm import immunize
 from mima.immunization.levels import Problem
+from mima.immunization.outer_loop import Ascent
 from mima.immunization.progress import StepReport
 from mima.storage.checkpoint import CheckpointFolder
 from mima.storage.runs import default_folder, uninterrupted
@@ -245,6 +247,59 @@ def test_a_level_that_always_fails_ends_the_run(model, tmp_path):
     immunized(model, interrupted, checkpoint=tmp_path / "c")
     with pytest.raises(MimaError, match=r"3 steps in a row were not finite.* step 5 "):
         immunized(model, config, checkpoint=tmp_path / "c", resume=True)
+
+
+def test_other_pictures_captions_or_lengths_of_a_schedule_are_another_run(model, tmp_path):
+    config = settings(tmp_path, upper={"lr_schedule": "cosine"})
+    given = concepts()
+    immunize(model, given, config, checkpoint=tmp_path / "c")
+    more = immunizing.concepts()[0].images[:3]
+    recaptioned = [replace(picture, prompt="a cat") for picture in given[0].images]
+    for name, changed in {
+        r"concepts\.0\.images": [replace(given[0], images=more), given[1]],
+        r"concepts\.0\.images: .* then": [replace(given[0], images=recaptioned), given[1]],
+        r"concepts\.1\.class_images": [given[0], replace(given[1], class_images=more)],
+        r"concepts\.1\.initializer": [given[0], replace(given[1], initializer="cat")],
+    }.items():
+        with pytest.raises(MimaError, match=name):
+            immunize(model, changed, config, checkpoint=tmp_path / "c", resume=True)
+    # the step size at a step depends on how many there are
+    longer = config.model_copy(update={"steps": 4})
+    with pytest.raises(MimaError, match="steps: 2 then, 4 now"):
+        immunize(model, given, longer, checkpoint=tmp_path / "c", resume=True)
+    config.captions.write_text("another caption\nand one more")
+    with pytest.raises(MimaError, match="the captions: "):
+        immunize(model, given, config, checkpoint=tmp_path / "c", resume=True)
+
+
+def test_divergence_is_seen_where_some_steps_have_no_such_loss(model, tmp_path):
+    def history(priors):
+        return [
+            StepReport(
+                step=n + 1,
+                steps=90,
+                losses={"cat": 1.0},
+                drift=0.0,
+                gradient_norm=1.0,
+                residual=0.0,
+                seconds=1.0,
+                eta=0.0,
+                memory=0,
+                prior_losses={} if prior is None else {"cat": prior},
+            )
+            for n, prior in enumerate(priors)
+        ]
+
+    ascent = Ascent(problem_of(model, settings(tmp_path, divergence=20)))
+    grown = [*(10 * [0.1]), *(10 * [10.0])]
+    alternating = [value for one in grown for value in (None, one)]
+    for priors in (grown, alternating, [math.nan, *grown]):
+        ascent.history = history(priors)
+        with pytest.raises(MimaError, match=r"from 0\.1 to 10, more than 20 times"):
+            ascent._check_divergence()
+    for priors in (grown[:-1], 40 * [0.1], 40 * [None]):
+        ascent.history = history(priors)
+        ascent._check_divergence()
 
 
 def test_divergence_ends_the_run(model, tmp_path, monkeypatch):

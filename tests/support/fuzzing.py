@@ -269,7 +269,9 @@ def _with_a_model(place: Path) -> dict[str, Callable[[], Parser]]:
             started = lora.start(load_pipeline(str(model())), tiny.concept())
             folder = CheckpointFolder(place / "checkpoint")
             weights = {"w": torch.zeros(2)}
-            told = describe_run({"steps": 1, "method": "lora"}, [tiny.concept()], weights)
+            told = describe_run(
+                {"steps": 1, "method": "lora"}, [tiny.concept().identity()], weights
+            )
             claim(folder, told, resume=True)
             started.advance(1)
             folder.write(started.checkpoint())
