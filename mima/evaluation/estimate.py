@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mima.errors import counted
 from mima.evaluation.bench import Bench, Task
@@ -13,6 +13,8 @@ from mima.evaluation.worker import Worker
 
 TIMED_STEPS = 2
 TIMED_PICTURES = 4
+SMALL_RATE = 1e-8
+"""The learning rate of the steps that are timed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +101,12 @@ def _batch(task: Attack | Trial) -> int:
 
 
 def _timed(bench: Bench, worker: Worker, attack: Attack) -> tuple[float, float]:
-    """Seconds of one picture in a training step, and of one that is drawn."""
+    """Seconds of one picture in a training step, and of one that is drawn.
+
+    They do not depend on the rate, and a small one does not diverge.
+    """
     pipeline, (concept, _) = worker.pipelines["original"], bench.material(attack)
-    run = attack.adaptation.start(pipeline, concept)
+    run = replace(attack.adaptation, learning_rate=SMALL_RATE).start(pipeline, concept)
     # the first step allocates
     run.advance(1)
     started = time.perf_counter()

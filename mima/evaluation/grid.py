@@ -205,12 +205,15 @@ def configured(config: GridConfig, name: str) -> Adaptation:
     return configure(str(settings.pop("method", name)), settings)
 
 
-def _of_family(config: GridConfig, name: str) -> Adaptation:
+def _of_family(config: GridConfig, name: str, step_factor: int = 1) -> Adaptation:
+    """A family's adaptation, made of its method's when that has its steps."""
     family = FAMILIES[name]
     if family.base == "pivotal" and "pivotal" not in config.methods:
         lora = config.methods.get("lora", {})
-        return configure("pivotal", {k: v for k, v in lora.items() if k != "method"})
-    return family.adapt(configured(config, family.base))
+        base = configure("pivotal", {k: v for k, v in lora.items() if k != "method"})
+        return replace(base, steps=base.steps * step_factor)
+    base = configured(config, family.base)
+    return family.adapt(replace(base, steps=base.steps * step_factor))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,10 +322,24 @@ def attack_grid(
         for slug, concept in targets.items():
             attacks += list(_on_target(config, slug, concept, seed, bool(others)))
         for slug, concept in others.items():
-            attacks += [
-                _attack(config, slug, concept, "other", method, seed) for method in config.methods
-            ]
+            attacks += list(_on_other(config, slug, concept, seed, len(others) > 1))
     return list({attack.id: attack for attack in attacks}.values())
+
+
+def _on_other(
+    config: GridConfig, slug: str, concept: Concept, seed: int, has_others: bool
+) -> Iterator[Attack]:
+    """The plain attack on a concept that must stay learnable, by every method.
+
+    Its prompts and pictures are the first of the grid, as the targets' are, of which it has any.
+    """
+    prompts = [v for v in config.prompts if v == "name" or names_of(concept)]
+    pictures = [v for v in config.images if _has_pictures(v, concept, has_others)]
+    for method in config.methods:
+        yield _attack(
+            config, slug, concept, "other", method, seed,
+            prompt=prompts[0] if prompts else "name", images=pictures[0] if pictures else "same",
+        )  # fmt: skip
 
 
 def _on_target(
@@ -397,7 +414,11 @@ def _attack(
 ) -> Attack:
     lr_factor = config.lr_factors[0] if lr_factor is None else lr_factor
     step_factor = config.step_factors[0] if step_factor is None else step_factor
-    base = configured(config, method) if family is None else _of_family(config, method)
+    if family is None:
+        base = configured(config, method)
+        base = replace(base, steps=base.steps * step_factor)
+    else:
+        base = _of_family(config, method, step_factor)
     if base.method in TRAINS_A_TOKEN and concept.token is None:
         prompt = "token"
     return Attack(
@@ -408,7 +429,6 @@ def _attack(
         adaptation=replace(
             base,
             learning_rate=base.learning_rate * lr_factor,
-            steps=base.steps * step_factor,
             seed=seed,
         ),
         lr_factor=lr_factor,

@@ -158,8 +158,8 @@ class Tally(_Record):
     """Attacks that taught the original model the concept and after which the immunized model's
     pictures are less like it than before: SGR counts what broke there as immunity."""
     beyond: int = 0
-    """Attacks with a mean SGR above 1, more than there was to lose: it was divided by a similarity
-    near 0, which the attack left on the original model, too."""
+    """Attacks with a mean SGR above 1, more than there was to lose, or below −1: it was divided by
+    a similarity near 0, which the attack left on the original model, too."""
     known_before: tuple[str, ...] = ()
     """Concepts that the immunized model shows before any attack: nearer to them than the original
     model by what counts as learning. An attack has little to add to these."""
@@ -288,7 +288,8 @@ class AttackRow(CsvRow):
     images: Pictures
     """Trained on the pictures that immunization saw, or on others: see `GridConfig.images`."""
     preparation: Preparation
-    """What was done to both models before the attack."""
+    """What was done to both models before they were trained, as a part of the attack: its step 0 is
+    before that, too."""
     seed: int
     similarity: str
     sgr_mean: float | None

@@ -60,6 +60,7 @@ def summarize(
     means = {name: gap.mean for name, gap in gaps.items() if gap.mean is not None}
     target_means = {name: means[name] for name in targets if name in means}
     other_means = [mean for name, mean in means.items() if name not in targets]
+    msgr = gap_of([by_concept[name] for name in targets]).mean
     worst = min(target_means, key=lambda name: target_means[name], default=None)
     own = [by_concept[name] for name in targets]
     on_targets = [row for rows in own for row in rows]
@@ -71,9 +72,7 @@ def summarize(
         worst_concept=WorstConcept(
             sgr=None if worst is None else target_means[worst], concept=worst
         ),
-        mrsgr=mrsgr(list(target_means.values()), other_means)
-        if target_means and other_means
-        else None,
+        mrsgr=None if msgr is None or not other_means else mrsgr([msgr], other_means),
         objects=ScorePair(
             **{side: over_seeds(own, f"objects_{side}").mean for side in SIDES},
         ),
@@ -89,7 +88,7 @@ def tally(rows: Iterable[AttackRow]) -> Tally:
         diverged=sum(row.sgr_mean is None for row in mine),
         taught=sum(row.taught_either for row in mine),
         led_away=sum(row.learned and (row.rise_left or 0.0) < -LED_AWAY for row in mine),
-        beyond=sum((row.sgr_mean or 0.0) > 1 for row in mine),
+        beyond=sum(abs(row.sgr_mean or 0.0) > 1 for row in mine),
         known_before=_nearer(mine, "immunized"),
         known_to_original=_nearer(mine, "original"),
     )

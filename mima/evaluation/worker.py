@@ -240,8 +240,8 @@ class Worker:
             return None if why is None else str(why)
         concept, _ = bench.material(attack)
         drawn = self._train(attack, concept, side, adaptation, bench.jobs(attack))
-        # what a preparation breaks is the attacker's to bear
-        if 0 in drawn.broken and attack.preparation == "none":
+        # what a preparation breaks is the attacker's to bear, and step 0 is before it
+        if 0 in drawn.broken:
             raise _not_finite(side, concept.prompt)
         diverged = None if drawn.diverged is None else str(drawn.diverged)
         if bench.repairs and diverged is None:
@@ -279,7 +279,7 @@ class Worker:
         steps = bench.config.repair_steps
         repair = None
         if steps:
-            pictures = list(map(digest, bench.repair_pictures(attack)))
+            pictures = [(digest(p), p.prompt) for p in bench.repair_pictures(attack)]
             repair = steps, configured(bench.config, "dreambooth"), pictures
         drawn = bench.config.steps_of(attack), bench.jobs(attack)
         return self._originals.entry("attack", *common, drawn, repair)
@@ -295,7 +295,10 @@ class Worker:
         steps: Sequence[int] | None = None,
         keep: bool = True,
     ) -> Trajectory:
-        """Train one model as an attack does, and draw on the way."""
+        """Train one model as an attack does, and draw on the way.
+
+        A preparation is part of the attack: what is drawn at step 0 is drawn by the model before.
+        """
         bench = self.bench
         if attack.outside:
             assert isinstance(adaptation, DreamBooth)
@@ -307,17 +310,24 @@ class Worker:
                 place = bench.folder.image_folder(attack.id, side, step)
                 write_picture(place / f"{index}.png", image)
 
-        return trajectory(
-            self.pipelines["original"] if attack.transplant else start,
-            concept,
-            adaptation,
-            bench.config.steps_of(attack) if steps is None else steps,
-            jobs,
-            bench.sampler,
-            drawn_by=start if attack.transplant else None,
-            advance=self.advance,
-            on_picture=write,
-        )
+        def drawn(start: Any, steps: Sequence[int]) -> Trajectory:
+            return trajectory(
+                self.pipelines["original"] if attack.transplant else start,
+                concept,
+                adaptation,
+                steps,
+                jobs,
+                bench.sampler,
+                drawn_by=start if attack.transplant else None,
+                advance=self.advance,
+                on_picture=write,
+            )
+
+        steps = bench.config.steps_of(attack) if steps is None else steps
+        if attack.preparation == "none" or steps[0] > 0:
+            return drawn(start, steps)
+        before, after = drawn(self.pipelines[side], steps[:1]), drawn(start, steps[1:])
+        return replace(after, broken=(*before.broken, *after.broken))
 
     def _try(self, trial: Trial) -> TrialRow:
         """Train as a trial says, and see how like those held back its pictures become."""

@@ -254,7 +254,7 @@ class Report:
 
     def _seeds(self, chosen: Setting, similarity: str) -> str:
         """Over how many seeds the curves of a setting are, in words."""
-        counts = {len(run.by_setting.get((chosen, similarity), ())) for run in self.runs} - {0}
+        counts = {run.seeds(chosen, similarity) for run in self.runs} - {0}
         number = "–".join(str(count) for count in sorted(counts)) or "0"
         return f"{number} seed{'' if counts == {1} else 's'}"
 
@@ -414,7 +414,7 @@ class Report:
                 run=run,
                 setting=chosen,
                 similarity=index,
-                seeds=len(run.by_setting[chosen, similarity]),
+                seeds=run.seeds(chosen, similarity),
                 last=run.last(chosen, similarity),
                 objects=run.pair(chosen, similarity, "objects"),
                 repaired=run.pair(chosen, similarity, "repaired"),

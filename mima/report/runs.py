@@ -142,9 +142,15 @@ class Run:
         pairs = [[getattr(row, f"{name}_{side}") for side in SIDES] for row in rows]
         return means([pair for pair in pairs if None not in pair])
 
+    def seeds(self, chosen: Setting, similarity: str) -> int:
+        """How many of a setting's attacks were measured after their training, one of each seed."""
+        rows = self.by_setting.get((chosen, similarity), [])
+        return sum(row.sgr_mean is not None for row in rows)
+
     def last(self, chosen: Setting, similarity: str) -> Pair:
-        """Means over seeds of both models' similarity at the last step."""
-        return means([curve[max(curve)] for curve in self.curves_of(chosen, similarity)])
+        """Means over seeds of both models' similarity at the last step, but of diverged attacks."""
+        curves = self.curves_of(chosen, similarity)
+        return means([curve[max(curve)] for curve in curves if max(curve) > 0])
 
     def curves_of(self, chosen: Setting, similarity: str) -> list[dict[int, tuple[float, float]]]:
         """The curves of a setting's attacks: one of each seed that has been measured."""

@@ -93,7 +93,7 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
             )
         for count, what in (
             (counts.diverged, "diverged on a model and count as not tried"),
-            (counts.beyond, "have an SGR above 1, divided by a similarity near 0"),
+            (counts.beyond, "have an SGR above 1 or below −1, divided by a similarity near 0"),
             (counts.led_away, "broke the immunized model's pictures, which SGR counts as immunity"),
         ):
             if count:

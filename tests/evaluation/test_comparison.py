@@ -286,13 +286,18 @@ def test_preparations_attack_other_weights(folders, tmp_path):
     calls = []
     run(folders, tmp_path, settings=settings, progress=lambda *call: calls.append(call))
     assert calls[-1][0] == calls[-1][1]
-    starts = {
-        point.attack.split("_")[-2]: point.original
-        for point in EvaluationFolder(tmp_path).curves()
-        if point.step == 0 and point.attack.startswith("red-round")
+    similarities = {
+        step: {
+            point.attack.split("_")[-2]: point.original
+            for point in EvaluationFolder(tmp_path).curves()
+            if point.step == step and point.attack.startswith("red-round")
+        }
+        for step in (0, 2)
     }
-    assert set(starts) == {"none", "merge", "benign"}
-    assert len(set(starts.values())) == 3
+    for step, by_preparation in similarities.items():
+        assert set(by_preparation) == {"none", "merge", "benign"}
+        # the preparation is part of the attack
+        assert len(set(by_preparation.values())) == (1 if step == 0 else 3)
 
 
 def test_grid_is_the_product_with_preparations_beside_it():
@@ -516,6 +521,14 @@ def test_rises_are_means_over_what_has_them_and_bounds_stay_bounds():
     assert summary.sgr["c"].rise_left.mean is None
 
 
+def test_relative_gaps_are_of_the_seeds_that_the_mean_is_of():
+    rows = [row("a", 0, 0.2), row("a", 1, 0.4), row("b", 0, 0.4), row("b", 1, None, learned=False)]
+    others = [row("c", seed, 0.1, role="other") for seed in (0, 1)]
+    summary = summarize([*rows, *others], CONCEPTS, "clip")
+    assert summary.msgr.mean == pytest.approx(0.3)
+    assert summary.mrsgr == pytest.approx(0.2)
+
+
 def test_attacks_are_counted_by_what_became_of_them():
     nearer = {"before_original": 0.2, "before_immunized": 0.4}
     rows = [
@@ -531,6 +544,9 @@ def test_attacks_are_counted_by_what_became_of_them():
     counts = summary.tally
     assert (counts.attacks, counts.diverged, counts.taught) == (4, 1, 2)
     assert (counts.led_away, counts.beyond, counts.known_before) == (1, 1, ("a",))
+    # a similarity near 0 moves SGR either way
+    below = [row("b", 0, -3.0, learned=False, before_original=0.01, before_immunized=0.04)]
+    assert summarize(below, CONCEPTS, "clip").tally.beyond == 1
     assert counts.known_to_original == ()
     erased = [row("b", 0, 0.7, before_original=0.6, before_immunized=0.2)]
     assert summarize(erased, CONCEPTS, "clip").tally.known_to_original == ("b",)

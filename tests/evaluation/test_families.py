@@ -179,9 +179,11 @@ def test_every_family_and_preparation_runs(pair, tmp_path):
     assert work.steps + work.pictures == calls[-1][1]
     assert work.seconds > 0
     points = EvaluationFolder(tmp_path / "out").curves()
-    starts = {p.attack.split("_")[-2]: p.immunized for p in points
-              if p.step == 0 and "_dreambooth_" in p.attack}  # fmt: skip
-    assert len({starts[name] for name in ("none", "kick", "undo", "interpolate")}) == 4
+    for step, different in ((0, 1), (2, 4)):
+        own = [p for p in points if p.step == step and "red-round_dreambooth_" in p.attack]
+        reached = {p.attack.split("_")[-2]: p.immunized for p in own if "_same_" in p.attack}
+        names = ("none", "kick", "undo", "interpolate")
+        assert len({reached[name] for name in names}) == different
 
 
 def test_the_catalogue_has_every_way_to_attack_with_its_source():

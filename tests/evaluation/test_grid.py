@@ -8,6 +8,7 @@ import json
 import logging
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,32 @@ def test_adversarial_is_the_whole_product_and_nothing_else():
     assert len({attack.id for attack in grid}) == len(grid)
 
 
+def test_others_are_attacked_at_the_grids_first_values():
+    red = tiny.concept()
+    held_out = red.images[2:]
+    targets = {"red": replace(red, images=red.images[:2], held_out=held_out)}
+    others = {"blue": tiny.concept("blue"), "bare": replace(tiny.concept("green"), held_out=())}
+    changes = {"methods": {"lora": {}}, "seeds": [0], "lr_factors": [3, 1], "step_factors": [3]}
+    config = grid_config("quick", {**changes, "prompts": ["token"], "images": ["other", "same"]})
+    found = {a.slug: a for a in attack_grid(config, targets, others) if a.role == "other"}
+    plain = {(a.lr_factor, a.steps, a.prompt_variant) for a in found.values()}
+    assert plain == {(3, 1500, "token")}
+    # what a concept has no pictures for is the next
+    assert {slug: a.images for slug, a in found.items()} == {"blue": "other", "bare": "same"}
+
+
+def test_a_restart_is_at_half_of_the_steps_however_many():
+    methods = {"dreambooth": {"steps": 100}}
+    for factor in (1, 2):
+        config = grid_config(
+            "quick",
+            {"methods": methods, "families": ["restart"], "step_factors": [factor], "seeds": [0]},
+        )
+        grid = attack_grid(config, {"red": tiny.concept()}, {})
+        (restarted,) = (a for a in grid if a.label == "restart")
+        assert (restarted.steps, restarted.adaptation.restart_every) == (100 * factor, 50 * factor)
+
+
 @pytest.mark.parametrize("preset", ["standard", "adversarial"])
 def test_every_attack_of_a_preset_runs(preset, folders, tmp_path):
     methods = {m: {"steps": 1, "batch_size": 1} for m in METHODS}
@@ -219,6 +246,7 @@ def test_an_attack_that_diverges_has_no_numbers_and_no_nan(folders, tmp_path):
         "seeds": [0],
         "lr_factors": [1],
     }
+    announced = []
     result = evaluate(
         folders / "model",
         folders / "immunized",
@@ -227,7 +255,10 @@ def test_an_attack_that_diverges_has_no_numbers_and_no_nan(folders, tmp_path):
         settings=settings,
         similarities=[folders / "clip"],
         processes=1,
+        announce=announced.append,
     )
+    # how long it takes was measured all the same
+    assert announced[0].seconds > 0
     folder = EvaluationFolder(tmp_path)
     (row,) = folder.attacks()
     assert (row.sgr_mean, row.sgr_final, row.sgr_max) == (None, None, None)

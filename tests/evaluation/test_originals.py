@@ -1,6 +1,7 @@
 """What attacks show on an original model is kept for other evaluations of it, and nothing else."""
 
 import signal
+from dataclasses import replace
 
 import pytest
 from support import tiny
@@ -34,12 +35,12 @@ def folders(tmp_path_factory):
     return root
 
 
-def run(folders, immunized, output, originals=None, similarities=None, **changes):
+def run(folders, immunized, output, originals=None, similarities=None, others=None, **changes):
     evaluate(
         folders / "original",
         folders / immunized,
         [tiny.concept("red", "round")],
-        others=[tiny.concept("blue", "square")],
+        others=others or [tiny.concept("blue", "square")],
         output=output,
         settings=GRID | changes,
         similarities=similarities or [folders / "clip"],
@@ -84,6 +85,12 @@ def test_the_original_is_attacked_once_for_all(folders, tmp_path, trained):
     run(folders, "two", tmp_path / "judged", shared, similarities=[tmp_path / "clip"])
     tried = [preparation for side, preparation in trained if side == "original"]
     assert tried.count("none") >= 2
+    # what repairs is read with its captions
+    trained.clear()
+    blue = tiny.concept("blue", "square")
+    said = [replace(picture, prompt="another caption") for picture in blue.images]
+    run(folders, "two", tmp_path / "said", shared, others=[replace(blue, images=said)])
+    assert trained.count(("original", "none")) >= 2
     for entry in shared.iterdir():
         (entry / "entry.json").write_text("{")
     with pytest.raises(MimaError, match="is damaged"):

@@ -478,9 +478,14 @@ def test_what_flatters_is_said(small, tmp_path):
                                    "learned_immunized": False, "rise_left_best": None})  # fmt: skip
     _, text = told(source, tmp_path / "away", [away, lost, other])
     assert "In 1 of 2 the immunized model's pictures end less like the concept" in text
-    assert "The SGR of 1 of 2 is above 1, divided by a similarity near 0" in text
+    assert "The SGR of 1 of 2 is above 1 or below −1, divided by a similarity near 0" in text
     assert "1 of 2 attacks on immunized concepts diverged on a model and count as not" in text
     assert "taught neither model anything" not in text
+    # an SGR of nothing says nothing, what was added does
+    for rise, said in ((0.1, "No attack regained more than 10\u00a0%"), (1.2, "got through")):
+        nothing = mine.model_copy(update={"sgr_mean": 0.0, "rise_left_best": rise})
+        title, _ = told(source, tmp_path / f"nothing{rise}", [nothing, other])
+        assert said in title
 
 
 def test_a_judge_that_reads_no_texts_leaves_broken_pictures_to_another(tmp_path):
@@ -765,3 +770,22 @@ def test_the_same_evaluation_gives_the_same_page(small, tmp_path):
         (tmp_path / name).mkdir()
         pages.append(write_report([small], tmp_path / name / "page.html").read_bytes())
     assert pages[0] == pages[1]
+
+
+def test_what_diverged_is_in_no_mean_of_the_last_step(tmp_path):
+    recorded = {"repaired_original": 0.6, "repaired_immunized": 0.5}
+    path = write_evaluation(tmp_path / "run", **SMALL | {"seeds": (0, 1)}, recorded=recorded)
+    folder = EvaluationFolder(path)
+    (whole,) = load_runs([path])
+    chosen = next(s for s, _ in whole.by_setting if s.concept == "tiger")
+    rows = folder.attacks()
+    lost = next(row.attack for row in rows if (row.concept, row.seed) == ("tiger", 1))
+    nothing = {"sgr_mean": None, "repaired_original": None, "repaired_immunized": None}
+    folder.write_rows(
+        [row.model_copy(update=nothing if row.attack == lost else {}) for row in rows],
+        [point for point in folder.curves() if point.attack != lost or point.step == 0],
+    )
+    (run,) = load_runs([path])
+    (curve,) = [c for c in run.curves_of(chosen, "clip") if max(c) > 0]
+    assert run.last(chosen, "clip") == curve[max(curve)]
+    assert (whole.seeds(chosen, "clip"), run.seeds(chosen, "clip")) == (2, 1)
