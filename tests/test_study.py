@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from support.evaluations import write_evaluation
 from mima.assets import assets
 from mima.concepts import embedded_concept
 from mima.errors import MimaError
+from mima.evaluation.grid import grid_config
 from mima.evaluation.seen import seen_by
 from mima.families import load_pipeline
 from mima.report.wording import number, share
@@ -102,6 +104,8 @@ def study(tmp_path):
         plan={Problem("relearn", ("tiger",)): ("joint", "default", "mima")},
         seeds=(0, 1),
         grid={"methods": {"lora": {}}, "families": ["sgd"], "seeds": [0, 1]},
+        similarities=("clip", "dino"),
+        others=("benign-owl",),
     )
     made = Study(tmp_path / "study", cut)
     strengths = {"joint": (0.2, 0.3), "default": (0.6, 0.8)}
@@ -115,6 +119,10 @@ def study(tmp_path):
                 seeds=(0, 1),
                 similarities=("clip", "dino"),
                 num_pictures=1,
+                config={
+                    "grid": grid_config("quick", cut.grid).model_dump(mode="json"),
+                    "similarities": {"clip": "clip", "dino": "dino"},
+                },
             )
     return made
 
@@ -162,9 +170,9 @@ def test_the_report_says_what_the_cells_hold(study, tmp_path):
         ends = [share(value) for value in (fmean(rises), min(rises), max(rises))]
         assert line[2] == "{} [{} to {}]".format(*ends)
         held_out = [mean(method, seed, "sgd", "rise_left") for seed in (0, 1)]
-        assert line[4].startswith(share(fmean(held_out)))
+        assert line[header.index("rise left, held out")].startswith(share(fmean(held_out)))
         gaps = [mean(method, seed, "lora", "sgr_mean") for seed in (0, 1)]
-        assert line[5].startswith(number(fmean(gaps)))
+        assert line[header.index("SGR")].startswith(number(fmean(gaps)))
         assert line[header.index("alignment")] == "−2.0\u00a0%"
         benign = [
             row.sgr_mean
@@ -188,6 +196,57 @@ def test_the_report_says_what_the_cells_hold(study, tmp_path):
     # 4 cells, 2 concepts, 2 methods, 2 seeds, 2 judges
     assert len(lines) == 4 * 2 * 2 * 2 * 2
     assert {line["study_method"] for line in lines} == {"joint", "default"}
+
+
+def test_a_cell_of_other_settings_is_neither_reported_nor_kept(study):
+    from benchmarks.immunity import report
+    from benchmarks.immunity.study import Study
+
+    cell = next(cell for cell in study.cells() if cell.method == "joint")
+    assert study.status(cell) == "done"
+    for changes, name in (
+        ({"grid": {**study.cut.grid, "seeds": [0]}}, "attacks"),
+        ({"similarities": ("clip",)}, "similarities"),
+        ({"others": ("benign-owl", "benign-guitar")}, "others"),
+    ):
+        changed = Study(study.folder, replace(study.cut, **changes))
+        assert changed.status(cell) == f"made with other {name}"
+        with pytest.raises(MimaError, match=f"made with other {name}; only what is done"):
+            changed.keep(cell)
+        with pytest.raises(MimaError, match="no cell is finished yet"):
+            report.write(changed)
+
+
+def test_the_table_of_rows_is_as_measured_and_bounds_are_said(study):
+    from benchmarks.immunity import report
+
+    cells = {cell.name: cell for cell in study.cells()}
+    folder = study.evaluation(cells["relearn_tiger.joint.seed0"])
+    away = {"rise_left": -0.5, "half_immunized": None, "steps_ratio_at_least": True}
+    least = {"rise_left_at_least": True}
+    rows = [row.model_copy(update=away if row.method == "lora" else least)
+            for row in folder.attacks()]  # fmt: skip
+    folder.write_rows(rows, folder.curves())
+    report.write(study)
+    with (study.folder / "results.csv").open(newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["cell"].endswith("joint.seed0")]
+    mine = [line for line in lines if line["method"] == "lora"]
+    assert {(line["rise_left"], line["half_immunized"]) for line in mine} == {("-0.5", "")}
+    table = rows_of((study.folder / "results.md").read_text())
+    header, first = (next(row for row in table if row[0] == name) for name in ("method", "joint"))
+    # what led away counts as nothing in means
+    assert "[0\u00a0% to " in first[header.index("rise left")]
+    assert first[header.index("rise left, held out")].startswith("≥ ")
+    assert first[header.index("steps ratio")].startswith("≥ ")
+
+
+def test_methods_of_one_colour_have_markers_of_their_own():
+    import matplotlib as mpl
+
+    from benchmarks.immunity import report
+
+    colours = len(mpl.rcParams["axes.prop_cycle"])
+    assert len(set(report._MARKERS)) == len(report._MARKERS) == colours + 1
 
 
 def test_a_ratio_to_what_a_judge_does_not_tell_is_not_shown(study, monkeypatch):
@@ -285,6 +344,11 @@ def test_a_cell_runs_once_and_goes_on(tmp_path, monkeypatch):
     for changes in ({"budget": 8}, {"others": ()}, {"grid": {**cut.grid, "seeds": [1]}}):
         changed = study.Study(tmp_path / "elsewhere", replace(cut, **changes), records=records)
         assert changed.status(cell) == "not begun"
+    # settings that there are no more are other settings
+    settings = json.loads((kept / "settings.json").read_text())
+    for gone in ({"attacks": {**settings["attacks"], "gone": 1}}, {"immunization": {"gone": 1}}):
+        (kept / "settings.json").write_text(json.dumps(settings | gone))
+        assert elsewhere.status(cell) == "not begun"
     (kept / "settings.json").write_text("{")
     with pytest.raises(MimaError, match=r"cannot read .*settings\.json: "):
         elsewhere.status(cell)

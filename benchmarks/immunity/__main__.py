@@ -54,7 +54,7 @@ def _do(args: argparse.Namespace, study: Study) -> None:
                 raise MimaError("run: name a cell; cells prints them")
             study.run(study.cut.cell(args.cell))
         case "all":
-            left = [cell for cell in study.cells() if study.status(cell) not in ("done", "kept")]
+            left = [cell for cell in study.cells() if study.status(cell) not in report.FINISHED]
             print("\n".join(estimate(study, left, processes)), flush=True)
             for cell in left:
                 study.run(cell)

@@ -52,14 +52,23 @@ class Finished:
             and concept in (None, row.concept)
         ]
 
+    def counted(self) -> list[AttackRow]:
+        """Attacks on targets as means count them."""
+        return [row.counted for row in self.targets()]
+
+
+FINISHED = ("done", "kept")
+"""What a study says of cells that are reported."""
+
 
 def finished(study: Study) -> list[Finished]:
     """Every cell of a study whose attacks are all done, once for each judge."""
     found = []
     for cell in study.cells():
-        folder = study.evaluation(cell)
-        if not folder.exists() or not (evaluation := folder.evaluation()).complete:
+        if study.status(cell) not in FINISHED:
             continue
+        folder = study.evaluation(cell)
+        evaluation = folder.evaluation()
         for judge in evaluation.similarities:
             points: dict[str, list[CurvePoint]] = {}
             for point in folder.curves():
@@ -70,7 +79,7 @@ def finished(study: Study) -> list[Finished]:
                     cell=cell,
                     judge=judge,
                     evaluation=evaluation,
-                    rows=[row.counted for row in folder.attacks() if row.similarity == judge],
+                    rows=[row for row in folder.attacks() if row.similarity == judge],
                     points=points,
                     compute=study.compute(cell),
                 )
@@ -164,7 +173,8 @@ def _text(study: Study, cells: Sequence[Finished]) -> Iterable[str]:
         "in brackets the 95 % interval over seeds (from five on), else their range, which claims "
         "nothing of the mean: over seeds of the immunization where a method has several, else over "
         "attack seeds. Rise left: what an attack adds on the immunized model, over what it adds on "
-        "the original, at the last step, 0 where it led away; held out: attacks of families that "
+        "the original, at the last step, 0 where it led away; ≥: some attacks give lower bounds "
+        "alone; held out: attacks of families that "
         "no method simulates. Judges that disagree are not averaged. Benign: SGR of a concept that "
         f"must stay learnable, over all kinds of training, where the original's is {TOLD} at least."
     )
@@ -206,8 +216,8 @@ def _main_table(study: Study, groups: dict[str, list[Finished]]) -> Iterable[str
         row.concept for g in groups.values() for one in g for row in one.rows if row.role == "other"
     )
     columns = (
-        "method", "runs", "rise left", "worst concept", "rise left, held out", "SGR", "SGR before",
-        "SGR, last step", "worst concept", "steps ratio",
+        "method", "runs", "rise left", "rise left, worst concept", "rise left, held out", "SGR",
+        "SGR, worst concept", "SGR before", "SGR, last step", "steps ratio",
         *(f"benign, {name}" for name in others), "alignment", "attack steps", "seconds",
     )  # fmt: skip
     yield _line(columns)
@@ -215,20 +225,24 @@ def _main_table(study: Study, groups: dict[str, list[Finished]]) -> Iterable[str
     for method, group in groups.items():
         computes = [one.compute for one in group if one.compute is not None]
         seconds = [one.seconds for one in computes if one.seconds is not None]
-        steps = over_runs(group, lambda one: _gap(one, simulated).steps_ratio)
-        bound = any(_gap(one, simulated).steps_ratio.at_least for one in group)
+        simulated_rise, held_out_rise, ratio = (
+            _bounded(group, kinds, name)
+            for kinds, name in (
+                (simulated, "rise_left"), (held_out, "rise_left"), (simulated, "steps_ratio")
+            )
+        )  # fmt: skip
         yield _line(
             (
                 method,
                 f"{len(group)} × {len(group[0].evaluation.seeds)}",
-                _shown(over_runs(group, lambda one: _gap(one, simulated).rise_left), share),
+                simulated_rise(share),
                 share(_worst(group, simulated, "rise_left", max)),
-                _shown(over_runs(group, lambda one: _gap(one, held_out).rise_left), share),
+                held_out_rise(share),
                 _shown(over_runs(group, lambda one: _gap(one, simulated))),
+                number(_worst(group, simulated, "sgr_mean", min)),
                 _shown(over_runs(group, lambda one: _gap(one, simulated).sgr_before)),
                 _shown(over_runs(group, lambda one: _final(one, simulated))),
-                number(_worst(group, simulated, "sgr_mean", min)),
-                ("≥ " if bound else "") + number(steps.mean, 1),
+                ratio(lambda value: number(value, 1)),
                 *(_shown(over_runs(group, _benign(name))) for name in others),
                 _alignment(group),
                 f"{fmean(one.attack_steps for one in computes):.0f}" if computes else "–",
@@ -271,7 +285,7 @@ def _difference_table(groups: dict[str, list[Finished]]) -> Iterable[str]:
         ]
         if pairs:
             differences = [
-                _together([paired_difference(a.targets(), b.targets(), name) for a, b in pairs])
+                _together([paired_difference(a.counted(), b.counted(), name) for a, b in pairs])
                 for name in ("sgr_mean", "rise_left")
             ]
             yield _line((method, *map(_shown, differences), str(len(pairs))))
@@ -284,6 +298,16 @@ def _by_concept(one: Finished, kinds: set[str]) -> list[list[AttackRow]]:
 
 def _gap(one: Finished, kinds: set[str]) -> Gap:
     return gap_of(_by_concept(one, kinds))
+
+
+def _bounded(
+    group: Sequence[Finished], kinds: set[str], name: str
+) -> Callable[[Callable[[float | None], str]], str]:
+    """A ratio over runs, in words: at least that, where one of its attacks' is a lower bound."""
+    ratios = {one.cell: getattr(_gap(one, kinds), name) for one in group}
+    bound = "≥ " if any(ratio.at_least for ratio in ratios.values()) else ""
+    together = over_runs(group, lambda one: ratios[one.cell])
+    return lambda words: bound + _shown(together, words) if together.mean is not None else "–"
 
 
 def _final(one: Finished, kinds: set[str]) -> Interval:
@@ -301,7 +325,7 @@ def _worst(
             value
             for one in group
             for row in one.targets(concept=concept)
-            if row.method in kinds and (value := getattr(row, name)) is not None
+            if row.method in kinds and (value := getattr(row.counted, name)) is not None
         ]
         if values:
             means.append(fmean(values))
@@ -382,9 +406,8 @@ def _plot(cells: Sequence[Finished], path: Path) -> Path:
             curve = [(s, v) for s in steps if (v := _sgr_at(group, kind, s)) is not None]
             if curve:
                 place.plot(
-                    *zip(*curve, strict=True), label=method, color=f"C{number_}", marker=_MARKERS[
-                        number_ % len(_MARKERS)
-                    ], markersize=4, linewidth=1.4,
+                    *zip(*curve, strict=True), label=method, color=f"C{number_}",
+                    marker=_MARKERS[number_ % len(_MARKERS)], markersize=4, linewidth=1.4,
                 )  # fmt: skip
         place.axhline(0, color="0.6", linewidth=0.8)
         place.set_title(method_name(kind), fontsize=9)
@@ -407,4 +430,5 @@ def _plot(cells: Sequence[Finished], path: Path) -> Path:
     return path
 
 
-_MARKERS = "osD^vPX*<>"
+_MARKERS = "osD^vPX*<>p"
+"""One more than there are colours: methods of one colour have markers of their own."""

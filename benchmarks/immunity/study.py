@@ -7,8 +7,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from benchmarks.immunity.cells import (
     BENIGN,
@@ -29,12 +32,13 @@ from mima.errors import MimaError, one_line
 from mima.evaluation import EvaluationFolder, evaluate
 from mima.evaluation.grid import GridConfig, attack_grid, grid_config
 from mima.evaluation.records import ModelPair
-from mima.families import load_pipeline
+from mima.families import family_of, load_pipeline
 from mima.immunization.algorithm import immunize
 from mima.immunization.config import ImmunizeConfig
 from mima.release.repository import save_pipeline
 from mima.storage.output import fresh_folder, write_whole
 from mima.storage.record import read_record
+from mima.storage.tensor_files import fingerprint
 from mima.training.captions import ordinary_captions
 
 SECONDS_PER_STEP, SECONDS_PER_PICTURE, SECONDS_PER_SIMULATED_STEP = 0.045, 0.09, 0.25
@@ -126,11 +130,11 @@ class Study:
         return self.folder / "cells" / cell.name
 
     def evaluation(self, cell: Cell) -> EvaluationFolder:
-        """The folder of a cell's attacks, or what is kept of them."""
+        """The folder of a cell's attacks, or what is kept of them where those are not all done."""
         own = EvaluationFolder(self.place(cell) / "evaluation")
-        if (kept := self.kept(cell)) is None or (own.exists() and own.evaluation().complete):
-            return own
-        return EvaluationFolder(kept)
+        done = own.exists() and own.evaluation().complete and not self.outdated(cell)
+        kept = None if done else self.kept(cell)
+        return own if kept is None else EvaluationFolder(kept)
 
     def compute(self, cell: Cell) -> Compute | None:
         """What a cell's immunization cost; None before it is done, and of models as they are."""
@@ -147,15 +151,35 @@ class Study:
             return None
         return place if not self._differing(cell, _plain(place / SETTINGS_FILE)) else None
 
+    def outdated(self, cell: Cell) -> list[str]:
+        """Settings of today that what is in the cell's folder was made without, by name."""
+        place, names = self.place(cell), list[str]()
+        record = read_record(place / "immunized") if (place / "immunized").is_dir() else None
+        if cell.method not in NOT_IMMUNIZED and record is not None:
+            names += _differing(record.get("config", {}), _plain_config(configured(cell, self.cut)))
+        folder = EvaluationFolder(place / "evaluation")
+        if folder.exists():
+            then, now = folder.evaluation(), self._settings(cell)
+            learnable = [c.name for c in then.concepts if c.role == "other"]
+            if _grid(then.config.get("grid")) != now["attacks"]:
+                names.append("attacks")
+            if [*then.config.get("similarities", {}).values()] != now["similarities"]:
+                names.append("similarities")
+            if learnable != [_name_of(name) for name in now["others"]]:
+                names.append("others")
+            if now["ceiling"] and then.config.get("weights", {}).get("immunized") != now["ceiling"]:
+                names.append("ceiling")
+        return names
+
     def keep(self, cell: Cell) -> Path:
         """Keep the figures of a finished cell, instead of what was kept of it before.
 
         Raises:
-            MimaError: it is not finished.
+            MimaError: it is not finished, or was made with other settings.
         """
         own = self.place(cell)
         evaluation = EvaluationFolder(own / "evaluation")
-        if not evaluation.exists() or not evaluation.evaluation().complete:
+        if not evaluation.exists() or not evaluation.evaluation().complete or self.outdated(cell):
             raise MimaError(f"{cell.name}: {self.status(cell)}; only what is done can be kept")
         with fresh_folder(self.records / cell.name, overwrite=True) as staging:
             copy = EvaluationFolder(staging)
@@ -172,7 +196,9 @@ class Study:
     def _settings(self, cell: Cell) -> dict[str, Any]:
         """What a cell is made with, plain."""
         config = None if cell.method in NOT_IMMUNIZED else configured(cell, self.cut)
+        shown = ceiling_of(cell.problem, self.ceilings) if cell.method == CEILING else None
         return {
+            "ceiling": shown and _weights(shown),
             "model": self.cut.model,
             "similarities": list(self.cut.similarities),
             "others": list(self.cut.others),
@@ -183,11 +209,12 @@ class Study:
     def _differing(self, cell: Cell, then: dict[str, Any]) -> list[str]:
         """Settings that a cell has otherwise today; those that are new count as their default."""
         now = self._settings(cell)
-        names = [name for name in ("model", "similarities", "others") if then[name] != now[name]]
-        if GridConfig.model_validate(then["attacks"]).model_dump(mode="json") != now["attacks"]:
+        plain = ("model", "similarities", "others", "ceiling")
+        names = [name for name in plain if then.get(name) != now[name]]
+        if _grid(then.get("attacks")) != now["attacks"]:
             names.append("attacks")
         if now["immunization"] is not None:
-            names += _differing(then["immunization"], now["immunization"])
+            names += _differing(then.get("immunization"), now["immunization"])
         return names
 
     def run(self, cell: Cell, say: Callable[[str], None] = print) -> None:
@@ -219,6 +246,8 @@ class Study:
     def status(self, cell: Cell) -> str:
         """How far a cell is, in words."""
         place, evaluation = self.place(cell), self.evaluation(cell)
+        if evaluation.path != self.kept(cell) and (names := self.outdated(cell)):
+            return f"made with other {', '.join(names)}"
         if evaluation.exists():
             done = {row.attack for row in evaluation.attacks()}
             whole = evaluation.evaluation().complete
@@ -335,10 +364,33 @@ def _plain_config(config: ImmunizeConfig) -> dict[str, Any]:
     return plain | {"captions": plain["captions"] and Path(plain["captions"]).name}
 
 
-def _differing(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _differing(then: Any, now: dict[str, Any]) -> list[str]:
     """Settings of an immunization that differ; those that have come since are the defaults."""
-    then = _plain_config(ImmunizeConfig.model_validate(then))
-    return [name for name in now if then[name] != now[name]]
+    try:
+        known = _plain_config(ImmunizeConfig.model_validate(then))
+    except ValidationError:
+        # such as a setting that there is no more
+        return ["immunization"]
+    return [name for name in now if known[name] != now[name]]
+
+
+def _grid(then: Any) -> dict[str, Any] | None:
+    """Settings of attacks as they are written today; None where they cannot be."""
+    try:
+        return GridConfig.model_validate(then).model_dump(mode="json")
+    except ValidationError:
+        return None
+
+
+@cache
+def _name_of(concept: str) -> str:
+    return embedded_concept(concept).name
+
+
+@cache
+def _weights(folder: Path) -> str:
+    """What an evaluation records of a model's denoiser."""
+    return fingerprint(dict(family_of(load_pipeline(str(folder))).denoiser.state_dict()))
 
 
 def _plain(path: Path) -> dict[str, Any]:
