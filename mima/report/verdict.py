@@ -47,10 +47,10 @@ def verdict(runs: Sequence[Run], similarity: str) -> tuple[str, list[str]]:
         sentences = [
             f"Against the attack that gets furthest, {best.label} holds most by {similarity}: of "
             f"the {counted(len(common), 'attack')} that all runs met, that attack still adds "
-            f"{share(rise)} of what it adds on the original model."
+            f"{_share_of(best, similarity, rise)} of what it adds on the original model."
         ]
         sentences += [
-            f"By {name} {run.label} holds most: there it is {share(least)}."
+            f"By {name} {run.label} holds most: there it is {_share_of(run, name, least)}."
             for name, (least, run) in rivals.items()
         ]
     else:
@@ -64,7 +64,8 @@ def verdict(runs: Sequence[Run], similarity: str) -> tuple[str, list[str]]:
         summary = run.evaluation.summary.get(similarity)
         if summary is not None and summary.msgr.mean is not None:
             sentences.append(
-                f"{run.label}: furthest attack {share(summary.worst_rise.rise_left)} of the rise, "
+                f"{run.label}: furthest attack {_at_least(summary.worst_rise.at_least)}"
+                f"{share(summary.worst_rise.rise_left)} of the rise, "
                 f"lowest SGR {number(summary.worst_attack.sgr)}, MSGR {number(summary.msgr.mean)}."
             )
         rows = _on_targets(run, similarity)
@@ -98,6 +99,12 @@ def _best(runs: Sequence[Run], similarity: str) -> tuple[float, Run]:
     common = _common(runs, similarity)
     furthest = [(max(_rises(run, similarity)[attack] for attack in common), run) for run in runs]
     return min(furthest, key=lambda pair: pair[0])
+
+
+def _share_of(run: Run, similarity: str, rise: float) -> str:
+    """A rise that an attack on a run leaves, in words: a bound if the original learned nothing."""
+    rows = [row for row in _on_targets(run, similarity) if row.rise_left_best == rise]
+    return _at_least(any(not row.learned for row in rows)) + share(rise)
 
 
 def _verdict_of(run: Run, similarity: str) -> tuple[str, list[str]]:

@@ -546,6 +546,18 @@ def test_a_lower_bound_is_no_upper_one(small, tmp_path):
     assert title == "At least one attack taught the immunized model and not the original"
 
 
+def test_a_lower_bound_is_one_beside_another_run_too(tmp_path):
+    taught_alone = {"learned": False, "rise_left_best": 0.5, "rise_left_at_least": True}
+    paths = [
+        write_evaluation(tmp_path / name, name=name, recorded=recorded, **SMALL)
+        for name, recorded in (("bound", taught_alone), ("other", {"rise_left_best": 0.7}))
+    ]
+    text = Page(write_report(paths, tmp_path / "page.html")).text
+    assert "that attack still adds at least 50\u00a0% of what it adds" in text
+    assert "bound: furthest attack at least 50\u00a0% of the rise" in text
+    assert "other: furthest attack 70\u00a0% of the rise" in text
+
+
 def test_runs_are_compared_by_the_attacks_that_all_met(tmp_path):
     weak, strong, apart = (
         write_evaluation(tmp_path / name, name=name, strength=strength, **SMALL | changes)

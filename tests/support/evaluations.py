@@ -69,7 +69,7 @@ def write_evaluation(
         similarities: names of similarity models, the first is the primary.
         painter: draws (concept, side, step, index); the side may be "references".
         num_pictures: per step.
-        recorded: further fields of every attack.
+        recorded: further fields of every attack, or other values of what its curve determines.
         changes: replaces attributes of the `Evaluation`.
     """
     folder = EvaluationFolder(path)
@@ -111,11 +111,10 @@ def write_evaluation(
                     preparation="none",
                     seed=seed,
                     similarity=similarity,
-                    **measured(gap),
                     nearest_original=0.12 + wobble,
                     nearest_immunized=None if seed == 0 else 0.3 + wobble,
                     seconds=1.5,
-                    **(recorded or {}),
+                    **measured(gap) | dict(recorded or {}),
                 )
             )
             points += points_of(attack, similarity, gap)
