@@ -172,10 +172,10 @@ def configured(cell: Cell, cut: Cut) -> ImmunizeConfig:
         "checkpoint_every": 20,
         **cut.settings,
     }
-    config = known[cell.method](cell.problem.task, common)
-    count = len(cell.problem.targets)
+    config, count = known[cell.method](cell.problem.task, common), len(cell.problem.targets)
     steps = max(1, round(cut.budget * count / attack_steps(config, count)))
-    return config.model_copy(update={"steps": steps})
+    # a recipe may depend on their number
+    return known[cell.method](cell.problem.task, common | {"steps": steps})
 
 
 def attack_steps(config: ImmunizeConfig, count: int) -> float:

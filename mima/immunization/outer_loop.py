@@ -302,11 +302,19 @@ class Ascent:
             return
         first, last = sum(values[:count]) / count, sum(values[-count:]) / count
         if last > most * first:
+            upper = self._config.upper
+            help_ = [f"a smaller upper.lr ({upper.lr:g})"]
+            if upper.ascent_ratio is None:
+                help_.append(f"a larger upper.prior_weight ({upper.prior_weight:g})")
+            else:
+                help_.append(f"a smaller upper.ascent_ratio ({upper.ascent_ratio:g})")
+                if upper.objective != "hinge":
+                    # the others go on raising what is broken
+                    help_.append("upper.objective: hinge with a margin")
             raise MimaError(
                 f"immunize: step {len(self.history)}: the mean loss on class pictures has grown "
                 f"from {first:.3g} to {last:.3g}, more than {most:g} times (divergence): the model "
-                f"is being destroyed; a smaller upper.lr ({self._config.upper.lr:g}) or a larger "
-                f"upper.prior_weight ({self._config.upper.prior_weight:g}) may help{self._kept()}"
+                f"is being destroyed; {' or '.join(help_)} may help{self._kept()}"
             )
 
     def _kept(self) -> str:

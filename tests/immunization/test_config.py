@@ -361,6 +361,25 @@ def test_a_file_in_the_home_folder_finds_its_concepts(monkeypatch, tmp_path):
     assert [concept.name for concept in found] == ["dog"]
 
 
+def test_the_recommended_recipe_bounds_what_long_runs_raise():
+    def bound(config):
+        return config.upper.objective, config.upper.margin
+
+    short, long = ("log", 0.0), ("hinge", 4.0)
+    assert bound(default()) == bound(default(steps=300)) == short
+    assert bound(default(steps=400)) == bound(default("personalize", steps=800)) == long
+    for steps, expected in ((300, short), (800, long)):
+        laid = ImmunizeConfig.model_validate(beneath({"steps": steps}, "default"))
+        assert bound(laid) == expected
+        assert laid == default(steps=steps)
+    # what somebody says of the objective wins, and of the margin
+    assert bound(default(steps=800, upper={"objective": "log"})) == short
+    plain = beneath({"steps": 800, "upper": {"objective": "neg"}}, "default")
+    assert bound(ImmunizeConfig.model_validate(plain)) == ("neg", 0.0)
+    plain = beneath({"steps": 800, "upper": UpperConfig(margin=3.0)}, "default")
+    assert bound(ImmunizeConfig.model_validate(plain)) == ("hinge", 3.0)
+
+
 def test_a_setting_of_one_attacker_is_laid_over_each_of_a_recipes():
     plain = beneath({"lower": {"steps": 8}}, "tar")
     config, tar = ImmunizeConfig.model_validate(plain), RECIPES["tar"]()

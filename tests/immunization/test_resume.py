@@ -19,6 +19,7 @@ from support.immunizing import assert_same, concepts, problem_of, settings, weig
 from mima.bilevel.outer import UpperLevel
 from mima.errors import MimaError
 from mima.immunization.algorithm import immunize
+from mima.immunization.config import UpperConfig
 from mima.immunization.levels import Problem
 from mima.immunization.outer_loop import Ascent
 from mima.immunization.progress import StepReport
@@ -295,8 +296,15 @@ def test_divergence_is_seen_where_some_steps_have_no_such_loss(model, tmp_path):
     alternating = [value for one in grown for value in (None, one)]
     for priors in (grown, alternating, [math.nan, *grown]):
         ascent.history = history(priors)
-        with pytest.raises(MimaError, match=r"from 0\.1 to 10, more than 20 times"):
+        with pytest.raises(MimaError, match=r"from 0\.1 to 10, more than 20 times.*prior_weight"):
             ascent._check_divergence()
+    # where the ascent follows what retains, a weight of that changes nothing
+    upper = UpperConfig(ascent_ratio=0.5, objective="log")
+    ascent._config = ascent._config.model_copy(update={"upper": upper})
+    ascent.history = history(grown)
+    with pytest.raises(MimaError, match=r"ascent_ratio \(0\.5\) or .*: hinge") as caught:
+        ascent._check_divergence()
+    assert "prior_weight" not in str(caught.value)
     for priors in (grown[:-1], 40 * [0.1], 40 * [None]):
         ascent.history = history(priors)
         ascent._check_divergence()
