@@ -261,8 +261,12 @@ def test_a_ratio_to_what_a_judge_does_not_tell_is_not_shown(study, monkeypatch):
         return first[header.index("benign, owl")]
 
     assert benign() != "–"
+    text = (study.folder / "results.md").read_text()
+    assert "says nothing" not in text
     monkeypatch.setattr(report, "TOLD", 1.01)
     assert benign() == "–"
+    text = (study.folder / "results.md").read_text()
+    assert "Of tiger this judge has less than 1.01 after attacks on the original, too" in text
 
 
 def test_runs_are_paired_with_those_of_their_own_seed(study):

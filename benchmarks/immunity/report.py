@@ -196,6 +196,11 @@ def _text(study: Study, cells: Sequence[Finished]) -> Iterable[str]:
             for method in dict.fromkeys(one.cell.method for one in mine)
         }
         yield from _main_table(study, groups)
+        if untold := _untold(mine):
+            yield (
+                f"\nOf {', '.join(untold)} this judge has less than {TOLD} after attacks on the "
+                "original, too: what is divided by that, SGR, says nothing."
+            )
         yield ""
         yield from _steps_table(groups)
         yield from _difference_table(groups)
@@ -330,6 +335,16 @@ def _worst(
         if values:
             means.append(fmean(values))
     return worst(means) if means else None
+
+
+def _untold(cells: Sequence[Finished]) -> list[str]:
+    """Targets that a judge hardly sees in what attacks on the original model end with."""
+    ends: dict[str, list[float]] = {}
+    for one in cells:
+        for row in one.targets():
+            last = max(one.points[row.attack], key=lambda point: point.step)
+            ends.setdefault(row.concept, []).append(last.original)
+    return [concept for concept, values in ends.items() if fmean(values) < TOLD]
 
 
 def _benign(concept: str) -> Callable[[Finished], Interval]:
