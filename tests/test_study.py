@@ -174,6 +174,8 @@ def test_the_report_says_what_the_cells_hold(study, tmp_path):
         gaps = [mean(method, seed, "lora", "sgr_mean") for seed in (0, 1)]
         assert line[header.index("SGR")].startswith(number(fmean(gaps)))
         assert line[header.index("alignment")] == "−2.0\u00a0%"
+        evaluation = study.evaluation(cells[f"relearn_tiger.{method}.seed0"]).evaluation()
+        assert line[header.index("CMMD")] == number(evaluation.benign.cmmd)
         benign = [
             row.sgr_mean
             for seed in (0, 1)

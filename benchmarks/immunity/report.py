@@ -176,7 +176,8 @@ def _text(study: Study, cells: Sequence[Finished]) -> Iterable[str]:
         "the original, at the last step, 0 where it led away; ≥: some attacks give lower bounds "
         "alone; held out: attacks of families that "
         "no method simulates. Judges that disagree are not averaged. Benign: SGR of a concept that "
-        f"must stay learnable, over all kinds of training, where the original's is {TOLD} at least."
+        f"must stay learnable, over all kinds of training, where the original's is {TOLD} at least. "
+        "CMMD: how far pictures of ordinary prompts are from the original's, 0 for the same."
     )
     missing: dict[str, list[str]] = {}
     for cell in planned:
@@ -223,7 +224,8 @@ def _main_table(study: Study, groups: dict[str, list[Finished]]) -> Iterable[str
     columns = (
         "method", "runs", "rise left", "rise left, worst concept", "rise left, held out", "SGR",
         "SGR, worst concept", "SGR before", "SGR, last step", "steps ratio",
-        *(f"benign, {name}" for name in others), "alignment", "attack steps", "seconds",
+        *(f"benign, {name}" for name in others), "alignment", "CMMD", "attack steps",
+        "seconds",
     )  # fmt: skip
     yield _line(columns)
     yield _line("---" if n < 1 else "---:" for n in range(len(columns)))
@@ -250,6 +252,7 @@ def _main_table(study: Study, groups: dict[str, list[Finished]]) -> Iterable[str
                 ratio(lambda value: number(value, 1)),
                 *(_shown(over_runs(group, _benign(name))) for name in others),
                 _alignment(group),
+                number(_mean_of([one.evaluation.benign.cmmd for one in group])),
                 f"{fmean(one.attack_steps for one in computes):.0f}" if computes else "–",
                 f"{fmean(seconds):.0f}" if seconds else "–",
             )
@@ -358,6 +361,11 @@ def _benign(concept: str) -> Callable[[Finished], Interval]:
         return over_seeds([rows], "sgr_mean")
 
     return value
+
+
+def _mean_of(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
 
 
 def _alignment(group: Sequence[Finished]) -> str:
