@@ -174,10 +174,10 @@ def _text(study: Study, cells: Sequence[Finished]) -> Iterable[str]:
         "nothing of the mean: over seeds of the immunization where a method has several, else over "
         "attack seeds. Rise left: what an attack adds on the immunized model, over what it adds on "
         "the original, at the last step, 0 where it led away; ≥: some attacks give lower bounds "
-        "alone; held out: attacks of families that "
-        "no method simulates. Judges that disagree are not averaged. Benign: SGR of a concept that "
-        f"must stay learnable, over all kinds of training, where the original's is {TOLD} at least. "
-        "CMMD: how far pictures of ordinary prompts are from the original's, 0 for the same."
+        "alone; held out: attacks of families that no method simulates. Judges that disagree are "
+        "not averaged. Benign: SGR of a concept that must stay learnable, over all kinds of "
+        f"training, where the original's is {TOLD} at least. CMMD: how far pictures of ordinary "
+        "prompts are from the original's, 0 for the same."
     )
     missing: dict[str, list[str]] = {}
     for cell in planned:
