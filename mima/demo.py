@@ -32,6 +32,7 @@ from mima.immunization.config import ImmunizeConfig
 from mima.immunization.recipes import default
 from mima.release.repository import save_pipeline
 from mima.report import write_report
+from mima.storage.inputs import expanded
 from mima.storage.output import fresh_folder
 from mima.training.captions import divided, ordinary_captions
 
@@ -126,7 +127,7 @@ def run_demo(
         MimaError: the folder cannot be used.
     """
     with (
-        fresh_folder(Path(output), overwrite=overwrite) as folder,
+        fresh_folder(expanded(output), overwrite=overwrite) as folder,
         _log_to(folder / "log"),
         console.progress() as bars,
     ):

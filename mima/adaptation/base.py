@@ -22,6 +22,7 @@ from mima.families import Conditioning, Family, TrainingOptions, family_of
 from mima.families.base import cast
 from mima.families.pipelines import Pipeline, networks, readers, with_modules
 from mima.storage.checkpoint import Checkpoint
+from mima.storage.inputs import expanded
 from mima.storage.tensor_files import order_metadata
 from mima.training.batches import Batch, Encoded, encode_images, losses, seeded
 from mima.training.class_images import ClassPictures
@@ -295,7 +296,7 @@ class Run:
                 f"{settings.method}: step {self.step} left numbers that are not finite; "
                 f"lower learning_rate ({settings.learning_rate})"
             )
-        folder = Path(folder)
+        folder = expanded(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._injection.save(folder)
         for file in folder.rglob("*.safetensors"):

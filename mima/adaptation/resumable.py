@@ -18,10 +18,11 @@ from mima.concepts import Concept
 from mima.concepts.pictures import by_prompt
 from mima.distributed import device_of
 from mima.errors import MimaError
-from mima.families import family_of, load_pipeline, origin_of, source_of
-from mima.families.pipelines import Pipeline
+from mima.families import load_pipeline, origin_of, source_of
+from mima.families.pipelines import Pipeline, networks
 from mima.sampling import Job, Sampler
 from mima.storage.checkpoint import CheckpointFolder
+from mima.storage.inputs import expanded
 from mima.storage.lock import locked
 from mima.storage.output import check_folder, fresh_folder, slug, write_picture
 from mima.storage.record import write_record
@@ -159,7 +160,7 @@ def adapt(
     Example:
         >>> adapt("embedded", [concept], LoRA(steps=200), "cat-lora").folders
     """
-    folder = Path(output or default_output(concepts, adaptation))
+    folder = expanded(output or default_output(concepts, adaptation))
     check_folder(folder, overwrite=overwrite, resume=resume)
     names = _folder_names(concepts, adaptation)
     pipeline = load_pipeline(model, dtype=dtype, device=device_of(device))
@@ -168,7 +169,11 @@ def adapt(
     with locked(folder):
         if overwrite and not resume:
             kept.remove()
-        weights = dict(family_of(pipeline).denoiser.state_dict())
+        weights = {
+            f"{part}.{name}": value
+            for part, network in networks(pipeline).items()
+            for name, value in network.state_dict().items()
+        }
         config = {"method": adaptation.method, **json.loads(json.dumps(asdict(adaptation)))}
         described = [concept.identity() for concept in concepts]
         claim(kept, describe_run(config, described, weights), resume=resume)
@@ -213,6 +218,12 @@ def _folder_names(concepts: Sequence[Concept], adaptation: Adaptation) -> list[s
             f"({', '.join(one.name for one in concepts)}); lora and dreambooth-lora learn several"
         )
     names = [slug(concept.name) for concept in concepts]
+    if SAMPLES in names:
+        name = concepts[names.index(SAMPLES)].name
+        raise MimaError(
+            f"concept {name!r}: the folder {SAMPLES} is that of sample pictures; "
+            "give the concept another name"
+        )
     alike = [one.name for one, name in zip(concepts, names, strict=True) if names.count(name) > 1]
     if alike:
         raise MimaError(

@@ -171,6 +171,9 @@ class AdapterReader:
         if not isinstance(state, dict) or not state:
             raise MimaError(f"adapter {path} holds no tensors by name")
         for key, value in state.items():
+            if key == "string_to_token" and isinstance(value, Mapping):
+                # of AUTOMATIC1111's words: their places in its tokenizer
+                continue
             learned_word = key == "string_to_param" and isinstance(value, Mapping)
             # trainers note texts and numbers beside the tensors
             plain = value is None or isinstance(value, (torch.Tensor, str, int, float))
@@ -190,7 +193,8 @@ class AdapterReader:
                 raise MimaError(
                     f"adapter {path} is a {kind}; of these, peft's folders ({PEFT_CONFIG}) are read"
                 )
-        if any("lora" in key for key in state):
+        # a word of its own has no parts
+        if any("lora" in key and "." in key for key in state):
             if any("dora_scale" in key for key in state):
                 # diffusers drops dora_scale from the files of other programs
                 raise MimaError(f"adapter {path} is a DoRA; this is not supported, LoRA is")
@@ -203,6 +207,14 @@ class AdapterReader:
         tail = f"{self.denoiser}."
         stripped = {key.removeprefix(tail): value for key, value in state.items()}
         if names & set(stripped):
+            # tables that a model is made with, and some files hold
+            tables = dict(self.family.denoiser.named_buffers())
+            same = {
+                name
+                for name in stripped.keys() & tables.keys()
+                if torch.equal(stripped[name], tables[name].to(stripped[name]))
+            }
+            stripped = {name: value for name, value in stripped.items() if name not in same}
             foreign = sorted(set(stripped) - names)
             if foreign:
                 raise MimaError(
@@ -546,6 +558,8 @@ def _words(path: Path, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """New words from a file of diffusers or of AUTOMATIC1111's web interface."""
     if isinstance(state.get("string_to_param"), Mapping) and "name" in state:
         state = {str(state["name"]): state["string_to_param"]["*"]}
+    elif set(state) == {"emb_params"}:
+        state = {path.stem: state["emb_params"]}
     words = {}
     for word, rows in state.items():
         if not isinstance(rows, torch.Tensor) or rows.ndim not in (1, 2) or len(state) > 8:

@@ -13,6 +13,7 @@ a low-rank update whose rank is the number of the concept's tokens.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from mima.merging import MergePlan
 from mima.release.card import CardFacts
 from mima.release.delta import Delta
 from mima.release.repository import Released
-from mima.storage.inputs import check_adapters
+from mima.storage.inputs import check_adapters, expanded
 from mima.training.captions import ordinary_captions, regular_tokens
 
 
@@ -73,10 +74,11 @@ class MergedAdapters(Released):
     condition: float | None
 
     def _facts(self) -> CardFacts:
+        names = told_apart(self.adapters)
         metrics = {
             f"{what} of {name}": value
             for what, values in (("residual", self.residual), ("drift bound", self.drift_bound))
-            for name, value in zip(self.adapters, values, strict=True)
+            for name, value in zip(names, values, strict=True)
             if value is not None
         }
         if self.condition is not None:
@@ -93,7 +95,7 @@ class MergedAdapters(Released):
             else f"{count} in its model.",
             base_model=self.model,
             opened_with=self.opened_with,
-            concepts=list(zip(self.adapters, prompts, strict=True)),
+            concepts=list(zip(names, prompts, strict=True)),
             settings={"method": self.method, "weights": [*self.weights]},
             seed=None,
             metrics=metrics,
@@ -107,6 +109,16 @@ class MergedAdapters(Released):
             words=self.words,
             origin={"model": self.model, "adapters": list(self.adapters), "merge": self.method},
         )
+
+
+def told_apart(names: Sequence[str]) -> list[str]:
+    """Names with a number where one came before: files of two folders may be called alike."""
+    seen: Counter[str] = Counter()
+    told = []
+    for name in names:
+        seen[name] += 1
+        told.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return told
 
 
 def merge_adapters(
@@ -180,7 +192,7 @@ def merge_adapters(
     if prompts is not None and len(prompts) != len(adapters):
         raise MimaError(f"merge: {len(adapters)} adapters need as many prompts, got {len(prompts)}")
     check_adapters(adapters)
-    source = None if captions is None else Path(captions)
+    source = None if captions is None else expanded(captions)
     if method == "projected":
         ordinary_captions(source)
 

@@ -243,7 +243,8 @@ def embedded_concept(name: str) -> Concept:
     """One of the concepts that ship with the package.
 
     Args:
-        name: one of `embedded_names`, such as "unseen-fox", or the `Concept.name`, such as "fox".
+        name: one of `embedded_names`, such as "unseen-fox", or the `Concept.name`, such as
+            "unseen fox".
 
     Returns:
         The concept with its reference and held-out pictures.

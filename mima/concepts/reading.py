@@ -41,6 +41,9 @@ _LIST_KEYS = (
     *("prompt_filename", "token", "validation_prompt", "name"),
 )
 
+RETRIEVED = ("images.txt", "caption.txt")
+"""What Custom Diffusion's scripts write beside a folder ``images`` of pictures they fetched."""
+
 ConceptSource: TypeAlias = str | Path | Concept | Mapping[str, object]
 """What ``load_concepts`` reads one or more concepts from."""
 
@@ -155,11 +158,28 @@ def _class_images(
         return ()
     path = _locate(source, base)
     if path.is_dir():
+        if all((path / name).is_file() for name in RETRIEVED):
+            return _retrieved(path)
         if not class_prompt:
             raise MimaError(f"{where}: class_data_dir needs a class_prompt")
         return tuple(Picture(file, class_prompt) for file in picture_files(path))
     # no folder yet: prior preservation draws the class images
     return ()
+
+
+def _retrieved(folder: Path) -> tuple[Picture, ...]:
+    """Pictures with captions as the class pictures of Custom Diffusion's scripts are fetched."""
+    files, captions = (_lines(folder / name) for name in RETRIEVED)
+    if len(files) != len(captions):
+        raise MimaError(
+            f"{folder}: {RETRIEVED[0]} names {len(files)} pictures, {RETRIEVED[1]} holds "
+            f"{len(captions)} captions"
+        )
+    # the paths start where the script ran
+    return tuple(
+        Picture(folder / "images" / Path(file).name, caption)
+        for file, caption in zip(files, captions, strict=True)
+    )
 
 
 def _beside(folder: Path, file_name: str, base: Path) -> Path:

@@ -53,6 +53,7 @@ from mima.immunization.progress import Callback, StepReport, tracker_kinds
 from mima.immunization.result import ImmunizeResult
 from mima.immunization.trained_words import TrainedWord
 from mima.storage.checkpoint import CheckpointFolder
+from mima.storage.inputs import expanded
 from mima.storage.output import check_folder
 from mima.storage.runs import claim, default_folder, describe_run
 from mima.training.captions import ordinary_captions
@@ -182,16 +183,17 @@ def immunize(
     benign = [] if isinstance(benign, Sequence) and not benign else load_concepts(benign)
     check_concepts(concepts, benign, config)
     check_shards(config, dry_run=dry_run)
-    if output is not None:
-        check_folder(Path(output), overwrite=overwrite, resume=resume)
-        checkpoint = checkpoint or default_folder(Path(output))
+    place = None if output is None else expanded(output)
+    if place is not None:
+        check_folder(place, overwrite=overwrite, resume=resume)
+        checkpoint = checkpoint or default_folder(place)
+    kept = None if checkpoint is None else expanded(checkpoint)
     check_erased(erased, config)
-    tracker_kinds(config.trackers, None if checkpoint is None else Path(checkpoint))
+    tracker_kinds(config.trackers, kept)
     captions = ordinary_captions(config.captions)
     source = source_of(model)
     if source is None:
         model = with_quantized_held(model)
-    place = Path(output) if output is not None else None
     if dry_run or (config.shards == 1 and large(source or model)):
         opening = source or model
         found = plan(
@@ -221,7 +223,7 @@ def immunize(
             captions=captions,
             erased=erased,
             output=place,
-            folder=CheckpointFolder(checkpoint) if checkpoint else None,
+            folder=None if kept is None else CheckpointFolder(kept),
             resume=resume,
             overwrite=overwrite,
             delta=delta,

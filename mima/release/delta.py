@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from mima.errors import MimaError, one_line, quoted
 from mima.families.new_words import with_words
 from mima.families.pipelines import Pipeline, parameter, with_values
-from mima.storage.inputs import delta_file
+from mima.storage.inputs import delta_file, expanded
 from mima.storage.names import DELTA_FILE
 from mima.storage.plain_data import read_json
 from mima.storage.tensor_files import header_texts, save_tensors
@@ -56,7 +56,7 @@ class Delta:
         }
         if not tensors:
             raise MimaError("delta: nothing was changed, so there is nothing to write")
-        folder = Path(folder)
+        folder = expanded(folder)
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {"format": "pt", _HEADER: json.dumps(dict(self.origin), ensure_ascii=False)}
         save_tensors(folder / DELTA_FILE, tensors, metadata)

@@ -23,6 +23,7 @@ from mima.families.pipelines import Pipeline
 from mima.release.card import CARD_FILE, CardFacts, as_text, model_card
 from mima.release.delta import Delta, load_delta, read_delta
 from mima.storage.atomic import sha256_of
+from mima.storage.inputs import expanded
 from mima.storage.record import (
     RECORD_FILE,
     read_record,
@@ -212,7 +213,7 @@ class Released(ABC):
             metrics: for the card, as for ``card``.
             license: for the card, as for ``card``.
         """
-        folder = Path(folder)
+        folder = expanded(folder)
         if delta:
             self._delta().save(folder)
         else:

@@ -25,6 +25,7 @@ from mima.report.figures import (
 from mima.report.runs import load_runs
 from mima.report.verdict import verdict
 from mima.storage.atomic import reason_of
+from mima.storage.inputs import expanded
 from mima.storage.output import check_file, write_whole
 
 MARK = '<meta name="generator" content="mima '
@@ -82,7 +83,7 @@ def write_report(
         )
     if output is None:
         output = Path(folders[0]) / "report.html" if len(folders) == 1 else "report.html"
-    path = Path(output)
+    path = expanded(output)
     runs = load_runs(folders)
     _check_output(path)
     figures = path.with_name(f"{path.stem}-figures")

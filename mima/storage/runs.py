@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 MAY_CHANGE = frozenset({"steps", "checkpoint_every", "max_skipped", "trackers", "shards"})
 """Settings that a resumed run may change: no gradient depends on them. ``steps`` only where no
 schedule stretches over them."""
-SCHEDULES = ("upper.lr_schedule", "schedule")
-"""The settings that name a schedule, of an immunization and of an adaptation."""
+SCHEDULES = ("upper.lr_schedule", "schedule", "word_share")
+"""The settings that stretch over all steps, of an immunization and of adaptations."""
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def ordinary_captions(path: Path | None) -> list[str]:
     """
     path = path or assets() / "captions.txt"
     try:
-        captions = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        captions = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise MimaError(f"captions: cannot read {path}: {reason_of(error)}") from error
     captions = [caption for caption in captions if caption]

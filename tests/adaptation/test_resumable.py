@@ -1,8 +1,10 @@
 """An adaptation that is stopped goes on as if it had not been, and shows its pictures meanwhile."""
 
+import copy
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,12 @@ from support import tiny
 from typer.testing import CliRunner
 
 from mima.adaptation import Together, configure
-from mima.adaptation.resumable import learn
+from mima.adaptation.resumable import adapt, learn
 from mima.cli import app
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.evaluation import Sampler
+from mima.families.pipelines import with_modules
 from mima.storage.checkpoint import CheckpointFolder
 from mima.storage.runs import default_folder
 
@@ -143,6 +146,48 @@ def test_pictures_come_while_it_learns(pipeline, tmp_path):
     train(several, tmp_path / "two", sample_every=1)
     found = {str(p.relative_to(tmp_path / "two")) for p in tmp_path.glob("two/samples/**/*.png")}
     assert found == {"samples/00001/000/0.png", "samples/00001/001/0.png"}
+
+
+def test_another_model_or_length_of_a_phase_is_another_run(pipeline, tmp_path):
+    pictures = [picture.image for picture in tiny.concept().images]
+    concept = Concept("red", "a <new1> emoji", pictures, token="<new1>")
+
+    def adapted(method, steps, model=pipeline, **options):
+        settings = {"steps": steps, "batch_size": 1, "learning_rate": 1e-2}
+        adaptation = configure(method, settings)
+        return adapt(model, [concept], adaptation, tmp_path / method, **options)
+
+    def stopped(runs):
+        if runs[0].step == 3:
+            raise KeyboardInterrupt
+
+    for method in ("textual-inversion", "pivotal"):
+        with pytest.raises(KeyboardInterrupt):
+            adapted(method, 6, on_step=stopped, sample_every=0)
+    changed = with_modules(pipeline, text_encoder=copy.deepcopy(pipeline.text_encoder))
+    next(changed.text_encoder.parameters()).data += 0.1
+    with pytest.raises(MimaError, match="differs in model"):
+        adapted("textual-inversion", 6, changed, resume=True, sample_every=0)
+    # half of the steps are for the word
+    with pytest.raises(MimaError, match="steps: 6 then, 8 now"):
+        adapted("pivotal", 8, resume=True, sample_every=0)
+    adapted("pivotal", 6, resume=True, sample_every=0)
+
+
+def test_a_concept_cannot_have_the_folder_of_samples(pipeline, tmp_path):
+    concepts = [replace(tiny.concept(), name=name) for name in ("red", "Samples")]
+    with pytest.raises(MimaError, match="concept 'Samples': the folder samples is that of sample"):
+        adapt(pipeline, concepts, configure("lora", {"steps": 1}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_at_home_is_written_there(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    learned = adapt(
+        pipeline, [tiny.concept()], configure("lora", {"steps": 1}), "~/learned", sample_every=0
+    )
+    assert learned.folders == [tmp_path / "learned"]
+    assert (tmp_path / "learned" / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_the_command_is_interrupted_and_resumed(tmp_path, monkeypatch):

@@ -304,6 +304,60 @@ def test_a_learned_word_of_another_program(base, tmp_path):
     assert torch.equal(merged.pipeline.text_encoder.get_input_embeddings().weight[tokens], row)
 
 
+@pytest.mark.parametrize("word", ["<flora>", "explorer"])
+def test_a_word_that_is_spelt_like_another_kind_of_file_is_a_word(base, tmp_path, word):
+    row = torch.arange(32.0)[None]
+    save_file({word: row}, tmp_path / "learned_embeds.safetensors")
+    merged = mima.merge_adapters(base, [tmp_path], method="weighted")
+    token = merged.pipeline.tokenizer.convert_tokens_to_ids(word)
+    assert torch.equal(merged.pipeline.text_encoder.get_input_embeddings().weight[token], row[0])
+
+
+def test_words_as_web_interfaces_write_them(base, tmp_path):
+    rows = [torch.arange(32.0)[None] + n for n in range(2)]
+    whole = {"string_to_token": {"*": 265}, "string_to_param": {"*": rows[0]}, "name": "<web>"}
+    torch.save(whole | {"step": 10, "sd_checkpoint": None}, tmp_path / "web.pt")
+    save_file({"emb_params": rows[1]}, tmp_path / "styled.safetensors")
+    files = [tmp_path / "web.pt", tmp_path / "styled.safetensors"]
+    merged = mima.merge_adapters(base, files, method="weighted")
+    tokens = merged.pipeline.tokenizer.convert_tokens_to_ids(["<web>", "styled"])
+    found = merged.pipeline.text_encoder.get_input_embeddings().weight[tokens]
+    assert torch.equal(found, torch.cat(rows))
+
+
+def test_a_file_of_weights_may_hold_the_tables_that_a_model_is_made_with(base, tmp_path):
+    changed = copy.deepcopy(base.unet)
+    changed.register_buffer("table", torch.arange(3.0))
+    name = next(name for name, _ in changed.named_parameters())
+    changed.state_dict()[name].add_(1.0)
+    save_file(changed.state_dict(), tmp_path / "unet.safetensors")
+    holding = copy.copy(base)
+    reader = AdapterReader(base)
+    with pytest.raises(MimaError, match="the unet has no table"):
+        reader.read(tmp_path / "unet.safetensors")
+    holding = copy.deepcopy(base)
+    holding.unet.register_buffer("table", torch.arange(3.0))
+    found = AdapterReader(holding).read(tmp_path / "unet.safetensors")
+    assert f"unet.{name}" in found.values
+    assert "unet.table" not in found.values
+    holding.unet.table += 1
+    with pytest.raises(MimaError, match="the unet has no table"):
+        AdapterReader(holding).read(tmp_path / "unet.safetensors")
+
+
+def test_adapters_of_one_file_name_are_told_apart_on_the_card(base, tmp_path):
+    for number, name in enumerate(("a", "b")):
+        save_lora(base, tmp_path / name, lora_config(), number)
+    files = [tmp_path / name / "pytorch_lora_weights.safetensors" for name in ("a", "b")]
+    merged = mima.merge_adapters(base, files, prompts=PROMPTS[:2])
+    text = str(merged.card()).replace("\\", "")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if "| residual of" in line]
+    # each has its row, with its own number
+    names = ["pytorch_lora_weights", "pytorch_lora_weights (2)"]
+    assert [name for name, _ in rows] == [f"residual of {name}" for name in names]
+    assert [float(value) for _, value in rows] == pytest.approx(merged.residual, abs=1e-3)
+
+
 def test_text_encoder_lora_is_averaged(base, tmp_path):
     encoder = copy.deepcopy(base.text_encoder)
     config = lora_config(2, 2.0, ["q_proj", "v_proj"])  # a file without metadata has scale 1

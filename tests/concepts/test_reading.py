@@ -347,6 +347,24 @@ def test_class_images_that_are_yet_to_be_made(tmp_path):
     assert concept.class_images == ()
 
 
+def test_class_images_that_a_script_fetched_come_with_their_captions(tmp_path):
+    pictures(tmp_path / "cat")
+    fetched = pictures(tmp_path / "animals" / "images").parent
+    # the paths start where the script ran
+    (fetched / "images.txt").write_text("data/animals/images/1.png\ndata/animals/images/0.png\n")
+    (fetched / "caption.txt").write_text("a grey cat\ntwo cats\n")
+    entry = {"instance_prompt": "a cat", "instance_data_dir": "cat", "class_data_dir": "animals"}
+    path = write(tmp_path / "list.json", [entry])
+    (concept,) = load_concepts(path)
+    assert [(p.prompt, p.image.name) for p in concept.class_images] == [
+        ("a grey cat", "1.png"),
+        ("two cats", "0.png"),
+    ]
+    (fetched / "caption.txt").write_text("a grey cat\n")
+    with pytest.raises(MimaError, match=r"images\.txt names 2 pictures, caption\.txt holds 1"):
+        load_concepts(path)
+
+
 def test_keys_that_only_a_script_understands_are_ignored_aloud(tmp_path):
     pictures(tmp_path / "cat")
     entry = {"instance_prompt": "a cat", "instance_data_dir": "cat", "num_class_images": 200}

@@ -6,6 +6,12 @@ from mima.errors import MimaError
 from mima.training.captions import ordinary_captions
 
 
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path: Path):
+    path = tmp_path / "captions.txt"
+    path.write_text("a tree\na house", encoding="utf-8-sig")
+    assert ordinary_captions(path) == ["a tree", "a house"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
