@@ -6,6 +6,9 @@ interpreter) and differentiate nothing; :mod:`mima.ops` does the rest.
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import triton
 from torch import Tensor
 
@@ -15,6 +18,7 @@ from mima.kernels.attention import (
     attention_backward,
     attention_double_backward,
     attention_forward,
+    widest,
 )
 from mima.kernels.batched_lora import batched_lora_backward, batched_lora_forward
 from mima.kernels.combine import combine_into
@@ -54,7 +58,17 @@ __all__ = [
     "unsupported_reasons",
     "weighted_merge_backward",
     "weighted_merge_forward",
+    "widest_attention",
 ]
+
+
+@functools.cache
+def widest_attention(device: torch.device, dtype: torch.dtype) -> int | None:
+    """Return the widest heads that `attention` serves on a device; None: of any width."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return widest(getattr(properties, "shared_memory_per_block_optin", 0), dtype)
 
 
 def unsupported_reasons(op: str, *tensors: Tensor) -> list[str]:

@@ -31,6 +31,10 @@ from mima.ops.backends import arguments
 from mima.ops.backends.arguments import Directions, Needs
 
 NUM_WARPS = 8
+LEAST_ROWS = 16
+"""Queries or keys of a block, of which a product has no fewer."""
+WIDE = 128
+"""Columns of a head up to which a block's operands are loaded ahead."""
 
 
 @triton.jit
@@ -94,7 +98,9 @@ def _attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    d, e = tl.multiple_of(d, MULTIPLE), tl.multiple_of(e, MULTIPLE)
+    # a width of 1 is a constant, of which no such thing is said
+    if MULTIPLE > 1:
+        d, e = tl.multiple_of(d, MULTIPLE), tl.multiple_of(e, MULTIPLE)
     head, offs_t = _place(T, BLOCK_T)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     q = _rows_of(q_ptr, head, T, d, offs_t, offs_d)
@@ -137,7 +143,9 @@ def _attention_sums_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    d, e = tl.multiple_of(d, MULTIPLE), tl.multiple_of(e, MULTIPLE)
+    # a width of 1 is a constant, of which no such thing is said
+    if MULTIPLE > 1:
+        d, e = tl.multiple_of(d, MULTIPLE), tl.multiple_of(e, MULTIPLE)
     head, offs_t = _place(T, BLOCK_T)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     q, d_out = _rows_of_both(q_ptr, d_out_ptr, head, T, d, e, offs_t, offs_d, offs_e)
@@ -218,7 +226,9 @@ def _attention_queries_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    d, e = tl.multiple_of(d, MULTIPLE), tl.multiple_of(e, MULTIPLE)
+    # a width of 1 is a constant, of which no such thing is said
+    if MULTIPLE > 1:
+        d, e = tl.multiple_of(d, MULTIPLE), tl.multiple_of(e, MULTIPLE)
     head, offs_t = _place(T, BLOCK_T)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     q, d_out = _rows_of_both(q_ptr, d_out_ptr, head, T, d, e, offs_t, offs_d, offs_e)
@@ -272,7 +282,9 @@ def _attention_keys_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    d, e = tl.multiple_of(d, MULTIPLE), tl.multiple_of(e, MULTIPLE)
+    # a width of 1 is a constant, of which no such thing is said
+    if MULTIPLE > 1:
+        d, e = tl.multiple_of(d, MULTIPLE), tl.multiple_of(e, MULTIPLE)
     head, offs_s = _place(S, BLOCK_S)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     k, v = _rows_of_both(k_ptr, v_ptr, head, S, d, e, offs_s, offs_d, offs_e)
@@ -312,8 +324,10 @@ def _settings(q: Tensor, v: Tensor, tiles: int) -> dict[str, Any]:
     d, e = q.shape[2], v.shape[2]
     precision = dot_precision(q.dtype)
     width_d, width_e = (max(16, triton.next_power_of_2(x)) for x in (d, e))
-    block = min(64, max(16, 64 * 64 * 3 // (max(width_d, width_e) * tiles)))
+    block = min(64, max(LEAST_ROWS, 64 * 64 * 3 // (max(width_d, width_e) * tiles)))
     block = 1 << (block.bit_length() - 1)
+    # shared memory holds no second block of rows so wide, to be loaded ahead
+    stages = {"num_stages": 1} if max(width_d, width_e) > WIDE else {}
     return {
         "d": d,
         "e": e,
@@ -325,8 +339,25 @@ def _settings(q: Tensor, v: Tensor, tiles: int) -> dict[str, Any]:
         "BLOCK_D": width_d,
         "BLOCK_E": width_e,
         "num_warps": NUM_WARPS,
+        **stages,
         **launch_options(),
     }
+
+
+def widest(shared: int, dtype: torch.dtype) -> int:
+    """Return the widest heads whose double backward a program's shared memory holds.
+
+    Compiled for sm_80 and sm_90, it takes 7.25 tiles of 16 rows in float32 at most, and 5.5 of 16
+    bits, of as many columns as the next power of two; up to `WIDE`, less than any GPU's has that
+    bfloat16 products are made on.
+
+    Args:
+        shared: bytes of a program.
+        dtype: of the inputs.
+    """
+    tiles = 8 if dtype == torch.float32 else 6
+    columns = shared // (tiles * LEAST_ROWS * 4)
+    return max(WIDE, 1 << (columns.bit_length() - 1))
 
 
 def _launch(kernel: Any, length: int, block: str, q: Tensor, k: Tensor, **options: Any) -> None:

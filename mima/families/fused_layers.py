@@ -10,6 +10,7 @@ import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from mima import ops
 from mima.families.frozen import Upcast
@@ -68,8 +69,15 @@ class FusedLayers(AbstractContextManager[None]):
 
 
 def _is_free(module: nn.Module) -> bool:
-    """Whether a module calls its type's function, and nothing changes what that makes."""
-    return not ("forward" in vars(module) or module._forward_hooks)
+    """Whether a module calls its type's function, and nothing changes what that reads or makes.
+
+    Hooks of gradients wrap both in other tensors.
+    """
+    hooks = (
+        *(module._forward_pre_hooks, module._forward_hooks),
+        *(module._backward_pre_hooks, module._backward_hooks),
+    )
+    return not ("forward" in vars(module) or any(hooks) or _has_any_global_hook())
 
 
 def _followed_norms(

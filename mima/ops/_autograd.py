@@ -82,12 +82,17 @@ def raw_operators(
         if check is not None:
             check(given)
         module = choice.resolve(name, _first(values), backend)
-        return getattr(module, f"{name}_forward")(given, **directly)
+        made = getattr(module, f"{name}_forward")(given, **directly)
+        if directly:
+            return made
+        # without gaps, as the fake promises; plain PyTorch keeps those of what it reads
+        return made.contiguous() if output == "Tensor" else [x.contiguous() for x in made]
 
     def backward(d_out: Any, *args: Any) -> list[Tensor]:
         *given, needs, backend = args
         module = choice.resolve(name, _first([d_out]), backend)
-        return flat(getattr(module, f"{name}_backward")(d_out, read(*given), needs), needs)
+        grads = getattr(module, f"{name}_backward")(d_out, read(*given), needs)
+        return [x.contiguous() for x in flat(grads, needs)]
 
     def fake_backward(d_out: Any, *args: Any) -> list[Tensor]:
         *given, needs, _ = args

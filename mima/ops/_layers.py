@@ -57,7 +57,8 @@ def define(name: str, inputs: type[Any], *, fake: Callable[[Any], Tensor]) -> No
         *given, needs, backend = args
         directions, given = given[:count], inputs(*given[count:])
         function = getattr(choice.resolve(name, d_out, backend), f"{name}_double_backward")
-        return flat(function(d_out, directions, given, needs), needs)
+        grads = function(d_out, directions, given, needs)
+        return [x.contiguous() for x in flat(grads, needs)]
 
     def fake_double_backward(d_out: Tensor, *args: Any) -> list[Tensor]:
         *given, needs, _ = args

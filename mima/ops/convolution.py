@@ -50,8 +50,9 @@ def convolution(
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         # as autocast does for the function that this stands for
         dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        if x.dtype != torch.float64:
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
     out: Tensor = _Convolution.apply(x, weight, bias, (stride, padding, dilation, groups))
     return out
 

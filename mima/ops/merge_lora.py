@@ -25,6 +25,7 @@ from mima.ops._autograd import (
 from mima.ops.backends import arguments
 from mima.ops.backends import reference as reference_backend
 from mima.ops.backends.arguments import Needs
+from mima.reference import wide
 
 _OP = "merge_lora"
 
@@ -196,14 +197,18 @@ class MergeLoraBackward(Operator):
                         k_n * left + c_n * right
                         for (left, right), c_n, k_n in zip(halves, c, k, strict=True)
                     ]
+                    # sums that 16 bits may not hold
                     d_c = torch.stack(
                         [
-                            (left * u_B_n).sum() + (right * B_n).sum()
+                            (wide(left) * wide(u_B_n)).sum() + (wide(right) * wide(B_n)).sum()
                             for (left, right), B_n, u_B_n in zip(halves, B, u_B, strict=True)
                         ]
                     ).to(scale.dtype)
                     d_k = torch.stack(
-                        [(left * B_n).sum() for (left, _), B_n in zip(halves, B, strict=True)]
+                        [
+                            (wide(left) * wide(B_n)).sum()
+                            for (left, _), B_n in zip(halves, B, strict=True)
+                        ]
                     ).to(scale.dtype)
                     d_scale = d_c * weights + d_k * u_weights
                     d_weights = d_c * scale + d_k * u_scale

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.resnet import ResnetBlock2D
 from support.convolutions import Convolutions
 from torch import nn
 from torch.func import functional_call
+from torch.nn.modules.module import register_module_full_backward_hook
 
 from mima.bilevel.hypergradient import twice_differentiable_attention
 from mima.families import fused_layers
@@ -76,6 +78,26 @@ def test_small_layers_stay_pytorchs(denoiser, calls):
     with FusedLayers(denoiser), torch.no_grad(), twice_differentiable_attention():
         run(denoiser, {}, side=8)
     assert calls == []
+
+
+@pytest.mark.parametrize("where", ["norm", "activation", "anywhere"])
+def test_who_watches_gradients_changes_no_value(where, monkeypatch):
+    monkeypatch.setattr(fused_layers, "NORM", 0)
+    block = ResnetBlock2D(in_channels=8, out_channels=8, temb_channels=4, groups=2).eval()
+    x, temb = torch.randn(1, 8, 4, 4, requires_grad=True), torch.randn(1, 4)
+    expected = block(x, temb)
+    watched = {"norm": block.norm1, "activation": block.nonlinearity}
+    hook = (
+        register_module_full_backward_hook(lambda *args: None)
+        if where == "anywhere"
+        else watched[where].register_full_backward_hook(lambda *args: None)
+    )
+    try:
+        with FusedLayers(block):
+            actual = block(x, temb)
+    finally:
+        hook.remove()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def attributes(network):

@@ -30,6 +30,32 @@ def _clear() -> None:
         cached.cache_clear()
 
 
+def test_heads_that_a_kernel_cannot_hold_are_plain_pytorchs_and_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Narrow:
+        widest_attention = staticmethod(lambda device, dtype: 128)
+
+    monkeypatch.setattr(choice, "resolve", lambda op, tensor, requested="": Narrow)
+    monkeypatch.delenv("MIMA_BACKEND", raising=False)
+    monkeypatch.delenv("MIMA_STRICT", raising=False)
+    choice._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert choice.narrowed("attention", x, 128) == ""
+        assert not caplog.records
+        assert choice.narrowed("attention", x, 160) == "reference"
+        assert choice.narrowed("attention", x, 160) == "reference"
+    assert len(caplog.records) == 1
+    assert "heads of 160 columns are wider than the 128" in caplog.text
+    with pytest.raises(choice.BackendError, match="heads of 160 columns"):
+        choice.narrowed("attention", x, 160, "triton")
+    monkeypatch.setenv("MIMA_STRICT", "1")
+    with pytest.raises(choice.BackendError, match="heads of 160 columns"):
+        choice.narrowed("attention", x, 160)
+    monkeypatch.setattr(choice, "resolve", lambda op, tensor, requested="": object)
+    assert choice.narrowed("attention", x, 10_000) == ""
+
+
 def _break(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Make backends fail to load, as an extension built for another Python would."""
     load = choice.import_module

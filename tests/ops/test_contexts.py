@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.operator_cases import (
     BY_ID,
     CASES,
@@ -13,7 +14,22 @@ from support.operator_cases import (
     values_and_gradients,
 )
 
+from mima.ops.attention import FusedAttention
+from mima.ops.convolution import convolution
+
 TINY = [case for case in SMALL if case.name in ("small", "no-adapter")]
+
+
+def test_autocast_leaves_float64_alone():
+    q = torch.randn(1, 2, 8, 4, dtype=torch.float64)
+    kernel = torch.randn(3, 2, 3, 3, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        with FusedAttention():
+            attended = F.scaled_dot_product_attention(q, q, q)
+        convolved = convolution(q, kernel, None, (1, 1), (1, 1), (1, 1), 1)
+    assert attended.dtype == convolved.dtype == torch.float64
+    torch.testing.assert_close(attended, F.scaled_dot_product_attention(q, q, q))
+    torch.testing.assert_close(convolved, F.conv2d(q, kernel, padding=1))
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])

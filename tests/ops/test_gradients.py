@@ -36,6 +36,31 @@ def test_first_and_second_derivatives(case: Case, backend: str, device: torch.de
     assert gradgradcheck(f, leaves, fast_mode=case.name != "small")
 
 
+def test_sums_of_a_second_derivative_are_not_formed_in_16_bits() -> None:
+    W = torch.zeros(64, 64, dtype=torch.float16)
+    A, B = (torch.full(size, 4.0, dtype=torch.float16) for size in ((4, 64), (64, 4)))
+    scale, weights = torch.ones(1), torch.ones(1)
+    B.requires_grad_()
+    scale.requires_grad_()
+    merged = ops.merge_lora(W, [A], [B], scale, weights)
+    (gradient,) = torch.autograd.grad(0.01 * merged.square().sum(), B, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), scale)
+    # 2 · 0.01 · 2 scale Σ (B A) Aᵀ: more than float16's largest number
+    expected = 4 * 0.01 * ((B @ A).float() @ A.float().T).sum()
+    torch.testing.assert_close(second, expected.detach().view(1), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id)
+def test_plain_pytorchs_results_have_no_gaps(case: Case, device: torch.device) -> None:
+    leaves = [
+        x.mT.contiguous().mT.requires_grad_() if x.ndim >= 2 else x.requires_grad_()
+        for x in case.tensors(torch.float64, device)
+    ]
+    outputs = case.call(leaves, "reference")
+    grads = torch.autograd.grad([y.sum() for y in outputs], leaves, allow_unused=True)
+    assert all(x.is_contiguous() for x in (*outputs, *grads) if x is not None)
+
+
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.id)
 def test_third_derivatives(case: Case, device: torch.device) -> None:
     def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -283,6 +283,21 @@ def test_compiled_layers_fit_and_spill_nothing(name: str, dtype: str, target: st
             assert widest_accesses(compiled)[0] > 0, f"{kernel} has no 128-bit loads on {target}"
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("width", [1, 160])
+def test_attention_of_any_width_compiles_and_wide_heads_fit(width: int, dtype: str) -> None:
+    """Stable Diffusion's deepest heads have 160 columns; of one, Triton makes a constant."""
+    for launch in _launches((attention, _attention, (width, 1024)), DTYPES[dtype], "sm_80"):
+        used = resources(compile_launch(launch, TARGETS["sm_80"]))
+        assert attention.widest(used.shared, DTYPES[dtype]) <= 256
+        assert used.shared <= SHARED["sm_80"], launch.kernel.__name__
+    assert attention.widest(SHARED["sm_80"], DTYPES[dtype]) == 256
+    assert attention.widest(SHARED["sm_90"], torch.float32) == 256
+    # smaller cards of the same generations
+    assert attention.widest(101_376, torch.float32) == 128
+    assert attention.widest(101_376, torch.bfloat16) == 256
+
+
 def _distinct(launches: list[Launch]) -> list[Launch]:
     """Leave out launches that differ in addresses and sizes alone: one kernel serves them."""
     constants = {

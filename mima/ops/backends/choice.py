@@ -89,6 +89,37 @@ def resolve(op: str, tensor: torch.Tensor, requested: str = "") -> ModuleType:
     return _launchers(backend, tensor.device.type)
 
 
+def narrowed(op: str, tensor: torch.Tensor, width: int, requested: str = "") -> str:
+    """Return the name of what serves heads of a width: plain PyTorch where kernels do not.
+
+    Args:
+        op: ``attention``.
+        tensor: any of the operator's tensors; its device and dtype count.
+        width: columns of a head.
+        requested: as of `resolve`.
+
+    Returns:
+        ``requested``, or ``reference``.
+
+    Raises:
+        BackendError: as `resolve`, or what was asked for serves no heads so wide.
+    """
+    widest = getattr(resolve(op, tensor, requested), f"widest_{op}", None)
+    most = None if widest is None else widest(tensor.device, tensor.dtype)
+    if most is None or width <= most:
+        return requested
+    why = f"heads of {width} columns are wider than the {most} that {tensor.device} holds"
+    if requested or os.environ.get("MIMA_BACKEND") or os.environ.get("MIMA_STRICT") == "1":
+        raise BackendError(f"{op}: no kernel can serve {tensor.dtype} on {tensor.device}: {why}")
+    _say_once(op, str(tensor.dtype), why)
+    return "reference"
+
+
+@functools.cache
+def _say_once(op: str, dtype: str, why: str) -> None:
+    logger.warning("%s: plain PyTorch serves %s: %s", op, dtype, why)
+
+
 def report(
     device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> list[Row]:
