@@ -58,6 +58,15 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
+def told_apart(names: Iterable[str]) -> list[str]:
+    """Names of things that may be called alike, with a number where one came before."""
+    told: list[str] = []
+    for name in names:
+        same = sum(one == name or one.startswith(f"{name} (") for one in told)
+        told.append(f"{name} ({same + 1})" if same else name)
+    return told
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A suggestion to append to "unknown NAME": the closest valid name and the whole list."""
     known = sorted(valid)

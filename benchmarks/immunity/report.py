@@ -52,6 +52,10 @@ class Finished:
             and concept in (None, row.concept)
         ]
 
+    def end(self, row: AttackRow) -> CurvePoint:
+        """Both models at the last step of an attack."""
+        return max(self.points[row.attack], key=lambda point: point.step)
+
     def counted(self) -> list[AttackRow]:
         """Attacks on targets as means count them."""
         return [row.counted for row in self.targets()]
@@ -232,24 +236,18 @@ def _main_table(study: Study, groups: dict[str, list[Finished]]) -> Iterable[str
     for method, group in groups.items():
         computes = [one.compute for one in group if one.compute is not None]
         seconds = [one.seconds for one in computes if one.seconds is not None]
-        simulated_rise, held_out_rise, ratio = (
-            _bounded(group, kinds, name)
-            for kinds, name in (
-                (simulated, "rise_left"), (held_out, "rise_left"), (simulated, "steps_ratio")
-            )
-        )  # fmt: skip
         yield _line(
             (
                 method,
                 f"{len(group)} × {len(group[0].evaluation.seeds)}",
-                simulated_rise(share),
+                _bounded(group, simulated, "rise_left", share),
                 share(_worst(group, simulated, "rise_left", max)),
-                held_out_rise(share),
+                _bounded(group, held_out, "rise_left", share),
                 _shown(over_runs(group, lambda one: _gap(one, simulated))),
                 number(_worst(group, simulated, "sgr_mean", min)),
                 _shown(over_runs(group, lambda one: _gap(one, simulated).sgr_before)),
                 _shown(over_runs(group, lambda one: _final(one, simulated))),
-                ratio(lambda value: number(value, 1)),
+                _bounded(group, simulated, "steps_ratio", lambda value: number(value, 1)),
                 *(_shown(over_runs(group, _benign(name))) for name in others),
                 _alignment(group),
                 number(_mean_of([one.evaluation.benign.cmmd for one in group])),
@@ -309,13 +307,13 @@ def _gap(one: Finished, kinds: set[str]) -> Gap:
 
 
 def _bounded(
-    group: Sequence[Finished], kinds: set[str], name: str
-) -> Callable[[Callable[[float | None], str]], str]:
+    group: Sequence[Finished], kinds: set[str], name: str, words: Callable[[float | None], str]
+) -> str:
     """A ratio over runs, in words: at least that, where one of its attacks' is a lower bound."""
-    ratios = {one.cell: getattr(_gap(one, kinds), name) for one in group}
-    bound = "≥ " if any(ratio.at_least for ratio in ratios.values()) else ""
-    together = over_runs(group, lambda one: ratios[one.cell])
-    return lambda words: bound + _shown(together, words) if together.mean is not None else "–"
+    ratios = [getattr(_gap(one, kinds), name) for one in group]
+    together = _together(ratios)
+    bound = together.mean is not None and any(ratio.at_least for ratio in ratios)
+    return ("≥ " if bound else "") + _shown(together, words)
 
 
 def _final(one: Finished, kinds: set[str]) -> Interval:
@@ -345,8 +343,7 @@ def _untold(cells: Sequence[Finished]) -> list[str]:
     ends: dict[str, list[float]] = {}
     for one in cells:
         for row in one.targets():
-            last = max(one.points[row.attack], key=lambda point: point.step)
-            ends.setdefault(row.concept, []).append(last.original)
+            ends.setdefault(row.concept, []).append(one.end(row).original)
     return [concept for concept, values in ends.items() if fmean(values) < TOLD]
 
 
@@ -355,8 +352,7 @@ def _benign(concept: str) -> Callable[[Finished], Interval]:
 
     def value(one: Finished) -> Interval:
         rows = [row for row in one.rows if (row.role, row.concept) == ("other", concept)]
-        ends = [max(one.points[row.attack], key=lambda point: point.step) for row in rows]
-        if not ends or fmean(end.original for end in ends) < TOLD:
+        if not rows or fmean(one.end(row).original for row in rows) < TOLD:
             return Interval()
         return over_seeds([rows], "sgr_mean")
 

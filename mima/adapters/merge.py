@@ -13,7 +13,6 @@ a low-rank update whose rank is the number of the concept's tokens.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from mima import ops
 from mima.adapters.adapter import Adapter
 from mima.adapters.files import AdapterReader
 from mima.choices import MergeMethod
-from mima.errors import MimaError, check_choice
+from mima.errors import MimaError, check_choice, told_apart
 from mima.families import Family, family_of, load_pipeline, origin_of, source_of
 from mima.families.new_words import with_words
 from mima.families.pipelines import Pipeline, parameter, with_values
@@ -109,16 +108,6 @@ class MergedAdapters(Released):
             words=self.words,
             origin={"model": self.model, "adapters": list(self.adapters), "merge": self.method},
         )
-
-
-def told_apart(names: Sequence[str]) -> list[str]:
-    """Names with a number where one came before: files of two folders may be called alike."""
-    seen: Counter[str] = Counter()
-    told = []
-    for name in names:
-        seen[name] += 1
-        told.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return told
 
 
 def merge_adapters(

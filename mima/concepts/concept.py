@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,7 +25,7 @@ from mima.concepts.pictures import (
 )
 from mima.errors import MimaError, counted, nearest, quoted
 from mima.storage.inputs import expanded, resolved
-from mima.storage.plain_data import read_json, read_yaml, yaml_problem
+from mima.storage.plain_data import hashed, read_json, read_yaml, yaml_problem
 
 Kind = Literal["object", "style", "instance", "benign"]
 # a folder, a file, a picture, {file_name: ..., text: ...}, or several of the last three
@@ -147,9 +146,8 @@ class Concept:
         Two concepts of the same identity are trained on alike.
         """
 
-        def hashed(pictures: Iterable[Picture]) -> str:
-            told = [f"{digest(picture)} {picture.prompt}" for picture in pictures]
-            return blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
+        def of(pictures: Iterable[Picture]) -> str:
+            return hashed(json.dumps([f"{digest(p)} {p.prompt}" for p in pictures]))
 
         return {
             "name": self.name,
@@ -157,8 +155,8 @@ class Concept:
             "class_prompt": self.class_prompt,
             "token": self.token or "",
             "initializer": self.initializer or "",
-            "images": hashed(self.images),
-            "class_images": hashed(self.class_images),
+            "images": of(self.images),
+            "class_images": of(self.class_images),
         }
 
     def without(self, others: Iterable[Concept]) -> Concept:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mima.errors import MimaError, counted
+from mima.errors import MimaError, counted, told_apart
 from mima.evaluation.metrics import has_learned
 from mima.evaluation.records import SIDES, AttackRow, Evaluation, EvaluationFolder
 from mima.report.figures import RUN_COLOURS
@@ -192,11 +192,7 @@ def load_runs(folders: Sequence[str | Path]) -> list[Run]:
         MimaError: a folder that cannot be read.
     """
     sources = [EvaluationFolder(folder) for folder in folders]
-    labels: list[str] = []
-    for source in sources:
-        name = source.evaluation().name or source.path.name
-        same = sum(label == name or label.startswith(f"{name} (") for label in labels)
-        labels.append(f"{name} ({same + 1})" if same else name)
+    labels = told_apart([source.evaluation().name or source.path.name for source in sources])
     return [
         Run(source, label, index)
         for index, (source, label) in enumerate(zip(sources, labels, strict=True))

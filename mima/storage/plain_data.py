@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from hashlib import blake2b
 from typing import Any
 
 import yaml
@@ -175,3 +176,8 @@ def _refuse_twice(keys: Sequence[Any]) -> None:
         if key in seen:
             raise MimaError(f"{quoted(key)} stands twice in one mapping; only one could be kept")
         seen.add(key)
+
+
+def hashed(text: str) -> str:
+    """A short name for a text, which another text does not have."""
+    return blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()

@@ -7,7 +7,6 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from mima._version import installed_versions
 from mima.errors import MimaError, one_line
 from mima.storage.checkpoint import CheckpointFolder
-from mima.storage.plain_data import flat
+from mima.storage.plain_data import flat, hashed
 from mima.storage.tensor_files import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -68,11 +67,6 @@ def describe_run(
         "model": fingerprint(weights),
         "versions": installed_versions(),
     }
-
-
-def hashed(text: str) -> str:
-    """A short name for a text, which another text does not have."""
-    return blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
 def claim(folder: CheckpointFolder, run: Mapping[str, Any], *, resume: bool) -> None:
