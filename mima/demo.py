@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import tempfile
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from mima import console
 from mima._version import installed_versions
@@ -146,19 +148,17 @@ def _run(settings: DemoSettings, folder: Path, bars: console.Bars) -> dict[str, 
     erased = erase(original, targets, preserve=captions)
     save_pipeline(erased, folder / "erased")
 
-    with tempfile.TemporaryDirectory() as originals:
+    with tempfile.TemporaryDirectory() as scratch:
         alike: dict[str, Any] = {
             "others": [untouched],
             "settings": settings.grid,
             "similarities": list(EMBEDDED),
-            "originals": originals,
+            "originals": Path(scratch, "originals"),
         }
+        drawn = _bar(bars, "class pictures")
+        prior = _class_pictures(settings, original, captions, Path(scratch), drawn)
         # the erased model is attacked while the immunized one is made
-        with (
-            beside(attack_original, folder / "erased", targets, **alike),
-            _one_thread(),
-        ):
-            prior = _class_pictures(settings, original, captions, _bar(bars, "class pictures"))
+        with beside(attack_original, folder / "erased", targets, **alike), _one_thread():
             advance = _bar(bars, "immunize")
 
             def on_step(report: StepReport) -> None:
@@ -223,16 +223,34 @@ def _class_pictures(
     settings: DemoSettings,
     original: Any,
     captions: Sequence[str],
+    scratch: Path,
     progress: Callable[[int, int], None],
 ) -> tuple[Picture, ...]:
     """Ordinary pictures by the model as it was, the same for all concepts.
 
-    Their prompts are none of those on which prompt alignment is measured.
+    Their prompts are none of those on which prompt alignment is measured. Nearly half of them are
+    drawn into files by a process beside this one, in whole batches, so that they are the same.
     """
     free, _ = divided(captions)
     prompts = spread(free, settings.immunization.num_class_images)
-    rows = settings.sampler(original, prompts, (PRIOR_SEED,), progress=progress)
-    return tuple(Picture(row[0], prompt) for row, prompt in zip(rows, prompts, strict=True))
+    sampler = settings.sampler
+    batches = math.ceil(len(prompts) / sampler.batch_size)
+    # fewer there: that process has to start first
+    here = (batches - max(1, batches * 9 // 20)) * sampler.batch_size
+    with beside(_draw_class_pictures, sampler, prompts[here:], scratch), _one_thread():
+        rows = sampler(original, prompts[:here], (PRIOR_SEED,), progress=progress)
+    images: list[Image.Image | Path] = [row[0] for row in rows]
+    images += [_class_picture(scratch, place) for place in range(len(prompts) - here)]
+    return tuple(Picture(image, prompt) for image, prompt in zip(images, prompts, strict=True))
+
+
+def _draw_class_pictures(sampler: Sampler, prompts: Sequence[str], scratch: Path) -> None:
+    for place, (image,) in enumerate(sampler(load_pipeline("embedded"), prompts, (PRIOR_SEED,))):
+        image.save(_class_picture(scratch, place))
+
+
+def _class_picture(scratch: Path, place: int) -> Path:
+    return scratch / f"class-{place}.png"
 
 
 def _numbers(evaluation: Evaluation, folder: EvaluationFolder) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from mima.choices import MOST_AT_ONCE
 from mima.concepts import Concept
 from mima.errors import MimaError, bounded, check_settings
 from mima.families import Family, family_of
-from mima.families.pipelines import Pipeline, shared_copy, with_modules
+from mima.families.pipelines import Pipeline, names_for_all, shared_copy, with_modules
 
 encode_with_graph = partial(Family.encode_prompts, differentiable=True)
 """Encodes a family's prompts with a graph into the text encoder."""
@@ -107,7 +107,7 @@ class LoRA(Adaptation):
             for name, state in states.items():
                 # other programs know diffusers' names of these parts, and peft's of transformers
                 known = state if name == "transformer" else convert_state_dict_to_diffusers(state)
-                parts[f"{name}_lora_layers"] = known
+                parts[f"{name}_lora_layers"] = names_for_all(modules[name], known)
                 parts[f"{name}_lora_adapter_metadata"] = configs[name].to_dict()
             adapted.save_lora_weights(folder, **parts)
 

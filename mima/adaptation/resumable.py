@@ -19,7 +19,7 @@ from mima.concepts.pictures import by_prompt
 from mima.distributed import device_of
 from mima.errors import MimaError
 from mima.families import load_pipeline, origin_of, source_of
-from mima.families.pipelines import Pipeline, networks
+from mima.families.pipelines import Pipeline, tensors
 from mima.sampling import Job, Sampler
 from mima.storage.checkpoint import CheckpointFolder
 from mima.storage.inputs import expanded
@@ -169,14 +169,9 @@ def adapt(
     with locked(folder):
         if overwrite and not resume:
             kept.remove()
-        weights = {
-            f"{part}.{name}": value
-            for part, network in networks(pipeline).items()
-            for name, value in network.state_dict().items()
-        }
         config = {"method": adaptation.method, **json.loads(json.dumps(asdict(adaptation)))}
         described = [concept.identity() for concept in concepts]
-        claim(kept, describe_run(config, described, weights), resume=resume)
+        claim(kept, describe_run(config, described, tensors(pipeline)), resume=resume)
         learn(
             runs[0] if len(runs) == 1 else Together(runs),
             kept,

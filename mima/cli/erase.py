@@ -133,4 +133,6 @@ def erase(
 def _names_concepts(item: str) -> bool:
     from mima.concepts import embedded_names
 
-    return Path(item).exists() or item in embedded_names()
+    # a group of a list of concepts is named behind its file
+    named = Path(item).exists() or Path(item.rpartition("#")[0]).is_file()
+    return named or item in embedded_names()

@@ -83,6 +83,28 @@ def networks(pipeline: Pipeline) -> dict[str, torch.nn.Module]:
     return {n: m for n, m in pipeline.components.items() if isinstance(m, torch.nn.Module)}
 
 
+def tensors(pipeline: Pipeline) -> dict[str, torch.Tensor]:
+    """All weights and buffers of a pipeline, by part and name; not copies."""
+    return {
+        f"{part}.{name}": value
+        for part, network in networks(pipeline).items()
+        for name, value in network.state_dict().items()
+    }
+
+
+def names_for_all(module: torch.nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A module's state, or an adapter's of it, under names that any transformers from 4 on reads.
+
+    transformers 5 names what is in a ``CLIPTextModel`` without the prefix ``text_model.``, which
+    transformers 4 takes for missing, and draws random weights with no more than a warning; both
+    read the names with the prefix.
+    """
+    if type(module).__name__ != "CLIPTextModel":
+        return dict(state)
+    prefix = "text_model."
+    return {prefix + name.removeprefix(prefix): value for name, value in state.items()}
+
+
 def parameter(pipeline: Pipeline, name: str) -> torch.nn.Parameter:
     """A parameter by component and name, as in ``unet.conv_in.weight``.
 

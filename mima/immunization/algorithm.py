@@ -25,7 +25,7 @@ from mima.errors import MimaError
 from mima.families import ModelSource, family_of, origin_of, source_of
 from mima.families.frozen import hold_frozen, with_quantized_held
 from mima.families.new_words import text_parts
-from mima.families.pipelines import with_modules
+from mima.families.pipelines import tensors, with_modules
 from mima.immunization.alternating import alternate
 from mima.immunization.checks import (
     check_concepts,
@@ -267,7 +267,6 @@ def _immunized(
     if config.erase_first:
         edited = [name for reader in family.text_readers() for name in reader.names]
     hold_frozen(family.denoiser, {*written_to, *edited})
-    weights = Problem(family, [], config, None).theta()
     check_model(pipeline, concepts, config)
     if apart:
         move_others(pipeline, family, where)
@@ -279,8 +278,10 @@ def _immunized(
                 ranks.together(folder.remove)
             run = describe_run(
                 config.model_dump(mode="json"),
-                *([c.identity() for c in concepts], weights, [c.identity() for c in benign]),
-                captions=captions,
+                [concept.identity() for concept in concepts],
+                tensors(pipeline),
+                [concept.identity() for concept in benign],
+                captions,
             )
             ranks.together(lambda: claim(folder, run, resume=resume))
 
@@ -292,8 +293,8 @@ def _immunized(
         merge = merge_layer(family, concepts, config, where)
         encoded = partial(encode_concepts, family, config=config, cache=folder, ranks=ranks)
         data, others = encoded(concepts), encoded(benign, benign=True)
-        # besides the pipeline, these alone hold the weights before they are sharded
-        del encoded, weights
+        # besides the pipeline, it alone holds the weights before they are sharded
+        del encoded
         if config.erase_first:
             pipeline = erase(pipeline, concepts, preserve=captions)
             family = family_of(pipeline, resolution=config.resolution, training=config.training)

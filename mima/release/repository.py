@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from mima.errors import MimaError
 from mima.families import ModelSource, load_pipeline
 from mima.families.hub import unreachable
-from mima.families.pipelines import Pipeline
+from mima.families.pipelines import Pipeline, names_for_all, networks
 from mima.release.card import CARD_FILE, CardFacts, as_text, model_card
 from mima.release.delta import Delta, load_delta, read_delta
 from mima.storage.atomic import sha256_of
@@ -127,24 +127,16 @@ def _published(folder: Path) -> Iterator[Path]:
 
 
 def save_pipeline(pipeline: Pipeline, folder: str | Path) -> None:
-    """Write a diffusers folder that any transformers from 4 on reads.
-
-    transformers 5 writes a ``CLIPTextModel`` under names without the prefix ``text_model.``, which
-    transformers 4 takes for missing, and draws random weights with no more than a warning; both
-    read the names with the prefix.
-    """
+    """Write a diffusers folder that any transformers from 4 on reads."""
     folder = Path(folder)
     pipeline.save_pretrained(folder)
-    for name, component in pipeline.components.items():
-        if type(component).__name__ == "CLIPTextModel":
-            prefix = "text_model."
-            state = {
-                prefix + key.removeprefix(prefix): value
-                for key, value in component.state_dict().items()
-            }
-            for file in (folder / name).glob("*.safetensors*"):
+    for part, network in networks(pipeline).items():
+        state = network.state_dict()
+        named = names_for_all(network, state)
+        if named.keys() != state.keys():
+            for file in (folder / part).glob("*.safetensors*"):
                 file.unlink()
-            component.save_pretrained(folder / name, state_dict=state)
+            getattr(pipeline, part).save_pretrained(folder / part, state_dict=named)
 
 
 class Released(ABC):

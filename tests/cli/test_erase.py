@@ -66,6 +66,16 @@ def test_erase_by_words_alone(workdir, model, options):
     assert any(not before[name].equal(after[name]) for name in before)
 
 
+def test_what_is_preserved_may_be_a_group_of_a_file(workdir, model):
+    entry = {"instance_prompt": "a dog", "instance_data_dir": "dog"}
+    Path("lists.json").write_text(json.dumps({"first": [entry], "second": [entry, entry]}))
+    erasing = ["erase", "cat", "--model", model, "-o", "x", "--preserve"]
+    assert "holds no group 'third'" in run(*erasing, "lists.json#third", code=2)
+    run(*erasing, "lists.json#first")
+    # no file: it is a caption
+    run(*erasing, "a dog, #1", "--overwrite")
+
+
 def test_bad_erasures(workdir, model):
     assert "give concepts, or --words" in run("erase", "-o", "x", "--model", model, code=2)
     said = ["--words", "cat", "--prompt", "a cat"]

@@ -87,7 +87,10 @@ def test_it_is_immunized_as_the_same_values_in_float32(model, tmp_path, quantize
     pipeline = quantized(model, quantize)
     plain = dequantized(pipeline, model)
     config = settings(tmp_path, steps=2, hypergradient=mode, gradient_checkpointing=True)
-    found, wanted = (immunize(p, concepts(), config) for p in (pipeline, plain))
+    found, wanted = (
+        immunize(model, concepts(), config, checkpoint=tmp_path / place)
+        for model, place in ((pipeline, "quantized"), (plain, "plain"))
+    )
     for one, other in zip(found.history, wanted.history, strict=True):
         assert one.losses == pytest.approx(other.losses, rel=1e-6)
     ours, theirs = (result.pipeline.unet.state_dict() for result in (found, wanted))

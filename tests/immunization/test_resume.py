@@ -18,6 +18,7 @@ from support.immunizing import assert_same, concepts, problem_of, settings, weig
 
 from mima.bilevel.outer import UpperLevel
 from mima.errors import MimaError
+from mima.families import load_pipeline
 from mima.immunization.algorithm import immunize
 from mima.immunization.config import UpperConfig
 from mima.immunization.levels import Problem
@@ -157,6 +158,10 @@ def test_another_run_is_not_continued(model, tmp_path):
     elsewhere = tiny.save_tiny_stable_diffusion(tmp_path / "other", seed=1)
     with pytest.raises(MimaError, match="differs in model"):
         immunized(elsewhere, first, checkpoint=tmp_path / "c", resume=True)
+    reader = load_pipeline(model)
+    next(reader.text_encoder.parameters()).data += 0.1
+    with pytest.raises(MimaError, match="differs in model"):
+        immunized(reader, first, checkpoint=tmp_path / "c", resume=True)
     # overwrite starts anew
     again = immunized(model, other, checkpoint=tmp_path / "c", overwrite=True)
     assert_same(unet(again), unet(immunized(model, other)))
