@@ -22,7 +22,8 @@ from mima.families import family_of
 from mima.families.loading import load_embedded
 from mima.immunization.config import ImmunizeConfig, LowerConfig, UpperConfig
 from mima.immunization.encoding import ConceptData
-from mima.immunization.levels import Problem, merge_layer
+from mima.immunization.levels import Problem
+from mima.immunization.merge import merge_layer
 from mima.immunization.progress import peak_memory
 from mima.training.batches import Encoded, seeded
 

@@ -26,6 +26,7 @@ from mima.families import ModelSource, family_of, origin_of, source_of
 from mima.families.frozen import hold_frozen, with_quantized_held
 from mima.families.new_words import text_parts
 from mima.families.pipelines import tensors, with_modules
+from mima.families.recomputed import recomputed_blocks
 from mima.immunization.alternating import alternate
 from mima.immunization.checks import (
     check_concepts,
@@ -36,7 +37,8 @@ from mima.immunization.checks import (
 )
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import encode_concepts, saw
-from mima.immunization.levels import Problem, merge_layer, recomputed_blocks, sharded, trained_names
+from mima.immunization.levels import Problem, sharded, trained_names
+from mima.immunization.merge import merge_layer
 from mima.immunization.offload import idle_modules, make_whole, out_of_memory_while
 from mima.immunization.outer_loop import Ascent
 from mima.immunization.own_model import (

@@ -7,16 +7,13 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 from mima.bilevel import lower
 from mima.bilevel.hypergradient import accumulate
@@ -34,12 +31,9 @@ from mima.bilevel.outer import (
     upper_gradient,
 )
 from mima.bilevel.tasks import FullWeights, LoraFactors, NewWord, SharedLoss
-from mima.concepts import Concept
 from mima.distributed import ALONE, Ranks, union
-from mima.errors import MimaError
 from mima.families import Family, Params
 from mima.families.fused_layers import FusedLayers
-from mima.immunization import published
 from mima.immunization.attackers import Alive, Attacker, choose
 from mima.immunization.benign import BenignTerms
 from mima.immunization.config import ImmunizeConfig
@@ -54,9 +48,9 @@ from mima.immunization.objectives import (
 )
 from mima.immunization.progress import LossName
 from mima.immunization.trained_words import TrainedWord
-from mima.merging import MergeLayer, MergePlan
+from mima.immunization.turns import Turns
+from mima.merging import MergeLayer
 from mima.training.batches import Batch, Encoded, predictions, seeded
-from mima.training.captions import regular_tokens
 
 if TYPE_CHECKING:
     from mima.families.sharded import ShardedDenoiser
@@ -64,8 +58,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
-"""Where diffusers' modules keep how they recompute."""
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "sgd": SGD,
     "momentum": partial(SGD, momentum=0.9),
@@ -121,10 +113,10 @@ class Problem:
         sharded = family.sharded
         parameters = sharded.theta if sharded else dict(family.denoiser.named_parameters())
         self._theta = {name: parameters[name] for name in self.names}
-        # whose turn it is: what was dealt, what waits in its round, and how many rounds there were
-        self._deals: list[list[int]] = []
-        self._waiting: list[int] = []
-        self._rounds = 0
+        count = config.concepts_per_step
+        self._turns = None
+        if count is not None and count < len(self.data):
+            self._turns = Turns(len(self.data), count, config.seed)
         self._start: dict[str, torch.Tensor] = {}
         compared = config.upper.benign is not None and config.upper.benign.target == "match"
         if config.upper.objective in READS_START or config.upper.retain == "distill" or compared:
@@ -156,37 +148,17 @@ class Problem:
         """The concepts that one outer step is about, in order.
 
         Those whose attackers live on come first, so that no more attackers are ever alive than a
-        step has concepts. The other places are dealt, in an order that is drawn anew in each round:
-        as far as steps and attackers' lives allow, none has a second turn before all had one.
+        step has concepts; to the other places, concepts have their turns.
         """
-        count = self.config.concepts_per_step
-        if count is None or count >= len(self.data):
+        if self._turns is None:
             return list(range(len(self.data)))
-        chosen = [*alive][:count]
-        for n in self._turns(step // self.config.attack_every, count):
-            if len(chosen) == count:
+        chosen = [*alive][: self._turns.at_once]
+        for n in self._turns.since(step // self.config.attack_every):
+            if len(chosen) == self._turns.at_once:
                 break
             if n not in chosen:
                 chosen.append(n)
         return sorted(chosen)
-
-    def _turns(self, first: int, count: int) -> Iterator[int]:
-        """Whose turn it is, without end, ``count`` different ones in each deal, from a deal on."""
-        while True:
-            while len(self._deals) <= first:
-                deal: list[int] = []
-                while len(deal) < count:
-                    n = next((n for n in self._waiting if n not in deal), None)
-                    if n is None:
-                        draws = seeded(self.config.seed, self._rounds, "concepts")
-                        self._waiting += torch.randperm(len(self.data), generator=draws).tolist()
-                        self._rounds += 1
-                    else:
-                        deal.append(n)
-                        self._waiting.remove(n)
-                self._deals.append(deal)
-            yield from self._deals[first]
-            first += 1
 
     def _simulated(self, step: int) -> int:
         """The outer step that simulated the attack which serves at this one."""
@@ -552,39 +524,6 @@ def trained_names(
     return tuple(family.parameter_names(config.upper.parameters)), tuple(lower)
 
 
-@contextmanager
-def recomputed_blocks(
-    denoiser: torch.nn.Module, on: bool = True, *, sharded: bool = False
-) -> Iterator[None]:
-    """While it lasts, let a denoiser of diffusers recompute each block's activations.
-
-    diffusers' own way would recompute with the module's parameters, not with those that the block
-    was called with under ``torch.func.functional_call``. Only a sharded one has no others.
-    """
-
-    def run(block: torch.nn.Module, *args: Any) -> Any:
-        params: dict[str, torch.Tensor] = dict(block.named_parameters())
-        return checkpoint(
-            lambda *inputs: functional_call(block, params, inputs), *args, use_reentrant=False
-        )
-
-    if not on:
-        yield
-        return
-    before = [
-        (module, module.gradient_checkpointing, getattr(module, CHECKPOINT_FUNCTION, None))
-        for module in denoiser.modules()
-        if hasattr(module, "gradient_checkpointing")
-    ]
-    denoiser.enable_gradient_checkpointing(None if sharded else run)  # type: ignore[operator]
-    try:
-        yield
-    finally:
-        for module, was_on, function in before:
-            module.gradient_checkpointing = was_on
-            setattr(module, CHECKPOINT_FUNCTION, function)
-
-
 def sharded(
     family: Family, trained: Collection[str], ranks: Ranks, config: ImmunizeConfig
 ) -> ShardedDenoiser:
@@ -610,40 +549,3 @@ class _Drawn(Sequence[T]):
         if not 0 <= n < self._count:
             raise IndexError(n)
         return self._draw(n)
-
-
-def merge_layer(
-    family: Family,
-    concepts: Sequence[Concept],
-    config: ImmunizeConfig,
-    device: torch.device | None = None,
-) -> MergeLayer | None:
-    """The merge of a run on a device, by default the model's: None for methods that do not merge.
-
-    Raises:
-        MimaError: the concepts' texts admit no merge.
-    """
-    if config.method in ("none", "imma", "joint"):
-        return None
-    weights = torch.full((len(concepts),), 1 / len(concepts), device=device or family.device)
-    if config.merge in ("average", "sum"):
-        return MergeLayer(weights)
-    try:
-        if config.method == "alternating":
-            C = published.concept_tokens(family, concepts)
-            plan = published.plan(family, C, config, 0, weights)
-        else:
-            plan = MergePlan.from_embeddings(
-                [concept_tokens(family, concept) for concept in concepts],
-                regular_tokens(family, config.captions, config.num_captions, config.seed),
-                lam=config.lam,
-                weights=weights,
-            )
-    except ValueError as error:
-        raise MimaError(f"merge: {error}") from error
-    return MergeLayer(weights, plan, family.text_projections(), trained_tokens=config.train_tokens)
-
-
-def concept_tokens(family: Family, concept: Concept) -> torch.Tensor:
-    """C_n [S_n, D]: embeddings of the concept's prompt, the text its keys and values answer to."""
-    return family.token_embeddings(concept.prompt)

@@ -20,10 +20,11 @@ from mima.bilevel.outer import naive_outer_gradient, upper_gradient
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import family_of, load_pipeline
+from mima.families.recomputed import recomputed_blocks
 from mima.immunization.algorithm import immunize
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import ConceptData, encode_concepts
-from mima.immunization.levels import Problem, recomputed_blocks
+from mima.immunization.levels import Problem
 from mima.immunization.outer_loop import cosine
 from mima.immunization.progress import ProgressBar, StepReport, Tracker, open_trackers
 from mima.merging import MergeLayer

@@ -10,10 +10,12 @@ from support.immunizing import concepts, settings
 
 from mima.bilevel.outer import upper_gradient
 from mima.families import family_of, load_pipeline
+from mima.families.recomputed import recomputed_blocks
 from mima.immunization import published
 from mima.immunization.alternating import alternate, merge_step
 from mima.immunization.encoding import encode_concepts
-from mima.immunization.levels import Problem, merge_layer, recomputed_blocks
+from mima.immunization.levels import Problem
+from mima.immunization.merge import merge_layer
 from mima.training.batches import Batch, seeded
 from mima.training.captions import drawn_captions
 

@@ -14,7 +14,8 @@ from mima.families import family_of, load_pipeline
 from mima.immunization.algorithm import immunize
 from mima.immunization.config import ImmunizeConfig, LowerConfig
 from mima.immunization.encoding import encode_concepts
-from mima.immunization.levels import Problem, merge_layer
+from mima.immunization.levels import Problem
+from mima.immunization.merge import merge_layer
 from mima.immunization.result import ImmunizeResult
 
 WORDS = ("cat", "dog", "bird", "fish", "castle")

@@ -16,10 +16,11 @@ from mima.bilevel.outer import kept_paths, upper_gradient
 from mima.concepts import Concept
 from mima.families import Conditioning, Family, Params
 from mima.families.frozen import Upcast, stored_bytes
+from mima.families.recomputed import recomputed_blocks
 from mima.immunization.attackers import Alive, Attacker
 from mima.immunization.config import BenignConfig, ImmunizeConfig, LowerConfig
 from mima.immunization.encoding import ConceptData, retained_kinds
-from mima.immunization.levels import NOBODY, Problem, recomputed_blocks, trained_names
+from mima.immunization.levels import NOBODY, Problem, trained_names
 from mima.immunization.planning.meta_memory import counted
 from mima.immunization.planning.shards import Mesh, of_each_process
 from mima.immunization.planning.sizes import FLOAT32
