@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -173,11 +172,8 @@ class Sampler:
         """[B, H, W, 3] in [0, 1], as the pipeline makes pictures of."""
         family = family_of(drawer, resolution=self.size)
         size = family.resolution
-        keywords = {"height": size, "width": size, **family._sampling()}
-        if self.guidance is not None:
-            keywords["guidance_scale"] = self.guidance
-        if self.negative_prompt and keywords.get("guidance_scale", math.inf) > 1:
-            keywords["negative_prompt"] = [self.negative_prompt] * len(jobs)
+        guidance = family._guidance(len(jobs), self.guidance, self.negative_prompt)
+        keywords = {"height": size, "width": size, **family._sampling(), **guidance}
         result = drawer(
             prompt=[job.prompt for job in jobs],
             generator=[torch.Generator().manual_seed(job.seed) for job in jobs],

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 
 from mima.errors import MimaError
 from mima.families import Family, family_of
-from mima.families.pipelines import Pipeline
+from mima.families.pipelines import Pipeline, readers
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,10 @@ def check_unadapted(family: Family) -> None:
     """Refuse a model that adapters are loaded into.
 
     Raises:
-        MimaError: its denoiser holds one.
+        MimaError: its denoiser or a text encoder holds one.
     """
-    if getattr(family.denoiser, "peft_config", None):
+    parts = [family.denoiser, *(reader.encoder for reader in readers(family.pipeline))]
+    if any(getattr(part, "peft_config", None) for part in parts):
         raise MimaError(
             "model: adapters are loaded already; fuse_lora() and unload_lora_weights() first"
         )

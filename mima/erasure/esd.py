@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from mima.adaptation.base import require_full_precision
+from mima.adapters.adapter import check_unadapted
 from mima.choices import LARGEST_SEED, MOST, MOST_AT_ONCE
 from mima.concepts import Concept
 from mima.erasure.uce import Edit, edit_groups
@@ -110,6 +111,7 @@ class ESD:
         groups = edit_groups("ESD.erase", concepts, (), target)
         require_full_precision(pipeline, "esd")
         frozen = family_of(pipeline, resolution=self.resolution)
+        check_unadapted(frozen)
         denoiser = copy.deepcopy(frozen.denoiser).requires_grad_(False).eval()
         erased = with_modules(pipeline, **{frozen.denoiser_name: denoiser})
         family = family_of(erased, resolution=self.resolution)

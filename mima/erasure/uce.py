@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from mima.adapters.adapter import check_unadapted
 from mima.choices import Technique
 from mima.concepts import Concept
 from mima.errors import MimaError
@@ -121,6 +122,7 @@ def erase(
     )
 
     original = family_of(pipeline)
+    check_unadapted(original)
     denoiser = copy.deepcopy(original.denoiser)
     erased = with_modules(pipeline, **{original.denoiser_name: denoiser})
     family = family_of(erased)
@@ -254,9 +256,9 @@ def _rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings of all tokens of the sources [E, D], and of the tokens they should become."""
     source_BSD, read_BS = _embed(family, reader, [edit.source for edit in edits])
-    target_BSD, _ = _embed(family, reader, [edit.target for edit in edits])
+    target_BSD, shown_BS = _embed(family, reader, [edit.target for edit in edits])
     aligned = []
-    for edit, target_SD in zip(edits, target_BSD, strict=True):
+    for edit, target_SD, shown_S in zip(edits, target_BSD, shown_BS, strict=True):
         places = torch.arange(len(target_SD))
         start = 0
         for tokenizer, count in reader.tokenizers:
@@ -266,7 +268,9 @@ def _rows(
             )
             places[start : start + length] = start + align(source, target, length)
             start += length
-        aligned.append(target_SD[places.to(target_SD.device)])
+        # without an end token, what follows the target's last one is never read
+        last = int(shown_S.nonzero().max())
+        aligned.append(target_SD[places.clamp(max=last).to(target_SD.device)])
     return source_BSD[read_BS], torch.stack(aligned)[read_BS]
 
 

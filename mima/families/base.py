@@ -105,6 +105,11 @@ class Family(ABC):
                 f"model: the {denoiser}'s attention projections are fused, so that their own "
                 "weights are not read; call unfuse_qkv_projections() first"
             )
+        if type(getattr(pipeline, "vae", None)).__name__ == "AutoencoderTiny":
+            raise MimaError(
+                "model: AutoencoderTiny makes no distributions of latents, which training reads; "
+                "open the model with its own vae"
+            )
         expected, latent = self._latent_channels, self._vae_channels
         if expected != latent:
             raise MimaError(
@@ -337,7 +342,7 @@ class Family(ABC):
 
     def token_ids(self, tokenizer: Any, prompt: str, length: int) -> list[int]:
         """The tokens at the first of ``length`` places of a text stream, without padding."""
-        text = self.token_text(prompt)
+        text = self._as_tokens(tokenizer, [self.token_text(prompt)])[0]
         ids: list[int] = tokenizer(text, truncation=True, max_length=length).input_ids
         return ids
 
@@ -371,12 +376,8 @@ class Family(ABC):
 
     def _mask(self, tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tensor:
         """[B, length]: the tokens of each prompt and its end token."""
-        prompts = list(prompts)
-        if hasattr(self.pipeline, "maybe_convert_prompt"):
-            # learned embeddings of several vectors count as several tokens
-            prompts = self.pipeline.maybe_convert_prompt(prompts, tokenizer)
         batch = tokenizer(
-            prompts,
+            self._as_tokens(tokenizer, prompts),
             padding="max_length",
             max_length=length,
             truncation=True,
@@ -387,6 +388,13 @@ class Family(ABC):
         if tokenizer.bos_token_id is not None:
             mask[:, 0] &= batch.input_ids[:, 0] != tokenizer.bos_token_id
         return mask
+
+    def _as_tokens(self, tokenizer: Any, texts: Sequence[str]) -> list[str]:
+        """Texts in which learned words of several vectors are spelt out as several tokens."""
+        if not hasattr(self.pipeline, "maybe_convert_prompt"):
+            return list(texts)
+        spelt: list[str] = self.pipeline.maybe_convert_prompt(list(texts), tokenizer)
+        return spelt
 
     def text_projections(self) -> list[str]:
         """Names, relative to the denoiser, of the [o, D] weights that read text embeddings.
@@ -472,6 +480,19 @@ class Family(ABC):
     def _sampling(self) -> dict[str, Any]:
         """Further arguments of the pipeline's call."""
         return {}
+
+    def _guidance(self, count: int, scale: float | None, negative: str) -> dict[str, Any]:
+        """Arguments of the pipeline's call for pictures of ``count`` prompts under guidance.
+
+        Args:
+            count: prompts.
+            scale: of the guidance; None is the pipeline's own.
+            negative: what it leads away from; empty for what the pipeline has by default.
+        """
+        said: dict[str, Any] = {} if scale is None else {"guidance_scale": scale}
+        if negative and (scale is None or scale > 1):
+            said["negative_prompt"] = [negative] * count
+        return said
 
     def _sampled(self, latents: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] from what the pipeline calls latents."""

@@ -44,6 +44,10 @@ class DDPM(Family):
                 f"scheduler: {kind} has no betas; {type(pipeline).__name__} is supported with "
                 "schedulers of the DDPM process (DDIM, PNDM, Euler, DPM-Solver and the like)"
             )
+        if config.get("timestep_type") == "continuous":
+            raise MimaError(
+                f"scheduler: {kind} tells the model continuous noise levels, which is not supported"
+            )
         settings = {name: config[name] for name in SCHEDULE if name in config}
         schedule: Any = DDPMScheduler(**settings)
         self.schedule = schedule
@@ -103,7 +107,10 @@ class DDPM(Family):
             return None
         variance: torch.Tensor = self.schedule.alphas_cumprod.to(timesteps.device)[timesteps]
         snr = variance / (1 - variance)
-        if self.schedule.config["prediction_type"] == "v_prediction":
+        kind = self.schedule.config["prediction_type"]
+        if kind == "sample":
+            return snr.clamp(max=gamma)
+        if kind == "v_prediction":
             return snr.clamp(max=gamma) / (snr + 1)
         # min(SNR, γ) / SNR, also where there is no signal
         return (gamma / snr).clamp(max=1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mima.errors import MimaError
 from mima.families.base import Conditioning
 from mima.families.joint_attention import PackedLatents, pack
 
@@ -57,6 +58,14 @@ class Flux(PackedLatents):
 
     def token_mask(self, prompts: Sequence[str]) -> torch.Tensor:
         return self._mask(self._stream_tokenizer, prompts, self._tokens_read)
+
+    def _guidance(self, count: int, scale: float | None, negative: str) -> dict[str, Any]:
+        if negative:
+            raise MimaError(
+                "Sampler: Flux is distilled for guidance, which has no negative prompt; leave "
+                "negative_prompt out"
+            )
+        return super()._guidance(count, scale, negative)
 
     def _sampling(self) -> dict[str, Any]:
         return {"max_sequence_length": self._max_tokens(T5_TOKENS), "guidance_scale": GUIDANCE}

@@ -81,6 +81,9 @@ SINGLE_FILES: tuple[tuple[str, Any], ...] = (
 )
 
 
+V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
+"""Empty tensors that say, in a single file, how the model was trained: what it predicts, and that
+its last noise level is noise alone."""
 TRANSFORMERS = {
     SD3Transformer2DModel: "StableDiffusion3Pipeline",
     FluxTransformer2DModel: "FluxPipeline",
@@ -244,7 +247,11 @@ def _open(source: ModelSource, dtype: torch.dtype | None) -> Any:
 
 
 def _open_hub(
-    model: str, dtype: torch.dtype | None, revision: str | None, variant: str | None
+    model: str,
+    dtype: torch.dtype | None,
+    revision: str | None,
+    variant: str | None,
+    **given: torch.nn.Module,
 ) -> Any:
     try:
         # huggingface_hub tries six times before it reports an unreachable hub
@@ -264,11 +271,11 @@ def _open_hub(
     _family_class(str(index.get("_class_name")), model)
     try:
         folder = DiffusionPipeline.download(
-            model, revision=revision, variant=variant, **absent_parts(index)
+            model, revision=revision, variant=variant, **absent_parts(index), **given
         )
     except HUB_ERRORS as error:
         raise MimaError(f"model: {_explain(model, revision, error)}") from error
-    pipeline = _open_folder(Path(folder), dtype, variant)
+    pipeline = _open_folder(Path(folder), dtype, variant, **given)
     # diffusers writes down the hub id, not the cache's folder
     pipeline.register_to_config(_name_or_path=model)
     return pipeline
@@ -298,23 +305,32 @@ def _explain(model: str, revision: str | None, error: Exception) -> str:
             return f"cannot get {model!r} from the hub: {first_line(error)}"
 
 
-def _open_folder(path: Path, dtype: torch.dtype | None, variant: str | None) -> Any:
-    index = check_folder_of_model(path, variant)
+def _open_folder(
+    path: Path, dtype: torch.dtype | None, variant: str | None, **given: torch.nn.Module
+) -> Any:
+    """The pipeline of a folder, with parts of another model in the places of its own."""
+    index = check_folder_of_model(path, variant, given=given)
     check_sizes(path, index, lambda part: weight_files(part, variant))
     wanted = _dtype(stored_dtypes(path, index, variant) if dtype is None else dtype)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            str(path), variant=variant, local_files_only=True, **wanted, **absent_parts(index)
+            str(path),
+            variant=variant,
+            local_files_only=True,
+            **wanted,
+            **absent_parts(index),
+            **given,
         )
     except LOADING_ERRORS as error:
         raise MimaError(f"model: cannot open {path}: {first_line(error)}") from error
     for name, network in networks(pipeline).items():
-        check_complete(path / name, network)
+        if name not in given:
+            check_complete(path / name, network)
     return pipeline
 
 
 def check_folder_of_model(
-    path: Path, variant: str | None, *, weights: bool = True
+    path: Path, variant: str | None, *, weights: bool = True, given: Collection[str] = ()
 ) -> dict[str, Any]:
     """What a diffusers folder's index names, the parts of which are there and undamaged.
 
@@ -322,6 +338,7 @@ def check_folder_of_model(
         path: the folder.
         variant: of the files of weights.
         weights: whether there must be weights; otherwise configurations do.
+        given: parts that are not read from it, and that it need not have.
 
     Raises:
         MimaError: a part is missing or damaged, or the model is of no supported family.
@@ -329,6 +346,7 @@ def check_folder_of_model(
     index = read_index(path)
     _family_class(index["_class_name"], str(path))
     check_code(path, index)
+    index = {name: kind for name, kind in index.items() if name not in given}
     if weights:
         check_parts(path, index, variant)
     return index
@@ -351,12 +369,12 @@ def _open_file(path: Path, dtype: torch.dtype | None, config: str | Path | None)
         )
     if isinstance(opener, str):
         raise MimaError(f"model: {path}: {opener}")
-    keywords = _dtype(stored_dtype([path]) if dtype is None else dtype)
     if issubclass(opener, torch.nn.Module):
         others = {key.partition(".")[0] for key in keys} & {"first_stage_model", "text_encoders"}
-        return _open_transformer(path, opener, keywords, config, others)
+        return _open_transformer(path, opener, dtype, config, others)
+    keywords = _dtype(stored_dtype([path]) if dtype is None else dtype)
     if config is not None:
-        keywords["config"] = str(config)
+        keywords["config"] = str(expanded(config))
         if expanded(config).is_dir():
             index = check_folder_of_model(expanded(config), None, weights=False)
             check_sizes(expanded(config), index, lambda _: [path])
@@ -375,13 +393,20 @@ def _open_file(path: Path, dtype: torch.dtype | None, config: str | Path | None)
         raise MimaError(f"model: cannot open {path}: {first_line(error)}{hint}") from error
     for name, network in networks(pipeline).items():
         check_filled(path, name, network)
+    if V_PREDICTION in keys:
+        # diffusers does not read these marks
+        said: dict[str, Any] = {"prediction_type": "v_prediction"}
+        if ZERO_SNR in keys:
+            said["rescale_betas_zero_snr"] = True
+        scheduler: Any = pipeline.scheduler
+        pipeline.scheduler = type(scheduler).from_config(scheduler.config, **said)
     return pipeline
 
 
 def _open_transformer(
     path: Path,
     kind: Any,
-    keywords: Mapping[str, Any],
+    dtype: torch.dtype | None,
     config: str | Path | None,
     others: Collection[str],
 ) -> Any:
@@ -397,24 +422,28 @@ def _open_transformer(
             "%s: of %s, which the file holds too, those of %s are used",
             *(path, " and ".join(sorted(others)), config),
         )
-    offline = {"local_files_only": True} if Path(config).is_dir() or unreachable() else {}
+    folder = expanded(config)
+    keywords = _dtype(stored_dtype([path]) if dtype is None else dtype)
+    if folder.is_dir() or unreachable():
+        keywords["local_files_only"] = True
     try:
         transformer = kind.from_single_file(
-            str(path), config=str(config), subfolder="transformer", **keywords, **offline
-        )
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(config), transformer=transformer, **keywords, **offline
+            str(path), config=str(folder), subfolder="transformer", **keywords
         )
     except LOADING_ERRORS as error:
         raise MimaError(
             f"model: cannot open {path} with the parts of {config}: {first_line(error)}"
         ) from error
+    check_filled(path, "transformer", transformer)
+    if folder.is_dir():
+        pipeline = _open_folder(folder, dtype, None, transformer=transformer)
+    else:
+        pipeline = _open_hub(str(config), dtype, None, None, transformer=transformer)
     if type(pipeline).__name__ != TRANSFORMERS[kind]:
         raise MimaError(
             f"config: {config} is a {type(pipeline).__name__}, {path} holds the transformer of a "
             f"{TRANSFORMERS[kind]}"
         )
-    check_filled(path, "transformer", transformer)
     return pipeline
 
 

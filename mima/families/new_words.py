@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from mima.concepts import Concept
 from mima.errors import MimaError
-from mima.families import Conditioning, Family
+from mima.families import Conditioning, Family, family_of
+from mima.families.frozen import Upcast, at_least_float32
 from mima.families.pipelines import Pipeline, Reader, readers, with_modules
 from mima.storage.names import WORD_FILE
 
@@ -34,9 +35,25 @@ def text_parts(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _with_own_text(pipeline: Pipeline) -> Pipeline:
-    """The pipeline with copies of its tokenizers and text encoders."""
+    """The pipeline with copies of its tokenizers and text encoders, whose rows can be written."""
     copies = {name: copy.deepcopy(part) for name, part in text_parts(pipeline).items()}
-    return with_modules(pipeline, **copies)
+    adapted = with_modules(pipeline, **copies)
+    for reader in readers(adapted):
+        if isinstance(held := reader.rows, Upcast):
+            rows = torch.nn.Parameter(at_least_float32(held), requires_grad=False)
+            for module in _holders(reader.encoder, torch.nn.Module):
+                module.weight = rows
+    return adapted
+
+
+def _holders(encoder: Any, kind: type[torch.nn.Module]) -> list[torch.nn.Module]:
+    """An encoder's modules around its tokens' rows: T5 has two that read them."""
+    rows = encoder.get_input_embeddings().weight
+    return [
+        module
+        for module in encoder.modules()
+        if isinstance(module, kind) and getattr(module, "weight", None) is rows
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +123,10 @@ def _reading(encoder: Any, index: int, row: torch.Tensor) -> Iterator[None]:
         here = (inputs[0] == index).unsqueeze(-1)
         return torch.where(here, row.to(output), output)
 
-    hook = encoder.get_input_embeddings().register_forward_hook(use_row)
-    try:
+    with ExitStack() as hooks:
+        for module in _holders(encoder, torch.nn.Embedding):
+            hooks.callback(module.register_forward_hook(use_row).remove)
         yield
-    finally:
-        hook.remove()
 
 
 def with_words(pipeline: Pipeline, words: Mapping[str, torch.Tensor]) -> Any:
@@ -197,14 +213,20 @@ def check_token(pipeline: Pipeline, concept: Concept) -> tuple[str, list[list[in
         of the vocabulary.
 
     Raises:
-        MimaError: no token, one that a vocabulary holds already, or an initializer that is not one
-            word of the first vocabulary.
+        MimaError: no token, one that a vocabulary holds already or that prompts never show the
+            model, or an initializer that is not one word of the first vocabulary.
     """
     token = concept.token
     if token is None:
         raise MimaError(
             f"concept {concept.name!r} has no token; name a new word, such as <new1>, that its "
             "prompts contain"
+        )
+    read = family_of(pipeline).token_text(token)
+    if token not in read:
+        raise MimaError(
+            f"concept {concept.name!r}: a {type(pipeline).__name__} reads token {token!r} as "
+            f"{read!r}, so that it would never be learned; name it so, in the prompts, too"
         )
     initial: list[list[int] | None] = []
     for reader in readers(pipeline):

@@ -17,6 +17,8 @@ from mima.families.pipelines import Pipeline
 
 # tokens that the pipeline's call reads by default
 QWEN_TOKENS = 512
+# Qwen-Image's own negative prompt: its tokenizer makes nothing of an empty one
+NOTHING = " "
 
 
 class QwenImage(PackedLatents):
@@ -101,6 +103,15 @@ class QwenImage(PackedLatents):
             return text
 
         return [TextReader(["txt_in.weight"], embed, [(self.pipeline.tokenizer, None)])]
+
+    def _guidance(self, count: int, scale: float | None, negative: str) -> dict[str, Any]:
+        # its pipeline guides where it is given a negative prompt, and reads guidance_scale only in
+        # distilled models
+        guided = bool(negative) if scale is None else scale > 1
+        if not guided:
+            return {}
+        said: dict[str, Any] = {"negative_prompt": [negative or NOTHING] * count}
+        return said if scale is None else said | {"true_cfg_scale": scale}
 
     def _sampling(self) -> dict[str, Any]:
         return {"max_sequence_length": QWEN_TOKENS}

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from mima.adapters.adapter import check_unadapted
 from mima.concepts import Concept
 from mima.concepts.naming import names_of
 from mima.distributed import world_size
@@ -79,7 +80,8 @@ def check_shards(config: ImmunizeConfig, *, dry_run: bool) -> None:
 
 
 def check_model(pipeline: Pipeline, concepts: Sequence[Concept], config: ImmunizeConfig) -> None:
-    """Refuse a model that a later part of the run would refuse."""
+    """Refuse a model that a later part of the run would refuse, or that could not be written."""
+    check_unadapted(family_of(pipeline))
     nameless = [concept.name for concept in concepts if not names_of(concept)]
     kinds = {kind for attacker in config.attackers for kind in attacker.captions}
     for kind in sorted(kinds & {"without_name", "rare_token"}):

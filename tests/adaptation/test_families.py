@@ -11,8 +11,12 @@ from mima.adaptation import LoRA, TextualInversion
 from mima.adapters.merge import merge_adapters
 from mima.concepts import Concept
 from mima.erasure import Edit, erase
+from mima.erasure.uce import _rows
+from mima.errors import MimaError
 from mima.evaluation import Sampler, attack
-from mima.families import family_of
+from mima.families import family_of, frozen
+from mima.families.frozen import Upcast, hold_frozen
+from mima.families.new_words import add_word
 from mima.families.pipelines import readers
 
 
@@ -100,6 +104,16 @@ def test_erasure_edits_what_reads_text(folder):
         assert moved(reader, change, [concept.prompt]) > 1.5 * moved(reader, change, kept)
 
 
+@pytest.mark.parametrize("kind", ["pixart", "sana", "lumina2"])
+def test_what_is_erased_at_the_end_of_a_prompt_becomes_a_token_that_is_read(kind, tmp_path):
+    """Gemma writes no end token behind it."""
+    family = family_of(builders.opened(builders.save(builders.KINDS[kind], tmp_path / kind)))
+    (reader, *_) = family.text_readers()
+    _, (*_, last_D) = _rows(family, reader, [Edit("a red cat", "a red")])
+    read = family.encode_prompts(["a red"])["encoder_attention_mask"][0].nonzero().max()
+    torch.testing.assert_close(last_D, reader.embed(["a red"])[0, read].double())
+
+
 @pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
 def test_erasure_is_exact(kind, tmp_path):
     """Of text, only what is edited is read: the prompt is its target, whatever the picture."""
@@ -133,6 +147,8 @@ def test_new_words_are_learned_in_all_encoders(folder, tmp_path):
         torch.testing.assert_close(before[index], own.rows[cat].mean(dim=0))
         moved = (reader.rows != before).any(dim=1).nonzero().flatten().tolist()
         assert moved == [index]
+        # by a step of Adam, not by decay alone
+        assert (reader.rows - before)[index].abs().max() > 5e-3
     run.save(tmp_path / "word")
     read = merge_adapters(builders.opened(folder), [tmp_path / "word"], method="weighted").pipeline
     texts = [family_of(one).encode_prompts([concept.prompt]) for one in (read, run.pipeline)]
@@ -140,3 +156,34 @@ def test_new_words_are_learned_in_all_encoders(folder, tmp_path):
         torch.testing.assert_close(value, texts[1][name])
     plain = family_of(pipeline).encode_prompts(["a cat emoji"])
     assert any(not torch.allclose(plain[name], value) for name, value in texts[0].items())
+
+
+def test_new_words_find_room_in_encoders_that_are_held_in_half_precision(folder, monkeypatch):
+    monkeypatch.setattr(frozen, "LARGE", 0)
+    pipeline = builders.opened(folder, dtype=torch.bfloat16)
+    for reader in readers(pipeline):
+        hold_frozen(reader.encoder)
+    held = [reader.rows for reader in readers(pipeline)]
+    assert all(isinstance(rows, Upcast) for rows in held)
+    family = family_of(pipeline)
+    before = family.encode_prompts(["a cat emoji"])
+    images = [picture.image for picture in tiny.concept().images]
+    concept = Concept("thing", "a <new1> emoji", images, token="<new1>", initializer="cat")
+    own, word = add_word(pipeline, concept)
+    assert all(reader.rows is rows for reader, rows in zip(readers(pipeline), held, strict=True))
+    for name, value in family_of(own).encode_prompts(["a cat emoji"]).items():
+        torch.testing.assert_close(value, before[name])
+    encoded = word.encode(family_of(own), [concept.prompt])
+    total = sum(value.float().square().sum() for value in encoded.values())
+    (gradient,) = torch.autograd.grad(total, word.embedding)
+    for part in gradient.split([reader.rows.shape[1] for reader in readers(own)]):
+        assert part.any()
+
+
+@pytest.mark.parametrize("kind", ["pixart", "sana"])
+def test_a_new_word_that_prompts_do_not_keep_is_refused(kind, tmp_path):
+    pipeline = builders.opened(builders.save(builders.KINDS[kind], tmp_path / kind))
+    images = [picture.image for picture in tiny.concept().images]
+    concept = Concept("thing", "a <New1> emoji", images, token="<New1>")
+    with pytest.raises(MimaError, match="reads token '<New1>' as '<new1>'"):
+        add_word(pipeline, concept)

@@ -14,10 +14,13 @@ from support import tiny
 from mima.adaptation import LoRA, Pivotal
 from mima.adapters.mixed_batch import lora_layers
 from mima.concepts import Concept
+from mima.erasure import ESD, erase
 from mima.errors import MimaError
 from mima.families import family_of
 from mima.families.pipelines import shared_copy, with_modules
 from mima.families.stable_diffusion import StableDiffusion
+from mima.immunization.algorithm import immunize
+from mima.immunization.config import ImmunizeConfig
 from mima.storage.tensor_files import header_texts
 from mima.training.batches import losses as batch_losses
 
@@ -310,6 +313,16 @@ def test_model_with_adapters_is_refused(pipeline):
     run = FAST.start(pipeline, tiny.concept())
     with pytest.raises(MimaError, match="adapters are loaded already"):
         FAST.start(run.pipeline, tiny.concept())
+    with pytest.raises(MimaError, match="adapters are loaded already"):
+        ESD(steps=1).erase(run.pipeline, [tiny.concept()])
+    with pytest.raises(MimaError, match="adapters are loaded already"):
+        erase(run.pipeline, [tiny.concept()])
+    with pytest.raises(MimaError, match="adapters are loaded already"):
+        immunize(run.pipeline, [tiny.concept()], ImmunizeConfig(method="joint", steps=1))
+    text = dataclasses.replace(FAST, text_encoder=True).start(pipeline, tiny.concept())
+    read = with_modules(pipeline, text_encoder=text.pipeline.text_encoder)
+    with pytest.raises(MimaError, match="adapters are loaded already"):
+        FAST.start(read, tiny.concept())
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from mima.erasure import Edit, edits_of, erase
 from mima.erasure.uce import align
 from mima.errors import MimaError
 from mima.families import family_of
+from mima.families.new_words import with_words
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -256,3 +257,12 @@ def test_one_concept_is_no_list(pipeline, concepts):
 def test_an_empty_name_is_refused(pipeline):
     with pytest.raises(MimaError, match="name is empty"):
         erase(pipeline, [" "])
+
+
+def test_learned_words_of_several_vectors_are_as_many_tokens(pipeline):
+    width = pipeline.text_encoder.get_input_embeddings().weight.shape[1]
+    family = family_of(with_words(pipeline, {"<thing>": torch.randn(3, width)}))
+    tokenizer, prompt = family.pipeline.tokenizer, "a <thing> emoji"
+    ids = family.token_ids(tokenizer, prompt, tokenizer.model_max_length)
+    # the mask leaves the start token out
+    assert len(ids) == 1 + int(family.token_mask([prompt]).sum()) == 7

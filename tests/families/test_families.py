@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderTiny,
     DDIMScheduler,
     EDMEulerScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
 )
@@ -19,6 +22,7 @@ from support import builders, tiny
 
 from mima.errors import MimaError
 from mima.families import Family, TrainingOptions, family_of, load_pipeline
+from mima.sampling import Sampler
 
 PROMPTS = ["a photo of a red cat", "a dog"]
 
@@ -632,6 +636,38 @@ def test_schedulers_of_other_processes_are_refused(folder_of):
         family_of(flow)
     flow.scheduler = FlowMatchEulerDiscreteScheduler()
     family_of(flow)
+
+
+def test_what_trains_on_other_levels_or_latents_is_refused(folder_of):
+    pipeline = load_pipeline(folder_of("sd"))
+    pipeline.scheduler = EulerDiscreteScheduler(
+        timestep_type="continuous", prediction_type="v_prediction"
+    )
+    with pytest.raises(MimaError, match="continuous noise levels"):
+        family_of(pipeline)
+    tiny_vae = load_pipeline(folder_of("sd"))
+    tiny_vae.vae = AutoencoderTiny()
+    with pytest.raises(MimaError, match="with its own vae"):
+        family_of(tiny_vae)
+
+
+@pytest.mark.parametrize("kind", ["sd", "qwen-image", "flux-dev"])
+def test_pictures_are_drawn_under_the_guidance_that_is_asked_for(folder_of, kind):
+    pipeline = load_pipeline(folder_of(kind))
+    if kind != "sd":
+        pipeline.default_sample_size = 8
+
+    def drawn(**options):
+        rows = Sampler(steps=2, size=32, **options)(pipeline, ["a cat", "a dog"], (0,))
+        return np.stack([np.asarray(row[0], float) for row in rows])
+
+    assert (drawn(guidance=9.0) != drawn(guidance=1.0)).any()
+    if kind == "flux-dev":
+        with pytest.raises(MimaError, match="leave negative_prompt out"):
+            drawn(negative_prompt="a red house")
+        return
+    assert (drawn(guidance=9.0) != drawn(guidance=9.0, negative_prompt="a red house")).any()
+    assert (drawn(guidance=1.0) == drawn(guidance=1.0, negative_prompt="a red house")).all()
 
 
 def test_fused_projections_are_refused(folder_of):

@@ -180,6 +180,18 @@ def test_single_files_of_other_kinds_are_refused(tmp_path, key, message):
         load_pipeline(tmp_path / "model.safetensors")
 
 
+def test_a_single_file_says_what_it_predicts(tmp_path, monkeypatch):
+    folder = builders.save(builders.sdxl, tmp_path / "xl")
+    file = ldm.save_single_file(load_pipeline(folder), tmp_path / "model.safetensors")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_pipeline(file, config="~/xl").scheduler.config["prediction_type"] == "epsilon"
+    marks = {name: torch.zeros(0) for name in ("v_pred", "ztsnr")}
+    save_file(load_file(file) | marks, file)
+    opened = load_pipeline(file, config=folder)
+    assert opened.scheduler.config["prediction_type"] == "v_prediction"
+    assert family_of(opened).schedule.alphas_cumprod[-1] < 1e-6
+
+
 def test_a_transformer_of_sd3_is_opened_with_the_parts_of_a_folder(tmp_path, caplog):
     folder = builders.save(builders.sd3, tmp_path / "sd3")
     whole, other = load_pipeline(folder), load_pipeline(folder)
@@ -197,6 +209,17 @@ def test_a_transformer_of_sd3_is_opened_with_the_parts_of_a_folder(tmp_path, cap
     with pytest.raises(MimaError, match=r"cannot open|holds the transformer of a Stable"):
         load_pipeline(file, config=flux)
     tensors = load_file(file)
+    # the other parts are looked at as those of any folder
+    encoder = folder / "text_encoder_3" / "model.safetensors"
+    weights = load_file(encoder)
+    weights.pop(next(name for name in weights if "SelfAttention.q" in name))
+    shutil.copy(encoder, tmp_path / "whole.safetensors")
+    save_file(weights, encoder, {"format": "pt"})
+    with pytest.raises(MimaError, match="text_encoder_3 are incomplete"):
+        load_pipeline(file, config=folder)
+    shutil.copy(tmp_path / "whole.safetensors", encoder)
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    load_pipeline(file, config=folder)
     tensors["first_stage_model.encoder.weight"] = torch.zeros(1)
     save_file(tensors, file)
     load_pipeline(file, config=folder)

@@ -165,7 +165,8 @@ def test_min_snr_is_that_of_the_script(folders, prediction):
             prediction_and_target(f, latents, text, timesteps, noise) for f in (plain, weighted)
         )
     snr = compute_snr(plain.schedule, timesteps)
-    divisor = snr + 1 if prediction == "v_prediction" else snr
+    # of an error of x itself, as the paper has it; the script knows none
+    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction]
     weights = torch.stack([snr, 5 * torch.ones(3)], dim=1).min(dim=1)[0] / divisor
     errors = (one[0] - one[1]).square().flatten(1).mean(1)
     expected = (errors * weights).mean()

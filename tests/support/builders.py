@@ -100,7 +100,8 @@ def t5_tokenizer(folder: Path) -> T5TokenizerFast:
 
 def t5(tokenizer: Any) -> T5EncoderModel:
     config = T5Config(
-        vocab_size=len(tokenizer),
+        # published ones have more rows than tokens, too
+        vocab_size=len(tokenizer) + 28,
         d_model=T5_WIDTH,
         d_kv=8,
         d_ff=64,
