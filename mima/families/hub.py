@@ -1,4 +1,4 @@
-"""Whether the hub can be reached."""
+"""The hub: whether it can be reached, and what its transport raises."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
 
+TRANSPORT_ERRORS: tuple[type[Exception], ...] = (
+    HfHubHTTPError,
+    *(
+        kind
+        for kind in HfHubHTTPError.__mro__
+        if kind.__module__.partition(".")[0] not in ("huggingface_hub", "builtins")
+    ),
+)
+"""The hub's answers and what its transport raises, whichever library that is: a line that breaks is
+no OSError in all of them."""
 TIMEOUT = 10.0
 """Seconds to wait for a connection."""
 

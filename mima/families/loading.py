@@ -21,7 +21,6 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -32,7 +31,7 @@ from mima.assets import assets
 from mima.errors import MimaError, first_line, one_line
 from mima.families.base import UNQUANTIZED, Family, cast
 from mima.families.flux import Flux
-from mima.families.hub import unreachable
+from mima.families.hub import TRANSPORT_ERRORS, unreachable
 from mima.families.lumina2 import Lumina2
 from mima.families.model_files import (
     LOADING_ERRORS,
@@ -68,7 +67,12 @@ FAMILIES: tuple[type[Family], ...] = (
 )
 
 # what huggingface_hub and diffusers raise for what cannot be fetched
-HUB_ERRORS = (OSError, ValueError, HfHubHTTPError, EntryNotFoundError)
+HUB_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    ValueError,
+    *TRANSPORT_ERRORS,
+    EntryNotFoundError,
+)
 
 
 # single checkpoint files by a prefix of their keys: how to open them, or why not

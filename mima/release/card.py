@@ -49,6 +49,7 @@ def model_card(
     license: str | None,
     delta: bool,
     sums: Mapping[str, str],
+    by_hand: bool = True,
 ) -> ModelCard:
     """A model card that says all of the facts.
 
@@ -58,6 +59,8 @@ def model_card(
         license: the hub's identifier of the licence, where the publisher gives one.
         delta: whether the card stands beside a delta rather than a whole model.
         sums: SHA-256 of the files with weights, by their name in the folder.
+        by_hand: whether diffusers alone can put a delta in place: new words of several text
+            encoders it cannot.
     """
     base = facts.base_model or "a model in memory"
     # a folder may be called owner/name, too
@@ -76,7 +79,7 @@ def model_card(
         f"# {facts.title}",
         facts.method,
         f"Made from {origin}" + (f" at revision {as_text(at)}." if at else "."),
-        _usage(facts.base_model, facts.opened_with, delta),
+        _usage(facts.base_model, facts.opened_with, delta, by_hand),
     ]
     if facts.concepts:
         rows = [f"| {as_text(name)} | {as_text(prompt)} |" for name, prompt in facts.concepts]
@@ -100,7 +103,7 @@ def model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
-def _usage(base: str | None, opened_with: Mapping[str, str], delta: bool) -> str:
+def _usage(base: str | None, opened_with: Mapping[str, str], delta: bool, by_hand: bool) -> str:
     opener, opened = "from diffusers import DiffusionPipeline", "DiffusionPipeline.from_pretrained"
     if not delta:
         lines = [opener, "", f'pipeline = {opened}("this folder or repository")']
@@ -110,6 +113,17 @@ def _usage(base: str | None, opened_with: Mapping[str, str], delta: bool) -> str
     if base == "embedded":
         # diffusers knows no such model
         opener, opened, where = "from mima import load_embedded", "load_embedded", ""
+    elif base is not None and base.endswith(".safetensors"):
+        # which class of diffusers opens a file hangs on what is in it
+        opener, opened = "from mima.families import load_pipeline", "load_pipeline"
+    put = f"`{DELTA_FILE}` holds the weights that differ from the base model, and nothing else. "
+    if not by_hand:
+        lines = [
+            *(opener, "from mima import load_delta", ""),
+            f'pipeline = load_delta({opened}({where}), "{DELTA_FILE}")',
+        ]
+        put += "`mima apply` puts them in place, or, with the new words of several text encoders,"
+        return f"{put}\n\n" + _fenced("\n".join(lines), "python")
     lines = [
         *(opener, "from safetensors.torch import load_file", ""),
         f"pipeline = {opened}({where})",
@@ -120,11 +134,8 @@ def _usage(base: str | None, opened_with: Mapping[str, str], delta: bool) -> str
         "    else:",
         "        getattr(pipeline, component).get_parameter(parameter).data.copy_(value)",
     ]
-    return (
-        f"`{DELTA_FILE}` holds the weights that differ from the base model, and nothing else. "
-        "`mima.load_delta` and `mima apply` put them in place; so does\n\n"
-        + _fenced("\n".join(lines), "python")
-    )
+    put += "`mima.load_delta` and `mima apply` put them in place; so does\n\n"
+    return put + _fenced("\n".join(lines), "python")
 
 
 def _fenced(text: str, language: str) -> str:

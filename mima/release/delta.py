@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mima.errors import MimaError, one_line, quoted
 from mima.families.new_words import with_words
-from mima.families.pipelines import Pipeline, parameter, with_values
+from mima.families.pipelines import Pipeline, parameter, readers, with_values
 from mima.storage.inputs import delta_file, expanded
 from mima.storage.names import DELTA_FILE
 from mima.storage.plain_data import read_json
@@ -106,7 +106,8 @@ def load_delta(pipeline: Pipeline, path: str | Path) -> Any:
         A pipeline of the same class; what the delta leaves alone is shared with ``pipeline``.
 
     Raises:
-        MimaError: not a delta, or one of another model.
+        MimaError: not a delta, or one that does not fit: of other names or shapes. Of two models
+            that are built alike, it cannot say which one it was made for.
 
     Example:
         >>> immunized = mima.load_delta(DiffusionPipeline.from_pretrained("base"), "immunized")
@@ -124,5 +125,14 @@ def load_delta(pipeline: Pipeline, path: str | Path) -> Any:
             raise MimaError(
                 f"delta {path} is not of this model: it holds {name} {list(value.shape)}, the "
                 f"model has {found} there{hint}"
+            )
+        if not torch.isfinite(value).all():
+            raise MimaError(f"delta {path} is damaged: {name} holds numbers that are not finite")
+    width = sum(reader.rows.shape[1] for reader in readers(pipeline))
+    for word, rows in delta.words.items():
+        if rows.ndim != 2 or rows.shape[1] != width or not torch.isfinite(rows).all():
+            raise MimaError(
+                f"delta {path} is not of this model: its word {quoted(word)} is "
+                f"{list(rows.shape)}, the model's words are of {width} finite numbers each"
             )
     return with_words(with_values(pipeline, delta.values), delta.words)

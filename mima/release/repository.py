@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
 from mima.errors import MimaError
 from mima.families import ModelSource, load_pipeline
-from mima.families.hub import unreachable
-from mima.families.pipelines import Pipeline, names_for_all, networks
+from mima.families.hub import TRANSPORT_ERRORS, unreachable
+from mima.families.pipelines import Pipeline, names_for_all, networks, readers
 from mima.release.card import CARD_FILE, CardFacts, as_text, model_card
 from mima.release.delta import Delta, load_delta, read_delta
 from mima.storage.atomic import sha256_of
@@ -33,8 +33,8 @@ from mima.storage.record import (
 )
 
 # RuntimeError: the hub refused a large file
-REFUSALS = (
-    *(HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, ConnectionError, RuntimeError),
+REFUSALS: tuple[type[Exception], ...] = (
+    *(*TRANSPORT_ERRORS, HFValidationError, OfflineModeIsEnabled, ConnectionError, RuntimeError),
 )
 
 
@@ -185,7 +185,9 @@ class Released(ABC):
             sums: SHA-256 of the files with weights, by their name in the folder.
         """
         facts = self._facts()
-        return model_card(facts, {**facts.metrics, **(metrics or {})}, license, delta, sums or {})
+        measured = {**facts.metrics, **(metrics or {})}
+        words = delta and self._delta().words and len(readers(self.pipeline)) > 1
+        return model_card(facts, measured, license, delta, sums or {}, by_hand=not words)
 
     def save_pretrained(
         self,

@@ -14,13 +14,16 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support import tiny
+from support import builders, tiny
 from support.immunizing import assert_same, concepts, settings
 
 import mima
 from mima._version import installed_versions
+from mima.adaptation import TextualInversion
 from mima.choices import MergeRule, Method
 from mima.errors import MimaError
+from mima.families import load_pipeline
+from mima.families.pipelines import readers
 from mima.immunization.algorithm import immunize
 from mima.immunization.config import ImmunizeConfig
 from mima.release.delta import Delta, load_delta, read_delta
@@ -236,6 +239,27 @@ def test_the_card_says_how_the_base_model_was_opened(result):
     assert 'from_pretrained("owner/name", revision="v/1", variant="fp16")' in text
 
 
+def test_the_card_of_a_single_file_opens_it_as_one(result):
+    result = type(result)(**{**vars(result), "model": "/models/sd15.safetensors"})
+    assert 'load_pipeline("/models/sd15.safetensors")' in str(result.card(delta=True))
+
+
+def test_the_lines_on_a_card_with_new_words_of_several_encoders_work(tmp_path, monkeypatch):
+    base = builders.save(builders.sdxl, tmp_path / "xl")
+    images = [picture.image for picture in tiny.concept().images]
+    concept = mima.Concept("thing", "a <new1> emoji", images, token="<new1>")
+    run = TextualInversion(learning_rate=1e-2, steps=1).start(load_pipeline(base), concept)
+    run.advance(1)
+    run.save(tmp_path / "word")
+    merged = mima.merge_adapters(base, [tmp_path / "word"], method="weighted")
+    merged.save_pretrained(tmp_path / "delta", delta=True)
+    monkeypatch.chdir(tmp_path / "delta")
+    namespace = {}
+    exec(snippet(tmp_path / "delta"), namespace)
+    for ours, theirs in zip(readers(namespace["pipeline"]), readers(merged.pipeline), strict=True):
+        assert torch.equal(ours.rows, theirs.rows)
+
+
 def test_a_delta_of_nothing_is_refused(tmp_path):
     with pytest.raises(MimaError, match="nothing was changed"):
         Delta({}).save(tmp_path)
@@ -252,6 +276,14 @@ BAD = {
     "other-shape": (
         lambda path: Delta({"unet.conv_in.weight": torch.zeros(2)}).save(path),
         r"it holds unet.conv_in.weight \[2\], the model has a \[16, 4, 3, 3\]",
+    ),
+    "other-width": (
+        lambda path: Delta({}, {"<new1>": torch.zeros(1, 7)}).save(path),
+        r"its word '<new1>' is \[1, 7\], the model's words are of 32",
+    ),
+    "not-finite": (
+        lambda path: Delta({"unet.conv_in.bias": torch.full((16,), torch.nan)}).save(path),
+        "unet.conv_in.bias holds numbers that are not finite",
     ),
     "other-part": (
         lambda path: Delta(

@@ -18,6 +18,7 @@ from support.immunizing import assert_same
 
 import mima
 from mima.errors import MimaError
+from mima.families.hub import TRANSPORT_ERRORS
 from mima.release.repository import Repository
 from mima.storage.names import DELTA_FILE
 
@@ -123,6 +124,17 @@ def test_what_cannot_be_published_is_said(served, repo):
     with pytest.raises(MimaError, match=f"cannot publish '{repo}'") as caught:
         Repository(repo, token="hf_stranger")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("online")
+def test_a_line_that_breaks_is_one_error(monkeypatch):
+    def broken(*_, **__):
+        raise TRANSPORT_ERRORS[-1]("server disconnected")
+
+    repository = Repository("me/model")
+    monkeypatch.setattr(repository._api, "upload_folder", broken)
+    with pytest.raises(MimaError, match="cannot publish 'me/model': server disconnected"):
+        repository.upload(".")
 
 
 def test_offline_nothing_is_published():
