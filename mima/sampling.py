@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,8 @@ class Sampler:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise MimaError(f"Sampler: {name} must be at least 1, got {getattr(self, name)}")
+        if self.guidance is not None and not 0 <= self.guidance < math.inf:
+            raise MimaError(f"Sampler: guidance must be at least 0 and finite, got {self.guidance}")
         if self.scheduler not in ("own", "dpm++"):
             raise MimaError(f"Sampler: scheduler must be own or dpm++, got {self.scheduler!r}")
 
@@ -90,6 +93,7 @@ class Sampler:
             P rows of R pictures.
 
         Raises:
+            MimaError: the model's scheduler has fewer steps, or fits no other.
             ValueError: no prompts or no seeds.
         """
         if not prompts or not seeds:
@@ -125,6 +129,7 @@ class Sampler:
             broken: takes the places of jobs whose pictures are no finite numbers, and so black.
 
         Raises:
+            MimaError: the model's scheduler has fewer steps, or fits no other.
             ValueError: a job whose adapter is not there.
         """
         wrong = [job for job in jobs if not -1 <= job.adapter < len(adapters)]
@@ -161,6 +166,13 @@ class Sampler:
                 raise MimaError(f"Sampler: dpm++ does not fit a {name}; use scheduler='own'")
             drawer.scheduler = DPMSolverMultistepScheduler.from_config(
                 config, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero"
+            )
+        config = drawer.scheduler.config
+        # rectified flow has a noise level for every number of steps
+        if "beta_schedule" in config and self.steps > config["num_train_timesteps"]:
+            raise MimaError(
+                f"Sampler: steps must be at most {config['num_train_timesteps']}, the noise levels "
+                f"of this model's scheduler, got {self.steps}"
             )
         if getattr(drawer, "safety_checker", None) is not None:
             # the checker paints pictures black, which would void every comparison

@@ -134,10 +134,8 @@ def checked(kind: type[T], what: str, settings: Mapping[str, Any]) -> T:
     Raises:
         MimaError: a setting that it does not have, or values that it cannot have, all in one error.
     """
-    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    for name in settings:
-        if name not in known:
-            raise MimaError(f"{what} has no setting {one_line(name)}; {nearest(name, known)}")
+    for name, last, known in _unknown(kind, settings):
+        raise MimaError(f"{what} has no setting {one_line(name)}; {nearest(last, known)}")
     problems = [
         f"{name} {NO_NUMBER}, got {quoted(value)}" for name, value in _no_numbers(kind, settings)
     ]
@@ -156,12 +154,32 @@ def checked(kind: type[T], what: str, settings: Mapping[str, Any]) -> T:
     return made
 
 
-def _no_numbers(kind: type, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _unknown(
+    kind: Any, settings: Mapping[Any, Any], within: str = ""
+) -> Iterator[tuple[str, str, set[str]]]:
+    """Each name that a dataclass, or one within it, does not have: dotted, its end, those it has.
+
+    Pydantic passes over such names without a word.
+    """
+    hints = get_type_hints(kind)
+    known = {field.name for field in fields(kind)}
+    for name, value in settings.items():
+        if name not in known:
+            yield f"{within}{name}", str(name), known
+        elif _is_dataclass(hints[name]) and isinstance(value, Mapping):
+            yield from _unknown(hints[name], value, f"{within}{name}.")
+
+
+def _is_dataclass(hint: Any) -> bool:
+    return isinstance(hint, type) and is_dataclass(hint)
+
+
+def _no_numbers(kind: Any, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Name and value of each setting of a dataclass, and of those within it, that is no number."""
     hints = get_type_hints(kind)
     for name, value in settings.items():
         hint = hints.get(name)
-        if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, Mapping):
+        if _is_dataclass(hint) and isinstance(value, Mapping):
             yield from ((f"{name}.{inner}", no) for inner, no in _no_numbers(hint, value))
         elif _is_no_number(value, hint):
             yield name, value

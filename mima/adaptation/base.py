@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -298,9 +299,16 @@ class Run:
             )
         folder = expanded(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._injection.save(folder)
-        for file in folder.rglob("*.safetensors"):
-            order_metadata(file)
+        # what else lies in the folder stays as it is
+        with tempfile.TemporaryDirectory(prefix=".mima-", dir=folder) as made:
+            scratch = Path(made)
+            self._injection.save(scratch)
+            for file in sorted(path for path in scratch.rglob("*") if path.is_file()):
+                if file.suffix == ".safetensors":
+                    order_metadata(file)
+                place = folder / file.relative_to(scratch)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(place)
         return folder
 
     def checkpoint(self) -> Checkpoint:

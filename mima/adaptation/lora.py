@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -54,7 +55,12 @@ class LoRA(Adaptation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_settings(self, {"rank": bounded(self.rank, 1, MOST_AT_ONCE)})
+        scaled = self.alpha is None or 0 < self.alpha < math.inf
+        checks = {
+            "rank": bounded(self.rank, 1, MOST_AT_ONCE),
+            "alpha": (scaled, "above 0 and finite"),
+        }
+        check_settings(self, checks)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"LoRA: dropout must lie in [0, 1), got {self.dropout}")
         if self.target_modules == ():

@@ -21,7 +21,7 @@ from mima.errors import MimaError
 from mima.families import load_pipeline, origin_of, source_of
 from mima.families.pipelines import Pipeline, tensors
 from mima.sampling import Job, Sampler
-from mima.storage.checkpoint import CheckpointFolder
+from mima.storage.checkpoint import CheckpointFolder, latest_of_all
 from mima.storage.inputs import expanded
 from mima.storage.lock import locked
 from mima.storage.output import check_folder, fresh_folder, slug, write_picture
@@ -48,9 +48,11 @@ def learn(
     CPU the result is the same bit by bit; with dropout, which draws from torch's own random state,
     up to its draws. Ctrl-C is put off until the step is done.
 
-    Several runs have the same `steps`. The folder takes the checkpoints, and in ``samples/<step>/``
-    the pictures, of several runs in a folder for each: one picture for each of at most two prompts
-    of the concept's pictures, at the last step, too; with ``sample_every`` 0, none.
+    Several runs have the same `steps`, and go on from the last that all have a checkpoint of; where
+    only some have any, all begin anew, with a warning. The folder takes the checkpoints, and in
+    ``samples/<step>/`` the pictures, of several runs in a folder for each: one picture for each of
+    at most two prompts of the concept's pictures, at the last step, too; with ``sample_every`` 0,
+    none.
 
     Raises:
         MimaError: more steps are done already; or the disk is full.
@@ -60,9 +62,9 @@ def learn(
     runs = [learner] if isinstance(learner, Run) else learner.runs
     parts = [folder] if len(runs) == 1 else [folder / f"run-{n:03d}" for n in range(len(runs))]
     total = runs[0].adaptation.steps
-    kept = [one for part in parts if (one := part.latest()) is not None]
-    # a process killed between two runs' checkpoints leaves different steps: all start again
-    if len(kept) == len(runs) and len({one.step for one in kept}) == 1:
+    # a process killed between two runs' checkpoints leaves different steps
+    kept = latest_of_all(parts)
+    if kept is not None:
         if kept[0].step > total:
             raise MimaError(f"steps: {kept[0].step} are done already, more than {total}")
         for run, part, one in zip(runs, parts, kept, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -133,20 +132,11 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 def described_concepts(sources: list[str], told: dict[str, Any]) -> list[Concept]:
     """The concepts that sources describe, with what the command line says about a single one."""
-    from dataclasses import replace
+    from mima.concepts.reading import load_concepts, num_described
 
-    from mima.concepts import Concept
-    from mima.concepts.reading import load_concepts
-
-    if not told:
-        return load_concepts(sources)
-    if len(sources) == 1 and Path(sources[0]).is_dir():
-        return [Concept.from_folder(sources[0], **told)]
-    found = load_concepts(sources)
-    if len(found) > 1:
+    if told and (number := num_described(sources)) > 1:
         raise MimaError(
             f"{', '.join(f'--{key}' for key in told)}".replace("_", "-")
-            + f" says something about one concept, {' '.join(sources)} describes {len(found)} "
-            f"({', '.join(concept.name for concept in found)})"
+            + f" says something about one concept, {' '.join(sources)} describes {number}"
         )
-    return [replace(found[0], **told)]
+    return load_concepts(sources, told=told)

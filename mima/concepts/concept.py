@@ -20,6 +20,7 @@ from mima.concepts.pictures import (
     check_pictures,
     digest,
     metadata_file,
+    only_file,
     picture_files,
     read_folder,
 )
@@ -68,7 +69,8 @@ class Concept:
         validation_prompt: the prompt for sample pictures; by default `prompt`.
 
     Raises:
-        MimaError: no name, no prompt, no pictures, or a prompt without the token.
+        MimaError: no name, no prompt, no pictures, a prompt without the token, or a text that
+            cannot be written as UTF-8, as the name of a folder may be.
         PictureError: pictures that cannot be read, all of them listed.
 
     Example:
@@ -115,6 +117,9 @@ class Concept:
             optional = key in ("token", "initializer") and value is None
             if not isinstance(value, str) and not optional:
                 raise TypeError(f"Concept: {key} must be a string, got {value!r}")
+            if value is not None and not _is_text(value):
+                hint = "; give the concept a name" if key == "name" else ""
+                raise MimaError(f"Concept: {key} {quoted(value)} cannot be written as UTF-8{hint}")
         if not name.strip():
             raise MimaError("Concept: name is empty")
         where = f"concept {quoted(name)}"
@@ -133,6 +138,12 @@ class Concept:
             raise MimaError(f"{where}: prompt is empty")
         if token is not None:
             _check_token(where, token, prompt, pictures["images"])
+        odd = [one for group in pictures.values() for one in group if not _is_text(one.prompt)]
+        if odd:
+            raise MimaError(
+                f"{where}: the caption {quoted(odd[0].prompt)} of {quoted(odd[0].label)} cannot be "
+                "written as UTF-8"
+            )
         problems = check_pictures(picture for group in pictures.values() for picture in group)
         if problems:
             unread = counted(len(problems), "picture")
@@ -215,15 +226,12 @@ class Concept:
         for key in (HELD_OUT_FOLDER, CLASS_FOLDER):
             if (folder / key).is_dir():
                 description[key] = str(folder / key)
-        described = [folder / name for name in DESCRIPTION_NAMES if (folder / name).is_file()]
-        if len(described) > 1:
-            names = " and ".join(path.name for path in described)
-            raise MimaError(f"{folder} holds {names}: keep one of them")
-        if described:
-            given = _parse(described[0])
+        described = only_file(folder, DESCRIPTION_NAMES)
+        if described is not None:
+            given = _parse(described)
             if not isinstance(given, Mapping):
-                raise MimaError(f"{described[0]}: expected the attributes of one concept")
-            _check_keys(str(described[0]), given, _KEYS)
+                raise MimaError(f"{described}: expected the attributes of one concept")
+            _check_keys(str(described), given, _KEYS)
             description |= _with_base(given, folder)
         _check_keys("from_folder", overrides, _KEYS)
         return _from_description({**description, **overrides}, str(folder))
@@ -313,6 +321,15 @@ def _picture(source: OnePicture, prompt: str) -> Picture:
     return picture
 
 
+def _is_text(value: str) -> bool:
+    """Whether UTF-8 can write it, and so records and tokenizers; a file's name may be any bytes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _check_token(where: str, token: str, prompt: str, images: Iterable[Picture]) -> None:
     if not token.strip():
         raise MimaError(f"{where}: token is empty")
@@ -363,7 +380,7 @@ def _default_name(given: Mapping[str, object], prompt: str) -> str:
 
 def _is_concept_folder(path: Path) -> bool:
     return path.is_dir() and (
-        any((path / name).is_file() for name in DESCRIPTION_NAMES)
+        only_file(path, DESCRIPTION_NAMES) is not None
         or metadata_file(path) is not None
         or bool(picture_files(path))
     )

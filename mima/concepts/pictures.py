@@ -11,13 +11,14 @@ import json
 import math
 import struct
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from mima.errors import MimaError, ProblemList, one_line, quoted
 from mima.storage.inputs import expanded, resolved
@@ -25,6 +26,7 @@ from mima.storage.plain_data import read_json
 
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
+CAPTION_ENDINGS = (".txt", ".caption")
 
 # files that people keep beside pictures; anything else in a folder must be a picture
 _COMPANION_ENDINGS = {
@@ -38,6 +40,20 @@ _DECODE_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error),
     Image.DecompressionBombError,
 )
+
+# what it raises on EXIF data in which a value is of another kind than its tag says
+_EXIF_ERRORS = (*_DECODE_ERRORS, TypeError, LookupError, AttributeError)
+
+# by EXIF's orientation; 1 is upright
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA")
 """What Pillow may read: formats that need no other program, as PostScript does, and well tried."""
@@ -135,8 +151,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: float or 32-bit values whose range does not say what white is.
     """
-    image = ImageOps.exif_transpose(image)
+    # TIFF files turn themselves as they are loaded
     image.load()
+    image = _upright(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _scale_to_8_bit(image)
     if image.mode == "La":
@@ -149,6 +166,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says.
+
+    ``ImageOps.exif_transpose`` writes all of the EXIF anew, which odd values in it make impossible.
+    """
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except _EXIF_ERRORS as error:
+        warnings.warn(f"unreadable EXIF data were ignored: {one_line(error)}", stacklevel=3)
+        return image
+    turn = _TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
 
 
 def _scale_to_8_bit(image: Image.Image) -> Image.Image:
@@ -227,16 +258,36 @@ def picture_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if is_candidate(path))
 
 
+def files_by_name(folder: Path) -> dict[str, list[Path]]:
+    """The files of a folder by their names in lower case, each list in order."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            found.setdefault(path.name.lower(), []).append(path)
+    return found
+
+
+def only_file(folder: Path, names: Sequence[str]) -> Path | None:
+    """The folder's one file of these names, in whatever case, if it has one.
+
+    Raises:
+        MimaError: it has several.
+    """
+    files = files_by_name(folder)
+    found = [path for name in names for path in files.get(name, ())]
+    if len(found) > 1:
+        alike = " and ".join(path.name for path in found)
+        raise MimaError(f"{folder} holds {alike}: keep one of them")
+    return found[0] if found else None
+
+
 def metadata_file(folder: Path) -> Path | None:
     """The folder's `metadata.csv` or `metadata.jsonl`, if it has one.
 
     Raises:
         MimaError: it has both.
     """
-    found = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
-    if len(found) > 1:
-        raise MimaError(f"{folder} holds {found[0].name} and {found[1].name}: keep one of them")
-    return found[0] if found else None
+    return only_file(folder, METADATA_NAMES)
 
 
 def check_picture_folder(folder: Path) -> None:
@@ -254,7 +305,8 @@ def read_folder(folder: Path, prompt: str = "") -> tuple[Picture, ...]:
     """Read a folder of pictures with their captions.
 
     Captions come from `metadata.csv` or `metadata.jsonl` (columns `file_name` and one of `text`,
-    `prompt`, `caption`), else from a text file beside each picture, else from `prompt`.
+    `prompt`, `caption`), else from a text file beside each picture (`.txt`, or else `.caption`),
+    else from `prompt`. The case of these names does not matter.
 
     Args:
         folder: the pictures; sub-folders count only where metadata names files in them.
@@ -311,19 +363,23 @@ def read_captions(folder: Path, metadata: Path) -> tuple[Picture, ...]:
 
 
 def _with_text_files(folder: Path, prompt: str) -> tuple[Picture, ...]:
+    files = files_by_name(folder)
     pictures: list[Picture] = []
     problems: list[str] = []
     for path in picture_files(folder):
+        names = [stem + ending for ending in CAPTION_ENDINGS for stem in (path.stem, path.name)]
+        texts = next(filter(None, (files.get(name.lower()) for name in names)), [])
+        # of names that differ in case alone, the picture's own
+        texts = [text for text in texts if text.name in names] or texts
         caption = prompt
-        for text in (path.with_suffix(".txt"), path.with_name(path.name + ".txt")):
-            if text.is_file():
-                caption = " ".join(_read_text(text).split())
-                if not caption:
-                    problems.append(f"{text.name} is empty")
-                break
-        else:
-            if not prompt:
-                problems.append(f"{path.name} has no caption")
+        if len(texts) > 1:
+            problems.append(f"{path.name} has {' and '.join(text.name for text in texts)}")
+        elif texts:
+            caption = " ".join(_read_text(texts[0]).split())
+            if not caption:
+                problems.append(f"{texts[0].name} is empty")
+        elif not prompt:
+            problems.append(f"{path.name} has no caption")
         pictures.append(Picture(path, caption))
     if problems:
         raise ProblemList(
@@ -353,6 +409,9 @@ def _read_csv(path: Path) -> tuple[_Rows, list[str]]:
     try:
         header = [column.strip().lower() for column in next(reader, [])]
         caption_column = _caption_column(path, header)
+        twice = [name for name, count in Counter(header).items() if name and count > 1]
+        if twice:
+            raise MimaError(f"{path}: the column {quoted(twice[0])} stands twice")
         for fields in reader:
             place = f"line {reader.line_num}"
             if not any(field.strip() for field in fields):

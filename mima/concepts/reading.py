@@ -20,7 +20,6 @@ from mima.concepts.concept import (
     _locate,
     _parse,
     _with_base,
-    embedded_concept,
     embedded_names,
 )
 from mima.concepts.pictures import (
@@ -41,6 +40,9 @@ _LIST_KEYS = (
     *("prompt_filename", "token", "validation_prompt", "name"),
 )
 
+# what is told beside an entry, by the key that it replaces
+_TOLD_KEYS = {"instance_prompt": "prompt", "class_prompt": "class_prompt", "token": "token"}
+
 RETRIEVED = ("images.txt", "caption.txt")
 """What Custom Diffusion's scripts write beside a folder ``images`` of pictures they fetched."""
 
@@ -53,6 +55,7 @@ def load_concepts(
     *,
     base: str | Path | None = None,
     group: str | None = None,
+    told: Mapping[str, Any] | None = None,
 ) -> list[Concept]:
     """Read concepts from wherever they are described.
 
@@ -67,19 +70,25 @@ def load_concepts(
         base: what relative paths start from; default the working directory. Paths in a file start
             from the file's folder, or from the working directory where that has no such file.
         group: which group of a file that has several.
+        told: attributes of `Concept`, of a single concept, that win over what its description
+            says: its prompt is the caption of pictures without one of their own.
 
     Returns:
         At least one concept, with names made distinct by "-2", "-3" and so on.
 
     Raises:
-        MimaError: nothing there, or a description that does not hold together.
+        MimaError: nothing there, a description that does not hold together, or something told of
+            several concepts.
         PictureError: pictures that cannot be read; those of all concepts in one list.
     """
     concepts: list[Concept] = []
     problems: list[str] = []
-    for make in _makers(source, Path(base or "."), group):
+    makers = _makers(source, Path(base or "."), group)
+    if told and len(makers) > 1:
+        raise MimaError(f"{', '.join(told)}: told of one concept, but {len(makers)} are described")
+    for make in makers:
         try:
-            concepts.append(make())
+            concepts.append(make(told or {}))
         except PictureError as error:
             problems += error.problems
     if problems:
@@ -89,11 +98,24 @@ def load_concepts(
     return _distinct(concepts)
 
 
+def num_described(source: ConceptSource | Iterable[ConceptSource]) -> int:
+    """How many concepts ``load_concepts`` would read; no picture is looked at.
+
+    Raises:
+        MimaError: as there, but for what a concept's own description says.
+    """
+    return len(_makers(source, Path("."), None))
+
+
 def _from_list_entry(
-    entry: Mapping[str, object], base: Path, where: str, name: str | None
+    entry: Mapping[str, object],
+    base: Path,
+    where: str,
+    name: str | None,
+    told: Mapping[str, Any],
 ) -> Concept:
     """Build a concept from an entry of a DreamBooth or Custom Diffusion concept list."""
-    unused = sorted(set(entry) - set(_LIST_KEYS))
+    unused = sorted(str(key) for key in entry if key not in _LIST_KEYS)
     if unused:
         warnings.warn(f"{where}: ignored {one_line(', '.join(unused))}", stacklevel=2)
     texts = {key: entry[key] for key in _LIST_KEYS if entry.get(key) is not None}
@@ -101,6 +123,7 @@ def _from_list_entry(
         if not isinstance(value, str):
             raise MimaError(f"{where}: {key} must be text, got {quoted(value)}")
     values = {key: str(value) for key, value in texts.items()}
+    values |= {key: told[own] for key, own in _TOLD_KEYS.items() if own in told}
     if "instance_data_dir" not in values:
         raise MimaError(f"{where}: instance_data_dir is missing")
     folder = _locate(values["instance_data_dir"], base)
@@ -112,21 +135,24 @@ def _from_list_entry(
     elif prompt and folder.is_dir():
         # these scripts read one prompt for all pictures and know of no metadata
         images = tuple(Picture(path, prompt) for path in picture_files(folder))
-        if not images:
-            raise MimaError(f"{where}: instance_data_dir {folder} holds no pictures")
     else:
         images = read_folder(folder, prompt)
+    if not images:
+        raise MimaError(f"{where}: instance_data_dir {folder} holds no pictures")
     class_prompt = values.get("class_prompt", "")
-    return Concept(
-        name=values.get("name") or name or resolved(folder).name,
-        prompt=prompt or Counter(image.prompt for image in images).most_common(1)[0][0],
-        images=images,
-        class_prompt=class_prompt,
-        class_images=_class_images(values.get("class_data_dir"), class_prompt, base, where),
-        kind="instance" if "token" in values else "object",
-        token=values.get("token"),
-        validation_prompt=values.get("validation_prompt") or _filled(templates, values, prompt),
-    )
+    attributes: dict[str, Any] = {
+        "name": values.get("name") or name or resolved(folder).name,
+        "prompt": prompt or Counter(image.prompt for image in images).most_common(1)[0][0],
+        "images": images,
+        "class_prompt": class_prompt,
+        "kind": "instance" if "token" in values else "object",
+        "token": values.get("token"),
+        "validation_prompt": values.get("validation_prompt") or _filled(templates, values, prompt),
+    }
+    if "class_images" not in told:
+        source = values.get("class_data_dir")
+        attributes["class_images"] = _class_images(source, class_prompt, base, where)
+    return Concept(**{**attributes, **told})
 
 
 def _templates(path: Path) -> tuple[str, ...]:
@@ -206,13 +232,13 @@ def _captions_from(folder: Path, path: Path) -> tuple[Picture, ...]:
     return tuple(Picture(file, prompt) for file, prompt in zip(files, prompts, strict=True))
 
 
-_Maker = Callable[[], Concept]
+_Maker = Callable[[Mapping[str, Any]], Concept]
+"""Makes a concept, and reads its pictures, with what is told beside its description."""
 
 
 def _makers(source: object, base: Path, group: str | None) -> list[_Maker]:
-    """Functions that each make a concept of a source, and read its pictures, when called."""
     if isinstance(source, Concept):
-        return [lambda: source]
+        return [lambda told: replace(source, **told) if told else source]
     if isinstance(source, (str, Path)):
         return _makers_at(source, base, group)
     if isinstance(source, Mapping):
@@ -235,8 +261,9 @@ def _makers_at(source: str | Path, base: Path, group: str | None) -> list[_Maker
     if path.is_file():
         return _makers_in(_parse(path), path.parent, group, str(path))
     name = str(source)
-    if _embedded_folder(name) is not None:
-        return [partial(embedded_concept, name)]
+    embedded = _embedded_folder(name)
+    if embedded is not None:
+        return [partial(_from_folder, embedded)]
     raise MimaError(
         f"{name} is neither a folder, nor a file, nor an embedded concept; "
         f"{nearest(name, embedded_names())}"
@@ -245,7 +272,7 @@ def _makers_at(source: str | Path, base: Path, group: str | None) -> list[_Maker
 
 def _makers_in_folder(folder: Path) -> list[_Maker]:
     if _is_concept_folder(folder):
-        return [partial(Concept.from_folder, folder)]
+        return [partial(_from_folder, folder)]
     inner = sorted(
         path
         for path in folder.iterdir()
@@ -255,7 +282,11 @@ def _makers_in_folder(folder: Path) -> list[_Maker]:
     )
     if not inner:
         raise MimaError(f"concept folder {folder} holds no pictures and no folders of pictures")
-    return [partial(Concept.from_folder, path) for path in inner]
+    return [partial(_from_folder, path) for path in inner]
+
+
+def _from_folder(folder: Path, told: Mapping[str, Any]) -> Concept:
+    return Concept.from_folder(folder, **told)
 
 
 def _makers_in(content: object, base: Path, group: str | None, where: str) -> list[_Maker]:
@@ -263,11 +294,13 @@ def _makers_in(content: object, base: Path, group: str | None, where: str) -> li
         content = content["concepts"]
     if isinstance(content, list) and content and all(isinstance(part, list) for part in content):
         # CustomConcept101's compositions are lists without names; their folders name them
-        content = {_group_name(part): part for part in content}
+        compositions = dict(zip(_numbered(map(_group_name, content)), content, strict=True))
+        key, content = _chosen_group(compositions, group, where)
+        where = f"{where}, {key}"
     entries: Sequence[object] = content if isinstance(content, list) else [content]
     names: Sequence[str | None] = [None] * len(entries)
     if isinstance(content, Mapping) and _is_grouped(content):
-        key, entries = _chosen_group(content, group, where)
+        key, entries = _chosen_group(_named(content, where), group, where)
         where = f"{where}, {key}"
         names = [part.strip() or None for part in key.split("+")]
         if len(names) != len(entries):
@@ -288,11 +321,23 @@ def _group_name(entries: Sequence[object]) -> str:
     )
 
 
-def _is_grouped(content: Mapping[str, object]) -> bool:
+def _is_grouped(content: Mapping[object, object]) -> bool:
+    # a list of {file_name: ..., text: ...} is one concept's pictures
     return bool(content) and all(
-        isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value)
+        isinstance(value, list)
+        and all(isinstance(entry, Mapping) and "file_name" not in entry for entry in value)
         for value in content.values()
     )
+
+
+def _named(groups: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """Groups by their names as texts; YAML takes a name for a number, a date or a truth value."""
+    named: dict[str, Any] = {}
+    for key, entries in groups.items():
+        if str(key) in named:
+            raise MimaError(f"{where}: group {quoted(str(key))} stands twice")
+        named[str(key)] = entries
+    return named
 
 
 def _chosen_group(
@@ -321,18 +366,25 @@ def _makers_of(entry: object, base: Path, where: str, name: str | None) -> list[
     given = _with_base(entry, base)
     if name is not None:
         given = {"name": name, **given}
-    return [partial(_from_description, given, where)]
+    return [lambda told: _from_description({**given, **told}, where)]
 
 
 def _distinct(concepts: list[Concept]) -> list[Concept]:
     """Number the later ones of concepts that share a name, so that no table drops one."""
-    taken: set[str] = set()
-    result = []
-    for concept in concepts:
-        name, number = concept.name, 1
+    names = _numbered(concept.name for concept in concepts)
+    return [
+        concept if name == concept.name else replace(concept, name=name)
+        for concept, name in zip(concepts, names, strict=True)
+    ]
+
+
+def _numbered(names: Iterable[str]) -> list[str]:
+    """Names, the later ones of those that are the same with a number."""
+    taken: dict[str, None] = {}
+    for given in names:
+        name, number = given, 1
         while name in taken:
             number += 1
-            name = f"{concept.name}-{number}"
-        taken.add(name)
-        result.append(concept if name == concept.name else replace(concept, name=name))
-    return result
+            name = f"{given}-{number}"
+        taken[name] = None
+    return list(taken)

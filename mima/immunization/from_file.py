@@ -289,10 +289,10 @@ def _located(run: ImmunizeRun, folder: Path) -> ImmunizeRun:
     if run.single_file_config is not None:
         changes["single_file_config"] = beside(run.single_file_config)
     if run.output is not None:
-        changes["output"] = folder / run.output
+        changes["output"] = folder / expanded(run.output)
     if run.erased is not None:
         changes["erased"] = folder / expanded(run.erased)
     if run.immunize.captions is not None:
-        captions = folder / run.immunize.captions
+        captions = folder / expanded(run.immunize.captions)
         changes["immunize"] = run.immunize.model_copy(update={"captions": captions})
     return run.model_copy(update=changes)

@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,20 +125,8 @@ class CheckpointFolder:
         Raises:
             MimaError: all are damaged.
         """
-        problems = []
-        for step in reversed(self._steps()):
-            try:
-                found = _read(step, load or load_whole)
-            except MimaError as error:
-                problems.append(str(error))
-                continue
-            for problem in problems:
-                logger.warning("%s; going on from %s", problem, step.name)
-            self._intact = step
-            return found
-        if problems:
-            raise MimaError(f"{problems[0]}; remove {self.path} to begin anew (overwrite)")
-        return None
+        found = latest_of_all([self], load)
+        return None if found is None else found[0]
 
     @contextmanager
     def restoring(self) -> Iterator[None]:
@@ -194,6 +182,44 @@ class CheckpointFolder:
             raise MimaError(
                 f"checkpoint: cannot write {final}: {reason_of(error)}{hint}"
             ) from error
+
+
+def latest_of_all(
+    folders: Sequence[CheckpointFolder], load: Load | None = None
+) -> list[Checkpoint] | None:
+    """The intact checkpoints of the last step of which every folder has one; None without such.
+
+    Damaged ones are named in a warning, and so are folders that have checkpoints, but none of the
+    same step, as those of runs that were stopped before all had written their first.
+
+    Raises:
+        MimaError: all that there are of a step in every folder are damaged.
+    """
+    steps = [{step.name for step in folder._steps()} for folder in folders]
+    problems: list[tuple[CheckpointFolder, str]] = []
+    for name in sorted(set.intersection(*steps), reverse=True):
+        found = []
+        for folder in folders:
+            try:
+                found.append(_read(folder.path / name, load or load_whole))
+            except MimaError as error:
+                problems.append((folder, str(error)))
+                break
+        else:
+            for _, problem in problems:
+                logger.warning("%s; going on from %s", problem, name)
+            for folder in folders:
+                folder._intact = folder.path / name
+            return found
+    if problems:
+        folder, problem = problems[0]
+        raise MimaError(f"{problem}; remove {folder.path} to begin anew (overwrite)")
+    if any(steps):
+        logger.warning(
+            "checkpoint: %s have none of the same step; beginning anew",
+            ", ".join(str(folder.path) for folder in folders),
+        )
+    return None
 
 
 def load_whole(folder: Path) -> dict[str, torch.Tensor]:

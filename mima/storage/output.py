@@ -37,7 +37,7 @@ def check_folder(path: Path, *, overwrite: bool, resume: bool = False) -> None:
     Raises:
         MimaError: it is a file, holds files that may not be replaced, or cannot be written.
     """
-    _check_name(path)
+    path = _checked_name(path)
     if path.exists() and not path.is_dir():
         raise MimaError(f"output {path} is a file, expected a folder")
     # writing replaces the folder: a shell within would stand in a deleted one
@@ -64,7 +64,7 @@ def check_folder(path: Path, *, overwrite: bool, resume: bool = False) -> None:
 
 def check_file(path: Path, *, overwrite: bool) -> None:
     """The same as `check_folder` for one output file."""
-    _check_name(path)
+    path = _checked_name(path)
     if path.is_dir():
         raise MimaError(f"output {path} is a folder, expected a file")
     if path.exists() and not overwrite:
@@ -74,13 +74,14 @@ def check_file(path: Path, *, overwrite: bool) -> None:
     _check_writable(path, path.absolute().parent)
 
 
-def _check_name(path: Path) -> None:
-    expanded(path)
+def _checked_name(path: Path) -> Path:
+    path = expanded(path)
     # the folder that is written beside it, and then renamed, has a longer name
     if len(os.fsencode(path.name)) > LONGEST_NAME:
         raise MimaError(f"output {path}: the name is longer than {LONGEST_NAME} bytes")
     if resolved(path).is_symlink():
         raise MimaError(f"output {path}: its links lead in a circle")
+    return path
 
 
 def _check_writable(path: Path, parent: Path) -> None:
@@ -127,7 +128,7 @@ def fresh_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         MimaError: as for `check_folder`; another run is writing there; or the disk is full.
     """
     # a link to a folder stays one
-    path = resolved(path)
+    path = resolved(expanded(path))
     check_folder(path, overwrite=overwrite)
     with locked(path):
         # a killed run may have moved the folder away

@@ -42,8 +42,10 @@ def write_record(
 
 
 def record_text(record: Mapping[str, Any]) -> str:
-    """What the file of a record holds."""
-    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    """What the file of a record holds; what UTF-8 cannot write, as in a path, is escaped."""
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    # Python's escapes of lone surrogates are JSON's
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -1,6 +1,8 @@
 import copy
 import dataclasses
 import json
+import math
+import struct
 import sys
 import types
 
@@ -336,6 +338,10 @@ def test_model_with_adapters_is_refused(pipeline):
         ("max_grad_norm", 0.0),
         ("prior_weight", -0.5),
         ("rank", 0),
+        ("alpha", 0.0),
+        ("alpha", -4.0),
+        ("alpha", math.nan),
+        ("alpha", math.inf),
         ("dropout", 1.0),
         ("target_modules", ()),
     ],
@@ -343,6 +349,31 @@ def test_model_with_adapters_is_refused(pipeline):
 def test_bad_setting_is_named(name, value):
     with pytest.raises(ValueError, match=f"LoRA: {name}"):
         LoRA(**{name: value})
+
+
+def test_saving_leaves_other_files_of_the_folder_alone(pipeline, tmp_path):
+    header = (
+        b'{"__metadata__":{"b":"1","a":"2"},"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    )
+    others = {
+        "inner/foreign.safetensors": struct.pack("<Q", len(header)) + header + bytes(4),
+        "broken.safetensors": b"abc",
+    }
+    (tmp_path / "inner").mkdir()
+    for name, data in others.items():
+        (tmp_path / name).write_bytes(data)
+    run = FAST.start(pipeline, tiny.concept())
+    for _ in range(2):
+        assert run.save(tmp_path) == tmp_path
+        assert {name: (tmp_path / name).read_bytes() for name in others} == others
+        found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+        assert found == {*others, "inner", LORA_WEIGHT_NAME_SAFE}
+    # its own metadata are in order all the same
+    data = (tmp_path / LORA_WEIGHT_NAME_SAFE).read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    texts = list(json.loads(data[8 : 8 + size])["__metadata__"])
+    assert texts == sorted(texts)
+    assert len(texts) > 1
 
 
 def test_shared_copy_keeps_storage_and_separates_structure(pipeline):

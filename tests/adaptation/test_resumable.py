@@ -128,6 +128,60 @@ def test_killed_it_goes_on_from_the_last_checkpoint(pipeline, tmp_path):
         train(start(pipeline, steps=5), tmp_path)
 
 
+def stopped_between(pipeline, folder, monkeypatch, step):
+    """Two runs, of which the second did not write its checkpoint of that step."""
+
+    def write(self, checkpoint, save=None):
+        if (self.path.name, checkpoint.step) == ("run-001", step):
+            raise MimaError("the disk is full")
+        written(self, checkpoint, save)
+
+    written = CheckpointFolder.write
+    learner = start(pipeline, names=("red", "blue"))
+    monkeypatch.setattr(CheckpointFolder, "write", write)
+    with pytest.raises(MimaError, match="the disk is full"):
+        train(learner, folder, checkpoint_every=2)
+    monkeypatch.setattr(CheckpointFolder, "write", written)
+
+
+def resumed(pipeline, folder):
+    """How many steps two runs took to their end, and that it is that of runs left alone."""
+    undisturbed = start(pipeline, names=("red", "blue"))
+    undisturbed.advance(6)
+    learner, steps = start(pipeline, names=("red", "blue")), []
+    train(learner, folder, lambda: steps.append(1), checkpoint_every=2)
+    assert all(map(torch.equal, weights(learner), weights(undisturbed)))
+    return len(steps)
+
+
+def test_several_go_on_from_the_last_step_that_all_have_kept(pipeline, tmp_path, monkeypatch):
+    stopped_between(pipeline, tmp_path, monkeypatch, step=4)
+    kept = {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("run-*/step-*")}
+    assert kept == {f"run-{n:03d}/step-0000000{step}" for n, step in ((0, 2), (0, 4), (1, 2))}
+    assert resumed(pipeline, tmp_path) == 6 - 2
+
+
+def test_several_go_on_from_the_step_before_a_damaged_one(pipeline, tmp_path, caplog):
+    train(start(pipeline, names=("red", "blue")), tmp_path, checkpoint_every=2)
+    damaged = tmp_path / "run-001" / "step-00000006" / "state.json"
+    damaged.write_text("{")
+    assert resumed(pipeline, tmp_path) == 6 - 4
+    assert f"{damaged} is damaged" in caplog.text
+    assert "going on from step-00000004" in caplog.text
+    for path in (tmp_path / "run-000").glob("step-*/state.json"):
+        path.write_text("{")
+    with pytest.raises(MimaError, match=r"is damaged.*remove .*run-000 to begin anew"):
+        train(start(pipeline, names=("red", "blue")), tmp_path)
+
+
+def test_several_begin_anew_aloud_where_only_some_have_kept(
+    pipeline, tmp_path, monkeypatch, caplog
+):
+    stopped_between(pipeline, tmp_path, monkeypatch, step=2)
+    assert resumed(pipeline, tmp_path) == 6
+    assert "run-001 have none of the same step; beginning anew" in caplog.text
+
+
 def test_pictures_come_while_it_learns(pipeline, tmp_path):
     seen = []
     learner = start(pipeline)

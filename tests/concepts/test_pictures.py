@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import warnings
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 from mima.concepts.pictures import Picture, PictureError, check_pictures, read_folder, to_rgb
 from mima.errors import MimaError, ProblemList
@@ -40,6 +41,59 @@ def test_exif_rotation_is_applied(tmp_path):
     assert loaded.size == (8, 16)
     assert at(loaded, 4, 2) == RED
     assert at(loaded, 4, 13) == BLUE
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_every_orientation_is_turned_as_pillow_turns_it(tmp_path, orientation, name):
+    pixels = np.random.default_rng(0).integers(0, 255, (5, 7, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    Image.fromarray(pixels).save(tmp_path / name, exif=exif)
+    with Image.open(tmp_path / name) as image:
+        expected = ImageOps.exif_transpose(image)
+    assert Picture(tmp_path / name, "x").load().tobytes() == expected.tobytes()
+    assert (expected.size == (5, 7)) == (orientation > 4)
+
+
+def exif_of(*tags: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF data of tags, each with its kind, count and up to four bytes, or eight for one."""
+    start = 8 + 2 + 12 * len(tags) + 4
+    fields = b"".join(
+        struct.pack("<HHL", tag, kind, count)
+        + (value.ljust(4, b"\0") if len(value) <= 4 else struct.pack("<L", start))
+        for tag, kind, count, value in tags
+    )
+    end = b"".join(value for *_, value in tags if len(value) > 4)
+    head = b"Exif\0\0II*\0" + struct.pack("<LH", 8, len(tags))
+    return head + fields + struct.pack("<L", 0) + end
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        (0x11A, 2, 3, b"72\0"),
+        (0x11A, 7, 8, b"abcdefgh"),
+        (0x11A, 12, 1, struct.pack("<d", float("nan"))),
+        (0x10F, 5, 1, struct.pack("<LL", 5, 6)),
+        (0x100, 2, 3, b"ab\0"),
+        (0x100, 9, 1, struct.pack("<l", -5)),
+        (0x128, 2, 6, b"inches"),
+        (0x111, 2, 6, b"strips"),
+    ],
+    ids=lambda tag: f"{tag[0]:#x}-of-kind-{tag[1]}",
+)
+def test_odd_values_of_exif_do_not_cost_the_picture_nor_its_rotation(tmp_path, odd):
+    rotation = (ORIENTATION, 3, 1, struct.pack("<H", 6))
+    save(tmp_path / "a.jpg", exif=exif_of(*sorted([odd, rotation])))
+    assert Picture(tmp_path / "a.jpg", "x").load().size == (6, 8)
+
+
+def test_exif_that_cannot_be_read_is_ignored_aloud():
+    image = Image.new("RGB", (8, 6), RED)
+    image.info["exif"] = b"Exif\0\0no header"
+    with pytest.warns(UserWarning, match="unreadable EXIF data were ignored"):
+        assert to_rgb(image).size == (8, 6)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
@@ -361,6 +415,44 @@ def test_text_files_beside_pictures(tmp_path):
         "a (1).png": "from the whole name",
         "b.png": "default",
     }
+
+
+def test_captions_are_found_whatever_the_case_of_their_names(tmp_path):
+    for name in ("a.png", "b.PNG", "C.png", "d.png", "e.png"):
+        save(tmp_path / name)
+    for name in ("a.TXT", "b.png.Txt", "c.caption", "d.txt", "d.caption", "E.txt", "e.txt"):
+        (tmp_path / name).write_text(f"from {name}")
+    captions = {picture.image.name: picture.prompt for picture in read_folder(tmp_path, "default")}
+    assert captions == {
+        "a.png": "from a.TXT",
+        "b.PNG": "from b.png.Txt",
+        "C.png": "from c.caption",
+        "d.png": "from d.txt",
+        "e.png": "from e.txt",
+    }
+    (tmp_path / "a.Txt").write_text("another")
+    with pytest.raises(ProblemList, match=r"a\.png has a\.TXT and a\.Txt"):
+        read_folder(tmp_path, "default")
+
+
+@pytest.mark.parametrize("name", ["Metadata.csv", "METADATA.CSV"])
+def test_metadata_is_found_whatever_the_case_of_its_name(tmp_path, name):
+    save(tmp_path / "a.png")
+    (tmp_path / name).write_text("file_name,text\na.png,mine\n")
+    assert [picture.prompt for picture in read_folder(tmp_path, "default")] == ["mine"]
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,other\n")
+    with pytest.raises(MimaError, match=f"{name} and metadata.csv: keep one"):
+        read_folder(tmp_path, "default")
+
+
+def test_a_column_that_stands_twice_is_refused(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text,Text\na.png,x,y\n")
+    with pytest.raises(MimaError, match=r"metadata\.csv: the column 'text' stands twice"):
+        read_folder(tmp_path)
+    # spreadsheets leave columns without a name
+    (tmp_path / "metadata.csv").write_text("file_name,text,,\na.png,x,,\n")
+    assert [picture.prompt for picture in read_folder(tmp_path)] == ["x"]
 
 
 def test_pictures_without_captions(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from mima.cli.options import described_concepts
 from mima.concepts import (
     Concept,
     Picture,
@@ -18,7 +20,7 @@ from mima.concepts import (
     embedded_concepts,
     embedded_names,
 )
-from mima.concepts.reading import load_concepts
+from mima.concepts.reading import load_concepts, num_described
 from mima.errors import MimaError
 
 
@@ -106,6 +108,17 @@ def test_wrong_types(tmp_path):
         Concept("cat", "a cat", [3])
 
 
+def test_texts_that_utf8_cannot_write_are_refused_before_anything_is_trained(tmp_path):
+    folder = pictures(tmp_path / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(MimaError, match=r"name 'caf\\udce9' cannot .* give the concept a name"):
+        Concept.from_folder(folder, prompt="a cat")
+    assert Concept.from_folder(folder, name="cafe", prompt="a cat").name == "cafe"
+    with pytest.raises(MimaError, match=r"prompt 'a .* cannot be written as UTF-8"):
+        Concept("cat", "a \udce9", folder)
+    with pytest.raises(MimaError, match=r"the caption .* of '.*0\.png' cannot be written"):
+        Concept("cat", "a cat", [Picture(folder / "0.png", "a \ud800")])
+
+
 def test_captions_must_say_the_token(tmp_path):
     folder = pictures(tmp_path / "cat", "a.png", "b.png")
     (folder / "b.txt").write_text("a plain castle")
@@ -148,6 +161,13 @@ def test_a_complete_folder(tmp_path):
     assert concept.held_out[0].prompt == "a cat"
     assert concept.class_images[0].prompt == "an animal"
     assert Concept.from_folder(folder, name="other").name == "other"
+
+
+def test_a_description_is_found_whatever_the_case_of_its_name(tmp_path):
+    folder = pictures(tmp_path / "cat")
+    write(folder / "Concept.yaml", {"prompt": "a cat"})
+    (concept,) = load_concepts(tmp_path / "cat")
+    assert concept.prompt == "a cat"
 
 
 def test_the_commonest_caption_is_the_prompt_where_nothing_says_it(tmp_path):
@@ -372,6 +392,35 @@ def test_keys_that_only_a_script_understands_are_ignored_aloud(tmp_path):
         load_concepts(write(tmp_path / "list.json", [entry]))
 
 
+def test_keys_of_yaml_that_are_no_texts_are_ignored_aloud_too(tmp_path):
+    pictures(tmp_path / "cat")
+    text = "- {instance_prompt: a cat, instance_data_dir: cat, 2: foo, on: bar, zed: 1}\n"
+    (tmp_path / "list.yaml").write_text(text)
+    with pytest.warns(UserWarning, match="ignored 2, True, zed"):
+        load_concepts(tmp_path / "list.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("metadata.csv", "file_name,text\n"), ("prompts.txt", "a cat\n")]
+)
+def test_captions_of_no_pictures(tmp_path, name, text):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / name).write_text(text)
+    entry = {"instance_data_dir": "empty", "prompt_filename": name}
+    with pytest.raises(MimaError, match=r"concept 1: instance_data_dir .*empty holds no pictures"):
+        load_concepts(write(tmp_path / "list.json", [entry]))
+
+
+def test_captioned_pictures_alone_are_a_concept_and_no_group(tmp_path):
+    folder = pictures(tmp_path / "cat")
+    listed = [{"file_name": f"cat/{name}.png", "text": "a cat"} for name in "01"]
+    (concept,) = load_concepts(write(tmp_path / "one.yaml", {"images": listed}))
+    assert (concept.prompt, names(concept.images)) == ("a cat", ["0.png", "1.png"])
+    (tmp_path / "held.yaml").write_text(f"held_out: [{{file_name: {folder / '0.png'}, text: x}}]\n")
+    with pytest.raises(MimaError, match="images is missing"):
+        load_concepts(tmp_path / "held.yaml")
+
+
 def grouped(tmp_path: Path) -> Path:
     for name in ("cat", "dog", "cow"):
         pictures(tmp_path / name)
@@ -391,6 +440,25 @@ def test_groups(tmp_path):
         load_concepts(path)
     with pytest.raises(MimaError, match="no group 'Cow2'; did you mean 'Cow'"):
         load_concepts(path, group="Cow2")
+
+
+def test_groups_may_be_named_by_numbers(tmp_path):
+    for name in ("cat", "dog"):
+        pictures(tmp_path / name)
+    groups = {
+        number: [{"instance_prompt": f"a {name}", "instance_data_dir": name}]
+        for number, name in ((1, "cat"), (2, "dog"))
+    }
+    path = write(tmp_path / "groups.yaml", groups)
+    with pytest.raises(MimaError, match="2 groups of concepts, say which: 1, 2"):
+        load_concepts(path)
+    assert [concept.prompt for concept in load_concepts(f"{path}#2")] == ["a dog"]
+    with pytest.raises(MimaError, match="no group '3'"):
+        load_concepts(path, group="3")
+    write(path, {1: groups[1]})
+    assert [concept.name for concept in load_concepts(path)] == ["1"]
+    with pytest.raises(MimaError, match="group '1' stands twice"):
+        load_concepts({1: groups[1], "1": groups[2]}, base=tmp_path, group="1")
 
 
 def test_the_only_group_needs_no_name(tmp_path):
@@ -489,6 +557,83 @@ def test_compositions_without_names_are_named_by_their_folders(tmp_path):
     with pytest.raises(MimaError, match=r"2 groups of concepts, say which: cat\+hat, dog\+hat"):
         load_concepts(path)
     assert [c.name for c in load_concepts(f"{path}#dog+hat")] == ["dog", "hat"]
+
+
+def test_compositions_of_the_same_folders_are_numbered(tmp_path):
+    for name in ("cat", "dog"):
+        pictures(tmp_path / name)
+    lists = [
+        [{"instance_prompt": f"{kind} {name}", "instance_data_dir": name} for name in order]
+        for kind, order in (
+            ("photo of a", ("cat", "dog")),
+            ("painting of a", ("cat", "dog")),
+            ("drawing of a", ("dog", "cat")),
+        )
+    ]
+    path = write(tmp_path / "compositions.json", lists)
+    with pytest.raises(MimaError, match=r"3 groups .*: cat\+dog, cat\+dog-2, dog\+cat"):
+        load_concepts(path)
+    for group, kind in (("cat+dog", "photo"), ("cat+dog-2", "painting")):
+        found = load_concepts(path, group=group)
+        assert [(c.name, c.prompt) for c in found] == [
+            ("cat", f"{kind} of a cat"),
+            ("dog", f"{kind} of a dog"),
+        ]
+
+
+# what is told beside a description
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "list", "mapping", "concept", "one of a group"])
+def test_what_is_told_wins_over_a_description(tmp_path, kind):
+    folder = pictures(tmp_path / "cat")
+    animals = pictures(tmp_path / "animals")
+    entry = {"instance_prompt": "a cat", "instance_data_dir": "cat", "class_prompt": "x"}
+    sources = {
+        "folder": folder,
+        "file": lambda: write(tmp_path / "c.yaml", {"images": "cat"}),
+        "list": lambda: write(tmp_path / "c.json", [entry]),
+        "mapping": {"images": str(folder), "prompt": "a dog"},
+        "concept": Concept("cat", "a <new1> dog", folder),
+        "one of a group": lambda: (
+            f"{write(tmp_path / 'g.json', {'a': [entry], 'cat': [entry]})}#cat"
+        ),
+    }
+    source = sources[kind]
+    told = {
+        "prompt": "a <new1> cat",
+        "class_prompt": "an animal",
+        "class_images": str(animals),
+        "token": "<new1>",
+        "initializer": "cat",
+    }
+    (concept,) = load_concepts(source() if callable(source) else source, told=told)
+    assert (concept.name, concept.prompt, concept.initializer) == ("cat", "a <new1> cat", "cat")
+    own = "a <new1> dog" if kind == "concept" else "a <new1> cat"
+    assert {picture.prompt for picture in concept.images} == {own}
+    assert [picture.prompt for picture in concept.class_images] == ["an animal"] * 2
+
+
+def test_the_command_line_says_the_prompt_of_a_file_without_one(tmp_path):
+    folder = pictures(tmp_path / "cat")
+    file = str(write(tmp_path / "c.yaml", {"images": "cat"}))
+    (concept,) = described_concepts([file], {"prompt": "a cat"})
+    assert (concept.prompt, {p.prompt for p in concept.images}) == ("a cat", {"a cat"})
+    message = rf"^--prompt, --class-prompt says .* one concept, {file} {folder} describes 2$"
+    with pytest.raises(MimaError, match=message):
+        described_concepts([file, str(folder)], {"prompt": "a cat", "class_prompt": "x"})
+
+
+def test_an_embedded_concept_may_be_told_something():
+    (fox,) = load_concepts("unseen-fox", told={"class_prompt": "a beast"})
+    assert fox == replace(embedded_concept("unseen-fox"), class_prompt="a beast")
+
+
+def test_what_is_told_is_told_of_one_concept(tmp_path):
+    sources = [pictures(tmp_path / name) for name in ("cat", "dog")]
+    with pytest.raises(MimaError, match="prompt: told of one concept, but 2 are described"):
+        load_concepts(sources, told={"prompt": "x"})
+    assert num_described(sources) == num_described(tmp_path) == 2
 
 
 def test_pictures_that_are_not_there_are_named(tmp_path):

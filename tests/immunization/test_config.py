@@ -361,6 +361,20 @@ def test_a_file_in_the_home_folder_finds_its_concepts(monkeypatch, tmp_path):
     assert [concept.name for concept in found] == ["dog"]
 
 
+def test_every_path_of_a_file_may_start_at_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "model").mkdir(parents=True)
+    (tmp_path / "run.yaml").write_text(
+        "model: ~/model\nconcepts: [unseen-fox]\noutput: ~/out\nerased: ~/erased\n"
+        "immunize: {captions: ~/captions.txt}\n"
+    )
+    run = read_run(tmp_path / "run.yaml")
+    home = tmp_path / "home"
+    assert run.model == str(home / "model")
+    assert (run.output, run.erased) == (home / "out", home / "erased")
+    assert run.immunize.captions == home / "captions.txt"
+
+
 def test_the_recommended_recipe_bounds_what_long_runs_raise():
     def bound(config):
         return config.upper.objective, config.upper.margin
@@ -488,6 +502,24 @@ class Attack:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"Attack: steps must be at least 1, got {self.steps}")
+
+
+@dataclass
+class Attacks:
+    first: Attack = Attack()
+    count: int = 1
+
+
+def test_names_within_settings_are_checked_too():
+    assert checked(Attacks, "attacks", {"first": {"steps": 4}}) == Attacks(Attack(steps=4))
+    for settings, named in (
+        ({"first": {"stpes": 4}}, r"first\.stpes; did you mean 'steps'"),
+        ({"first": {1: 4}}, r"first\.1; Known: lr, steps"),
+        ({1: 2}, "1; Known: count, first"),
+        ({None: 2}, "None; Known: count, first"),
+    ):
+        with pytest.raises(MimaError, match=f"attacks has no setting {named}"):
+            checked(Attacks, "attacks", settings)
 
 
 def test_dataclasses_of_settings_are_checked_alike():

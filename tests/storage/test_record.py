@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -39,6 +40,21 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     assert prompt_of(tmp_path) == "ein Käse"
     write(tmp_path, ["a", "b"])
     assert prompt_of(tmp_path) is None
+
+
+def test_a_path_that_is_no_utf8_is_recorded(tmp_path):
+    model = os.fsdecode(b"caf\xe9/\\model")
+    write_record(
+        *(tmp_path, "adapt"),
+        model=model,
+        opened_with={},
+        concepts=["Käse"],
+        prompts=["ein Käse"],
+        details={"saw": {model: [model]}},
+    )
+    record = read_record(tmp_path)
+    assert (record["model"], record["saw"]) == (model, {model: [model]})
+    assert "ein Käse" in (tmp_path / RECORD_FILE).read_text(encoding="utf-8")
 
 
 def test_a_file_has_no_record(tmp_path):
