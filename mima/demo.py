@@ -295,6 +295,7 @@ def _numbers(evaluation: Evaluation, folder: EvaluationFolder) -> dict[str, Any]
         }
     targets = [concept.name for concept in evaluation.concepts if concept.role == "target"]
     others = [concept.name for concept in evaluation.concepts if concept.role == "other"]
+    benign = [mean for name in others if (mean := summary.sgr[name].mean) is not None]
     over = summary.targets
     alignment = evaluation.benign.prompt_alignment
     erased, immunized = alignment.original, alignment.immunized
@@ -312,7 +313,7 @@ def _numbers(evaluation: Evaluation, folder: EvaluationFolder) -> dict[str, Any]
         "steps_ratio_at_least": over.steps_ratio.at_least,
         "worst_attack": summary.worst_attack.model_dump(),
         "worst_rise": summary.worst_rise.model_dump(),
-        "benign_sgr": float(np.mean([concepts[name]["mean"] for name in others])),
+        "benign_sgr": float(np.mean(benign)) if benign else None,
         "benign_rsgr": summary.mrsgr,
         "sgr": {name: concepts[name]["sgr"] for name in (*targets, *others)},
         "concepts": {name: concepts[name] for name in (*targets, *others)},

@@ -21,8 +21,10 @@ def demo(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Immunize the embedded model against two concepts, attack it, and print what held."""
+    from mima.storage.inputs import expanded
     from mima.storage.output import check_folder
 
+    output = expanded(output)
     check_folder(output, overwrite=overwrite)
 
     from mima.console import stderr, stdout

@@ -152,10 +152,10 @@ def report(
     ] = None,
 ) -> None:
     """Put evaluations on one self-contained page, with every figure beside it."""
-    from mima.storage.inputs import evaluation_file
+    from mima.storage.inputs import evaluation_file, expanded
 
     for folder in folders:
-        evaluation_file(folder)
+        evaluation_file(expanded(folder))
 
     # imports that take seconds, once the arguments are checked
     from mima.console import stdout

@@ -40,12 +40,12 @@ def sample(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Draw pictures."""
-    from mima.storage.inputs import check_adapters
+    from mima.storage.inputs import check_adapters, expanded
     from mima.storage.output import check_file, slug, write_picture
 
     if not prompt.strip():
         raise MimaError("the prompt is empty")
-    path = output or Path(f"{slug(prompt)}.png")
+    path = expanded(output or f"{slug(prompt)}.png")
     kinds = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
     if path.suffix.lower() not in kinds:
         raise MimaError(f"output {path}: expected a file ending in .png, .jpg or .webp")

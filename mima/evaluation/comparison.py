@@ -39,6 +39,7 @@ from mima.evaluation.ledger import (
     claim,
     refuse_other_settings,
 )
+from mima.evaluation.originals import originals_folder
 from mima.evaluation.plan import Plan
 from mima.evaluation.processes import in_parallel, one_by_one, one_thread
 from mima.evaluation.ranks import SharedFolder, join_patiently, over_ranks
@@ -64,6 +65,11 @@ from mima.storage.output import slug
 from mima.training.captions import ordinary_captions
 
 logger = logging.getLogger(__name__)
+
+NO_ATTACK = (
+    "evaluate: no attack on a target is left for lack of material; give concepts that have what "
+    "the settings methods, prompts, images and families ask for"
+)
 
 Progress = Callable[[int, int, str], None]
 """Called with work done, all work, and what was just finished, if anything."""
@@ -145,6 +151,7 @@ def evaluate(
         >>> result = evaluate("model", "immunized", ["cat"], output="results", others=["dog"])
         >>> result.summary["clip"].worst_attack.sgr
     """
+    kept = originals_folder(originals)
     asked = _asked(concepts, others, preset, settings, similarities)
     config, sampler, by_slug, roles = (
         asked[name] for name in ("config", "sampler", "concepts", "roles")
@@ -177,13 +184,15 @@ def evaluate(
         folder=folder,
         device=device,
         prompts=prompts,
-        originals=None if originals is None else resolved(expanded(originals)),
+        originals=kept,
     )
+    targets, rest = bench.with_role("target"), bench.with_role("other")
+    grid = attack_grid(config, targets, rest)
+    if not any(attack.role == "target" for attack in grid):
+        raise MimaError(NO_ATTACK)
     with one_thread(processes > 1):
         worker = Worker(bench)
     _check_alike(*(worker.pipelines[side] for side in SIDES))
-    targets, rest = bench.with_role("target"), bench.with_role("other")
-    grid = attack_grid(config, targets, rest)
     if any(attack.outside for attack in grid) and not worker.common_parameters():
         logger.warning("families outside: immunization changed every parameter; left out")
         grid = [attack for attack in grid if not attack.outside]
@@ -329,6 +338,7 @@ def attack_original(
     Raises:
         MimaError: the model, a concept, a setting or the folder cannot be used.
     """
+    kept = originals_folder(originals)
     asked = _asked(concepts, others, preset, settings, similarities)
     with tempfile.TemporaryDirectory() as work:
         bench = Bench(
@@ -338,7 +348,7 @@ def attack_original(
             folder=EvaluationFolder(Path(work)),
             device=str(device_of(device)),
             prompts=(),
-            originals=resolved(expanded(originals)),
+            originals=kept,
         )
         bench.write_references()
         worker = Worker(bench)

@@ -120,7 +120,7 @@ class Ledger:
         self.points.sort(key=lambda point: order[point.attack])
         self.folder.write_rows(self.rows, self.points)
         old = self.evaluation
-        summary = {s: summarize(self.rows, old.concepts, s) for s in old.similarities}
+        summary = {s: summarize(self.rows, old.concepts, s, self.points) for s in old.similarities}
         others = [concept.name for concept in old.concepts if concept.role == "other"]
         primary = summary[old.similarities[0]].sgr
         adaptability = {name: primary[name].mean for name in others}

@@ -19,9 +19,27 @@ from typing import Any
 from mima._version import installed_versions
 from mima.errors import MimaError, one_line
 from mima.storage.atomic import reason_of
+from mima.storage.inputs import expanded, resolved
 from mima.storage.plain_data import read_json
 
 CONTENT = "entry.json"
+
+
+def originals_folder(path: str | Path | None) -> Path | None:
+    """Where what attacks show on an original model is kept; None where it is not.
+
+    Raises:
+        MimaError: no folder can be there.
+    """
+    if path is None:
+        return None
+    folder = resolved(expanded(path))
+    place = folder
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise MimaError(f"originals {path}: {place} is no folder")
+    return folder
 
 
 class Originals:

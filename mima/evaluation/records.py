@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from mima.choices import MOST, Method, PictureProtocol
 from mima.errors import MimaError, one_line
 from mima.evaluation.metrics import GapCurve, IntervalKind
-from mima.storage.inputs import evaluation_file
+from mima.storage.inputs import evaluation_file, expanded
 from mima.storage.names import EVALUATION_FILE
 from mima.storage.output import LONGEST_NAME, write_whole
 
@@ -158,8 +158,10 @@ class Tally(_Record):
     """Attacks that taught the original model the concept and after which the immunized model's
     pictures are less like it than before: SGR counts what broke there as immunity."""
     beyond: int = 0
-    """Attacks with a mean SGR above 1, more than there was to lose, or below −1: it was divided by
-    a similarity near 0, which the attack left on the original model, too."""
+    """Attacks with a mean SGR above 2 or below −1: it was divided by a similarity of the original
+    model's pictures that is small beside that of the immunized model's."""
+    below_zero: int = 0
+    """Other attacks with a mean SGR above 1: the immunized model's similarity is below 0."""
     known_before: tuple[str, ...] = ()
     """Concepts that the immunized model shows before any attack: nearer to them than the original
     model by what counts as learning. An attack has little to add to these."""
@@ -178,7 +180,12 @@ class SimilaritySummary(_Record):
     worst_rise: WorstRise = WorstRise(rise_left=None, attack=None)
     worst_concept: WorstConcept
     mrsgr: float | None
-    """MSGR minus the mean SGR of the others; None without any."""
+    """MSGR minus the mean SGR of the others; None without any that counts."""
+    others: int = 0
+    """Attacks on others that were measured."""
+    untold: int = 0
+    """Those of them that do not count: after them, the original model's pictures are hardly like
+    the concept, and a ratio to that says nothing; see `mima.evaluation.summary.summarize`."""
     objects: ScorePair = ScorePair()
     """Share of the pictures after attacks on targets whose object this model names rightly; None
     where it embeds no texts."""
@@ -214,7 +221,8 @@ class Benign(_Record):
     cmmd: float | None = None
     """Distance between both models' pictures of ordinary prompts; 0 is none."""
     adaptability: dict[str, float | None] = Field(default_factory=dict)
-    """SGR of the concepts that were not immunized against; near 0 wanted."""
+    """SGR of the concepts that were not immunized against; near 0 wanted. None where no attack on
+    one counts, see `SimilaritySummary.untold`."""
 
 
 class Evaluation(_Record):
@@ -465,7 +473,7 @@ class EvaluationFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = expanded(path)
 
     def exists(self) -> bool:
         """Whether an evaluation has been here."""

@@ -265,7 +265,7 @@ class Report:
             curves = run.curves_of(chosen, similarity)
             if not curves:
                 continue
-            model = run.evaluation.models.original
+            model = run.original
             if model not in originals:
                 label = "original" if not originals else f"original {len(originals) + 1}"
                 lines.append(_line(curves, 0, label, ORIGINAL, "X"))
@@ -326,8 +326,8 @@ class Report:
             sides: list[tuple[Side, str, str]] = [
                 ("immunized", self._label(run, "Immunized"), f"run-{run.index}")
             ]
-            if run.evaluation.models.original not in originals:
-                originals.add(run.evaluation.models.original)
+            if run.original not in originals:
+                originals.add(run.original)
                 sides.insert(0, ("original", "Original", "original"))
             for step in _thinned(sorted(curve), MAX_FRAMES):
                 for side, label, kind in sides:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ CEILING = "#6B6B6B"
 INK = "#1F2328"
 MUTED = "#656D76"
 RULE = "#D8DEE4"
+
+# what people name things may hold characters that no XML file may
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -217,8 +221,9 @@ def save_figure(figure: Figure, path: Path) -> str:
         svg = StringIO()
         figure.savefig(svg, format="svg", facecolor="white", metadata={"Date": None})
         figure.savefig(path.with_name(f"{path.name}.png"), dpi=160, facecolor="white")
-    path.with_name(f"{path.name}.svg").write_text(svg.getvalue(), encoding="utf-8")
-    return svg.getvalue()
+    text = _NOT_XML.sub("\ufffd", svg.getvalue())
+    path.with_name(f"{path.name}.svg").write_text(text, encoding="utf-8")
+    return text
 
 
 def _apart(values: Sequence[float], gap: float) -> list[float]:

@@ -124,6 +124,7 @@ def _render(report: Report) -> str:
         "ratio": wording.ratio,
         "steps_to_half": wording.steps_to_half,
         "interval": wording.interval_words,
+        "untold": wording.untold_sentences,
         "method": wording.method_name,
     }
     colours = {name: (pair[0].lower(), pair[1]) for name, pair in _COLOURS.items()}

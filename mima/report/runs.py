@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mima.errors import MimaError, counted, told_apart
+from mima.errors import MimaError, counted, quoted, told_apart
 from mima.evaluation.metrics import has_learned
 from mima.evaluation.records import SIDES, AttackRow, Evaluation, EvaluationFolder
 from mima.report.figures import RUN_COLOURS
 from mima.report.wording import PICTURES, PREPARATIONS, VARIANTS
+from mima.storage.names import EVALUATION_FILE
 
 _MARKERS = "osD^v"
 _SETTINGS_OF_ATTACKS = {
@@ -83,6 +84,19 @@ class Run:
         self.attacks = folder.attacks()
         if self.evaluation.complete and not self.attacks:
             raise MimaError(f"report: {folder.path} holds no attacks of a complete evaluation")
+        if not self.evaluation.similarities:
+            raise MimaError(f"report: {folder.path} names no similarities")
+        concepts = [concept.name for concept in self.evaluation.concepts]
+        for row in self.attacks:
+            for key, name, known in (
+                ("similarity", row.similarity, self.evaluation.similarities),
+                ("concept", row.concept, concepts),
+            ):
+                if name not in known:
+                    raise MimaError(
+                        f"report: {folder.path} holds attacks with the {key} {quoted(name)}, "
+                        f"which its {EVALUATION_FILE} does not name"
+                    )
         named = [("an attack", row.attack) for row in self.attacks]
         named += [("a concept's folder", concept.slug) for concept in self.evaluation.concepts]
         for what, name in named:
@@ -98,6 +112,16 @@ class Run:
         self.by_setting: dict[tuple[Setting, str], list[AttackRow]] = {}
         for row in self.attacks:
             self.by_setting.setdefault((setting(row), row.similarity), []).append(row)
+
+    @property
+    def original(self) -> str:
+        """What tells an original model from others: its weights, or its name where none are known.
+
+        The same weights may be under two paths, and others under one path.
+        """
+        weights = self.evaluation.config.get("weights")
+        known = weights.get("original") if isinstance(weights, dict) else None
+        return self.evaluation.models.original if known is None else str(known)
 
     def judge(self, similarity: str) -> str | None:
         """What tells a judge from others of its name; None where the run does not say."""

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING
 
 from mima.errors import counted
 from mima.evaluation.records import Evaluation, Gap
-from mima.report.wording import interval_words, method_name, number, ratio, steps_to_half
+from mima.report.wording import (
+    count_sentences,
+    interval_words,
+    method_name,
+    number,
+    ratio,
+    steps_to_half,
+    untold_sentences,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,8 +38,8 @@ def summary_table(evaluation: Evaluation) -> Table:
             "model."
         ),
     )
-    table.add_column("concept", overflow="fold")
-    table.add_column("method", no_wrap=True)
+    table.add_column("concept", overflow="fold", min_width=10)
+    table.add_column("method")
     for name in (
         "SGR\nbefore",
         "SGR\nmean",
@@ -74,11 +82,12 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
     """For each similarity, the attacks that got furthest and the mean with its interval."""
     lines = []
     for label, summary in evaluation.summary.items():
-        worst, rise = summary.worst_attack, summary.worst_rise
+        worst, rise, counts = summary.worst_attack, summary.worst_rise, summary.tally
+        told = [*count_sentences(counts), *untold_sentences(summary)]
         if worst.sgr is None:
             lines.append(f"{label}: no attack could be compared")
+            lines += [f"{label}: {sentence}" for sentence in told]
             continue
-        counts = summary.tally
         unknown = [
             concept.name
             for concept in evaluation.concepts
@@ -91,13 +100,7 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
                 f"{label}: no attack taught either model anything: nothing was measured; train "
                 "longer, or at a higher rate"
             )
-        for count, what in (
-            (counts.diverged, "diverged on a model and count as not tried"),
-            (counts.beyond, "have an SGR above 1 or below −1, divided by a similarity near 0"),
-            (counts.led_away, "broke the immunized model's pictures, which SGR counts as immunity"),
-        ):
-            if count:
-                lines.append(f"{label}: {count} of {counted(counts.attacks, 'attack')} {what}")
+        lines += [f"{label}: {sentence}" for sentence in told]
         if counts.known_before:
             lines.append(
                 f"{label}: the immunized model shows {', '.join(counts.known_before)} before any "

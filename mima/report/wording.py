@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from mima.evaluation.records import Interval, Ratio
+from mima.errors import counted
+from mima.evaluation.records import Interval, Ratio, SimilaritySummary, Tally
+from mima.evaluation.summary import FAR, TOLD
 
 METHODS = {
     "lora": "LoRA",
@@ -100,3 +102,47 @@ def setting_text(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(setting_text, value)) or "none"
     return "none" if value is None else str(value)
+
+
+def count_sentences(counts: Tally) -> list[str]:
+    """What became of attacks on targets that a mean does not show, by one judge."""
+    every = counted(counts.attacks, "attack")
+    failed = counts.attacks - counts.taught - counts.diverged
+    found = (
+        (
+            counts.led_away,
+            "led the immunized model's pictures away from the concept: training broke them. SGR "
+            "counts that as immunity, the mean rise as 0\u00a0%.",
+        ),
+        (
+            counts.below_zero,
+            "came to an SGR above 1: the immunized model's similarity is below 0, as pictures of "
+            "something else have it.",
+        ),
+        (
+            counts.beyond,
+            f"came to an SGR above {FAR:g} or below −1: it is divided by the original model's "
+            "similarity, which is small there. Such a ratio says little, and moves MSGR far.",
+        ),
+        (
+            counts.diverged,
+            "diverged on a model and count as not tried: an attacker would take a lower rate.",
+        ),
+        (
+            failed,
+            "taught neither model anything: they say little, and none of them counts as the one "
+            "that got furthest, but MSGR counts them.",
+        ),
+    )
+    return [f"{count} of {every} on immunized concepts {what}" for count, what in found if count]
+
+
+def untold_sentences(summary: SimilaritySummary) -> list[str]:
+    """Which attacks on other concepts their SGR and MRSGR leave out."""
+    if not summary.untold:
+        return []
+    return [
+        f"{summary.untold} of {counted(summary.others, 'attack')} on other concepts left the "
+        f"original model's pictures below a similarity of {TOLD:g} to the concept: SGR of other "
+        "concepts and MRSGR leave them out."
+    ]

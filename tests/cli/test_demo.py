@@ -4,8 +4,10 @@ import os
 from pathlib import Path
 
 from support.commands import run
+from support.evaluations import write_evaluation
 
 from mima.errors import MimaError
+from mima.storage.inputs import expanded
 
 
 def test_bad_demos(workdir):
@@ -25,6 +27,19 @@ def test_the_demo_says_first_what_it_will_do(workdir, monkeypatch):
     said, _, error = run("demo", "--quick", "-o", "out", code=2).partition("error: ")
     assert "about two minutes; results in out" in said
     assert error == "enough"
+
+
+def test_the_demo_reads_its_results_where_it_wrote_them(workdir, monkeypatch):
+    home = workdir / "home"
+    monkeypatch.setenv("HOME", str(home))
+
+    def write(output: Path, **_: object) -> None:
+        write_evaluation(expanded(output) / "evaluation")
+
+    monkeypatch.setattr("mima.demo.run_demo", write)
+    said = run("demo", "--quick", "--output=~/demo")
+    assert f"pictures, curves and all numbers: {home / 'demo'}" in said
+    assert not Path("~").exists()
 
 
 def test_threads_of_commands_sleep_while_they_wait_unless_told_otherwise(workdir, monkeypatch):

@@ -86,3 +86,13 @@ def test_bad_erasures(workdir, model):
     output = run("erase", "cat", "-o", "x", "--technique", "tonsor", "--model", model, code=2)
     assert "tonsor" in output
     assert not Path("x").exists()
+
+
+def test_a_home_that_the_shell_leaves_alone_is_expanded(workdir, model, monkeypatch):
+    """As in --output=~/x, which bash passes on as it is."""
+    monkeypatch.setenv("HOME", str(workdir / "home"))
+    run("erase", "cat", "--model", model, "--output=~/x")
+    assert (workdir / "home" / "x" / "mima.json").is_file()
+    assert not Path("~").exists()
+    # what is there is seen before any work
+    assert "is not empty" in run("erase", "cat", "--model", model, "--output=~/x", code=2)

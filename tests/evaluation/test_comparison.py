@@ -21,7 +21,7 @@ from mima.evaluation import Sampler, cmmd, evaluate, load_encoder
 from mima.evaluation.comparison import _check_alike
 from mima.evaluation.estimate import Estimate
 from mima.evaluation.grid import PRESETS, attack_grid, grid_config, material
-from mima.evaluation.records import AttackRow, ConceptRecord, EvaluationFolder
+from mima.evaluation.records import AttackRow, ConceptRecord, CurvePoint, EvaluationFolder
 from mima.evaluation.summary import paired_difference, summarize
 from mima.evaluation.trajectory import score, trajectory
 from mima.families import ModelSource
@@ -505,9 +505,10 @@ def test_rises_are_means_over_what_has_them_and_bounds_stay_bounds():
     ]
     summary = summarize(rows, CONCEPTS, "clip")
     rise, ratio = summary.targets.rise_left, summary.targets.steps_ratio
-    # seed 1 has none for b: the seed that both have
-    assert (rise.mean, rise.runs) == (pytest.approx(0.7), 1)
-    assert (ratio.mean, ratio.at_least) == (5.0, True)
+    # seed 1 has none for b: the mean of 0.4 and 0.9, and no interval
+    assert rise.mean == pytest.approx(0.65)
+    assert (rise.low, rise.high, rise.runs) == (None, None, 0)
+    assert (ratio.mean, ratio.at_least) == (5.5, True)
     # what never came counts with the last of its steps, of which there is one
     half = summary.targets.steps_to_half
     assert (half.original, half.immunized) == (0.3125, 0.875)
@@ -521,12 +522,46 @@ def test_rises_are_means_over_what_has_them_and_bounds_stay_bounds():
     assert summary.sgr["c"].rise_left.mean is None
 
 
-def test_relative_gaps_are_of_the_seeds_that_the_mean_is_of():
+def test_a_mean_drops_no_seed_that_another_concept_lacks():
     rows = [row("a", 0, 0.2), row("a", 1, 0.4), row("b", 0, 0.4), row("b", 1, None, learned=False)]
     others = [row("c", seed, 0.1, role="other") for seed in (0, 1)]
     summary = summarize([*rows, *others], CONCEPTS, "clip")
-    assert summary.msgr.mean == pytest.approx(0.3)
-    assert summary.mrsgr == pytest.approx(0.2)
+    assert summary.msgr.mean == pytest.approx(0.35)
+    assert (summary.msgr.low, summary.msgr.kind) == (None, None)
+    assert summary.mrsgr == pytest.approx(0.25)
+    # b held at seed 0 alone, and a fell at seeds 1 and 2
+    rises = [row("a", seed, 0.1, rise_left=value) for seed, value in enumerate((0.1, 1.0, 1.0))]
+    rises += [row("b", 0, 0.1, rise_left=0.1), row("b", 1, 0.0, learned=False)]
+    assert summarize(rises, CONCEPTS, "clip").targets.rise_left.mean == pytest.approx(0.4)
+
+
+def test_other_concepts_that_the_original_does_not_draw_say_nothing():
+    def ends(one, original):
+        return [
+            CurvePoint(attack=one.attack, similarity="clip", step=step, original=value,
+                       immunized=0.3, sgr=0.0, rise_left=None)
+            for step, value in ((4, original), (0, 0.9), (2, 0.9))
+        ]  # fmt: skip
+
+    flat = row("c", 0, -15.0, role="other", learned=False)
+    faint = row("c", 1, -3.0, role="other", learned=True)
+    taught = row("c", 2, 0.1, role="other")
+    drawn = row("d", 0, 0.2, role="other", learned=False)
+    rows = [row("a", 0, 0.4), flat, faint, taught, drawn]
+    points = [
+        *ends(rows[0], 0.01), *ends(flat, 0.0), *ends(faint, 0.2), *ends(taught, 0.5),
+        *ends(drawn, 0.25),
+    ]  # fmt: skip
+    summary = summarize(rows, CONCEPTS, "clip", points)
+    assert summary.sgr["c"].mean == summary.sgr["c"].methods["lora"].mean == pytest.approx(0.1)
+    # a concept that was drawn before any attack, and still is
+    assert summary.sgr["d"].mean == pytest.approx(0.2)
+    assert summary.mrsgr == pytest.approx(0.4 - 0.15)
+    assert (summary.others, summary.untold) == (4, 2)
+    # of a target, every attack counts
+    assert summary.sgr["a"].mean == pytest.approx(0.4)
+    none = summarize([rows[0], flat], CONCEPTS, "clip", points)
+    assert none.mrsgr is none.sgr["c"].mean is none.sgr["c"].methods["lora"].mean is None
 
 
 def test_attacks_are_counted_by_what_became_of_them():
@@ -547,6 +582,11 @@ def test_attacks_are_counted_by_what_became_of_them():
     # a similarity near 0 moves SGR either way
     below = [row("b", 0, -3.0, learned=False, before_original=0.01, before_immunized=0.04)]
     assert summarize(below, CONCEPTS, "clip").tally.beyond == 1
+    # that of the immunized model alone is another thing
+    assert counts.below_zero == 0
+    gone = [row("b", 0, value) for value in (1.0, 1.1, 2.0)]
+    gone_ = summarize(gone, CONCEPTS, "clip").tally
+    assert (gone_.beyond, gone_.below_zero) == (0, 2)
     assert counts.known_to_original == ()
     erased = [row("b", 0, 0.7, before_original=0.6, before_immunized=0.2)]
     assert summarize(erased, CONCEPTS, "clip").tally.known_to_original == ("b",)
@@ -630,3 +670,16 @@ def test_differences_are_paired_attack_by_attack():
     assert (difference.mean, difference.runs, difference.kind) == (pytest.approx(0.05), 6, "t")
     assert difference.low == pytest.approx(difference.high) == pytest.approx(0.05)
     assert paired_difference(better, []).mean is None
+
+
+def test_a_grid_without_any_attack_is_refused(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("mima.evaluation.worker.load_pipeline", None)
+    settings = GRID | {"images": ("other",)}
+    red = dataclasses.replace(tiny.concept("red", "round"), held_out=())
+    with pytest.raises(MimaError, match="no attack on a target is left for lack of material"):
+        evaluate(
+            ModelSource(folders / "original"), folders / "immunized",
+            [red], output=tmp_path / "out", others=[tiny.concept("blue", "square")],
+            settings=settings, similarities=[folders / "clip"], processes=1,
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()

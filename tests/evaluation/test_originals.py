@@ -153,3 +153,17 @@ def test_a_process_beside_the_main_one(folders, tmp_path):
         raise KeyError
     with pytest.raises(MimaError, match="status -9"), beside(signal.raise_signal, signal.SIGKILL):
         pass
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["file", "below-a-file"])
+def test_a_file_in_the_folders_place_is_refused_before_any_work(
+    folders, tmp_path, monkeypatch, inside
+):
+    monkeypatch.setattr("mima.evaluation.worker.load_pipeline", None)
+    (tmp_path / "file").write_text("")
+    originals = tmp_path / "file" / "x" if inside else tmp_path / "file"
+    with pytest.raises(MimaError, match=r"originals .*: .*file is no folder"):
+        run(folders, "one", tmp_path / "out", originals)
+    with pytest.raises(MimaError, match=r"originals .*: .*file is no folder"):
+        attack_original(folders / "original", [tiny.concept("red", "round")], originals=originals)
+    assert not (tmp_path / "out").exists()

@@ -477,8 +477,9 @@ def test_what_flatters_is_said(small, tmp_path):
     lost = mine.model_copy(update={"attack": "x", "sgr_mean": None, "learned": False,
                                    "learned_immunized": False, "rise_left_best": None})  # fmt: skip
     _, text = told(source, tmp_path / "away", [away, lost, other])
-    assert "In 1 of 2 the immunized model's pictures end less like the concept" in text
-    assert "The SGR of 1 of 2 is above 1 or below −1, divided by a similarity near 0" in text
+    assert "1 of 2 attacks on immunized concepts led the immunized model's pictures away" in text
+    assert "1 of 2 attacks on immunized concepts came to an SGR above 2 or below −1" in text
+    assert "similarity is below 0" not in text
     assert "1 of 2 attacks on immunized concepts diverged on a model and count as not" in text
     assert "taught neither model anything" not in text
     # an SGR of nothing says nothing, what was added does
@@ -486,6 +487,227 @@ def test_what_flatters_is_said(small, tmp_path):
         nothing = mine.model_copy(update={"sgr_mean": 0.0, "rise_left_best": rise})
         title, _ = told(source, tmp_path / f"nothing{rise}", [nothing, other])
         assert said in title
+
+
+def test_a_gap_above_one_is_no_division_by_little(small, tmp_path):
+    source = EvaluationFolder(small)
+    mine, other = source.attacks()
+    below = mine.model_copy(update={"sgr_mean": 1.1})
+    _, text = told(source, tmp_path / "below", [below, other])
+    said = "1 of 1 attack on immunized concepts came to an SGR above 1: the immunized model's"
+    assert said in text
+    assert "is small there" not in text
+    # what was there before is no part of the gap after
+    before = mine.model_copy(update={"sgr_before": 0.79})
+    _, text = told(source, tmp_path / "before", [before, other])
+    assert "Before any attack it is already 0.79." in text
+    assert "of it was there" not in text
+
+
+def test_pages_of_several_runs_warn_as_pages_of_one_do(tmp_path):
+    changes = {
+        "away": {"rise_left": -1.5, "objects_original": 0.8, "objects_immunized": 0.2},
+        "beyond": {"sgr_mean": -3.0},
+        "below": {"sgr_mean": 1.1},
+        "alone": {"learned": False, "learned_immunized": True},
+    }
+    lost = {"sgr_mean": None, "learned": False, "learned_immunized": False, "rise_left_best": None}
+    paths = []
+    for name, change in changes.items():
+        folder = EvaluationFolder(write_evaluation(tmp_path / name, name=name, **SMALL))
+        mine, other = folder.attacks()
+        rows = [mine.model_copy(update=change), mine.model_copy(update=lost | {"attack": "x"})]
+        folder.write_rows([*rows, other], folder.curves())
+        paths.append(folder.path)
+    text = Page(write_report(paths, tmp_path / "page.html")).text
+    for name, words in (
+        ("away", "led the immunized model's pictures away from the concept"),
+        ("beyond", "came to an SGR above 2 or below −1"),
+        ("below", "came to an SGR above 1: the immunized model's similarity is below 0"),
+        *((name, "diverged on a model and count as not tried") for name in changes),
+    ):
+        assert f"{name}: 1 of 2 attacks on immunized concepts {words}" in text
+    assert "away: After the attacks an encoder names the right object in 20 % of" in text
+    assert "below: Whether the attacked models' pictures are whole was not measured" in text
+    assert "alone: 1 of 2 taught the immunized model a concept and the original none." in text
+
+
+def compared_runs(root, rows_of, judges=("clip",)):
+    """Title and text of a page about runs, each with other rows, made by a function of the row."""
+    paths = []
+    for name, changed in rows_of.items():
+        path = write_evaluation(root / name, name=name, **SMALL | {"similarities": judges})
+        folder = EvaluationFolder(path)
+        rows = [row.model_copy(update=changed(row)) for row in folder.attacks()]
+        evaluation = folder.evaluation()
+        summary = {judge: summarize(rows, evaluation.concepts, judge) for judge in judges}
+        folder.write_evaluation(evaluation.model_copy(update={"summary": summary}))
+        folder.write_rows(rows, folder.curves())
+        paths.append(path)
+    page = Page(write_report(paths, root / "page.html") if len(paths) > 1 else
+                write_report(paths))  # fmt: skip
+    return re.findall("<h1>(.*?)</h1>", page.source)[0], page.text
+
+
+KNEW = {"before_original": 0.2, "before_immunized": 0.6, "rise_left_best": 0.1, "sgr_mean": 0.2}
+HOLDS = {"rise_left_best": 0.4, "sgr_mean": 0.3}
+BEATEN = {"rise_left_best": 0.1, "sgr_mean": -0.2}
+
+
+def test_a_run_that_was_beaten_or_knew_the_concept_is_not_ranked(tmp_path):
+    runs = {"beaten": BEATEN, "holds": HOLDS, "knew": KNEW}
+    title, text = compared_runs(
+        tmp_path / "all", {name: lambda row, c=changes: c for name, changes in runs.items()}
+    )
+    assert title == "holds withstands the attack that gets furthest best"
+    assert "holds holds most by clip" in text
+    left = "beaten (an attack got through), knew (it showed a concept before any attack)"
+    assert f"Not ranked by clip: {left}." in text
+    for names, said in (
+        ("beaten beaten", "At least one attack got through in every run"),
+        ("beaten knew", "In every run an attack got through, or the model showed a concept"),
+        ("knew knew", "In every run the immunized model shows a concept before any attack"),
+    ):
+        chosen = {f"run {n}": runs[name] for n, name in enumerate(names.split())}
+        title, text = compared_runs(
+            tmp_path / names, {name: lambda row, c=changes: c for name, changes in chosen.items()}
+        )
+        assert title.startswith(said)
+        assert "holds most" not in text
+
+
+def test_a_judge_by_which_every_run_was_beaten_names_none_that_holds_most(tmp_path):
+    def rows(rise):
+        return lambda row: {"sgr_mean": 0.3, "rise_left_best": 0.95 if row.similarity == "dino"
+                            else rise}  # fmt: skip
+
+    title, text = compared_runs(tmp_path, {"a": rows(0.2), "b": rows(0.3)}, ("clip", "dino"))
+    assert title == "a withstands the attack that gets furthest best by clip, none by dino"
+    assert "By dino" not in text
+
+
+NOTHING = {"learned": False, "learned_immunized": False, "rise_left_best": None}
+
+
+@pytest.mark.parametrize("runs", ["a", "ab"])
+def test_a_judge_that_saw_nothing_leaves_the_headline_to_the_next(tmp_path, runs):
+    def rows(row):
+        return NOTHING if row.similarity == "clip" else {"rise_left_best": 1.2, "sgr_mean": 0.2}
+
+    title, text = compared_runs(tmp_path, dict.fromkeys(runs, rows), ("clip", "dino"))
+    if len(runs) == 1:
+        assert title == "At least one attack got through, by dino"
+        assert "So far by dino. By clip no attack taught either model anything." in text
+    else:
+        assert title == "At least one attack got through in every run, by dino"
+        assert "a: furthest attack 120 % of the rise" in text
+    title, _ = compared_runs(
+        tmp_path / "nothing", dict.fromkeys(runs, lambda row: NOTHING), ("clip", "dino")
+    )
+    assert title == (
+        "No attack taught either model anything: nothing was measured"
+        if len(runs) == 1
+        else "No attack could be compared"
+    )
+
+
+def test_runs_without_a_common_attack_by_one_judge_are_compared_by_the_next(tmp_path):
+    def rows(blind):
+        return lambda row: NOTHING if (row.similarity, blind) == ("clip", True) else HOLDS
+
+    title, text = compared_runs(tmp_path, {"a": rows(True), "b": rows(False)}, ("clip", "dino"))
+    assert title == "a withstands the attack that gets furthest best by dino"
+    assert "no attack in common" not in text
+
+
+def test_other_concepts_that_are_left_out_are_said(small, tmp_path):
+    source = EvaluationFolder(small)
+    rows, concepts = source.attacks(), source.evaluation().concepts
+    flat = [p.model_copy(update={"original": 0.01}) if p.attack.startswith("owl") else p
+            for p in source.curves()]  # fmt: skip
+    summary = summarize(rows, concepts, "clip", flat)
+    paths = []
+    for name in "ab":
+        changed = EvaluationFolder(tmp_path / name)
+        evaluation = source.evaluation().model_copy(update={"summary": {"clip": summary}})
+        changed.write_evaluation(evaluation.model_copy(update={"name": name}))
+        changed.write_rows(rows, flat)
+        paths.append(changed.path)
+    said = "1 of 1 attack on other concepts left the original model's pictures below a similarity"
+    text = Page(write_report(paths[:1])).text
+    assert "No attack on another concept says anything." in text
+    assert text.count(said) == 2
+    text = Page(write_report(paths, tmp_path / "page.html")).text
+    assert f"b: {said}" in text
+    assert said not in Page(write_report([small], tmp_path / "small.html")).text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"similarities": ("other",)}, "holds attacks with the similarity 'clip', which its"),
+        ({"similarities": ()}, "names no similarities"),
+        ({"concepts": ()}, "holds attacks with the concept 'tiger', which its evaluation.json"),
+    ],
+)
+def test_tables_of_another_evaluation_are_named(small, tmp_path, changes, message):
+    source, other = EvaluationFolder(small), EvaluationFolder(tmp_path / "run")
+    other.write_evaluation(source.evaluation().model_copy(update=changes))
+    other.write_rows(source.attacks(), source.curves())
+    with pytest.raises(MimaError, match=message):
+        write_report([other.path])
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_names_that_no_figure_can_hold_are_drawn_all_the_same(small, tmp_path):
+    """A control character is in no XML file; the page says the name as it is."""
+    concepts = [("ti\x02ger\uffff", "target", "a tiger")]
+    paths = [
+        write_evaluation(tmp_path / n, name=f"{n}\x01", concepts=concepts, **SMALL) for n in "ab"
+    ]
+    page = Page(write_report(paths, tmp_path / "page.html"))
+    drawn = list((tmp_path / "page-figures").glob("*.svg"))
+    assert len(drawn) == 3
+    assert all("\ufffd" in "".join(ET.parse(path).getroot().itertext()) for path in drawn)
+    assert "a\x01" in "".join(page.texts)
+
+
+def test_original_models_are_told_apart_by_their_weights(tmp_path):
+    def labels(name, *originals):
+        paths = [
+            write_evaluation(
+                tmp_path / name / str(n), name=f"run {n}", **SMALL,
+                models={"original": path, "immunized": "x"},
+                **({} if weights is None else {"config": {"weights": {"original": weights}}}),
+            )
+            for n, (path, weights) in enumerate(originals)
+        ]  # fmt: skip
+        page = Page(write_report(paths, tmp_path / name / "page.html"))
+        told = [s.get("aria-label", "") for s in page.all("svg")]
+        (curve,) = (label for label in told if "tiger, LoRA" in label)
+        pictures = {image["alt"] for image in page.all("img")}
+        steps = [alt for alt in pictures if alt.startswith("Original, step 25, picture 1")]
+        assert len(steps) == 1
+        shown = page.source.count('<img src="data') and page.source.count(
+            'alt="Original, step 25, picture 1"'
+        )
+        return curve.count("original from"), curve.count("original 2 from"), shown
+
+    # two cards, of tiger and of owl, show the original's pictures
+    assert labels("same", ("a", "1"), ("b", "1")) == (1, 0, 2)
+    assert labels("other", ("a", "1"), ("a", "2")) == (1, 1, 4)
+    assert labels("unknown", ("a", None), ("b", None)) == (1, 1, 4)
+
+
+def test_a_home_is_expanded(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "ev").symlink_to(small)
+    monkeypatch.chdir(tmp_path)
+    assert write_report(["~/ev"], "~/page.html") == tmp_path / "page.html"
+    result = CliRunner().invoke(app, ["report", "~/ev", "-o", "~/second.html"])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "second.html").is_file()
+    assert EvaluationFolder("~/ev").exists()
 
 
 def test_a_judge_that_reads_no_texts_leaves_broken_pictures_to_another(tmp_path):

@@ -66,3 +66,51 @@ def test_bounds_objects_and_what_is_unknown_are_said(tmp_path):
     console = Console(width=120, record=True)
     console.print(summary_table(found))
     assert "≥\u00a02.00" in console.export_text()
+
+
+def test_a_narrow_terminal_keeps_the_concepts(tmp_path):
+    methods = ("custom-diffusion", "dreambooth-lora", "textual-inversion")
+    bound = {"steps_ratio": 12.5, "steps_ratio_at_least": True, "half_immunized": None}
+    path = write_evaluation(tmp_path / "run", adaptations=methods, recorded=bound)
+    console = Console(width=80, record=True)
+    console.print(summary_table(EvaluationFolder(path).evaluation()))
+    text = console.export_text()
+    for word in ("concept", "tiger", "owl", "Custom", "Diffusion", "their MSGR", "≥\u00a012.5"):
+        assert word in text
+
+
+def test_what_became_of_attacks_is_said_though_none_could_be_compared(tmp_path):
+    lost = dict.fromkeys(("sgr_mean", "sgr_final", "sgr_max", "rise_left", "rise_left_best"))
+    nothing = lost | {"learned": False, "learned_immunized": False}
+    text = "\n".join(summary_lines(changed(tmp_path / "run", lambda row: nothing)))
+    assert "clip: no attack could be compared" in text
+    assert "clip: 2 of 2 attacks on immunized concepts diverged on a model and count as not" in text
+
+
+def test_attacks_with_gaps_beyond_one_are_told_apart(tmp_path):
+    found = changed(
+        tmp_path / "run", lambda row: {"sgr_mean": 1.1 if row.concept == "tiger" else -4.0}
+    )
+    text = "\n".join(summary_lines(found))
+    every = "clip: 1 of 2 attacks on immunized concepts came to an SGR above"
+    assert f"{every} 1: the immunized model's similarity is below 0" in text
+    assert f"{every} 2 or below −1: it is divided by the original model's similarity" in text
+
+
+def test_other_concepts_that_are_left_out_are_said(tmp_path):
+    folder = EvaluationFolder(write_evaluation(tmp_path / "run", similarities=("clip",)))
+    evaluation, rows = folder.evaluation(), folder.attacks()
+    flat = [p.model_copy(update={"original": 0.01}) if p.attack.startswith("owl_lora") else p
+            for p in folder.curves()]  # fmt: skip
+    for points, words in ((folder.curves(), None), (flat, "3 of 6 attacks on other concepts")):
+        summary = {"clip": summarize(rows, evaluation.concepts, "clip", points)}
+        told = evaluation.model_copy(update={"summary": summary})
+        said = [line for line in summary_lines(told) if "on other concepts" in line]
+        assert len(said) == (words is not None)
+        assert all(line.startswith(f"clip: {words} left the original") for line in said)
+    console = Console(width=120, record=True)
+    console.print(summary_table(told))
+    (row,) = (
+        line for line in console.export_text().splitlines() if "owl" in line and "LoRA" in line
+    )
+    assert row.count("–") == 6
