@@ -126,7 +126,9 @@ class LoraFactors(LowerLevel):
         self.optimizer = optimizer
         self._factors: Tensors = {}
         if carried is not None:
-            self._factors = dict(carried.moved)
+            # a checkpoint gives them back in another order, and norms are sums in this one
+            keys = [f"{name}.{part}" for name in shapes for part in ("lora_A", "lora_B")]
+            self._factors = {key: carried.moved[key] for key in keys}
             self.memory, self.age = carried.memory, carried.age
             return
         for name, (out_features, in_features) in shapes.items():

@@ -33,6 +33,7 @@ from mima.immunization.checks import (
     check_drawn,
     check_erased,
     check_model,
+    check_places,
     check_shards,
 )
 from mima.immunization.config import ImmunizeConfig
@@ -190,6 +191,7 @@ def immunize(
         check_folder(place, overwrite=overwrite, resume=resume)
         checkpoint = checkpoint or default_folder(place)
     kept = None if checkpoint is None else expanded(checkpoint)
+    check_places(place, kept)
     check_erased(erased, config)
     tracker_kinds(config.trackers, kept)
     captions = ordinary_captions(config.captions)

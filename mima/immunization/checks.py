@@ -16,7 +16,8 @@ from mima.families import family_of
 from mima.families.new_words import check_token
 from mima.families.pipelines import Pipeline
 from mima.immunization.config import ImmunizeConfig
-from mima.storage.inputs import expanded
+from mima.storage.checkpoint import CheckpointFolder
+from mima.storage.inputs import expanded, resolved
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,25 @@ def check_shards(config: ImmunizeConfig, *, dry_run: bool) -> None:
             f"shards: {config.shards} processes hold one model between them, but {size} were "
             f"started; start a multiple of {config.shards}: torchrun --nproc-per-node "
             f"{config.shards} -m mima immunize ..."
+        )
+
+
+def check_places(output: Path | None, checkpoint: Path | None) -> None:
+    """Refuse a folder for checkpoints, which is removed at the end, that is not a run's alone.
+
+    Raises:
+        MimaError: it holds or is within the output, or it holds files of somebody else.
+    """
+    if checkpoint is None:
+        return
+    CheckpointFolder(checkpoint).check_own()
+    if output is None:
+        return
+    inner, outer = resolved(output.absolute()), resolved(checkpoint.absolute())
+    if inner == outer or inner in outer.parents or outer in inner.parents:
+        raise MimaError(
+            f"checkpoint: {checkpoint} and the output {output} hold each other; the folder of "
+            "checkpoints is removed once the output is written: give it a place of its own"
         )
 
 

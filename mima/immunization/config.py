@@ -231,6 +231,11 @@ class ImmunizeConfig(Settings):
             told = ", ".join(str(attacker.steps) for attacker in attackers)
             raise ValueError(f"lower: all attackers take the same number of steps, got {told}")
         for attacker in attackers:
+            if attacker.concepts_per_forward > 1 and self.method in ("imma", "joint", "compose"):
+                raise ValueError(
+                    "lower.concepts_per_forward: only concepts that are merged are attacked at "
+                    f"once; with method {self.method!r} it is 1"
+                )
             if attacker.concepts_per_forward > 1 and (
                 attacker.parameters != "lora" or attacker.train_token
             ):
@@ -266,7 +271,7 @@ class ImmunizeConfig(Settings):
             raise ValueError(f"upper.loss_cap: objective {upper.objective!r} has no use for a cap")
         if upper.margin and upper.objective != "hinge":
             raise ValueError(f"upper.margin: it is of objective 'hinge', got {upper.objective!r}")
-        for attacker in self.attackers:
+        for attacker in self.adapters:
             of_lora = attacker.alpha is not None or attacker.rank != LowerConfig().rank
             if of_lora and attacker.parameters != "lora":
                 raise ValueError(

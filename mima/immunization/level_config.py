@@ -81,7 +81,8 @@ class LowerConfig(Settings):
     def as_benign(self) -> LowerConfig:
         """The same adaptation as somebody who means no harm takes it, from θ and once."""
         plain = {"age": None, "captions": ("as_is",), "benign_start": None, "prior_weight": 0.0}
-        return self.model_copy(update=plain)
+        alone = {"share": 1.0, "concepts_per_forward": 1}
+        return self.model_copy(update=plain | alone)
 
     @property
     def highest_lr(self) -> float:
@@ -170,6 +171,10 @@ class BenignConfig(Settings):
 
     @model_validator(mode="after")
     def _is_benign(self) -> BenignConfig:
+        if self.target == "held_out" and self.paths != BenignConfig().paths:
+            raise ValueError(
+                "paths: they are of target 'match'; held_out draws each adaptation anew"
+            )
         if self.lower is None:
             return self
         if self.lower.train_token:
@@ -177,7 +182,8 @@ class BenignConfig(Settings):
         if self.lower != self.lower.as_benign:
             raise ValueError(
                 "lower: a benign adaptation begins from θ, takes its steps once and reads the "
-                "pictures' own captions alone: no age, captions, benign_start, prior_weight"
+                "pictures' own captions alone, one concept after the other: no age, captions, "
+                "benign_start, prior_weight, share, concepts_per_forward"
             )
         return self
 

@@ -86,6 +86,8 @@ class Problem:
     Attributes:
         upper_names: S_u, the parameters that the defender may change.
         names: S_u ∪ S_l, all parameters that the run concerns.
+        anew: the step after the last one that was left out: where the same attack would fail
+            again, others are drawn.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class Problem:
         self.config = config
         self.merge = merge
         self.ranks = ranks
+        self.anew = 0
         self.upper_names, self.lower_names = trained_names(family, config)
         kinds = dict.fromkeys(adapter.parameters for adapter in config.adapters)
         self._trained = {kind: _trained(family, kind) for kind in kinds}
@@ -162,7 +165,7 @@ class Problem:
 
     def _simulated(self, step: int) -> int:
         """The outer step that simulated the attack which serves at this one."""
-        return step - step % self.config.attack_every
+        return max(step - step % self.config.attack_every, self.anew)
 
     @cached_property
     def states(self) -> tuple[int, ...]:

@@ -191,6 +191,7 @@ class Ascent:
                 # attackers of a step that is left out may have diverged
                 ends, moved = {}, {}
                 self._skipped_in_a_row[level] += 1
+                self._problem.anew = len(self.history) + 1
             self.alive = self._problem.survivors(len(self.history), self.alive, ends)
             self.history.append(self._report(outer, norm, skipped=not finite))
             serves_again = len(self.history) % self._config.attack_every
@@ -384,10 +385,15 @@ class Ascent:
             if key.startswith("moved."):
                 _, k, name = key.split(".", 2)
                 self.moved.setdefault(int(k), {})[name] = value.to(self._problem.family.device)
+        # in the order that they had: sums hang on it
+        for step, change in self.moved.items():
+            self.moved[step] = {name: change[name] for name in self.theta if name in change}
         self.alive = from_tensors(
             kept.tensors, kept.state.get("alive", {}), self._problem.family.device
         )
         self.history = [StepReport.from_dict(plain) for plain in kept.state["history"]]
+        skipped = [report.skipped for report in self.history]
+        self._problem.anew = skipped.index(skipped[-1]) + 1 if skipped[-1] else 0
         self._skipped_in_a_row = kept.state["skipped_in_a_row"]
         self._retained = kept.state.get("retained")
         self._stopped = kept.state["stopped"]

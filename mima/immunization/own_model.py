@@ -54,7 +54,10 @@ def with_new_words(pipeline: Pipeline, concepts: Sequence[Concept], config: Immu
     for concept in concepts:
         if concept.token is None:
             continue
-        run = TextualInversion(seed=config.seed).start(pipeline, concept)
+        inversion = TextualInversion(
+            seed=config.seed, resolution=config.resolution, training=config.training
+        )
+        run = inversion.start(pipeline, concept)
         run.advance(config.token_steps)
         pipeline = with_modules(pipeline, **text_parts(run.pipeline))
     return pipeline

@@ -57,7 +57,8 @@ class StepReport:
         prior_losses: loss on each concept's class pictures, which keep the model useful: wanted
             low. Empty without priors, and in the steps of ``alternating`` that commit a merge.
         residual: how far the merged keys and values miss what the concepts' adaptations asked of
-            them, ``‖(φ − W_n) C_nᵀ‖ / ‖(W_n − W0) C_nᵀ‖``; 0 without a projected merge.
+            them, ``‖(φ − W_n) C_nᵀ‖ / ‖(W_n − W0) C_nᵀ‖``; 0 without a projected merge, and where
+            the states of an earlier step's attack serve again.
         seconds: time of this step.
         eta: estimated seconds until the last step.
         memory: peak bytes so far: of the GPU's allocator, or of the process.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from mima.choices import Recipe, Task
 from mima.errors import MimaError, nearest
@@ -262,9 +262,14 @@ def _steps_of(settings: Mapping[str, Any]) -> int:
     """How many outer steps are asked for, where the objective is left to the recipe; else 0."""
     upper = settings.get("upper", {})
     said = upper.model_fields_set if isinstance(upper, BaseModel) else upper
-    steps = settings.get("steps")
     named = isinstance(said, Collection) and "objective" in said
-    return steps if isinstance(steps, int) and not named else 0
+    if named or "steps" not in settings:
+        return 0
+    try:
+        return ImmunizeConfig(steps=settings["steps"]).steps
+    except ValidationError:
+        # it is reported with all other settings
+        return 0
 
 
 def unnamed(task: Task | None = None) -> ImmunizeConfig:

@@ -25,6 +25,8 @@ from mima.storage.tensor_files import mapped, save_tensors
 
 logger = logging.getLogger(__name__)
 
+RUN_FILE = "run.json"
+"""What says whose run the folder is."""
 WHOLE_FILE = "state.safetensors"
 """The tensors of a checkpoint that one process wrote."""
 SHARDS_FILE = ".metadata"
@@ -70,6 +72,20 @@ class CheckpointFolder:
     def exists(self) -> bool:
         """Whether a run has been here."""
         return self.path.is_dir() and any(self.path.iterdir())
+
+    def check_own(self) -> None:
+        """Refuse a folder that holds files which no run wrote: `remove` would take them along.
+
+        Raises:
+            MimaError: it does, or is a file.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise MimaError(f"checkpoint: {self.path} is a file, expected a folder")
+        if self.exists() and not (self.path / RUN_FILE).is_file():
+            raise MimaError(
+                f"checkpoint: {self.path} holds files that no run wrote, and would be removed at "
+                "its end; name an empty folder, or one that does not exist"
+            )
 
     def remove(self) -> None:
         """Remove the folder and all that is in it."""

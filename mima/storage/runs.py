@@ -14,7 +14,7 @@ import torch
 
 from mima._version import installed_versions
 from mima.errors import MimaError, one_line
-from mima.storage.checkpoint import CheckpointFolder
+from mima.storage.checkpoint import RUN_FILE, CheckpointFolder
 from mima.storage.plain_data import flat, hashed
 from mima.storage.tensor_files import fingerprint
 
@@ -75,9 +75,9 @@ def claim(folder: CheckpointFolder, run: Mapping[str, Any], *, resume: bool) -> 
     Raises:
         MimaError: another run's checkpoint is there, or this run's and ``resume`` is off.
     """
-    earlier = folder.read_json("run.json")
+    earlier = folder.read_json(RUN_FILE)
     if earlier is None:
-        folder.write_json("run.json", run)
+        folder.write_json(RUN_FILE, run)
         return
     if not resume:
         raise MimaError(
@@ -86,7 +86,7 @@ def claim(folder: CheckpointFolder, run: Mapping[str, Any], *, resume: bool) -> 
         )
     if not _is_description(earlier):
         raise MimaError(
-            f"checkpoint: {folder.path / 'run.json'} is damaged: it describes no run; remove the "
+            f"checkpoint: {folder.path / RUN_FILE} is damaged: it describes no run; remove the "
             "folder to begin anew (overwrite)"
         )
     before, now = (
@@ -109,7 +109,7 @@ def claim(folder: CheckpointFolder, run: Mapping[str, Any], *, resume: bool) -> 
         logger.warning(
             "resuming under other versions: %s, now %s", *(r["versions"] for r in (earlier, run))
         )
-    folder.write_json("run.json", run)
+    folder.write_json(RUN_FILE, run)
 
 
 def _is_description(run: Mapping[str, Any]) -> bool:

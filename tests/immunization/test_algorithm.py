@@ -15,6 +15,7 @@ from rich.console import Console
 from support import tiny
 from support.immunizing import assert_same, concepts, problem_of, settings, weights
 
+from mima.adaptation import TextualInversion
 from mima.bilevel.hypergradient import twice_differentiable_attention
 from mima.bilevel.outer import naive_outer_gradient, upper_gradient
 from mima.concepts import Concept
@@ -507,6 +508,25 @@ def test_new_words_are_words_while_the_model_is_immunized(tmp_path, monkeypatch)
         assert 1e-4 < (new[row] - start).abs().max() < 2e-3
     assert result.pipeline.tokenizer is pipeline.tokenizer
     assert result.pipeline.text_encoder is pipeline.text_encoder
+
+
+def test_new_words_are_trained_on_the_runs_resolution_with_its_losses(tmp_path, monkeypatch):
+    asked = []
+
+    def spy(**options):
+        asked.append(options)
+        return TextualInversion(**options)
+
+    monkeypatch.setattr("mima.immunization.own_model.TextualInversion", spy)
+    pipeline = tiny.tiny_stable_diffusion(tmp_path / "tokenizer")
+    training = {"snr_gamma": 5.0}
+    config = settings(
+        tmp_path, steps=1, new_words=True, token_steps=1, resolution=16, training=training
+    )
+    immunize(pipeline, with_new_words(), config)
+    told = {"seed": config.seed, "resolution": 16, "training": config.training}
+    assert asked == [told, told]
+    assert config.training.snr_gamma == 5.0
 
 
 def test_what_a_run_cannot_use_is_said_before_class_pictures_are_drawn(

@@ -266,6 +266,60 @@ def test_a_run_with_living_attackers_goes_on_bit_by_bit(model, tmp_path, changes
     immunizing.assert_same(resumed.pipeline.unet.state_dict(), whole)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hypergradient": "finite_difference", "lower": LIVING | {"parameters": "lora"}},
+        {"method": "mima", "merge": "sum", "attack_every": 2, "lower": {"lr": 1e-2, "steps": 3}},
+    ],
+    ids=["living-lora", "served"],
+)
+def test_what_a_checkpoint_gives_back_has_its_order(model, tmp_path, changes):
+    """Sums hang on it: safetensors sorts names, and networks do not."""
+    config = settings(tmp_path, steps=4, **changes)
+    whole = immunize(model, immunizing.concepts(), config)
+
+    def interrupt(report):
+        if report.step == 3:
+            raise KeyboardInterrupt
+
+    folder, given = tmp_path / "c", (model, immunizing.concepts(), config)
+    with pytest.raises(KeyboardInterrupt):
+        immunize(*given, checkpoint=folder, callbacks=[interrupt])
+    resumed = immunize(*given, checkpoint=folder, resume=True)
+    immunizing.assert_same(*(r.pipeline.unet.state_dict() for r in (resumed, whole)))
+    assert resumed.history[-1].drift == whole.history[-1].drift
+
+
+def test_an_attack_that_diverges_is_followed_by_another(model, tmp_path):
+    """Not by itself, until the run ends."""
+    low = [{"lr": 1e-3}, {"lr": 1e30, "share": 0.5}]
+    config = immunizing.settings(
+        tmp_path,
+        steps=24,
+        merge="sum",
+        attack_every=12,
+        lower=low,
+        upper={"lr": 1e-5},
+        hypergradient="first_order",
+    )
+    one = immunizing.concepts(1)
+    whole = immunize(model, one, config)
+    skipped = [report.skipped for report in whole.history]
+    assert 0 < skipped[-1] < 12
+    # the same where a run goes on within such a window
+    first = next(step for step, count in enumerate(skipped, 1) if count)
+
+    def interrupt(report):
+        if report.step == first:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        immunize(model, one, config, checkpoint=tmp_path / "c", callbacks=[interrupt])
+    resumed = immunize(model, one, config, checkpoint=tmp_path / "c", resume=True)
+    immunizing.assert_same(*(r.pipeline.unet.state_dict() for r in (resumed, whole)))
+
+
 def test_states_of_an_attack_serve_several_steps(model, tmp_path, monkeypatch):
     """Each step's gradient is that at θ + (φ − θ of the attack), on pictures of its own."""
     simulated = []

@@ -249,6 +249,22 @@ def test_a_list_whose_items_are_all_refused_is_told_once():
             "a benign adaptation begins from θ, takes its steps once",
         ),
         (
+            {"upper": {"ascent_ratio": 1, "benign": {"lower": {"share": 5}}}},
+            "no age, captions, benign_start, prior_weight, share, concepts_per_forward",
+        ),
+        (
+            {"upper": {"ascent_ratio": 1, "benign": {"lower": {"alpha": 2.0}}}},
+            "lower.rank, lower.alpha: they are LoRA's",
+        ),
+        (
+            {"upper": {"ascent_ratio": 1, "benign": {"target": "held_out", "paths": 9}}},
+            "paths: they are of target 'match'",
+        ),
+        (
+            {"method": "joint", "lower": {"parameters": "lora", "concepts_per_forward": 3}},
+            "lower.concepts_per_forward: only concepts that are merged",
+        ),
+        (
             {"upper": {"ascent_ratio": 1, "benign": {"path_every": 1}}},
             "upper.benign.path_every: 1 asks for states on the way of 1 steps",
         ),
@@ -386,6 +402,11 @@ def test_the_recommended_recipe_bounds_what_long_runs_raise():
         laid = ImmunizeConfig.model_validate(beneath({"steps": steps}, "default"))
         assert bound(laid) == expected
         assert laid == default(steps=steps)
+    # as text and as a number of another kind, too; a wrong one is reported with all settings
+    assert bound(ImmunizeConfig.model_validate(beneath({"steps": "800"}, "default"))) == long
+    for wrong in (-5, "many", 10**12, None):
+        with pytest.raises(ValueError, match="steps"):
+            ImmunizeConfig.model_validate(beneath({"steps": wrong}, "default"))
     # what somebody says of the objective wins, and of the margin
     assert bound(default(steps=800, upper={"objective": "log"})) == short
     plain = beneath({"steps": 800, "upper": {"objective": "neg"}}, "default")

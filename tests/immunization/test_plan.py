@@ -391,6 +391,18 @@ def test_a_dry_run_writes_nothing_and_measures_a_forward(model, tmp_path):
     )
 
 
+def test_compose_keeps_checkpoints_of_every_concept(model, tmp_path):
+    """Two of each, and one that is being written."""
+
+    def checkpoints(number):
+        config = settings(tmp_path, method="compose")
+        found = immunize(model, concepts(number), config, output=tmp_path / "out", dry_run=True)
+        (size,) = (size for name, size in found.disk.items() if name.startswith("checkpoints"))
+        return size
+
+    assert checkpoints(3) / checkpoints(1) == pytest.approx(7 / 3)
+
+
 def test_devices_by_name_and_by_size():
     assert device_memory("h100") == ("h100", int(79.1 * 2**30))
     assert device_memory("24GiB") == ("a GPU of 24gib", 24 * 2**30)

@@ -167,6 +167,29 @@ def test_another_run_is_not_continued(model, tmp_path):
     assert_same(unet(again), unet(immunized(model, other)))
 
 
+def test_a_checkpoint_folder_is_a_runs_alone(model, tmp_path):
+    """It is removed at the end."""
+    config = settings(tmp_path, steps=1)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years")
+    for options in ({}, {"overwrite": True}, {"output": tmp_path / "out"}):
+        with pytest.raises(MimaError, match="holds files that no run wrote"):
+            immunized(model, config, checkpoint=mine, **options)
+    (tmp_path / "file").touch()
+    with pytest.raises(MimaError, match="is a file, expected a folder"):
+        immunized(model, config, checkpoint=tmp_path / "file")
+    at = tmp_path / "at"
+    for output, checkpoint in ((at / "out", at), (at, at / "kept"), (at, at)):
+        for options in ({}, {"dry_run": True}):
+            with pytest.raises(MimaError, match="hold each other"):
+                immunized(model, config, output=output, checkpoint=checkpoint, **options)
+    assert not at.exists()
+    assert (mine / "thesis.tex").read_text() == "years"
+    (tmp_path / "empty").mkdir()
+    immunized(model, config, output=at, checkpoint=tmp_path / "empty")
+
+
 def test_class_pictures_are_drawn_once(model, tmp_path, monkeypatch):
     bare = [c.__class__(c.name, c.prompt, c.images, class_prompt="a picture") for c in concepts()]
     config = settings(tmp_path, steps=1, num_class_images=2)

@@ -221,9 +221,12 @@ def _plan(
     changed = sum(numels.values()) * FLOAT32
     disk: dict[str, int] = {}
     if output is not None:
+        # those of each concept that compose immunized stay until the end
+        kept = 2 * (len(concepts) if config.method == "compose" else 1) + 1
         disk = {
             "checkpoints, two and one that is being written": (
-                3 * (changed + 2 * all_mine + living(numels) + served(config, lower_names, numels))
+                kept
+                * (changed + 2 * all_mine + living(numels) + served(config, lower_names, numels))
             ),
             "encoded pictures and prompts": encodings,
             "encoders, while the run lasts": (
