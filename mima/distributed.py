@@ -18,13 +18,17 @@ import torch
 import torch.distributed as dist
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.utils import get_total_norm
 
 from mima.errors import MimaError, nearest, one_line
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
-"""How long a process waits for the others; one that died is noticed sooner."""
+"""How long a process waits for the others to appear."""
+PATIENT = timedelta(days=7)
+"""How long it waits for what they have to do, as a concept's whole immunization; one that died is
+noticed by its pulse, long before."""
 PERIOD = 2.0
 """Seconds between two signs of life."""
 PATIENCE = 30.0
@@ -203,7 +207,10 @@ def join(device: torch.device | None = None) -> Ranks:
             return ALONE
         backend = "nccl" if device is not None and device.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=PATIENT
+            )
             _PULSES.append(Pulse(dist.get_rank(), dist.get_world_size()))
         except (ValueError, dist.DistError) as error:
             raise MimaError(
