@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.utils import get_total_norm
 
 from mima.errors import MimaError, nearest, one_line
@@ -205,12 +204,16 @@ def join(device: torch.device | None = None) -> Ranks:
     if not dist.is_initialized():
         if world_size() == 1:
             return ALONE
+        # not in builds of torch that know one process alone
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
+
         backend = "nccl" if device is not None and device.type == "cuda" else "gloo"
         try:
             store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
-            dist.init_process_group(
-                backend, store=store, rank=rank, world_size=size, timeout=PATIENT
-            )
+            # the prefix is that under which torch itself keeps what it meets by
+            own = PrefixStore("default_pg", store)
+            dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=PATIENT)
             _PULSES.append(Pulse(dist.get_rank(), dist.get_world_size()))
         except (ValueError, dist.DistError) as error:
             raise MimaError(
