@@ -142,6 +142,8 @@ def beside(function: Callable[..., None], *args: Any, **options: Any) -> Iterato
             ) from None
         if problem is not None:
             raise MimaError(problem)
+        # let it end by itself, and put away what it shares with others
+        process.join()
     finally:
         process.terminate()
         process.join()

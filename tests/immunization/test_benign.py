@@ -60,7 +60,8 @@ def test_the_model_before_immunization_matches_itself(model, tmp_path):
 @pytest.mark.parametrize("target", ["match", "held_out"])
 @pytest.mark.parametrize("mode", ["first_order", "exact"])
 def test_the_term_is_its_formula(model, tmp_path, target, mode):
-    benign = BENIGN | {"target": target, "path_every": 1, "paths": 1}
+    paths = {"paths": 1} if target == "match" else {}
+    benign = BENIGN | {"target": target, "path_every": 1, **paths}
     problem = make(model, settings(tmp_path, benign, hypergradient=mode))
     terms, before = problem._benign, problem.theta()
     theta = moved(before, problem.upper_names)
