@@ -38,8 +38,8 @@ def summary_table(evaluation: Evaluation) -> Table:
             "model."
         ),
     )
-    table.add_column("concept", overflow="fold", min_width=10)
-    table.add_column("method")
+    table.add_column("concept", overflow="fold", min_width=8)
+    table.add_column("method", min_width=10)
     for name in (
         "SGR\nbefore",
         "SGR\nmean",
