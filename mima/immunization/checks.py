@@ -91,8 +91,8 @@ def check_places(output: Path | None, checkpoint: Path | None) -> None:
     CheckpointFolder(checkpoint).check_own()
     if output is None:
         return
-    inner, outer = resolved(output.absolute()), resolved(checkpoint.absolute())
-    if inner == outer or inner in outer.parents or outer in inner.parents:
+    written, removed = resolved(output.absolute()), resolved(checkpoint.absolute())
+    if written.is_relative_to(removed) or removed.is_relative_to(written):
         raise MimaError(
             f"checkpoint: {checkpoint} and the output {output} hold each other; the folder of "
             "checkpoints is removed once the output is written: give it a place of its own"

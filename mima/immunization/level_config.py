@@ -81,8 +81,7 @@ class LowerConfig(Settings):
     def as_benign(self) -> LowerConfig:
         """The same adaptation as somebody who means no harm takes it, from θ and once."""
         plain = {"age": None, "captions": ("as_is",), "benign_start": None, "prior_weight": 0.0}
-        alone = {"share": 1.0, "concepts_per_forward": 1}
-        return self.model_copy(update=plain | alone)
+        return self.model_copy(update={**plain, "share": 1.0, "concepts_per_forward": 1})
 
     @property
     def highest_lr(self) -> float:
