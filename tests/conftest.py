@@ -7,7 +7,9 @@ import logging
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import tempfile
 from importlib.util import find_spec
 from multiprocessing import forkserver
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 # an installation without a compiler has no kernels that could serve on the CPU
 os.environ.setdefault("MIMA_STRICT", "1" if find_spec("mima._native") else "0")
 # before torch, transformers and huggingface_hub are imported: they read these once
+os.environ["HF_HOME"] = os.environ["TORCH_HOME"] = tempfile.mkdtemp(prefix="mima-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -152,6 +155,7 @@ def _own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MIMA_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+    shutil.rmtree(os.environ["HF_HOME"])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -187,4 +191,7 @@ def processes(tmp_path_factory):
         # it has its working directory on its path, where the sources hide the installed package
         patch.chdir(tmp_path_factory.mktemp("server"))
         forkserver.ensure_running()
-    return context
+    yield context
+    # a failed test's are not waited for
+    for process in multiprocessing.active_children():
+        process.kill()

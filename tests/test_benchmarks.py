@@ -235,7 +235,7 @@ def test_the_peak_of_a_step_is_not_that_of_loading_nor_of_the_process_that_start
     held = forget_peak_memory(cpu)
     taken = torch.ones(most // 16)
     # pages of others come and go
-    assert 0.9 * most / 4 <= peak_memory(cpu) - held < most / 2
+    assert most / 8 <= peak_memory(cpu) - held < most / 2
     del taken
 
 

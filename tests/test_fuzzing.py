@@ -6,9 +6,13 @@
 from __future__ import annotations
 
 import random
+import socket
+import subprocess
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from support import fuzzing
 from support.fuzzing import damaged, outcome_of, parsers
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -97,5 +101,10 @@ def test_what_starts_or_writes_or_fails_otherwise_is_seen(known, tmp_path):
 
     assert told(lambda at: (at / "made").touch()) == "escape"
     assert told(lambda at: (at / "made").write_text("x")) == "escape"
+    assert told(lambda at: subprocess.run(["true"], check=True)) == "escape"
+    assert told(lambda at: socket.create_connection(("localhost", 1))) == "escape"
     assert told(lambda at: {}["absent"]) == "accident"
+    assert told(lambda at: len(b"x" * (600 << 20))) == "hang"
+    with mock.patch.object(fuzzing, "SECONDS", 0.2):
+        assert told(lambda at: [None for _ in iter(int, 1)]) == "hang"
     assert told(lambda at: None) == "ok"

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from support import ranks, tiny
 from support.immunizing import captions, concepts, settings, weights
-from test_distributed import finish, launch, start
+from test_distributed import finish, kill_after_a_step, launch, start
 
 from mima.concepts.pictures import Picture
 from mima.errors import MimaError
@@ -72,18 +72,12 @@ def test_a_run_in_shards_is_that_of_one_process_and_resumes_on_others(
     config = settings(tmp_path, steps=3, checkpoint_every=1, **changes)
     assert finish(start(processes, 1, small_model, config, 2, output=tmp_path / "one")) == [0]
 
-    def in_shards(size, shards):
+    def in_shards(size, shards, **options):
         split = config.model_copy(update={"shards": shards})
-        return start(processes, size, small_model, split, 2, output=tmp_path / "more", resume=True)
+        options |= {"output": tmp_path / "more", "resume": True}
+        return start(processes, size, small_model, split, 2, **options)
 
-    killed = in_shards(2, 2)
-    while not list(default_folder(tmp_path / "more").glob("step-*")):
-        assert all(process.is_alive() for process in killed)
-        time.sleep(0.01)
-    for process in killed:
-        process.kill()
-    finish(killed)
-    assert not (tmp_path / "more").exists()
+    kill_after_a_step(in_shards(2, 2, callbacks=[ranks.Hold()]), tmp_path / "more")
     assert finish(in_shards(*later)) == [0] * later[0]
     more, one, before = (
         weights(path) for path in (tmp_path / "more", tmp_path / "one", small_model)

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from support import tiny
@@ -118,11 +119,10 @@ def test_somebodys_claim(files, encoder, monkeypatch, capsys):
 @pytest.mark.parametrize("tutorial", ["attack", "family", "objective"])
 def test_what_is_added(tutorial, files, monkeypatch):
     monkeypatch.setattr(loading, "FAMILIES", loading.FAMILIES)
-    monkeypatch.setattr("mima.adaptation.METHODS", METHODS)
-    monkeypatch.delitem(METHODS, "bitfit", raising=False)
     pipeline = load_pipeline(str(files / "my-model"))
     names = {"pipeline": pipeline, "concept": tiny.concept(), "__name__": "__main__"}
     code = blocks(tutorial, "python")
     assert len(code) == 2
-    for block in code:
-        exec(block, names)
+    with mock.patch.dict(METHODS):
+        for block in code:
+            exec(block, names)

@@ -264,7 +264,8 @@ def test_the_command_is_interrupted_and_resumed(tmp_path, monkeypatch):
     def interrupt():
         while not list(kept.glob("samples/*/0.png")) and not ended.wait(0.01):
             pass
-        os.kill(os.getpid(), signal.SIGINT)
+        if not ended.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
     thread.start()

@@ -135,11 +135,13 @@ def test_the_module_runs_too():
 
 def test_a_reader_that_has_read_enough():
     command = [sys.executable, "-m", "mima", "immunize", "--help"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.close()
-    assert process.wait(timeout=60) == 1
-    assert process.stderr.read() == b""
-    process.stderr.close()
+    reads, writes = os.pipe()
+    os.close(reads)
+    try:
+        done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, timeout=60)
+    finally:
+        os.close(writes)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_an_unknown_command_or_option():

@@ -50,16 +50,17 @@ def test_batched_samples_are_those_of_a_plain_loop(pipeline, guidance):
     assert difference(rows[0][0], rows[0][1]) > 1
 
 
-def test_sampling_leaves_the_pipeline_as_it_was(pipeline):
+def test_sampling_leaves_the_pipeline_as_it_was(pipeline, monkeypatch):
     scheduler, before = pipeline.scheduler, dict(pipeline.scheduler.__dict__)
-    pipeline.set_progress_bar_config(disable=False, desc="mine")
+    monkeypatch.setattr(
+        pipeline, "_progress_bar_config", {"disable": False, "desc": "mine"}, raising=False
+    )
     sampler = dataclasses.replace(SAMPLER, scheduler="dpm++", negative_prompt="a dog")
     images = sampler(pipeline, ["a cat"], (0,))
     assert difference(images[0][0], SAMPLER(pipeline, ["a cat"], (0,))[0][0]) > 1
     assert pipeline.scheduler is scheduler
     assert pipeline.scheduler.__dict__ == before
     assert pipeline._progress_bar_config == {"disable": False, "desc": "mine"}
-    pipeline.set_progress_bar_config(disable=True)
 
 
 def test_sampler_can_draw_other_sizes(pipeline):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,6 +15,7 @@ from support import native_cases
 
 from mima.ops.backends import cpu
 from mima.ops.backends.arguments import BatchedLora, WeightedMerge
+from mima.ops.backends.extension import DTYPE_CODES, loaded
 
 pytestmark = native_cases.needs_cpu_kernels
 
@@ -175,12 +178,33 @@ assert len(values) == 1, values
 
 
 def test_the_lock_of_the_interpreter_is_released():
-    # another Python thread gets on while one is in a kernel
     base = torch.zeros(30_000_000)
-    ticks = 0
-    with ThreadPoolExecutor(1) as pool:
-        merge = WeightedMerge([base], [base], torch.tensor([0.5]))
-        work = pool.submit(cpu.weighted_merge_forward, merge)
-        while not work.done():
-            ticks += 1
-    assert ticks > 100
+    out = torch.empty_like(base)
+    kernel = loaded("cpu").weighted_merge_forward
+
+    def gets_on_during(call, *args) -> bool:
+        """Whether this thread runs before another's call returns."""
+        entered, passed = threading.Event(), threading.Event()
+
+        def work() -> bool:
+            entered.set()
+            call(*args)
+            return passed.is_set()
+
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(work)
+            entered.wait()
+            passed.set()
+            return done.result()
+
+    before = sys.getswitchinterval()
+    # so that no thread gives the lock up unless it says so
+    sys.setswitchinterval(1000)
+    try:
+        merge = (DTYPE_CODES[base.dtype], 1, [base], [base], [0.5], [out])
+        # a busy machine may let this thread wait for longer than a call takes
+        assert any(gets_on_during(kernel, *merge) for _ in range(20))
+        holds = ctypes.PyDLL(None).usleep
+        assert not any(gets_on_during(holds, 20_000) for _ in range(5))
+    finally:
+        sys.setswitchinterval(before)

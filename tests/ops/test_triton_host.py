@@ -46,6 +46,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def _no_tables() -> None:
+    """Every test makes its own tables, wherever in memory earlier ones had their tensors."""
+    for cache in (_common._pointer_table, _common._sizes_on_device, _common._block_map):
+        cache.cache_clear()
+
+
 class _NoReads(TorchDispatchMode):
     """Refuse operations that would wait for a GPU: a value that is read back, a copy across."""
 
@@ -360,9 +367,6 @@ def test_an_address_says_whether_it_is_aligned() -> None:
 def test_launches_under_a_default_device() -> None:
     base = [torch.randn(size, device="cpu") for size in (7, 2048)]
     with recorded_launches(weighted_merge) as launches, torch.device("meta"):
-        _common._pointer_table.cache_clear()
-        _common._sizes_on_device.cache_clear()
-        _common._block_map.cache_clear()
         weighted_merge.weighted_merge_forward(
             arguments.WeightedMerge(base, base, torch.ones(1, device="cpu"))
         )

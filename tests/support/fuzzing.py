@@ -532,7 +532,7 @@ def outcome_of(parser: Parser, data: bytes) -> tuple[str, BaseException | str | 
         (folder / first).write_bytes(data)
         held = _forget_memory()
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        signal.alarm(6 * SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, 6 * SECONDS)
         try:
             if parser.prepares:
                 parser.read(folder)
@@ -550,7 +550,7 @@ def outcome_of(parser: Parser, data: bytes) -> tuple[str, BaseException | str | 
             outcome, problem = "accident", error
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in before:
                 signal.signal(number, handler)
     if _escapes:

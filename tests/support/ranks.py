@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,14 @@ def immunize(rank: int, size: int, port: int, args: tuple[Any, ...], options: An
     """`immunizing.run` as torchrun would start it."""
     os.environ.update(_torchrun(rank, size, port))
     immunizing.run(*args, **options)
+
+
+class Hold:
+    """Stops a run within its second step, until somebody kills it."""
+
+    def __call__(self, report: StepReport) -> None:
+        if report.step == 2:
+            time.sleep(3600)
 
 
 class HeldBytes:
