@@ -35,6 +35,8 @@ CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -
 # -O1 for the bindings: pybind11's templates take most of the build, and nothing in them is hot
 BINDINGS_FLAGS = "-O1 -g0"
 NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --threads 2"
+LAUNCHERS = {"ccache", "sccache", "distcc"}
+"""What may stand before a compiler in CXX; nvcc takes one word."""
 
 
 class CannotBuildError(Exception):
@@ -178,7 +180,9 @@ def compile_module(name: str, build_dir: Path, compilers: dict[str, list[str]]) 
         gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
         # PTX of the newest, for devices that come after it
         gencode += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
-        ccbin = f" -ccbin {shlex.quote(compilers['cxx'][0])}" if os.environ.get("CXX") else ""
+        words = compilers["cxx"]
+        host = next((word for word in words if Path(word).name not in LAUNCHERS), words[0])
+        ccbin = f" -ccbin {shlex.quote(host)}" if os.environ.get("CXX") else ""
         lines += [
             "rule cuda",
             f"  command = {nvcc} -MMD -MF $out.d {NVCC_FLAGS}{ccbin} {gencode} {defines}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -64,9 +65,8 @@ def with_cpu_code(tmp_path: Path, **files: str) -> Path:
     return copy
 
 
-needs_a_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler"
-)
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+needs_a_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 
 @pytest.mark.parametrize(
@@ -147,6 +147,22 @@ def test_with_a_compiler_and_without_nvcc(tmp_path):
     assert "no work to do" in done.stderr
     assert done.returncode != 0
     assert "mima._native_cuda cannot be built (MIMA_BUILD_CUDA=1): no nvcc" in done.stderr
+
+
+@needs_a_compiler
+def test_nvcc_is_given_the_compiler_and_not_what_launches_it(tmp_path):
+    pytest.importorskip("pybind11")
+    nothing = with_cpu_code(tmp_path, dispatch="")
+    (nothing / "csrc/cuda/bindings.cpp").write_text("")
+    launcher, nvcc = tmp_path / "ccache", tmp_path / "nvcc"
+    launcher.write_text('#!/bin/sh\nexec "$@"\n')
+    nvcc.write_text('#!/bin/sh\n[ "$1" = --version ]\n')
+    for tool in (launcher, nvcc):
+        tool.chmod(0o755)
+    done = build(tmp_path, nothing, CXX=f"{launcher} {COMPILER} -O0", CUDACXX=str(nvcc))
+    assert done.returncode == 0, done.stderr
+    (rules,) = (tmp_path / "temp").rglob("_native_cuda.ninja")
+    assert set(re.findall(r"-ccbin (\S+)", rules.read_text())) == {COMPILER}
 
 
 def alone(folder: Path, code: str) -> str:
