@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.utils import get_total_norm
 
 from mima.errors import MimaError, nearest, one_line
@@ -70,8 +70,14 @@ class Ranks:
         """
         if shards == 1:
             return self
-        shape = (self.size // shards, shards)
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("concept", "shard"))
+        by_model = torch.arange(self.size).view(-1, shards)
+        # init_device_mesh's own groups would wait for minutes
+        groups: list[Any] = [
+            dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=PATIENT)[0]
+            for ranks in (by_model.T, by_model)
+        ]
+        names = ("concept", "shard")
+        mesh = DeviceMesh.from_group(groups, device.type, by_model, mesh_dim_names=names)
         rank, size = mesh.get_local_rank("concept"), mesh["concept"].size()
         return Ranks(rank, size, mesh.get_group("concept"), mesh)
 
@@ -211,6 +217,10 @@ def join(device: torch.device | None = None) -> Ranks:
         backend = "nccl" if device is not None and device.type == "cuda" else "gloo"
         try:
             store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+            # nobody is waited for longer where all are there
+            here = PrefixStore("mima/here", store)
+            here.set(str(rank), "")
+            here.wait([str(other) for other in range(size)], TIMEOUT)
             # the prefix is that under which torch itself keeps what it meets by
             own = PrefixStore("default_pg", store)
             dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=PATIENT)

@@ -58,13 +58,16 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def told_apart(names: Iterable[str]) -> list[str]:
+def told_apart(names: Iterable[str], form: str = "{} ({})") -> list[str]:
     """Names of things that may be called alike, with a number where one came before."""
-    told: list[str] = []
-    for name in names:
-        same = sum(one == name or one.startswith(f"{name} (") for one in told)
-        told.append(f"{name} ({same + 1})" if same else name)
-    return told
+    taken: dict[str, None] = {}
+    for given in names:
+        name, number = given, 1
+        while name in taken:
+            number += 1
+            name = form.format(given, number)
+        taken[name] = None
+    return list(taken)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

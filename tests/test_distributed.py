@@ -3,12 +3,16 @@
 import os
 import socket
 import time
+from datetime import timedelta
 
 import pytest
 import torch
 from support import ranks, tiny
 from support.immunizing import settings, weights
+from torch.distributed import TCPStore
 
+from mima import distributed
+from mima.errors import MimaError
 from mima.evaluation import EvaluationFolder
 from mima.evaluation.ranks import SharedFolder
 from mima.evaluation.worker import Outcome
@@ -51,6 +55,25 @@ def kill_after_a_step(started, output):
         process.kill()
     finish(started)
     assert not output.exists()
+
+
+def test_who_does_not_come_is_not_waited_for_long(monkeypatch):
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # as torchrun would start one of two
+    told = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    for name, value in told.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=1))
+    with pytest.raises(MimaError, match="WORLD_SIZE is 2, but the processes cannot meet"):
+        distributed.join()
+
+
+def test_who_holds_a_model_with_others_waits_as_long_as_they_need(processes, tmp_path):
+    started = launch(processes, ranks.patience, 2, tmp_path)
+    assert finish(started) == [0, 0]
+    for rank in range(2):
+        assert (tmp_path / str(rank)).read_text() == str([distributed.PATIENT] * 3)
 
 
 def assert_near(a, b, tolerance):

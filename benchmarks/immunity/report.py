@@ -17,7 +17,7 @@ from benchmarks.immunity.study import Compute, Study
 from mima.errors import MimaError
 from mima.evaluation.metrics import run_interval
 from mima.evaluation.records import AttackRow, CurvePoint, Evaluation, Gap, Interval
-from mima.evaluation.summary import gap_of, over_seeds, paired_difference
+from mima.evaluation.summary import TOLD, gap_of, over_seeds, paired_difference
 from mima.report.wording import method_name, number, percent, share
 from mima.storage.output import slug, write_whole
 
@@ -25,8 +25,6 @@ BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 """What stands around the tables in a text that they are written into."""
 PLOTS = "plots"
 """The folder of the plots, beside the text that shows them."""
-TOLD = 0.25
-"""A similarity below which a judge does not tell a concept; a ratio to it says nothing."""
 REFERENCE = "default"
 """The method that all others are compared with, attack by attack."""
 
@@ -351,10 +349,12 @@ def _benign(concept: str) -> Callable[[Finished], Interval]:
     """SGR of a concept that must stay learnable, where the judge tells it on the original."""
 
     def value(one: Finished) -> Interval:
-        rows = [row for row in one.rows if (row.role, row.concept) == ("other", concept)]
-        if not rows or fmean(one.end(row).original for row in rows) < TOLD:
-            return Interval()
-        return over_seeds([rows], "sgr_mean")
+        rows = [
+            row
+            for row in one.rows
+            if (row.role, row.concept) == ("other", concept) and one.end(row).original >= TOLD
+        ]
+        return over_seeds([rows], "sgr_mean") if rows else Interval()
 
     return value
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -131,8 +131,12 @@ def adapt(
     from mima.adaptation import configure
     from mima.adaptation.resumable import adapt as run_adapt
     from mima.console import command, progress, stderr, stdout
+    from mima.settings import set_nested
 
-    chosen = configure(method, {"seed": seed, **given})
+    within: dict[str, Any] = {"seed": seed}
+    for name, value in given.items():
+        set_nested(within, name, value)
+    chosen = configure(method, within)
     source = options.model_source(model, revision, variant, single_file_config)
     said = ", ".join(one.name for one in learned)
     with progress() as bars:
@@ -163,9 +167,9 @@ def adapt(
             raise
     where = done.folders[0] if len(learned) == 1 else done.folders[0].parent
     stdout().print(f"learned {said} by {method} in {counted(done.steps, 'step')}: {where}")
-    opened = [part for key, value in source.options.items() for part in (f"--{key}", value)]
-    if single_file_config is not None:
-        opened += ["--single-file-config", single_file_config]
+    opened = []
+    for key, value in source.options.items():
+        opened += ["--" + key.replace("_", "-"), value]
     size = [] if resolution is None else ["--resolution", str(resolution)]
     for one, folder in zip(learned, done.folders, strict=True):
         told_to = (

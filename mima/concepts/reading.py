@@ -31,7 +31,15 @@ from mima.concepts.pictures import (
     read_captions,
     read_folder,
 )
-from mima.errors import LONGEST_PROBLEM, MimaError, counted, nearest, one_line, quoted
+from mima.errors import (
+    LONGEST_PROBLEM,
+    MimaError,
+    counted,
+    nearest,
+    one_line,
+    quoted,
+    told_apart,
+)
 from mima.storage.inputs import expanded, resolved
 
 # the entries of concept lists that DreamBooth and Custom Diffusion scripts read
@@ -42,6 +50,9 @@ _LIST_KEYS = (
 
 # what is told beside an entry, by the key that it replaces
 _TOLD_KEYS = {"instance_prompt": "prompt", "class_prompt": "class_prompt", "token": "token"}
+
+NUMBERED = "{}-{}"
+"""What the later ones of alike concepts and groups are called."""
 
 RETRIEVED = ("images.txt", "caption.txt")
 """What Custom Diffusion's scripts write beside a folder ``images`` of pictures they fetched."""
@@ -132,7 +143,7 @@ def _from_list_entry(
     templates = _templates(_beside(folder, file_name, base)) if file_name is not None else ()
     if file_name is not None and not templates:
         images = _captions_from(folder, _beside(folder, file_name, base))
-    elif prompt and folder.is_dir():
+    elif texts.get("instance_prompt") and folder.is_dir():
         # these scripts read one prompt for all pictures and know of no metadata
         images = tuple(Picture(path, prompt) for path in picture_files(folder))
     else:
@@ -294,7 +305,8 @@ def _makers_in(content: object, base: Path, group: str | None, where: str) -> li
         content = content["concepts"]
     if isinstance(content, list) and content and all(isinstance(part, list) for part in content):
         # CustomConcept101's compositions are lists without names; their folders name them
-        compositions = dict(zip(_numbered(map(_group_name, content)), content, strict=True))
+        groups = told_apart(map(_group_name, content), NUMBERED)
+        compositions = dict(zip(groups, content, strict=True))
         key, content = _chosen_group(compositions, group, where)
         where = f"{where}, {key}"
     entries: Sequence[object] = content if isinstance(content, list) else [content]
@@ -371,20 +383,8 @@ def _makers_of(entry: object, base: Path, where: str, name: str | None) -> list[
 
 def _distinct(concepts: list[Concept]) -> list[Concept]:
     """Number the later ones of concepts that share a name, so that no table drops one."""
-    names = _numbered(concept.name for concept in concepts)
+    names = told_apart((concept.name for concept in concepts), NUMBERED)
     return [
         concept if name == concept.name else replace(concept, name=name)
         for concept, name in zip(concepts, names, strict=True)
     ]
-
-
-def _numbered(names: Iterable[str]) -> list[str]:
-    """Names, the later ones of those that are the same with a number."""
-    taken: dict[str, None] = {}
-    for given in names:
-        name, number = given, 1
-        while name in taken:
-            number += 1
-            name = f"{given}-{number}"
-        taken[name] = None
-    return list(taken)

@@ -105,11 +105,6 @@ class Family(ABC):
                 f"model: the {denoiser}'s attention projections are fused, so that their own "
                 "weights are not read; call unfuse_qkv_projections() first"
             )
-        if type(getattr(pipeline, "vae", None)).__name__ == "AutoencoderTiny":
-            raise MimaError(
-                "model: AutoencoderTiny makes no distributions of latents, which training reads; "
-                "open the model with its own vae"
-            )
         expected, latent = self._latent_channels, self._vae_channels
         if expected != latent:
             raise MimaError(
@@ -287,7 +282,13 @@ class Family(ABC):
 
     def _posterior_mean(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] that the VAE encodes pictures to, unscaled."""
-        mean: torch.Tensor = self.pipeline.vae.encode(pixels).latent_dist.mean
+        encoded = self.pipeline.vae.encode(pixels)
+        if not hasattr(encoded, "latent_dist"):
+            raise MimaError(
+                f"model: {type(self.pipeline.vae).__name__} makes no distributions of latents, "
+                "which training reads; open the model with its own vae"
+            )
+        mean: torch.Tensor = encoded.latent_dist.mean
         return mean
 
     def _scaled(self, latents: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import (
+    DDIMScheduler,
     DiffusionPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -123,9 +124,13 @@ class ModelSource:
 
     @property
     def options(self) -> dict[str, str]:
-        """What diffusers' ``from_pretrained`` must be told beside the model."""
-        options = {"revision": self.revision, "variant": self.variant}
-        return {name: value for name, value in options.items() if value is not None}
+        """What is told beside the model, by the names of the commands' options."""
+        options = {
+            "revision": self.revision,
+            "variant": self.variant,
+            "single_file_config": self.config,
+        }
+        return {name: str(value) for name, value in options.items() if value is not None}
 
 
 def source_of(model: Any) -> ModelSource | None:
@@ -403,7 +408,11 @@ def _open_file(path: Path, dtype: torch.dtype | None, config: str | Path | None)
         if ZERO_SNR in keys:
             said["rescale_betas_zero_snr"] = True
         scheduler: Any = pipeline.scheduler
-        pipeline.scheduler = type(scheduler).from_config(scheduler.config, **said)
+        marked = type(scheduler).from_config(scheduler.config, **said)
+        if not said.items() <= dict(marked.config).items():
+            # PNDM, as of Stable Diffusion 1.x, knows no terminal SNR of zero
+            marked = DDIMScheduler.from_config(scheduler.config, **said)
+        pipeline.scheduler = marked
     return pipeline
 
 

@@ -280,14 +280,18 @@ def _immunized(
         if folder:
             if overwrite and not resume:
                 ranks.together(folder.remove)
-            run = describe_run(
-                config.model_dump(mode="json"),
-                [concept.identity() for concept in concepts],
-                tensors(pipeline),
-                [concept.identity() for concept in benign],
-                captions,
-            )
-            ranks.together(lambda: claim(folder, run, resume=resume))
+
+            def claimed() -> None:
+                run = describe_run(
+                    config.model_dump(mode="json"),
+                    [concept.identity() for concept in concepts],
+                    tensors(pipeline),
+                    [concept.identity() for concept in benign],
+                    captions,
+                )
+                claim(folder, run, resume=resume)
+
+            ranks.together(claimed)
 
         vocabulary = text_parts(pipeline)
         if config.new_words:

@@ -36,9 +36,11 @@ def merge_layer(
             C = published.concept_tokens(family, concepts)
             plan = published.plan(family, C, config, 0, weights)
         else:
+            regular = regular_tokens(family, config.captions, config.num_captions, config.seed)
+            # where the weights will be, which the model need not be yet
             plan = MergePlan.from_embeddings(
-                [concept_tokens(family, concept) for concept in concepts],
-                regular_tokens(family, config.captions, config.num_captions, config.seed),
+                [concept_tokens(family, concept).to(weights.device) for concept in concepts],
+                regular.to(weights.device),
                 lam=config.lam,
                 weights=weights,
             )

@@ -108,7 +108,8 @@ def _usage(base: str | None, opened_with: Mapping[str, str], delta: bool, by_han
     if not delta:
         lines = [opener, "", f'pipeline = {opened}("this folder or repository")']
         return _fenced("\n".join(lines), "python")
-    options = [f"{name}={json.dumps(value)}" for name, value in opened_with.items()]
+    called = {"single_file_config": "config"}
+    options = [f"{called.get(key, key)}={json.dumps(told)}" for key, told in opened_with.items()]
     where = ", ".join([json.dumps(base or "the base model"), *options])
     if base == "embedded":
         # diffusers knows no such model

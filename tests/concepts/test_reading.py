@@ -624,6 +624,18 @@ def test_the_command_line_says_the_prompt_of_a_file_without_one(tmp_path):
         described_concepts([file, str(folder)], {"prompt": "a cat", "class_prompt": "x"})
 
 
+def test_a_prompt_that_is_told_leaves_pictures_their_captions(tmp_path):
+    (pictures(tmp_path / "cat") / "0.txt").write_text("a cat on a table")
+    entry = {"instance_data_dir": "cat"}
+    file = write(tmp_path / "c.json", [entry])
+    (concept,) = load_concepts(file, told={"prompt": "a dog"})
+    assert [picture.prompt for picture in concept.images] == ["a cat on a table", "a dog"]
+    # the scripts whose key it is read no captions
+    file = write(tmp_path / "c.json", [entry | {"instance_prompt": "a cat"}])
+    (concept,) = load_concepts(file, told={"prompt": "a dog"})
+    assert [picture.prompt for picture in concept.images] == ["a dog"] * 2
+
+
 def test_an_embedded_concept_may_be_told_something():
     (fox,) = load_concepts("unseen-fox", told={"class_prompt": "a beast"})
     assert fox == replace(embedded_concept("unseen-fox"), class_prompt="a beast")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import PNDMScheduler
 from diffusers.loaders import single_file_model
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -188,6 +189,13 @@ def test_a_single_file_says_what_it_predicts(tmp_path, monkeypatch):
     marks = {name: torch.zeros(0) for name in ("v_pred", "ztsnr")}
     save_file(load_file(file) | marks, file)
     opened = load_pipeline(file, config=folder)
+    assert opened.scheduler.config["prediction_type"] == "v_prediction"
+    assert family_of(opened).schedule.alphas_cumprod[-1] < 1e-6
+    # which PNDM, as of Stable Diffusion 1.x, would ignore
+    pipeline = load_pipeline(folder)
+    pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.save_pretrained(tmp_path / "pndm")
+    opened = load_pipeline(file, config=tmp_path / "pndm")
     assert opened.scheduler.config["prediction_type"] == "v_prediction"
     assert family_of(opened).schedule.alphas_cumprod[-1] < 1e-6
 

@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import replace
 from importlib.metadata import version
+from unittest import mock
 
 import pytest
 import torch
@@ -26,9 +27,10 @@ from mima.immunization.algorithm import immunize
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import ConceptData, encode_concepts
 from mima.immunization.levels import Problem
+from mima.immunization.merge import merge_layer
 from mima.immunization.outer_loop import cosine
 from mima.immunization.progress import ProgressBar, StepReport, Tracker, open_trackers
-from mima.merging import MergeLayer
+from mima.merging import MergeLayer, MergePlan
 from mima.training.batches import Encoded, seeded
 from mima.training.class_images import ClassPictures
 
@@ -565,3 +567,13 @@ def test_class_pictures_of_a_concept_without_a_name_keep_their_captions(model, t
     immunize(model, [nameless], config)
     assert "without_name needs a name to leave out" in caplog.text
     assert "cat6" in caplog.text
+
+
+def test_a_merge_is_where_the_run_computes(small_model):
+    family = family_of(load_pipeline(str(small_model)))
+    elsewhere = torch.device("meta")
+    stop = mock.patch.object(MergePlan, "from_embeddings", side_effect=ValueError("enough"))
+    with stop as made, pytest.raises(MimaError, match="enough"):
+        merge_layer(family, concepts(2), ImmunizeConfig(), elsewhere)
+    C, regular = made.call_args.args
+    assert {x.device for x in (*C, regular, made.call_args.kwargs["weights"])} == {elsewhere}

@@ -22,7 +22,7 @@ from mima._version import installed_versions
 from mima.adaptation import TextualInversion
 from mima.choices import MergeRule, Method
 from mima.errors import MimaError
-from mima.families import load_pipeline
+from mima.families import ModelSource, load_pipeline
 from mima.families.pipelines import readers
 from mima.immunization.algorithm import immunize
 from mima.immunization.config import ImmunizeConfig
@@ -242,6 +242,9 @@ def test_the_card_says_how_the_base_model_was_opened(result):
 def test_the_card_of_a_single_file_opens_it_as_one(result):
     result = type(result)(**{**vars(result), "model": "/models/sd15.safetensors"})
     assert 'load_pipeline("/models/sd15.safetensors")' in str(result.card(delta=True))
+    opened = ModelSource("/models/sd15.safetensors", config="/models/sd15").options
+    result = type(result)(**{**vars(result), "opened_with": opened})
+    assert 'sd15.safetensors", config="/models/sd15")' in str(result.card(delta=True))
 
 
 def test_the_lines_on_a_card_with_new_words_of_several_encoders_work(tmp_path, monkeypatch):

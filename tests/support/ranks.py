@@ -109,6 +109,16 @@ def immunize(rank: int, size: int, port: int, args: tuple[Any, ...], options: An
     immunizing.run(*args, **options)
 
 
+def patience(rank: int, size: int, port: int, output: Path) -> None:
+    """How long each group waits of processes that hold a model between them."""
+    os.environ.update(_torchrun(rank, size, port))
+    split = join().split(2, torch.device("cpu"))
+    assert split.mesh is not None
+    groups = [dist.group.WORLD, split.group, split.mesh.get_group("shard")]
+    backends = [group._get_backend(torch.device("cpu")) for group in groups]
+    (output / str(rank)).write_text(str([backend.options._timeout for backend in backends]))
+
+
 class Hold:
     """Stops a run within its second step, until somebody kills it."""
 
