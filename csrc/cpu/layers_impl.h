@@ -87,12 +87,13 @@ struct Norm {
   static MIMA_INLINE void output(void* p, int64_t at, Vec v, int64_t count) {
     if (p != nullptr) store_some(static_cast<T*>(p) + at, v, count);
   }
-  // Adds to a sum over each channel's elements. What lies beyond `count` is zero.
-  static MIMA_INLINE void add(void* p, int64_t c, int64_t at, Vec v) {
+  // Adds to a sum over each channel's elements. What lies beyond `count` is zero, or NaN in a group
+  // that is not finite: with SPREAD, the place of the next group's sums.
+  static MIMA_INLINE void add(void* p, int64_t c, int64_t at, Vec v, int64_t count) {
     if (p == nullptr) return;
     Acc* total = static_cast<Acc*>(p);
     if (SPREAD)
-      store(total + at, load(total + at) + v);
+      store_some(total + at, load_some(total + at, count) + v, count);
     else
       total[c] += sum(v);
   }
@@ -123,8 +124,8 @@ void norm_group_backward(const NormGroup& group) {
       const Vec y = x_hat * gamma + norm.beta(c, at, count), s = sigmoid(y);
       d_y *= s * (1 + y * (1 - s));
     }
-    norm.add(group.d_weight, c, at, d_y * x_hat);
-    norm.add(group.d_bias, c, at, d_y);
+    norm.add(group.d_weight, c, at, d_y * x_hat, count);
+    norm.add(group.d_bias, c, at, d_y, count);
     const Vec g = gamma * d_y;
     total += g;
     along += g * x_hat;
@@ -169,8 +170,8 @@ void norm_group_double_backward(const NormGroup& group) {
       y_dot *= slope;
     }
     norm.output(group.d_d_out, at, y_dot, count);
-    norm.add(group.d_weight, c, at, d_y * v + e * x_hat);
-    norm.add(group.d_bias, c, at, e);
+    norm.add(group.d_weight, c, at, d_y * v + e * x_hat, count);
+    norm.add(group.d_bias, c, at, e, count);
     const Vec h = gamma * d_y, f = gamma * e + u_gamma * d_y;
     h_total += h;
     h_along += h * x_hat;

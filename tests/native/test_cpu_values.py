@@ -22,7 +22,8 @@ from torch import Tensor
 
 from mima import ops, reference
 from mima.ops.backends import cpu, extension
-from mima.ops.backends.arguments import AdamStep, ProjectedMerge, WeightedMerge
+from mima.ops.backends import reference as reference_backend
+from mima.ops.backends.arguments import AdamStep, GroupNorm, ProjectedMerge, WeightedMerge
 
 pytestmark = needs_cpu_kernels
 LEVELS = ["generic", "avx2", "avx512"]
@@ -167,6 +168,23 @@ def test_adapters_narrower_than_a_vector_side_by_side(level):
     # their padding overlaps the next adapter, and at R = 16 the next row
     check_values(merge_lora(9, 20, [13, 3], torch.float32))
     check_values(merge_lora(9, 20, [1, 13, 2], torch.float32))
+
+
+def test_a_group_that_is_not_finite_leaves_the_next_ones_sums_alone(level):
+    # groups of less than a vector
+    x, (d_out, u_x), (w, b, u_w, u_b) = torch.randn(4, 10), torch.randn(2, 4, 10), torch.randn(4, 10)
+    x[0, 0] = torch.nan
+    norm, directions = GroupNorm(x, w, b, 2, 1e-5, True), (u_x, u_w, u_b)
+    for function, *args in (
+        ("group_norm_backward", d_out, norm, [True] * 3),
+        ("group_norm_double_backward", d_out, directions, norm, [True] * 4),
+    ):
+        found, expected = (
+            [grad[5:] for grad in getattr(module, function)(*args)[-2:]]
+            for module in (cpu, reference_backend)
+        )
+        assert all(grad.isfinite().all() for grad in found)
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("strides", [(8, 1, 1), (8, 40, 1), (8, 7, 1), (0, 8, 1)])
