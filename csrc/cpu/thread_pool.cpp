@@ -133,8 +133,11 @@ struct Team {
   }
 };
 
-// libgomp hangs in a forked child that runs a parallel region after its parent has.
+// libgomp hangs in a forked child that runs a parallel region after its parent has, be it one of
+// PyTorch's: registered when the module is loaded.
 std::atomic<bool> forked{false};
+[[maybe_unused]] const int registered =
+    pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
 const Team& host_team() {
   static const Team team = [] {
@@ -147,7 +150,6 @@ const Team& host_team() {
     // =own keeps to the pool above, for tests and comparisons
     const char* choice = std::getenv("MIMA_CPU_POOL");
     if (choice != nullptr && std::strcmp(choice, "own") == 0) found.parallel = nullptr;
-    pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
     return found;
   }();
   return team;

@@ -115,15 +115,19 @@ def test_concurrent_callers():
 
 
 @pytest.mark.parametrize("pool", ["own", "openmp"])
-def test_pool_works_in_a_forked_child(pool, tmp_path):
-    code = """
+@pytest.mark.parametrize("size", [500_000, 10], ids=["threads", "one thread"])
+def test_pool_works_in_a_forked_child(size, pool, tmp_path):
+    code = f"""
 import os, torch
 from mima.ops.backends import cpu
 from mima.ops.backends.arguments import WeightedMerge
 torch.set_num_threads(2)
 w = torch.tensor([0.5])
 merge = WeightedMerge([torch.zeros(500_000)], [torch.ones(500_000)], w)
-assert cpu.weighted_merge_forward(merge)[0].sum() == 250_000
+first = WeightedMerge(*([x[:{size}] for x in xs] for xs in merge[:2]), w)
+assert cpu.weighted_merge_forward(first)[0].sum() == {size} / 2
+# PyTorch's own threads, whatever the first call took
+torch.ones(500_000).exp()
 child = os.fork()
 # no PyTorch operator that uses OpenMP here: its threads do not survive a fork
 out = cpu.weighted_merge_forward(merge)[0]
