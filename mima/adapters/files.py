@@ -68,6 +68,8 @@ READ_TYPES = (PeftType.LORA, PeftType.LOKR, PeftType.LOHA)
 LYCORIS = {"lokr_w": "LoKr", "hada_w": "LoHa"}
 """Kinds of files by what names in them contain."""
 PEFT_WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+KEPT_BASE = ("gaussian", "orthogonal", "eva")
+"""Ways of peft to begin a LoRA's matrices that leave the weights beside them as they were."""
 MAGNITUDE = "lora_magnitude_vector"
 MOST_RANK = 256
 """A rank of which no matrix is in the file is believed up to this: peft makes matrices of it."""
@@ -80,7 +82,7 @@ _PLAIN = re.compile(r"\^?[\w.\\-]*\$?|all-linear")
 # whatever follows, line breaks too: else each such part of a name would be tried to its end
 _LAYER = re.compile(r"\.(lora|lokr|hada)_.*", re.S)
 _LORA_DOWN = re.compile(r"(\.down|lora_A)(\.[^.]+)?\.weight$")
-_CUSTOM_DIFFUSION = re.compile(r"^(.*)\.processor\.(to_\w+)_custom_diffusion(\.\d+)?\.(\w+)$")
+_CUSTOM_DIFFUSION = re.compile(r"^(.*)\.processor\.(\w+)_custom_diffusion(\.\d+)?\.(\w+)$")
 
 
 class AdapterReader:
@@ -200,7 +202,7 @@ class AdapterReader:
                 raise MimaError(f"adapter {path} is a DoRA; this is not supported, LoRA is")
             return self._lora(path)
         if any("_custom_diffusion" in key for key in state):
-            return {"values": self._custom_diffusion(state)}
+            return {"values": self._custom_diffusion(path, state)}
         if any(key.startswith("model.diffusion_model.") for key in state):
             return {"values": self._model(load_pipeline(str(path)))}
         names = {name for name, _ in self.family.denoiser.named_parameters()}
@@ -212,7 +214,8 @@ class AdapterReader:
             same = {
                 name
                 for name in stripped.keys() & tables.keys()
-                if torch.equal(stripped[name], tables[name].to(stripped[name]))
+                if isinstance(value := stripped[name], torch.Tensor)
+                and torch.equal(value, tables[name].to(value))
             }
             stripped = {name: value for name, value in stripped.items() if name not in same}
             foreign = sorted(set(stripped) - names)
@@ -302,6 +305,7 @@ class AdapterReader:
             read = ", ".join(one.value for one in READ_TYPES)
             raise MimaError(f"adapter {path} is a {kind}, expected one of {read}")
         _refuse_others(path, weights)
+        _check_numbers(path, weights)
         scratch, name = self._scratch()
         module = getattr(scratch, self.denoiser)
         with _foreign(path):
@@ -318,7 +322,7 @@ class AdapterReader:
             )
         return {"values" if whole else "factors": found}
 
-    def _custom_diffusion(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _custom_diffusion(self, path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
         values = {}
         for key, value in state.items():
             matched = _CUSTOM_DIFFUSION.match(key)
@@ -326,9 +330,9 @@ class AdapterReader:
                 attention, projection, number, leaf = matched.groups()
                 values[f"{self.denoiser}.{attention}.{projection}{number or ''}.{leaf}"] = value
             # a processor without weights is an empty entry
-            elif value.numel():
+            elif not isinstance(value, torch.Tensor) or value.numel():
                 raise MimaError(
-                    f"adapter: {one_line(key)} is no weight of a custom attention processor"
+                    f"adapter {path}: {one_line(key)} is no weight of a custom attention processor"
                 )
         return values
 
@@ -368,6 +372,7 @@ class AdapterReader:
 
     def _check(self, path: Path, found: Mapping[str, Any]) -> None:
         """Refuse what the pipeline has no place for."""
+        _check_numbers(path, {**found.get("values", {}), **found.get("words", {})})
         for name, value in found.get("values", {}).items():
             try:
                 own = parameter(self.pipeline, name)
@@ -388,7 +393,8 @@ class AdapterReader:
             bound = torch.tensor(largest * len(factor.A) * abs(factor.scale), dtype=torch.float32)
             numbers.append((name, bound))
         for name, value in numbers:
-            if not bool(value.isfinite().all()):
+            # not all of the 8-bit types can be asked themselves
+            if not bool(value.float().isfinite().all()):
                 raise MimaError(
                     f"adapter {path}: {one_line(name)} holds numbers that are not finite"
                 )
@@ -414,6 +420,16 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
         return False
     return not tensor.is_meta and tensor.untyped_storage().nbytes() >= tensor.nbytes
+
+
+def _check_numbers(path: Path, state: Mapping[str, Any]) -> None:
+    """Refuse what is no tensor of floating point; whole numbers would need a scale."""
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            kind = getattr(value, "dtype", type(value).__name__)
+            raise MimaError(
+                f"adapter {path}: {one_line(name)} is of {kind}, expected numbers of floating point"
+            )
 
 
 @contextmanager
@@ -464,7 +480,7 @@ def _largest_rank(state: Mapping[str, Any]) -> int:
 
 
 def _check_config(path: Path, settings: Mapping[str, Any], most: int) -> None:
-    """Refuse settings of a LoRA that would take hours to match or memory without end.
+    """Refuse settings of a LoRA that cannot be read, or not in finite time and memory.
 
     Args:
         path: of the adapter.
@@ -472,9 +488,16 @@ def _check_config(path: Path, settings: Mapping[str, Any], most: int) -> None:
         most: the largest rank of its own matrices.
 
     Raises:
-        MimaError: an expression that repeats something, too long a list, or a rank that is no
-            number from 1 on, or far above that of the file's own matrices.
+        MimaError: a beginning that changes the base weights, too; an expression that repeats
+            something, too long a list, or a rank that is no number from 1 on, or far above that of
+            the file's own matrices.
     """
+    begun = settings.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower() not in KEPT_BASE:
+        raise MimaError(
+            f"adapter {path}: init_lora_weights {quoted(begun, 40)} has changed the base weights, "
+            "too; peft's save_pretrained converts it, by path_initial_model_for_weight_conversion"
+        )
     names: list[object] = []
     for setting in ("target_modules", "exclude_modules"):
         value = settings.get(setting)

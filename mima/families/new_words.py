@@ -138,14 +138,16 @@ def with_words(pipeline: Pipeline, words: Mapping[str, torch.Tensor]) -> Any:
             is possible with one CLIP text encoder.
 
     Raises:
-        MimaError: a vocabulary holds a word already, or a word has several vectors where they
+        MimaError: a word is blank or in a vocabulary already, or has several vectors where they
             cannot be.
     """
     if not words:
         return pipeline
     several = readers(pipeline)
     for word in words:
-        if any(word in reader.tokenizer.get_vocab() for reader in several):
+        if not word.strip():
+            raise MimaError(f"the word {word!r} is blank; a new word needs a name")
+        if any(_is_known(reader.tokenizer, word) for reader in several):
             raise MimaError(f"the word {word!r} is in the model's vocabulary already")
     adapted = _with_own_text(pipeline)
     if len(several) == 1 and hasattr(adapted, "load_textual_inversion"):
@@ -231,16 +233,14 @@ def check_token(pipeline: Pipeline, concept: Concept) -> tuple[str, list[list[in
     initial: list[list[int] | None] = []
     for reader in readers(pipeline):
         tokenizer = reader.tokenizer
-        ids: list[int] = tokenizer.encode(token, add_special_tokens=False)
-        # a word's own entry may be spelt otherwise, such as "cat</w>"
-        if token in tokenizer.get_vocab() or (len(ids) == 1 and ids[0] != tokenizer.unk_token_id):
+        if _is_known(tokenizer, token):
             raise MimaError(
                 f"concept {concept.name!r}: token {token!r} is in the model's vocabulary already"
             )
         if concept.initializer is None:
             initial.append(None)
             continue
-        ids = tokenizer.encode(concept.initializer, add_special_tokens=False)
+        ids: list[int] = tokenizer.encode(concept.initializer, add_special_tokens=False)
         if len(ids) != 1 and not initial:
             raise MimaError(
                 f"concept {concept.name!r}: initializer {concept.initializer!r} must be one token "
@@ -248,3 +248,9 @@ def check_token(pipeline: Pipeline, concept: Concept) -> tuple[str, list[list[in
             )
         initial.append(ids)
     return token, initial
+
+
+def _is_known(tokenizer: Any, word: str) -> bool:
+    """Whether a word is a token of a vocabulary, whose entry may be spelt as "cat</w>"."""
+    ids: list[int] = tokenizer.encode(word, add_special_tokens=False)
+    return word in tokenizer.get_vocab() or (len(ids) == 1 and ids[0] != tokenizer.unk_token_id)

@@ -304,6 +304,17 @@ def test_a_learned_word_of_another_program(base, tmp_path):
     assert torch.equal(merged.pipeline.text_encoder.get_input_embeddings().weight[tokens], row)
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [("cat", "'cat' is in the model's vocabulary already"), ("", "'' is blank"), (" ", "is blank")],
+)
+def test_a_word_that_prompts_have_already_is_refused(base, tmp_path, word, message):
+    """CLIP's vocabulary has it as "cat</w>"."""
+    save_file({word: torch.zeros(1, 32)}, tmp_path / "word.safetensors")
+    with pytest.raises(MimaError, match=f"the word {message}" if word.strip() else message):
+        mima.merge_adapters(base, [tmp_path / "word.safetensors"], method="weighted")
+
+
 @pytest.mark.parametrize("word", ["<flora>", "explorer"])
 def test_a_word_that_is_spelt_like_another_kind_of_file_is_a_word(base, tmp_path, word):
     row = torch.arange(32.0)[None]
@@ -576,13 +587,16 @@ HOSTILE_SETTINGS = {
     "no rank": ({"r": "two"}, "rank 'two'"),
     "no kind": ({"peft_type": 7}, "cannot be read|is a "),
     "no list": ({"target_modules": {"a": 1}}, "cannot be read|is an expression"),
+    "a beginning that moves the weights": ({"init_lora_weights": "olora"}, "'olora' has changed"),
+    "one that parts them": ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' has changed"),
 }
 
 
 @pytest.mark.parametrize("case", HOSTILE_SETTINGS)
 def test_hostile_settings_of_an_adapter_are_refused(base, tmp_path, case):
     told, message = HOSTILE_SETTINGS[case]
-    assert AdapterReader(base).read(peft_folder(base, tmp_path / "good")).factors
+    good = peft_folder(base, tmp_path / "good", init_lora_weights="gaussian")
+    assert AdapterReader(base).read(good).factors
     with pytest.raises(MimaError, match=message) as caught:
         AdapterReader(base).read(peft_folder(base, tmp_path / "bad", **told))
     assert len(str(caught.value)) < 500
@@ -668,7 +682,39 @@ def test_a_peft_pickle_of_texts_is_refused(base, tmp_path):
         AdapterReader(base).read(folder)
 
 
-@pytest.mark.parametrize("state", [{1: torch.zeros(2)}, {"a": [1]}, {"string_to_param": 3}, {}])
+@pytest.mark.parametrize("value", [None, "x", *(torch.ones(16).to(t) for t in (torch.int8, bool))])
+@pytest.mark.parametrize("name", ["conv_in.bias", "mid.processor.to_k_custom_diffusion.weight"])
+def test_weights_of_no_floating_point_are_refused(base, tmp_path, name, value):
+    torch.save({name: value}, tmp_path / "adapter.pt")
+    with pytest.raises(MimaError, match=r"adapter\.pt: unet\..* expected numbers of floating"):
+        AdapterReader(base).read(tmp_path / "adapter.pt")
+
+
+def test_low_rank_matrices_of_whole_numbers_are_refused(base, tmp_path):
+    folder = peft_folder(base, tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    save_file({name: value.to(torch.int8) for name, value in load_file(file).items()}, file)
+    with pytest.raises(MimaError, match=r"weight is of torch\.int8, expected numbers of floating"):
+        AdapterReader(base).read(folder)
+
+
+def test_weights_of_8_bits_are_read(base, tmp_path):
+    bias = torch.ones(16).to(torch.float8_e4m3fn)
+    save_file({"conv_in.bias": bias}, tmp_path / "adapter.safetensors")
+    merged = mima.merge_adapters(base, [tmp_path / "adapter.safetensors"], method="weighted")
+    assert torch.equal(merged.pipeline.unet.conv_in.bias, bias.float())
+    bias.view(torch.uint8)[0] = 0x7F
+    save_file({"conv_in.bias": bias}, tmp_path / "adapter.safetensors")
+    with pytest.raises(MimaError, match=r"conv_in\.bias holds numbers that are not finite"):
+        AdapterReader(base).read(tmp_path / "adapter.safetensors")
+
+
+NOTED = {"mid.processor.to_k_custom_diffusion.weight": torch.zeros(2), "note": "x"}
+
+
+@pytest.mark.parametrize(
+    "state", [{1: torch.zeros(2)}, {"a": [1]}, {"string_to_param": 3}, {}, NOTED]
+)
 def test_pickles_of_something_else_are_refused(base, tmp_path, state):
     torch.save(state, tmp_path / "adapter.pt")
     with pytest.raises(MimaError, match=r"adapter\.pt"):
