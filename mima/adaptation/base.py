@@ -8,10 +8,10 @@ import math
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 
@@ -94,17 +94,21 @@ class Adaptation(ABC):
     """Of initial values, batches, noise and timesteps."""
 
     def __post_init__(self) -> None:
+        check_settings(self, dict(self._whole_numbers()))
+        optimizers, schedules = get_args(Optimizer), get_args(Schedule)
         checks = {
+            "optimizer": (self.optimizer in optimizers, f"one of {', '.join(optimizers)}"),
+            "schedule": (self.schedule in schedules, f"one of {', '.join(schedules)}"),
             "steps": bounded(self.steps, 1, MOST),
             "learning_rate": (0 < self.learning_rate < math.inf, "above 0 and finite"),
             "resolution": (self.resolution is None or self.resolution >= 1, "at least 1"),
             "batch_size": bounded(self.batch_size, 1, MOST_AT_ONCE),
             "seed": bounded(self.seed, 0, LARGEST_SEED),
             "num_class_images": (self.num_class_images >= 1, "at least 1"),
-            "gradient_accumulation_steps": (self.gradient_accumulation_steps >= 1, "at least 1"),
-            "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "gradient_accumulation_steps": bounded(self.gradient_accumulation_steps, 1, MOST),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0 and finite"),
             "max_grad_norm": (self.max_grad_norm is None or self.max_grad_norm > 0, "above 0"),
-            "prior_weight": (self.prior_weight >= 0, "at least 0"),
+            "prior_weight": (0 <= self.prior_weight < math.inf, "at least 0 and finite"),
             "restart_every": (self.restart_every is None or self.restart_every >= 1, "at least 1"),
             "ema_decay": (self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1)"),
             "use_8bit_adam": (
@@ -113,6 +117,14 @@ class Adaptation(ABC):
             ),
         }
         check_settings(self, checks)
+
+    def _whole_numbers(self) -> Iterator[tuple[str, tuple[bool, str]]]:
+        """A check of each setting that is declared as a whole number."""
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.type == "int" or (setting.type == "int | None" and value is not None):
+                whole = isinstance(value, int) and not isinstance(value, bool)
+                yield setting.name, (whole, "a whole number")
 
     @abstractmethod
     def inject(self, pipeline: Pipeline, concept: Concept) -> Injection:

@@ -25,7 +25,9 @@ class CustomDiffusion(Adaptation):
 
     After Kumari et al., arXiv 2212.04488, without its resizing of the pictures. `Run.save` writes
     `pytorch_custom_diffusion_weights.safetensors` for `unet.load_attn_procs` and, for a new word,
-    a file for `load_textual_inversion`.
+    a file for `load_textual_inversion`. Of a transformer, mima alone reads the weights back. The
+    published command's `--scale_lr` multiplies the rate by the pictures per step of all processes,
+    and by 2 with prior preservation; nothing does so here: set `learning_rate` to 4e-5 for it.
     """
 
     method: ClassVar[str] = "custom-diffusion"
@@ -39,8 +41,8 @@ class CustomDiffusion(Adaptation):
         family = family_of(pipeline)
         if not hasattr(family.denoiser, "attn_processors"):
             raise MimaError(
-                f"model: custom-diffusion needs a UNet with cross-attention, "
-                f"got {type(family.denoiser).__name__}"
+                f"model: custom-diffusion needs attention processors that read text, which "
+                f"{type(family.denoiser).__name__} lacks"
             )
         denoiser: Any = copy.deepcopy(family.denoiser).requires_grad_(False)
         weights = {

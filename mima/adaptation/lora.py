@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,8 @@ encode_with_graph = partial(Family.encode_prompts, differentiable=True)
 """Encodes a family's prompts with a graph into the text encoder."""
 TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """Attention projections of a CLIP text encoder."""
+TEXT_LAYERS = "text_encoder_lora_layers"
+"""By which pipelines that load LoRAs of a text encoder take them to be saved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,8 @@ class LoRA(Adaptation):
     target_modules: tuple[str, ...] | None = None
     """Endings of the names of the adapted layers; None means every attention projection."""
     convolutions: bool = False
-    """Adapt every linear and convolutional layer of the denoiser instead (LoCon)."""
+    """Adapt every linear and convolutional layer of the denoiser instead (LoCon), but for grouped
+    convolutions, into whose weights peft merges no update."""
     text_encoder: bool = False
     """Adapt the attention of the text encoder, too; of pipelines with one text encoder."""
 
@@ -65,6 +69,10 @@ class LoRA(Adaptation):
             raise ValueError(f"LoRA: dropout must lie in [0, 1), got {self.dropout}")
         if self.target_modules == ():
             raise ValueError("LoRA: target_modules is empty")
+        if isinstance(self.target_modules, str):
+            raise MimaError(
+                f"LoRA: target_modules must be several names, got the text {self.target_modules!r}"
+            )
         if self.convolutions and self.target_modules is not None:
             raise ValueError("LoRA: convolutions adapts every layer; leave target_modules out")
 
@@ -112,7 +120,7 @@ class LoRA(Adaptation):
             parts: dict[str, Any] = {}
             for name, state in states.items():
                 # other programs know diffusers' names of these parts, and peft's of transformers
-                known = state if name == "transformer" else convert_state_dict_to_diffusers(state)
+                known = state if name == "transformer" else _in_diffusers_names(state)
                 parts[f"{name}_lora_layers"] = names_for_all(modules[name], known)
                 parts[f"{name}_lora_adapter_metadata"] = configs[name].to_dict()
             adapted.save_lora_weights(folder, **parts)
@@ -130,7 +138,11 @@ class LoRA(Adaptation):
             return list(self.target_modules)
         if self.convolutions:
             kinds = (torch.nn.Linear, torch.nn.Conv2d)
-            return [n for n, m in family.denoiser.named_modules() if isinstance(m, kinds)]
+            return [
+                name
+                for name, module in family.denoiser.named_modules()
+                if isinstance(module, kinds) and getattr(module, "groups", 1) == 1
+            ]
         return [target.removesuffix(".weight") for target in family.lora_targets()]
 
     def _config(self, targets: Sequence[str]) -> LoraConfig:
@@ -144,11 +156,20 @@ class LoRA(Adaptation):
 
     def _text_encoder(self, pipeline: Pipeline) -> Any:
         """A copy of the text encoder around the same weights, for an adapter of its own."""
-        if getattr(pipeline, "text_encoder_2", None) is not None or not hasattr(
-            pipeline, "save_lora_weights"
-        ):
+        write = getattr(pipeline, "save_lora_weights", None)
+        alone = getattr(pipeline, "text_encoder_2", None) is None
+        if not (alone and write and TEXT_LAYERS in inspect.signature(write).parameters):
             raise MimaError(
                 "lora: text_encoder needs a pipeline with one text encoder that LoRAs are loaded "
                 f"for, got {type(pipeline).__name__}"
             )
         return shared_copy(pipeline.text_encoder)
+
+
+def _in_diffusers_names(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A LoRA's state under diffusers' names, or peft's where any of its layers has no other.
+
+    diffusers renames attention alone, and skips half of a file that has names of both kinds.
+    """
+    known: dict[str, Any] = convert_state_dict_to_diffusers(dict(state))
+    return dict(state) if any(".lora_A." in name for name in known) else known

@@ -74,10 +74,13 @@ class ESD:
             "learning_rate": (0 < self.learning_rate < math.inf, "above 0 and finite"),
             "batch_size": bounded(self.batch_size, 1, MOST_AT_ONCE),
             "seed": bounded(self.seed, 0, LARGEST_SEED),
-            "negative_guidance": (self.negative_guidance >= 0, "at least 0"),
-            "start_guidance": (self.start_guidance >= 1, "at least 1"),
+            "negative_guidance": (
+                0 <= self.negative_guidance < math.inf,
+                "at least 0 and finite",
+            ),
+            "start_guidance": (1 <= self.start_guidance < math.inf, "at least 1 and finite"),
             "resolution": (self.resolution is None or self.resolution >= 1, "at least 1"),
-            "sampling_steps": (self.sampling_steps >= 1, "at least 1"),
+            "sampling_steps": bounded(self.sampling_steps, 1, MOST),
         }
         check_settings(self, checks)
 

@@ -7,7 +7,8 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import PeftModel
 from support import builders, tiny
 
-from mima.adaptation import LoRA, TextualInversion
+from mima.adaptation import CustomDiffusion, LoRA, TextualInversion
+from mima.adapters.files import AdapterReader
 from mima.adapters.merge import merge_adapters
 from mima.concepts import Concept
 from mima.erasure import Edit, erase
@@ -75,6 +76,45 @@ def test_lora_attack_and_round_trip(folder, tmp_path):
     # and as mima reads it, which sums in another order
     merged = merge_adapters(builders.opened(folder), [tmp_path], weights=[1.0], method="weighted")
     assert difference(draw(merged.pipeline), adapted) <= 1
+
+
+def test_custom_diffusion_is_read_back(folder, tmp_path):
+    pipeline = builders.opened(folder)
+    family, settings = family_of(pipeline), CustomDiffusion(learning_rate=1e-2, batch_size=1)
+    if not hasattr(family.denoiser, "attn_processors"):
+        with pytest.raises(MimaError, match="custom-diffusion needs attention processors"):
+            settings.start(pipeline, tiny.concept())
+        return
+    run = settings.start(pipeline, tiny.concept())
+    run.advance(1)
+    run.save(tmp_path)
+    trained = family_of(run.pipeline).denoiser
+    values = AdapterReader(pipeline).read(tmp_path).values
+    names = {f"{family.denoiser_name}.{name}": name for name in family.text_projections()}
+    assert values.keys() == names.keys()
+    for name, value in values.items():
+        assert torch.equal(value, trained.get_parameter(names[name]))
+        assert not torch.equal(value, family.denoiser.get_parameter(names[name]))
+
+
+def test_a_text_encoder_whose_lora_no_pipeline_writes_is_refused(folder):
+    with pytest.raises(MimaError, match="lora: text_encoder needs a pipeline with one text enc"):
+        LoRA(text_encoder=True).start(builders.opened(folder), tiny.concept())
+
+
+def test_locon_leaves_grouped_convolutions_out(tmp_path):
+    pipeline = builders.opened(builders.save(builders.sana, tmp_path / "sana"))
+    convolutions = {
+        f"transformer.{name}.weight": module.groups == 1
+        for name, module in pipeline.transformer.named_modules()
+        if isinstance(module, torch.nn.Conv2d)
+    }
+    assert len(set(convolutions.values())) == 2
+    run = LoRA(convolutions=True, learning_rate=1e-2).start(pipeline, tiny.concept())
+    run.advance(1)
+    run.save(tmp_path / "lora")
+    found = AdapterReader(pipeline).read(tmp_path / "lora").factors
+    assert {name: name in found for name in convolutions} == convolutions
 
 
 def test_erasure_edits_what_reads_text(folder):

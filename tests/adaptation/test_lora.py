@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from support import tiny
 
 from mima.adaptation import LoRA, Pivotal
+from mima.adapters.files import AdapterReader
 from mima.adapters.mixed_batch import lora_layers
 from mima.concepts import Concept
 from mima.erasure import ESD, erase
@@ -90,9 +91,19 @@ def test_same_seed_gives_the_same_run_in_one_piece_or_two(pipeline):
     assert torch.equal(draw(whole.pipeline), draw(pieces.pipeline))
 
 
-@pytest.mark.parametrize("alpha", [None, 12.0], ids=["alpha=rank", "alpha=3·rank"])
-def test_diffusers_reads_the_saved_adapter_and_draws_the_same(pipeline, folder, tmp_path, alpha):
-    run = dataclasses.replace(FAST, alpha=alpha).start(pipeline, tiny.concept())
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"alpha": None},
+        {"alpha": 12.0},
+        {"convolutions": True},
+        {"convolutions": True, "text_encoder": True},
+        {"target_modules": ("attn2.to_k", "proj_in")},
+    ],
+    ids=["alpha=rank", "alpha=3·rank", "convolutions", "with-text", "beside-attention"],
+)
+def test_diffusers_reads_the_saved_adapter_and_draws_the_same(pipeline, folder, tmp_path, changes):
+    run = dataclasses.replace(FAST, **changes).start(pipeline, tiny.concept())
     run.advance(5)
     run.save(tmp_path / "lora")
 
@@ -101,6 +112,9 @@ def test_diffusers_reads_the_saved_adapter_and_draws_the_same(pipeline, folder, 
     fresh.load_lora_weights(tmp_path / "lora", weight_name=LORA_WEIGHT_NAME_SAFE)
     assert torch.equal(draw(fresh), draw(run.pipeline))
     assert (draw(fresh) - untrained).abs().max() > 1e-3
+    adapted = [run.pipeline.unet, run.pipeline.text_encoder]
+    found = AdapterReader(pipeline).read(tmp_path / "lora").factors
+    assert len(found) == sum(len(lora_layers(module)) for module in adapted)
 
 
 def test_prior_loss_is_added_with_its_weight(pipeline):
@@ -331,12 +345,21 @@ def test_model_with_adapters_is_refused(pipeline):
     ("name", "value"),
     [
         ("steps", 0),
+        ("steps", 2.5),
+        ("steps", True),
+        ("seed", None),
+        ("resolution", 64.0),
+        ("optimizer", "adam"),
+        ("schedule", "linear"),
         ("learning_rate", 0.0),
         ("batch_size", 0),
         ("gradient_accumulation_steps", 0),
+        ("gradient_accumulation_steps", 2**31),
         ("weight_decay", -1.0),
+        ("weight_decay", math.inf),
         ("max_grad_norm", 0.0),
         ("prior_weight", -0.5),
+        ("prior_weight", math.inf),
         ("rank", 0),
         ("alpha", 0.0),
         ("alpha", -4.0),
@@ -344,6 +367,7 @@ def test_model_with_adapters_is_refused(pipeline):
         ("alpha", math.inf),
         ("dropout", 1.0),
         ("target_modules", ()),
+        ("target_modules", "to_k"),
     ],
 )
 def test_bad_setting_is_named(name, value):

@@ -80,10 +80,11 @@ def test_concepts_that_would_share_a_folder_are_refused(workdir, model):
 
 def test_adapt_with_little_memory(workdir, model):
     options = ["--gradient-checkpointing", "--offload-encoders", "--fp16-vae"]
-    options += ["--gradient-accumulation-steps", 2]
+    options += ["--gradient-accumulation-steps", 2, "--set", "training.snr_gamma=5"]
     run("adapt", "cat", *options, "--model", model, "--steps", 1, "-o", "out")
     settings = json.loads(Path("out/mima.json").read_text())["settings"]
     assert settings["gradient_accumulation_steps"] == 2
+    assert settings["training"]["snr_gamma"] == 5
     assert all(settings[name] for name in ("gradient_checkpointing", "offload_encoders"))
     assert (settings["fp16_vae"], settings["use_8bit_adam"]) == (True, False)
 
@@ -131,6 +132,8 @@ def test_every_method_can_replace_its_own_results(workdir, model, method):
         (["cat", "--set", f"seed={2**70}"], "seed must be at most 9223372036854775807"),
         (["cat", "--method", "lroa"], "method 'lroa' is unknown; did you mean 'lora'"),
         (["cat", "--set", "rnak=3"], "method lora has no setting rnak; did you mean 'rank'"),
+        (["cat", "--set", "training.snr_gama=5"], "has no setting training.snr_gama; did you mean"),
+        (["cat", "--rank", "2", "--set", "rank.x=5"], "setting rank.x: rank has no settings"),
         (["cat", "--set", "rank=big"], "rank Input should be a valid integer"),
         (["cat", "--set", "rank=true"], "rank Input should be a number, got True"),
         (["cat", "--set", "training={snr_gamma: no}"], "training.snr_gamma Input should be a num"),

@@ -1,6 +1,7 @@
 """ESD: its objective, what it trains, and every family."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -138,15 +139,18 @@ def test_what_cannot_be_erased(pipeline, concept):
         dataclasses.replace(FAST, resolution=30).erase(pipeline, [concept])
     with pytest.raises(MimaError, match=r"esd: the loss is .*lower learning_rate"):
         dataclasses.replace(FAST, learning_rate=1e30, steps=5).erase(pipeline, [concept])
-    for name, value in {
-        "steps": 0,
-        "learning_rate": 0.0,
-        "batch_size": 0,
-        "negative_guidance": -1.0,
-        "start_guidance": 0.5,
-        "sampling_steps": 0,
-        "resolution": 0,
-    }.items():
+    for name, value in (
+        ("steps", 0),
+        ("learning_rate", 0.0),
+        ("batch_size", 0),
+        ("negative_guidance", -1.0),
+        ("negative_guidance", math.inf),
+        ("start_guidance", 0.5),
+        ("start_guidance", math.inf),
+        ("sampling_steps", 0),
+        ("sampling_steps", 2**31),
+        ("resolution", 0),
+    ):
         with pytest.raises(ValueError, match=f"ESD: {name} must be"):
             ESD(**{name: value})
 
