@@ -31,7 +31,7 @@ from mima.evaluation.processes import beside
 from mima.families import load_pipeline
 from mima.immunization.algorithm import StepReport, immunize
 from mima.immunization.config import ImmunizeConfig
-from mima.immunization.recipes import default
+from mima.immunization.recipes import EMBEDDED_RATE, default
 from mima.release.repository import save_pipeline
 from mima.report import write_report
 from mima.storage.inputs import expanded
@@ -85,7 +85,7 @@ def settings(*, quick: bool, seed: int) -> DemoSettings:
         # one of the recipe's three paths of each benign concept: hardly one would serve twice
         changes |= {"steps": 108, "num_class_images": 192}
         changes["upper"]["benign"] = {"paths": 1}
-    immunization = default(rate=1e-4, benign=True, seed=seed, **changes)
+    immunization = default(rate=EMBEDDED_RATE, benign=True, seed=seed, **changes)
     steps = 24 if quick else 100
     sampler = Sampler(steps=12, guidance=3.0, batch_size=16, scheduler="dpm++")
     return DemoSettings(

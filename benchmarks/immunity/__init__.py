@@ -5,7 +5,7 @@
     python -m benchmarks.immunity all -o DIR --cut small
     python -m benchmarks.immunity status -o DIR --cut small
     python -m benchmarks.immunity keep -o DIR --cut small
-    python -m benchmarks.immunity report -o DIR --cut small [--docs docs/results.md]
+    python -m benchmarks.immunity report -o DIR --cut breadth [--docs docs/results.md]
 
 A cell is one immunized model and every attack on it. Each command may be stopped and given again.
 `keep` copies the figures of finished cells into `records/`, which belongs to the checkout: such a

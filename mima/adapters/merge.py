@@ -33,7 +33,7 @@ from mima.release.card import CardFacts
 from mima.release.delta import Delta
 from mima.release.repository import Released
 from mima.storage.inputs import check_adapters, expanded
-from mima.training.captions import ordinary_captions, regular_tokens
+from mima.training.captions import ordinary_captions, regular_tokens, warn_of_emoji
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +189,8 @@ def merge_adapters(
     pipeline = model if opened is None else load_pipeline(opened, dtype=dtype)
     if device is not None:
         pipeline.to(device)
+    if method == "projected":
+        warn_of_emoji(pipeline, source)
     reader = AdapterReader(pipeline)
     kept = [n for n, share in enumerate(shares) if share]
     chosen = [reader.read(adapters[n]) for n in kept]

@@ -42,6 +42,10 @@ def erase(
         list[str] | None,
         typer.Option(help="For uce: a concept or a caption to keep; may be repeated."),
     ] = None,
+    captions: Annotated[
+        Path | None,
+        typer.Option(help="For uce: a file of ordinary captions to keep; default those shipped."),
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Prompt of the concept, where nothing else says it.")
     ] = None,
@@ -69,8 +73,10 @@ def erase(
     given = options.given_settings(named, settings)
     if method == "uce" and given:
         raise MimaError(f"method uce has no setting {min(given)}; it is a closed form")
-    if method != "uce" and (preserve or technique != "replace"):
-        raise MimaError(f"--preserve and --technique are for method uce, not for {method}")
+    if method != "uce" and (preserve or captions or technique != "replace"):
+        raise MimaError(
+            f"--preserve, --captions and --technique are for method uce, not for {method}"
+        )
     if not concepts and not words:
         raise MimaError("erase: give concepts, or --words")
     erased: list[Concept | str] = [*(words or [])]
@@ -90,7 +96,7 @@ def erase(
     from mima.settings import checked
     from mima.storage.output import fresh_folder
     from mima.storage.record import write_record
-    from mima.training.captions import ordinary_captions
+    from mima.training.captions import ordinary_captions, warn_of_emoji
 
     source = options.model_source(model, revision, variant, single_file_config)
     if method != "uce":
@@ -109,10 +115,11 @@ def erase(
             )
         said: dict[str, Any] = {"settings": asdict(esd)}
     else:
-        kept: list[str | Concept] = [*ordinary_captions(None)]
+        kept: list[str | Concept] = [*ordinary_captions(captions)]
         for item in preserve or []:
             kept += load_concepts(item) if _names_concepts(item) else [item]
         pipeline = options.open_pipeline(source, dtype, device)
+        warn_of_emoji(pipeline, captions)
         result = run_erase(pipeline, erased, preserve=kept, target=target, technique=technique)
         said = {"technique": technique}
     names = [one if isinstance(one, str) else one.name for one in erased]

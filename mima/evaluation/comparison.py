@@ -62,7 +62,7 @@ from mima.settings import checked
 from mima.storage.inputs import expanded, resolved
 from mima.storage.lock import locked
 from mima.storage.output import slug
-from mima.training.captions import ordinary_captions
+from mima.training.captions import ordinary_captions, warn_of_emoji
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +175,8 @@ def evaluate(
     ranks.together(lambda: check(folder, overwrite=overwrite))
 
     seen = seen_by(immunized)
-    ordinary = ordinary_captions(None if captions is None else Path(captions))
+    source = None if captions is None else Path(captions)
+    ordinary = ordinary_captions(source)
     prompts, known = benign_prompts(ordinary, seen, config.benign_prompts)
     bench = Bench(
         models={"original": original, "immunized": immunized},
@@ -193,6 +194,8 @@ def evaluate(
     with one_thread(processes > 1):
         worker = Worker(bench)
     _check_alike(*(worker.pipelines[side] for side in SIDES))
+    if prompts:
+        warn_of_emoji(worker.pipelines["original"], source)
     if any(attack.outside for attack in grid) and not worker.common_parameters():
         logger.warning("families outside: immunization changed every parameter; left out")
         grid = [attack for attack in grid if not attack.outside]

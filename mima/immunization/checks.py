@@ -18,6 +18,7 @@ from mima.families.pipelines import Pipeline
 from mima.immunization.config import ImmunizeConfig
 from mima.storage.checkpoint import CheckpointFolder
 from mima.storage.inputs import expanded, resolved
+from mima.training.captions import warn_of_emoji
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,8 @@ def check_model(pipeline: Pipeline, concepts: Sequence[Concept], config: Immuniz
     if config.erase_first:
         for concept in concepts:
             edits_of(concept)
+    if reads_captions(concepts, config):
+        warn_of_emoji(pipeline, config.captions)
     if config.shards > 1:
         check_splittable(pipeline)
     merges = config.method not in ("none", "imma", "joint")
@@ -148,6 +151,13 @@ def check_splittable(pipeline: Pipeline) -> None:
             f"shards: weights of this {type(pipeline).__name__} go by several names and cannot be "
             "split; use 1"
         )
+
+
+def reads_captions(concepts: Sequence[Concept], config: ImmunizeConfig) -> bool:
+    """Whether a run reads ordinary captions: in its merge, to erase, or for class pictures."""
+    merges = config.method not in ("none", "imma", "joint") and config.merge == "projected"
+    drawn = config.has_prior and any(not (c.class_images or c.class_prompt) for c in concepts)
+    return merges or drawn or config.erase_first
 
 
 def check_drawn(concepts: Sequence[Concept], config: ImmunizeConfig, *, on_cpu: bool) -> None:

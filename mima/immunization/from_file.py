@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from mima.choices import Recipe, Task
 from mima.errors import MimaError, nearest, one_line, quoted
 from mima.immunization.config import ImmunizeConfig
-from mima.immunization.recipes import RECIPES, beneath
+from mima.immunization.recipes import EMBEDDED_RATE, RECIPES, USUAL_RATE, beneath
 from mima.settings import Settings, parse_config, set_nested
 from mima.storage.inputs import check_model, expanded
 from mima.storage.output import check_folder
@@ -44,6 +44,9 @@ class ImmunizeRun(Settings):
     ``immunize.lower.benign_start`` read them."""
     recipe: Recipe | None = None
     """Named settings beneath those of ``immunize``: see ``mima.immunization.recipes``."""
+    rate: float | None = Field(None, gt=0, lt=1)
+    """The recipe ``default``'s unit of rates, at which models like this one are usually fine-tuned
+    on a few pictures. Default: 1e-4 for ``embedded``, else 5e-6, for Stable Diffusion 1.x."""
     erased: Path | None = None
     """A checkpoint in which the concepts are erased, made from ``model`` by whatever means: see
     ``mima.erasure.load_erased``. Takes the place of ``immunize.erase_first``."""
@@ -85,10 +88,25 @@ def parse_run(
     # parse_config reports an unknown recipe, or settings of the wrong type, with all other errors
     known = named is None or recipe is not None or (isinstance(named, str) and named in RECIPES)
     if (named is not None or task is not None) and known and isinstance(own, dict):
-        raw = {**raw, "immunize": beneath(own, named, task, benign=bool(raw.get("benign")))}
+        benign, rate = bool(raw.get("benign")), _rate_of(raw)
+        plain = beneath(own, named, task, benign=benign, rate=rate)
+        raw = {**raw, "immunize": plain}
         if named is not None:
             raw["recipe"] = named
-    return parse_config(ImmunizeRun, raw, source=source)
+    run = parse_config(ImmunizeRun, raw, source=source)
+    if run.rate is not None and run.recipe != "default":
+        raise MimaError(f"config: {source}: rate: the recipe default alone reads it")
+    return run
+
+
+def _rate_of(raw: dict[str, Any]) -> float:
+    """The unit of rates that a run asks for, or else that of its model."""
+    try:
+        told = ImmunizeRun(model="", concepts=[""], rate=raw.get("rate")).rate
+    except ValidationError:
+        # it is reported with all other settings
+        told = None
+    return told or (EMBEDDED_RATE if raw.get("model") == "embedded" else USUAL_RATE)
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:

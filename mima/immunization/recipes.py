@@ -33,12 +33,16 @@ DEFAULT_STEPS = 200
 MANY_STEPS = 400
 """Outer steps from which on `default` bounds what it raises: without a bound, a run of 800 for
 eight concepts broke the model, and one of 300 held three (docs/results.md)."""
+USUAL_RATE = 5e-6
+"""The learning rate at which Stable Diffusion 1.x is usually fine-tuned on a few pictures."""
+EMBEDDED_RATE = 1e-4
+"""That of the embedded model."""
 MARGIN = 4.0
 """The bound, in nats above the loss of the model before immunization."""
 
 
 def default(
-    task: Task | None = None, *, rate: float = 5e-6, benign: bool = False, **settings: Any
+    task: Task | None = None, *, rate: float = USUAL_RATE, benign: bool = False, **settings: Any
 ) -> ImmunizeConfig:
     """What is recommended: attacks on every weight, along their whole path, first order.
 
@@ -59,8 +63,8 @@ def default(
     Args:
         task: see ``TASKS``.
         rate: the learning rate at which models like this one are usually fine-tuned on a few
-            pictures, the unit of all rates: 5e-6 for Stable Diffusion 1.x, 1e-4 for the embedded
-            model.
+            pictures, the unit of all rates: for Stable Diffusion 1.x ``USUAL_RATE``, for the
+            embedded model ``EMBEDDED_RATE``.
         benign: the run has benign concepts: on every sixth outer step, what the model becomes on
             the way of learning one of them is to predict what the model before immunization does.
         settings: win over these.
@@ -234,6 +238,7 @@ def beneath(
     task: str | None = None,
     *,
     benign: bool = False,
+    rate: float = USUAL_RATE,
 ) -> Plain:
     """Plain settings of a run with those of a recipe and of a task beneath them.
 
@@ -243,6 +248,7 @@ def beneath(
             ``PERSONALIZING_RATE`` where that is the task.
         task: one of ``TASKS``, or None.
         benign: the run has benign concepts; ``default`` asks.
+        rate: its unit of rates; ``default`` asks.
 
     Raises:
         MimaError: no such recipe or task.
@@ -253,7 +259,8 @@ def beneath(
         raise MimaError(f"task {task!r} is unknown; {nearest(task, TASKS)}")
     asked: dict[str, Any] = {}
     if recipe == "default":
-        asked = {"benign": benign, "steps": _steps_of(settings) or DEFAULT_STEPS}
+        steps = _steps_of(settings) or DEFAULT_STEPS
+        asked = {"benign": benign, "rate": rate, "steps": steps}
     made = (unnamed if recipe is None else RECIPES[recipe])(task, **asked)
     return _over(made.model_dump(exclude_unset=True), settings)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,20 +11,25 @@ import torch
 from mima.assets import assets
 from mima.errors import MimaError
 from mima.families import Family
+from mima.families.pipelines import Pipeline
 from mima.storage.atomic import reason_of
+from mima.storage.inputs import expanded
+from mima.storage.plain_data import read_json
 from mima.training.batches import chunks, seeded
+
+logger = logging.getLogger(__name__)
 
 MEASURED_EVERY = 4
 """One caption in so many is left for measurements."""
 
 
 def ordinary_captions(path: Path | None) -> list[str]:
-    """Captions, one per line, of a file or those that ship with mima.
+    """Captions, one per line, of a file or those that ship with mima, which are about emoji.
 
     Raises:
         MimaError: unreadable, or no caption in it.
     """
-    path = path or assets() / "captions.txt"
+    path = expanded(path) if path else assets() / "captions.txt"
     try:
         captions = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -32,6 +38,17 @@ def ordinary_captions(path: Path | None) -> list[str]:
     if not captions:
         raise MimaError(f"captions: {path} holds no caption")
     return captions
+
+
+def warn_of_emoji(pipeline: Pipeline, path: Path | None) -> None:
+    """Warn of the captions that ship with mima where the model has not the embedded one's words."""
+    if path is None:
+        own = read_json((assets() / "model/tokenizer/vocab.json").read_text(encoding="utf-8"))
+        if not own.keys() <= pipeline.tokenizer.get_vocab().keys():
+            logger.warning(
+                "captions: those that ship with mima are about emoji, for the embedded model; give "
+                "a file of what this model draws"
+            )
 
 
 def divided(captions: Sequence[str]) -> tuple[list[str], list[str]]:

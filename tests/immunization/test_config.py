@@ -436,6 +436,28 @@ def test_the_recommended_recipe_takes_the_models_usual_rate_for_its_unit():
     assert adaptation.parameters == "denoiser"
 
 
+@pytest.mark.parametrize(
+    ("told", "rate"),
+    [({}, 5e-6), ({"model": "embedded"}, 1e-4), ({"model": "embedded", "rate": "1e-5"}, 1e-5)],
+    ids=["any model", "the embedded one", "told"],
+)
+def test_a_file_has_the_unit_of_rates_of_its_model(tmp_path, told, rate):
+    run = {
+        "model": "some/model",
+        "concepts": ["tiger"],
+        "output": "out",
+        "recipe": "default",
+    } | told
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run))
+    assert read_run(path).immunize == default(rate=rate)
+    assert read_run(path, settings={"rate": 2e-5}).immunize == default(rate=2e-5)
+    with pytest.raises(MimaError, match="rate: the recipe default alone reads it"):
+        read_run(path, settings={"rate": 2e-5}, recipe="tar")
+    with pytest.raises(MimaError, match="rate: Input should be greater than 0"):
+        read_run(path, settings={"rate": -1})
+
+
 def test_the_recommended_recipe_keeps_benign_concepts_of_a_file_learnable(tmp_path):
     text = {"model": "embedded", "concepts": ["tiger"], "recipe": "default", "output": "out"}
     path = tmp_path / "run.yaml"

@@ -1,8 +1,14 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
+from support import tiny
 
+from mima.concepts import embedded_concept
 from mima.errors import MimaError
+from mima.families import load_pipeline
+from mima.immunization.checks import check_model
+from mima.immunization.config import ImmunizeConfig
 from mima.training.captions import ordinary_captions
 
 
@@ -27,3 +33,34 @@ def test_a_file_of_captions_that_is_none_is_one_line(tmp_path: Path, content, me
     with pytest.raises(MimaError, match=message) as caught:
         ordinary_captions(path)
     assert "\n" not in str(caught.value)
+
+
+PLAIN = {"method": "joint", "upper": {"prior_weight": 0}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "warns"),
+    [
+        ({}, True),
+        (PLAIN, False),
+        (PLAIN | {"erase_first": True}, True),
+        ({"method": "joint"}, False),
+        ({"method": "joint", "num_class_images": 4, "class_prompt": ""}, True),
+        ({"captions": "captions.txt"}, False),
+    ],
+    ids=["merge", "nothing reads them", "erasure", "class prompt", "class pictures", "own"],
+)
+def test_captions_of_emoji_are_told_where_another_model_reads_them(
+    pipeline, changes, warns, caplog
+):
+    changes = dict(changes)
+    class_prompt = changes.pop("class_prompt", "a thing")
+    concept = dataclasses.replace(tiny.concept(), class_prompt=class_prompt, class_images=())
+    config = ImmunizeConfig(**changes)
+    check_model(pipeline, [concept], config)
+    assert ("those that ship with mima are about emoji" in caplog.text) == warns
+
+
+def test_the_embedded_model_reads_the_captions_that_ship(caplog):
+    check_model(load_pipeline("embedded"), [embedded_concept("tiger")], ImmunizeConfig())
+    assert caplog.text == ""
