@@ -68,7 +68,9 @@ def widest_attention(device: torch.device, dtype: torch.dtype) -> int | None:
     if device.type != "cuda":
         return None
     properties = torch.cuda.get_device_properties(device)
-    return widest(getattr(properties, "shared_memory_per_block_optin", 0), dtype)
+    # HIP has no larger one to opt into
+    least = properties.shared_memory_per_block
+    return widest(getattr(properties, "shared_memory_per_block_optin", least), dtype)
 
 
 def unsupported_reasons(op: str, *tensors: Tensor) -> list[str]:

@@ -177,8 +177,9 @@ def _attention_sums_kernel(
     tl.store(ptrs, top + tl.log(total), mask)
     tl.store(ptrs + rows, D, mask)
     if SECOND:
-        tl.store(ptrs + 2 * rows, r, mask)
-        tl.store(ptrs + 3 * rows, mixed / total - 2 * r * D, mask)
+        # not 2 * rows, which may pass 2**31
+        tl.store(ptrs + rows + rows, r, mask)
+        tl.store(ptrs + rows + rows + rows, mixed / total - 2 * r * D, mask)
 
 
 @triton.jit
@@ -187,8 +188,8 @@ def _load_sums(sums_ptr, rows, head, T, offs_t, SECOND: tl.constexpr):
     lse, D = tl.load(ptrs, mask, other=0.0), tl.load(ptrs + rows, mask, other=0.0)
     r, mean = D, D
     if SECOND:
-        r = tl.load(ptrs + 2 * rows, mask, other=0.0)
-        mean = tl.load(ptrs + 3 * rows, mask, other=0.0)
+        r = tl.load(ptrs + rows + rows, mask, other=0.0)
+        mean = tl.load(ptrs + rows + rows + rows, mask, other=0.0)
     return lse[:, None], D[:, None], r[:, None], mean[:, None]
 
 
@@ -357,7 +358,7 @@ def widest(shared: int, dtype: torch.dtype) -> int:
     """
     tiles = 8 if dtype == torch.float32 else 6
     columns = shared // (tiles * LEAST_ROWS * 4)
-    return max(WIDE, 1 << (columns.bit_length() - 1))
+    return max(WIDE, 1 << max(columns.bit_length() - 1, 0))
 
 
 def _launch(kernel: Any, length: int, block: str, q: Tensor, k: Tensor, **options: Any) -> None:

@@ -133,11 +133,11 @@ def _batched_lora_fwd_kernel(
     BLOCK_K: tl.constexpr,  # input features per step
     BLOCK_R: tl.constexpr,  # ranks per product
 ):
-    blocks_t = tl.cdiv(T, BLOCK_T)
-    # int64: x and y may pass 2**31 elements
-    sample = (tl.program_id(1) // blocks_t).to(tl.int64)
-    offs_t = tl.program_id(1) % blocks_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    # on the grid's first axis, as no other takes more than 65,535 programs
+    blocks_o = tl.cdiv(num_out, BLOCK_O)
+    sample, first = _place(tl.program_id(0) // blocks_o, T, BLOCK_T)
+    offs_t = first + tl.arange(0, BLOCK_T)
+    offs_o = tl.program_id(0) % blocks_o * BLOCK_O + tl.arange(0, BLOCK_O)
     offs_r = tl.arange(0, BLOCK_R)
     n = tl.load(index_ptr + sample)
     has_adapter = n >= 0
@@ -150,7 +150,6 @@ def _batched_lora_fwd_kernel(
     inner = B_n if TRANSPOSED else A_n
     outer = A_n if TRANSPOSED else B_n
     x_ptr += sample * T * num_in
-    h_ptr += sample * T * R
 
     y = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     h = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
@@ -170,7 +169,7 @@ def _batched_lora_fwd_kernel(
         y = dot(x, tl.trans(weight), y, PRECISION)
         h = dot(x, tl.trans(A), h, PRECISION)
     if KEEP:
-        _keep(h_ptr, h, offs_t, offs_r, T, R)
+        _keep(h_ptr, h, offs_t, offs_r, T, R, blocks_o)
     y = _add_outer(y, h * scale, outer, offs_o, offs_r, num_out, rank, TRANSPOSED, PRECISION)
     # int32: the count of a loop is
     for start_r in range(BLOCK_R, rank.to(tl.int32), BLOCK_R):
@@ -181,7 +180,7 @@ def _batched_lora_fwd_kernel(
             A = _load_inner(inner, start_r + offs_r, offs_k, rank, num_in, TRANSPOSED)
             h = dot(x, tl.trans(A), h, PRECISION)
         if KEEP:
-            _keep(h_ptr, h, offs_t, start_r + offs_r, T, R)
+            _keep(h_ptr, h, offs_t, start_r + offs_r, T, R, blocks_o)
         y = _add_outer(
             y, h * scale, outer, offs_o, start_r + offs_r, num_out, rank, TRANSPOSED, PRECISION
         )
@@ -192,10 +191,21 @@ def _batched_lora_fwd_kernel(
 
 
 @triton.jit
-def _keep(h_ptr, h, offs_t, offs_r, T, R):
+def _place(tile, T, BLOCK_T: tl.constexpr):
+    """Return the sample of a block of tokens, and its first token."""
+    blocks = tl.cdiv(T, BLOCK_T)
+    # int64: x and y may pass 2**31 elements
+    return (tile // blocks).to(tl.int64), tile % blocks * BLOCK_T
+
+
+@triton.jit
+def _keep(h_ptr, h, offs_t, offs_r, T, R, blocks_o):
     """Store a projection: by one of the programs that share the tokens, for all have the same."""
-    if tl.program_id(0) == 0:
-        tl.store(h_ptr + offs_t[:, None] * R + offs_r[None, :], h, (offs_t < T)[:, None])
+    if tl.program_id(0) % blocks_o == 0:
+        # formed anew, for other ways spill registers (rank 64, bfloat16, sm_80)
+        sample, first = _place(tl.program_id(0) // blocks_o, T, h.shape[0])
+        offs = tl.arange(0, h.shape[0])[:, None] * R + offs_r[None, :]
+        tl.store(h_ptr + (sample * T + first) * R + offs, h, (offs_t < T)[:, None])
 
 
 @triton.jit
@@ -233,7 +243,7 @@ def _batched_lora_project_kernel(
     T,  # tokens of a sample
     num_in,  # features
     num_adapters,  # N
-    R,  # BLOCK_R times the third size of the grid
+    R,  # BLOCK_R times the second size of the grid
     TRANSPOSED: tl.constexpr,
     DTYPE: tl.constexpr,  # of x and the adapters
     ALIGNED: tl.constexpr,  # every adapter's address is a multiple of 16 bytes
@@ -243,9 +253,9 @@ def _batched_lora_project_kernel(
     BLOCK_K: tl.constexpr,  # features per step
     BLOCK_R: tl.constexpr,  # ranks per program
 ):
-    sample = tl.program_id(1).to(tl.int64)
-    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    sample, first = _place(tl.program_id(0), T, BLOCK_T)
+    offs_t = first + tl.arange(0, BLOCK_T)
+    offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     n = tl.load(index_ptr + sample)
     has_adapter = n >= 0
     n = tl.maximum(n, 0)
@@ -430,8 +440,8 @@ def _apply(
         return y, None
     chosen = adapters.chosen
     h = adapters.projection(x) if keep and adapters.chunks else None
-    grid = ceil_div(num_out, chosen.block_o), b * ceil_div(T, chosen.block_t)
-    _batched_lora_fwd_kernel[grid](
+    tiles = b * ceil_div(T, chosen.block_t) * ceil_div(num_out, chosen.block_o)
+    _batched_lora_fwd_kernel[(tiles,)](
         x_ptr=x,
         weight_ptr=weight,
         bias_ptr=weight if bias is None else bias,
@@ -456,7 +466,7 @@ def _project(x: Tensor, adapters: _Adapters, *, transposed: bool) -> Tensor:
         return h
     b, T, _ = x.shape
     block_t = max(adapters.chosen.block_t, OUTER_BLOCK_T)
-    _batched_lora_project_kernel[ceil_div(T, block_t), b, adapters.chunks](
+    _batched_lora_project_kernel[b * ceil_div(T, block_t), adapters.chunks](
         x_ptr=x, h_ptr=h, TRANSPOSED=transposed, BLOCK_T=block_t, **adapters.factors(x)
     )
     return h

@@ -24,6 +24,7 @@ import triton
 from mima.kernels import (
     _common,
     adam_step,
+    attention,
     batched_lora,
     combine,
     group_norm,
@@ -142,6 +143,28 @@ def test_gradients_of_adapters_are_split_over_tokens() -> None:
     for launch in outer:
         assert launch.grid[0] == 2 * 4096 // launch.arguments["SPLIT_T"]
         assert launch.arguments["SPLIT_T"] <= 512
+
+
+def test_no_grid_is_too_long_on_an_axis_that_is_not_the_first() -> None:
+    b = 70_000
+    with recorded_launches(batched_lora) as launches:
+        for need_x in (True, False):
+            needs = need_x, False, True, True, True, False
+            batched_lora.batched_lora_backward(torch.empty(b, 1, 6), _adapted(b, 1), needs)
+    assert {launch.kernel.__name__ for launch in launches} == {
+        f"_batched_lora_{name}_kernel" for name in ("fwd", "project", "outer", "sum")
+    }
+    for launch in launches:
+        assert max(launch.grid[1:], default=1) <= 65_535, launch.kernel.__name__
+
+
+def test_heads_have_a_widest_where_there_is_no_shared_memory_to_opt_into() -> None:
+    """As of HIP, whose properties have no such field."""
+    properties = mock.Mock(spec=["shared_memory_per_block"], shared_memory_per_block=65_536)
+    with mock.patch.object(torch.cuda, "get_device_properties", return_value=properties):
+        widest = mima.kernels.widest_attention.__wrapped__
+        assert widest(torch.device("cuda"), torch.bfloat16) == 128
+    assert attention.widest(0, torch.float32) == 128
 
 
 class _FixedOrder(TorchDispatchMode):
