@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mima.ops._autograd import Operator, apply, apply_backward
 
 _OP = "convolution"
 Numbers = tuple[Sequence[int], Sequence[int], Sequence[int], int]
@@ -53,45 +55,66 @@ def convolution(
         if x.dtype != torch.float64:
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-    out: Tensor = _Convolution.apply(x, weight, bias, (stride, padding, dilation, groups))
-    return out
+    (out,) = apply(_Convolution, x, weight, bias, (stride, padding, dilation, groups))
+    return cast(Tensor, out)
 
 
-class _Convolution(torch.autograd.Function):
-    """(x, weight, bias, numbers) -> y."""
+def _forward_formula(
+    x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Numbers
+) -> tuple[Tensor]:
+    return (F.conv2d(x, weight, bias, *numbers),)
+
+
+def _adjoint_formula(
+    d_y: Tensor, weight: Tensor, size: Sequence[int], numbers: Numbers
+) -> tuple[Tensor]:
+    *places, groups = numbers
+    # of x, the shape is read alone
+    like = d_y.new_empty(size)
+    d_x: Tensor = torch.ops.aten.convolution_backward(
+        *(d_y, like, weight, None, *places, False, [0, 0], groups), [True, False, False]
+    )[0]
+    return (d_x,)
+
+
+class _Convolution(Operator):
+    """(x, weight, bias, numbers) -> (y,)."""
+
+    formula = staticmethod(_forward_formula)
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Numbers
-    ) -> Tensor:
+    def forward(*args: Any) -> tuple[Tensor]:
+        return _forward_formula(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, weight, _, ctx.numbers = inputs
+        ctx.size = x.shape
         ctx.save_for_backward(weight)
-        ctx.size, ctx.numbers = x.shape, numbers
-        return F.conv2d(x, weight, bias, *numbers)
 
     @staticmethod
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *d_out: Tensor) -> tuple[Any, ...]:
         (weight,) = ctx.saved_tensors
-        return _Adjoint.apply(d_y, weight, ctx.size, ctx.numbers), None, None, None
+        (d_x,) = apply_backward(_Adjoint, *d_out, weight, ctx.size, ctx.numbers)
+        return d_x, None, None, None
 
 
-class _Adjoint(torch.autograd.Function):
-    """(d_y, weight, size of x, numbers) -> d_x."""
+class _Adjoint(Operator):
+    """(d_y, weight, size of x, numbers) -> (d_x,)."""
+
+    formula = staticmethod(_adjoint_formula)
 
     @staticmethod
-    def forward(
-        ctx: Any, d_y: Tensor, weight: Tensor, size: torch.Size, numbers: Numbers
-    ) -> Tensor:
+    def forward(*args: Any) -> tuple[Tensor]:
+        return _adjoint_formula(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, weight, _, ctx.numbers = inputs
         ctx.save_for_backward(weight)
-        ctx.numbers = numbers
-        *places, groups = numbers
-        # of x, the shape is read alone
-        like = d_y.new_empty(size)
-        d_x: Tensor = torch.ops.aten.convolution_backward(
-            *(d_y, like, weight, None, *places, False, [0, 0], groups), [True, False, False]
-        )[0]
-        return d_x
 
     @staticmethod
-    def backward(ctx: Any, u: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *u: Tensor) -> tuple[Any, ...]:
         (weight,) = ctx.saved_tensors
-        return _Convolution.apply(u, weight, None, ctx.numbers), None, None, None
+        (d_y,) = apply_backward(_Convolution, *u, weight, None, ctx.numbers)
+        return d_y, None, None, None

@@ -71,6 +71,28 @@ def test_is_linear_to_any_order(case):
     assert gradgradcheck(gradient, [x], fast_mode=True)
 
 
+@pytest.mark.parametrize("case", ["3x3", "leaves-some", "grouped"])
+def test_transforms_of_torch_func(case):
+    x, weight, bias, numbers = make(case)
+    x = x.detach()
+    found = []
+    for function in (convolution, F.conv2d):
+
+        def loss(x, function=function):
+            return (function(x[None], weight, bias, *numbers) ** 3).sum()
+
+        def norm(x, loss=loss):
+            return torch.func.grad(loss)(x).square().sum()
+
+        gradients = torch.vmap(torch.func.grad(loss))(x)
+        through = torch.func.grad(lambda x, loss=loss: torch.vmap(loss)(x).sum())(x)
+        twice = torch.vmap(torch.func.grad(norm))(x)
+        rows = torch.func.jacrev(torch.func.grad(loss))(x[0])
+        found.append([gradients, through, twice, rows])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_computes_and_keeps_nothing_for_the_kernel():
     x, weight, bias, numbers = make("3x3")
     counts = []
