@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
 from typing import Any
 
@@ -19,13 +20,14 @@ _functions: dict[CustomOpDef, Callable[..., Any]] = {}
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 _PLAIN = {Tensor, torch.nn.Parameter}
 _requires_grad = attrgetter("requires_grad")
+_VMAP_KEY = torch._C._dispatch_key_parse("VmapMode")
 
 
 class Operator(torch.autograd.Function):
     """A differentiable operator: `forward(*args)` takes tensors, and returns a tuple of them.
 
-    The kernels have no batch dimension: under torch.func.vmap `formula` is what runs, which takes
-    the same arguments and is plain PyTorch.
+    The kernels have no batch dimension: under torch.func.vmap, and where gradients are batched,
+    `formula` is what runs, which takes the same arguments and is plain PyTorch.
 
     PyTorch inspects the signature of `forward` at each call, and binds it, which costs microseconds
     per named parameter: there is one, and it is inspected here.
@@ -39,14 +41,14 @@ class Operator(torch.autograd.Function):
 
     @classmethod
     def vmap(cls, info: Any, in_dims: Any, *args: Any) -> Any:
-        device = next(x.device for x in args if isinstance(x, Tensor))
-        with torch.autocast(device.type, enabled=False):
-            outputs = torch.vmap(
-                lambda *unbatched: tuple(cls.formula(*unbatched)),
-                in_dims=tuple(in_dims),
-                randomness=info.randomness,
-            )(*args)
+        outputs = torch.vmap(cls.plainly, in_dims=tuple(in_dims), randomness=info.randomness)(*args)
         return outputs, (0,) * len(outputs)
+
+    @classmethod
+    def plainly(cls, *args: Any) -> tuple[Tensor, ...]:
+        """What `forward` computes, by the formula."""
+        with no_autocast(next(x for x in args if isinstance(x, Tensor))):
+            return tuple(cls.formula(*args))
 
 
 def raw_operators(
@@ -176,12 +178,17 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args: Any, **directly: Any) -> Any:
-        if not torch._C._is_any_autocast_enabled():
-            return function(*args, **directly)
-        with torch.autocast(_first(args).device.type, enabled=False):
+        with no_autocast(_first(args)):
             return function(*args, **directly)
 
     return run
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """`without_autocast`, of what is computed on the device of a tensor while it lasts."""
+    if not torch._C._is_any_autocast_enabled():
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _first(args: Sequence[Any]) -> Tensor:
@@ -221,6 +228,8 @@ def apply(function: type[Operator], *args: object) -> tuple[Any, ...]:
     if torch.compiler.is_compiling():
         # where no graph is needed, torch.compile hands a context to a forward of this signature
         plain = not (with_graph and any(isinstance(x, Tensor) and x.requires_grad for x in args))
+    elif is_in_legacy_vmap():
+        return function.plainly(*args)
     else:
         plain = not is_watched(args, _requires_grad if with_graph else None)
     if plain:
@@ -228,6 +237,11 @@ def apply(function: type[Operator], *args: object) -> tuple[Any, ...]:
         return outputs
     outputs = function.apply(*args)
     return outputs
+
+
+def is_in_legacy_vmap() -> bool:
+    """Whether gradients are batched, `is_grads_batched=True`, which no Function hears of."""
+    return torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_KEY)
 
 
 def is_watched(args: Sequence[object], refused: Callable[[Tensor], bool] | None) -> bool:
@@ -241,6 +255,7 @@ def is_watched(args: Sequence[object], refused: Callable[[Tensor], bool] | None)
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
+        or is_in_legacy_vmap()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0
         or torch.autograd.profiler._is_profiler_enabled

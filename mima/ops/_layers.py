@@ -23,7 +23,9 @@ from mima.ops._autograd import (
     apply_backward,
     call,
     flat,
+    is_in_legacy_vmap,
     is_watched,
+    no_autocast,
     raw_operator,
     raw_operators,
     without_autocast,
@@ -160,9 +162,8 @@ class DirectBackward(torch.autograd.Function):
     def backward(ctx: Any, *u: Tensor | None) -> tuple[Any, ...]:
         d_out, *tensors = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled():
-            # create_graph=True: somebody differentiates a third time
-            return None, None, None, *_differentiable(ctx, wanted, u, (d_out, *tensors))
+        if torch.is_grad_enabled() or is_watched((*u, d_out, *tensors), Tensor.is_neg):
+            return None, None, None, *_double_backward(ctx, wanted, u, d_out, tensors)
         given = ctx.kernels.inputs(*tensors, *ctx.constants[2])
         directions = _spread(u, ctx.needs)
         grads = ctx.kernels.double_backward(d_out, directions, given, wanted)
@@ -236,13 +237,27 @@ class LayerBackward(Operator):
     def backward(ctx: Any, *u: Tensor | None) -> tuple[Any, ...]:
         d_out, *tensors = ctx.saved_tensors
         wanted = tuple(ctx.needs_input_grad[4:])
-        if torch.is_grad_enabled():
-            # create_graph=True: somebody differentiates a third time
-            return *(None,) * 4, *_differentiable(ctx, wanted, u, (d_out, *tensors))
-        name, backend, numbers = ctx.constants
-        given = *_spread(u, ctx.needs), *tensors, *numbers
-        grads = call(_RAW[name][2], d_out, *given, list(wanted), backend)
-        return *(None,) * 4, *_spread(grads, wanted)
+        return *(None,) * 4, *_double_backward(ctx, wanted, u, d_out, tensors)
+
+
+def _double_backward(
+    ctx: Any, wanted: Sequence[bool], u: Sequence[Tensor | None], d_out: Tensor, tensors: Any
+) -> Sequence[Tensor | None]:
+    if torch.is_grad_enabled():
+        # create_graph=True: somebody differentiates a third time
+        with no_autocast(d_out):
+            return _differentiable(ctx, wanted, u, (d_out, *tensors))
+    name, backend, numbers = ctx.constants
+    directions = _spread(u, ctx.needs)
+    if torch._C._are_functorch_transforms_active() or is_in_legacy_vmap():
+        # the kernels have no batch dimension
+        formula = without_autocast(getattr(reference_backend, f"{name}_double_backward"))
+        grads: Sequence[Tensor | None] = formula(
+            d_out, directions, _INPUTS[name](*tensors, *numbers), wanted
+        )
+        return grads
+    given = d_out, *directions, *tensors, *numbers, list(wanted), backend
+    return _spread(call(_RAW[name][2], *given), wanted)
 
 
 def _differentiable(

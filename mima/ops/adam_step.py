@@ -19,6 +19,7 @@ from mima.ops._autograd import (
     call,
     filled,
     flat,
+    is_watched,
     raw_operators,
     refuse_graph,
     split,
@@ -72,7 +73,7 @@ def adam_step(
     Raises:
         TypeError: not tensors, or dtypes or devices that differ.
         ValueError: numbers or shapes of tensors that do not agree; a rule's number out of its
-            range; `overwrite` where a gradient is asked for.
+            range; `overwrite` where a gradient is asked for, or of moments that share memory.
         BackendError: `backend` cannot serve.
 
     Example:
@@ -88,9 +89,24 @@ def adam_step(
     tensors = *z, *g, *m, *v
     if overwrite:
         refuse_graph(_OP, "overwrite must be False", tensors)
+        # what PyTorch watches is not overwritten
+        overwrite = not (z[0].is_meta or is_watched(tensors, Tensor.is_neg))
+    if overwrite:
+        _require_apart([*m, *v])
     out = apply(AdamStep, len(z), backend or "", rule, overwrite, *tensors)
     first, second, third = split(out, (len(z),) * 3, (True,) * 3)
+    if overwrite:
+        moments = zip((*m, *v), (*second, *third), strict=True)
+        written = [x for x, made in moments if x is made and not x.is_inference()]
+        # a graph that keeps them is to see that they changed
+        torch.autograd.graph.increment_version(written)
     return first, second, third
+
+
+def _require_apart(moments: Sequence[Tensor]) -> None:
+    addresses = [x.data_ptr() for x in moments if x.numel()]
+    if len(set(addresses)) < len(addresses):
+        raise ValueError(f"{_OP}: m and v must not share memory where overwrite is True")
 
 
 def adam_step_pullback(

@@ -20,6 +20,7 @@ from mima.ops._autograd import (
     call,
     filled,
     flat,
+    no_autocast,
     raw_operators,
     split,
     total,
@@ -222,8 +223,16 @@ class BatchedLoraBackward(Operator):
 
     @staticmethod
     def backward(ctx: Any, *u: Tensor | None) -> tuple[Any, ...]:
+        tensors = ctx.saved_tensors
+        with no_autocast(tensors[0]):
+            return BatchedLoraBackward._derivative(ctx, tensors, u)
+
+    @staticmethod
+    def _derivative(
+        ctx: Any, tensors: Sequence[Any], u: Sequence[Tensor | None]
+    ) -> tuple[Any, ...]:
         N, backend = ctx.N, ctx.backend
-        d_y, x, weight, scale, index, _, *AB = ctx.saved_tensors
+        d_y, x, weight, scale, index, _, *AB = tensors
         A, B = AB[:N], AB[N:]
         u_x, u_weight, u_A, u_B, u_scale, u_bias = split(u, _sizes(N), ctx.needs)
         need_d_y, need_x, need_weight, need_scale, _, _, *need_AB = ctx.needs_input_grad[3:]

@@ -255,7 +255,8 @@ class WeightedMergeBackward(Operator):
                 # On differences from zero, for the low precision dtypes' sake.
                 zeros = [torch.zeros_like(b) for b in base]
                 D = [theta - base[i % P] for i, theta in enumerate(thetas)]
-                more = apply(WeightedMerge, P, backend, u_weights, *zeros, *D)
+                # not the operator, which refuses what is not finite, as a gradient may be
+                more = _forward_formula(P, backend, u_weights, *zeros, *D)
                 dd_out = [total(pair) for pair in zip(dd_out, more, strict=True)]
             if need_x:
                 rest = -u_weights.sum()

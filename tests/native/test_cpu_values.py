@@ -172,7 +172,11 @@ def test_adapters_narrower_than_a_vector_side_by_side(level):
 
 def test_a_group_that_is_not_finite_leaves_the_next_ones_sums_alone(level):
     # groups of less than a vector
-    x, (d_out, u_x), (w, b, u_w, u_b) = torch.randn(4, 10), torch.randn(2, 4, 10), torch.randn(4, 10)
+    x, (d_out, u_x), (w, b, u_w, u_b) = (
+        torch.randn(4, 10),
+        torch.randn(2, 4, 10),
+        torch.randn(4, 10),
+    )
     x[0, 0] = torch.nan
     norm, directions = GroupNorm(x, w, b, 2, 1e-5, True), (u_x, u_w, u_b)
     for function, *args in (

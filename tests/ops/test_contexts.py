@@ -45,6 +45,32 @@ def test_autocast_changes_nothing(case: Case, backend: str, device: torch.device
             torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.id)
+def test_autocast_changes_no_second_derivative(
+    case: Case, backend: str, create_graph: bool, device: torch.device
+) -> None:
+    skip_unless_available(backend, case.op, torch.float32, device)
+
+    def derivatives() -> tuple[torch.Tensor, ...]:
+        leaves = [x.requires_grad_() for x in case.tensors(torch.float32, device)]
+        loss = sum((y**3).sum() for y in case.call(leaves, backend))
+        first = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+        return torch.autograd.grad(
+            [x.square().sum() for x in first if x.requires_grad],
+            leaves,
+            create_graph=create_graph,
+            materialize_grads=True,
+        )
+
+    expected = derivatives()
+    with torch.autocast(device.type, torch.bfloat16):
+        actual = derivatives()
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.id)
 def test_autocast_changes_nothing_under_vmap(case: Case, device: torch.device) -> None:
     tensors = [x[None] for x in case.tensors(torch.float32, device)]

@@ -201,6 +201,41 @@ def test_a_step_has_finite_slopes_where_no_gradient_was_seen(
     torch.testing.assert_close(pulled[2][0], zero + 0.9 * (1 - 1 / (1 - 0.9) / 1e-8))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_graph_sees_that_its_moments_were_overwritten(backend: str, device: torch.device) -> None:
+    skip_unless_available(backend, "adam_step", torch.float32, device)
+    z, g, m, v = (torch.rand(5, device=device) for _ in range(4))
+    recorded, _, _ = ops.adam_step([z], [g.requires_grad_()], [m], [v], lr=0.1, step=1)
+    step = functools.partial(ops.adam_step, lr=0.1, step=1, overwrite=True, backend=backend)
+    with torch.no_grad():
+        _, (m_after,), _ = step([z], [g], [m], [v])
+    if m_after is m:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            recorded[0].sum().backward()
+    else:
+        # plain PyTorch overwrites nothing
+        recorded[0].sum().backward()
+    with torch.inference_mode():
+        step([z.clone()], [g.clone()], [m.clone()], [v.clone()])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_at_a_merges_weights_pass_on_what_is_not_finite(
+    backend: str, device: torch.device
+) -> None:
+    skip_unless_available(backend, "weighted_merge", torch.float64, device)
+    found = []
+    for merge in (reference.weighted_merge, functools.partial(ops.weighted_merge, backend=backend)):
+        weights = torch.tensor([0.5, 0.25], dtype=torch.float64, device=device, requires_grad=True)
+        base, *thetas = (torch.full_like(weights, value) for value in (0, 1, 2))
+        (merged,) = merge([base], [[theta] for theta in thetas], weights)
+        upstream = torch.ones_like(merged, requires_grad=True)
+        (gradient,) = torch.autograd.grad(merged, weights, upstream, create_graph=True)
+        inf = torch.full_like(gradient, torch.inf)
+        found.append(torch.autograd.grad(gradient, upstream, inf))
+    _assert_close(*found)
+
+
 def test_gradients_do_not_overwrite_what_a_second_backward_reads(device: torch.device) -> None:
     for case in TINY:
         leaves = _leaves(case, device)
@@ -258,6 +293,40 @@ def test_vmap_agrees_with_a_loop(case: Case, which: str, device: torch.device) -
         for b in range(size):
             alone = function(*(x[..., b] if i in batched else x for i, x in enumerate(tensors)))
             _assert_close([y[b] for y in together], alone)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id)
+def test_batched_gradients_agree_with_a_loop(
+    case: Case, backend: str, device: torch.device
+) -> None:
+    skip_unless_available(backend, case.op, torch.float64, device)
+    leaves = _leaves(case, device)
+    outputs = case.call(leaves, backend)
+    upstream = [torch.randn_like(y).requires_grad_() for y in outputs]
+    grads = torch.autograd.grad(
+        outputs, leaves, upstream, create_graph=True, materialize_grads=True
+    )
+    first = [x for x in grads if x.requires_grad]
+    for ys, xs in ((outputs, leaves), (first, [*leaves, *upstream])):
+        if not ys:
+            continue
+
+        def pull(
+            *u: Tensor, ys: Sequence[Tensor] = ys, xs: Sequence[Tensor] = xs, batched: bool = False
+        ) -> tuple[Tensor, ...]:
+            options = {"retain_graph": True, "allow_unused": True, "is_grads_batched": batched}
+            return tuple(x for x in torch.autograd.grad(ys, xs, u, **options) if x is not None)
+
+        directions = [torch.randn(2, *y.shape, dtype=y.dtype, device=device) for y in ys]
+        each = [pull(*(u[i] for u in directions)) for i in range(2)]
+        expected = [torch.stack(pair) for pair in zip(*each, strict=True)]
+        _assert_close(torch.vmap(pull)(*directions), expected)
+        _assert_close(pull(*directions, batched=True), expected)
+        # views that negate, of which memory says nothing
+        negated = [torch.complex(u[0], -u[0]).conj().imag for u in directions]
+        assert all(u.is_neg() for u in negated)
+        _assert_close(pull(*negated), each[0])
 
 
 def _assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

@@ -78,7 +78,7 @@ def _ap(**changes: Any) -> Any:
     return ops.adam_step_pullback(**{**lists, "lr": 0.1, "step": 0, **changes})
 
 
-half = torch.float16
+half, shared = torch.float16, e(2, 3)
 nan, inf = float("nan"), float("inf")
 
 MISTAKES: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
@@ -150,6 +150,18 @@ MISTAKES: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] 
         {"g": [e(2, 3).requires_grad_(), e(4)], "overwrite": True},
         ValueError,
         r"overwrite must be False where a gradient is asked for",
+    ),
+    (
+        _as,
+        {"m": [shared, e(4)], "v": [shared, e(4)], "overwrite": True},
+        ValueError,
+        r"adam_step: m and v must not share memory where overwrite is True",
+    ),
+    (
+        _as,
+        {**{name: [shared] * 2 for name in "zgm"}, "v": [e(2, 3), e(2, 3)], "overwrite": True},
+        ValueError,
+        r"m and v must not share",
     ),
     (_ap, {"g": [e(2, 3), e(5)]}, ValueError, r"g\[1\] must be \[4\] to match bar_z\[1\]"),
     (_ap, {"v": [e(2, 3)]}, ValueError, r"v must have length 2, one per tensor of bar_z, got 1"),

@@ -207,7 +207,10 @@ def batched_lora_backward(
         d_x = (base if d_x is None else base + d_x).to(x.dtype)
     d_weight = None
     if need_weight:
-        d_weight = (d_y_wide.flatten(0, 1).mT @ wide(x).flatten(0, 1)).to(weight.dtype)
+        # not flatten, which batched gradients do not know
+        every = x.shape[0] * x.shape[1]
+        d_y_rows, x_rows = (wide(y).reshape(every, y.shape[2]) for y in (d_y, x))
+        d_weight = (d_y_rows.mT @ x_rows).to(weight.dtype)
     d_bias = d_y_wide.sum((0, 1)).to(d_y.dtype) if need_bias else None
     return d_x, d_weight, d_A, d_B, d_scale, d_bias
 
@@ -252,7 +255,7 @@ def low_rank_backward(
     if need_B:
         per_adapter = _sum_by_slot(d_y.mT @ (s_b * P), slot, num_adapters)
         d_B = [
-            d[:, : B_n.shape[1]].to(B_n.dtype, copy=True)
+            d.narrow(1, 0, B_n.shape[1]).to(B_n.dtype, copy=True)
             for d, B_n in zip(per_adapter, B, strict=True)
         ]
     if need_scale:
@@ -362,9 +365,9 @@ def group_norm_backward(
     if need_x:
         d_x = _projected(gamma * d_y, x_hat, rho).reshape(x.shape).to(x.dtype)
     if need_weight:
-        d_weight = (d_y * x_hat).sum((0, 3)).flatten().to(x.dtype)
+        d_weight = (d_y * x_hat).sum((0, 3)).reshape(-1).to(x.dtype)
     if need_bias:
-        d_bias = d_y.sum((0, 3)).flatten().to(x.dtype)
+        d_bias = d_y.sum((0, 3)).reshape(-1).to(x.dtype)
     return d_x, d_weight, d_bias
 
 
@@ -398,9 +401,9 @@ def group_norm_double_backward(
         d_x = _projected(t, x_hat, rho) - rho * x_hat * _mean(h * v)
         d_x = d_x.reshape(x.shape).to(x.dtype)
     if need_weight:
-        d_weight = (d_y * v + e * x_hat).sum((0, 3)).flatten().to(x.dtype)
+        d_weight = (d_y * v + e * x_hat).sum((0, 3)).reshape(-1).to(x.dtype)
     if need_bias:
-        d_bias = e.sum((0, 3)).flatten().to(x.dtype)
+        d_bias = e.sum((0, 3)).reshape(-1).to(x.dtype)
     return d_d_out.reshape(x.shape).to(x.dtype) if need_d_out else None, d_x, d_weight, d_bias
 
 
@@ -448,16 +451,20 @@ STRIP = 1 << 22
 """Elements of a strip of the attention matrix: some queries, all keys, all heads."""
 
 
-def _strips(q: Tensor, k: Tensor) -> list[slice]:
-    """Cut the queries, so that no more of the matrix is there at a time than a strip."""
+def _strips(q: Tensor, k: Tensor) -> list[tuple[int, int]]:
+    """Cut the queries, so that no more of the matrix is there at a time than a strip.
+
+    Returns starts and lengths, for `narrow`: batched gradients know no `[:, rows]`.
+    """
+    T = q.shape[1]
     rows = max(1, STRIP // max(1, k.shape[0] * k.shape[1]))
-    return [slice(start, start + rows) for start in range(0, q.shape[1], rows)]
+    return [(start, min(rows, T - start)) for start in range(0, T, rows)]
 
 
 def attention_forward(inputs: arguments.Attention) -> Tensor:
     """Return softmax(scale · q kᵀ) v, [n, T, e]."""
     q, k, v, scale = inputs
-    parts = [reference.attention(q[:, rows], k, v, scale) for rows in _strips(q, k)]
+    parts = [reference.attention(q.narrow(1, *rows), k, v, scale) for rows in _strips(q, k)]
     return torch.cat(parts, 1)
 
 
@@ -474,7 +481,7 @@ def attention_backward(
     d_q: list[Tensor] = []
     d_k, d_v = torch.zeros_like(k_wide), torch.zeros_like(v_wide)
     for rows in _strips(q, k):
-        q_rows, d_rows = wide(q[:, rows]), wide(d_out[:, rows])
+        q_rows, d_rows = wide(q.narrow(1, *rows)), wide(d_out.narrow(1, *rows))
         P = (scale * (q_rows @ k_wide.mT)).softmax(-1)
         G = d_rows @ v_wide.mT
         d_S = scale * P * (G - (P * G).sum(-1, keepdim=True))
@@ -506,7 +513,7 @@ def attention_double_backward(
     d_q: list[Tensor] = []
     d_k, d_v = torch.zeros_like(k_wide), torch.zeros_like(v_wide)
     for rows in _strips(q, k):
-        q_rows, u_rows, d_rows = wide(q[:, rows]), u_q[:, rows], wide(d_out[:, rows])
+        q_rows, u_rows, d_rows = (wide(x.narrow(1, *rows)) for x in (q, u_q, d_out))
         P = (scale * (q_rows @ k_wide.mT)).softmax(-1)
         S_dot = scale * (u_rows @ k_wide.mT + q_rows @ u_k.mT)
         G, H = d_rows @ v_wide.mT, d_rows @ u_v.mT
