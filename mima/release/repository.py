@@ -84,7 +84,7 @@ class Repository:
             commit_message: of the commit.
 
         Returns:
-            The commit's address.
+            The commit's address, or the pull request's.
 
         Raises:
             MimaError: the hub refuses.
@@ -100,7 +100,7 @@ class Repository:
                     create_pr=create_pr,
                     commit_message=commit_message,
                 )
-        return str(commit.commit_url)
+        return str(commit.pr_url or commit.commit_url)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -247,7 +247,7 @@ class Released(ABC):
             license: as for ``save_pretrained``.
 
         Returns:
-            The commit's address.
+            The commit's address, or the pull request's.
 
         Raises:
             MimaError: the hub cannot be reached, or refuses; asked before anything is written.

@@ -7,6 +7,10 @@ import pytest
 from safetensors.torch import load_file
 from support.commands import run
 
+from mima.concepts import load_concepts
+from mima.erasure import erase
+from mima.families import load_pipeline
+
 
 def test_erase(workdir, model):
     assert "erased cat: erased" in run("erase", "cat", "--model", model, "-o", "erased")
@@ -36,6 +40,8 @@ def test_erase_by_fine_tuning(workdir, model):
         (["--method", "esd-x", "--steps", "0"], "steps must be at least 1"),
         (["--method", "esd-x", "--set", "lr=1"], "method esd-x has no setting lr"),
         (["--method", "esd-x", "--preserve", "a dog"], "are for method uce"),
+        (["--method", "esd-x", "--captions", "a.txt"], "are for method uce"),
+        (["--captions", "absent.txt"], "captions: cannot read absent.txt"),
         (["--method", "esd-x", "--technique", "tensor"], "are for method uce"),
     ],
 )
@@ -74,6 +80,19 @@ def test_what_is_preserved_may_be_a_group_of_a_file(workdir, model):
     run(*erasing, "lists.json#first")
     # no file: it is a caption
     run(*erasing, "a dog, #1", "--overwrite")
+
+
+def test_erasing_is_that_of_python(workdir, model):
+    Path("captions.txt").write_text("a red dog\na blue dog\n")
+    said = ["--captions", "captions.txt", "--preserve", "a green dog", "--target", "dog"]
+    run("erase", "cat", "--model", model, "-o", "x", *said)
+    preserve = ["a red dog", "a blue dog", "a green dog"]
+    erased = erase(load_pipeline(model), load_concepts("cat"), preserve=preserve, target="dog")
+    written = load_file("x/unet/diffusion_pytorch_model.safetensors")
+    assert all(value.equal(written[name]) for name, value in erased.unet.state_dict().items())
+    run("erase", "cat", "--model", model, "-o", "y", *said[:2], *said[4:])
+    other = load_file("y/unet/diffusion_pytorch_model.safetensors")
+    assert any(not value.equal(written[name]) for name, value in other.items())
 
 
 def test_bad_erasures(workdir, model):

@@ -14,6 +14,9 @@ import torch
 from safetensors.torch import load_file
 from support.commands import run, write_config
 
+from mima.immunization.progress import ProgressBar
+from mima.immunization.recipes import RECIPES
+
 
 @pytest.fixture
 def config(workdir, model) -> Path:
@@ -192,6 +195,32 @@ def test_an_interrupted_run_leaves_what_was_there(config, workdir):
     assert b"Traceback" not in output
     assert (old / "model_index.json").read_text() == "old"
     assert not list(workdir.glob(".out*"))
+
+
+def test_an_interrupted_run_goes_on(config, workdir, monkeypatch):
+    plain = ["--set", "steps=3", "--set", "checkpoint_every=1"]
+    run("immunize", config, "-o", "whole", *plain)
+
+    def interrupt(self, report):
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressBar, "__call__", interrupt)
+        assert "--resume" in run("immunize", config, "-o", "out", *plain, code=130)
+    assert "holds an unfinished run" in run("immunize", config, "-o", "out", *plain, code=2)
+    run("immunize", config, "-o", "out", *plain, "--resume")
+    file = "unet/diffusion_pytorch_model.safetensors"
+    whole, resumed = load_file(f"whole/{file}"), load_file(f"out/{file}")
+    assert all(whole[name].equal(resumed[name]) for name in whole)
+
+
+def test_a_recipe_lies_beneath_the_file_and_what_is_set(config):
+    said = {"steps": 1, "seed": 7, "num_class_images": 1}
+    write_config(config, recipe="paper", immunize={"seed": 7, "steps": 9, "num_class_images": 1})
+    run("immunize", config, "-o", "out", "--recipe", "sophon", "--set", "steps=1")
+    told = json.loads(Path("out/mima.json").read_text())["config"]
+    assert told == json.loads(RECIPES["sophon"](**said).model_dump_json(exclude_unset=False))
 
 
 def test_a_dry_run_says_what_would_happen(config):

@@ -4,7 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.commands import run
@@ -99,3 +102,18 @@ def test_pictures_that_are_not_of_finite_numbers_are_refused(workdir, model):
     said = run("sample", "a cat", *options, code=2)
     assert "broken: 2 of 2 pictures (seeds 0, 1) are not of finite numbers" in said
     assert not list(workdir.glob("x*.png"))
+
+
+def test_guidance_is_the_pipelines(workdir, model):
+    run("sample", "a cat", "--model", model, "--steps", 2, "--guidance", 2.5, "-o", "cat.png")
+    pipeline = StableDiffusionPipeline.from_pretrained(model)
+    drawn = [
+        pipeline(
+            "a cat",
+            num_inference_steps=2,
+            guidance_scale=guidance,
+            generator=torch.Generator().manual_seed(0),
+        ).images[0]
+        for guidance in (2.5, 4.0)
+    ]
+    assert [np.array_equal(Image.open("cat.png"), one) for one in drawn] == [True, False]

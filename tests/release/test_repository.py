@@ -89,6 +89,22 @@ def test_push_then_open_a_revision_and_a_variant(served, small_model, tmp_path):
     assert "\n" not in said
 
 
+@pytest.mark.usefixtures("online")
+def test_a_pull_request_is_asked_for(served, small_model, tmp_path):
+    result = tmp_path / "result"
+    shutil.copytree(small_model, result)
+    (result / "mima.json").write_text("{}")
+    repository = Repository("me/model", token="hf_me")
+    address = repository.upload(result, create_pr=True, commit_message="better")
+    assert address == f"{served.address}/me/model/discussions/1"
+    created = next(body for _, path, body in served.requests if path.endswith("repos/create"))
+    # as the owner has set for what is new
+    assert {"private", "visibility"}.isdisjoint(created)
+    asked = [path for _, path, _ in served.requests]
+    assert any("/commit/main" in path and "create_pr=1" in path for path in asked)
+    assert not any("/branch/" in path for path in asked)
+
+
 def test_a_hub_that_cannot_be_reached_is_one_error_at_once(model, tmp_path):
     """huggingface_hub alone tries for a minute, and says so each time, a line each."""
     with hub.serve() as gone:

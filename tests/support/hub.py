@@ -94,7 +94,9 @@ class Hub:
             case "POST", ["api", "models", owner, name, "commit", branch]:
                 self._commit(f"{owner}/{name}", branch, body)
                 address = f"{self.address}/{owner}/{name}/commit/{COMMIT}"
-                return 200, {"commitUrl": address, "commitOid": COMMIT, "hookOutput": ""}, {}
+                # read where a pull request was asked for
+                pull = {"pullRequestUrl": f"{self.address}/{owner}/{name}/discussions/1"}
+                return 200, {"commitUrl": address, "commitOid": COMMIT, "hookOutput": ""} | pull, {}
             case _:
                 return self._read(parts)
 
@@ -166,7 +168,8 @@ def serve() -> Iterator[Hub]:
     def respond(request: BaseHTTPRequestHandler) -> None:
         method, path = request.command, urlsplit(request.path).path
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
-        hub.requests.append((method, path, json.loads(body) if path.endswith("create") else None))
+        told = json.loads(body) if path.endswith("create") else None
+        hub.requests.append((method, request.path, told))
         # what is put carries its right to be in its address
         known = hub.token is None or method == "PUT"
         if not known and request.headers.get("Authorization") != f"Bearer {hub.token}":
