@@ -16,6 +16,7 @@ from support.evaluations import write_evaluation
 from mima.assets import assets
 from mima.concepts import embedded_concept
 from mima.errors import MimaError
+from mima.evaluation import EvaluationFolder
 from mima.evaluation.grid import grid_config
 from mima.evaluation.seen import seen_by
 from mima.families import load_pipeline
@@ -249,6 +250,71 @@ def test_methods_of_one_colour_have_markers_of_their_own():
 
     colours = len(mpl.rcParams["axes.prop_cycle"])
     assert len(set(report._MARKERS)) == len(report._MARKERS) == colours + 1
+
+
+def test_what_differs_between_methods_and_what_was_seen_is_said(study):
+    from benchmarks.immunity import report
+
+    said = "\n".join(report._text(study, report.finished(study)))
+    assert "not the same ones for" not in said
+    for cell in study.cells():
+        folder = study.evaluation(cell)
+        if folder.exists() and cell.method == "joint":
+            evaluation = folder.evaluation()
+            benign = evaluation.benign.model_copy(update={"prompts": ("another",)})
+            update = {"benign": benign, "overlaps": ("Prompts of owl were seen.",)}
+            folder.write_evaluation(evaluation.model_copy(update=update))
+    said = "\n".join(report._text(study, report.finished(study)))
+    assert said.count("which are not the same ones for joint; default.") == 2
+    assert said.count("\njoint: Prompts of owl were seen.") == 2
+
+
+def test_what_is_kept_is_summarized_anew(study, tmp_path):
+    from mima.evaluation.ledger import summarized
+
+    study.records = tmp_path / "records"
+    cell = study.cut.cell("relearn_tiger.joint.seed0")
+    folder = study.evaluation(cell)
+    evaluation = folder.evaluation()
+    # as an earlier version may have left it
+    old = {
+        judge: one.model_copy(update={"mrsgr": 9.0}) for judge, one in evaluation.summary.items()
+    }
+    folder.write_evaluation(evaluation.model_copy(update={"summary": old}))
+    kept = EvaluationFolder(study.keep(cell))
+    assert (
+        kept.evaluation().summary
+        == summarized(evaluation, folder.attacks(), folder.curves()).summary
+    )
+    assert {one.mrsgr for one in kept.evaluation().summary.values()}.isdisjoint({9.0})
+
+
+def test_the_records_of_the_checkout_say_what_their_rows_come_to():
+    from benchmarks.immunity.study import RECORDS
+    from mima.evaluation.ledger import summarized
+
+    folders = [EvaluationFolder(path) for path in sorted(RECORDS.iterdir())]
+    assert len(folders) >= 40
+    for folder in folders:
+        found = folder.evaluation()
+        assert summarized(found, folder.attacks(), folder.curves()) == found, folder.path
+
+
+def test_a_cell_that_cannot_be_made_stops_no_other(study, monkeypatch, capsys):
+    from benchmarks.immunity import __main__ as command
+
+    ran = []
+
+    def run(self, cell, say=print):
+        ran.append(cell.name)
+        if cell.seed == 0:
+            raise MimaError("made with other steps")
+
+    monkeypatch.setattr(command.Study, "run", run)
+    monkeypatch.setitem(command.CUTS, "small", study.cut)
+    assert command.main(["all", "-o", str(study.folder), "--cut", "small"]) == 2
+    assert ran == ["relearn_tiger.mima.seed0", "relearn_tiger.mima.seed1"]
+    assert capsys.readouterr().err == "relearn_tiger.mima.seed0: made with other steps\n"
 
 
 def test_a_ratio_to_what_a_judge_does_not_tell_is_not_shown(study, monkeypatch):

@@ -56,8 +56,15 @@ def _do(args: argparse.Namespace, study: Study) -> None:
         case "all":
             left = [cell for cell in study.cells() if study.status(cell) not in report.FINISHED]
             print("\n".join(estimate(study, left, processes)), flush=True)
+            problems = []
             for cell in left:
-                study.run(cell)
+                try:
+                    study.run(cell)
+                except MimaError as error:
+                    # the others have nothing to do with it
+                    problems.append(f"{cell.name}: {error}")
+            if problems:
+                raise MimaError("\n".join(problems))
         case "status":
             for cell in study.cells():
                 print(f"{cell.name}: {study.status(cell)}")

@@ -23,7 +23,8 @@ NOT_IMMUNIZED = (CEILING, UNTRAINED)
 BENIGN = ("benign-panda", "benign-tractor", "benign-pizza")
 """Concepts that an immunization may simulate benign adaptations to; no cell is measured on them."""
 OTHERS = ("benign-style-twemoji", "benign-cupcake", "benign-owl")
-"""Concepts that must stay learnable, of which no immunization sees anything."""
+"""Concepts that must stay learnable. No immunization adapts to them. Of the twemoji style every one
+sees class pictures, of captions that name it: it is retained, and measures what that leaves."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,9 @@ def configured(cell: Cell, cut: Cut) -> ImmunizeConfig:
 
 def attack_steps(config: ImmunizeConfig, count: int) -> float:
     """Steps of simulated attacks in one outer step: what methods are given the same number of.
+
+    Not counted: benign adaptations, outer steps on states that an earlier attack left, and class
+    pictures, of which the recipe has more than rivals. Equal work is not equal time.
 
     Args:
         config: the settings.

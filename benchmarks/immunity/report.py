@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -199,6 +199,7 @@ def _text(study: Study, cells: Sequence[Finished]) -> Iterable[str]:
             for method in dict.fromkeys(one.cell.method for one in mine)
         }
         yield from _main_table(study, groups)
+        yield from _told_apart(groups)
         if untold := _untold(mine):
             yield (
                 f"\nOf {', '.join(untold)} this judge has less than {TOLD} after attacks on the "
@@ -226,8 +227,8 @@ def _main_table(study: Study, groups: dict[str, list[Finished]]) -> Iterable[str
     columns = (
         "method", "runs", "rise left", "rise left, worst concept", "rise left, held out", "SGR",
         "SGR, worst concept", "SGR before", "SGR, last step", "steps ratio",
-        *(f"benign, {name}" for name in others), "alignment", "CMMD", "attack steps",
-        "seconds",
+        *(f"benign, {name}" for name in others), "alignment", "CMMD", "outer steps",
+        "attack steps", "least seconds",
     )  # fmt: skip
     yield _line(columns)
     yield _line("---" if n < 1 else "---:" for n in range(len(columns)))
@@ -239,7 +240,7 @@ def _main_table(study: Study, groups: dict[str, list[Finished]]) -> Iterable[str
                 method,
                 f"{len(group)} × {len(group[0].evaluation.seeds)}",
                 _bounded(group, simulated, "rise_left", share),
-                share(_worst(group, simulated, "rise_left", max)),
+                _bounded_worst(group, simulated),
                 _bounded(group, held_out, "rise_left", share),
                 _shown(over_runs(group, lambda one: _gap(one, simulated))),
                 number(_worst(group, simulated, "sgr_mean", min)),
@@ -249,8 +250,10 @@ def _main_table(study: Study, groups: dict[str, list[Finished]]) -> Iterable[str
                 *(_shown(over_runs(group, _benign(name))) for name in others),
                 _alignment(group),
                 number(_mean_of([one.evaluation.benign.cmmd for one in group])),
+                f"{fmean(one.outer_steps for one in computes):.0f}" if computes else "–",
                 f"{fmean(one.attack_steps for one in computes):.0f}" if computes else "–",
-                f"{fmean(seconds):.0f}" if seconds else "–",
+                # other work beside a run only adds to it
+                f"{min(seconds):.0f}" if seconds else "–",
             )
         )
 
@@ -334,6 +337,31 @@ def _worst(
         if values:
             means.append(fmean(values))
     return worst(means) if means else None
+
+
+def _bounded_worst(group: Sequence[Finished], kinds: set[str]) -> str:
+    """The most that an attack adds to any concept, at least that where one is a lower bound."""
+    rows = [row for one in group for row in one.targets() if row.method in kinds]
+    bound = any(row.rise_left_at_least for row in rows)
+    return ("≥ " if bound else "") + share(_worst(group, kinds, "rise_left", max))
+
+
+def _told_apart(groups: Mapping[str, Sequence[Finished]]) -> Iterable[str]:
+    """Where methods' ordinary prompts differ, and what immunizations saw of what is judged."""
+    prompts: dict[tuple[str, ...], list[str]] = {}
+    seen: dict[str, list[str]] = {}
+    for method, group in groups.items():
+        prompts.setdefault(tuple(group[0].evaluation.benign.prompts), []).append(method)
+        for one in dict.fromkeys(o for cell in group for o in cell.evaluation.overlaps):
+            seen.setdefault(one, []).append(method)
+    if len(prompts) > 1:
+        alike = "; ".join(", ".join(names) for names in prompts.values())
+        yield (
+            "\nAlignment and CMMD are of ordinary prompts that a run has not seen, which are not "
+            f"the same ones for {alike}."
+        )
+    for overlap, names in seen.items():
+        yield f"\n{', '.join(names)}: {overlap.rstrip('.')}."
 
 
 def _untold(cells: Sequence[Finished]) -> list[str]:

@@ -31,6 +31,7 @@ from mima.erasure import erase
 from mima.errors import MimaError, one_line
 from mima.evaluation import EvaluationFolder, evaluate
 from mima.evaluation.grid import GridConfig, attack_grid, grid_config
+from mima.evaluation.ledger import summarized
 from mima.evaluation.records import ModelPair
 from mima.families import family_of, load_pipeline
 from mima.immunization.algorithm import immunize
@@ -138,11 +139,14 @@ class Study:
 
     def compute(self, cell: Cell) -> Compute | None:
         """What a cell's immunization cost; None before it is done, and of models as they are."""
-        for place in (self.place(cell), self.kept(cell)):
-            if place is not None and (place / COMPUTE_FILE).is_file():
-                then = _plain(place / COMPUTE_FILE)
-                return Compute(**{name: then[name] for name in Compute.__dataclass_fields__})
-        return None
+        kept = self.kept(cell)
+        file = self.place(cell) / COMPUTE_FILE
+        if kept is not None and self.evaluation(cell).path == kept:
+            file = kept / COMPUTE_FILE
+        if not file.is_file():
+            return None
+        then = _plain(file)
+        return Compute(**{name: then[name] for name in Compute.__dataclass_fields__})
 
     def kept(self, cell: Cell) -> Path | None:
         """What is kept of a cell; None where nothing is, or with other settings."""
@@ -183,10 +187,13 @@ class Study:
             raise MimaError(f"{cell.name}: {self.status(cell)}; only what is done can be kept")
         with fresh_folder(self.records / cell.name, overwrite=True) as staging:
             copy = EvaluationFolder(staging)
-            copy.write_rows(evaluation.attacks(), evaluation.curves())
+            rows, curves = evaluation.attacks(), evaluation.curves()
+            copy.write_rows(rows, curves)
             # by name: where they lay is nobody's business
             models = ModelPair(original=cell.problem.name, immunized=cell.name)
-            copy.write_evaluation(evaluation.evaluation().model_copy(update={"models": models}))
+            named = evaluation.evaluation().model_copy(update={"models": models})
+            # an older evaluation may lack what a summary says today
+            copy.write_evaluation(summarized(named, rows, curves))
             if (own / COMPUTE_FILE).is_file():
                 shutil.copyfile(own / COMPUTE_FILE, staging / COMPUTE_FILE)
             text = json.dumps(self._settings(cell), indent=2)

@@ -119,17 +119,21 @@ class Ledger:
         self.rows.sort(key=lambda row: order[row.attack])
         self.points.sort(key=lambda point: order[point.attack])
         self.folder.write_rows(self.rows, self.points)
-        old = self.evaluation
-        summary = {s: summarize(self.rows, old.concepts, s, self.points) for s in old.similarities}
-        others = [concept.name for concept in old.concepts if concept.role == "other"]
-        primary = summary[old.similarities[0]].sgr
-        adaptability = {name: primary[name].mean for name in others}
-        self.evaluation = old.model_copy(
-            update={
-                "summary": summary,
-                "complete": benign is not None,
-                "benign": (benign or old.benign).model_copy(update={"adaptability": adaptability}),
-            }
+        update = {"complete": benign is not None, "benign": benign or self.evaluation.benign}
+        self.evaluation = summarized(
+            self.evaluation.model_copy(update=update), self.rows, self.points
         )
         self.folder.write_evaluation(self.evaluation)
         return self.evaluation
+
+
+def summarized(
+    evaluation: Evaluation, rows: Sequence[AttackRow], points: Sequence[CurvePoint]
+) -> Evaluation:
+    """The evaluation with what its rows and curves come to."""
+    concepts, judges = evaluation.concepts, evaluation.similarities
+    summary = {judge: summarize(rows, concepts, judge, points) for judge in judges}
+    primary = summary[judges[0]].sgr
+    adaptability = {c.name: primary[c.name].mean for c in concepts if c.role == "other"}
+    benign = evaluation.benign.model_copy(update={"adaptability": adaptability})
+    return evaluation.model_copy(update={"summary": summary, "benign": benign})
