@@ -68,8 +68,8 @@ def widest_attention(device: torch.device, dtype: torch.dtype) -> int | None:
     if device.type != "cuda":
         return None
     properties = torch.cuda.get_device_properties(device)
-    # HIP has no larger one to opt into
-    least = properties.shared_memory_per_block
+    # HIP has no larger one to opt into, and before torch 2.11 said of none
+    least = getattr(properties, "shared_memory_per_block", 65_536)
     return widest(getattr(properties, "shared_memory_per_block_optin", least), dtype)
 
 

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -123,7 +124,7 @@ class Adaptation(ABC):
         for setting in fields(self):
             value = getattr(self, setting.name)
             if setting.type == "int" or (setting.type == "int | None" and value is not None):
-                whole = isinstance(value, int) and not isinstance(value, bool)
+                whole = isinstance(value, Integral) and not isinstance(value, bool)
                 yield setting.name, (whole, "a whole number")
 
     @abstractmethod

@@ -273,6 +273,9 @@ class AdapterReader:
         state = state[0] if isinstance(state, tuple) else state
         _refuse_others(path, state)
         _check_metadata(path, state)
+        # kohya's alphas may be whole
+        matrices = {key: value for key, value in state.items() if not key.endswith(".alpha")}
+        _check_numbers(path, matrices)
         with _foreign(path):
             scratch.load_lora_weights(str(path.parent), adapter_name=name, **place)
         dora = any(MAGNITUDE in key for key in state)

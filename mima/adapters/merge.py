@@ -189,8 +189,6 @@ def merge_adapters(
     pipeline = model if opened is None else load_pipeline(opened, dtype=dtype)
     if device is not None:
         pipeline.to(device)
-    if method == "projected":
-        warn_of_emoji(pipeline, source)
     reader = AdapterReader(pipeline)
     kept = [n for n, share in enumerate(shares) if share]
     chosen = [reader.read(adapters[n]) for n in kept]
@@ -205,6 +203,7 @@ def merge_adapters(
     elif method == "weighted":
         values, report = merge.weighted(merge.names), {}
     else:
+        warn_of_emoji(pipeline, source)
         values, report = merge.projected(merge.plan(texts, source, num_captions, lam, seed))
     blank: list[float | None] = [None] * len(kept)
     return MergedAdapters(

@@ -92,6 +92,7 @@ def erase(
     from mima.console import progress, stdout
     from mima.erasure import VARIANTS
     from mima.erasure import erase as run_erase
+    from mima.families import family_of
     from mima.release.repository import save_pipeline
     from mima.settings import checked
     from mima.storage.output import fresh_folder
@@ -119,6 +120,7 @@ def erase(
         for item in preserve or []:
             kept += load_concepts(item) if _names_concepts(item) else [item]
         pipeline = options.open_pipeline(source, dtype, device)
+        family_of(pipeline)
         warn_of_emoji(pipeline, captions)
         result = run_erase(pipeline, erased, preserve=kept, target=target, technique=technique)
         said = {"technique": technique}

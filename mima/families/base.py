@@ -262,7 +262,9 @@ class Family(ABC):
 
         Raises:
             ValueError: a side is no multiple of what the VAE and the denoiser need.
+            MimaError: the VAE is none that training reads.
         """
+        self.check_vae()
         vae, multiple = self.pipeline.vae, self._multiple
         height, width = pixels.shape[-2:]
         if height % multiple or width % multiple:
@@ -280,15 +282,21 @@ class Family(ABC):
             cast(vae, dtype)
         return self._scaled(mean).to(self.device, self.dtype)
 
+    def check_vae(self) -> None:
+        """Refuse a VAE that draws pictures alone.
+
+        Raises:
+            MimaError: it makes no distributions of latents.
+        """
+        if type(self.pipeline.vae).__name__ == "AutoencoderTiny":
+            raise MimaError(
+                "model: AutoencoderTiny makes no distributions of latents, which training reads; "
+                "open the model with its own vae"
+            )
+
     def _posterior_mean(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] that the VAE encodes pictures to, unscaled."""
-        encoded = self.pipeline.vae.encode(pixels)
-        if not hasattr(encoded, "latent_dist"):
-            raise MimaError(
-                f"model: {type(self.pipeline.vae).__name__} makes no distributions of latents, "
-                "which training reads; open the model with its own vae"
-            )
-        mean: torch.Tensor = encoded.latent_dist.mean
+        mean: torch.Tensor = self.pipeline.vae.encode(pixels).latent_dist.mean
         return mean
 
     def _scaled(self, latents: torch.Tensor) -> torch.Tensor:

@@ -102,7 +102,9 @@ def check_places(output: Path | None, checkpoint: Path | None) -> None:
 
 def check_model(pipeline: Pipeline, concepts: Sequence[Concept], config: ImmunizeConfig) -> None:
     """Refuse a model that a later part of the run would refuse, or that could not be written."""
-    check_unadapted(family_of(pipeline))
+    family = family_of(pipeline)
+    check_unadapted(family)
+    family.check_vae()
     nameless = [concept.name for concept in concepts if not names_of(concept)]
     kinds = {kind for attacker in config.attackers for kind in attacker.captions}
     for kind in sorted(kinds & {"without_name", "rare_token"}):

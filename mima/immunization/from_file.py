@@ -71,7 +71,9 @@ def load_config(path: str | Path) -> ImmunizeRun:
         MimaError: unreadable, not YAML, or a setting that is unknown or of the wrong type or range;
             every such setting is named, unknown ones with the nearest valid name.
     """
-    return parse_run(read_mapping(path), source=str(path))
+    run = parse_run(read_mapping(path), source=str(path))
+    _check_rate(run)
+    return run
 
 
 def parse_run(
@@ -93,10 +95,12 @@ def parse_run(
         raw = {**raw, "immunize": plain}
         if named is not None:
             raw["recipe"] = named
-    run = parse_config(ImmunizeRun, raw, source=source)
+    return parse_config(ImmunizeRun, raw, source=source)
+
+
+def _check_rate(run: ImmunizeRun) -> None:
     if run.rate is not None and run.recipe != "default":
-        raise MimaError(f"config: {source}: rate: the recipe default alone reads it")
-    return run
+        raise MimaError("rate: the recipe default alone reads it; leave it out, or set it to null")
 
 
 def _rate_of(raw: dict[str, Any]) -> float:
@@ -172,6 +176,7 @@ def read_run(
         set_nested(raw, name if first in ImmunizeRun.model_fields else f"immunize.{name}", value)
     if settings:
         run = parse_run(raw, source="--set", recipe=recipe, task=task)
+    _check_rate(run)
     run = _located(run, path.parent)
     given = {"output": output, "erased": erased}
     said = {name: Path(value) for name, value in given.items() if value is not None}

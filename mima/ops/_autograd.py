@@ -186,9 +186,10 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:
     """`without_autocast`, of what is computed on the device of a tensor while it lasts."""
-    if not torch._C._is_any_autocast_enabled():
+    device = x.device.type
+    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device):
         return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
+    return torch.autocast(device, enabled=False)
 
 
 def _first(args: Sequence[Any]) -> Tensor:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -104,8 +104,9 @@ def adam_step(
 
 
 def _require_apart(moments: Sequence[Tensor]) -> None:
-    addresses = [x.data_ptr() for x in moments if x.numel()]
-    if len(set(addresses)) < len(addresses):
+    # of others, a copy is overwritten
+    ranges = sorted([(x.data_ptr(), x.nbytes) for x in moments if x.numel() and x.is_contiguous()])
+    if [after for (at, size), (after, _) in pairwise(ranges) if at + size > after]:
         raise ValueError(f"{_OP}: m and v must not share memory where overwrite is True")
 
 

@@ -6,6 +6,7 @@ import struct
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -481,3 +482,7 @@ def test_pivotal_trains_the_word_and_then_the_lora(pipeline):
     end = now()
     assert torch.equal(end[0], middle[0])
     assert not any(torch.equal(a, b) for a, b in zip(end[2::2], middle[2::2], strict=True))
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    assert LoRA(steps=np.int64(3), seed=np.int32(1)).steps == 3

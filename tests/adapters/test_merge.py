@@ -694,8 +694,14 @@ def test_low_rank_matrices_of_whole_numbers_are_refused(base, tmp_path):
     folder = peft_folder(base, tmp_path / "adapter")
     file = folder / "adapter_model.safetensors"
     save_file({name: value.to(torch.int8) for name, value in load_file(file).items()}, file)
-    with pytest.raises(MimaError, match=r"weight is of torch\.int8, expected numbers of floating"):
+    message = r"weight is of torch\.int8, expected numbers of floating"
+    with pytest.raises(MimaError, match=message):
         AdapterReader(base).read(folder)
+    save_lora(base, tmp_path / "lora", lora_config(), 0)
+    file = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    save_file({name: value.to(torch.int8) for name, value in load_file(file).items()}, file)
+    with pytest.raises(MimaError, match=message):
+        AdapterReader(base).read(file)
 
 
 def test_weights_of_8_bits_are_read(base, tmp_path):

@@ -22,6 +22,8 @@ from support import builders, tiny
 
 from mima.errors import MimaError
 from mima.families import Family, TrainingOptions, family_of, load_pipeline
+from mima.immunization.checks import check_model
+from mima.immunization.config import ImmunizeConfig
 from mima.sampling import Sampler
 
 PROMPTS = ["a photo of a red cat", "a dog"]
@@ -650,6 +652,9 @@ def test_what_trains_on_other_levels_or_latents_is_refused(folder_of):
     family = family_of(tiny_vae)
     with pytest.raises(MimaError, match="with its own vae"):
         family.encode_images(torch.zeros(1, 3, 32, 32))
+    # a run refuses it before it draws class pictures
+    with pytest.raises(MimaError, match="with its own vae"):
+        check_model(tiny_vae, [], ImmunizeConfig())
 
 
 @pytest.mark.parametrize("kind", ["sd", "qwen-image", "flux-dev"])

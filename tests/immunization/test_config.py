@@ -454,6 +454,7 @@ def test_a_file_has_the_unit_of_rates_of_its_model(tmp_path, told, rate):
     assert read_run(path, settings={"rate": 2e-5}).immunize == default(rate=2e-5)
     with pytest.raises(MimaError, match="rate: the recipe default alone reads it"):
         read_run(path, settings={"rate": 2e-5}, recipe="tar")
+    read_run(path, settings={"rate": None}, recipe="tar")
     with pytest.raises(MimaError, match="rate: Input should be greater than 0"):
         read_run(path, settings={"rate": -1})
 

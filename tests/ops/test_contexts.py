@@ -14,6 +14,7 @@ from support.operator_cases import (
     values_and_gradients,
 )
 
+from mima import ops
 from mima.ops.attention import FusedAttention
 from mima.ops.convolution import convolution
 
@@ -112,3 +113,13 @@ def test_tensors_without_data_give_shapes(case: Case) -> None:
     for xs, ys in zip((outputs, grads), expected, strict=True):
         for x, y in zip(xs, ys, strict=True):
             assert (x.shape, x.dtype, x.device.type) == (y.shape, y.dtype, "meta")
+
+
+def test_second_derivatives_of_nothing_in_memory_know_no_autocast() -> None:
+    x = torch.randn(2, 4, device="meta", requires_grad=True)
+    weight, bias = (torch.randn(4, device="meta", requires_grad=True) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.group_norm(x, weight, bias, 2)
+        (d_x,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        (d_weight,) = torch.autograd.grad(d_x.square().sum(), weight)
+    assert (d_weight.shape, d_weight.dtype) == (weight.shape, torch.float32)

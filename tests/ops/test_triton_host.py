@@ -160,10 +160,11 @@ def test_no_grid_is_too_long_on_an_axis_that_is_not_the_first() -> None:
 
 def test_heads_have_a_widest_where_there_is_no_shared_memory_to_opt_into() -> None:
     """As of HIP, whose properties have no such field."""
-    properties = mock.Mock(spec=["shared_memory_per_block"], shared_memory_per_block=65_536)
-    with mock.patch.object(torch.cuda, "get_device_properties", return_value=properties):
-        widest = mima.kernels.widest_attention.__wrapped__
-        assert widest(torch.device("cuda"), torch.bfloat16) == 128
+    said = mock.Mock(spec=["shared_memory_per_block"], shared_memory_per_block=65_536)
+    for properties in (said, mock.Mock(spec=[])):
+        with mock.patch.object(torch.cuda, "get_device_properties", return_value=properties):
+            widest = mima.kernels.widest_attention.__wrapped__
+            assert widest(torch.device("cuda"), torch.bfloat16) == 128
     assert attention.widest(0, torch.float32) == 128
 
 

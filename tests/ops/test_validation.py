@@ -78,7 +78,7 @@ def _ap(**changes: Any) -> Any:
     return ops.adam_step_pullback(**{**lists, "lr": 0.1, "step": 0, **changes})
 
 
-half, shared = torch.float16, e(2, 3)
+half, shared, long = torch.float16, e(2, 3), e(10)
 nan, inf = float("nan"), float("inf")
 
 MISTAKES: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
@@ -154,6 +154,12 @@ MISTAKES: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] 
     (
         _as,
         {"m": [shared, e(4)], "v": [shared, e(4)], "overwrite": True},
+        ValueError,
+        r"adam_step: m and v must not share memory where overwrite is True",
+    ),
+    (
+        _as,
+        {"m": [long[:6].view(2, 3), e(4)], "v": [long[4:].view(2, 3), e(4)], "overwrite": True},
         ValueError,
         r"adam_step: m and v must not share memory where overwrite is True",
     ),
