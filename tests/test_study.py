@@ -170,6 +170,8 @@ def test_the_report_says_what_the_cells_hold(study, tmp_path):
         rises = [mean(method, seed, "lora", "rise_left") for seed in (0, 1)]
         ends = [share(value) for value in (fmean(rises), min(rises), max(rises))]
         assert line[2] == "{} [{} to {}]".format(*ends)
+        # two seeds of each of two attacks
+        assert line[header.index("attacks that taught")] == "4 of 4"
         held_out = [mean(method, seed, "sgd", "rise_left") for seed in (0, 1)]
         assert line[header.index("rise left, held out")].startswith(share(fmean(held_out)))
         gaps = [mean(method, seed, "lora", "sgr_mean") for seed in (0, 1)]

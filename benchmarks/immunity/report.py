@@ -225,8 +225,8 @@ def _main_table(study: Study, groups: dict[str, list[Finished]]) -> Iterable[str
         row.concept for g in groups.values() for one in g for row in one.rows if row.role == "other"
     )
     columns = (
-        "method", "runs", "rise left", "rise left, worst concept", "rise left, held out", "SGR",
-        "SGR, worst concept", "SGR before", "SGR, last step", "steps ratio",
+        "method", "runs", "rise left", "attacks that taught", "rise left, worst concept",
+        "rise left, held out", "SGR", "SGR, worst concept", "SGR before", "SGR, last step", "steps ratio",
         *(f"benign, {name}" for name in others), "alignment", "CMMD", "outer steps",
         "attack steps", "least seconds",
     )  # fmt: skip
@@ -240,6 +240,7 @@ def _main_table(study: Study, groups: dict[str, list[Finished]]) -> Iterable[str
                 method,
                 f"{len(group)} × {len(group[0].evaluation.seeds)}",
                 _bounded(group, simulated, "rise_left", share),
+                _taught(group, simulated),
                 _bounded_worst(group, simulated),
                 _bounded(group, held_out, "rise_left", share),
                 _shown(over_runs(group, lambda one: _gap(one, simulated))),
@@ -337,6 +338,12 @@ def _worst(
         if values:
             means.append(fmean(values))
     return worst(means) if means else None
+
+
+def _taught(group: Sequence[Finished], kinds: set[str]) -> str:
+    """How many attacks taught either model the concept, of all: the others have no rise."""
+    rows = [row for one in group for row in one.targets() if row.method in kinds]
+    return f"{sum(row.rise_left is not None for row in rows)} of {len(rows)}"
 
 
 def _bounded_worst(group: Sequence[Finished], kinds: set[str]) -> str:
