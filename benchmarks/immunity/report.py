@@ -226,7 +226,8 @@ def _main_table(study: Study, groups: dict[str, list[Finished]]) -> Iterable[str
     )
     columns = (
         "method", "runs", "rise left", "attacks that taught", "rise left, worst concept",
-        "rise left, held out", "SGR", "SGR, worst concept", "SGR before", "SGR, last step", "steps ratio",
+        "rise left, held out", "SGR", "SGR, worst concept", "SGR before", "SGR, last step",
+        "steps ratio",
         *(f"benign, {name}" for name in others), "alignment", "CMMD", "outer steps",
         "attack steps", "least seconds",
     )  # fmt: skip
