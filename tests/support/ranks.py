@@ -117,6 +117,8 @@ def patience(rank: int, size: int, port: int, output: Path) -> None:
     groups = [dist.group.WORLD, split.group, split.mesh.get_group("shard")]
     backends = [group._get_backend(torch.device("cpu")) for group in groups]
     (output / str(rank)).write_text(str([backend.options._timeout for backend in backends]))
+    # the main process holds the store that the others still read
+    dist.barrier()
 
 
 class Hold:
