@@ -12,7 +12,7 @@ from mima.assets import assets
 from mima.choices import Task
 from mima.errors import MimaError, nearest
 from mima.immunization.config import ImmunizeConfig
-from mima.immunization.recipes import RECIPES
+from mima.immunization.recipes import EMBEDDED_RATE, RECIPES, USUAL_RATE
 
 CEILING = "ceiling"
 """The method of a cell that attacks a model which never saw the concepts."""
@@ -128,16 +128,14 @@ def methods() -> dict[str, Make]:
     }
     for name, recipe in RECIPES.items():
         if name == "default":
-            named[name] = _of_recipe(partial(recipe, rate=USUAL_RATE, benign=True))
+            named[name] = _of_recipe(partial(recipe, rate=EMBEDDED_RATE, benign=True))
         else:
-            named[name] = _of_recipe(recipe, 1.0 if name == "sophon" else USUAL_RATE / THEIR_RATE)
+            # SOPHON's models were small themselves
+            scale = 1.0 if name == "sophon" else EMBEDDED_RATE / USUAL_RATE
+            named[name] = _of_recipe(recipe, scale)
     return named
 
 
-USUAL_RATE = 1e-4
-"""At which the embedded model is fine-tuned on a few pictures."""
-THEIR_RATE = 5e-6
-"""Likewise, for the models of ``paper``, ``apdm`` and ``tar``; SOPHON's were small themselves."""
 SHORT: Mapping[str, Any] = {
     "hypergradient": "first_order",
     "lower": {"steps": 4, "lr": 1e-3, "batch_size": 4, "parameters": "cross_attention_kv"},

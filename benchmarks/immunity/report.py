@@ -341,16 +341,19 @@ def _worst(
     return worst(means) if means else None
 
 
+def _attacks(group: Sequence[Finished], kinds: set[str]) -> list[AttackRow]:
+    return [row for one in group for row in one.targets() if row.method in kinds]
+
+
 def _taught(group: Sequence[Finished], kinds: set[str]) -> str:
     """How many attacks taught either model the concept, of all: the others have no rise."""
-    rows = [row for one in group for row in one.targets() if row.method in kinds]
+    rows = _attacks(group, kinds)
     return f"{sum(row.rise_left is not None for row in rows)} of {len(rows)}"
 
 
 def _bounded_worst(group: Sequence[Finished], kinds: set[str]) -> str:
     """The most that an attack adds to any concept, at least that where one is a lower bound."""
-    rows = [row for one in group for row in one.targets() if row.method in kinds]
-    bound = any(row.rise_left_at_least for row in rows)
+    bound = any(row.rise_left_at_least for row in _attacks(group, kinds))
     return ("≥ " if bound else "") + share(_worst(group, kinds, "rise_left", max))
 
 

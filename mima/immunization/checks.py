@@ -126,8 +126,7 @@ def check_model(pipeline: Pipeline, concepts: Sequence[Concept], config: Immuniz
         warn_of_emoji(pipeline, config.captions)
     if config.shards > 1:
         check_splittable(pipeline)
-    merges = config.method not in ("none", "imma", "joint")
-    if config.train_tokens and merges and not family_of(pipeline).reads_text_alone:
+    if config.train_tokens and config.merges and not family.reads_text_alone:
         raise MimaError(
             f"lower.train_token: the text projections of {type(pipeline).__name__} read more than "
             "text, so that the merge cannot be made anew for a trained word; method joint can"
@@ -157,9 +156,9 @@ def check_splittable(pipeline: Pipeline) -> None:
 
 def reads_captions(concepts: Sequence[Concept], config: ImmunizeConfig) -> bool:
     """Whether a run reads ordinary captions: in its merge, to erase, or for class pictures."""
-    merges = config.method not in ("none", "imma", "joint") and config.merge == "projected"
     drawn = config.has_prior and any(not (c.class_images or c.class_prompt) for c in concepts)
-    return merges or drawn or config.erase_first
+    projects = config.merges and config.merge == "projected"
+    return projects or drawn or config.erase_first
 
 
 def check_drawn(concepts: Sequence[Concept], config: ImmunizeConfig, *, on_cpu: bool) -> None:

@@ -145,6 +145,11 @@ class ImmunizeConfig(Settings):
         return any(attacker.train_token for attacker in self.attackers)
 
     @property
+    def merges(self) -> bool:
+        """Whether the method merges what the concepts' attackers learned."""
+        return self.method not in ("none", "imma", "joint")
+
+    @property
     def has_prior(self) -> bool:
         """Whether any level reads class pictures."""
         if self.method == "none":

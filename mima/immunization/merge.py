@@ -26,7 +26,7 @@ def merge_layer(
     Raises:
         MimaError: the concepts' texts admit no merge.
     """
-    if config.method in ("none", "imma", "joint"):
+    if not config.merges:
         return None
     weights = torch.full((len(concepts),), 1 / len(concepts), device=device or family.device)
     if config.merge in ("average", "sum"):
