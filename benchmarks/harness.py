@@ -29,10 +29,12 @@ Thunk = Callable[[], Any]
 
 SHORTEST_SAMPLE = 4e-3
 """Seconds; a shorter call is repeated within one sample, on a CPU."""
-HOST_LEAD = 4_000_000
-"""Clock cycles, about two milliseconds, that a GPU waits before a timed call: the host prepares the
-launches meanwhile, so that events enclose the kernels alone. A call that takes the host longer, or
-waits for the GPU itself, is timed with that."""
+SHORTEST_LEAD = 2e-3
+"""Seconds that a GPU waits before a timed call, or more: the host prepares the launches meanwhile,
+so that events enclose the kernels alone."""
+LEADS = 2, 4, 8
+"""Times what the call takes the host that the GPU waits: the first at which the host is done while
+the GPU still waits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +84,15 @@ class Comparison:
     slow: tuple[str, ...] = ()
     """Variants that take seconds: three rounds."""
     samples: dict[str, list[float]] = field(default_factory=dict)
+    copies: int = 1
+    """Of the inputs, which calls take in turns: see `rotating`."""
     wall: dict[str, float] = field(default_factory=dict)
     """On a GPU, seconds from call to result of a call that finds the device idle."""
+    lead: dict[str, float] = field(default_factory=dict)
+    """On a GPU, seconds that it waits before a variant's timed calls."""
+    with_host: set[str] = field(default_factory=set)
+    """Variants whose samples have, on a GPU, the host's part in them: those that wait for the GPU,
+    or launch more kernels than a waiting GPU takes in."""
     failed: dict[str, Exception] = field(default_factory=dict)
     """What kept a variant from being measured; its own benchmark raises it."""
 
@@ -103,12 +112,17 @@ class Comparison:
                 elif name not in self.unchecked:
                     self._check(name, answer, expected)
                 del answer
+                # tables of addresses, which each copy has its own of, are there from here on
+                for _ in range(self.copies - 1):
+                    run()
                 repeats[name] = 1
                 if device.type != "cuda" and name not in self.slow:
-                    once = _seconds(run, 1, device)
+                    once = _cpu_seconds(run, 1)
                     repeats[name] = max(1, math.ceil(SHORTEST_SAMPLE / max(once, 1e-7)))
                 elif device.type == "cuda":
-                    self.wall[name] = min(_wall_seconds(run, device) for _ in range(3))
+                    calls = [_host_and_wall_seconds(run, device) for _ in range(3)]
+                    self.wall[name] = min(wall for _, wall in calls)
+                    self.lead[name] = _lead(run, max(host for host, _ in calls), device)
             # of any kind: it is raised where this variant is asked for, and costs no other's figure
             except Exception as error:
                 self.failed[name] = error
@@ -119,8 +133,17 @@ class Comparison:
             for round_ in range(self.rounds):
                 for name in self.samples:
                     if name not in self.slow or round_ < 3:
-                        run = self.variants[name]
-                        self.samples[name].append(_seconds(run, repeats[name], device))
+                        self._sample(name, repeats[name], device)
+
+    def _sample(self, name: str, repeat: int, device: torch.device) -> None:
+        run = self.variants[name]
+        if device.type == "cuda":
+            seconds, ahead = _gpu_seconds(run, self.lead[name], device)
+            if not ahead:
+                self.with_host.add(name)
+        else:
+            seconds = _cpu_seconds(run, repeat)
+        self.samples[name].append(seconds)
 
     def _check(
         self, name: str, answer: Sequence[Tensor], expected: Sequence[Tensor] | None
@@ -154,8 +177,9 @@ def rotating(
     """Build a comparison whose calls find their inputs in memory, as in a step of training.
 
     On a GPU it is built as often as the second-level cache holds its bytes, twice over, and each
-    call, of whichever variant, takes the inputs whose turn it is. On a CPU it is built once:
-    inputs that a layer's caches hold are there in training, too.
+    call, of whichever variant, takes the inputs whose turn it is. Every variant is called on all of
+    them before any is timed. On a CPU it is built once: inputs that a layer's caches hold are there
+    in training, too.
 
     Args:
         build: gives the same values, in memory of their own, each time.
@@ -172,7 +196,8 @@ def rotating(
     def in_turn(name: str) -> Thunk:
         return lambda: next(turns).variants[name]()
 
-    return replace(first, variants={name: in_turn(name) for name in first.variants})
+    variants = {name: in_turn(name) for name in first.variants}
+    return replace(first, variants=variants, copies=1 + others)
 
 
 def _tensors(answer: Any) -> list[Tensor]:
@@ -181,40 +206,68 @@ def _tensors(answer: Any) -> list[Tensor]:
     return [x.detach() for x in answer if x is not None]
 
 
-def _seconds(run: Thunk, repeat: int, device: torch.device) -> float:
+def _cpu_seconds(run: Thunk, repeat: int) -> float:
     """Seconds of one call."""
-    if device.type != "cuda":
-        if repeat > 1:
-            # a short call pays, in caches, for the variant before it: not in its own time
-            result = run()
-        start = time.perf_counter()
-        for _ in range(repeat):
-            result = run()
-        seconds = time.perf_counter() - start
-        del result  # freeing is not part of computing
-        return seconds / repeat
-    total = 0.0
-    for _ in range(repeat):
-        torch.cuda._sleep(HOST_LEAD)
-        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start_event.record()
+    if repeat > 1:
+        # a short call pays, in caches, for the variant before it: not in its own time
         result = run()
-        end_event.record()
+    start = time.perf_counter()
+    for _ in range(repeat):
+        result = run()
+    seconds = time.perf_counter() - start
+    del result  # freeing is not part of computing
+    return seconds / repeat
+
+
+def _gpu_seconds(run: Thunk, lead: float, device: torch.device) -> tuple[float, bool]:
+    """Seconds of one call's kernels, and whether the host was done while the GPU still waited.
+
+    Where it was not, the seconds have a part of the host's in them.
+    """
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(math.ceil(lead * _cycles_per_second(device)))
+    start.record()
+    result = run()
+    end.record()
+    ahead = not start.query()
+    torch.cuda.synchronize(device)
+    del result
+    return start.elapsed_time(end) / 1e3, ahead
+
+
+def _lead(run: Thunk, host: float, device: torch.device) -> float:
+    """Return the seconds for which a GPU must wait for a call that takes the host so long."""
+    for times in LEADS:
+        lead = max(times * host, SHORTEST_LEAD)
+        if _gpu_seconds(run, lead, device)[1]:
+            return lead
+    return SHORTEST_LEAD  # no wait is long enough: its samples will say so
+
+
+@functools.cache
+def _cycles_per_second(device: torch.device) -> float:
+    """Return the rate of the clock that `torch.cuda._sleep` counts: the highest of a few."""
+    cycles, rates = 20_000_000, []
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        torch.cuda._sleep(cycles)
+        end.record()
         torch.cuda.synchronize(device)
-        del result
-        total += start_event.elapsed_time(end_event) / 1e3
-    return total / repeat
+        rates.append(cycles / (start.elapsed_time(end) / 1e3))
+    return max(rates)
 
 
-def _wall_seconds(run: Thunk, device: torch.device) -> float:
-    """Seconds from the call until its result is there: what the host takes counts, too."""
+def _host_and_wall_seconds(run: Thunk, device: torch.device) -> tuple[float, float]:
+    """Seconds until a call returns, and until its result is there, of a call that finds it idle."""
     torch.cuda.synchronize(device)
     start = time.perf_counter()
     result = run()
+    host = time.perf_counter() - start
     torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - start
+    wall = time.perf_counter() - start
     del result
-    return seconds
+    return host, wall
 
 
 @functools.cache
@@ -223,7 +276,11 @@ def measure_machine(device: torch.device) -> Machine:
 
     def median(run: Thunk, rounds: int) -> float:
         run()
-        return sorted(_seconds(run, 1, device) for _ in range(rounds))[rounds // 2]
+        if device.type == "cuda":
+            samples = [_gpu_seconds(run, SHORTEST_LEAD, device)[0] for _ in range(rounds)]
+        else:
+            samples = [_cpu_seconds(run, 1) for _ in range(rounds)]
+        return sorted(samples)[rounds // 2]
 
     size = 1 << (28 if device.type == "cuda" else 26)
     source, target = (torch.zeros(size, device=device) for _ in range(2))
@@ -298,6 +355,7 @@ def replay(benchmark: Any, comparison: Comparison, variant: str, machine: Machin
     )
     if machine.device.type == "cuda":
         benchmark.extra_info["wall_ms"] = comparison.wall[variant] * 1e3
+        benchmark.extra_info["with_host"] = variant in comparison.with_host
         benchmark.extra_info["peak_MB"] = _peak_memory(comparison.variants[variant]) / 1e6
     benchmark.pedantic(advance, rounds=len(samples), iterations=1, warmup_rounds=0)
 

@@ -101,7 +101,7 @@ def table(results: Results) -> str:
     `of baseline`: median time relative to the comparison's baseline. `of floor`: the floor, the
     larger of bytes / copy bandwidth and FLOPs / rate of a matrix product of the same dtype, over
     the median time. `wall ms`, on a GPU: from the call to its result, with the host's part, which
-    the median leaves out.
+    the median leaves out, but where `*` says that the GPU could not wait for the host.
     """
     header = (
         *("comparison", "variant", "median ms", "± %", "of baseline", "wall ms"),
@@ -114,7 +114,7 @@ def table(results: Results) -> str:
             cells = [
                 group,
                 row.variant,
-                _number(row.seconds * 1e3),
+                _number(row.seconds * 1e3) + "*" * bool(row.info.get("with_host")),
                 f"{row.spread:.0%}".removesuffix("%"),
                 _number(row.seconds / baseline) if baseline else "",
                 _number(row.info["wall_ms"]) if "wall_ms" in row.info else "",
@@ -159,7 +159,10 @@ def document(results: Results, plot: str) -> str:
     if decided:
         lines += [f"Targets: {sum(v.met for v in decided)} of {len(decided)} met.", ""]
         lines += [_verdict(v) for v in decided] + [""]
-    return "\n".join([*lines, table(results), "", f"![time over floor]({plot})", ""])
+    lines.append(table(results))
+    if any(row.info.get("with_host") for row in results.rows):
+        lines += ["", "\\* with a part of the host's: the GPU did not wait until it was done."]
+    return "\n".join([*lines, "", f"![time over floor]({plot})", ""])
 
 
 def _verdict(v: Verdict) -> str:

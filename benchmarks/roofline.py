@@ -56,20 +56,25 @@ class Gpu:
     bytes_per_second: float
     flops_per_second: Mapping[str, float]
     """By precision."""
+    issue_cycles_per_second: float
+    """Multiprocessors times their highest clock."""
 
 
 GPUS = {
     "a100": Gpu(
         bytes_per_second=1.8e12,
         flops_per_second={"float32": 18e12, "tf32": 110e12, "bfloat16": 220e12},
+        issue_cycles_per_second=108 * 1.41e9,
     ),
     "h100": Gpu(
         bytes_per_second=2.7e12,
         flops_per_second={"float32": 50e12, "tf32": 350e12, "bfloat16": 650e12},
+        issue_cycles_per_second=132 * 1.98e9,
     ),
     "h200": Gpu(
         bytes_per_second=4.2e12,
         flops_per_second={"float32": 50e12, "tf32": 350e12, "bfloat16": 650e12},
+        issue_cycles_per_second=132 * 1.98e9,
     ),
 }
 SHORTEST_KERNEL = 2e-6
@@ -296,19 +301,62 @@ _FUSED = (
     aten._scaled_dot_product_efficient_attention_backward,
 )
 _OPERATORS = torch.ops.mima
-# operands that are multiplied, in products of queries, keys and columns of a head, by the tiles'
-# passes of kernels/triton/attention.py; and where q, k and v stand
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Attention:
+    """What an operator's passes over tiles multiply (`kernels/triton/attention.py`)."""
+
+    of_inputs: int
+    """Products of two inputs for each pair of query and key, in the inputs' precision."""
+    in_float32: int
+    """Others; in TF32 where inputs are of 16 bits."""
+    cycles: Mapping[int, float]
+    """Issue cycles of a multiprocessor for each pair, by the padded width of a head: what Triton
+    3.8 makes of the kernels for sm_90 and bfloat16, instructions of the largest loop times warps,
+    over four schedulers."""
+    first: int
+    """Where q, k and v stand among the arguments."""
+
+
 _ATTENTION = {
-    _OPERATORS.attention: (2, 0),
-    _OPERATORS.attention_backward: (9, 1),
-    _OPERATORS.attention_double_backward: (21, 4),
+    _OPERATORS.attention: _Attention(
+        of_inputs=1, in_float32=1, cycles={64: 0.18, 128: 0.52, 256: 1.10}, first=0
+    ),
+    _OPERATORS.attention_backward: _Attention(
+        of_inputs=6, in_float32=3, cycles={64: 1.03, 128: 1.86, 256: 3.19}, first=1
+    ),
+    _OPERATORS.attention_double_backward: _Attention(
+        of_inputs=15, in_float32=7, cycles={64: 2.22, 128: 3.38, 256: 8.63}, first=4
+    ),
 }
 
 
-def _attention_flops(products: int, first: int, args: Sequence[Any]) -> int:
-    q, k, v = args[first : first + 3]
+def _attention_cost(
+    passes: _Attention, args: Sequence[Any], gpu: Gpu, precision: str
+) -> tuple[float, float]:
+    """Return the FLOPs that the passes make, and the seconds below which they cannot take them.
+
+    Rows are padded to powers of two. Either the matrix units take longest, or the schedulers to
+    issue the instructions, which is known of 16 bits alone.
+    """
+    q, k, v = args[passes.first : passes.first + 3]
     n, T, d = q.shape
-    return products * n * T * k.shape[1] * (d + v.shape[2])
+    pairs = n * T * k.shape[1]
+    padded = [max(16, 1 << (width - 1).bit_length()) for width in (d, v.shape[2])]
+    # two FLOPs of each column, of q's and k's width in one half of the products
+    product = float(pairs * sum(padded))
+    rates = gpu.flops_per_second
+    wide = "tf32" if precision == "bfloat16" else precision
+    seconds = product * (passes.of_inputs / rates[precision] + passes.in_float32 / rates[wide])
+    if precision == "bfloat16":
+        widest = max(passes.cycles)
+        # heads that are wider take at least in proportion
+        width = max(padded)
+        known = min((w for w in passes.cycles if w >= width), default=widest)
+        cycles = passes.cycles[known] * max(1.0, width / known)
+        seconds = max(seconds, pairs * cycles / gpu.issue_cycles_per_second)
+    return product * (passes.of_inputs + passes.in_float32), seconds
 
 
 # no kernel: a new name for memory, or memory alone
@@ -338,7 +386,7 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.counts = Counts()
         self._gpu = gpu
-        self._rate = gpu.flops_per_second[precision]
+        self._precision = precision
         self._weights = set(weights)
         self._tokens = set(tokens)
         self._matrices = set(matrices)
@@ -362,10 +410,11 @@ class Counter(TorchDispatchMode):
             return out
         formula = flop_registry.get(packet)
         flops = formula(*args, **(kwargs or {}), out_val=out) if formula else 0
+        seconds = flops / self._gpu.flops_per_second[self._precision]
         if packet in _ATTENTION:
-            flops = _attention_flops(*_ATTENTION[packet], args)
+            flops, seconds = _attention_cost(_ATTENTION[packet], args, self._gpu, self._precision)
         num_bytes = sum(_bytes(x) for x in (*tensors, *results))
-        self._launch(self.counts.parts[part], flops, num_bytes)
+        self._launch(self.counts.parts[part], flops, seconds, num_bytes)
         return out
 
     def _part(self, packet: Any, tensors: Sequence[Tensor]) -> str:
@@ -383,8 +432,8 @@ class Counter(TorchDispatchMode):
             return "weights"
         return "norms, activations"
 
-    def _launch(self, part: Part, flops: float, num_bytes: float) -> None:
-        seconds = max(flops / self._rate, num_bytes / self._gpu.bytes_per_second, SHORTEST_KERNEL)
+    def _launch(self, part: Part, flops: float, computing: float, num_bytes: float) -> None:
+        seconds = max(computing, num_bytes / self._gpu.bytes_per_second, SHORTEST_KERNEL)
         part.launches += 1
         part.flops += flops
         part.num_bytes += num_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 
@@ -21,21 +22,33 @@ SHAPES = [(128, 160, 64), (768, 320, 77), (320, 320, 1024), (1280, 1280, 256)]
 RANKS = [4, 16, 64]
 
 
+@functools.lru_cache(maxsize=1)
+def peft_layer(
+    shape: tuple[int, int], r: int, adapters: int, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """Let peft build an adapted layer, whose weights are of no consequence."""
+    o, d = shape
+    host = nn.Sequential(nn.Linear(d, o, bias=False, device=device, dtype=dtype))
+    # alpha = r: scale 1
+    config = peft.LoraConfig(r=r, lora_alpha=r, target_modules=["0"], lora_dropout=0.0)
+    model = peft.get_peft_model(host, config, adapter_name="0")
+    for n in range(1, adapters):
+        model.add_adapter(str(n), config)
+    layer: nn.Module = model.base_model.model[0].to(dtype)
+    return layer
+
+
 class PeftMixedBatch(nn.Module):
     """peft's way: one forward with adapter_names=, a pass per adapter over its samples."""
 
     def __init__(self, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> None:
         super().__init__()
         o, d = weight.shape
-        host = nn.Sequential(nn.Linear(d, o, bias=False, device=weight.device, dtype=weight.dtype))
-        host[0].weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-        r = A[0].shape[0]
-        # alpha = r: scale 1
-        config = peft.LoraConfig(r=r, lora_alpha=r, target_modules=["0"], lora_dropout=0.0)
-        model = peft.get_peft_model(host, config, adapter_name="0")
-        for n in range(1, len(A)):
-            model.add_adapter(str(n), config)
-        self.layer = model.base_model.model[0].to(weight.dtype)
+        built = peft_layer((o, d), A[0].shape[0], len(A), weight.device, weight.dtype)
+        # a copy with its parameters, all of which are replaced: peft takes longer for its own
+        self.layer = copy.deepcopy(built, {id(p): p for p in built.parameters()})
+        base = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        self.layer.base_layer.weight = base
         for n, (A_n, B_n) in enumerate(zip(A, B, strict=True)):
             self.layer.lora_A[str(n)].weight = nn.Parameter(A_n.detach().clone())
             self.layer.lora_B[str(n)].weight = nn.Parameter(B_n.detach().clone())

@@ -31,6 +31,11 @@ def stdout() -> Console:
     return _console(stderr=False)
 
 
+def say(message: str) -> None:
+    """A line of results, without the control characters that a name in it may hold."""
+    stdout().print("".join(c if c.isprintable() else " " for c in message))
+
+
 def stderr() -> Console:
     """For everything else."""
     return _console(stderr=True)
@@ -190,10 +195,10 @@ def progress() -> Iterator[Bars]:
         yield Lines(console)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

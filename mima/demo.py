@@ -36,6 +36,7 @@ from mima.release.repository import save_pipeline
 from mima.report import write_report
 from mima.storage.inputs import expanded
 from mima.storage.output import fresh_folder
+from mima.storage.record import write_record
 from mima.training.captions import divided, ordinary_captions
 
 logger = logging.getLogger(__name__)
@@ -202,6 +203,15 @@ def _run(settings: DemoSettings, folder: Path, bars: console.Bars) -> dict[str, 
     }
     text = json.dumps(results, indent=2, ensure_ascii=False)
     (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    write_record(
+        folder,
+        "demo",
+        model="embedded",
+        opened_with={},
+        concepts=results["targets"],
+        prompts=[target.prompt for target in targets],
+        details={"seed": results["seed"]},
+    )
     return results
 
 
@@ -260,7 +270,8 @@ def _numbers(evaluation: Evaluation, folder: EvaluationFolder) -> dict[str, Any]
     curves: dict[str, dict[str, GapCurve]] = {}
     told = [point for point in folder.curves() if point.similarity == primary]
     for row in folder.attacks():
-        if row.similarity != primary:
+        # what diverged has no curve
+        if row.similarity != primary or row.sgr_mean is None:
             continue
         points = [point for point in told if point.attack == row.attack]
         curves.setdefault(row.concept, {})[row.method] = GapCurve(
@@ -295,6 +306,7 @@ def _numbers(evaluation: Evaluation, folder: EvaluationFolder) -> dict[str, Any]
         }
     targets = [concept.name for concept in evaluation.concepts if concept.role == "target"]
     others = [concept.name for concept in evaluation.concepts if concept.role == "other"]
+    measured = [name for name in (*targets, *others) if name in concepts]
     benign = [mean for name in others if (mean := summary.sgr[name].mean) is not None]
     over = summary.targets
     alignment = evaluation.benign.prompt_alignment
@@ -315,8 +327,8 @@ def _numbers(evaluation: Evaluation, folder: EvaluationFolder) -> dict[str, Any]
         "worst_rise": summary.worst_rise.model_dump(),
         "benign_sgr": float(np.mean(benign)) if benign else None,
         "benign_rsgr": summary.mrsgr,
-        "sgr": {name: concepts[name]["sgr"] for name in (*targets, *others)},
-        "concepts": {name: concepts[name] for name in (*targets, *others)},
+        "sgr": {name: concepts[name]["sgr"] for name in measured},
+        "concepts": {name: concepts[name] for name in measured},
         "prompt_alignment": {
             "erased": erased,
             "immunized": immunized,

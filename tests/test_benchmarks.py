@@ -10,6 +10,7 @@ import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,6 +209,28 @@ def test_a_roofline_knows_a_product():
         "attention matrices": 1,
     }
     assert parts["weights"].num_bytes == 2 * 4 * 64 * 32
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+@pytest.mark.parametrize("width", [40, 64, 128, 160, 512])
+def test_a_roofline_has_attention_reach_no_more_than_its_kernels_can(width, precision):
+    from benchmarks import roofline
+
+    gpu = roofline.GPUS["h100"]
+    q = torch.empty(8, 4096, width, device="meta")
+    pairs, padded = 8 * 4096**2, max(16, 2 ** (width - 1).bit_length())
+    names = "attention", "attention_backward", "attention_double_backward"
+    for (name, products), first in zip(zip(names, (2, 9, 22), strict=True), (0, 1, 4), strict=True):
+        passes = roofline._ATTENTION[getattr(torch.ops.mima, name)]
+        args = (*[None] * first, q, q, q)
+        flops, seconds = roofline._attention_cost(passes, args, gpu, precision)
+        assert flops == 2 * products * pairs * padded
+        assert seconds >= flops / gpu.flops_per_second[precision]
+        # probabilities are multiplied in TF32 at best
+        assert seconds >= passes.in_float32 / products * flops / gpu.flops_per_second["tf32"]
+        if precision == "bfloat16":
+            least = min(passes.cycles.values())
+            assert seconds >= pairs * least / (132 * 1.98e9)
 
 
 @pytest.mark.parametrize("model", ["sd14", "sdxl", "sd3", "flux"])
@@ -462,6 +485,41 @@ def test_the_gpu_run_goes_on_without_native_code(tmp_path, builds, installed):
     assert "combine native No module named 'mima._native'" in found
 
 
+# pip that has one wheel it cannot install
+ONE_DOES_NOT_FIT = """#!/usr/bin/env bash
+case "$*" in
+  "-m pip install"*)
+    [[ $* != *" ."* && $* != *other-python* ]] || exit 1
+    while [[ $1 != --target ]]; do shift; done
+    mkdir -p "$2/shared"
+    for wheel in "${@:3}"; do touch "$2/shared/$(basename "$wheel")"; done ;;
+  "-m mima doctor") cp -r "$PYTHONPATH" "$SITE" ;;
+esac
+"""
+
+
+def test_a_wheel_that_does_not_fit_is_left_out_of_the_gpu_run(tmp_path):
+    python, wheels, site = (tmp_path / name for name in ("python", "wheels", "site"))
+    python.write_text(ONE_DOES_NOT_FIT)
+    python.chmod(0o755)
+    wheels.mkdir()
+    for name in ("a", "other-python", "z"):
+        (wheels / f"{name}.whl").touch()
+    subprocess.run(
+        ["bash", ROOT / "benchmarks/gpu/run.sh", tmp_path / "out", "--wheels", wheels],
+        env={**os.environ, "PYTHON": python, "SITE": site},
+        capture_output=True,
+        check=False,
+    )
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "| install | ok |" in summary
+    assert "- other-python.whl could not be installed: see log.txt." in summary
+    assert "mima was copied, not installed" in summary
+    assert {path.name for path in (site / "shared").iterdir()} == {"a.whl", "z.whl"}
+    assert (site / "mima" / "kernels" / "attention.py").exists()
+    assert not list((site / "mima").glob("_native*"))
+
+
 def test_the_gpu_run_lists_the_wheels_to_carry():
     done = subprocess.run(
         ["bash", ROOT / "benchmarks/gpu/run.sh", "--list-wheels"],
@@ -548,6 +606,154 @@ def test_inputs_take_turns_past_a_cache():
     taken.clear()
     rotating(build, device).measure(device)
     assert len(set(taken)) == 1
+
+
+def test_every_module_that_looks_whether_it_is_watched_can_be_told_so():
+    pytest.importorskip("pytest_benchmark")
+    from benchmarks import test_step
+
+    asking = {
+        module
+        for name, module in sys.modules.items()
+        if name.startswith("mima.") and hasattr(module, "is_watched")
+    }
+    assert asking == set(test_step.WATCHING)
+
+
+class OneGpu:
+    """A clock, and a GPU that works on what it was asked for while the host goes on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.busy_until = 0.0
+
+    def launch(self, host, kernel):
+        """Return a call that takes the host so long, and the GPU after that."""
+
+        def run():
+            self.now += host
+            self.busy_until = max(self.now, self.busy_until) + kernel
+            return torch.ones(1)
+
+        return run
+
+    def wait(self, *device):
+        self.now = max(self.now, self.busy_until)
+
+    def stand_in(self, monkeypatch):
+        from benchmarks import harness
+
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = max(gpu.now, gpu.busy_until)
+
+            def query(self):
+                return gpu.now >= self.at
+
+            def elapsed_time(self, other):
+                return (other.at - self.at) * 1e3
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.wait)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.launch(0, cycles / 1e9)())
+        monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(harness, "_cycles_per_second", harness._cycles_per_second.__wrapped__)
+
+
+def test_what_a_call_takes_the_host_is_no_time_of_the_gpu(monkeypatch):
+    from benchmarks import harness
+
+    gpu = OneGpu()
+    gpu.stand_in(monkeypatch)
+    device = torch.device("cuda")
+    assert harness._cycles_per_second(device) == pytest.approx(1e9)
+    launch = gpu.launch(1e-3, 1e-3)
+
+    def waits():
+        launch()
+        gpu.wait()
+        return launch()
+
+    comparison = harness.Comparison(
+        group="g",
+        variants={
+            "short": gpu.launch(1e-5, 1e-4),
+            "of many tensors": gpu.launch(30e-3, 2e-4),
+            "waits": waits,
+        },
+        baseline="short",
+        rounds=3,
+    )
+    comparison.measure(device)
+    assert not comparison.failed
+    assert comparison.samples["short"] == pytest.approx([1e-4] * 3)
+    assert comparison.samples["of many tensors"] == pytest.approx([2e-4] * 3)
+    assert comparison.wall["of many tensors"] == pytest.approx(30.2e-3)
+    assert comparison.lead["of many tensors"] == pytest.approx(60e-3)
+    # of what waits itself, the host's part cannot be left out: it is said
+    assert comparison.with_host == {"waits"}
+    assert comparison.samples["waits"] == pytest.approx([3e-3] * 3)
+
+
+def test_a_report_says_which_times_have_the_hosts_part(tmp_path):
+    from benchmarks import report
+
+    entries = [entry("g", name, [1], wall_ms=2, with_host=name == "eager") for name in "ab"]
+    said = "with a part of the host's"
+    assert said not in report.document(report.read([results_file(tmp_path / "a", entries)]), "p")
+    entries.append(entry("g", "eager", [3], wall_ms=4, with_host=True))
+    text = report.document(report.read([results_file(tmp_path / "b", entries)]), "p")
+    assert said in text
+    assert "|  | eager | 3* |" in text
+    assert "| g | a | 1 |" in text
+
+
+def test_a_variant_meets_all_copies_of_its_inputs_before_it_is_timed():
+    from benchmarks.harness import Comparison, rotating
+
+    met = {}
+
+    def build():
+        x = torch.ones(1000)
+        variants = {
+            name: lambda name=name: met.setdefault(name, []).append(x.data_ptr()) or x.sum()
+            for name in ("a", "b", "c", "d")
+        }
+        return Comparison(group="sum", variants=variants, baseline="a", num_bytes=4000, rounds=1)
+
+    # four copies, and as many variants: each would meet the same ones again and again
+    comparison = rotating(build, torch.device("cpu"), cache_bytes=5 * 1000)
+    comparison.measure(torch.device("cpu"))
+    assert {len(set(calls[:4])) for calls in met.values()} == {4}
+
+
+def test_peft_builds_one_layer_for_all_copies_of_the_inputs(monkeypatch):
+    pytest.importorskip("pytest_benchmark")
+    peft = pytest.importorskip("peft")
+    from benchmarks import test_batched_lora as lora
+
+    built = []
+    original = peft.get_peft_model
+    monkeypatch.setattr(
+        peft, "get_peft_model", lambda *a, **k: built.append(1) or original(*a, **k)
+    )
+    lora.peft_layer.cache_clear()
+    x, weight, A, B, scale, index = lora.inputs((8, 6, 5), 2, torch.device("cpu"), torch.float32)
+    other = [2 * x for x in A]
+    first, second = (lora.PeftMixedBatch(weight, factors, B) for factors in (A, other))
+    assert len(built) == 1
+    names = [str(n) for n in range(lora.N)]
+    for model, factors in ((first, A), (second, other)):
+        expected = lora.reference.batched_lora(x, weight, factors, B, scale, index)
+        torch.testing.assert_close(model(x, names), expected)
+    assert not {p.data_ptr() for p in first.parameters()} & {
+        p.data_ptr() for p in second.parameters()
+    }
 
 
 def test_the_start_of_commands_is_timed_where_the_answer_is_right(capsys, monkeypatch):

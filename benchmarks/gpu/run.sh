@@ -10,11 +10,16 @@
 # what was measured until then is there. A stage that fails, or is cut off, costs only itself.
 #
 # Nothing is installed outside a temporary folder, and nothing is fetched: packages that the machine
-# lacks are taken from the wheels in DIR. --list-wheels, where mima runs, prints those to carry, as
-# arguments for `pip download --no-deps -d DIR`: mima's dependencies, but for torch, triton and what
-# comes with them. PYTHON names the interpreter (default: python3; 3.11 or newer), with torch and
-# triton. Without setuptools, pybind11, ninja or a compiler there is no native code; Triton's kernels
-# run as well.
+# lacks are taken from the wheels in DIR, each by itself: one that does not fit is named in the
+# summary. --list-wheels, where mima runs, prints those to carry: mima's dependencies, but for torch,
+# triton and what comes with them. Where the GPU machine has another Python, say which, as in
+#
+#   benchmarks/gpu/run.sh --list-wheels | xargs pip download --no-deps -d DIR \
+#     --only-binary :all: --python-version 3.12
+#
+# PYTHON names the interpreter (default: python3; 3.11 or newer), with torch and triton. Without
+# setuptools, pybind11 or ninja there is no native code. Without a C compiler or Python's headers
+# Triton can launch nothing either: `mima doctor`, in log.txt, says so, and the stages fail.
 #
 # --dry-run goes through the same stages on a CPU, with the installed mima and few benchmarks.
 set -euo pipefail
@@ -131,6 +136,7 @@ summarise() {
     cat "$work/stages"
     echo
     if [[ -s $work/installed ]]; then cat "$work/installed" && echo; fi
+    if [[ -s $work/left_out ]]; then sed 's/^/- /' "$work/left_out" && echo; fi
     grep -E '^(FAILED|ERROR)|[0-9]+ (passed|failed|errors?|tests collected)' "$out/log.txt" |
       sed 's/^/    /' || true # nothing to say where nothing has run
     echo
@@ -167,27 +173,43 @@ PYTHON
   "$python" -m mima doctor
 }
 
+# What cannot be installed costs only itself, and what takes too long what comes after it: mima is
+# copied first, as setup.py would lay it out, without what another machine may have built; then come
+# the wheels, and its native code, if it can be built.
 # shellcheck disable=SC2329
 install() {
+  if [[ -z $dry ]]; then
+    mkdir "$work/copy"
+    cp -r mima "$work/copy/mima" && cp -r kernels/triton "$work/copy/mima/kernels"
+    rm -f "$work/copy/mima"/{_native*,_build_info.json}
+    cp -r "$work/copy/mima" "$work/site/"
+    echo "mima was copied, not installed: see log.txt. It has no native code." >"$work/installed"
+  fi
   if [[ -n $wheels ]]; then
-    "$python" -m pip install --no-index --no-deps --no-compile --quiet \
-      --target "$work/site" "$wheels"/*.whl
+    # all at once where all fit, which takes a few seconds
+    unpack "$wheels"/*.whl || for wheel in "$wheels"/*.whl; do
+      unpack "$wheel" ||
+        echo "$(basename "$wheel") could not be installed: see log.txt." >>"$work/left_out"
+    done
   fi
   if [[ -n $dry ]]; then return; fi
   local arch
   arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
   if MIMA_BUILD_NATIVE=1 MIMA_BUILD_CUDA=1 MIMA_CUDA_ARCHS=$arch build; then
-    echo "mima was installed with its native code."
+    cp -r "$work"/mima/* "$work/site/"
+    echo "mima was installed with its native code." >"$work/installed"
   elif MIMA_BUILD_NATIVE=0 MIMA_BUILD_CUDA=0 build; then
-    echo "mima was installed without native code, which could not be built: see log.txt."
-  else
-    # as setup.py would lay it out, without what another machine may have built
-    mkdir -p "$work/mima"
-    cp -r mima "$work/mima/mima" && cp -r kernels/triton "$work/mima/mima/kernels"
-    rm -f "$work/mima/mima"/{_native*,_build_info.json}
-    echo "mima was copied, not installed: see log.txt. It has no native code."
-  fi >"$work/installed"
-  cp -r "$work"/mima/* "$work/site/"
+    cp -r "$work"/mima/* "$work/site/"
+    echo "mima was installed without native code, which could not be built: see log.txt." \
+      >"$work/installed"
+  fi
+}
+
+# shellcheck disable=SC2329
+unpack() {
+  rm -rf "$work/unpacked"
+  "$python" -m pip install --no-index --no-deps --no-compile --quiet \
+    --target "$work/unpacked" "$@" && cp -r "$work/unpacked/." "$work/site/"
 }
 
 # --target of a folder that has packages already would warn and leave them
@@ -225,13 +247,13 @@ memory() {
   env -u PYTHONSAFEPATH "$python" benchmarks/memory.py "${few[@]}" | tee "$out/memory.txt"
 }
 
-export -f describe install build gpu_tests memory
+export -f describe install unpack build gpu_tests memory
 export python wheels work dry out
 
 stage install 120 bash -ec install
 stage machine 40 bash -ec describe
 # the most important first: values, a whole step, then operators
-stage tests 130 bash -ec gpu_tests
+stage tests 200 bash -ec gpu_tests
 if [[ -n $dry ]]; then
   export MIMA_BENCH_DEVICE=cpu MIMA_BENCH_COMPILE=0
   benchmark merge_lora 120 -k "forward-320x768-r4 and (native or eager)"

@@ -54,6 +54,11 @@ class Finished:
         """Both models at the last step of an attack."""
         return max(self.points[row.attack], key=lambda point: point.step)
 
+    def tells(self, row: AttackRow) -> bool:
+        """Whether the judge sees the concept on the original at every step of an attack."""
+        trained = (point for point in self.points[row.attack] if point.step > 0)
+        return all(point.original >= TOLD for point in trained)
+
     def counted(self) -> list[AttackRow]:
         """Attacks on targets as means count them."""
         return [row.counted for row in self.targets()]
@@ -178,8 +183,8 @@ def _text(study: Study, cells: Sequence[Finished]) -> Iterable[str]:
         "the original, at the last step, 0 where it led away; ≥: some attacks give lower bounds "
         "alone; held out: attacks of families that no method simulates. Judges that disagree are "
         "not averaged. Benign: SGR of a concept that must stay learnable, over all kinds of "
-        f"training, where the original's is {TOLD} at least. CMMD: how far pictures of ordinary "
-        "prompts are from the original's, 0 for the same."
+        f"training, where the original's is {TOLD} at least at every step. CMMD: how far pictures "
+        "of ordinary prompts are from the original's, 0 for the same."
     )
     missing: dict[str, list[str]] = {}
     for cell in planned:
@@ -391,7 +396,7 @@ def _benign(concept: str) -> Callable[[Finished], Interval]:
         rows = [
             row
             for row in one.rows
-            if (row.role, row.concept) == ("other", concept) and one.end(row).original >= TOLD
+            if (row.role, row.concept) == ("other", concept) and one.tells(row)
         ]
         return over_seeds([rows], "sgr_mean") if rows else Interval()
 

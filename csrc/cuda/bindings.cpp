@@ -71,6 +71,7 @@ PYBIND11_MODULE(_native_cuda, module) {
   using namespace mima;
   module.doc() = "CUDA kernels of mima.ops; called through mima.ops, which checks arguments.";
   module.attr("version") = MIMA_VERSION;
+  module.attr("archs") = cuda::built_archs();
   module.def("are_contiguous", &are_contiguous);
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   py::class_<cuda::WeightedMergeCall>(module, "WeightedMerge")

@@ -1,12 +1,21 @@
 // combine and adam_step: the table of a call, and its launches.
 #include <algorithm>
 #include <initializer_list>
+#include <vector>
 
 #include "cuda/launch.cuh"
 #include "cuda/lists_kernel.cuh"
 #include "cuda/ops.h"
 
 namespace mima::cuda {
+
+std::vector<int> built_archs() {
+#ifdef __CUDA_ARCH_LIST__
+  return {__CUDA_ARCH_LIST__};
+#else
+  return {};
+#endif
+}
 
 void ListsCall::fill(const char* op, DType dtype, const std::vector<int64_t>& sizes,
                      std::initializer_list<const std::vector<void*>*> in,

@@ -12,6 +12,10 @@
 
 namespace mima::cuda {
 
+// Compute capabilities that nvcc compiled for, as 800 for sm_80, in ascending order; empty where
+// another compiler did.
+std::vector<int> built_archs();
+
 // Arrays one after the other, each at a multiple of 16 bytes, known by their offsets.
 class Table {
  public:

@@ -7,6 +7,7 @@ interpreter) and differentiate nothing; :mod:`mima.ops` does the rest.
 from __future__ import annotations
 
 import functools
+import subprocess
 
 import torch
 import triton
@@ -73,6 +74,28 @@ def widest_attention(device: torch.device, dtype: torch.dtype) -> int | None:
     return widest(getattr(properties, "shared_memory_per_block_optin", least), dtype)
 
 
+@functools.cache
+def _launch_error() -> str:
+    """Return why Triton cannot launch anything on a GPU here; empty if it can.
+
+    It compiles a part of itself, in C, when it is first asked for: which takes a compiler, Python's
+    headers and a folder to keep the result in.
+    """
+    try:
+        # Triton looks for the driver here, or when the driver is made
+        _ = triton.runtime.driver.active.utils
+    # the libraries of the driver are an assertion there
+    except (
+        RuntimeError,
+        OSError,
+        ImportError,
+        AssertionError,
+        subprocess.SubprocessError,
+    ) as error:
+        return f"Triton cannot launch kernels here ({type(error).__name__}: {error})"
+    return ""
+
+
 def unsupported_reasons(op: str, *tensors: Tensor) -> list[str]:
     """Return why these kernels cannot serve tensors like the given ones; empty if they can."""
     reasons = []
@@ -83,4 +106,7 @@ def unsupported_reasons(op: str, *tensors: Tensor) -> list[str]:
             reasons.append("on the CPU only in Triton's interpreter, TRITON_INTERPRET=1")
         elif x.device.type not in ("cpu", "cuda"):
             reasons.append(f"no kernel for device {x.device.type}")
+    on_gpu = any(x.device.type == "cuda" for x in tensors)
+    if on_gpu and not triton.knobs.runtime.interpret and _launch_error():
+        reasons.append(_launch_error())
     return reasons

@@ -189,9 +189,11 @@ def _stream(device: torch.device) -> int:
     """
     if device.type != "cuda":
         return 0
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("mima.kernels cannot be captured into a CUDA graph")
-    return torch.cuda.current_stream(device).cuda_stream
+    # "current" is said of the current device
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("mima.kernels cannot be captured into a CUDA graph")
+        return torch.cuda.current_stream(device).cuda_stream
 
 
 def _integers(values: Sequence[int], device: torch.device) -> Tensor:
@@ -202,7 +204,11 @@ def _integers(values: Sequence[int], device: torch.device) -> Tensor:
 
 def _copied(host: Tensor, device: torch.device) -> Tensor:
     """Copy to a device without waiting for it."""
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+    if device.type == "cpu":
+        return host
+    # pinned memory belongs to the current device, too
+    with torch.cuda.device(device):
+        return host.pin_memory().to(device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=64)

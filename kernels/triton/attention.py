@@ -2,8 +2,8 @@
 
 Backward: a pass over the keys gives each query's sums, a second its gradients, and a pass over the
 queries each key's. Products per pair of query and key, in multiples of d: 2 forward, 2 + 3 + 4
-backward, 4 + 8 + 9 double backward, operands in float32 (TF32 where inputs are of 16 bits). What
-is kept is a few numbers for each query.
+backward, 5 + 9 + 8 double backward. Products of inputs alone are made of them as they are, others
+in float32 (TF32 where inputs are of 16 bits). What is kept is a few numbers for each query.
 """
 
 # n = heads, T = queries, S = keys, d = columns of q and k, e = of v
@@ -30,7 +30,6 @@ from mima.kernels._common import (
 from mima.ops.backends import arguments
 from mima.ops.backends.arguments import Directions, Needs
 
-NUM_WARPS = 8
 LEAST_ROWS = 16
 """Queries or keys of a block, of which a product has no fewer."""
 WIDE = 128
@@ -39,9 +38,9 @@ WIDE = 128
 
 @triton.jit
 def _rows_of(pointer, head, length, cols, offs_i, offs_j):
-    """Load rows of one head of [n, length, cols] as float32; zero outside."""
+    """Load rows of one head of [n, length, cols]; zero outside."""
     start = pointer + head * length * cols
-    return load_matrix(start, offs_i, offs_j, length, cols, cols).to(tl.float32)
+    return load_matrix(start, offs_i, offs_j, length, cols, cols)
 
 
 @triton.jit
@@ -63,6 +62,12 @@ def _product(a, b, PRECISION: tl.constexpr):
     """Return a bᵀ."""
     acc = tl.zeros((a.shape[0], b.shape[0]), tl.float32)
     return dot(a, tl.trans(b), acc, PRECISION)
+
+
+@triton.jit
+def _mixed(a, b, acc, PRECISION: tl.constexpr):
+    """Return a b + acc for a float32 `a` and rows of an input."""
+    return dot(a, b.to(tl.float32), acc, PRECISION)
 
 
 @triton.jit
@@ -98,9 +103,8 @@ def _attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    # a width of 1 is a constant, of which no such thing is said
-    if MULTIPLE > 1:
-        d, e = tl.multiple_of(d, MULTIPLE), tl.multiple_of(e, MULTIPLE)
+    # what is said of an argument, `tl.multiple_of`, is lost; of a product it is known
+    d, e = d // MULTIPLE * MULTIPLE, e // MULTIPLE * MULTIPLE
     head, offs_t = _place(T, BLOCK_T)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     q = _rows_of(q_ptr, head, T, d, offs_t, offs_d)
@@ -114,7 +118,7 @@ def _attention_fwd_kernel(
         risen = tl.maximum(top, tl.max(s, 1))
         p, shrink = tl.exp(s - risen[:, None]), tl.exp(top - risen)
         total = total * shrink + tl.sum(p, 1)
-        out = dot(p, v, out * shrink[:, None], PRECISION)
+        out = _mixed(p, v, out * shrink[:, None], PRECISION)
         top = risen
     _store_rows(out_ptr, out / total[:, None], head, T, e, offs_t, offs_e)
 
@@ -143,9 +147,8 @@ def _attention_sums_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    # a width of 1 is a constant, of which no such thing is said
-    if MULTIPLE > 1:
-        d, e = tl.multiple_of(d, MULTIPLE), tl.multiple_of(e, MULTIPLE)
+    # what is said of an argument, `tl.multiple_of`, is lost; of a product it is known
+    d, e = d // MULTIPLE * MULTIPLE, e // MULTIPLE * MULTIPLE
     head, offs_t = _place(T, BLOCK_T)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     q, d_out = _rows_of_both(q_ptr, d_out_ptr, head, T, d, e, offs_t, offs_d, offs_e)
@@ -227,9 +230,8 @@ def _attention_queries_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    # a width of 1 is a constant, of which no such thing is said
-    if MULTIPLE > 1:
-        d, e = tl.multiple_of(d, MULTIPLE), tl.multiple_of(e, MULTIPLE)
+    # what is said of an argument, `tl.multiple_of`, is lost; of a product it is known
+    d, e = d // MULTIPLE * MULTIPLE, e // MULTIPLE * MULTIPLE
     head, offs_t = _place(T, BLOCK_T)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     q, d_out = _rows_of_both(q_ptr, d_out_ptr, head, T, d, e, offs_t, offs_d, offs_e)
@@ -248,10 +250,10 @@ def _attention_queries_kernel(
             p_dot, x, d_s = _second_parts(
                 p, g, D, r, mean, q, k, u_q, u_k, d_out, u_v, scale, PRECISION
             )
-            d_d_out = dot(p, u_v, dot(p_dot, v, d_d_out, PRECISION), PRECISION)
-            d_q = dot(d_s, u_k, dot(x, k, d_q, PRECISION), PRECISION)
+            d_d_out = _mixed(p, u_v, _mixed(p_dot, v, d_d_out, PRECISION), PRECISION)
+            d_q = _mixed(d_s, u_k, _mixed(x, k, d_q, PRECISION), PRECISION)
         else:
-            d_q = dot(scale * p * (g - D), k, d_q, PRECISION)
+            d_q = _mixed(scale * p * (g - D), k, d_q, PRECISION)
     _store_rows(d_q_ptr, d_q, head, T, d, offs_t, offs_d)
     if SECOND:
         _store_rows(d_d_out_ptr, d_d_out, head, T, e, offs_t, offs_e)
@@ -283,9 +285,8 @@ def _attention_keys_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    # a width of 1 is a constant, of which no such thing is said
-    if MULTIPLE > 1:
-        d, e = tl.multiple_of(d, MULTIPLE), tl.multiple_of(e, MULTIPLE)
+    # what is said of an argument, `tl.multiple_of`, is lost; of a product it is known
+    d, e = d // MULTIPLE * MULTIPLE, e // MULTIPLE * MULTIPLE
     head, offs_s = _place(S, BLOCK_S)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     k, v = _rows_of_both(k_ptr, v_ptr, head, S, d, e, offs_s, offs_d, offs_e)
@@ -305,11 +306,11 @@ def _attention_keys_kernel(
             p_dot, x, d_s = _second_parts(
                 p, g, D, r, mean, q, k, u_q, u_k, d_out, u_v, scale, PRECISION
             )
-            d_k = dot(tl.trans(d_s), u_q, dot(tl.trans(x), q, d_k, PRECISION), PRECISION)
-            d_v = dot(tl.trans(p_dot), d_out, d_v, PRECISION)
+            d_k = _mixed(tl.trans(d_s), u_q, _mixed(tl.trans(x), q, d_k, PRECISION), PRECISION)
+            d_v = _mixed(tl.trans(p_dot), d_out, d_v, PRECISION)
         else:
-            d_k = dot(tl.trans(scale * p * (g - D)), q, d_k, PRECISION)
-            d_v = dot(tl.trans(p), d_out, d_v, PRECISION)
+            d_k = _mixed(tl.trans(scale * p * (g - D)), q, d_k, PRECISION)
+            d_v = _mixed(tl.trans(p), d_out, d_v, PRECISION)
     _store_rows(d_k_ptr, d_k, head, S, d, offs_s, offs_d)
     _store_rows(d_v_ptr, d_v, head, S, e, offs_s, offs_e)
 
@@ -327,6 +328,11 @@ def _settings(q: Tensor, v: Tensor, tiles: int) -> dict[str, Any]:
     width_d, width_e = (max(16, triton.next_power_of_2(x)) for x in (d, e))
     block = min(64, max(LEAST_ROWS, 64 * 64 * 3 // (max(width_d, width_e) * tiles)))
     block = 1 << (block.bit_length() - 1)
+    # a warp's product has 16 rows and 8 columns: eight would form a score of 16 rows four times;
+    # float32's, without matrix units, are every thread's
+    warps = 2 if block == LEAST_ROWS else 4
+    if q.dtype == torch.float32 and precision != "tf32":
+        warps = 8
     # shared memory holds no second block of rows so wide, to be loaded ahead
     stages = {"num_stages": 1} if max(width_d, width_e) > WIDE else {}
     return {
@@ -339,7 +345,7 @@ def _settings(q: Tensor, v: Tensor, tiles: int) -> dict[str, Any]:
         "BLOCK_S": block,
         "BLOCK_D": width_d,
         "BLOCK_E": width_e,
-        "num_warps": NUM_WARPS,
+        "num_warps": warps,
         **stages,
         **launch_options(),
     }
@@ -348,9 +354,9 @@ def _settings(q: Tensor, v: Tensor, tiles: int) -> dict[str, Any]:
 def widest(shared: int, dtype: torch.dtype) -> int:
     """Return the widest heads whose double backward a program's shared memory holds.
 
-    Compiled for sm_80 and sm_90, it takes 7.25 tiles of 16 rows in float32 at most, and 5.5 of 16
-    bits, of as many columns as the next power of two; up to `WIDE`, less than any GPU's has that
-    bfloat16 products are made on.
+    Compiled for sm_80 and sm_90, it takes 7.25 tiles of 16 rows in float32 at most, and 3.5 of 16
+    bits, for which 6 are asked: no heads of 512 columns were compiled; of as many columns as the
+    next power of two; up to `WIDE`, less than any GPU's has that bfloat16 products are made on.
 
     Args:
         shared: bytes of a program.

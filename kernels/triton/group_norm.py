@@ -22,6 +22,10 @@ from mima.kernels._common import launch_options, on_device_of, store_narrow
 from mima.ops.backends import arguments
 from mima.ops.backends.arguments import Directions, Needs
 
+FEW = 256
+"""Programs that leave a GPU mostly idle, about two for each multiprocessor of an H100: each is
+given more warps, which have more loads under way at a time. Not measured on a GPU."""
+
 
 @triton.jit
 def _read(pointer, offs, mask, PRESENT: tl.constexpr, absent):
@@ -30,6 +34,16 @@ def _read(pointer, offs, mask, PRESENT: tl.constexpr, absent):
         return tl.load(pointer + offs, mask, other=0.0).to(tl.float32)
     else:
         return tl.zeros(offs.shape, tl.float32) + absent
+
+
+@triton.jit
+def _of_channels(pointer, first, start, offs, mask, m, PRESENT: tl.constexpr, absent,
+                 ONE: tl.constexpr):  # fmt: skip
+    """Load what is one number a channel for a step's elements; a step of ONE loads a single one."""
+    if PRESENT and ONE:
+        return tl.zeros(offs.shape, tl.float32) + tl.load(pointer + first + start // m)
+    else:
+        return _read(pointer, first + offs // m, mask, PRESENT, absent)
 
 
 @triton.jit
@@ -60,14 +74,15 @@ def _moments(x_ptr, n, eps, BLOCK: tl.constexpr):
 @triton.jit
 def _normalised(
     x_ptr, weight_ptr, bias_ptr, start, first, n, m, mean, rho,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Return a step's places in a group, and which there are, x̂, γ and y = γ x̂ + β."""
     offs = start + tl.arange(0, BLOCK)
-    mask, channels = offs < n, first + offs // m
+    mask = offs < n
     x_hat = (_read(x_ptr, offs, mask, True, 0.0) - mean) * rho
-    gamma = _read(weight_ptr, channels, mask, HAS_WEIGHT, 1.0)
-    y = x_hat * gamma + _read(bias_ptr, channels, mask, HAS_BIAS, 0.0)
+    gamma = _of_channels(weight_ptr, first, start, offs, mask, m, HAS_WEIGHT, 1.0, ONE)
+    beta = _of_channels(bias_ptr, first, start, offs, mask, m, HAS_BIAS, 0.0, ONE)
+    y = x_hat * gamma + beta
     return offs, mask, x_hat, gamma, y
 
 
@@ -89,6 +104,7 @@ def _group_norm_fwd_kernel(
     SILU: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ONE: tl.constexpr,  # a step's elements are of one channel
     BLOCK: tl.constexpr,  # elements per step
 ):
     group, first = _place(groups, n, m)
@@ -97,8 +113,9 @@ def _group_norm_fwd_kernel(
     mean, rho = _moments(x_ptr, n, eps, BLOCK)
     for start in range(0, n, BLOCK):
         offs, mask, _, _, y = _normalised(
-            x_ptr, weight_ptr, bias_ptr, start, first, n, m, mean, rho, HAS_WEIGHT, HAS_BIAS, BLOCK
-        )
+            x_ptr, weight_ptr, bias_ptr, start, first, n, m, mean, rho,
+            HAS_WEIGHT, HAS_BIAS, ONE, BLOCK,
+        )  # fmt: skip
         if SILU:
             y = y * _sigmoid(y)
         store_narrow(out_ptr + offs, y, mask, False)
@@ -131,6 +148,7 @@ def _group_norm_bwd_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NEED_WEIGHTS: tl.constexpr,
+    ONE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     group, first = _place(groups, n, m)
@@ -142,8 +160,9 @@ def _group_norm_bwd_kernel(
     slope = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n, BLOCK):
         offs, mask, x_hat, gamma, y = _normalised(
-            x_ptr, weight_ptr, bias_ptr, start, first, n, m, mean, rho, HAS_WEIGHT, HAS_BIAS, BLOCK
-        )
+            x_ptr, weight_ptr, bias_ptr, start, first, n, m, mean, rho,
+            HAS_WEIGHT, HAS_BIAS, ONE, BLOCK,
+        )  # fmt: skip
         d_y = _upstream(d_out_ptr, y, offs, mask, SILU)
         total += gamma * d_y
         slope += gamma * d_y * x_hat
@@ -153,8 +172,9 @@ def _group_norm_bwd_kernel(
     g_mean, g_slope = tl.sum(total) / n, tl.sum(slope) / n
     for start in range(0, n, BLOCK):
         offs, mask, x_hat, gamma, y = _normalised(
-            x_ptr, weight_ptr, bias_ptr, start, first, n, m, mean, rho, HAS_WEIGHT, HAS_BIAS, BLOCK
-        )
+            x_ptr, weight_ptr, bias_ptr, start, first, n, m, mean, rho,
+            HAS_WEIGHT, HAS_BIAS, ONE, BLOCK,
+        )  # fmt: skip
         g = gamma * _upstream(d_out_ptr, y, offs, mask, SILU)
         store_narrow(d_x_ptr + offs, rho * (g - g_mean - x_hat * g_slope), mask, False)
 
@@ -165,17 +185,18 @@ def _second_parts(
     start, first, n, m, mean, rho, u_mean, u_slope,
     SILU: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_U_X: tl.constexpr, HAS_U_WEIGHT: tl.constexpr, HAS_U_BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Return places, x̂, u, v, ȳ, e, h, f and the gradient of the upstream; see `docs/math.md`."""
     offs, mask, x_hat, gamma, y = _normalised(
-        x_ptr, weight_ptr, bias_ptr, start, first, n, m, mean, rho, HAS_WEIGHT, HAS_BIAS, BLOCK
-    )
-    channels = first + offs // m
+        x_ptr, weight_ptr, bias_ptr, start, first, n, m, mean, rho,
+        HAS_WEIGHT, HAS_BIAS, ONE, BLOCK,
+    )  # fmt: skip
     u = _read(u_x_ptr, offs, mask, HAS_U_X, 0.0)
-    u_gamma = _read(u_weight_ptr, channels, mask, HAS_U_WEIGHT, 0.0)
+    u_gamma = _of_channels(u_weight_ptr, first, start, offs, mask, m, HAS_U_WEIGHT, 0.0, ONE)
+    u_beta = _of_channels(u_bias_ptr, first, start, offs, mask, m, HAS_U_BIAS, 0.0, ONE)
     v = rho * (u - u_mean - x_hat * u_slope)
-    y_dot = gamma * v + u_gamma * x_hat + _read(u_bias_ptr, channels, mask, HAS_U_BIAS, 0.0)
+    y_dot = gamma * v + u_gamma * x_hat + u_beta
     d_y = _read(d_out_ptr, offs, mask, True, 0.0)
     e = tl.zeros_like(d_y)
     if SILU:
@@ -211,6 +232,7 @@ def _group_norm_double_bwd_kernel(
     HAS_U_WEIGHT: tl.constexpr,
     HAS_U_BIAS: tl.constexpr,
     NEED_WEIGHTS: tl.constexpr,
+    ONE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     group, first = _place(groups, n, m)
@@ -238,7 +260,7 @@ def _group_norm_double_bwd_kernel(
         offs, mask, x_hat, u, v, d_y, e, h, f, d_d_out = _second_parts(
             x_ptr, weight_ptr, bias_ptr, d_out_ptr, u_x_ptr, u_weight_ptr, u_bias_ptr,
             start, first, n, m, mean, rho, u_mean, u_slope,
-            SILU, HAS_WEIGHT, HAS_BIAS, HAS_U_X, HAS_U_WEIGHT, HAS_U_BIAS, BLOCK,
+            SILU, HAS_WEIGHT, HAS_BIAS, HAS_U_X, HAS_U_WEIGHT, HAS_U_BIAS, ONE, BLOCK,
         )  # fmt: skip
         h_total += h
         h_along += h * x_hat
@@ -255,21 +277,32 @@ def _group_norm_double_bwd_kernel(
         offs, mask, x_hat, u, v, d_y, e, h, f, d_d_out = _second_parts(
             x_ptr, weight_ptr, bias_ptr, d_out_ptr, u_x_ptr, u_weight_ptr, u_bias_ptr,
             start, first, n, m, mean, rho, u_mean, u_slope,
-            SILU, HAS_WEIGHT, HAS_BIAS, HAS_U_X, HAS_U_WEIGHT, HAS_U_BIAS, BLOCK,
+            SILU, HAS_WEIGHT, HAS_BIAS, HAS_U_X, HAS_U_WEIGHT, HAS_U_BIAS, ONE, BLOCK,
         )  # fmt: skip
         t = f - rho * (h * u_slope + u * h_slope)
         store_narrow(d_x_ptr + offs, rho * (t - t_mean - x_hat * t_slope), mask, False)
 
 
-def _launch(kernel: Any, inputs: arguments.GroupNorm, **outputs: Any) -> None:
-    """Launch a kernel with a program for each group of each sample."""
+def _launch(
+    kernel: Any, inputs: arguments.GroupNorm, *, widest: int = 4096, **outputs: Any
+) -> None:
+    """Launch a kernel with a program for each group of each sample.
+
+    Args:
+        kernel: of this file.
+        inputs: of the operator.
+        widest: elements of a step where programs are few, for which registers suffice.
+        outputs: the kernel's other arguments.
+    """
     x, weight, bias, groups, eps, silu = inputs
     x = x.contiguous()
     programs = len(x) * groups
     if programs == 0:
         return
-    n = x[0].numel() // groups
-    block = min(2048, max(128, triton.next_power_of_2(n)))
+    n, m = x[0].numel() // groups, math.prod(x.shape[2:])
+    # elements of a thread: one 16-byte access of 16 bits, or two; on AMD half
+    few = programs <= FEW
+    block = min(widest if few else 2048, max(128, triton.next_power_of_2(n)))
     with on_device_of(x):
         kernel[(programs,)](
             x_ptr=x,
@@ -277,15 +310,15 @@ def _launch(kernel: Any, inputs: arguments.GroupNorm, **outputs: Any) -> None:
             bias_ptr=x if bias is None else bias.contiguous(),
             groups=groups,
             n=n,
-            m=math.prod(x.shape[2:]),
+            m=m,
             eps=float(eps),
             SILU=silu,
             HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None,
             **outputs,
+            ONE=m % block == 0,
             BLOCK=block,
-            # 16 elements a thread: two 16-byte accesses of 16 bits, on AMD one
-            num_warps=max(1, block // 512),
+            num_warps=max(1, block // (256 if few else 512)),
             **launch_options(),
         )
 
@@ -343,6 +376,8 @@ def group_norm_double_backward(
     along, e = (_of_elements(x, need_weights) for _ in range(2))
     _launch(
         *(_group_norm_double_bwd_kernel, inputs),
+        # a thread has up to 142 registers, and a multiprocessor 128 for each of 512
+        widest=2048,
         d_out_ptr=d_out,
         u_x_ptr=d_out if u_x is None else u_x.contiguous(),
         u_weight_ptr=d_out if u_weight is None else u_weight.contiguous(),

@@ -6,8 +6,8 @@ C and M swapped: B_n = φ̄ M_nᵀ, then W̄_n = B_n C_n. The projections [BLOCK
 scratch buffer, because a program cannot index registers by concept.
 
 Bytes: forward reads N + 1 weights and writes one. W0 is read once for several concepts, two in
-float32 and four otherwise, and once more at the end, from the cache, which is told to prefer it to
-W_n. FLOPs: 4 o d s per concept, in float32 accuracy on the tensor cores.
+float32 (one, of an odd number) and four otherwise, and once more at the end, from the cache, which
+is told to prefer it to W_n. FLOPs: 4 o d s per concept, in float32 accuracy on the tensor cores.
 """
 
 # N = concepts, L = layers, o, d = rows and columns of a weight; flat lists are concept-major
@@ -290,9 +290,11 @@ def _group(num_products: int, dtype: torch.dtype, *, both: bool = False) -> int:
     """Return how many products share a pass over the rows: evenly, and no more than fit.
 
     float32, whose products are three, spills registers with three; with two where a kernel makes
-    both projections, of W_n − W0 and of the gradient (compiled for sm_100 with triton 3.8).
+    both projections, of W_n − W0 and of the gradient (compiled for sm_100 with triton 3.8), and
+    with a loop of its own for one that is left over: an odd number is made one by one, which reads
+    base once more from the cache, but makes no product twice.
     """
-    largest = 4 if dtype != torch.float32 else 1 if both else 2
+    largest = 4 if dtype != torch.float32 else 1 if both or num_products % 2 else 2
     return ceil_div(num_products, ceil_div(num_products, largest))
 
 

@@ -19,7 +19,7 @@ from mima.concepts.pictures import by_prompt
 from mima.distributed import device_of
 from mima.errors import MimaError
 from mima.families import load_pipeline, origin_of, source_of
-from mima.families.pipelines import Pipeline, tensors
+from mima.families.pipelines import Pipeline, scheduler_settings, tensors
 from mima.sampling import Job, Sampler
 from mima.storage.checkpoint import CheckpointFolder, latest_of_all
 from mima.storage.inputs import expanded
@@ -165,15 +165,22 @@ def adapt(
     folder = expanded(output or default_output(concepts, adaptation))
     check_folder(folder, overwrite=overwrite, resume=resume)
     names = _folder_names(concepts, adaptation)
+    kept = CheckpointFolder(default_folder(folder))
+    kept.check_own()
     pipeline = load_pipeline(model, dtype=dtype, device=device_of(device))
     runs = [adaptation.start(pipeline, concept) for concept in concepts]
-    kept = CheckpointFolder(default_folder(folder))
     with locked(folder):
+        # another run may have finished since
+        check_folder(folder, overwrite=overwrite, resume=resume)
         if overwrite and not resume:
             kept.remove()
         config = {"method": adaptation.method, **json.loads(json.dumps(asdict(adaptation)))}
         described = [concept.identity() for concept in concepts]
-        claim(kept, describe_run(config, described, tensors(pipeline)), resume=resume)
+        claim(
+            kept,
+            describe_run(config, described, tensors(pipeline), scheduler_settings(pipeline)),
+            resume=resume,
+        )
         learn(
             runs[0] if len(runs) == 1 else Together(runs),
             kept,

@@ -130,7 +130,7 @@ def adapt(
     # imports that take seconds, once the arguments are checked
     from mima.adaptation import configure
     from mima.adaptation.resumable import adapt as run_adapt
-    from mima.console import command, progress, stderr, stdout
+    from mima.console import command, progress, say, stderr
     from mima.settings import set_nested
 
     within: dict[str, Any] = {"seed": seed}
@@ -166,7 +166,7 @@ def adapt(
             stderr().print("what was done is kept; the same command with --resume goes on from it")
             raise
     where = done.folders[0] if len(learned) == 1 else done.folders[0].parent
-    stdout().print(f"learned {said} by {method} in {counted(done.steps, 'step')}: {where}")
+    say(f"learned {said} by {method} in {counted(done.steps, 'step')}: {where}")
     opened = []
     for key, value in source.options.items():
         opened += ["--" + key.replace("_", "-"), value]
@@ -177,4 +177,4 @@ def adapt(
             if whole
             else ["--model", model, *opened, *size, "--adapter", folder]
         )
-        stdout().print(f"look: {command('sample', one.prompt, *told_to)}")
+        say(f"look: {command('sample', one.prompt, *told_to)}")

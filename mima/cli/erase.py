@@ -89,14 +89,13 @@ def erase(
     from dataclasses import asdict
 
     from mima.concepts.reading import load_concepts
-    from mima.console import progress, stdout
+    from mima.console import progress, say
     from mima.erasure import VARIANTS
     from mima.erasure import erase as run_erase
     from mima.families import family_of
-    from mima.release.repository import save_pipeline
+    from mima.release.repository import ErasedModel
     from mima.settings import checked
     from mima.storage.output import fresh_folder
-    from mima.storage.record import write_record
     from mima.training.captions import ordinary_captions, warn_of_emoji
 
     source = options.model_source(model, revision, variant, single_file_config)
@@ -124,19 +123,13 @@ def erase(
         warn_of_emoji(pipeline, captions)
         result = run_erase(pipeline, erased, preserve=kept, target=target, technique=technique)
         said = {"technique": technique}
-    names = [one if isinstance(one, str) else one.name for one in erased]
+    named_prompts = [
+        (one, one) if isinstance(one, str) else (one.name, one.prompt) for one in erased
+    ]
+    said = {"method": method, "target": target, **said}
     with fresh_folder(output, overwrite=overwrite) as staging:
-        save_pipeline(result, staging)
-        write_record(
-            staging,
-            "erase",
-            model=str(source.model),
-            opened_with=source.options,
-            concepts=names,
-            prompts=[one if isinstance(one, str) else one.prompt for one in erased],
-            details={"method": method, "target": target, **said},
-        )
-    stdout().print(f"erased {', '.join(names)}: {output}")
+        ErasedModel(result, pipeline, source, named_prompts, said).save_pretrained(staging)
+    say(f"erased {', '.join(name for name, _ in named_prompts)}: {output}")
 
 
 def _names_concepts(item: str) -> bool:

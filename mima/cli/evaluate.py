@@ -71,7 +71,13 @@ def evaluate(
     ] = None,
     revision: options.Revision = None,
     variant: options.Variant = None,
-    single_file_config: options.SingleFileConfig = None,
+    single_file_config: Annotated[
+        str | None,
+        typer.Option(
+            help="For a .safetensors model, ORIGINAL, IMMUNIZED or both, where the hub cannot be "
+            "reached: a folder of a model of the same architecture."
+        ),
+    ] = None,
     immunized_revision: Annotated[
         str | None, typer.Option(help="--revision, of the immunized model.")
     ] = None,
@@ -84,6 +90,7 @@ def evaluate(
     """Attack a model before and after immunization; run again, it goes on where it stopped."""
     from mima.concepts.reading import load_concepts
     from mima.console import command, progress, stderr, stdout
+    from mima.storage.inputs import expanded
 
     check_choice("preset", preset, get_args(Preset))
     options.check_named(original, immunized, device=device)
@@ -97,6 +104,9 @@ def evaluate(
 
     given = options.given_settings({"tune.trials": tune}, settings)
     default = list(EMBEDDED) if original == "embedded" else ["clip"]
+    # whichever is a single file reads the option; of two folders, the original refuses it
+    files = [model for model in (original, immunized) if expanded(model).is_file()]
+    configs = dict.fromkeys(files or [original], single_file_config)
     with progress() as bars:
         task = bars.add_task("attacking", total=None, note="")
 
@@ -107,8 +117,10 @@ def evaluate(
 
         try:
             result = run_evaluate(
-                options.model_source(original, revision, variant, single_file_config),
-                options.model_source(immunized, immunized_revision, immunized_variant, None),
+                options.model_source(original, revision, variant, configs.get(original)),
+                options.model_source(
+                    immunized, immunized_revision, immunized_variant, configs.get(immunized)
+                ),
                 found,
                 output=output,
                 others=kept,

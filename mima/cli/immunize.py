@@ -60,7 +60,7 @@ def immunize(
     ] = None,
 ) -> None:
     """Immunize a model as a config file says."""
-    from mima.console import stderr, stdout
+    from mima.console import say, stderr, stdout
     from mima.immunization.from_file import concepts_of, immunize_file, read_run
     from mima.storage.output import check_folder
 
@@ -112,4 +112,4 @@ def immunize(
         raise
     # torchrun's other processes stay silent
     if os.environ.get("RANK", "0") == "0":
-        stdout().print(f"immunized against {', '.join(result.concepts)}: {folder}")
+        say(f"immunized against {', '.join(result.concepts)}: {folder}")

@@ -59,7 +59,7 @@ def merge(
     from rich.table import Table
 
     from mima.adapters.merge import merge_adapters
-    from mima.console import stdout
+    from mima.console import say, stdout
     from mima.distributed import device_of
     from mima.storage.output import fresh_folder
 
@@ -84,7 +84,7 @@ def merge(
     stdout().print(table)
     if merged.condition is not None:
         stdout().print(f"condition number of the captions: {merged.condition:.3g}")
-    stdout().print(f"merged {', '.join(merged.adapters)}: {output}")
+    say(f"merged {', '.join(merged.adapters)}: {output}")
 
 
 def _numbers(text: str) -> list[float]:

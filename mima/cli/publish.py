@@ -32,7 +32,7 @@ def apply(
     delta_file(delta)
 
     # imports that take seconds, once the arguments are checked
-    from mima.console import stdout
+    from mima.console import say
     from mima.release.repository import apply_delta
     from mima.storage.output import fresh_folder
 
@@ -40,7 +40,7 @@ def apply(
     whole = apply_delta(source, delta, dtype=options.torch_dtype(dtype))
     with fresh_folder(output, overwrite=overwrite) as staging:
         whole.save_pretrained(staging)
-    stdout().print(f"applied {delta} to {source.label}: {output}")
+    say(f"applied {delta} to {source.label}: {output}")
 
 
 @app.command()
@@ -58,13 +58,16 @@ def push(
     message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload with mima",
 ) -> None:
     """Publish a result on the hub, as whoever `hf auth login` (or HF_TOKEN) says."""
-    from mima.console import stdout
+    from mima.console import say
+    from mima.storage.names import DELTA_FILE, LORA_FILE, MODEL_INDEX, WORD_FILE
     from mima.storage.output import OUR_FILES
 
     if not folder.is_dir():
         raise MimaError(f"{folder} is not a folder")
-    if not any((folder / name).is_file() for name in OUR_FILES):
-        raise MimaError(f"{folder} holds nothing that mima wrote: none of {', '.join(OUR_FILES)}")
+    # what the functions write, without a command, has no record
+    written = (*OUR_FILES, MODEL_INDEX, DELTA_FILE, LORA_FILE, WORD_FILE)
+    if not any((folder / name).is_file() for name in written):
+        raise MimaError(f"{folder} holds nothing that mima wrote: none of {', '.join(written)}")
 
     # an import that takes a second, once the arguments are checked
     from mima.release.repository import Repository
@@ -72,4 +75,4 @@ def push(
     address = Repository(repo_id, private=private).upload(
         folder, revision=revision, create_pr=create_pr, commit_message=message
     )
-    stdout().print(f"published {folder}: {address}")
+    say(f"published {folder}: {address}")

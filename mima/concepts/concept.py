@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,6 +15,7 @@ import yaml
 from PIL import Image
 
 from mima.assets import assets
+from mima.concepts.naming import names
 from mima.concepts.pictures import (
     CAPTION_COLUMNS,
     Picture,
@@ -27,6 +30,8 @@ from mima.concepts.pictures import (
 from mima.errors import MimaError, counted, nearest, quoted
 from mima.storage.inputs import expanded, resolved
 from mima.storage.plain_data import hashed, read_json, read_yaml, yaml_problem
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["object", "style", "instance", "benign"]
 # a folder, a file, a picture, {file_name: ..., text: ...}, or several of the last three
@@ -177,7 +182,7 @@ class Concept:
         can still be learned is then a question for its other pictures.
 
         Args:
-            others: concepts whose names, in whatever case, are looked for.
+            others: concepts whose names are looked for, as words, in whatever case.
 
         Returns:
             The concept itself where no caption names any of them.
@@ -185,16 +190,15 @@ class Concept:
         Raises:
             MimaError: no picture is left to learn from.
         """
-        names = [other.name.casefold() for other in others]
+        called = [other.name for other in others]
 
         def left(pictures: Iterable[Picture]) -> tuple[Picture, ...]:
-            captioned = ((picture, picture.prompt.casefold()) for picture in pictures)
-            return tuple(p for p, caption in captioned if not any(n in caption for n in names))
+            return tuple(p for p in pictures if not any(names(p.prompt, name) for name in called))
 
         groups: dict[str, Any] = {key: left(getattr(self, key)) for key in _PICTURE_KEYS}
         if not groups["images"]:
             raise MimaError(
-                f"concept {self.name!r}: every picture's caption names one of: {', '.join(names)}"
+                f"concept {self.name!r}: every picture's caption names one of: {', '.join(called)}"
             )
         same = all(len(group) == len(getattr(self, key)) for key, group in groups.items())
         return self if same else replace(self, **groups)
@@ -222,7 +226,10 @@ class Concept:
         if not folder.is_dir():
             what = "is not a folder" if folder.exists() else "does not exist"
             raise MimaError(f"concept folder {folder} {what}")
-        description: dict[str, object] = {"name": resolved(folder).name, "images": str(folder)}
+        description: dict[str, object] = {
+            "name": Path(os.path.abspath(folder)).name,
+            "images": str(folder),
+        }
         for key in (HELD_OUT_FOLDER, CLASS_FOLDER):
             if (folder / key).is_dir():
                 description[key] = str(folder / key)
@@ -429,3 +436,27 @@ def _locate(name: str, base: Path) -> Path:
     if path.is_absolute() or (base / path).exists() or not path.exists():
         return base / path
     return path
+
+
+def learnable(concepts: Iterable[Concept], targets: Sequence[Concept]) -> list[Concept]:
+    """Concepts that must stay learnable, without their pictures that show a target.
+
+    Pictures of a tiger of which some are in an immunized style, and say so, tell of that style's
+    immunity as much as of the tiger. Those that are left out, or cannot be, are warned of.
+    """
+    found = []
+    for concept in concepts:
+        try:
+            left = concept.without(targets)
+        except MimaError as error:
+            logger.warning("%s, which must not be learned: it tells little of the others", error)
+            left = concept
+        fewer = len(concept.images) - len(left.images)
+        if fewer:
+            logger.warning(
+                "concept %r: %d of its %d pictures are left out, whose captions name what must "
+                "not be learned",
+                *(concept.name, fewer, len(concept.images)),
+            )
+        found.append(left)
+    return found

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-from mima.concepts.concept import Concept
+if TYPE_CHECKING:
+    from mima.concepts.concept import Concept
+
+
+def names(caption: str, name: str) -> bool:
+    """Whether a caption holds a name, as a word of its own or its plural, in whatever case."""
+    return re.search(_word(name), caption, flags=re.IGNORECASE) is not None
 
 
 def without_name(caption: str, concept: Concept) -> str:
@@ -31,9 +38,13 @@ def without_name(caption: str, concept: Concept) -> str:
 
 def with_word(caption: str, concept: Concept, word: str) -> str:
     """A caption with a word in place of the concept's name, or behind it where it has no name."""
+    words = [_word(name) for name in names_of(concept)]
+    # a token before the name stands with it for one thing
+    together = [r"\s+".join(words)] if len(words) > 1 else []
     text = caption
-    for name in names_of(concept):
-        text = re.sub(_word(name), lambda _: word, text, flags=re.IGNORECASE)
+    if words:
+        pattern = "|".join([*together, *words])
+        text = re.sub(pattern, lambda _: word, text, flags=re.IGNORECASE)
     # a token must be in every caption
     return text if word in text else f"{text}, {word}"
 
@@ -41,7 +52,7 @@ def with_word(caption: str, concept: Concept, word: str) -> str:
 def names_of(concept: Concept) -> list[str]:
     """What the concept's prompt calls it: its token, or its name."""
     candidates = [name for name in (concept.token, concept.name) if name]
-    return [n for n in candidates if re.search(_word(n), concept.prompt, flags=re.IGNORECASE)]
+    return [name for name in candidates if names(concept.prompt, name)]
 
 
 def _word(name: str) -> str:

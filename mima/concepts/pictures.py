@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import struct
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,6 +36,11 @@ _COMPANION_ENDINGS = {
 }
 _COMPANION_NAMES = {"license", "notice", "copying", "authors", "readme", "thumbs.db", "desktop.ini"}
 
+_PICTURE_ENDINGS = {
+    *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".pbm", ".pgm", ".ppm", ".tga"),
+}
+
 # what Pillow's decoders raise on damaged files; UnidentifiedImageError is an OSError
 _DECODE_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error),
@@ -59,6 +65,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA")
 """What Pillow may read: formats that need no other program, as PostScript does, and well tried."""
 MOST_PIXELS = 64 * 10**6
 """Of one picture, 8000 × 8000; decoding takes up to eight bytes of memory for each."""
+
+
+ROUNDING = 2
+"""Levels of 255 by which a profile may move a shade and still be that of sRGB."""
 
 
 class PictureError(ProblemList):
@@ -153,19 +163,29 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     # TIFF files turn themselves as they are loaded
     image.load()
+    profile = image.info.get("icc_profile")
     image = _upright(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _scale_to_8_bit(image)
     if image.mode == "La":
         image = image.convert("LA")
+    if image.mode == "L" and "transparency" in image.info:
+        image = image.convert("LA")
+    if image.mode in ("L", "LA") and profile:
+        # while it is grey, which its profile is of
+        image, profile = _to_srgb(image, profile), None
     if image.mode in ("P", "PA", "LA", "RGBa") or "transparency" in image.info:
         # palettes without transparency take the same way
         image = image.convert("RGBA")
-    image = _to_srgb(image)
+    if profile and image.mode in ("RGB", "RGBA", "CMYK"):
+        image = _to_srgb(image, profile)
     if image.mode == "RGBA":
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    # it is upright sRGB, whoever reads it again
+    image.info = {}
+    return image
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -195,26 +215,48 @@ def _scale_to_8_bit(image: Image.Image) -> Image.Image:
     for start in range(0, len(values), 256):
         rows = values[start : start + 256].astype(np.float64)
         scaled[start : start + 256] = np.rint(rows * (255.0 / full_scale))
-    return Image.fromarray(scaled)
+    shown = Image.fromarray(scaled)
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        # PNG names one value of 16 bits that is none
+        shown.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return shown
 
 
-def _to_srgb(image: Image.Image) -> Image.Image:
-    profile = image.info.get("icc_profile")
-    if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
-        return image
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """In sRGB, from what its colour profile describes; as it was where that changes no shade."""
+    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
+    if alpha is not None:
+        image = image.convert(image.mode.removesuffix("A"))
     try:
-        source = ImageCms.getOpenProfile(BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(source):
-            return image
-        mode = "RGB" if image.mode == "CMYK" else image.mode
-        converted = ImageCms.profileToProfile(
-            image, source, ImageCms.createProfile("sRGB"), outputMode=mode
+        to_srgb = ImageCms.buildTransform(
+            BytesIO(profile), ImageCms.createProfile("sRGB"), image.mode, "RGB"
         )
     except ImageCms.PyCMSError as error:
-        warnings.warn(f"an unusable colour profile was ignored: {error}", stacklevel=2)
-        return image
-    assert converted is not None  # None only for in-place conversions
-    return converted
+        warnings.warn(f"an unusable colour profile was ignored: {error}", stacklevel=3)
+    else:
+        if image.mode == "CMYK" or _changes_shades(to_srgb, image.mode):
+            image = to_srgb.apply(image)
+    if alpha is not None:
+        image.putalpha(alpha)
+    return image
+
+
+def _changes_shades(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    """Whether a transform to RGB moves any shade of grey or of a primary by more than rounding.
+
+    What a profile is called says little: one of linear light may have sRGB in its name.
+    """
+    ramp = np.arange(256, dtype=np.uint8)
+    rows = np.zeros((4, 256, 3), dtype=np.uint8)
+    rows[0] = ramp[:, None]
+    for channel in range(3):
+        rows[channel + 1, :, channel] = ramp
+    shades = Image.fromarray(ramp[None] if mode == "L" else rows)
+    before, after = (
+        np.asarray(x, np.int16) for x in (shades.convert("RGB"), transform.apply(shades))
+    )
+    return bool(np.abs(after - before).max() > ROUNDING)
 
 
 def check_pictures(pictures: Iterable[Picture]) -> list[str]:
@@ -246,10 +288,11 @@ def is_candidate(path: Path) -> bool:
     broken = path.is_symlink() and not path.exists()
     if name.startswith((".", "~")) or not (path.is_file() or broken):
         return False
+    ending = path.suffix.lower()
     return not (
-        path.suffix.lower() in _COMPANION_ENDINGS
+        ending in _COMPANION_ENDINGS
         or name in _COMPANION_NAMES
-        or path.stem.lower() in _COMPANION_NAMES
+        or (path.stem.lower() in _COMPANION_NAMES and ending not in _PICTURE_ENDINGS)
     )
 
 
@@ -263,8 +306,13 @@ def files_by_name(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         if path.is_file():
-            found.setdefault(path.name.lower(), []).append(path)
+            found.setdefault(_folded(path.name), []).append(path)
     return found
+
+
+def _folded(name: str) -> str:
+    """A name in lower case, however its accents are encoded: archives of macOS take them apart."""
+    return unicodedata.normalize("NFC", name.lower())
 
 
 def only_file(folder: Path, names: Sequence[str]) -> Path | None:
@@ -368,7 +416,7 @@ def _with_text_files(folder: Path, prompt: str) -> tuple[Picture, ...]:
     problems: list[str] = []
     for path in picture_files(folder):
         names = [stem + ending for ending in CAPTION_ENDINGS for stem in (path.stem, path.name)]
-        texts = next(filter(None, (files.get(name.lower()) for name in names)), [])
+        texts = next(filter(None, (files.get(_folded(name)) for name in names)), [])
         # of names that differ in case alone, the picture's own
         texts = [text for text in texts if text.name in names] or texts
         caption = prompt

@@ -247,22 +247,27 @@ _Maker = Callable[[Mapping[str, Any]], Concept]
 """Makes a concept, and reads its pictures, with what is told beside its description."""
 
 
-def _makers(source: object, base: Path, group: str | None) -> list[_Maker]:
+def _makers(
+    source: object, base: Path, group: str | None, reading: tuple[Path, ...] = ()
+) -> list[_Maker]:
+    """Makers of what a source describes; ``reading`` are the files that led to it."""
     if isinstance(source, Concept):
         return [lambda told: replace(source, **told) if told else source]
     if isinstance(source, (str, Path)):
-        return _makers_at(source, base, group)
+        return _makers_at(source, base, group, reading)
     if isinstance(source, Mapping):
-        return _makers_in(source, base, group, "concept description")
+        return _makers_in(source, base, group, "concept description", reading)
     if isinstance(source, Iterable):
-        return [make for item in source for make in _makers(item, base, group)]
+        return [make for item in source for make in _makers(item, base, group, reading)]
     raise TypeError(
         "load_concepts: expected a folder, a file, an embedded concept's name, a description or "
         f"a sequence of these, got {source!r}"
     )
 
 
-def _makers_at(source: str | Path, base: Path, group: str | None) -> list[_Maker]:
+def _makers_at(
+    source: str | Path, base: Path, group: str | None, reading: tuple[Path, ...]
+) -> list[_Maker]:
     path = _locate(str(source), base)
     if not path.exists() and "#" in str(source):
         file_name, _, group = str(source).rpartition("#")
@@ -270,7 +275,10 @@ def _makers_at(source: str | Path, base: Path, group: str | None) -> list[_Maker
     if path.is_dir():
         return _makers_in_folder(path)
     if path.is_file():
-        return _makers_in(_parse(path), path.parent, group, str(path))
+        file = resolved(path)
+        if file in reading:
+            raise MimaError(f"{reading[-1]} names {file}, which is being read: a list in a circle")
+        return _makers_in(_parse(path), path.parent, group, str(path), (*reading, file))
     name = str(source)
     embedded = _embedded_folder(name)
     if embedded is not None:
@@ -300,7 +308,9 @@ def _from_folder(folder: Path, told: Mapping[str, Any]) -> Concept:
     return Concept.from_folder(folder, **told)
 
 
-def _makers_in(content: object, base: Path, group: str | None, where: str) -> list[_Maker]:
+def _makers_in(
+    content: object, base: Path, group: str | None, where: str, reading: tuple[Path, ...]
+) -> list[_Maker]:
     if isinstance(content, Mapping) and set(content) == {"concepts"}:
         content = content["concepts"]
     if isinstance(content, list) and content and all(isinstance(part, list) for part in content):
@@ -322,7 +332,7 @@ def _makers_in(content: object, base: Path, group: str | None, where: str) -> li
     return [
         make
         for number, (entry, name) in enumerate(zip(entries, names, strict=True), start=1)
-        for make in _makers_of(entry, base, f"{where}, concept {number}", name)
+        for make in _makers_of(entry, base, f"{where}, concept {number}", name, reading)
     ]
 
 
@@ -368,9 +378,11 @@ def _chosen_group(
     return key, groups[key]
 
 
-def _makers_of(entry: object, base: Path, where: str, name: str | None) -> list[_Maker]:
+def _makers_of(
+    entry: object, base: Path, where: str, name: str | None, reading: tuple[Path, ...]
+) -> list[_Maker]:
     if isinstance(entry, str):
-        return _makers_at(entry, base, None)
+        return _makers_at(entry, base, None, reading)
     if not isinstance(entry, Mapping):
         raise MimaError(f"{where}: expected the attributes of a concept, got {quoted(entry)}")
     if "instance_data_dir" in entry or "instance_prompt" in entry:

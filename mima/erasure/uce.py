@@ -138,9 +138,7 @@ def erase(
         weighted_ED = source_ED * (erase_scale * weights.to(source_ED)).unsqueeze(1)
         gram_DD = weighted_ED.mT @ source_ED
         if preserved and preserve_scale > 0:
-            hidden_BSD, read_BS = _embed(family, reader, preserved)
-            kept_ND = hidden_BSD[read_BS]
-            gram_DD += kept_ND.mT @ kept_ND * (preserve_scale / len(kept_ND))
+            gram_DD += _mean_gram(family, reader, preserved, gram_DD) * preserve_scale
         gram_DD.diagonal().add_(ridge * gram_DD.diagonal().mean())
         # G⁻¹ x_e, weighted, for every edited row
         solved_DE = torch.cholesky_solve(weighted_ED.mT, torch.linalg.cholesky(gram_DD))
@@ -229,6 +227,22 @@ def _captions(preserve: Sequence[str | Concept]) -> list[str]:
         else:
             prompts.append(item)
     return list(dict.fromkeys(prompts))
+
+
+def _mean_gram(
+    family: Family, reader: TextReader, prompts: Sequence[str], like_DD: torch.Tensor
+) -> torch.Tensor:
+    """The mean of x xᵀ [D, D] over all token embeddings that are read.
+
+    Batch by batch: the embeddings of thousands of prompts take gigabytes.
+    """
+    sum_DD, count = torch.zeros_like(like_DD), 0
+    for start in range(0, len(prompts), ENCODING_BATCH):
+        hidden_BSD, read_BS = _embed(family, reader, prompts[start : start + ENCODING_BATCH])
+        read_ND = hidden_BSD[read_BS]
+        sum_DD += read_ND.mT @ read_ND
+        count += len(read_ND)
+    return sum_DD / count
 
 
 def _embed(

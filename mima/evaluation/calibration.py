@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from mima.concepts import Concept
+from mima.concepts.naming import names
 from mima.concepts.pictures import Picture
 from mima.errors import MimaError
 from mima.evaluation.encoders import (
@@ -101,7 +102,6 @@ def calibrate(
             )
         values = table.mean(dim=1).tolist()
         of_noise, of_grey = values[len(known) : -len(grey)], values[-len(grey) :]
-        name = concept.name.casefold()
         right, others, place = 0.0, {}, 0
         for other in concepts:
             mine = values[place : place + len(other.images)]
@@ -112,7 +112,7 @@ def calibrate(
             wrong = [
                 value
                 for value, picture in zip(mine, other.images, strict=True)
-                if name not in picture.prompt.casefold()
+                if not names(picture.prompt, concept.name)
             ]
             if wrong:
                 others[other.name] = fmean(wrong)

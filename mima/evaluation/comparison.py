@@ -18,6 +18,7 @@ import torch
 from mima._version import installed_versions
 from mima.choices import Method, PictureProtocol
 from mima.concepts import Concept
+from mima.concepts.concept import learnable
 from mima.concepts.reading import load_concepts
 from mima.distributed import device_of
 from mima.errors import MimaError
@@ -30,10 +31,19 @@ from mima.evaluation.grid import (
     attack_grid,
     grid_config,
 )
-from mima.evaluation.identity import pictures_of, short_hash
+from mima.evaluation.identity import (
+    encoders_of,
+    pictures_of,
+    scheduler_of,
+    short_hash,
+    texts_of,
+)
 from mima.evaluation.ledger import (
+    ENCODERS,
     PICTURES,
     PROMPTS,
+    SCHEDULERS,
+    TEXTS,
     Ledger,
     check,
     claim,
@@ -41,7 +51,7 @@ from mima.evaluation.ledger import (
 )
 from mima.evaluation.originals import originals_folder
 from mima.evaluation.plan import Plan
-from mima.evaluation.processes import in_parallel, one_by_one, one_thread
+from mima.evaluation.processes import in_parallel, one_by_one, one_thread, refuse_before_main
 from mima.evaluation.ranks import SharedFolder, join_patiently, over_ranks
 from mima.evaluation.records import (
     SIDES,
@@ -117,7 +127,8 @@ def evaluate(
         concepts: concepts immunized against, or whatever `load_concepts` reads. Those of kind
             ``"benign"`` count as others.
         output: folder for the results: see `mima.evaluation.records`.
-        others: concepts that must stay learnable; may be empty.
+        others: concepts that must stay learnable; may be empty. Their pictures whose captions name
+            a concept immunized against are left out.
         preset: a name of `mima.evaluation.PRESETS`.
         settings: settings of `GridConfig` that replace the preset's.
         similarities: what `load_similarity` opens; the first is the primary one, and the first that
@@ -125,7 +136,8 @@ def evaluate(
         protocol: how pictures are prepared for them; see `mima.evaluation.similarity`.
         processes: attacks at a time, each with one thread. Default: one per core on a CPU; one on a
             GPU, for pipelines in memory, or in each process that torchrun started, in this process
-            and with its threads.
+            and with its threads. Several import the script that calls this, which has to do so
+            below ``if __name__ == "__main__":``.
         device: where to compute; by default a GPU where there is one.
         name: label of the run; default ``method``, or the immunized model's name.
         method: how the model was immunized, for comparisons; by default what ``mima.json`` in the
@@ -151,6 +163,7 @@ def evaluate(
         >>> result = evaluate("model", "immunized", ["cat"], output="results", others=["dog"])
         >>> result.summary["clip"].worst_attack.sgr
     """
+    refuse_before_main()
     kept = originals_folder(originals)
     asked = _asked(concepts, others, preset, settings, similarities)
     config, sampler, by_slug, roles = (
@@ -236,7 +249,10 @@ def evaluate(
             "similarities": bench.similarities,
             "judges": worker.judges,
             "weights": worker.fingerprints(),
+            ENCODERS: {side: encoders_of(one) for side, one in worker.pipelines.items()},
+            SCHEDULERS: {side: scheduler_of(one) for side, one in worker.pipelines.items()},
             PICTURES: {slug: pictures_of(concept) for slug, concept in by_slug.items()},
+            TEXTS: {slug: texts_of(concept) for slug, concept in by_slug.items()},
             PROMPTS: short_hash(prompts),
         },
         versions=installed_versions(),
@@ -388,6 +404,10 @@ def _asked(
     }
     if "target" not in roles.values():
         raise MimaError("evaluate: needs a concept that the model was immunized against")
+    targets = [concept for slug, concept in by_slug.items() if roles[slug] == "target"]
+    slugs = [slug for slug, role in roles.items() if role == "other"]
+    left = learnable([by_slug[slug] for slug in slugs], targets)
+    by_slug |= zip(slugs, left, strict=True)
     names = _similarity_names(similarities)
     return {
         "concepts": by_slug,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -183,8 +183,9 @@ def grid_config(preset: str, settings: Mapping[str, Any] | None = None) -> GridC
     for name, value in (settings or {}).items():
         set_nested(raw, name, value)
     config = parse_config(GridConfig, raw, source=f"preset {preset}")
-    for name in config.methods:
-        configured(config, name)
+    # as they were understood, not as they were written: 1e-4 is a text in YAML
+    methods = {name: _understood(config, name) for name in config.methods}
+    config = config.model_copy(update={"methods": methods})
     for name in config.families:
         _of_family(config, name)
         if name in config.methods and name not in METHODS:
@@ -203,6 +204,11 @@ def configured(config: GridConfig, name: str) -> Adaptation:
     """
     settings = dict(config.methods.get(name, {}))
     return configure(str(settings.pop("method", name)), settings)
+
+
+def _understood(config: GridConfig, name: str) -> dict[str, Any]:
+    own, values = config.methods[name], asdict(configured(config, name))
+    return {key: own[key] if key == "method" else values[key] for key in own}
 
 
 def _of_family(config: GridConfig, name: str, step_factor: int = 1) -> Adaptation:
@@ -316,6 +322,9 @@ def attack_grid(
     images without held-out pictures, other prompts where the concept's prompt does not hold its
     name, whatever trains on other concepts without any, prior preservation without a class. Methods
     that train a word call every concept by a new one. Concepts come by their slugs.
+
+    Raises:
+        MimaError: two attacks that differ have one name.
     """
     attacks = []
     for seed in config.seeds:
@@ -323,7 +332,14 @@ def attack_grid(
             attacks += list(_on_target(config, slug, concept, seed, bool(others)))
         for slug, concept in others.items():
             attacks += list(_on_other(config, slug, concept, seed, len(others) > 1))
-    return list({attack.id: attack for attack in attacks}.values())
+    known: dict[str, Attack] = {}
+    for attack in attacks:
+        if known.setdefault(attack.id, attack) != attack:
+            raise MimaError(
+                f"attacks: two are called {attack.id}; give their methods or concepts names, or "
+                "lr_factors values, that differ more"
+            )
+    return list(known.values())
 
 
 def _on_other(

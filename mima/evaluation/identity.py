@@ -9,7 +9,8 @@ import torch
 
 from mima.concepts import Concept
 from mima.concepts.pictures import Picture, digest
-from mima.families.pipelines import Pipeline
+from mima.families import family_of
+from mima.families.pipelines import Pipeline, names_for_all, networks, scheduler_settings
 from mima.storage.tensor_files import fingerprint
 
 
@@ -22,6 +23,13 @@ def pictures_of(concept: Concept) -> dict[str, str]:
         for kind, pictures in found.items()
         if pictures
     }
+
+
+def texts_of(concept: Concept) -> str:
+    """A hash of those of a concept's texts that attacks may read, beside name and prompt."""
+    return short_hash(
+        (concept.class_prompt, concept.token, concept.initializer, concept.validation_prompt)
+    )
 
 
 def short_hash(value: object) -> str:
@@ -38,3 +46,18 @@ def weights_of(pipeline: Pipeline) -> str:
     ]
     scheduler = pipeline.scheduler
     return " ".join([*parts, type(scheduler).__name__, str(sorted(scheduler.config.items()))])
+
+
+def encoders_of(pipeline: Pipeline) -> dict[str, str]:
+    """A hash of the weights of each part that the denoiser draws with: text encoders and VAE."""
+    family, parts = family_of(pipeline), networks(pipeline)
+    return {
+        name: fingerprint(names_for_all(parts[name], parts[name].state_dict()))
+        for name in family.parts
+        if name in parts and name != family.denoiser_name
+    }
+
+
+def scheduler_of(pipeline: Pipeline) -> str:
+    """A hash of a pipeline's noise schedule, for one version of diffusers."""
+    return short_hash(sorted(scheduler_settings(pipeline).items()))

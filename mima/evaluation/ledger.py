@@ -22,6 +22,12 @@ PICTURES = "pictures"
 """In a record's configuration: a hash of each concept's pictures, by slug and kind."""
 PROMPTS = "prompts"
 """In a record's configuration: a hash of the ordinary prompts."""
+TEXTS = "texts"
+"""In a record's configuration: a hash of each concept's further texts, by slug."""
+ENCODERS = "encoders"
+"""In a record's configuration: a hash of each model's text encoders and VAE, by side and part."""
+SCHEDULERS = "schedulers"
+"""In a record's configuration: a hash of each model's noise schedule, by side."""
 
 
 def check(folder: EvaluationFolder, *, overwrite: bool) -> None:
@@ -51,11 +57,14 @@ def refuse_other_settings(folder: EvaluationFolder, now: Evaluation) -> None:
     then = folder.evaluation()
     same = ("models", "protocol", "similarities", "seeds", "concepts")
     differing = [name for name in same if getattr(then, name) != getattr(now, name)]
-    unknown = [key for key in (PICTURES, PROMPTS) if key not in then.config]
+    hashes = (PICTURES, PROMPTS, TEXTS, ENCODERS, SCHEDULERS)
+    unknown = [key for key in hashes if key not in then.config]
+    skipped = {JUDGES, *unknown}
+    if then.versions.get("diffusers") != now.versions.get("diffusers"):
+        # another version may name further settings of the same schedule
+        skipped.add(SCHEDULERS)
     differing += [
-        key
-        for key in now.config
-        if key not in (JUDGES, *unknown) and then.config.get(key) != now.config[key]
+        key for key in now.config if key not in skipped and then.config.get(key) != now.config[key]
     ]
     known = then.config.get(JUDGES)
     differing += [
@@ -73,7 +82,7 @@ def refuse_other_settings(folder: EvaluationFolder, now: Evaluation) -> None:
             "%s was written by an earlier version, which did not keep a hash of %s: they are taken "
             "to be the same",
             folder.path,
-            " and ".join(unknown),
+            ", ".join(unknown),
         )
     if then.versions != now.versions:
         logger.warning("going on under other versions: %s, now %s", then.versions, now.versions)

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from mima.storage.inputs import expanded, resolved
 from mima.storage.plain_data import read_json
 
 CONTENT = "entry.json"
+FILES = "files"
+"""In an entry's data: the names of its files."""
 
 
 def originals_folder(path: str | Path | None) -> Path | None:
@@ -66,8 +68,11 @@ class Entry:
 
         Files that were not kept are left alone. None if there is no such entry yet.
 
+        Args:
+            files: by name, where to copy them; pictures of a training by step, the first one first.
+
         Raises:
-            MimaError: it is damaged.
+            MimaError: it is damaged, or lacks a file that was kept.
         """
         if not self._path.is_dir():
             return None
@@ -75,10 +80,19 @@ class Entry:
             content = read_json((self._path / CONTENT).read_text(encoding="utf-8"))
             if not isinstance(content, dict):
                 raise ValueError(f"{CONTENT} holds no mapping")
-            for name, place in files.items():
-                if (self._path / name).is_file():
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(self._path / name, place)
+            kept = [name for name in files if (self._path / name).is_file()]
+            if FILES in content:
+                expected = content.pop(FILES)
+            else:
+                expected = _of_an_older_entry(files, kept, diverged=bool(content.get("diverged")))
+            if not isinstance(expected, list) or not all(isinstance(one, str) for one in expected):
+                raise ValueError(f"its {FILES} are no names")
+            lost = [name for name in expected if not (self._path / name).is_file()]
+            if lost:
+                raise ValueError(f"{lost[0]} is missing")
+            for name in kept:
+                files[name].parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self._path / name, files[name])
         except (OSError, ValueError) as error:
             raise MimaError(
                 f"originals: {self._path} is damaged: {one_line(error)}; remove it"
@@ -95,7 +109,8 @@ class Entry:
         try:
             for name, file in files.items():
                 shutil.copyfile(file, building / name)
-            (building / CONTENT).write_text(json.dumps(dict(content)), encoding="utf-8")
+            text = json.dumps({**content, FILES: list(files)})
+            (building / CONTENT).write_text(text, encoding="utf-8")
             os.replace(building, self._path)
         except OSError as error:
             # another process may have been quicker
@@ -110,3 +125,16 @@ class Entry:
     def kept(self) -> bool:
         """Whether there is such an entry."""
         return self._path.is_dir()
+
+
+def _of_an_older_entry(files: Iterable[str], kept: Sequence[str], *, diverged: bool) -> list[str]:
+    """What an entry without a list of its files must hold, by what is asked for and what is there.
+
+    A training that diverged has the steps up to some step, each of them whole; any other has all.
+    """
+    names = list(files)
+    if not diverged or not kept:
+        return names
+    step, _, _ = kept[-1].partition("-")
+    first = names[: names.index(kept[-1])]
+    return [name for name in names if name in first or name.startswith(f"{step}-")]

@@ -21,6 +21,29 @@ from mima.errors import MimaError
 from mima.evaluation.bench import Bench, Task
 from mima.evaluation.worker import Advance, Result, Worker
 
+GUARD = '`if __name__ == "__main__":`'
+KILLED = (
+    "evaluate: a process that attacked was killed, perhaps for want of memory, or could not begin, "
+    f"as where a script calls evaluate without {GUARD}; finished attacks are kept, and the same "
+    "command goes on from them (with fewer processes, if it was the memory)"
+)
+
+
+def refuse_before_main() -> None:
+    """Refuse to evaluate in a process that is only being started.
+
+    It imports the script that its parent runs, and so calls whatever no guard holds back.
+
+    Raises:
+        MimaError: this is such a process.
+    """
+    # by what multiprocessing itself refuses to start further processes from there
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise MimaError(
+            "evaluate: called by a process that is only being started, and imports the script that "
+            f"started it: in that script, call evaluate below {GUARD}, or with processes=1"
+        )
+
 
 def _follow_parent() -> None:
     """Be a process of one thread, without a Ctrl-C of its own, and gone when its parent is."""
@@ -91,18 +114,17 @@ def in_parallel(
             with one_thread(True):
                 while tasks:
                     task = tasks.popleft()
-                    pending[pool.submit(_run_task, task)] = task
+                    try:
+                        pending[pool.submit(_run_task, task)] = task
+                    except (BrokenProcessPool, ConnectionError, EOFError) as error:
+                        raise MimaError(KILLED) from error
             ended, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             report()
             for future in ended:
                 try:
                     result = future.result()
                 except BrokenProcessPool as error:
-                    raise MimaError(
-                        "evaluate: a process that attacked was killed, perhaps for want of memory; "
-                        "finished attacks are kept, and the same command goes on from them (with "
-                        "fewer processes, if it was the memory)"
-                    ) from error
+                    raise MimaError(KILLED) from error
                 yield pending.pop(future), result
     finally:
         # running attacks end within a step; waiting ones are not begun

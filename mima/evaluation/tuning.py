@@ -174,12 +174,11 @@ class TuningLog:
     Attributes:
         folder: of the evaluation.
         tuning: says what is tried, and by what it is chosen.
-        rows: finished trials.
     """
 
     folder: Path
     tuning: Tuning
-    rows: list[TrialRow] = field(default_factory=list)
+    _trials: dict[tuple[str, Side], list[TrialRow]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Take over what an earlier call has tried.
@@ -188,11 +187,20 @@ class TuningLog:
             MimaError: the file cannot be read.
         """
         path, by = self.folder / TUNING_FILE, self.tuning.by
-        self.rows = read_rows(path, TrialRow)
-        if any(not row.diverged and getattr(row, by) is None for row in self.rows):
+        rows = read_rows(path, TrialRow)
+        if any(not row.diverged and getattr(row, by) is None for row in rows):
             raise MimaError(
                 f"evaluation: cannot read {path}: a trial that did not diverge has no {by}"
             )
+        for row in rows:
+            self._trials.setdefault((row.attack, row.side), []).append(row)
+        for pair in self._trials:
+            self._choose(*pair)
+
+    @property
+    def rows(self) -> list[TrialRow]:
+        """The finished trials, by attack, model and number."""
+        return [row for pair in sorted(self._trials) for row in self._trials[pair]]
 
     def missing(self, attack: str, side: Side) -> list[int]:
         """Numbers of the trials of an attack on a model that have not been done."""
@@ -201,23 +209,22 @@ class TuningLog:
 
     def of(self, attack: str, side: Side) -> list[TrialRow]:
         """The finished trials of an attack on a model."""
-        return [row for row in self.rows if (row.attack, row.side) == (attack, side)]
+        return self._trials.get((attack, side), [])
 
     def ranked(self, attack: str, side: Side) -> list[TrialRow]:
         """The trials of an attack on a model that did not diverge, the chosen one first."""
         return ranked(self.of(attack, side), self.tuning.by)
 
     def add(self, row: TrialRow) -> None:
-        """Write down a finished trial."""
-        self.rows.append(row)
-        self.write()
-
-    def write(self) -> None:
-        """Write all trials, and which of them is the best of its attack and model."""
-        pairs = dict.fromkeys((row.attack, row.side) for row in self.rows)
-        winners = [row for pair in pairs for row in self.ranked(*pair)[:1]]
-        self.rows = sorted(
-            (row.model_copy(update={"chosen": row in winners}) for row in self.rows),
-            key=lambda row: (row.attack, row.side, row.trial),
-        )
+        """Write down a finished trial, and which is now the best of its attack and model."""
+        self._trials.setdefault((row.attack, row.side), []).append(row)
+        self._choose(row.attack, row.side)
         write_rows(self.folder / TUNING_FILE, TrialRow, self.rows)
+
+    def _choose(self, attack: str, side: Side) -> None:
+        """Order the trials of an attack on a model, and mark the best of them."""
+        best = [row.trial for row in self.ranked(attack, side)[:1]]
+        self._trials[attack, side] = [
+            row.model_copy(update={"chosen": row.trial in best})
+            for row in sorted(self.of(attack, side), key=lambda row: row.trial)
+        ]

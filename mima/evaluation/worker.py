@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from PIL import Image
 
-from mima.adaptation import Adaptation, DreamBooth, LoRA, Run
+from mima.adaptation import Adaptation, Diverged, DreamBooth, LoRA, Run
 from mima.adapters.adapter import Adapter
 from mima.adapters.merge import apply
 from mima.concepts import Concept
@@ -71,6 +71,16 @@ class Outcome:
 
     rows: list[AttackRow]
     points: list[CurvePoint]
+
+
+@dataclass(frozen=True)
+class _Fate:
+    """What became of an attack on one model; None where nothing went wrong."""
+
+    diverged: str | None
+    """Why it diverged."""
+    unrepaired: str | None = None
+    """Why the repair after it did."""
 
 
 Result: TypeAlias = Outcome | TrialRow | None
@@ -185,12 +195,14 @@ class Worker:
         for side in bench.models:
             for adaptation in attack.on(side):
                 tuned[side] = _described(adaptation) if side in attack.tuned else None
-                diverged = self._attack_on(attack, side, adaptation)
-                if diverged is None:
+                fate = self._attack_on(attack, side, adaptation)
+                if fate.diverged is None:
                     break
-                logger.warning("%s, %s model: %s", attack.id, side, diverged)
-            if diverged is not None:
+                logger.warning("%s, %s model: %s", attack.id, side, fate.diverged)
+            if fate.diverged is not None:
                 whole = False
+            elif fate.unrepaired is not None:
+                logger.warning("%s, %s model, repair: %s", attack.id, side, fate.unrepaired)
             elif bench.repairs:
                 repaired[side] = bench.repaired_files(attack, side)
         if len(bench.models) < len(SIDES):
@@ -202,7 +214,7 @@ class Worker:
         for similarity in self.similarities:
             row, curve = self._measure(attack, similarity, steps, references, seconds)
             row = row.model_copy(update={f"tuned_{side}": said for side, said in tuned.items()})
-            if len(repaired) == len(SIDES):
+            if whole:
                 row = row.model_copy(
                     update={
                         f"repaired_{side}": self._mean(similarity, files, references)
@@ -213,11 +225,8 @@ class Worker:
             points += curve
         return Outcome(rows, points)
 
-    def _attack_on(self, attack: Attack, side: Side, adaptation: Adaptation) -> str | None:
+    def _attack_on(self, attack: Attack, side: Side, adaptation: Adaptation) -> _Fate:
         """Attack one model and repair it, or copy what another evaluation keeps of the original.
-
-        Returns:
-            Why it diverged, if it did.
 
         Raises:
             MimaError: pictures of the model itself, before any training, are no finite numbers.
@@ -230,26 +239,28 @@ class Worker:
             for step in bench.config.steps_of(attack)
             for index in range(count)
         }
-        if bench.repairs:
-            mended = bench.repaired_files(attack, side)
-            files |= {f"repaired-{index}.png": file for index, file in enumerate(mended)}
+        mended = bench.repaired_files(attack, side) if bench.repairs else []
+        files |= {f"repaired-{index}.png": file for index, file in enumerate(mended)}
         known = entry.read(files) if entry is not None else None
         if known is not None:
             self.advance(bench.work(attack) // len(bench.models))
-            why = known["diverged"]
-            return None if why is None else str(why)
+            # entries of before a repair could diverge say nothing of it
+            return _Fate(known["diverged"], known.get("unrepaired"))
         concept, _ = bench.material(attack)
         drawn = self._train(attack, concept, side, adaptation, bench.jobs(attack))
         # what a preparation breaks is the attacker's to bear, and step 0 is before it
         if 0 in drawn.broken:
             raise _not_finite(side, concept.prompt)
-        diverged = None if drawn.diverged is None else str(drawn.diverged)
-        if bench.repairs and diverged is None:
-            self._repair(attack, side, drawn.pipeline)
+        fate = _Fate(None if drawn.diverged is None else str(drawn.diverged))
+        if bench.repairs and fate.diverged is None:
+            try:
+                self._repair(attack, side, drawn.pipeline)
+            except Diverged as error:
+                fate = _Fate(None, str(error))
         if entry is not None:
             there = {name: file for name, file in files.items() if file.is_file()}
-            entry.write({"diverged": diverged}, there)
-        return diverged
+            entry.write(asdict(fate), there)
+        return fate
 
     def kept_of(self, task: Attack | Trial, adaptation: Adaptation) -> Entry | None:
         """Where the original model's part of an attack or trial is kept for other evaluations.
@@ -297,13 +308,13 @@ class Worker:
     ) -> Trajectory:
         """Train one model as an attack does, and draw on the way.
 
-        A preparation is part of the attack: what is drawn at step 0 is drawn by the model before.
+        A preparation is part of the attack: what is drawn at step 0 is drawn by the model before,
+        and where the preparation diverges, the attack does, with nothing after step 0.
         """
         bench = self.bench
         if attack.outside:
             assert isinstance(adaptation, DreamBooth)
             adaptation = replace(adaptation, frozen=tuple(self.immunized_parameters))
-        start = self._start(side, attack)
 
         def write(step: int, index: int, image: Image.Image) -> None:
             if keep:
@@ -324,10 +335,19 @@ class Worker:
             )
 
         steps = bench.config.steps_of(attack) if steps is None else steps
-        if attack.preparation == "none" or steps[0] > 0:
-            return drawn(start, steps)
-        before, after = drawn(self.pipelines[side], steps[:1]), drawn(start, steps[1:])
-        return replace(after, broken=(*before.broken, *after.broken))
+        broken: tuple[int, ...] = ()
+        if attack.preparation != "none" and steps[0] == 0:
+            broken, steps = drawn(self.pipelines[side], steps[:1]).broken, steps[1:]
+        try:
+            start = self._start(side, attack)
+        except Diverged as error:
+            why = Diverged(f"preparation {attack.preparation}: {error}")
+            model = self.pipelines[side]
+            return Trajectory(
+                steps=(), images=(), losses=(), diverged=why, broken=broken, pipeline=model
+            )
+        after = drawn(start, steps)
+        return replace(after, broken=(*broken, *after.broken))
 
     def _try(self, trial: Trial) -> TrialRow:
         """Train as a trial says, and see how like those held back its pictures become."""
@@ -381,15 +401,26 @@ class Worker:
         )
 
     def _repair(self, attack: Attack, side: Side, attacked: Any) -> None:
-        """Fine-tune an attacked model on ordinary pictures, and draw the attack's prompts again."""
+        """Fine-tune an attacked model on ordinary pictures, and draw the attack's prompts again.
+
+        Raises:
+            Diverged: the loss, or what is drawn then, is not finite; nothing is written.
+        """
         bench = self.bench
         pictures = bench.repair_pictures(attack)
         run = self._benign(attacked, pictures, bench.config.repair_steps, attack.seed)
-        files = bench.repaired_files(attack, side)
-        drawn = bench.sampler.draw(run.pipeline, bench.jobs(attack))
-        for file, image in zip(files, drawn, strict=True):
-            write_picture(file, image)
+        broken: list[int] = []
+        images = []
+        for image in bench.sampler.draw(run.pipeline, bench.jobs(attack), broken=broken):
+            images.append(image)
             self.advance(1)
+        if broken:
+            raise Diverged(
+                f"{run.adaptation.method}: after step {run.step} pictures are not finite numbers; "
+                f"lower learning_rate ({run.adaptation.learning_rate})"
+            )
+        for file, image in zip(bench.repaired_files(attack, side), images, strict=True):
+            write_picture(file, image)
 
     def _benign(
         self, pipeline: Pipeline, pictures: Sequence[Picture], steps: int, seed: int
@@ -512,7 +543,11 @@ class Worker:
         return row, points
 
     def _start(self, side: Side, attack: Attack) -> Any:
-        """The model that an attack starts from; of prepared ones, the last is kept."""
+        """The model that an attack starts from; of prepared ones, the last is kept.
+
+        Raises:
+            Diverged: a training that prepares it does.
+        """
         pipeline = self.pipelines[side]
         if attack.preparation == "none":
             return pipeline

@@ -92,6 +92,17 @@ def tensors(pipeline: Pipeline) -> dict[str, torch.Tensor]:
     }
 
 
+def scheduler_settings(pipeline: Pipeline) -> dict[str, Any]:
+    """Class and settings of a pipeline's scheduler, without what says where it came from."""
+    scheduler = pipeline.scheduler
+    own = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    return {"class": type(scheduler).__name__, **own}
+
+
+PREFIX = "text_model."
+"""Of the names in a ``CLIPTextModel``, but in transformers 5."""
+
+
 def names_for_all(module: torch.nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """A module's state, or an adapter's of it, under names that any transformers from 4 on reads.
 
@@ -101,8 +112,19 @@ def names_for_all(module: torch.nn.Module, state: Mapping[str, Any]) -> dict[str
     """
     if type(module).__name__ != "CLIPTextModel":
         return dict(state)
-    prefix = "text_model."
-    return {prefix + name.removeprefix(prefix): value for name, value in state.items()}
+    return {PREFIX + name.removeprefix(PREFIX): value for name, value in state.items()}
+
+
+def own_name(pipeline: Pipeline, name: str) -> str:
+    """What a pipeline calls a parameter, whichever transformers wrote its name."""
+    component, _, inner = name.partition(".")
+    module = networks(pipeline).get(component)
+    if module is None or type(module).__name__ != "CLIPTextModel":
+        return name
+    bare = inner.removeprefix(PREFIX)
+    named = f"{PREFIX}{bare}"
+    known = dict(module.named_parameters())
+    return f"{component}.{named if named in known else bare}"
 
 
 def parameter(pipeline: Pipeline, name: str) -> torch.nn.Parameter:

@@ -18,6 +18,7 @@ from typing import Any, Literal, overload
 import torch
 
 from mima.concepts import Concept
+from mima.concepts.concept import learnable
 from mima.concepts.reading import load_concepts
 from mima.distributed import ALONE, Ranks, device_of, join, looking_after_each_other
 from mima.erasure import erase, load_erased
@@ -25,7 +26,7 @@ from mima.errors import MimaError
 from mima.families import ModelSource, family_of, origin_of, source_of
 from mima.families.frozen import hold_frozen, with_quantized_held
 from mima.families.new_words import text_parts
-from mima.families.pipelines import tensors, with_modules
+from mima.families.pipelines import scheduler_settings, tensors, with_modules
 from mima.families.recomputed import recomputed_blocks
 from mima.immunization.alternating import alternate
 from mima.immunization.checks import (
@@ -150,7 +151,8 @@ def immunize(
         concepts: N concepts, or whatever ``load_concepts`` reads.
         config: the settings; ``docs/guide.md`` has the defaults, and where published ones differ.
         benign: other concepts, which must stay learnable, or whatever ``load_concepts`` reads; for
-            ``upper.benign`` and ``lower.benign_start``.
+            ``upper.benign`` and ``lower.benign_start``. Their pictures whose captions name one of
+            ``concepts`` are left out.
         dry_run: load no weights, and say what the run would train and need.
         erased: a checkpoint in which the concepts are erased, made from ``model`` by whatever
             means, to begin with (see ``load_erased``).
@@ -185,6 +187,7 @@ def immunize(
     # an empty sequence is no description of a concept
     benign = [] if isinstance(benign, Sequence) and not benign else load_concepts(benign)
     check_concepts(concepts, benign, config)
+    benign = learnable(benign, concepts)
     check_shards(config, dry_run=dry_run)
     place = None if output is None else expanded(output)
     if place is not None:
@@ -286,6 +289,7 @@ def _immunized(
                     config.model_dump(mode="json"),
                     [concept.identity() for concept in concepts],
                     tensors(pipeline),
+                    scheduler_settings(pipeline),
                     [concept.identity() for concept in benign],
                     captions,
                 )
@@ -388,7 +392,8 @@ def _compose(
             value.copy_(base[name])
     everyone = ranks.interleave(mine, len(problem.data))
     assert problem.merge is not None
-    immunized = [{n: v.to(theta[n]) for n, v in one.items()} for _, one in everyone]
-    for name, value in problem.merge(base, immunized).items():
-        theta[name].copy_(value)
+    # one by one: all concepts' weights have room in the CPU's memory alone
+    for name, value in theta.items():
+        immunized = [{name: one[name].to(value)} for _, one in everyone]
+        value.copy_(problem.merge({name: base[name]}, immunized)[name])
     return [report for history, _ in everyone for report in history]

@@ -127,7 +127,7 @@ def _encode_concept(
             class_prompts[kind] = torch.arange(before, class_images.rows_of_prompts)
     images = encode(family, concept.images)
     captioned: dict[str, Encoded] = {
-        kind: Encoded.of(family, images.latents, captions_of(concept, kind))
+        kind: Encoded.of(family, images.latents, captions_of(concept, kind), concept.images)
         for kind in caption_kinds(config)
         if kind != "as_is"
     }

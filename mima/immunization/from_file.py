@@ -73,7 +73,7 @@ def load_config(path: str | Path) -> ImmunizeRun:
     """
     run = parse_run(read_mapping(path), source=str(path))
     _check_rate(run)
-    return run
+    return _located(run, expanded(path).parent)
 
 
 def parse_run(

@@ -108,6 +108,7 @@ class Problem:
         self.merge = merge
         self.ranks = ranks
         self.anew = 0
+        self.turn = 0
         self.upper_names, self.lower_names = trained_names(family, config)
         kinds = dict.fromkeys(adapter.parameters for adapter in config.adapters)
         self._trained = {kind: _trained(family, kind) for kind in kinds}
@@ -153,15 +154,27 @@ class Problem:
         Those whose attackers live on come first, so that no more attackers are ever alive than a
         step has concepts; to the other places, concepts have their turns.
         """
+        return sorted(self._chosen(step, alive)[0])
+
+    def turns_taken(self, step: int, alive: Mapping[int, Alive]) -> int:
+        """How many turns one outer step takes, where attackers live on: ``turn`` grows by them."""
+        return self._chosen(step, alive)[1]
+
+    def _chosen(self, step: int, alive: Mapping[int, Alive]) -> tuple[list[int], int]:
         if self._turns is None:
-            return list(range(len(self.data)))
-        chosen = [*alive][: self._turns.at_once]
-        for n in self._turns.since(step // self.config.attack_every):
+            return list(range(len(self.data))), 0
+        chosen, taken = [*alive][: self._turns.at_once], 0
+        place = step // self.config.attack_every * self._turns.at_once
+        if any(attacker.age for attacker in self.config.attackers):
+            place = self.turn
+        for n in self._turns.since(place):
             if len(chosen) == self._turns.at_once:
                 break
+            taken += 1
+            # whose attacker lives has its turn already
             if n not in chosen:
                 chosen.append(n)
-        return sorted(chosen)
+        return chosen, taken
 
     def _simulated(self, step: int) -> int:
         """The outer step that simulated the attack which serves at this one."""

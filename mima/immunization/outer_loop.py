@@ -192,7 +192,10 @@ class Ascent:
                 ends, moved = {}, {}
                 self._skipped_in_a_row[level] += 1
                 self._problem.anew = len(self.history) + 1
-            self.alive = self._problem.survivors(len(self.history), self.alive, ends)
+            step = len(self.history)
+            taken = self._problem.turns_taken(step, self.alive)
+            self.alive = self._problem.survivors(step, self.alive, ends)
+            self._problem.turn += taken
             self.history.append(self._report(outer, norm, skipped=not finite))
             serves_again = len(self.history) % self._config.attack_every
             self.moved = moved if serves_again else {}
@@ -336,6 +339,7 @@ class Ascent:
             tensors |= {f"moved.{k}.{name}": value for name, value in change.items()}
         state = {
             "alive": alive,
+            "turn": self._problem.turn,
             "stopped": self._stopped,
             "skipped_in_a_row": self._skipped_in_a_row,
             "retained": self._retained,
@@ -396,7 +400,9 @@ class Ascent:
         self._problem.anew = skipped.index(skipped[-1]) + 1 if skipped[-1] else 0
         self._skipped_in_a_row = kept.state["skipped_in_a_row"]
         self._retained = kept.state.get("retained")
-        self._stopped = kept.state["stopped"]
+        self._problem.turn = kept.state.get("turn", 0)
+        # of concepts that are immunized one by one, it may have ended one of them; a run goes on
+        self._stopped = kept.state["stopped"] and bool(self._stage)
 
 
 def cosine(step: int, steps: int) -> float:

@@ -55,7 +55,10 @@ def with_new_words(pipeline: Pipeline, concepts: Sequence[Concept], config: Immu
         if concept.token is None:
             continue
         inversion = TextualInversion(
-            seed=config.seed, resolution=config.resolution, training=config.training
+            seed=config.seed,
+            resolution=config.resolution,
+            training=config.training,
+            gradient_checkpointing=config.gradient_checkpointing,
         )
         run = inversion.start(pipeline, concept)
         run.advance(config.token_steps)

@@ -295,15 +295,20 @@ def _config(own: Plain, task: Task | None, settings: Mapping[str, Any]) -> Immun
 def _over(own: Plain, settings: Mapping[str, Any]) -> Plain:
     """Settings that win over others, group by group, and so within groups.
 
-    Those of one attacker win over each of several.
+    Those of one attacker win over each of several, and those of each of several over one.
     """
     combined = {**own, **settings}
     for name, value in own.items():
-        more = settings.get(name)
-        if isinstance(more, BaseModel):
-            more = more.model_dump(exclude_unset=True)
+        more = _plain(settings.get(name))
         if isinstance(value, dict) and isinstance(more, dict):
             combined[name] = _over(value, more)
+        elif isinstance(value, dict) and isinstance(more, (list, tuple)):
+            combined[name] = [_over(value, _plain(one)) for one in more]
         elif isinstance(more, dict) and isinstance(value, (list, tuple)):
             combined[name] = [_over(one, more) for one in value]
     return combined
+
+
+def _plain(settings: Any) -> Any:
+    """Settings as plain data, without those that nobody set."""
+    return settings.model_dump(exclude_unset=True) if isinstance(settings, BaseModel) else settings

@@ -28,13 +28,14 @@ class Turns:
         self._waiting: list[int] = []
         self._rounds = 0
 
-    def since(self, deal: int) -> Iterator[int]:
-        """Whose turn it is from a deal on, without end."""
+    def since(self, place: int) -> Iterator[int]:
+        """Whose turn it is from a place on, deals laid end to end, without end."""
         while True:
+            deal, within = divmod(place, self.at_once)
             while len(self._deals) <= deal:
                 self._deals.append(self._next())
-            yield from self._deals[deal]
-            deal += 1
+            yield self._deals[deal][within]
+            place += 1
 
     def _next(self) -> list[int]:
         deal: list[int] = []

@@ -60,7 +60,7 @@ def model_card(
         delta: whether the card stands beside a delta rather than a whole model.
         sums: SHA-256 of the files with weights, by their name in the folder.
         by_hand: whether diffusers alone can put a delta in place: new words of several text
-            encoders it cannot.
+            encoders it cannot, nor weights of one, whose names hang on transformers' version.
     """
     base = facts.base_model or "a model in memory"
     # a folder may be called owner/name, too
@@ -123,7 +123,7 @@ def _usage(base: str | None, opened_with: Mapping[str, str], delta: bool, by_han
             *(opener, "from mima import load_delta", ""),
             f'pipeline = load_delta({opened}({where}), "{DELTA_FILE}")',
         ]
-        put += "`mima apply` puts them in place, or, with the new words of several text encoders,"
+        put += "`mima apply` puts them in place, or, where diffusers alone cannot,"
         return f"{put}\n\n" + _fenced("\n".join(lines), "python")
     lines = [
         *(opener, "from safetensors.torch import load_file", ""),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mima.errors import MimaError, one_line, quoted
 from mima.families.new_words import with_words
-from mima.families.pipelines import Pipeline, parameter, readers, with_values
+from mima.families.pipelines import Pipeline, own_name, parameter, readers, with_values
 from mima.storage.inputs import delta_file, expanded
 from mima.storage.names import DELTA_FILE
 from mima.storage.plain_data import read_json
@@ -113,7 +113,8 @@ def load_delta(pipeline: Pipeline, path: str | Path) -> Any:
         >>> immunized = mima.load_delta(DiffusionPipeline.from_pretrained("base"), "immunized")
     """
     delta = read_delta(path)
-    for name, value in delta.values.items():
+    values = {own_name(pipeline, name): value for name, value in delta.values.items()}
+    for name, value in values.items():
         try:
             own: torch.nn.Parameter | None = parameter(pipeline, name)
         except AttributeError:
@@ -135,4 +136,4 @@ def load_delta(pipeline: Pipeline, path: str | Path) -> Any:
                 f"delta {path} is not of this model: its word {quoted(word)} is "
                 f"{list(rows.shape)}, the model's words are of {width} finite numbers each"
             )
-    return with_words(with_values(pipeline, delta.values), delta.words)
+    return with_words(with_values(pipeline, values), delta.words)

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from mima.errors import MimaError
 from mima.families import ModelSource, load_pipeline
 from mima.families.hub import TRANSPORT_ERRORS, unreachable
-from mima.families.pipelines import Pipeline, names_for_all, networks, readers
+from mima.families.pipelines import Pipeline, names_for_all, networks, readers, tensors
 from mima.release.card import CARD_FILE, CardFacts, as_text, model_card
 from mima.release.delta import Delta, load_delta, read_delta
 from mima.storage.atomic import sha256_of
@@ -113,16 +113,22 @@ class Repository:
 
 @contextmanager
 def _published(folder: Path) -> Iterator[Path]:
-    """The folder, or links to its files beside a record without thumbnails."""
-    record = read_record(folder)
-    if record is None or (public := without_thumbnails(record)) == record:
+    """The folder, or links to its files beside records without thumbnails."""
+    told = {
+        file.relative_to(folder): read_record(file.parent) or {}
+        for file in sorted(folder.rglob(RECORD_FILE))
+    }
+    public = {
+        place: shown for place, all_ in told.items() if (shown := without_thumbnails(all_)) != all_
+    }
+    if not public:
         yield folder
         return
     with tempfile.TemporaryDirectory() as links:
         shutil.copytree(folder.resolve(), links, copy_function=os.symlink, dirs_exist_ok=True)
-        place = Path(links) / RECORD_FILE
-        place.unlink()
-        place.write_text(record_text(public), encoding="utf-8")
+        for place, record in public.items():
+            (Path(links) / place).unlink()
+            (Path(links) / place).write_text(record_text(record), encoding="utf-8")
         yield Path(links)
 
 
@@ -137,6 +143,12 @@ def save_pipeline(pipeline: Pipeline, folder: str | Path) -> None:
             for file in (folder / part).glob("*.safetensors*"):
                 file.unlink()
             getattr(pipeline, part).save_pretrained(folder / part, state_dict=named)
+
+
+def _by_hand(pipeline: Pipeline, delta: Delta) -> bool:
+    """Whether a few lines with diffusers put a delta in place, whichever transformers is there."""
+    several = bool(delta.words) and len(readers(pipeline)) > 1
+    return not several and not any(name.startswith("text_encoder") for name in delta.values)
 
 
 class Released(ABC):
@@ -186,8 +198,8 @@ class Released(ABC):
         """
         facts = self._facts()
         measured = {**facts.metrics, **(metrics or {})}
-        words = delta and self._delta().words and len(readers(self.pipeline)) > 1
-        return model_card(facts, measured, license, delta, sums or {}, by_hand=not words)
+        by_hand = not delta or _by_hand(self.pipeline, self._delta())
+        return model_card(facts, measured, license, delta, sums or {}, by_hand=by_hand)
 
     def save_pretrained(
         self,
@@ -298,6 +310,45 @@ class AppliedDelta(Released):
 
     def _delta(self) -> Delta:
         return self.delta
+
+
+@dataclass
+class ErasedModel(Released):
+    """A model that concepts were erased from.
+
+    Attributes:
+        pipeline: the model.
+        base: the one that they were erased from.
+        source: where that came from.
+        concepts: names and prompts.
+        settings: of the erasure, as plain data.
+    """
+
+    pipeline: Pipeline
+    base: Pipeline
+    source: ModelSource
+    concepts: Sequence[tuple[str, str]]
+    settings: Mapping[str, Any]
+
+    def _facts(self) -> CardFacts:
+        return CardFacts(
+            command="erase",
+            title="Model that concepts were erased from",
+            method="The concepts below were erased with the settings below. Erasure is shallow: "
+            "whoever trains the model on pictures of a concept gets it back within few steps.",
+            base_model=str(self.source.model),
+            opened_with=self.source.options,
+            concepts=self.concepts,
+            settings=self.settings,
+            seed=None,
+            metrics={},
+            tags=["concept-erasure"],
+        )
+
+    def _delta(self) -> Delta:
+        before = tensors(self.base)
+        changed = [n for n, now in tensors(self.pipeline).items() if not before[n].equal(now)]
+        return Delta.of(self.pipeline, changed, origin={"model": self._facts().base_model})
 
 
 def apply_delta(

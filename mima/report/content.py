@@ -32,10 +32,12 @@ from mima.report.figures import (
 )
 from mima.report.runs import Pair, Run, Setting, setting
 from mima.report.svg import inline
-from mima.storage.plain_data import flat
+from mima.storage.plain_data import flat, hashed
 
 PICTURE_SIDE = 192
 """Longest side of a picture in a page, in pixels."""
+LONGEST_NAME = 120
+"""Characters of a figure's file name, but for what tells cut ones apart."""
 MAX_PICTURES, MAX_FRAMES, MAX_REFERENCES, MAX_ROWS = 4, 12, 4, 600
 """Pictures per model and step, steps, references, and rows of the table of attacks in a page."""
 
@@ -121,6 +123,10 @@ class Report:
         return [
             name for name in names if len({values[name] for values in by_run if name in values}) > 1
         ]
+
+    def other_prompts(self) -> bool:
+        """Whether ordinary use was measured on other prompts in some runs, or on more of them."""
+        return len({run.evaluation.benign.prompts for run in self.runs}) > 1
 
     def curves(self) -> list[tuple[ConceptRecord, list[Panel]]]:
         """Panels by concept: the usual attack of each method, and the worst variation of it."""
@@ -520,4 +526,6 @@ def _thinned(items: Sequence[int], limit: int) -> list[int]:
 
 def _file_name(*parts: str) -> str:
     words = "-".join(parts)
-    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in words)[:120]
+    name = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in words)
+    # what is cut off may be all that tells two figures apart
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{hashed(words)[:8]}"

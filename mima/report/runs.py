@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,16 +141,18 @@ class Run:
         if isinstance(weights, dict):
             found["the original model"] = str(weights.get("original"))
         found |= {
-            words: repr(grid[name]) for name, words in _SETTINGS_OF_ATTACKS.items() if name in grid
+            words: _alike(grid[name])
+            for name, words in _SETTINGS_OF_ATTACKS.items()
+            if name in grid
         }
         if "sampler" in config:
-            found["the sampler"] = repr(config["sampler"])
+            found["the sampler"] = _alike(config["sampler"])
         methods = grid.get("methods")
         if isinstance(methods, dict):
-            found |= {f"the method {name}": repr(methods[name]) for name in methods}
+            found |= {f"the method {name}": _alike(methods[name]) for name in methods}
         if isinstance(pictures, dict):
             found |= {
-                f"the pictures of {concept.name}": repr(pictures.get(concept.slug))
+                f"the pictures of {concept.name}": _alike(pictures.get(concept.slug))
                 for concept in self.evaluation.concepts
             }
         return found
@@ -221,3 +224,8 @@ def load_runs(folders: Sequence[str | Path]) -> list[Run]:
         Run(source, label, index)
         for index, (source, label) in enumerate(zip(sources, labels, strict=True))
     ]
+
+
+def _alike(value: Any) -> str:
+    """Plain data as a text that is the same for the same data, in whatever order."""
+    return json.dumps(value, sort_keys=True)

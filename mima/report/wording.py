@@ -143,6 +143,6 @@ def untold_sentences(summary: SimilaritySummary) -> list[str]:
         return []
     return [
         f"{summary.untold} of {counted(summary.others, 'attack')} on other concepts left the "
-        f"original model's pictures below a similarity of {TOLD:g} to the concept: SGR of other "
-        "concepts and MRSGR leave them out."
+        f"original model's pictures below a similarity of {TOLD:g} to the concept, at least for "
+        "a while: SGR of other concepts and MRSGR leave them out."
     ]

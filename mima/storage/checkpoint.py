@@ -88,7 +88,14 @@ class CheckpointFolder:
             )
 
     def remove(self) -> None:
-        """Remove the folder and all that is in it."""
+        """Remove the folder and all that is in it.
+
+        What says whose it is goes last: where a removal is cut short, no other run takes a step of
+        this one for its own.
+        """
+        if self.path.is_dir():
+            for entry in self.path.iterdir():
+                shutil.rmtree(entry, ignore_errors=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
     def write(self, checkpoint: Checkpoint, save: Save | None = None) -> None:

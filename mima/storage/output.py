@@ -15,18 +15,16 @@ from mima.errors import MimaError
 from mima.storage.atomic import WRITING_ERRORS, is_of_the_disk, reason_of, recover, staged
 from mima.storage.inputs import expanded, resolved
 from mima.storage.lock import locked
-from mima.storage.names import DELTA_FILE, EVALUATION_FILE, LORA_FILE, MODEL_INDEX, WORD_FILE
+from mima.storage.names import EVALUATION_FILE
 from mima.storage.record import RECORD_FILE
 
 if TYPE_CHECKING:
     from PIL import Image
 
 LONGEST_NAME = 200
-# a folder with none of these is not ours to replace
-OUR_FILES = (
-    *(MODEL_INDEX, LORA_FILE, WORD_FILE, DELTA_FILE, RECORD_FILE),
-    *("results.json", EVALUATION_FILE),
-)
+OUR_FILES = (RECORD_FILE, EVALUATION_FILE)
+"""A folder with none of these is not ours to replace: models and adapters of others have the names
+that ours have."""
 
 
 def check_folder(path: Path, *, overwrite: bool, resume: bool = False) -> None:

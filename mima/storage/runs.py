@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import threading
@@ -47,6 +48,7 @@ def describe_run(
     config: Mapping[str, Any],
     concepts: Sequence[Mapping[str, str]],
     weights: Mapping[str, torch.Tensor],
+    scheduler: Mapping[str, Any],
     benign: Sequence[Mapping[str, str]] = (),
     captions: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -56,6 +58,7 @@ def describe_run(
         config: the settings.
         concepts: what `Concept.identity` says of each.
         weights: the model's.
+        scheduler: its class and settings, of which the loss is made.
         benign: the same of concepts that are to stay learnable.
         captions: the ordinary captions that it reads, from whatever file.
     """
@@ -65,6 +68,7 @@ def describe_run(
         "benign": [*benign],
         "captions": hashed("\n".join(captions)),
         "model": fingerprint(weights),
+        "scheduler": json.loads(json.dumps(scheduler, default=str)),
         "versions": installed_versions(),
     }
 
@@ -94,6 +98,9 @@ def claim(folder: CheckpointFolder, run: Mapping[str, Any], *, resume: bool) -> 
         for r in (earlier, run)
     )
     scheduled = any(now.get(name, "constant") != "constant" for name in SCHEDULES)
+    if isinstance(earlier.get("scheduler"), dict):
+        # checkpoints of before say nothing of it
+        before, now = before | _scheduler(earlier), now | _scheduler(run)
     problems = [
         f"{name}: {one_line(before.get(name), 60)} then, {one_line(now.get(name), 60)} now"
         for name in dict.fromkeys([*before, *now])
@@ -124,6 +131,10 @@ def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
         for n, concept in enumerate(run.get(kind, []))
     }
     return flat(run["config"]) | flat(concepts)
+
+
+def _scheduler(run: Mapping[str, Any]) -> dict[str, Any]:
+    return flat({"scheduler": run["scheduler"]})
 
 
 def default_folder(output: Path) -> Path:

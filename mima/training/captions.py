@@ -31,6 +31,8 @@ def ordinary_captions(path: Path | None) -> list[str]:
     """
     path = expanded(path) if path else assets() / "captions.txt"
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no ordinary file")
         captions = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise MimaError(f"captions: cannot read {path}: {reason_of(error)}") from error

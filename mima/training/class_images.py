@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import uuid
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -64,7 +65,10 @@ class ClassPictures:
         if kept is None:
             latents = self._family.sample_latents(prompts, generator).cpu().contiguous()
             kept = {"latents": latents, "generator": generator.get_state()}
-            self._cache.write_tensors(name, kept)
+            # under a name of its own: other processes may be drawing the same
+            own = f"{name}.{uuid.uuid4().hex}"
+            self._cache.write_tensors(own, kept)
+            (self._cache.path / own).replace(self._cache.path / name)
         generator.set_state(kept["generator"].clone())
         return kept["latents"]
 

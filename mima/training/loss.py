@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from mima.concepts import Picture
 
 
+LONGEST_STRIP = 8
+"""Of a picture that is longer in proportion to its shorter side, the ends are cut off first."""
+
+
 def pixels(pictures: Sequence[Picture], resolution: int) -> torch.Tensor:
     """Load pictures as squares: the shorter side is scaled to ``resolution``, the rest cropped.
 
@@ -30,7 +34,7 @@ def pixels(pictures: Sequence[Picture], resolution: int) -> torch.Tensor:
     """
     squares = []
     for picture in pictures:
-        image = picture.load()
+        image = _middle(picture.load())
         (width, height), left, top = _square(image.size, resolution)
         if (width, height) != image.size:
             image = image.resize((width, height), Image.Resampling.LANCZOS)
@@ -47,6 +51,19 @@ def places(pictures: Sequence[Picture], resolution: int) -> torch.Tensor:
         _, left, top = _square(size, resolution)
         found.append([size[1], size[0], top, left])
     return torch.tensor(found)
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """The part of a long strip that a square of its middle may read.
+
+    All of it, scaled until it is as high as the square, may take gigabytes.
+    """
+    width, height = image.size
+    most = LONGEST_STRIP * min(width, height)
+    left, top = max(0, width - most) // 2, max(0, height - most) // 2
+    if not (left or top):
+        return image
+    return image.crop((left, top, width - left, height - top))
 
 
 def _square(size: tuple[int, int], resolution: int) -> tuple[tuple[int, int], int, int]:

@@ -3,12 +3,20 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.commands import run
+
+from mima.adaptation import LoRA
+from mima.concepts import load_concepts
+from mima.families import load_pipeline
+from mima.families.pipelines import scheduler_settings, tensors
+from mima.storage.checkpoint import CheckpointFolder
+from mima.storage.runs import describe_run
 
 
 def test_adapt_and_sample_with_what_was_learned(workdir, model):
@@ -163,3 +171,50 @@ def test_unreadable_pictures_are_all_named(workdir, model):
     assert "2 pictures cannot be read" in output
     assert "bad.png: not a picture" in output
     assert "worse.jpg: the file is empty" in output
+
+
+def test_files_of_others_in_the_checkpoints_place_are_left(workdir, model):
+    Path("cat-lora.checkpoint").mkdir()
+    kept = Path("cat-lora.checkpoint/thesis.txt")
+    kept.write_text("years of work")
+    output = run("adapt", "cat", "--model", model, "--steps", 1, code=2)
+    assert "cat-lora.checkpoint holds files that no run wrote" in output
+    assert kept.read_text() == "years of work"
+
+
+def test_models_of_others_are_not_replaced(workdir, model):
+    for name in ("model_index.json", "results.json", "pytorch_lora_weights.safetensors"):
+        theirs = Path("theirs") / name
+        theirs.parent.mkdir(exist_ok=True)
+        theirs.write_text("{}")
+        output = run("adapt", "cat", "--model", model, "-o", "theirs", "--overwrite", code=2)
+        assert "holds files that mima did not write" in output
+        assert theirs.read_text() == "{}"
+
+
+def test_another_scheduler_is_another_run(workdir, model, tmp_path):
+    shutil.copytree(model, "own")
+    options = ["--model", "own", "--steps", 3, "--set", "batch_size=1"]
+    settings = Path("own/scheduler/scheduler_config.json")
+    described = {**json.loads(settings.read_text()), "prediction_type": "v_prediction"}
+    run("adapt", "cat", *options)
+    shutil.rmtree("cat-lora")
+    Path("cat-lora.checkpoint").mkdir()
+    # what a run that was killed leaves
+    pipeline = load_pipeline("own")
+    (learned,) = load_concepts("cat")
+    config = {"method": "lora", **json.loads(json.dumps(asdict(LoRA(steps=3, batch_size=1))))}
+    told = describe_run(
+        config, [learned.identity()], tensors(pipeline), scheduler_settings(pipeline)
+    )
+    CheckpointFolder("cat-lora.checkpoint").write_json("run.json", told)
+    settings.write_text(json.dumps(described))
+    output = run("adapt", "cat", *options, "--resume", code=2)
+    assert "scheduler.prediction_type: epsilon then, v_prediction now" in " ".join(output.split())
+
+
+def test_a_name_is_no_markup_and_steers_no_terminal(workdir, model, monkeypatch):
+    Path("cat/concept.yaml").write_text('name: "cat [/v2]\\e[31m"\nprompt: a cat\n')
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    output = run("adapt", "cat", "--model", model, "--steps", 1, "-o", "learned")
+    assert "learned cat [/v2] [31m by lora" in output

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -115,3 +117,19 @@ def test_a_home_that_the_shell_leaves_alone_is_expanded(workdir, model, monkeypa
     assert not Path("~").exists()
     # what is there is seen before any work
     assert "is not empty" in run("erase", "cat", "--model", model, "--output=~/x", code=2)
+
+
+def test_an_erased_model_has_a_card(workdir, model):
+    run("erase", "cat", "--model", model, "-o", "erased")
+    card = Path("erased/README.md").read_text()
+    assert "| cat | " in card
+    digest = hashlib.sha256(Path("erased/unet/diffusion_pytorch_model.safetensors").read_bytes())
+    assert digest.hexdigest() in card
+    record = json.loads(Path("erased/mima.json").read_text())
+    assert (record["command"], record["method"], record["concepts"]) == ("erase", "uce", ["cat"])
+
+
+def test_captions_from_a_pipe_are_not_waited_for(workdir, model):
+    os.mkfifo("captions")
+    output = run("erase", "cat", "--model", model, "-o", "x", "--captions", "captions", code=2)
+    assert "cannot read captions: it is no ordinary file" in output

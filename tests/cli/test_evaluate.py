@@ -3,8 +3,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from support import tiny
 from support.commands import run
+
+from mima.errors import MimaError
 
 
 def test_evaluate_attacks_writes_and_goes_on(model, workdir):
@@ -30,6 +33,30 @@ def test_evaluate_attacks_writes_and_goes_on(model, workdir):
     assert (workdir / "results" / "attacks.csv").read_text() == attacks
     assert "other seeds, grid" in run(*command, "--set", "seeds=[1]", code=2)
     assert "preset 'slow' is unknown" in run(*command[:3], *command[3:], "--preset", "slow", code=2)
+
+
+@pytest.mark.parametrize(
+    ("original", "immunized", "expected"),
+    [
+        ("a.safetensors", "b.safetensors", ("folder", "folder")),
+        ("a.safetensors", "MODEL", ("folder", None)),
+        ("embedded", "b.safetensors", (None, "folder")),
+        # which refuses it
+        ("embedded", "MODEL", ("folder", None)),
+    ],
+)
+def test_a_single_files_configuration_reaches_whichever_model_is_one(
+    model, workdir, monkeypatch, original, immunized, expected
+):
+    def evaluate(*sources, **_):
+        raise MimaError(f"read with {[source.config for source in sources[:2]]}")
+
+    monkeypatch.setattr("mima.evaluation.evaluate", evaluate)
+    for name in ("a.safetensors", "b.safetensors"):
+        (workdir / name).touch()
+    models = [model if name == "MODEL" else name for name in (original, immunized)]
+    options = ["--concepts", "cat", "-o", "results", "--single-file-config", "folder"]
+    assert f"read with {list(expected)}" in run("evaluate", *models, *options, code=2)
 
 
 def test_a_second_concept_without_the_options_name_is_explained():

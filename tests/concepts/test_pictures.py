@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -12,9 +13,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
-from mima.concepts.pictures import Picture, PictureError, check_pictures, read_folder, to_rgb
+from mima.concepts.pictures import (
+    Picture,
+    PictureError,
+    check_pictures,
+    picture_files,
+    read_folder,
+    to_rgb,
+)
 from mima.errors import MimaError, ProblemList
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -28,6 +36,38 @@ def save(path: Path, color=RED, size=(8, 6), **options) -> Path:
 
 def at(image: Image.Image, x: int = 0, y: int = 0):
     return image.getpixel((x, y))
+
+
+LINEAR = b"curv\0\0\0\0" + struct.pack(">IH", 1, 256)
+
+
+def _xyz(*values):
+    return b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(v * 65536)) for v in values)
+
+
+D50 = (0.9642, 1, 0.8249)
+PRIMARIES = {
+    b"rXYZ": _xyz(0.43607, 0.22249, 0.01392),
+    b"gXYZ": _xyz(0.38515, 0.71687, 0.09708),
+    b"bXYZ": _xyz(0.14307, 0.06061, 0.7141),
+}
+
+
+def profile(space, called, parts):
+    """A colour profile of version 2, of the ICC's specification."""
+    name = called.encode() + b"\0"
+    told = b"desc\0\0\0\0" + struct.pack(">I", len(name)) + name + bytes(78)
+    parts = {b"desc": told, b"cprt": b"text\0\0\0\0x\0", b"wtpt": _xyz(*D50)} | parts
+    table, body, start = b"", b"", 132 + 12 * len(parts)
+    for key, data in parts.items():
+        data += bytes(-len(data) % 4)
+        table += key + struct.pack(">II", start + len(body), len(data))
+        body += data
+    header = struct.pack(">8xI4s4s4s", 0x02400000, b"mntr", space, b"XYZ ")
+    header += struct.pack(">6H4s", 2020, 1, 1, 0, 0, 0, b"acsp") + bytes(28)
+    header += struct.pack(">3i", *(round(v * 65536) for v in D50))
+    whole = header.ljust(128, b"\0") + struct.pack(">I", len(parts)) + table + body
+    return struct.pack(">I", len(whole)) + whole[4:]
 
 
 def test_exif_rotation_is_applied(tmp_path):
@@ -507,3 +547,44 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "cat.png")
     with pytest.raises(PictureError, match="no ordinary file"):
         Picture(tmp_path / "cat.png", "a cat").load()
+
+
+def test_a_picture_that_was_read_is_not_turned_again(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
+    read = Picture(tmp_path / "a.jpg", "x").load()
+    assert read.size == Picture(read, "x").load().size == (20, 40)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA"])
+def test_a_profile_of_grey_is_followed(mode):
+    image = Image.new(mode, (4, 4), 55 if mode == "L" else (55, 255))
+    image.info["icc_profile"] = profile(b"GRAY", "grey in linear light", {b"kTRC": LINEAR})
+    assert np.asarray(to_rgb(image))[0, 0].tolist() == [128, 128, 128]
+
+
+def test_linear_light_is_no_srgb_whatever_it_is_called():
+    image = Image.new("RGB", (4, 4), (55, 55, 55))
+    curves = dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), LINEAR)
+    image.info["icc_profile"] = profile(b"RGB ", "Linear sRGB", PRIMARIES | curves)
+    assert np.asarray(to_rgb(image))[0, 0].tolist() == [128, 128, 128]
+
+
+def test_a_transparent_value_of_sixteen_bits_is_white():
+    image = Image.fromarray(np.array([[0, 1000, 65535]], dtype=np.uint16))
+    image.info["transparency"] = 1000
+    assert np.asarray(to_rgb(image))[0, :, 0].tolist() == [0, 255, 255]
+
+
+def test_pictures_called_like_companions_are_pictures(tmp_path):
+    for name in ("notice.png", "authors.jpg"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "LICENSE.html").write_text("x")
+    assert [path.name for path in picture_files(tmp_path)] == ["authors.jpg", "notice.png"]
+
+
+def test_captions_are_found_however_their_accents_are_encoded(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / unicodedata.normalize("NFD", "é.png"))
+    (tmp_path / unicodedata.normalize("NFC", "é.txt")).write_text("an accent")
+    assert [picture.prompt for picture in read_folder(tmp_path, "a prompt")] == ["an accent"]

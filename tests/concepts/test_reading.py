@@ -20,6 +20,8 @@ from mima.concepts import (
     embedded_concepts,
     embedded_names,
 )
+from mima.concepts.concept import learnable
+from mima.concepts.naming import with_word
 from mima.concepts.reading import load_concepts, num_described
 from mima.errors import MimaError
 
@@ -675,3 +677,42 @@ def test_a_concept_is_freed_of_pictures_that_show_another() -> None:
     assert fox.without([embedded_concept("tiger")]) is fox
     with pytest.raises(MimaError, match="every picture's caption names one of: mono style"):
         mono.without([mono])
+
+
+def test_lists_that_name_each_other_are_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("concepts: [b.yaml]")
+    (tmp_path / "b.yaml").write_text("[a.yaml]")
+    with pytest.raises(MimaError, match=r"b\.yaml names .*a\.yaml, .* a list in a circle"):
+        load_concepts(tmp_path / "a.yaml")
+
+
+def test_a_link_to_a_folder_names_its_concept(tmp_path):
+    pictures(tmp_path / "blobs" / "83af01")
+    (tmp_path / "cat").symlink_to(tmp_path / "blobs" / "83af01")
+    assert Concept.from_folder(tmp_path / "cat", prompt="a cat").name == "cat"
+
+
+def test_a_name_is_a_word(tmp_path):
+    folder = pictures(tmp_path / "p", "a.png", "b.png")
+    (folder / "a.txt").write_text("a cartoon of a card")
+    (folder / "b.txt").write_text("two Cars")
+    learnt = Concept("cartoon", "a cartoon", folder)
+    left = learnt.without([Concept("car", "a car", pictures(tmp_path / "car"))])
+    assert [picture.prompt for picture in left.images] == ["a cartoon of a card"]
+    castle = Concept("castle", "a <new1> castle", folder.parent / "car", token="<new1>")
+    assert with_word("photo of a <new1> castle", castle, "sks") == "photo of a sks"
+    assert with_word("<new1>, a castle", castle, "sks") == "sks, a sks"
+
+
+def test_what_must_stay_learnable_is_freed_of_targets_aloud(tmp_path, caplog):
+    folder = pictures(tmp_path / "tiger", "a.png", "b.png")
+    (folder / "a.txt").write_text("a tiger in mono style")
+    (folder / "b.txt").write_text("a tiger")
+    style = Concept("mono style", "mono style", pictures(tmp_path / "style"), kind="style")
+    (tiger,) = learnable([Concept("tiger", "a tiger", folder)], [style])
+    assert [picture.prompt for picture in tiger.images] == ["a tiger"]
+    assert "concept 'tiger': 1 of its 2 pictures are left out" in caplog.text
+    # where nothing would be left, it stays as it is
+    black = Concept("black cat", "a black cat", pictures(tmp_path / "black"))
+    assert learnable([black], [Concept("cat", "a cat", folder)]) == [black]
+    assert "every picture's caption names one of: cat" in caplog.text

@@ -64,6 +64,14 @@ def test_pictures_that_show_the_concept_are_no_wrong_ones():
     assert found.margin == pytest.approx(found.right - max(found.noise, found.grey))
 
 
+def test_a_concept_whose_name_is_part_of_a_word_is_a_wrong_one():
+    red, blue = tiny.concept("red"), tiny.concept("blue")
+    cat = dataclasses.replace(red, name="cat")
+    images = [dataclasses.replace(picture, prompt="a caterpillar") for picture in blue.images]
+    caterpillar = dataclasses.replace(blue, name="caterpillar", images=tuple(images))
+    assert set(calibrate(Redness(), [cat, caterpillar])[0].others) == {"caterpillar"}
+
+
 class Counting(Redness):
     """Remembers how many pictures came at once, and how large they were."""
 

@@ -3,12 +3,17 @@
 import dataclasses
 import json
 import logging
+import multiprocessing
 import sys
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from support import tiny
 
 from mima.adaptation import DreamBooth, LoRA, TextualInversion
@@ -21,6 +26,8 @@ from mima.evaluation import Sampler, cmmd, evaluate, load_encoder
 from mima.evaluation.comparison import _check_alike
 from mima.evaluation.estimate import Estimate
 from mima.evaluation.grid import PRESETS, attack_grid, grid_config, material
+from mima.evaluation.identity import texts_of
+from mima.evaluation.processes import in_parallel
 from mima.evaluation.records import AttackRow, ConceptRecord, CurvePoint, EvaluationFolder
 from mima.evaluation.summary import paired_difference, summarize
 from mima.evaluation.trajectory import score, trajectory
@@ -275,10 +282,82 @@ def test_other_pictures_or_prompts_under_the_same_names_are_refused(folders, tmp
     record.write_text(json.dumps(told))
     with caplog.at_level(logging.WARNING, "mima"):
         run(folders, tmp_path / "out", **arguments)
-    assert "did not keep a hash of pictures and prompts: they are taken to be the same" in (
-        caplog.text
-    )
+    assert "did not keep a hash of pictures, prompts: they are taken to be the same" in caplog.text
     assert (tmp_path / "out" / "attacks.csv").read_bytes() == kept
+
+
+def test_other_parts_of_a_model_in_the_same_folder_are_refused(tmp_path, caplog):
+    """What is left would be attacked, and drawn, with another model than what is there."""
+    folders = tiny.save_pair(tmp_path / "models")
+    grid = GRID | {"seeds": (0,), "evaluations": 1, "benign_prompts": 0}
+    arguments = {"settings": grid, "others": []}
+    run(folders, tmp_path / "out", **arguments)
+    kept = (tmp_path / "out" / "attacks.csv").read_bytes()
+    for part, name in (
+        ("text_encoder", "model.safetensors"),
+        ("vae", "diffusion_pytorch_model.safetensors"),
+    ):
+        file = folders / "immunized" / part / name
+        before = file.read_bytes()
+        save_file({n: value + 1 for n, value in load_file(file).items()}, file, {"format": "pt"})
+        with pytest.raises(MimaError, match="holds an evaluation with other encoders;"):
+            run(folders, tmp_path / "out", **arguments)
+        file.write_bytes(before)
+    schedule = folders / "original" / "scheduler" / "scheduler_config.json"
+    schedule.write_text(schedule.read_text().replace("0.012", "0.02"))
+    with pytest.raises(MimaError, match="holds an evaluation with other schedulers;"):
+        run(folders, tmp_path / "out", **arguments)
+    # another diffusers may say more of the same schedule
+    record = tmp_path / "out" / "evaluation.json"
+    told = json.loads(record.read_text())
+    told["versions"]["diffusers"] = "0.1"
+    record.write_text(json.dumps(told))
+    run(folders, tmp_path / "out", **arguments)
+    # a folder that says nothing of them goes on, and says so
+    told = json.loads(record.read_text())
+    assert set(told["config"].pop("encoders")["immunized"]) == {"text_encoder", "vae"}
+    del told["config"]["schedulers"], told["config"]["texts"]
+    record.write_text(json.dumps(told))
+    with caplog.at_level(logging.WARNING, "mima"):
+        run(folders, tmp_path / "out", **arguments)
+    assert "did not keep a hash of texts, encoders, schedulers: they are taken" in caplog.text
+    assert (tmp_path / "out" / "attacks.csv").read_bytes() == kept
+
+
+def test_other_texts_of_a_concept_are_refused(folders, tmp_path):
+    arguments = {"settings": GRID | {"seeds": (0,), "evaluations": 1, "benign_prompts": 0}}
+    run(folders, tmp_path / "out", **arguments)
+    blue = dataclasses.replace(tiny.concept("blue", "square"), class_prompt="a house")
+    with pytest.raises(MimaError, match="holds an evaluation with other texts;"):
+        run(folders, tmp_path / "out", others=[blue], **arguments)
+    concept = Concept("cat", "a <new1>", tiny.picture("red", "round"), token="<new1>")
+    changes = {
+        "class_prompt": "an animal",
+        "token": None,
+        "initializer": "cat",
+        "validation_prompt": "a <new1> in a tree",
+    }
+    others = [dataclasses.replace(concept, **{name: text}) for name, text in changes.items()]
+    assert len(set(map(texts_of, (concept, *others)))) == 5
+    # what is for people alone changes no number
+    assert texts_of(dataclasses.replace(concept, description="my cat")) == texts_of(concept)
+
+
+def test_a_process_that_is_only_being_started_evaluates_nothing(monkeypatch):
+    """It imports the script of its parent, in which nothing kept it from evaluating again."""
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(MimaError, match='below `if __name__ == "__main__":`, or with processes=1'):
+        evaluate("model", "immunized", [], output="out")
+
+
+@pytest.mark.parametrize("error", [BrokenProcessPool, BrokenPipeError, EOFError])
+def test_processes_that_cannot_begin_are_explained(monkeypatch, error):
+    def submit(*_):
+        raise error
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", submit)
+    with pytest.raises(MimaError, match='a script calls evaluate without `if __name__ == "__main'):
+        list(in_parallel(None, deque(["original"]), 1, print))
 
 
 def test_preparations_attack_other_weights(folders, tmp_path):
@@ -560,6 +639,10 @@ def test_other_concepts_that_the_original_does_not_draw_say_nothing():
     assert (summary.others, summary.untold) == (4, 2)
     # of a target, every attack counts
     assert summary.sgr["a"].mean == pytest.approx(0.4)
+    # a mean over steps is none of one at which the original showed nothing of it
+    dip = CurvePoint(attack=drawn.attack, similarity="clip", step=1, original=0.1,
+                     immunized=0.3, sgr=-2.0, rise_left=None)  # fmt: skip
+    assert summarize(rows, CONCEPTS, "clip", [*points, dip]).sgr["d"].mean is None
     none = summarize([rows[0], flat], CONCEPTS, "clip", points)
     assert none.mrsgr is none.sgr["c"].mean is none.sgr["c"].methods["lora"].mean is None
 

@@ -15,7 +15,7 @@ import pytest
 from support import tiny
 from typer.testing import CliRunner
 
-from mima.adaptation import configure
+from mima.adaptation import Diverged, configure
 from mima.cli import app
 from mima.concepts import Concept, Picture, embedded_concept
 from mima.errors import MimaError
@@ -25,6 +25,7 @@ from mima.evaluation.grid import PRESETS, attack_grid, grid_config
 from mima.evaluation.plan import Plan
 from mima.evaluation.records import SIDES, EvaluationFolder
 from mima.evaluation.tuning import TuningLog
+from mima.evaluation.worker import Worker
 from mima.families import load_pipeline
 from mima.report import write_report
 from mima.sampling import Sampler
@@ -273,6 +274,90 @@ def test_an_attack_that_diverges_has_no_numbers_and_no_nan(folders, tmp_path):
     assert "No attack could be compared" in write_report([tmp_path]).read_text()
 
 
+BREAKS = {"learning_rate": 1e30, "max_grad_norm": None}
+
+
+def evaluated(folders, output, settings, **options):
+    evaluate(
+        folders / "model",
+        folders / "immunized",
+        [Concept.from_folder(folders / "red")],
+        others=[Concept.from_folder(folders / "blue")],
+        output=output,
+        settings=SMALL | {"seeds": [0], "lr_factors": [1], "benign_prompts": 0} | settings,
+        similarities=[folders / "clip"],
+        processes=1,
+        **options,
+    )
+    folder = EvaluationFolder(output)
+    assert folder.evaluation().complete
+    return {row.attack: row for row in folder.attacks()}, folder
+
+
+def test_an_attack_whose_preparation_diverges_counts_as_not_tried(folders, tmp_path, caplog):
+    settings = {
+        # a kick trains with the settings of DreamBooth
+        "methods": {"lora": {"steps": 1}, "dreambooth": {"steps": 1, **BREAKS}},
+        "preparations": ["kick"],
+        "preparation_steps": 2,
+        "tune": {"trials": 1},
+    }
+    with caplog.at_level(logging.WARNING, "mima"):
+        rows, folder = evaluated(folders, tmp_path, settings)
+    assert "original model: preparation kick: dreambooth: the loss is nan at step 2" in caplog.text
+    plain, kicked = (f"red_lora_x1_1steps_name_same_{how}_seed0" for how in ("none", "kick"))
+    assert rows[plain].sgr_mean is not None
+    assert (rows[kicked].sgr_mean, rows[kicked].tuned_original) == (None, None)
+    points = folder.curves()
+    assert [point.step for point in points if point.attack == kicked] == [0]
+    before = [p.original for p in points if p.attack in (plain, kicked) and p.step == 0]
+    assert before[0] == before[1]
+    log = TuningLog(tmp_path, grid_config("quick", settings).tune)
+    tried = {key: log.of(key, "original")[0].diverged for key in (plain[:-6], kicked[:-6])}
+    assert tried == {plain[:-6]: False, kicked[:-6]: True}
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"), [(2, "the loss is nan at step 2"), (1, "after step 1 pictures are not fin")]
+)
+def test_a_repair_that_diverges_leaves_its_column_empty(folders, tmp_path, caplog, steps, said):
+    settings = {
+        "methods": {"lora": {"steps": 1}, "dreambooth": {"steps": 1, **BREAKS}},
+        "repair_steps": steps,
+    }
+    numbers = []
+    # the second reads of the original what the first kept
+    for name in ("first", "second"):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "mima"):
+            rows, _ = evaluated(
+                folders, tmp_path / name, settings, originals=tmp_path / "originals"
+            )
+        row = rows["red_lora_x1_1steps_name_same_none_seed0"]
+        assert row.sgr_mean is not None
+        assert (row.repaired_original, row.repaired_immunized) == (None, None)
+        for side in SIDES:
+            assert f"{row.attack}, {side} model, repair: dreambooth: {said}" in caplog.text
+        numbers.append(row.model_copy(update={"seconds": 0}))
+        assert not list((tmp_path / name / "images" / "repaired").rglob("*.png"))
+    assert numbers[0] == numbers[1]
+
+
+def test_a_repair_that_diverges_on_one_model_is_none_of_the_other(folders, tmp_path, monkeypatch):
+    repair = Worker._repair
+
+    def repaired(self, attack, side, attacked):
+        if side == "immunized":
+            raise Diverged("the loss is nan")
+        repair(self, attack, side, attacked)
+
+    monkeypatch.setattr(Worker, "_repair", repaired)
+    rows, _ = evaluated(folders, tmp_path, {"methods": {"lora": {"steps": 1}}, "repair_steps": 1})
+    for row in rows.values():
+        assert -1 <= row.repaired_original <= 1
+        assert row.repaired_immunized is None
+
+
 @pytest.mark.parametrize("side", SIDES)
 def test_a_model_that_is_not_finite_before_any_attack_is_refused_by_name(folders, tmp_path, side):
     models = {one: load_pipeline(folders / "model") for one in SIDES}
@@ -431,3 +516,23 @@ def test_presets_are_as_much_work_as_is_said(preset, trials, attacks, steps, pic
     assert len(tasks) == trials + attacks
     assert sum(map(made.steps, tasks)) == steps
     assert sum(map(made.drawn, [*tasks, *SIDES])) == pictures
+
+
+def test_settings_are_kept_as_they_are_understood():
+    """YAML reads 1e-4 as a text."""
+    one = grid_config("quick", {"methods.lora.learning_rate": "1e-4"})
+    assert one == grid_config("quick", {"methods.lora.learning_rate": 0.0001})
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"lr_factors": [0.3333333, 0.33333334]}, ["red"]),
+        ({"methods": {"lora": {}, "small_lora": {"method": "lora"}}}, ["red", "red_small"]),
+    ],
+)
+def test_attacks_of_one_name_are_refused(settings, names):
+    config = grid_config("quick", settings)
+    concepts = {name: replace(tiny.concept(), name=name) for name in names}
+    with pytest.raises(MimaError, match="two are called red_"):
+        attack_grid(config, concepts, {})

@@ -1,5 +1,7 @@
 """What attacks show on an original model is kept for other evaluations of it, and nothing else."""
 
+import json
+import shutil
 import signal
 from dataclasses import replace
 
@@ -106,6 +108,42 @@ def test_a_damaged_entry_is_named(tmp_path, content):
     (file,) = tmp_path.glob("*/entry.json")
     file.write_text(content, encoding="latin-1")
     with pytest.raises(MimaError, match=r"is damaged.*remove it"):
+        entry.read({})
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["new", "older"])
+@pytest.mark.parametrize("diverged", [None, "after step 2"], ids=["whole", "diverged"])
+def test_an_entry_that_lost_a_picture_is_refused(tmp_path, older, diverged):
+    """Those behind it would take its place, and be compared with other pictures' references."""
+    names = [f"{step:05d}-{index}.png" for step in (0, 2, 4) for index in (0, 1)]
+    kept = names if diverged is None else names[:4]
+    for name in kept:
+        (tmp_path / name).write_text(name)
+    originals = Originals(tmp_path / "originals", "model", "cpu")
+    wanted = {name: tmp_path / "out" / name for name in names}
+    for lost in (None, *kept):
+        entry = originals.entry(lost)
+        entry.write({"diverged": diverged}, {name: tmp_path / name for name in kept})
+        (content,) = (tmp_path / "originals").glob("*/entry.json")
+        if older:
+            content.write_text(json.dumps({"diverged": diverged}))
+        if lost is None:
+            assert entry.read(wanted) == {"diverged": diverged}
+            assert sorted(file.name for file in (tmp_path / "out").iterdir()) == kept
+        else:
+            (content.parent / lost).unlink()
+            with pytest.raises(MimaError, match=rf"is damaged: {lost} is missing; remove it"):
+                entry.read(wanted)
+        shutil.rmtree(content.parent)
+
+
+@pytest.mark.parametrize("names", [5, None, [None]])
+def test_an_entry_that_does_not_say_what_it_holds_is_damaged(tmp_path, names):
+    entry = Originals(tmp_path, "model", "cpu").entry("an attack")
+    entry.write({}, {})
+    (file,) = tmp_path.glob("*/entry.json")
+    file.write_text(json.dumps({"files": names}))
+    with pytest.raises(MimaError, match="is damaged: its files are no names"):
         entry.read({})
 
 

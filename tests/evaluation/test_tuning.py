@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 
 import pytest
 from support import tiny
@@ -11,6 +12,7 @@ from mima.errors import MimaError
 from mima.evaluation import EvaluationFolder, evaluate
 from mima.evaluation.grid import attack_grid, grid_config
 from mima.evaluation.plan import Plan
+from mima.evaluation.records import SIDES
 from mima.evaluation.tuning import (
     SGD_RATE,
     Choice,
@@ -151,18 +153,40 @@ def test_a_damaged_log_of_trials_is_one_line(tmp_path, content):
 
 
 def test_a_trial_without_what_it_is_judged_by_is_damage(tmp_path):
-    log = TuningLog(tmp_path, Tuning(trials=2))
-    row = TrialRow(
-        attack="a", side="original", trial=0, lr=1, schedule="constant", batch_size=1,
-        optimizer="adamw", similarity=0.5, loss=0.1, diverged=False,
-    )  # fmt: skip
-    log.add(row)
-    log.rows = [row.model_copy(update={"similarity": None, "diverged": True})]
-    log.write()
+    TuningLog(tmp_path, Tuning(trials=2)).add(row(0, similarity=None, diverged=True))
     text = (tmp_path / "tuning.csv").read_text()
     (tmp_path / "tuning.csv").write_text(text.replace("True", "False"))
     with pytest.raises(MimaError, match="a trial that did not diverge has no similarity"):
         TuningLog(tmp_path, Tuning(trials=2))
+
+
+def test_a_trial_is_written_down_without_a_look_at_those_of_other_attacks(tmp_path, monkeypatch):
+    """A grid has thousands of them."""
+    log = TuningLog(tmp_path, Tuning(trials=3))
+    for attack, side in itertools.product(("red", "blue", "green"), SIDES):
+        for trial in (2, 0):
+            log.add(row(trial, attack=attack, side=side, similarity=0.1 * (1 + trial)))
+    looked_at = []
+
+    def noted(rows, by):
+        rows = list(rows)
+        looked_at.append({(one.attack, one.side) for one in rows})
+        return ranked(rows, by)
+
+    monkeypatch.setattr("mima.evaluation.tuning.ranked", noted)
+    log.add(row(1, attack="blue", similarity=0.9))
+    assert looked_at == [{("blue", "original")}]
+    assert log.missing("blue", "original") == []
+    assert log.missing("blue", "immunized") == [1]
+    assert [one.trial for one in log.of("blue", "original")] == [0, 1, 2]
+    again = TuningLog(tmp_path, Tuning(trials=3)).rows
+    assert again == log.rows
+    places = [(one.attack, one.side, one.trial) for one in again]
+    assert places == sorted(places)
+    assert len(places) == 3 * 2 * 2 + 1
+    chosen = {(one.attack, one.side): one.trial for one in again if one.chosen}
+    best = dict.fromkeys(itertools.product(("red", "blue", "green"), SIDES), 2)
+    assert chosen == best | {("blue", "original"): 1}
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,12 @@ from PIL import Image
 from support import builders, tiny
 
 from mima.adaptation import LoRA
+from mima.concepts import Concept
 from mima.concepts.pictures import Picture
 from mima.errors import MimaError
 from mima.families import Family, TrainingOptions, family_of, load_pipeline
+from mima.immunization.config import ImmunizeConfig, LowerConfig
+from mima.immunization.encoding import encode_concepts
 from mima.training.batches import Batch, Encoded, encode, losses, seeded
 from mima.training.loss import prediction_and_target
 
@@ -172,6 +175,18 @@ def test_min_snr_is_that_of_the_script(folders, prediction):
     expected = (errors * weights).mean()
     torch.testing.assert_close(torch.nn.functional.mse_loss(*other), expected, rtol=1e-4, atol=0)
     assert plain.loss_weights(timesteps) is None
+
+
+def test_time_ids_are_the_pictures_whatever_an_attacker_calls_them(folders):
+    """A run reads the same pictures under several captions."""
+    family = opened(folders, "sdxl")
+    wide = Image.new("RGB", (4 * family.resolution, 2 * family.resolution))
+    concept = Concept("cat", "a cat", [wide], class_prompt="a pet", class_images=[wide])
+    captions = ("as_is", "without_name", "empty")
+    config = ImmunizeConfig(method="joint", lower=LowerConfig(captions=captions))
+    (data,) = encode_concepts(family, [concept], config)
+    told = [data.pictures(kind).pictures["time_ids"].tolist() for kind in captions]
+    assert told[0] == told[1] == told[2]
 
 
 def test_time_ids_are_the_pictures(folders):

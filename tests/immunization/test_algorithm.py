@@ -577,3 +577,15 @@ def test_a_merge_is_where_the_run_computes(small_model):
         merge_layer(family, concepts(2), ImmunizeConfig(), elsewhere)
     C, regular = made.call_args.args
     assert {x.device for x in (*C, regular, made.call_args.kwargs["weights"])} == {elsewhere}
+
+
+def test_a_run_that_a_callback_stopped_goes_on(model, tmp_path):
+    config = settings(tmp_path, steps=4)
+    said = {"checkpoint": tmp_path / "checkpoint"}
+    immunize(model, concepts(), config, callbacks=[lambda report: report.step == 2], **said)
+    result = immunize(model, concepts(), config, resume=True, **said)
+    assert len(result.history) == 4
+    assert_same(
+        result.pipeline.unet.state_dict(),
+        immunize(model, concepts(), config).pipeline.unet.state_dict(),
+    )

@@ -410,3 +410,41 @@ def test_attackers_that_contradict_themselves_are_refused(changes, message):
     with pytest.raises(MimaError) as caught:
         parse_config(ImmunizeConfig, changes, source="run.yaml")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("age", [None, (10, 10), (6, 20)])
+def test_every_concept_has_its_turn_however_long_attackers_live(model, tmp_path, age):
+    lower = {"steps": 5, "parameters": "cross_attention_kv", **({"age": age} if age else {})}
+    config = settings(tmp_path, lower=lower, concepts_per_step=1, steps=1)
+    for seed in range(8):
+        problem = problem_of(model, config.model_copy(update={"seed": seed}), 5)
+        alive, begun = {}, []
+        for step in range(40):
+            (n,) = problem.concepts(step, alive)
+            attacker = problem.attacker(n, step, alive)
+            lived = alive[n].carried.age if n in alive else 0
+            begun += [] if n in alive else [n]
+            taken = problem.turns_taken(step, alive)
+            ends = {0: Carried({}, None, lived + 5)} if attacker.continues else {}
+            alive = problem.survivors(step, alive, ends)
+            problem.turn += taken
+        # none has a second turn before all had one
+        rounds = [begun[k : k + 5] for k in range(0, len(begun) - 4, 5)]
+        assert rounds
+        assert all(sorted(one) == [0, 1, 2, 3, 4] for one in rounds)
+
+
+def test_whose_turn_it_is_goes_on_where_it_stopped(model, tmp_path):
+    config = settings(tmp_path, concepts_per_step=1, steps=9)
+    whole = immunize(model, immunizing.concepts(3), config)
+    folder = tmp_path / "checkpoint"
+
+    def interrupt(report):
+        if report.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        immunize(model, immunizing.concepts(3), config, checkpoint=folder, callbacks=[interrupt])
+    resumed = immunize(model, immunizing.concepts(3), config, checkpoint=folder, resume=True)
+    told = [[report.losses.keys() for report in one.history] for one in (whole, resumed)]
+    assert told[0] == told[1]

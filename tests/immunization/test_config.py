@@ -499,8 +499,9 @@ def test_a_run_is_read_from_yaml(tmp_path):
     text = {"model": "embedded", "concepts": ["cat"], "immunize": FULL, "output": "out"}
     path.write_text(yaml.safe_dump(text))
     run = load_config(path)
-    assert (run.model, run.concepts, str(run.output)) == ("embedded", ["cat"], "out")
-    assert run.immunize == ImmunizeConfig.model_validate(FULL)
+    assert (run.model, run.concepts, run.output) == ("embedded", ["cat"], tmp_path / "out")
+    located = FULL | {"captions": tmp_path / FULL["captions"]}
+    assert run.immunize == ImmunizeConfig.model_validate(located)
     assert load_config(str(path)) == run
     path.write_text(json.dumps(text))
     assert load_config(path) == run
@@ -575,3 +576,19 @@ def test_dataclasses_of_settings_are_checked_alike():
     assert [problem.split()[0] for problem in caught.value.problems] == ["steps", "lr"]
     with pytest.raises(MimaError, match="steps must be at least 1, got 0"):
         checked(Attack, "lora", {"steps": 0})
+
+
+def test_several_attackers_are_laid_over_a_recipes_one():
+    own = RECIPES["apdm"]().lower
+    one, other = RECIPES["apdm"](lower=[{"prior_weight": 2.0}, LowerConfig(lr=1e-3)]).lower
+    assert one == own.model_copy(update={"prior_weight": 2.0})
+    assert other == own.model_copy(update={"lr": 1e-3})
+
+
+def test_paths_in_a_file_start_from_its_folder(tmp_path):
+    path = tmp_path / "run.yaml"
+    text = {"model": "embedded", "concepts": ["cat"], "output": "out"}
+    text |= {"immunize": {"captions": "caps.txt"}}
+    path.write_text(yaml.safe_dump(text))
+    run = load_config(path)
+    assert (run.output, run.immunize.captions) == (tmp_path / "out", tmp_path / "caps.txt")

@@ -412,3 +412,18 @@ def test_devices_by_name_and_by_size():
     assert size > 2**28
     with pytest.raises(MimaError, match=r"device 'abacus' is unknown; a plan takes cpu, cuda"):
         device_memory("abacus")
+
+
+def test_a_plan_reads_how_the_family_is_trained(tmp_path):
+    folder = builders.save(builders.sd3, tmp_path / "sd3")
+
+    def planned(**training):
+        config = settings(tmp_path, steps=1, training=training)
+        return immunize(ModelSource(str(folder)), concepts(), config, dry_run=True, device="h100")
+
+    def activations(found):
+        return found.memory["outer steps"]["activations"]
+
+    assert activations(planned(max_sequence_length=4)) < activations(planned())
+    with pytest.raises(MimaError, match="has no snr_gamma"):
+        planned(snr_gamma=5.0)

@@ -45,6 +45,32 @@ def test_a_module_of_older_sources_says_what_it_lacks(monkeypatch):
     assert "mima._native was built from other sources, which lack it" in reason
 
 
+@pytest.mark.parametrize(
+    ("archs", "capability", "served"),
+    [
+        ([800, 900], (7, 5), False),
+        ([800, 900], (8, 0), True),
+        ([800, 900], (8, 9), True),
+        ([800, 900], (10, 0), True),
+        ([750, 900], (8, 6), False),
+        # a module of older sources does not say
+        (None, (7, 5), True),
+    ],
+)
+def test_a_module_for_other_devices_says_so(monkeypatch, archs, capability, served):
+    built = {} if archs is None else {"archs": archs}
+    module = SimpleNamespace(Combine=None, **built)
+    monkeypatch.setattr(extension, "_load", lambda device_type: (module, ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    there = SimpleNamespace(device=torch.device("cuda", 1), dtype=torch.float32)
+    reasons = extension.unsupported_reasons("combine", there)
+    assert bool(reasons) != served
+    if not served:
+        own = "{}{}".format(*capability)
+        assert f"cuda:1 is sm_{own}: install mima again with MIMA_CUDA_ARCHS={own}" in reasons[0]
+
+
 def test_missing_module_gives_the_reason_that_the_installation_wrote_down(monkeypatch):
     def missing(name):
         raise ModuleNotFoundError(f"No module named {name!r}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from types import FrameType
@@ -132,6 +133,15 @@ def _adapted(b: int, t: int) -> arguments.BatchedLoraSaved:
     A, B = (list(pair) for pair in zip(*(_factors() for _ in range(3)), strict=True))
     x, weight = torch.randn(b, t, 8), torch.randn(6, 8)
     return arguments.BatchedLoraSaved(x, weight, A, B, torch.ones(3), torch.arange(b) % 3, None)
+
+
+@pytest.mark.parametrize("concepts", [1, 2, 3, 4, 5, 6, 7, 9])
+def test_no_product_of_a_merge_in_float32_is_made_twice(concepts: int) -> None:
+    W0, C = [torch.empty(6, 8)], [torch.empty(2, 8)] * concepts
+    with recorded_launches(projected_merge) as launches:
+        projected_merge.projected_merge_forward(arguments.ProjectedMerge(W0, W0 * concepts, C, C))
+    (launch,) = launches
+    assert concepts % launch.arguments["GROUP"] == 0
 
 
 def test_gradients_of_adapters_are_split_over_tokens() -> None:
@@ -349,6 +359,7 @@ def _on_a_stream(*, captured: bool) -> Iterator[None]:
 
     with (
         mock.patch.object(_common, "_stream", stream),
+        mock.patch.object(torch.cuda, "device", return_value=nullcontext()),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=captured),
         mock.patch.object(torch.cuda, "current_stream", return_value=mock.Mock(cuda_stream=7)),
     ):
@@ -380,6 +391,63 @@ def test_a_capture_of_an_operator_on_lists_is_refused(name: str, known: bool) ->
         with _on_a_stream(captured=False):
             call()
         assert launches
+
+
+def test_what_is_asked_of_the_current_device_is_asked_of_the_tensors() -> None:
+    """Whether a stream is captured, and who owns pinned memory, where another device is current."""
+    current = [0]
+    asked: list[str] = []
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        current.append(chosen.index)
+        yield
+        current.pop()
+
+    def is_capturing() -> bool:
+        asked.append("captured")
+        return current[-1] == 1
+
+    host = mock.Mock(spec=["pin_memory"])
+    host.pin_memory.side_effect = lambda: mock.Mock(to=lambda *a, **k: current[-1])
+    with (
+        mock.patch.object(torch.cuda, "device", device),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", is_capturing),
+        mock.patch.object(torch.cuda, "current_stream", return_value=mock.Mock(cuda_stream=7)),
+    ):
+        assert _common._stream(torch.device("cuda", 0)) == 7
+        with pytest.raises(RuntimeError, match="cannot be captured into a CUDA graph"):
+            _common._stream(torch.device("cuda", 1))
+        assert _common._copied(host, torch.device("cuda", 1)) == 1
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler"),
+        subprocess.CalledProcessError(1, ["gcc"]),
+        OSError(30, "Read-only file system"),
+    ],
+    ids=["no-compiler", "no-headers", "read-only"],
+)
+def test_what_keeps_triton_from_launching_is_a_reason(error: Exception) -> None:
+    on_gpu = mock.Mock(dtype=torch.float32, device=torch.device("cuda", 0))
+    works = mock.Mock(spec=["utils"])
+    broken = mock.Mock(spec=[])
+    type(broken).utils = mock.PropertyMock(side_effect=error)
+    for active, says in ((works, []), (broken, [str(error)])):
+        mima.kernels._launch_error.cache_clear()
+        with mock.patch.object(triton.runtime.driver, "_active", active):
+            reasons = mima.kernels.unsupported_reasons("combine", on_gpu)
+        assert len(reasons) == len(says)
+        assert all(said in reason for said, reason in zip(says, reasons, strict=True))
+        assert all("Triton cannot launch kernels here" in reason for reason in reasons)
+    mima.kernels._launch_error.cache_clear()
+    # what runs on the CPU asks for no driver
+    (reason,) = mima.kernels.unsupported_reasons("combine", torch.empty(0))
+    assert "interpreter" in reason
+    assert mima.kernels._launch_error.cache_info().currsize == 0
 
 
 def test_an_address_says_whether_it_is_aligned() -> None:

@@ -50,6 +50,8 @@ def test_push_then_open_a_revision_and_a_variant(served, small_model, tmp_path):
     shutil.copytree(small_model, result)
     record = {"saw": {"lower": {"pictures": ["digest"], "signatures": ["thumbnail"]}}}
     (result / "mima.json").write_text(json.dumps(record))
+    (result / "immunized").mkdir()
+    (result / "immunized" / "mima.json").write_text(json.dumps(record))
     pushing, drawing = ["push", result, "me/model"], ["sample", "a cat", "--steps", 2, "--model"]
     chosen = {
         "main": ["me/model"],
@@ -72,9 +74,15 @@ def test_push_then_open_a_revision_and_a_variant(served, small_model, tmp_path):
     files = {path for path in result.rglob("*") if path.is_file()}
     published = dict(served.files["me/model", "main"])
     # nobody is shown the pictures that a run saw, not even small
-    assert json.loads(published.pop("mima.json")) == {"saw": {"lower": {"pictures": ["digest"]}}}
+    records = {name for name in published if name.endswith("mima.json")}
+    assert records == {"mima.json", "immunized/mima.json"}
+    for name in records:
+        public = json.loads(published.pop(name))
+        assert public == {"saw": {"lower": {"pictures": ["digest"]}}}
     assert published == {
-        str(path.relative_to(result)): path.read_bytes() for path in files - {result / "mima.json"}
+        str(path.relative_to(result)): path.read_bytes()
+        for path in files
+        if path.name != "mima.json"
     }
 
     assert drawn == [(0, f"{name}.png") for name in chosen]

@@ -20,7 +20,7 @@ from mima.cli import app
 from mima.errors import MimaError
 from mima.evaluation.records import EvaluationFolder
 from mima.evaluation.summary import summarize
-from mima.report import write_report
+from mima.report import content, write_report
 from mima.report.runs import load_runs
 from mima.report.wording import number, ratio, share, steps_to_half
 
@@ -401,3 +401,9 @@ def test_the_same_evaluation_gives_the_same_page(small, tmp_path):
         (tmp_path / name).mkdir()
         pages.append(write_report([small], tmp_path / name / "page.html").read_bytes())
     assert pages[0] == pages[1]
+
+
+def test_names_of_figures_that_are_cut_off_stay_apart():
+    one, other = (content._file_name("x" * 130, kind) for kind in ("usual", "worst"))
+    assert one != other
+    assert max(len(one), len(other)) < 200

@@ -295,3 +295,26 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     folders = [write_evaluation(tmp_path / x, name="mima", **SMALL) for x in "ab"]
     page = Page(write_report(folders, tmp_path / "page.html"))
     assert page.row("run")[1:] == ["mima", "mima (2)"]
+
+
+def test_the_order_of_settings_is_no_difference(tmp_path):
+    runs = [
+        write_evaluation(tmp_path / str(n), name=str(n), **SMALL, config={"grid": {"methods": one}})
+        for n, one in enumerate(
+            ({"lora": {"rank": 4, "alpha": 1}}, {"lora": {"alpha": 1, "rank": 4}})
+        )
+    ]
+    assert "Not alike." not in Page(write_report(runs, tmp_path / "page.html")).text
+
+
+def test_ordinary_use_on_other_prompts_is_marked(tmp_path):
+    """CMMD of few prompts is larger."""
+    one = write_evaluation(tmp_path / "one", name="one", **SMALL)
+    other = EvaluationFolder(write_evaluation(tmp_path / "other", name="other", **SMALL))
+    said = "Alignment and CMMD are of"
+    assert said not in Page(write_report([one, other.path], tmp_path / "alike.html")).text
+    evaluation = other.evaluation()
+    benign = evaluation.benign.model_copy(update={"prompts": ("a cat",)})
+    other.write_evaluation(evaluation.model_copy(update={"benign": benign}))
+    page = Page(write_report([one, other.path], tmp_path / "differing.html"))
+    assert said in page.text

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 
 import pytest
 import torch
 from support.faults import small_files
 
 from mima.errors import MimaError
-from mima.storage.checkpoint import Checkpoint, CheckpointFolder
+from mima.storage.checkpoint import RUN_FILE, Checkpoint, CheckpointFolder
 from mima.storage.runs import claim
 
 
@@ -141,3 +142,23 @@ def test_a_damaged_description_of_the_run_is_one_line(tmp_path, content):
     with pytest.raises(MimaError, match=r"checkpoint: .*run\.json") as caught:
         claim(folder, RUN, resume=True)
     assert "\n" not in str(caught.value)
+
+
+def test_a_removal_that_is_cut_short_leaves_whose_the_folder_is(two, monkeypatch):
+    two.write_json(RUN_FILE, {"config": {}})
+    remove = shutil.rmtree
+    removed = []
+
+    def cut_short(path, **options):
+        remove(path, **options)
+        removed.append(path)
+        if len(removed) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        two.remove()
+    assert (two.path / RUN_FILE).is_file()
+    monkeypatch.undo()
+    two.remove()
+    assert not two.path.exists()

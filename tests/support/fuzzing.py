@@ -270,7 +270,7 @@ def _with_a_model(place: Path) -> dict[str, Callable[[], Parser]]:
             folder = CheckpointFolder(place / "checkpoint")
             weights = {"w": torch.zeros(2)}
             told = describe_run(
-                {"steps": 1, "method": "lora"}, [tiny.concept().identity()], weights
+                {"steps": 1, "method": "lora"}, [tiny.concept().identity()], weights, {}
             )
             claim(folder, told, resume=True)
             started.advance(1)

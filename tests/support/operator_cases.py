@@ -250,6 +250,8 @@ CASES = (
     norm("one-element", (2, 3), 3),
     norm("aligned", (1, 64, 16, 16), 8, silu=True),
     norm("long", (2, 4, 63, 65), 2),
+    # a step of Triton's kernels is half a channel, or a whole one
+    norm("channels-of-whole-steps", (1, 2, 64, 64), 1, silu=True),
     norm("no-samples", (0, 4, 3), 2),
     rows_norm("small", (3, 5), small=True),
     rows_norm("sizes", (7, 1, 1023)),

@@ -5,6 +5,7 @@ import torch
 from mima import console
 from mima.families import family_of
 from mima.families.stable_diffusion import StableDiffusion
+from mima.storage.checkpoint import CheckpointFolder
 from mima.training.class_images import ClassPictures
 
 
@@ -43,3 +44,22 @@ def test_commands_say_how_far_the_drawing_is(pipeline, tmp_path, monkeypatch, ca
     monkeypatch.setattr(logging.getLogger("mima"), "handlers", [console._OneLine()])
     ClassPictures(family_of(pipeline)).latents(["a cat"] * 2, torch.Generator())
     assert capsys.readouterr().err == "class pictures: 2 of 2\n"
+
+
+def test_processes_that_draw_the_same_do_not_meet(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setenv("MIMA_CACHE", str(tmp_path))
+    family, write = family_of(pipeline), CheckpointFolder.write_tensors
+    names, others = [], []
+
+    def write_while_another_does(self, name, tensors):
+        names.append(name)
+        if len(names) == 1:
+            others.append(ClassPictures(family).latents(["a cat"], torch.Generator()))
+        write(self, name, tensors)
+
+    monkeypatch.setattr(CheckpointFolder, "write_tensors", write_while_another_does)
+    own = ClassPictures(family).latents(["a cat"], torch.Generator())
+    assert torch.equal(own, others[0])
+    # each wrote to a file of its own, and one is left
+    assert len(set(names)) == 2
+    assert len(list((tmp_path / "class-images").iterdir())) == 1

@@ -114,7 +114,7 @@ def _plan(
     # weights of the pipeline in memory cannot leave it
     opened = not hasattr(model, "components")
     pipeline = open_skeleton(model)
-    family = family_of(pipeline, resolution=config.resolution)
+    family = family_of(pipeline, resolution=config.resolution, training=config.training)
     upper_names, lower_names = trained_names(family, config)
     if config.shards > 1:
         check_splittable(pipeline)
@@ -196,8 +196,9 @@ def _plan(
             "encoders that stay": waiting,
             "weights as they were before": mine if reads_start(config) else 0,
             "immunized models": (
-                len(concepts) * sum(numels.values()) * FLOAT32
-                if config.method == "compose" and on_cpu
+                # where each begins, and on a CPU what each has become
+                (1 + len(concepts) * on_cpu) * sum(numels.values()) * FLOAT32
+                if config.method == "compose"
                 else 0
             ),
             # those that were alive before the step, and where they are after it
@@ -275,7 +276,7 @@ def _seconds(model: Any, config: ImmunizeConfig, device: str) -> float:
         for module in model.components.values():
             if isinstance(module, torch.nn.Module):
                 hold_frozen(module)
-    family = family_of(model, resolution=config.resolution)
+    family = family_of(model, resolution=config.resolution, training=config.training)
     side = family.resolution // family.pipeline.vae_scale_factor
     noisy = torch.zeros(
         1, family._latent_channels, side, side, device=family.device, dtype=family.dtype

@@ -79,12 +79,36 @@ def unsupported_reasons(op: str, *tensors: Tensor) -> list[str]:
                 f"mima.{MODULES[device_type]} was built from other sources, which lack it: "
                 "install mima again"
             )
-        if module is not None and device_type == "cuda" and not torch.cuda.is_available():
+        if module is None or device_type != "cuda":
+            continue
+        if not torch.cuda.is_available():
             reasons.append("no CUDA device")
+            continue
+        for device in sorted({str(x.device) for x in tensors if x.device.type == "cuda"}):
+            reasons += _capability_reasons(module, torch.device(device))
     for dtype in sorted({str(x.dtype) for x in tensors if x.dtype not in DTYPE_CODES}):
         served = ", ".join(str(d) for d in DTYPE_CODES)
         reasons.append(f"no kernels for {dtype}, only for {served}")
     return reasons
+
+
+def _capability_reasons(module: Any, device: torch.device) -> list[str]:
+    """Say that none of the devices that the kernels were compiled for is like this one, or nothing.
+
+    What is compiled for a device runs on later ones of its generation, and the newest, of which
+    there is PTX, on all that came after it.
+    """
+    # absent from modules of older sources
+    archs: list[int] = getattr(module, "archs", [])
+    major, minor = torch.cuda.get_device_capability(device)
+    own = 100 * major + 10 * minor
+    if not archs or own >= max(archs) or any(a <= own < a // 100 * 100 + 100 for a in archs):
+        return []
+    built = ", ".join(f"sm_{a // 10}" for a in archs)
+    return [
+        f"mima.{MODULES['cuda']} was built for {built}, and {device} is sm_{own // 10}: install "
+        f"mima again with MIMA_CUDA_ARCHS={own // 10}"
+    ]
 
 
 def _has(module: Any, op: str) -> bool:
