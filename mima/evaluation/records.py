@@ -353,7 +353,8 @@ class AttackRow(CsvRow):
     objects_immunized: float | None = None
     """The same of the immunized model: where it falls, pictures are broken, not only unlike."""
     repaired_original: float | None = None
-    """Mean similarity to the references after the attack and benign repair steps; None without."""
+    """Mean similarity to the references after the attack and benign repair steps; None without, and
+    where those diverged."""
     repaired_immunized: float | None = None
     """The same of the immunized model."""
 
