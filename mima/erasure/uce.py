@@ -42,6 +42,8 @@ from mima.families.pipelines import Pipeline, with_modules
 logger = logging.getLogger(__name__)
 
 ENCODING_BATCH = 64
+EMBEDDED_AT_ONCE = 2**28
+"""Bytes of token embeddings, in float64, that are summed up at once."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ def erase(
         weighted_ED = source_ED * (erase_scale * weights.to(source_ED)).unsqueeze(1)
         gram_DD = weighted_ED.mT @ source_ED
         if preserved and preserve_scale > 0:
-            gram_DD += _mean_gram(family, reader, preserved, gram_DD) * preserve_scale
+            kept_DD, count = _gram(family, reader, preserved, gram_DD)
+            gram_DD += kept_DD * (preserve_scale / count)
         gram_DD.diagonal().add_(ridge * gram_DD.diagonal().mean())
         # G⁻¹ x_e, weighted, for every edited row
         solved_DE = torch.cholesky_solve(weighted_ED.mT, torch.linalg.cholesky(gram_DD))
@@ -229,20 +232,29 @@ def _captions(preserve: Sequence[str | Concept]) -> list[str]:
     return list(dict.fromkeys(prompts))
 
 
-def _mean_gram(
+def _gram(
     family: Family, reader: TextReader, prompts: Sequence[str], like_DD: torch.Tensor
-) -> torch.Tensor:
-    """The mean of x xᵀ [D, D] over all token embeddings that are read.
+) -> tuple[torch.Tensor, int]:
+    """The sum of x xᵀ [D, D] over all token embeddings that are read, and how many they are.
 
-    Batch by batch: the embeddings of thousands of prompts take gigabytes.
+    So many at a time as `EMBEDDED_AT_ONCE` has room for: those of all captions take gigabytes.
     """
-    sum_DD, count = torch.zeros_like(like_DD), 0
+    sum_DD, count, held = torch.zeros_like(like_DD), 0, list[torch.Tensor]()
+
+    def fold() -> None:
+        nonlocal sum_DD, held
+        read_ND = torch.cat(held)
+        sum_DD, held = sum_DD + read_ND.mT @ read_ND, []
+
     for start in range(0, len(prompts), ENCODING_BATCH):
         hidden_BSD, read_BS = _embed(family, reader, prompts[start : start + ENCODING_BATCH])
-        read_ND = hidden_BSD[read_BS]
-        sum_DD += read_ND.mT @ read_ND
-        count += len(read_ND)
-    return sum_DD / count
+        held.append(hidden_BSD[read_BS])
+        count += len(held[-1])
+        if sum(one.nbytes for one in held) > EMBEDDED_AT_ONCE:
+            fold()
+    if held:
+        fold()
+    return sum_DD, count
 
 
 def _embed(

@@ -177,6 +177,7 @@ def test_an_interrupted_run_leaves_what_was_there(config, workdir):
     old = workdir / "out"
     old.mkdir()
     (old / "model_index.json").write_text("old")
+    (old / "mima.json").write_text("{}")
     command = [sys.executable, "-m", "mima", "immunize", str(config), "-o", "out", "--overwrite"]
     process = subprocess.Popen(
         [*command, "--set", "steps=100000"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -184,6 +185,7 @@ def test_an_interrupted_run_leaves_what_was_there(config, workdir):
     deadline = time.monotonic() + 600
     try:
         while not list(workdir.glob("*/metrics.jsonl")):
+            assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.1)
         # it is taking steps

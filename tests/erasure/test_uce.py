@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKL
 from support import tiny
 
-from mima.erasure import Edit, edits_of, erase
+from mima.erasure import Edit, edits_of, erase, uce
 from mima.erasure.uce import align
 from mima.errors import MimaError
 from mima.families import family_of
@@ -266,3 +266,12 @@ def test_learned_words_of_several_vectors_are_as_many_tokens(pipeline):
     ids = family.token_ids(tokenizer, prompt, tokenizer.model_max_length)
     # the mask leaves the start token out
     assert len(ids) == 1 + int(family.token_mask([prompt]).sum()) == 7
+
+
+def test_captions_are_summed_up_a_few_at_a_time(pipeline, concept, monkeypatch):
+    preserved = [f"a {colour} dog" for colour in ("red", "blue", "green")]
+    at_once = erase(pipeline, [concept], preserve=preserved).unet.state_dict()
+    monkeypatch.setattr(uce, "ENCODING_BATCH", 1)
+    monkeypatch.setattr(uce, "EMBEDDED_AT_ONCE", 1)
+    parts = erase(pipeline, [concept], preserve=preserved).unet.state_dict()
+    assert all(torch.allclose(parts[name], at_once[name], atol=1e-6) for name in at_once)
