@@ -88,6 +88,8 @@ class Problem:
         names: S_u ∪ S_l, all parameters that the run concerns.
         anew: the step after the last one that was left out: where the same attack would fail
             again, others are drawn.
+        turn: how many turns concepts have taken, where attackers live on: a step then takes as
+            many as it begins attacks.
     """
 
     def __init__(

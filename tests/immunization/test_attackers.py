@@ -100,7 +100,9 @@ def test_a_step_keeps_its_concepts_until_their_attackers_have_died(model, tmp_pa
         ends = (
             {0: Carried({}, {}, age + 2)} if problem.lower_levels(step, alive)[0].continues else {}
         )
+        taken = problem.turns_taken(step, alive)
         alive = problem.survivors(step, alive, ends)
+        problem.turn += taken
         assert len(alive) == len(ends)
     # of two outer steps each
     assert seen[::2] == seen[1::2]
