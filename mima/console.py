@@ -33,7 +33,7 @@ def stdout() -> Console:
 
 def say(message: str) -> None:
     """A line of results, without the control characters that a name in it may hold."""
-    stdout().print("".join(c if c.isprintable() else " " for c in message))
+    stdout().print(_printable(message))
 
 
 def stderr() -> Console:
@@ -68,8 +68,11 @@ def _say(message: str, style: str) -> None:
 
 def _shown(message: str) -> str:
     """A message as a terminal may have it: without control characters, its lines not too long."""
-    lines = ("".join(c if c.isprintable() else " " for c in x) for x in message.split("\n"))
-    return "\n".join(cut(line, LONGEST_LINE) for line in lines)
+    return "\n".join(cut(_printable(line), LONGEST_LINE) for line in message.split("\n"))
+
+
+def _printable(line: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in line)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -235,8 +235,8 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     except ImageCms.PyCMSError as error:
         warnings.warn(f"an unusable colour profile was ignored: {error}", stacklevel=3)
     else:
-        if image.mode == "CMYK" or _changes_shades(to_srgb, image.mode):
-            image = to_srgb.apply(image)
+        followed = image.mode == "CMYK" or _changes_shades(to_srgb, image.mode)
+        image = to_srgb.apply(image) if followed else image
     if alpha is not None:
         image.putalpha(alpha)
     return image
