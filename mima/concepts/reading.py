@@ -277,7 +277,10 @@ def _makers_at(
     if path.is_file():
         file = resolved(path)
         if file in reading:
-            raise MimaError(f"{reading[-1]} names {file}, which is being read: a list in a circle")
+            raise MimaError(
+                f"{reading[-1]} names {file}, which is being read: a list in a circle; take that "
+                "name out of it"
+            )
         return _makers_in(_parse(path), path.parent, group, str(path), (*reading, file))
     name = str(source)
     embedded = _embedded_folder(name)
