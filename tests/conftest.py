@@ -60,7 +60,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 LONG = (
     "tests/ops/test_triton_interpreter.py",
-    "tests/test_benchmarks.py",
+    "tests/benchmarks/test_gpu_run.py",
+    "tests/benchmarks/test_roofline.py",
     "tests/test_shards.py",
     "tests/test_distributed.py",
     "tests/test_faults.py",
