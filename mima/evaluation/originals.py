@@ -14,7 +14,9 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
 
 from mima._version import installed_versions
 from mima.errors import MimaError, one_line
@@ -25,6 +27,9 @@ from mima.storage.plain_data import read_json
 CONTENT = "entry.json"
 FILES = "files"
 """In an entry's data: the names of its files."""
+
+Content = TypeVar("Content")
+"""What an entry says, such as a row or a mapping."""
 
 
 def originals_folder(path: str | Path | None) -> Path | None:
@@ -63,12 +68,13 @@ class Entry:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def read(self, files: Mapping[str, Path]) -> dict[str, Any] | None:
+    def read(self, kind: type[Content], files: Mapping[str, Path]) -> Content | None:
         """Copy the files of a complete entry to their places, and give back its data.
 
         Files that were not kept are left alone. None if there is no such entry yet.
 
         Args:
+            kind: what the data are, which pydantic checks.
             files: by name, where to copy them; pictures of a training by step, the first one first.
 
         Raises:
@@ -90,6 +96,7 @@ class Entry:
             lost = [name for name in expected if not (self._path / name).is_file()]
             if lost:
                 raise ValueError(f"{lost[0]} is missing")
+            said = TypeAdapter(kind).validate_python(content)
             for name in kept:
                 files[name].parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self._path / name, files[name])
@@ -97,7 +104,7 @@ class Entry:
             raise MimaError(
                 f"originals: {self._path} is damaged: {one_line(error)}; remove it"
             ) from error
-        return content
+        return said
 
     def write(self, content: Mapping[str, Any], files: Mapping[str, Path]) -> None:
         """Keep data and copies of files, all or nothing; an entry that exists stays."""

@@ -80,7 +80,7 @@ class _Fate:
     diverged: str | None
     """Why it diverged."""
     unrepaired: str | None = None
-    """Why the repair after it did."""
+    """Why the repair after it did; entries of before one could diverge say nothing of it."""
 
 
 Result: TypeAlias = Outcome | TrialRow | None
@@ -241,11 +241,10 @@ class Worker:
         }
         mended = bench.repaired_files(attack, side) if bench.repairs else []
         files |= {f"repaired-{index}.png": file for index, file in enumerate(mended)}
-        known = entry.read(files) if entry is not None else None
+        known = entry.read(_Fate, files) if entry is not None else None
         if known is not None:
             self.advance(bench.work(attack) // len(bench.models))
-            # entries of before a repair could diverge say nothing of it
-            return _Fate(known["diverged"], known.get("unrepaired"))
+            return known
         concept, _ = bench.material(attack)
         drawn = self._train(attack, concept, side, adaptation, bench.jobs(attack))
         # what a preparation breaks is the attacker's to bear, and step 0 is before it
@@ -352,11 +351,11 @@ class Worker:
     def _try(self, trial: Trial) -> TrialRow:
         """Train as a trial says, and see how like those held back its pictures become."""
         entry = self.kept_of(trial, trial.adaptation) if trial.side == "original" else None
-        known = entry.read({}) if entry is not None else None
+        known = entry.read(TrialRow, {}) if entry is not None else None
         if known is not None:
             self.advance(self.bench.work(trial))
             own = {"attack": trial.attack.key, "trial": trial.number}
-            return TrialRow.model_validate(known | own)
+            return known.model_copy(update=own)
         row = self._tried(trial)
         if entry is not None:
             entry.write(row.model_dump(mode="json"), {})

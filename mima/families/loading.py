@@ -116,6 +116,11 @@ class ModelSource:
     default diffusers fetches the published one from the hub. A file of SD3 or Flux is read for its
     transformer, and needs one for the other parts."""
 
+    def __post_init__(self) -> None:
+        # a path is no name
+        if isinstance(self.model, Path) and str(self.model) == "embedded":
+            object.__setattr__(self, "model", "./embedded")
+
     @property
     def label(self) -> str:
         """The model with its options, for people."""

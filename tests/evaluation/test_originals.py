@@ -102,13 +102,13 @@ def test_the_original_is_attacked_once_for_all(folders, tmp_path, trained):
 @pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000, "\xff"])
 def test_a_damaged_entry_is_named(tmp_path, content):
     entry = Originals(tmp_path, "model", "cpu").entry("an attack")
-    assert entry.read({}) is None
+    assert entry.read(dict, {}) is None
     entry.write({"losses": [1.0]}, {})
-    assert entry.read({}) == {"losses": [1.0]}
+    assert entry.read(dict, {}) == {"losses": [1.0]}
     (file,) = tmp_path.glob("*/entry.json")
     file.write_text(content, encoding="latin-1")
     with pytest.raises(MimaError, match=r"is damaged.*remove it"):
-        entry.read({})
+        entry.read(dict, {})
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["new", "older"])
@@ -128,12 +128,12 @@ def test_an_entry_that_lost_a_picture_is_refused(tmp_path, older, diverged):
         if older:
             content.write_text(json.dumps({"diverged": diverged}))
         if lost is None:
-            assert entry.read(wanted) == {"diverged": diverged}
+            assert entry.read(dict, wanted) == {"diverged": diverged}
             assert sorted(file.name for file in (tmp_path / "out").iterdir()) == kept
         else:
             (content.parent / lost).unlink()
             with pytest.raises(MimaError, match=rf"is damaged: {lost} is missing; remove it"):
-                entry.read(wanted)
+                entry.read(dict, wanted)
         shutil.rmtree(content.parent)
 
 
@@ -144,7 +144,17 @@ def test_an_entry_that_does_not_say_what_it_holds_is_damaged(tmp_path, names):
     (file,) = tmp_path.glob("*/entry.json")
     file.write_text(json.dumps({"files": names}))
     with pytest.raises(MimaError, match="is damaged: its files are no names"):
-        entry.read({})
+        entry.read(dict, {})
+
+
+@pytest.mark.parametrize("content", [{}, {"diverged": 3}])
+def test_an_entry_that_does_not_say_what_is_asked_is_damaged(folders, tmp_path, content):
+    shared = tmp_path / "originals"
+    run(folders, "one", tmp_path / "first", shared)
+    for entry in shared.glob("*/entry.json"):
+        entry.write_text(json.dumps(content | {"files": []}))
+    with pytest.raises(MimaError, match=r"is damaged: \d+ validation error.*; remove it"):
+        run(folders, "two", tmp_path / "second", shared)
 
 
 def ahead(folders, originals, settings):

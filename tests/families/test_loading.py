@@ -432,6 +432,16 @@ def test_what_is_neither_here_nor_on_the_hub_is_named(model, tmp_path, monkeypat
         load_pipeline(model)
 
 
+@pytest.mark.parametrize("model", ["./embedded", Path("embedded"), Path("./embedded")], ids=repr)
+def test_a_path_is_no_name(model, folder, tmp_path, monkeypatch):
+    folder.rename(tmp_path / "embedded")
+    monkeypatch.chdir(tmp_path)
+    channels = load_pipeline(tmp_path / "embedded").unet.config.block_out_channels
+    assert channels != load_pipeline("embedded").unet.config.block_out_channels
+    assert load_pipeline(model).unet.config.block_out_channels == channels
+    assert open_skeleton(ModelSource(model)).unet.config.block_out_channels == channels
+
+
 def test_the_hub_that_cannot_be_reached_is_one_clear_error():
     with pytest.raises(MimaError, match="the hub cannot be reached") as raised:
         load_pipeline("owner/absent", revision="v9")
