@@ -1,5 +1,8 @@
+"""Attacks on one model and what it draws on the way, and two of them compared."""
+
 import copy
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
@@ -7,13 +10,17 @@ import torch
 from PIL import Image
 from support import tiny
 
-from mima.adaptation import LoRA
+from mima.adaptation import DreamBooth, LoRA
+from mima.adapters.adapter import Adapter
+from mima.adapters.merge import apply
 from mima.concepts.pictures import Picture
 from mima.errors import MimaError
 from mima.evaluation import Sampler, attack, compare
-from mima.evaluation.trajectory import score
+from mima.evaluation.trajectory import score, trajectory
+from mima.sampling import Job
 
 SAMPLER = Sampler(steps=3, batch_size=3)
+COMMON = Sampler(steps=3, batch_size=5, guidance=3.0)
 FAST = LoRA(learning_rate=1e-2, batch_size=4)
 
 
@@ -187,3 +194,71 @@ def test_a_model_that_is_not_finite_is_not_measured(pipeline):
             broken, tiny.concept(), FAST, encoder=MeanColour(), steps=(0,), seeds=(0,),
             sampler=SAMPLER,
         )  # fmt: skip
+
+
+def test_one_batch_of_many_adapters_draws_what_each_adapter_draws(pipeline):
+    run_ = LoRA(learning_rate=1e-2, rank=3, alpha=6.0).start(pipeline, tiny.concept())
+    adapters, expected = [], []
+    for _ in run_.until(2, 6):
+        adapters.append(Adapter.of(run_.pipeline).copied())
+        expected.append(COMMON(run_.pipeline, ["a cat"], (0, 1))[0])
+    expected.append(COMMON(pipeline, ["a cat"], (0, 1))[0])
+    jobs = [Job("a cat", seed, adapter) for seed in (0, 1) for adapter in (1, -1, 0)]
+    drawn = list(COMMON.draw(pipeline, jobs, adapters))
+    for job, image in zip(jobs, drawn, strict=True):
+        # rounding to 8 bits may fall either way
+        assert difference(image, expected[job.adapter][job.seed]) <= 1
+    assert difference(drawn[0], drawn[1]) > 1
+    assert difference(drawn[0], drawn[2]) > 1
+    with pytest.raises(ValueError, match="names none of 2 adapters"):
+        list(COMMON.draw(pipeline, [Job("a cat", 0, 2)], adapters))
+
+
+def test_merged_adds_the_mean_update(pipeline):
+    adapters = []
+    for seed in (0, 1):
+        run_ = LoRA(learning_rate=1e-2, seed=seed).start(pipeline, tiny.concept())
+        run_.advance(2)
+        adapters.append(Adapter.of(run_.pipeline))
+    before = pipeline.unet.state_dict()
+    after = apply(pipeline, adapters).unet.state_dict()
+    for name, value in before.items():
+        expected = value
+        if adapters[0].changes(f"unet.{name}"):
+            factors = [adapter.factors[f"unet.{name}"] for adapter in adapters]
+            expected = value + sum(f.scale * f.B @ f.A for f in factors) / 2
+        torch.testing.assert_close(after[name], expected)
+
+
+def test_trajectory_is_the_same_with_and_without_common_batches(pipeline, monkeypatch):
+    jobs = [Job("a cat", seed) for seed in (0, 1)]
+    arguments = (pipeline, tiny.concept(), LoRA(learning_rate=1e-2), (0, 2, 5), jobs, COMMON)
+    seen = []
+    mixed = trajectory(*arguments, on_picture=lambda step, i, _: seen.append((step, i)))
+    module = sys.modules["mima.evaluation.trajectory"]
+    monkeypatch.setattr(module, "can_share_batches", lambda _: False)
+    plain = trajectory(*arguments)
+    assert seen == [(step, i) for step in (0, 2, 5) for i in (0, 1)]
+    assert mixed.steps == plain.steps == (0, 2, 5)
+    assert mixed.losses == plain.losses
+    for row, expected in zip(mixed.images, plain.images, strict=True):
+        assert all(difference(a, b) <= 1 for a, b in zip(row, expected, strict=True))
+
+
+def test_a_divergence_ends_the_trajectory_where_it_happens(pipeline):
+    broken = LoRA(learning_rate=1e30, max_grad_norm=None)
+    drawn = trajectory(pipeline, tiny.concept(), broken, (0, 50), [Job("a cat", 0)], COMMON)
+    assert drawn.steps == (0,)
+    assert len(drawn.images) == 1
+    assert "the loss is" in str(drawn.diverged)
+
+
+@pytest.mark.parametrize("method", [LoRA, DreamBooth])
+def test_a_last_step_that_breaks_every_number_is_a_divergence(pipeline, method):
+    # the last step's loss was that of the weights before it; the pictures after it are black
+    broken = method(learning_rate=1e30, max_grad_norm=None)
+    drawn = trajectory(pipeline, tiny.concept(), broken, (0, 1), [Job("a cat", 0)], COMMON)
+    assert "after step 1 pictures are not finite numbers" in str(drawn.diverged)
+    whole = trajectory(pipeline, tiny.concept(), method(), (0, 1), [Job("a cat", 0)], COMMON)
+    assert whole.diverged is None
+    assert whole.images[0] == drawn.images[0]
