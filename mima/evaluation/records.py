@@ -290,6 +290,7 @@ class AttackRow(CsvRow):
     role: Role
     method: str
     lr: float
+    """As configured; where trials chose others, `tuned_original` and `tuned_immunized` say which."""
     lr_factor: float
     steps: int = Field(ge=0, le=MOST)
     prompt_variant: PromptVariant
@@ -357,6 +358,14 @@ class AttackRow(CsvRow):
     where those diverged."""
     repaired_immunized: float | None = None
     """The same of the immunized model."""
+
+    @property
+    def setting(self) -> tuple[object, ...]:
+        """Everything that says what the attack is, beside concept and seed."""
+        return (
+            *(self.method, self.lr_factor, self.steps),
+            *(self.prompt_variant, self.images, self.preparation),
+        )
 
     @property
     def taught_either(self) -> bool:

@@ -45,10 +45,11 @@ def summarize(
 ) -> SimilaritySummary:
     """The headline numbers by one similarity model.
 
-    Every number of a concept is first a mean over its attacks with one seed, then over its seeds;
-    that of the targets the mean of the target concepts' (MSGR is that of SGR). Intervals are over
-    seeds, see `over_seeds`. Rises and ratios are means over the attacks that have them: one that
-    taught neither model has none.
+    Every number of a concept is first a mean over the seeds of one setting of an attack, then over
+    the settings; that of the targets the mean of the target concepts' (MSGR is that of SGR).
+    Intervals are over seeds, see `over_seeds`. Rises and ratios are means over the attacks that
+    have them: one that taught neither model has none. For MRSGR, targets count in the settings in
+    which other concepts were attacked.
 
     Of the other concepts, attacks count in which the original model's pictures have a similarity
     of at least `TOLD` at every step, whether the attack taught that or the model drew the concept
@@ -79,10 +80,13 @@ def summarize(
     }
     means = {name: gap.mean for name, gap in gaps.items() if gap.mean is not None}
     target_means = {name: means[name] for name in targets if name in means}
-    other_means = [mean for name, mean in means.items() if name not in targets]
-    msgr = gap_of([by_concept[name] for name in targets]).mean
-    worst = min(target_means, key=lambda name: target_means[name], default=None)
+    others = [name for name in means if name not in targets]
     own = [by_concept[name] for name in targets]
+    counted = [row for name in others for row in by_concept[name] if row.attack not in untold]
+    settings = {row.setting for row in counted}
+    alike = [[row for row in rows if row.setting in settings] for rows in own]
+    plain = over_seeds(alike, "sgr_mean").mean
+    worst = min(target_means, key=lambda name: target_means[name], default=None)
     on_targets = [row for rows in own for row in rows]
     return SimilaritySummary(
         tally=tally(row for row in rows if row.similarity == similarity and row.role == "target"),
@@ -92,7 +96,7 @@ def summarize(
         worst_concept=WorstConcept(
             sgr=None if worst is None else target_means[worst], concept=worst
         ),
-        mrsgr=None if msgr is None or not other_means else mrsgr([msgr], other_means),
+        mrsgr=None if plain is None else mrsgr([plain], [means[name] for name in others]),
         others=sum(row.concept not in targets for row in mine),
         untold=sum(row.concept not in targets and row.attack in untold for row in mine),
         objects=ScorePair(
@@ -163,18 +167,19 @@ def gap_of(groups: Sequence[Sequence[AttackRow]]) -> Gap:
 def over_seeds(groups: Iterable[Sequence[AttackRow]], name: str) -> Interval:
     """Mean of one field of the rows, which come by concept, and its interval over seeds.
 
-    The mean of the concepts' means, each over all of its seeds. Concepts without any value are left
-    out. There is an interval only where the others have values with the same seeds: it is over the
-    means over concepts at each of them.
+    The mean of the concepts' means, each of its settings' means over their seeds: a setting that
+    lost a seed, to a divergence perhaps, counts as much as one that has all. Concepts and settings
+    without any value are left out. There is an interval only where the others have values with the
+    same seeds: it is over the means over concepts at each of them.
     """
-    by_seed = [found for rows in groups if (found := _by_seed(rows, name))]
-    if not by_seed:
+    concepts = [found for rows in groups if (found := _by_setting(rows, name))]
+    if not concepts:
         return Interval()
-    mean = _mean([_mean([*one.values()]) for one in by_seed])
-    seeds = sorted(by_seed[0])
-    if any(sorted(one) != seeds for one in by_seed):
+    mean = _mean([_mean([_mean([*one.values()]) for one in found]) for found in concepts])
+    seeds = concepts[0][0].keys()
+    if any(one.keys() != seeds for found in concepts for one in found):
         return Interval(mean=mean)
-    values = [_mean([one[seed] for one in by_seed]) for seed in seeds]
+    values = [_mean([_mean([one[seed] for one in found]) for found in concepts]) for seed in seeds]
     low, high, kind = run_interval(values)
     return Interval(mean=mean, low=low, high=high, runs=len(values), kind=kind)
 
@@ -236,14 +241,14 @@ def _concept_gap(rows: Sequence[AttackRow], untold: Collection[str]) -> ConceptG
     )
 
 
-def _by_seed(rows: Sequence[AttackRow], name: str) -> dict[int, float]:
-    """Mean of a field over the attacks with each seed that have it."""
-    groups: dict[int, list[float]] = {}
+def _by_setting(rows: Sequence[AttackRow], name: str) -> list[dict[int, float]]:
+    """For each setting of an attack that has any, the values of a field by seed."""
+    found: dict[tuple[object, ...], dict[int, float]] = {}
     for row in rows:
         value = getattr(row, name)
         if value is not None:
-            groups.setdefault(row.seed, []).append(value)
-    return {seed: _mean(values) for seed, values in groups.items()}
+            found.setdefault(row.setting, {})[row.seed] = value
+    return list(found.values())
 
 
 def _worst_attack(rows: Sequence[AttackRow]) -> WorstAttack:

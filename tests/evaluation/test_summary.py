@@ -7,13 +7,14 @@ from mima.evaluation.summary import paired_difference, summarize
 
 
 def row(concept, seed, mean, *, role="target", learned=True, similarity="clip", name="", **more):
+    """An attack; one with a name is at three times the rate."""
     measured = dict.fromkeys(
         ("sgr_before", "before_original", "before_immunized", "rise_left", "rise_left_best",
          "half_original", "half_immunized", "steps_ratio")
     ) | {"steps_ratio_at_least": False, "learned_immunized": False} | more  # fmt: skip
     return AttackRow(
         attack=f"{concept}{seed}{name}", concept=concept, role=role, method="lora", lr=1,
-        lr_factor=1, steps=1, prompt_variant="name", images="same", preparation="none", seed=seed,
+        lr_factor=3 if name else 1, steps=1, prompt_variant="name", images="same", preparation="none", seed=seed,
         similarity=similarity, sgr_mean=mean, sgr_final=mean and mean - 0.1,
         sgr_max=mean and mean + 0.1, nearest_original=None, nearest_immunized=None, seconds=1,
         learned=learned, **measured,
@@ -28,31 +29,47 @@ CONCEPTS = [
 
 def test_summary_of_rows():
     rows = [
-        row("a", 0, 0.2), row("a", 0, 0.4, name="x"), row("a", 1, 0.6), row("b", 0, 0.1),
+        row("a", 0, 0.2), row("a", 0, 0.4, name="x"), row("a", 1, 0.6),
+        row("a", 1, 0.8, name="x"), row("b", 0, 0.1),
         row("b", 1, 0.3), row("b", 1, -0.5, learned=False, name="failed"),
         row("c", 0, 0.05, role="other"), row("a", 0, 0.9, similarity="dino"),
         row("b", 0, None, name="diverged"),
     ]  # fmt: skip
     summary = summarize(rows, CONCEPTS, "clip")
     a, b = summary.sgr["a"], summary.sgr["b"]
-    # of the seeds' means 0.3 and 0.6
-    assert (a.mean, a.final, a.max) == pytest.approx((0.45, 0.35, 0.55))
-    assert (a.low, a.high, a.runs, a.kind) == (pytest.approx(0.3), pytest.approx(0.6), 2, "range")
-    assert b.mean == pytest.approx(0)
+    # of the seeds' means 0.3 and 0.7
+    assert (a.mean, a.final, a.max) == pytest.approx((0.5, 0.4, 0.6))
+    assert (a.low, a.high, a.runs, a.kind) == (pytest.approx(0.3), pytest.approx(0.7), 2, "range")
+    # of the settings' means 0.2 and −0.5, of which one lacks a seed
+    assert b.mean == pytest.approx(-0.15)
+    assert b.low is None
     assert a.methods["lora"].mean == a.mean
     assert summary.sgr["d"].mean is None
-    # of the seeds' means over concepts, (0.3 + 0.1) / 2 and (0.6 − 0.1) / 2
-    assert summary.msgr.mean == pytest.approx(0.225)
-    assert (summary.msgr.low, summary.msgr.high) == pytest.approx((0.2, 0.25))
+    assert summary.msgr.mean == pytest.approx(0.175)
+    # of the seeds' means over concepts, (0.3 + 0.1) / 2 and (0.7 + 0.3) / 2
+    whole = summarize([r for r in rows if r.attack != "b1failed"], CONCEPTS, "clip")
+    assert (whole.msgr.low, whole.msgr.high) == pytest.approx((0.2, 0.5))
     # the attack with −0.5 taught neither model anything
     assert (summary.worst_attack.attack, summary.worst_attack.sgr) == ("b0", 0.1)
     assert summary.worst_concept.concept == "b"
-    assert summary.mrsgr == pytest.approx(summary.msgr.mean - 0.05)
+    # the targets' at the rate that the other concept was attacked with, (0.4 + 0.2) / 2
+    assert summary.mrsgr == pytest.approx(0.3 - 0.05)
     empty = summarize([], CONCEPTS, "clip")
     assert empty.msgr.mean is empty.worst_attack.attack is empty.worst_concept.sgr is None
     assert empty.worst_rise.attack is empty.targets.rise_left.mean is None
     unlearned = [r.model_copy(update={"learned": False}) for r in rows]
     assert summarize(unlearned, CONCEPTS, "clip").worst_attack.sgr == -0.5
+
+
+def test_a_setting_that_lost_seeds_counts_as_much_as_another():
+    rows = [row("a", seed, 0.4) for seed in (0, 1, 2)]
+    rows += [row("a", seed, None if seed else 0.1, name="stronger") for seed in (0, 1, 2)]
+    rows += [row("c", seed, 0.4, role="other") for seed in (0, 1, 2)]
+    summary = summarize(rows, CONCEPTS, "clip")
+    assert summary.msgr.mean == pytest.approx(0.25)
+    assert (summary.msgr.low, summary.msgr.high) == (None, None)
+    # no other concept was attacked at that rate
+    assert summary.mrsgr == pytest.approx(0)
 
 
 def test_an_attack_that_succeeds_on_the_immunized_model_alone_is_the_worst():
