@@ -267,6 +267,11 @@ class Evaluation(_Record):
         trials = tune.get("trials") if isinstance(tune, dict) else None
         return trials if isinstance(trials, int) else None
 
+    @property
+    def tuned(self) -> bool | None:
+        """Whether attacks tried anything but their own settings; None where the record lacks that."""
+        return None if self.trials is None else self.trials > 1
+
 
 class CsvRow(_Record):
     """A row of a CSV file, where None is an empty field."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,16 +36,16 @@ class Tuning(Settings):
 
     trials: int = Field(0, ge=0)
     """Trial runs of each attack on each model; its seeds share them. 0 tries nothing. The first
-    trial is the attack as it is configured."""
+    trial is the attack as it is configured, and 1 tries nothing else; see `choices`."""
     lr_factors: tuple[float, ...] = Field((0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), min_length=1)
     """Learning rates, as multiples of the attack's."""
     schedules: tuple[Schedule, ...] = Field(("constant", "cosine"), min_length=1)
-    """Schedules of the rate, unless the attack has one of its own."""
+    """Schedules of the rate that the freely drawn trials have, unless the attack has its own."""
     batch_factors: tuple[float, ...] = Field((0.5, 1.0, 2.0), min_length=1)
-    """Batch sizes, as multiples of the attack's."""
+    """Batch sizes of these trials, as multiples of the attack's."""
     optimizers: tuple[Optimizer, ...] = Field(("adamw", "sgd", "muon"), min_length=1)
-    """Optimisers, unless the attack has one of its own; the rate of SGD is a hundred times as
-    high."""
+    """Optimisers of these trials, unless the attack has one of its own; the rate of SGD is a hundred
+    times as high."""
     by: Literal["similarity", "loss"] = "similarity"
     """What a trial is judged by: ``similarity`` of its last pictures to every fourth of the
     training pictures, which the trial holds back, by the primary similarity model, or ``loss``, the
@@ -88,13 +89,20 @@ class Choice:
 def choices(tuning: Tuning) -> list[Choice]:
     """What is tried, the same for every attack and model.
 
-    The first is the attack as it is. The others draw their rates from all factors in turn, so that
-    none comes twice before each came once; schedule, batch and optimiser are drawn freely.
+    The first is the attack as it is. From there every other one changes its rate alone, to the
+    nearest that was not, of two as near the higher. The rest draw their rates from all factors in
+    turn, so that none comes twice before each came once, and schedule, batch and optimiser freely;
+    they alone go on once every rate was tried.
     """
     draws = random.Random("tuning")
+    other = [factor for factor in tuning.lr_factors if factor != 1]
+    nearest = sorted(set(other), key=lambda factor: (round(abs(math.log(factor)), 6), -factor))
     found = [Choice()]
     rates: list[float] = []
     while len(found) < tuning.trials:
+        if nearest and len(found) % 2:
+            found.append(Choice(lr_factor=nearest.pop(0)))
+            continue
         if not rates:
             rates = draws.sample(tuning.lr_factors, len(tuning.lr_factors))
         found.append(

@@ -433,18 +433,25 @@ class Report:
         return [one for one in found if one.objects[0] is not None or one.repaired[0] is not None]
 
     def tuned(self) -> list[tuple[Run, Setting, str, str]]:
-        """What trials chose for each setting of an attack on either model; its seeds share it."""
+        """What trials chose for each setting of an attack on either model.
+
+        Its seeds share it, but for one whose training diverged with it.
+        """
+
+        def told(words: Iterable[str | None]) -> str:
+            return "; ".join(dict.fromkeys(each or "as configured" for each in words))
+
         return [
             (
                 run,
                 chosen,
-                row.tuned_original or "as configured",
-                row.tuned_immunized or "as configured",
+                told(row.tuned_original for row in rows),
+                told(row.tuned_immunized for row in rows),
             )
             for run in self.runs
             for chosen in self.settings
-            for row in run.by_setting.get((chosen, run.evaluation.similarities[0]), [])[:1]
-            if row.tuned_original or row.tuned_immunized
+            if (rows := run.by_setting.get((chosen, run.evaluation.similarities[0]), []))
+            if any(row.tuned_original or row.tuned_immunized for row in rows)
         ]
 
     def settings_table(self) -> list[tuple[str, list[tuple[str, list[str], bool]]]]:

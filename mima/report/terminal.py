@@ -135,7 +135,7 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
                 f"{number(known.others)}, noise {number(known.noise)}, grey {number(known.grey)}"
             )
     lines += [f"overlap: {sentence}" for sentence in evaluation.overlaps]
-    if evaluation.trials == 0:
+    if evaluation.tuned is False:
         lines.append(
             "attacks were not tuned: an attacker who tries other rates, schedules, batches and "
             "optimizers may get further"

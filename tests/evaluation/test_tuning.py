@@ -44,14 +44,23 @@ def row(trial, **changes):
     return TrialRow(**(plain | changes))
 
 
-def test_choices_begin_with_the_attack_itself_and_try_every_rate_once():
-    tuning = Tuning(trials=8)
+def test_choices_begin_with_the_attack_itself_and_try_every_rate_alone_from_the_nearest():
+    tuning = Tuning(trials=30)
     found = choices(tuning)
     assert found == choices(tuning)
     assert found[0] == Choice()
-    assert sorted(choice.lr_factor for choice in found[1:]) == sorted(tuning.lr_factors)
-    assert choices(Tuning(trials=3)) == found[:3]
+    # the rate alone in every other trial, until there is no other rate
+    alone = [choice.lr_factor for choice in found[1:12:2]]
+    assert alone == [3.0, 0.3, 10.0, 0.1, 30.0, 0.03]
+    assert found[1:12:2] == [Choice(lr_factor=factor) for factor in alone]
+    drawn = [*found[2:12:2], *found[12:]]
+    assert all(choice.schedule and choice.optimizer for choice in drawn)
+    for first in (0, 7, 14):
+        rates = [choice.lr_factor for choice in drawn[first : first + 7]]
+        assert sorted(rates) == sorted(tuning.lr_factors)
+    assert choices(Tuning(trials=8)) == found[:8]
     assert choices(Tuning()) == []
+    assert choices(Tuning(trials=3, lr_factors=(1.0,)))[1].schedule is not None
 
 
 def test_a_choice_changes_rate_schedule_batch_and_optimiser():

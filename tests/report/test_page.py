@@ -281,12 +281,13 @@ def test_single_seeds_and_overlaps_are_marked(small, tmp_path, folder):
     assert "One seed." not in both
     assert "One judge." not in both
     assert "tuned" not in both
-    for trials, words in ((0, "attacks as configured, not tuned"), (1, "tuned by 1 trial on each")):
+    plain = "attacks as configured, not tuned"
+    for trials, words in ((0, plain), (1, plain), (2, "tuned by 2 trials on each")):
         grid = {"grid": {"tune": {"trials": trials}}}
         run = write_evaluation(tmp_path / f"tuned{trials}", **SMALL, config=grid)
         text = Page(write_report([run])).text
         assert words in text
-        assert ("Not tuned. The attacks of run ran with the rate" in text) == (trials == 0)
+        assert ("Not tuned. The attacks of run ran with the rate" in text) == (trials < 2)
     idle = write_evaluation(tmp_path / "idle", **SMALL, hardly_trained=("red_lora",))
     said = "Trials. On the immunized model of run the trials of 1 attack chose settings"
     assert said in Page(write_report([idle])).text
