@@ -66,6 +66,26 @@ def disk(tmp_path):
 
 
 @pytest.fixture
+def layers(tmp_path):
+    """An overlay of a layer with an empty folder, `out`, as in a container's image."""
+    disk = tmp_path / "disk"
+    for name in ("lower/out", "upper", "work", "merged"):
+        (disk / name).mkdir(parents=True)
+    options = ",".join(f"{name}dir={disk / name}" for name in ("lower", "upper", "work"))
+    command = ["mount", "-t", "overlay", "-o", options, "none", str(disk / "merged")]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system needs root, and a disk that can be overlaid")
+    yield disk / "merged"
+    subprocess.run(["umount", "--lazy", disk / "merged"], check=True)
+
+
+def test_an_empty_folder_of_an_image_is_written_to(layers):
+    faults.write(layers, layers / "out", "")
+    assert (layers / "out" / "mima.json").is_file()
+    assert os.listdir(layers) == ["out"]
+
+
+@pytest.fixture
 def one_thread():
     """As the work sets it, which runs here in the test's own process."""
     before = torch.get_num_threads()

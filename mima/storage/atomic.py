@@ -18,7 +18,10 @@ WRITING_ERRORS = (OSError, SafetensorError)
 """What writing raises where the disk is full or read-only; safetensors has an error of its own."""
 
 _OF_THE_DISK = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+        *(errno.EIO, errno.EBUSY, errno.EXDEV),
+    }
 )
 
 
@@ -42,8 +45,9 @@ def staged(final: Path) -> Iterator[Path]:
     try:
         yield partial
         flush(partial)
-        # a folder cannot be renamed onto one that holds files
-        if final.is_dir():
+        # a folder cannot be renamed onto one that holds files; an empty one of a container's image
+        # cannot be renamed itself
+        if final.is_dir() and any(final.iterdir()):
             final.rename(replaced)
         try:
             partial.replace(final)

@@ -33,7 +33,8 @@ def check_folder(path: Path, *, overwrite: bool, resume: bool = False) -> None:
     With ``overwrite``, earlier results there may be replaced; a finished run cannot be resumed.
 
     Raises:
-        MimaError: it is a file, holds files that may not be replaced, or cannot be written.
+        MimaError: it is a file or a mount point, holds files that may not be replaced, or cannot be
+            written.
     """
     path = _checked_name(path)
     if path.exists() and not path.is_dir():
@@ -41,6 +42,8 @@ def check_folder(path: Path, *, overwrite: bool, resume: bool = False) -> None:
     # writing replaces the folder: a shell within would stand in a deleted one
     if resolved(path) in (Path.cwd(), *Path.cwd().parents):
         raise MimaError(f"output {path} is or holds the working directory; name a folder in it")
+    if resolved(path).is_mount():
+        raise MimaError(f"output {path} is a mount point; name a folder in it")
     held = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     if resume and RECORD_FILE in held and not overwrite:
         raise MimaError(

@@ -160,6 +160,13 @@ def test_results_do_not_take_the_place_of_the_working_directory(tmp_path, monkey
     check_folder(Path("out"), overwrite=False)
 
 
+def test_results_do_not_take_the_place_of_a_mount_point(tmp_path):
+    (tmp_path / "link").symlink_to("/proc")
+    for path in (Path("/proc"), tmp_path / "link"):
+        with pytest.raises(MimaError, match=rf"output {path} is a mount point; name a folder in"):
+            check_folder(path, overwrite=True)
+
+
 def test_an_output_that_is_a_link_to_a_folder_stays_one(tmp_path):
     (tmp_path / "large").mkdir()
     (tmp_path / "out").symlink_to("large")

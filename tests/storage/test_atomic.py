@@ -71,7 +71,10 @@ def test_a_block_that_raises_changes_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EFBIG])
+@pytest.mark.parametrize(
+    "code",
+    [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EBUSY, errno.EXDEV],
+)
 def test_a_disk_that_takes_no_more_is_one_line(tmp_path, code):
     with (
         pytest.raises(MimaError, match=f"output: cannot write .*out: {os.strerror(code)}$"),
