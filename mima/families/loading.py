@@ -339,7 +339,7 @@ def _open_folder(
         raise MimaError(f"model: cannot open {path}: {first_line(error)}") from error
     for name, network in networks(pipeline).items():
         if name not in given:
-            check_complete(path / name, network)
+            check_complete(path / name, network, variant)
     return pipeline
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -212,13 +213,23 @@ def stored_dtypes(
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
     """The safetensors files of a component that diffusers opens."""
-    files = sorted(folder.glob("*.safetensors"))
+    return [file for file in opened_files(folder, variant) if file.suffix == ".safetensors"]
 
-    def variant_of(file: Path) -> str | None:
-        return match[1] if (match := VARIANT.search(file.name)) else None
 
-    named = [file for file in files if variant is not None and variant_of(file) == variant]
-    return named or [file for file in files if variant_of(file) is None]
+def opened_files(folder: Path, variant: str | None) -> list[Path]:
+    """The files of a component's weights that diffusers opens: safetensors before pickles."""
+    files = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*pytorch_model*.bin"))]
+    for wanted in (variant, None):
+        for suffix in (".safetensors", ".bin"):
+            found = [f for f in files if f.suffix == suffix and variant_of(f) == wanted]
+            if found:
+                return found
+    return []
+
+
+def variant_of(file: Path) -> str | None:
+    """Such as fp16 in diffusion_pytorch_model.fp16-00001-of-00002.safetensors."""
+    return match[1] if (match := VARIANT.search(file.name)) else None
 
 
 def stored_dtype(files: Iterable[Path]) -> torch.dtype:
@@ -231,11 +242,9 @@ def stored_dtype(files: Iterable[Path]) -> torch.dtype:
     )
 
 
-def check_complete(folder: Path, module: torch.nn.Module) -> None:
+def check_complete(folder: Path, module: torch.nn.Module, variant: str | None = None) -> None:
     """Refuse files that lack weights: the loaders only warn, and draw random ones."""
-    stored = {key for file in folder.glob("*.safetensors") for key in safetensors_keys(file)}
-    if not stored:
-        return
+    stored = {key for file in opened_files(folder, variant) for key in _keys(file)}
     # transformers 4 and 5 differ by a prefix, older files have other names for a VAE's attention
     tails = {key[i + 1 :] for key in stored for i, letter in enumerate(key) if letter == "."}
     for new, old in OLD_NAMES.items():
@@ -326,8 +335,7 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
     weights += sorted(folder.glob("*.bin"))
     if not weights:
         raise MimaError(f"model: {folder} holds no weights (.safetensors or .bin) of the {kind}")
-    # such as fp16 in diffusion_pytorch_model.fp16-00001-of-00002.safetensors
-    variants = {match[1] if (match := VARIANT.search(file.name)) else None for file in weights}
+    variants = {variant_of(file) for file in weights}
     if not variants & {None, variant}:
         found = " or ".join(sorted(str(name) for name in variants))
         raise MimaError(
@@ -355,6 +363,16 @@ def check_filled(path: Path, name: str, module: torch.nn.Module) -> None:
             f"model: {path} is incomplete: {len(missing)} tensors of the {name} are missing, such "
             f"as {missing[0]}"
         )
+
+
+def _keys(path: Path) -> Iterable[str]:
+    """Names of the tensors in a file of weights that the loaders could open."""
+    if path.suffix == ".safetensors":
+        return safetensors_keys(path)
+    # files of older versions of torch are no archives, and cannot be mapped
+    mmap = zipfile.is_zipfile(path)
+    state: dict[str, Any] = torch.load(path, "meta", weights_only=True, mmap=mmap)
+    return state
 
 
 def safetensors_keys(path: Path) -> list[str]:

@@ -376,6 +376,35 @@ def test_a_missing_tensor_of_an_optional_encoder_is_named(tmp_path):
         load_pipeline(folder)
 
 
+Q = "layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(("part", "tensor"), [("text_encoder", Q), ("unet", "conv_in.weight")])
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_whole_file_of_another_precision_completes_nothing(folder, part, tensor, variant):
+    getattr(load_pipeline(folder), part).save_pretrained(folder / part, variant="fp16")
+    kinds = {"fp16" in file.name: file for file in (folder / part).glob("*.safetensors")}
+    _drop_tensor(str(kinds[variant == "fp16"].relative_to(folder)), tensor)(folder)
+    with pytest.raises(MimaError, match=f"{part} are incomplete: 1 tensors .*{tensor}"):
+        load_pipeline(folder, variant=variant)
+    load_pipeline(folder, variant=None if variant else "fp16")
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_pickles_hold_all_weights_or_are_refused(folder, archive):
+    file = folder / "text_encoder/model.safetensors"
+    tensors, pickled = load_file(file), file.with_name("pytorch_model.bin")
+    file.unlink()
+    # what a training script leaves beside it is none of the model's
+    torch.save({"state": [1]}, file.with_name("optimizer.bin"))
+    torch.save(tensors, pickled, _use_new_zipfile_serialization=archive)
+    load_pipeline(folder)
+    del tensors[next(name for name in tensors if name.endswith(Q))]
+    torch.save(tensors, pickled, _use_new_zipfile_serialization=archive)
+    with pytest.raises(MimaError, match=f"text_encoder are incomplete: 1 tensors .*{Q}"):
+        load_pipeline(folder)
+
+
 def test_a_text_encoder_without_the_prefix_is_read_or_refused(folder):
     """transformers 5 writes it so and reads it; version 4 would draw all weights at random."""
     file = folder / "text_encoder/model.safetensors"
