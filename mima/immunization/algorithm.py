@@ -297,6 +297,8 @@ def _immunized(
 
             ranks.together(claimed)
 
+        # the files may change while the run lasts, or go
+        seen = saw(concepts, config, benign)
         vocabulary = text_parts(pipeline)
         if config.new_words:
             pipeline = with_new_words(pipeline, concepts, config)
@@ -349,7 +351,7 @@ def _immunized(
             opened_with=source.options if source else {},
             changed=list(dict.fromkeys((*changed, *(f"{part}.{name}" for name in names)))),
             erased=None if erased is None else str(erased),
-            saw=saw(concepts, config, benign),
+            saw=seen,
         )
         if output is not None:
             write = partial(write_result, result, output, folder, overwrite=overwrite, delta=delta)

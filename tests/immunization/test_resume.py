@@ -17,6 +17,7 @@ from support.faults import small_files
 from support.immunizing import assert_same, concepts, problem_of, settings, weights
 
 from mima.bilevel.outer import UpperLevel
+from mima.concepts.pictures import digest
 from mima.errors import MimaError
 from mima.families import load_pipeline
 from mima.immunization.algorithm import immunize
@@ -206,6 +207,21 @@ def test_large_encodings_are_mapped(model, tmp_path, monkeypatch):
     monkeypatch.setattr("mima.immunization.encoding.LARGE", 0)
     assert_same(unet(immunized(model, config)), unet(small))
     assert_same(unet(immunized(model, config, checkpoint=tmp_path / "c")), unet(small))
+
+
+def test_pictures_may_change_or_go_once_a_run_has_read_them(model, tmp_path):
+    files = [tmp_path / f"{n}.png" for n in range(3)]
+    for n, file in enumerate(files):
+        tiny.picture("red", "round", seed=n).save(file)
+    concept = replace(concepts(1)[0], images=files)
+    before = list(map(digest, concept.images))
+
+    def change(report):
+        tiny.picture("green", "square").save(files[1])
+        files[2].unlink()
+
+    result = immunize(model, [concept], settings(tmp_path, steps=1), callbacks=[change])
+    assert result.saw["lower"]["pictures"] == before
 
 
 def break_losses(monkeypatch, factor):
