@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -62,9 +63,29 @@ class Bench:
         """The concepts of one role, by their slugs."""
         return {slug: c for slug, c in self.concepts.items() if self.roles[slug] == role}
 
+    @cached_property
+    def written(self) -> dict[str, Concept]:
+        """The concepts with the files that `write_references` wrote: what attacks train on.
+
+        Those that they came from may change while attacks run, between one model and the other.
+        """
+
+        def own(pictures: Sequence[Picture], folder: Path) -> tuple[Picture, ...]:
+            files = _numbered(folder, len(pictures))
+            return tuple(Picture(f, p.prompt) for f, p in zip(files, pictures, strict=True))
+
+        return {
+            slug: replace(
+                concept,
+                images=own(concept.images, self.training_folder(slug)),
+                held_out=own(concept.held_out, self.folder.reference_folder(slug)),
+            )
+            for slug, concept in self.concepts.items()
+        }
+
     def material(self, attack: Attack) -> tuple[Concept, dict[str, list[Picture]]]:
         """What an attack trains on, and its references by prompt, as the files written of them."""
-        concept = self.concepts[attack.slug]
+        concept = self.written[attack.slug]
         others = self.ordinary(attack.slug) if attack.images == "mixed" else ()
         described, references = material(
             attack, concept, rare_token=self.config.rare_token, others=others
@@ -80,7 +101,7 @@ class Bench:
         """Pictures of the concepts that must stay learnable, without those of one of them."""
         return tuple(
             picture
-            for other, concept in self.concepts.items()
+            for other, concept in self.written.items()
             if self.roles[other] == "other" and other != slug
             for picture in concept.images
         )

@@ -32,6 +32,7 @@ from mima.evaluation.grid import (
     grid_config,
 )
 from mima.evaluation.identity import (
+    configurations_of,
     encoders_of,
     pictures_of,
     scheduler_of,
@@ -39,6 +40,7 @@ from mima.evaluation.identity import (
     texts_of,
 )
 from mima.evaluation.ledger import (
+    CONFIGURATIONS,
     ENCODERS,
     PICTURES,
     PROMPTS,
@@ -75,6 +77,13 @@ from mima.storage.output import slug
 from mima.training.captions import ordinary_captions, warn_of_emoji
 
 logger = logging.getLogger(__name__)
+
+HASHES: dict[str, Callable[[Pipeline], Any]] = {
+    ENCODERS: encoders_of,
+    SCHEDULERS: scheduler_of,
+    CONFIGURATIONS: configurations_of,
+}
+"""What a record keeps of both models, so that others in their places are recognised."""
 
 NO_ATTACK = (
     "evaluate: no attack on a target is left for lack of material; give concepts that have what "
@@ -251,6 +260,9 @@ def evaluate(
             "weights": worker.fingerprints(),
             ENCODERS: {side: encoders_of(one) for side, one in worker.pipelines.items()},
             SCHEDULERS: {side: scheduler_of(one) for side, one in worker.pipelines.items()},
+            CONFIGURATIONS: {
+                side: configurations_of(one) for side, one in worker.pipelines.items()
+            },
             PICTURES: {slug: pictures_of(concept) for slug, concept in by_slug.items()},
             TEXTS: {slug: texts_of(concept) for slug, concept in by_slug.items()},
             PROMPTS: short_hash(prompts),

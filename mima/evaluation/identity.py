@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from mima.concepts import Concept
 from mima.concepts.pictures import Picture, digest
 from mima.families import family_of
-from mima.families.pipelines import Pipeline, names_for_all, networks, scheduler_settings
+from mima.families.pipelines import (
+    Pipeline,
+    names_for_all,
+    networks,
+    readers,
+    scheduler_settings,
+)
 from mima.storage.tensor_files import fingerprint
 
 
@@ -38,14 +45,15 @@ def short_hash(value: object) -> str:
 
 
 def weights_of(pipeline: Pipeline) -> str:
-    """A hash of all weights of a pipeline, and of its noise schedule."""
+    """A hash of all weights of a pipeline, of its noise schedule and of its configurations."""
     parts = [
         f"{name} {fingerprint(dict(module.state_dict()))}"
         for name, module in sorted(pipeline.components.items())
         if isinstance(module, torch.nn.Module)
     ]
     scheduler = pipeline.scheduler
-    return " ".join([*parts, type(scheduler).__name__, str(sorted(scheduler.config.items()))])
+    noise = [type(scheduler).__name__, str(sorted(scheduler.config.items()))]
+    return " ".join([*parts, *noise, str(sorted(configurations_of(pipeline).items()))])
 
 
 def encoders_of(pipeline: Pipeline) -> dict[str, str]:
@@ -56,6 +64,31 @@ def encoders_of(pipeline: Pipeline) -> dict[str, str]:
         for name in family.parts
         if name in parts and name != family.denoiser_name
     }
+
+
+def configurations_of(pipeline: Pipeline) -> dict[str, str]:
+    """A hash of what the weights of each part do not say: its settings; of tokenizers, their words.
+
+    They hold for one version of diffusers and transformers, as `scheduler_of` does.
+    """
+    family, parts = family_of(pipeline), networks(pipeline)
+    settings = {name: _settings(parts[name]) for name in family.parts if name in parts}
+    words = {
+        f"tokenizer{reader.number}": sorted(reader.tokenizer.get_vocab().items())
+        for reader in readers(pipeline)
+    }
+    return {name: short_hash(value) for name, value in {**settings, **words}.items()}
+
+
+NOT_OF_THE_MODEL = frozenset({"transformers_version", "dtype", "torch_dtype"})
+"""Settings of a part that say how it was written or opened."""
+
+
+def _settings(part: Any) -> list[tuple[str, Any]]:
+    config = part.config
+    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    own = {k: v for k, v in plain.items() if not k.startswith("_") and k not in NOT_OF_THE_MODEL}
+    return sorted(own.items())
 
 
 def scheduler_of(pipeline: Pipeline) -> str:

@@ -28,6 +28,12 @@ ENCODERS = "encoders"
 """In a record's configuration: a hash of each model's text encoders and VAE, by side and part."""
 SCHEDULERS = "schedulers"
 """In a record's configuration: a hash of each model's noise schedule, by side."""
+CONFIGURATIONS = "configurations"
+"""In a record's configuration: a hash of each part's settings and words, by side and part."""
+
+
+READERS = ("diffusers", "transformers")
+"""Libraries that say what a model's settings are."""
 
 
 def check(folder: EvaluationFolder, *, overwrite: bool) -> None:
@@ -55,14 +61,18 @@ def refuse_other_settings(folder: EvaluationFolder, now: Evaluation) -> None:
     if not folder.exists():
         return
     then = folder.evaluation()
-    same = ("models", "protocol", "similarities", "seeds", "concepts")
+    same = ["protocol", "similarities", "seeds", "concepts"]
+    if ENCODERS not in then.config:
+        # later ones know models by their hashes, wherever these are and however paths are written
+        same.append("models")
     differing = [name for name in same if getattr(then, name) != getattr(now, name)]
-    hashes = (PICTURES, PROMPTS, TEXTS, ENCODERS, SCHEDULERS)
+    hashes = (PICTURES, PROMPTS, TEXTS, ENCODERS, SCHEDULERS, CONFIGURATIONS)
     unknown = [key for key in hashes if key not in then.config]
-    skipped = {JUDGES, *unknown}
-    if then.versions.get("diffusers") != now.versions.get("diffusers"):
-        # another version may name further settings of the same schedule
-        skipped.add(SCHEDULERS)
+    # by name, where their files are, which their hashes tell better
+    skipped = {JUDGES, "similarities", *unknown}
+    if any(then.versions.get(name) != now.versions.get(name) for name in READERS):
+        # another version may name further settings of the same schedule or part
+        skipped |= {SCHEDULERS, CONFIGURATIONS}
     differing += [
         key for key in now.config if key not in skipped and then.config.get(key) != now.config[key]
     ]

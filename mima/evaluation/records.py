@@ -269,7 +269,7 @@ class Evaluation(_Record):
 
     @property
     def tuned(self) -> bool | None:
-        """Whether attacks tried anything but their own settings; None where the record lacks that."""
+        """Whether attacks tried other settings than their own; None where the record lacks that."""
         return None if self.trials is None else self.trials > 1
 
 
@@ -295,7 +295,7 @@ class AttackRow(CsvRow):
     role: Role
     method: str
     lr: float
-    """As configured; where trials chose others, `tuned_original` and `tuned_immunized` say which."""
+    """As configured; what trials chose instead is in `tuned_original` and `tuned_immunized`."""
     lr_factor: float
     steps: int = Field(ge=0, le=MOST)
     prompt_variant: PromptVariant
@@ -365,12 +365,10 @@ class AttackRow(CsvRow):
     """The same of the immunized model."""
 
     @property
-    def setting(self) -> tuple[object, ...]:
-        """Everything that says what the attack is, beside concept and seed."""
-        return (
-            *(self.method, self.lr_factor, self.steps),
-            *(self.prompt_variant, self.images, self.preparation),
-        )
+    def setting(self) -> tuple[str, float, int, PromptVariant, Pictures, Preparation]:
+        """What says which attack it is, beside concept and seed."""
+        how = self.prompt_variant, self.images, self.preparation
+        return self.method, self.lr_factor, self.steps, *how
 
     @property
     def taught_either(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -243,7 +244,7 @@ def _concept_gap(rows: Sequence[AttackRow], untold: Collection[str]) -> ConceptG
 
 def _by_setting(rows: Sequence[AttackRow], name: str) -> list[dict[int, float]]:
     """For each setting of an attack that has any, the values of a field by seed."""
-    found: dict[tuple[object, ...], dict[int, float]] = {}
+    found: dict[tuple[Any, ...], dict[int, float]] = {}
     for row in rows:
         value = getattr(row, name)
         if value is not None:

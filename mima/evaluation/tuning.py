@@ -44,8 +44,8 @@ class Tuning(Settings):
     batch_factors: tuple[float, ...] = Field((0.5, 1.0, 2.0), min_length=1)
     """Batch sizes of these trials, as multiples of the attack's."""
     optimizers: tuple[Optimizer, ...] = Field(("adamw", "sgd", "muon"), min_length=1)
-    """Optimisers of these trials, unless the attack has one of its own; the rate of SGD is a hundred
-    times as high."""
+    """Optimisers of these trials, unless the attack has one of its own; the rate of SGD is a
+    hundred times as high."""
     by: Literal["similarity", "loss"] = "similarity"
     """What a trial is judged by: ``similarity`` of its last pictures to every fourth of the
     training pictures, which the trial holds back, by the primary similarity model, or ``loss``, the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,7 +70,19 @@ class Setting(NamedTuple):
 
 def setting(row: AttackRow) -> Setting:
     """What an attack did, without its seed."""
-    return Setting(*(getattr(row, name) for name in Setting._fields))
+    return Setting(row.concept, *row.setting)
+
+
+_PARTS = {
+    "weights": "the original model",
+    "encoders": "the original's text encoders and VAE",
+    "schedulers": "the original's noise schedule, by diffusers {diffusers}",
+    "configurations": (
+        "the original's settings, by diffusers {diffusers} and transformers {transformers}"
+    ),
+}
+"""Hashes that a record keeps of both models, what a page calls the original's, and which versions'
+they are: those of others are not to be compared."""
 
 
 class Run:
@@ -116,13 +129,22 @@ class Run:
 
     @property
     def original(self) -> str:
-        """What tells an original model from others: its weights, or its name where none are known.
+        """What tells an original model from others: its hashes, or its name where none are known.
 
         The same weights may be under two paths, and others under one path.
         """
-        weights = self.evaluation.config.get("weights")
-        known = weights.get("original") if isinstance(weights, dict) else None
-        return self.evaluation.models.original if known is None else str(known)
+        known = self._hashes()
+        return _alike(known) if known else self.evaluation.models.original
+
+    def _hashes(self) -> dict[str, str]:
+        """Hashes of the original model by what a page calls them; older records lack some."""
+        found = {words: self.evaluation.config.get(name) for name, words in _PARTS.items()}
+        versions = defaultdict(lambda: "unknown", self.evaluation.versions)
+        return {
+            words.format_map(versions): _alike(sides["original"])
+            for words, sides in found.items()
+            if isinstance(sides, dict) and "original" in sides
+        }
 
     def judge(self, similarity: str) -> str | None:
         """What tells a judge from others of its name; None where the run does not say."""
@@ -136,10 +158,8 @@ class Run:
         """
         config, grid = self.evaluation.config, self.evaluation.config.get("grid")
         grid = grid if isinstance(grid, dict) else {}
-        weights, pictures = config.get("weights"), config.get("pictures")
-        found: dict[str, str] = {"the protocol": self.evaluation.protocol}
-        if isinstance(weights, dict):
-            found["the original model"] = str(weights.get("original"))
+        pictures = config.get("pictures")
+        found: dict[str, str] = {"the protocol": self.evaluation.protocol, **self._hashes()}
         found |= {
             words: _alike(grid[name])
             for name, words in _SETTINGS_OF_ATTACKS.items()

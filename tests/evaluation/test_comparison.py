@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import multiprocessing
+import shutil
 import sys
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +20,7 @@ from support import tiny
 from mima.adaptation import TextualInversion
 from mima.concepts import Concept
 from mima.concepts.naming import without_name
+from mima.concepts.pictures import digest
 from mima.errors import MimaError
 from mima.evaluation import cmmd, evaluate, load_encoder
 from mima.evaluation.comparison import _check_alike
@@ -28,6 +30,7 @@ from mima.evaluation.identity import texts_of
 from mima.evaluation.processes import in_parallel
 from mima.evaluation.records import EvaluationFolder
 from mima.evaluation.trajectory import score
+from mima.evaluation.worker import Worker
 from mima.families import ModelSource
 from mima.families.pipelines import with_modules
 
@@ -226,6 +229,14 @@ def test_other_parts_of_a_model_in_the_same_folder_are_refused(tmp_path, caplog)
         with pytest.raises(MimaError, match="holds an evaluation with other encoders;"):
             run(folders, tmp_path / "out", **arguments)
         file.write_bytes(before)
+    for part, key in (("vae", "scaling_factor"), ("unet", "sample_size")):
+        settings = folders / "immunized" / part / "config.json"
+        before = settings.read_text()
+        told = json.loads(before)
+        settings.write_text(json.dumps(told | {key: 2 * told[key]}))
+        with pytest.raises(MimaError, match="holds an evaluation with other configurations;"):
+            run(folders, tmp_path / "out", **arguments)
+        settings.write_text(before)
     schedule = folders / "original" / "scheduler" / "scheduler_config.json"
     schedule.write_text(schedule.read_text().replace("0.012", "0.02"))
     with pytest.raises(MimaError, match="holds an evaluation with other schedulers;"):
@@ -245,6 +256,40 @@ def test_other_parts_of_a_model_in_the_same_folder_are_refused(tmp_path, caplog)
         run(folders, tmp_path / "out", **arguments)
     assert "did not keep a hash of texts, encoders, schedulers: they are taken" in caplog.text
     assert (tmp_path / "out" / "attacks.csv").read_bytes() == kept
+
+
+def test_an_evaluation_goes_on_wherever_its_models_and_judges_are_now(folders, tmp_path):
+    grid = GRID | {"seeds": (0,), "evaluations": 1, "benign_prompts": 0}
+    run(folders, tmp_path / "out", settings=grid, others=[])
+    moved = shutil.copytree(folders, tmp_path / "moved")
+    kept = (tmp_path / "out" / "attacks.csv").read_bytes()
+    run(moved, tmp_path / "out", settings=grid, others=[], similarities=[f"{moved}/clip/"])
+    assert (tmp_path / "out" / "attacks.csv").read_bytes() == kept
+
+
+def test_both_models_train_on_the_pictures_of_the_beginning(folders, tmp_path, monkeypatch):
+    for index, picture in enumerate(tiny.concept("blue", "square").images):
+        (tmp_path / "blue").mkdir(exist_ok=True)
+        picture.load().save(tmp_path / "blue" / f"{index}.png")
+    trained = []
+    train = Worker._train
+
+    def changed_after(self, attack, concept, side, *args, **options):
+        trained.append([digest(picture) for picture in concept.images])
+        found = train(self, attack, concept, side, *args, **options)
+        tiny.picture("red", "round", seed=9).save(tmp_path / "blue" / "0.png")
+        return found
+
+    monkeypatch.setattr(Worker, "_train", changed_after)
+    grid = GRID | {"seeds": (0,), "evaluations": 1, "benign_prompts": 0}
+    blue = Concept("blue", "a blue square emoji", tmp_path / "blue")
+    models = folders / "original", folders / "immunized"
+    evaluate(
+        *models, [blue], output=tmp_path / "out", settings=grid, similarities=[folders / "clip"],
+        processes=1,
+    )  # fmt: skip
+    original, immunized = trained
+    assert original == immunized
 
 
 def test_other_texts_of_a_concept_are_refused(folders, tmp_path):

@@ -14,7 +14,8 @@ def row(concept, seed, mean, *, role="target", learned=True, similarity="clip", 
     ) | {"steps_ratio_at_least": False, "learned_immunized": False} | more  # fmt: skip
     return AttackRow(
         attack=f"{concept}{seed}{name}", concept=concept, role=role, method="lora", lr=1,
-        lr_factor=3 if name else 1, steps=1, prompt_variant="name", images="same", preparation="none", seed=seed,
+        lr_factor=3 if name else 1, steps=1, prompt_variant="name", images="same",
+        preparation="none", seed=seed,
         similarity=similarity, sgr_mean=mean, sgr_final=mean and mean - 0.1,
         sgr_max=mean and mean + 0.1, nearest_original=None, nearest_immunized=None, seconds=1,
         learned=learned, **measured,

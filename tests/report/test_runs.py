@@ -19,16 +19,25 @@ def test_what_runs_do_not_have_in_common_is_marked(tmp_path):
         config = {
             "grid": {"methods": {"lora": {"rank": 4}}, "evaluations": 4},
             "weights": {"original": "1", "immunized": name},
+            "schedulers": {"original": "1", "immunized": "1"},
             "pictures": {"tiger": {"images": "1"}},
         }
         for key, value in changes.items():
             config[key] = config[key] | value
-        return write_evaluation(tmp_path / name, name=name, **SMALL, config=config)
+        versions = {"diffusers": "0.42"}
+        return write_evaluation(
+            tmp_path / name, name=name, **SMALL, config=config, versions=versions
+        )
 
     one = write("one")
     for name, changes, words in (
         ("same", {}, None),
         ("weights", {"weights": {"original": "2"}}, "the original model"),
+        (
+            "schedule",
+            {"schedulers": {"original": "2"}},
+            "the original's noise schedule, by diffusers 0.42",
+        ),
         ("rank", {"grid": {"methods": {"lora": {"rank": 8}}}}, "the method lora"),
         ("more", {"grid": {"methods": {"lora": {"rank": 4}, "dreambooth": {}}}}, None),
         ("pictures", {"pictures": {"tiger": {"images": "2"}}}, "the pictures of tiger"),
