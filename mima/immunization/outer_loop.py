@@ -366,6 +366,8 @@ class Ascent:
             kept = ranks.broadcast(kept)
         if kept is None or self._folder is None:
             return
+        if kept.step > self._config.steps:
+            raise MimaError(f"steps: {kept.step} are done already, more than {self._config.steps}")
         with self._folder.restoring():
             self._take_up(kept)
         logger.info("going on after step %d", kept.step)

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 MAY_CHANGE = frozenset({"steps", "checkpoint_every", "max_skipped", "trackers", "shards"})
 """Settings that a resumed run may change: no gradient depends on them. ``steps`` only where no
-schedule stretches over them."""
+schedule stretches over them, and to no fewer than are done."""
 SCHEDULES = ("upper.lr_schedule", "schedule", "word_share")
 """The settings that stretch over all steps, of an immunization and of adaptations."""
 

@@ -144,6 +144,21 @@ def test_more_steps_can_be_asked_for(model, tmp_path):
     assert_same(unet(rest), unet(longer))
 
 
+@pytest.mark.parametrize("method", ["joint", "compose", "alternating"])
+def test_fewer_steps_than_are_done_are_refused(model, tmp_path, method):
+    config = settings(tmp_path, method=method, steps=2, checkpoint_every=1)
+
+    def interrupt(report):
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        immunized(model, config, checkpoint=tmp_path / "c", callbacks=[interrupt])
+    fewer = config.model_copy(update={"steps": 1})
+    with pytest.raises(MimaError, match=r"^steps: 2 are done already, more than 1$"):
+        immunized(model, fewer, checkpoint=tmp_path / "c", resume=True)
+
+
 def test_another_run_is_not_continued(model, tmp_path):
     first = settings(tmp_path)
     immunized(model, first, checkpoint=tmp_path / "c")
