@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -74,8 +75,8 @@ class Concept:
         validation_prompt: the prompt for sample pictures; by default `prompt`.
 
     Raises:
-        MimaError: no name, no prompt, no pictures, a prompt without the token, or a text that
-            cannot be written as UTF-8, as the name of a folder may be.
+        MimaError: no name, one with control characters, no prompt, no pictures, a prompt without
+            the token, or a text that cannot be written as UTF-8, as the name of a folder may be.
         PictureError: pictures that cannot be read, all of them listed.
 
     Example:
@@ -128,6 +129,8 @@ class Concept:
         if not name.strip():
             raise MimaError("Concept: name is empty")
         where = f"concept {quoted(name)}"
+        if any(unicodedata.category(letter) == "Cc" for letter in name):
+            raise MimaError(f"{where}: its name holds a control character, such as a line's end")
         if kind not in get_args(Kind):
             raise MimaError(
                 f"{where}: kind {quoted(kind)} is unknown; {nearest(kind, get_args(Kind))}"

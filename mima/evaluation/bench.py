@@ -106,6 +106,19 @@ class Bench:
             for picture in concept.images
         )
 
+    def merged(self, attack: Attack) -> list[Concept]:
+        """The target concepts whose LoRAs an attack merges first, with pictures as its own are.
+
+        None is one that the attack is compared with.
+        """
+        found = []
+        for slug in self.with_role("target"):
+            concept = self.written[slug]
+            where, _ = places(attack.images, concept)
+            pictures = [getattr(concept, kind)[index] for kind, index in where]
+            found.append(replace(concept, images=pictures) if pictures else concept)
+        return found
+
     def training_files(self, attack: Attack) -> list[Path]:
         """The files of the concept's pictures that an attack trains on."""
         where, _ = places(attack.images, self.concepts[attack.slug])

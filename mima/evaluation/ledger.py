@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +11,8 @@ from mima.evaluation.grid import Attack
 from mima.evaluation.records import AttackRow, Benign, CurvePoint, Evaluation, EvaluationFolder
 from mima.evaluation.summary import summarize
 from mima.evaluation.worker import Outcome
+from mima.storage.atomic import remove
+from mima.storage.names import EVALUATION_FILE
 from mima.storage.output import check_folder
 
 logger = logging.getLogger(__name__)
@@ -47,9 +48,10 @@ def claim(folder: EvaluationFolder, *, overwrite: bool) -> None:
     check(folder, overwrite=overwrite)
     if folder.exists() and not overwrite:
         return
-    if folder.path.exists():
-        shutil.rmtree(folder.path)
-    folder.path.mkdir(parents=True)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    # the description last: what is left where this is cut short is still an evaluation's
+    for entry in sorted(folder.path.iterdir(), key=lambda entry: entry.name == EVALUATION_FILE):
+        remove(entry)
 
 
 def refuse_other_settings(folder: EvaluationFolder, now: Evaluation) -> None:

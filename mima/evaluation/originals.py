@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,7 +110,9 @@ class Entry:
         """Keep data and copies of files, all or nothing; an entry that exists stays."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            building = Path(tempfile.mkdtemp(dir=self._path.parent, prefix=".new-"))
+            # others may read the folder: those of tempfile are their maker's alone
+            building = self._path.with_name(f".new-{uuid.uuid4().hex}")
+            building.mkdir()
         except OSError as error:
             raise MimaError(f"originals: cannot write {self._path}: {reason_of(error)}") from error
         try:

@@ -588,7 +588,7 @@ class Worker:
         config = self.bench.config
         lora = replace(configured(config, "lora"), steps=config.preparation_steps, seed=attack.seed)
         assert isinstance(lora, LoRA)
-        subjects = [self.bench.written[slug] for slug in self.bench.with_role("target")]
+        subjects = self.bench.merged(attack)
         if attack.preparation == "benign":
             pictures = self.bench.ordinary()
             subjects = [Concept("benign", pictures[0].prompt, pictures)]

@@ -86,6 +86,7 @@ def test_class_images_take_the_class_prompt(tmp_path):
     ("change", "message"),
     [
         ({"name": " "}, "name is empty"),
+        ({"name": "a\rcat"}, r"concept 'a\\rcat': its name holds a control character"),
         ({"prompt": " "}, "no caption|prompt is empty|lack captions"),
         ({"images": ()}, "no pictures"),
         ({"images": "absent"}, "no such file"),

@@ -17,12 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import tiny
 
-from mima.adaptation import TextualInversion
+from mima.adaptation import LoRA, TextualInversion
 from mima.concepts import Concept
 from mima.concepts.naming import without_name
 from mima.concepts.pictures import digest
 from mima.errors import MimaError
-from mima.evaluation import cmmd, evaluate, load_encoder
+from mima.evaluation import cmmd, evaluate, ledger, load_encoder
 from mima.evaluation.comparison import _check_alike
 from mima.evaluation.estimate import Estimate
 from mima.evaluation.grid import PRESETS, attack_grid, grid_config, material
@@ -265,6 +265,42 @@ def test_an_evaluation_goes_on_wherever_its_models_and_judges_are_now(folders, t
     kept = (tmp_path / "out" / "attacks.csv").read_bytes()
     run(moved, tmp_path / "out", settings=grid, others=[], similarities=[f"{moved}/clip/"])
     assert (tmp_path / "out" / "attacks.csv").read_bytes() == kept
+
+
+def test_an_overwriting_that_was_cut_short_may_be_done_again(folders, tmp_path, monkeypatch):
+    folder = EvaluationFolder(tmp_path / "out")
+    grid = GRID | {"seeds": (0,), "evaluations": 1, "benign_prompts": 0}
+    run(folders, folder.path, settings=grid, others=[])
+
+    def killed(path):
+        if path.name == "evaluation.json":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mima.evaluation.ledger.remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.claim(folder, overwrite=True)
+    ledger.claim(folder, overwrite=True)
+    assert list(folder.path.iterdir()) == []
+
+
+def test_loras_that_are_merged_first_train_on_no_picture_that_judges(folders, tmp_path):
+    settings = GRID | {
+        "seeds": (0,), "preparations": ("merge",), "images": ("other",), "preparation_steps": 1,
+        "benign_prompts": 0, "evaluations": 1,
+    }  # fmt: skip
+    trained = []
+    adapt = LoRA.adapt
+
+    def noted(self, pipeline, concept, **options):
+        trained.append({digest(picture) for picture in concept.images})
+        return adapt(self, pipeline, concept, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LoRA, "adapt", noted)
+        run(folders, tmp_path / "out", settings=settings, others=[])
+    red = tiny.concept("red", "round")
+    assert trained == [{digest(picture) for picture in red.held_out}] * 2
 
 
 def test_both_models_train_on_the_pictures_of_the_beginning(folders, tmp_path, monkeypatch):

@@ -105,6 +105,11 @@ def test_a_damaged_entry_is_named(tmp_path, content):
     assert entry.read(dict, {}) is None
     entry.write({"losses": [1.0]}, {})
     assert entry.read(dict, {}) == {"losses": [1.0]}
+    (folder,) = tmp_path.iterdir()
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    # no more its maker's alone than other folders
+    assert folder.stat().st_mode == plain.stat().st_mode
     (file,) = tmp_path.glob("*/entry.json")
     file.write_text(content, encoding="latin-1")
     with pytest.raises(MimaError, match=r"is damaged.*remove it"):
