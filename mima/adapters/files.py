@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -30,6 +30,8 @@ from safetensors.torch import load_file
 from mima.adapters.adapter import Adapter, check_unadapted, low_rank_updates
 from mima.errors import MimaError, first_line, one_line, quoted
 from mima.families import family_of, load_pipeline
+from mima.families.loading import open_file_like
+from mima.families.model_files import check_complete, lone_variants, read_index
 from mima.families.new_words import TOKEN
 from mima.families.pipelines import (
     Pipeline,
@@ -132,7 +134,8 @@ class AdapterReader:
         if (path / DELTA_FILE).is_file():
             return self._read_file(path / DELTA_FILE)
         if (path / MODEL_INDEX).is_file():
-            return {"values": self._model(load_pipeline(str(path)))}
+            variant = _variant(path, [path / part for part in read_index(path)])
+            return {"values": self._model(load_pipeline(str(path), variant=variant))}
         for folder in (path / self.denoiser, path):
             if (folder / "config.json").is_file():
                 return {"values": self._denoiser_folder(folder)}
@@ -204,7 +207,7 @@ class AdapterReader:
         if any("_custom_diffusion" in key for key in state):
             return {"values": self._custom_diffusion(path, state)}
         if any(key.startswith("model.diffusion_model.") for key in state):
-            return {"values": self._model(load_pipeline(str(path)))}
+            return {"values": self._model(open_file_like(path, self.pipeline))}
         names = {name for name, _ in self.family.denoiser.named_parameters()}
         tail = f"{self.denoiser}."
         stripped = {key.removeprefix(tail): value for key, value in state.items()}
@@ -345,8 +348,10 @@ class AdapterReader:
         given = settings.get("_class_name") if isinstance(settings, dict) else None
         if given != kind.__name__:
             raise MimaError(f"adapter {path} is a {given}, the model has a {kind.__name__}")
+        variant = _variant(path, [path])
         with _foreign(path):
-            module = kind.from_pretrained(str(path), local_files_only=True)
+            module = kind.from_pretrained(str(path), variant=variant, local_files_only=True)
+        check_complete(path, module, variant)
         return self._changed({self.denoiser: module})
 
     def _model(self, pipeline: Pipeline) -> dict[str, torch.Tensor]:
@@ -416,6 +421,16 @@ class AdapterReader:
                     f"adapter {path}: the word {quoted(word)} has {rows.shape[1]} numbers, the "
                     f"text encoder's embeddings have {width}"
                 )
+
+
+def _variant(path: Path, folders: Iterable[Path]) -> str | None:
+    """The one variant that an adapter's weights come in; None where plain ones are there."""
+    variants = lone_variants(folders)
+    if len(variants) > 1:
+        raise MimaError(
+            f"adapter {path} comes as variants {' and '.join(sorted(variants))}; leave one of them"
+        )
+    return variants.pop() if variants else None
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
@@ -49,7 +50,7 @@ from mima.families.model_files import (
     stored_dtypes,
     weight_files,
 )
-from mima.families.pipelines import Pipeline, networks
+from mima.families.pipelines import Pipeline, networks, with_modules
 from mima.families.pixart import PixArt
 from mima.families.qwen_image import QwenImage
 from mima.families.sana import Sana
@@ -372,8 +373,40 @@ def _dtype(dtype: torch.dtype | Mapping[str, torch.dtype]) -> dict[str, Any]:
     return {"dtype" if (major, minor) >= (0, 42) else "torch_dtype": dtype}
 
 
-def _open_file(path: Path, dtype: torch.dtype | None, config: str | Path | None) -> Any:
-    keys = safetensors_keys(path)
+def open_file_like(path: Path, pipeline: Pipeline) -> Any:
+    """Open a single file in float32 as a model of the architecture of an open one.
+
+    Of SD3 and Flux the file is read for its transformer; the other parts are the open model's.
+
+    Raises:
+        MimaError: as of ``load_pipeline``, or a file of another architecture.
+    """
+    check_model(path)
+    opener = _opener(path, safetensors_keys(path))
+    own, kind = type(pipeline).__name__, TRANSFORMERS.get(opener, opener.__name__)
+    if kind != own:
+        raise MimaError(f"model: {path} holds a {kind}, expected a {own}")
+    with TemporaryDirectory() as config:
+        _write_configuration(pipeline, Path(config))
+        if opener not in TRANSFORMERS:
+            return load_pipeline(path, config=config)
+        transformer = _transformer(path, opener, torch.float32, config)
+    return with_modules(pipeline, transformer=transformer)
+
+
+def _write_configuration(pipeline: Any, folder: Path) -> None:
+    """Write a diffusers folder without weights."""
+    pipeline.save_config(folder)
+    for name, part in pipeline.components.items():
+        if hasattr(part, "save_config"):
+            part.save_config(folder / name)
+        elif part is not None:
+            # a network of transformers writes its weights, too
+            getattr(part, "config", part).save_pretrained(folder / name)
+
+
+def _opener(path: Path, keys: Collection[str]) -> Any:
+    """The class of a single file's pipeline, or of the transformer that it is read for."""
     opener = next((o for part, o in SINGLE_FILES if any(part in key for key in keys)), None)
     if opener is None:
         raise MimaError(
@@ -383,7 +416,13 @@ def _open_file(path: Path, dtype: torch.dtype | None, config: str | Path | None)
         )
     if isinstance(opener, str):
         raise MimaError(f"model: {path}: {opener}")
-    if issubclass(opener, torch.nn.Module):
+    return opener
+
+
+def _open_file(path: Path, dtype: torch.dtype | None, config: str | Path | None) -> Any:
+    keys = safetensors_keys(path)
+    opener = _opener(path, keys)
+    if opener in TRANSFORMERS:
         others = {key.partition(".")[0] for key in keys} & {"first_stage_model", "text_encoders"}
         return _open_transformer(path, opener, dtype, config, others)
     keywords = _dtype(stored_dtype([path]) if dtype is None else dtype)
@@ -441,18 +480,7 @@ def _open_transformer(
             *(path, " and ".join(sorted(others)), config),
         )
     folder = expanded(config)
-    keywords = _dtype(stored_dtype([path]) if dtype is None else dtype)
-    if folder.is_dir() or unreachable():
-        keywords["local_files_only"] = True
-    try:
-        transformer = kind.from_single_file(
-            str(path), config=str(folder), subfolder="transformer", **keywords
-        )
-    except LOADING_ERRORS as error:
-        raise MimaError(
-            f"model: cannot open {path} with the parts of {config}: {first_line(error)}"
-        ) from error
-    check_filled(path, "transformer", transformer)
+    transformer = _transformer(path, kind, dtype, folder)
     if folder.is_dir():
         pipeline = _open_folder(folder, dtype, None, transformer=transformer)
     else:
@@ -463,6 +491,25 @@ def _open_transformer(
             f"{TRANSFORMERS[kind]}"
         )
     return pipeline
+
+
+def _transformer(
+    path: Path, kind: Any, dtype: torch.dtype | None, config: str | Path
+) -> torch.nn.Module:
+    """The transformer of a file, as a folder or a model of the hub describes it."""
+    keywords = _dtype(stored_dtype([path]) if dtype is None else dtype)
+    if Path(config).is_dir() or unreachable():
+        keywords["local_files_only"] = True
+    try:
+        transformer: torch.nn.Module = kind.from_single_file(
+            str(path), config=str(config), subfolder="transformer", **keywords
+        )
+    except LOADING_ERRORS as error:
+        raise MimaError(
+            f"model: cannot open {path} with another model's configuration: {first_line(error)}"
+        ) from error
+    check_filled(path, "transformer", transformer)
+    return transformer
 
 
 def _open_embedded(dtype: torch.dtype | None) -> Any:

@@ -218,13 +218,25 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
 
 def opened_files(folder: Path, variant: str | None) -> list[Path]:
     """The files of a component's weights that diffusers opens: safetensors before pickles."""
-    files = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*pytorch_model*.bin"))]
+    files = _weights(folder)
     for wanted in (variant, None):
         for suffix in (".safetensors", ".bin"):
             found = [f for f in files if f.suffix == suffix and variant_of(f) == wanted]
             if found:
                 return found
     return []
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files of a component's weights, whatever their variant."""
+    return [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*pytorch_model*.bin"))]
+
+
+def lone_variants(folders: Iterable[Path]) -> set[str]:
+    """The variants that serve those components which have no plain weights."""
+    held = [{variant_of(file) for file in _weights(folder)} for folder in folders]
+    alone = [{str(name) for name in found} for found in held if found and None not in found]
+    return (set.intersection(*alone) or set.union(*alone)) if alone else set()
 
 
 def variant_of(file: Path) -> str | None:

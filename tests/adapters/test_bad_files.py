@@ -133,6 +133,16 @@ def test_a_folder_without_weights_asks_no_hub(base, tmp_path, monkeypatch):
         AdapterReader(base).read("owner-name")
 
 
+def test_a_denoiser_that_lacks_weights_is_refused(base, tmp_path):
+    base.unet.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["conv_in.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(MimaError, match=r"incomplete: 1 tensors are missing, such as conv_in\.w"):
+        AdapterReader(base).read(tmp_path)
+
+
 def test_pipes_are_not_waited_for(base, tmp_path):
     os.mkfifo(tmp_path / "adapter.safetensors")
     with pytest.raises(MimaError, match="holds no adapter"):

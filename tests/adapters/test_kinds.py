@@ -10,12 +10,14 @@ import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from support import builders, ldm
 from support.loras import KV, assert_same_weights, lora_config, save_lora
 
 import mima
 import mima.adaptation
 from mima.adapters.files import AdapterReader
 from mima.errors import MimaError
+from mima.families import load_pipeline
 
 
 def test_a_peft_folder_is_read(base, folder, tmp_path):
@@ -151,6 +153,60 @@ def test_weights_of_8_bits_are_read(base, tmp_path):
     save_file({"conv_in.bias": bias}, tmp_path / "adapter.safetensors")
     with pytest.raises(MimaError, match=r"conv_in\.bias holds numbers that are not finite"):
         AdapterReader(base).read(tmp_path / "adapter.safetensors")
+
+
+@pytest.fixture(scope="module")
+def tuned(base):
+    """The model with another weight of its denoiser and of its text encoder."""
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned.unet.conv_in.bias.fill_(0.5)
+        tuned.text_encoder.get_input_embeddings().weight[3] = 0.25
+    return tuned
+
+
+def assert_tuned(found, tuned, *parts):
+    """That an adapter is what a fine-tuned model changed, and nothing else."""
+    assert len(found) == len(parts)
+    for part in parts:
+        (name,) = [name for name in found if name.startswith(f"{part}.")]
+        own = getattr(tuned, part).get_parameter(name.removeprefix(f"{part}."))
+        assert torch.equal(found[name], own)
+
+
+@pytest.mark.parametrize("shard", ["1GB", "100KB"])
+def test_weights_in_one_variant_alone_are_read(base, tuned, tmp_path, shard):
+    for part in ("unet", "."):
+        saved = tuned.unet if part == "unet" else tuned
+        saved.save_pretrained(tmp_path / part, variant="fp16", max_shard_size=shard)
+    assert_tuned(AdapterReader(base).read(tmp_path).values, tuned, "unet", "text_encoder")
+    assert_tuned(AdapterReader(base).read(tmp_path / "unet").values, tuned, "unet")
+    tuned.unet.save_pretrained(tmp_path / "unet", variant="ema")
+    with pytest.raises(MimaError, match=r"unet comes as variants ema and fp16; leave one of them"):
+        AdapterReader(base).read(tmp_path / "unet")
+    # which the other parts have, too
+    assert_tuned(AdapterReader(base).read(tmp_path).values, tuned, "unet", "text_encoder")
+    base.unet.save_pretrained(tmp_path / "unet")
+    with pytest.raises(MimaError, match="changes nothing"):
+        AdapterReader(base).read(tmp_path / "unet")
+
+
+def test_single_files_are_read_as_the_model_is_built(base, tuned, tmp_path):
+    file = ldm.save_single_file(tuned, tmp_path / "tuned.safetensors")
+    assert_tuned(AdapterReader(base).read(file).values, tuned, "unet", "text_encoder")
+    other = load_pipeline(builders.save(builders.sdxl, tmp_path / "xl"))
+    with pytest.raises(MimaError, match=r"holds a StableDiffusionPipeline, expected a StableDiffu"):
+        AdapterReader(other).read(file)
+
+
+def test_a_single_transformer_is_read_as_the_models_own_is_built(tmp_path):
+    pipeline = load_pipeline(builders.save(builders.sd3, tmp_path / "sd3"))
+    tuned = copy.deepcopy(pipeline.transformer)
+    tuned.proj_out.bias.data += 1
+    file = ldm.save_sd3_transformer(tuned, tmp_path / "sd3.safetensors")
+    (found,) = AdapterReader(pipeline).read(file).values.items()
+    assert found[0] == "transformer.proj_out.bias"
+    assert torch.equal(found[1], tuned.proj_out.bias)
 
 
 def test_the_prompt_that_adapt_wrote_down_is_used(base, loras, tmp_path):
