@@ -59,7 +59,7 @@ from mima.immunization.trained_words import TrainedWord
 from mima.storage.checkpoint import CheckpointFolder
 from mima.storage.inputs import expanded
 from mima.storage.output import check_folder
-from mima.storage.runs import claim, default_folder, describe_run
+from mima.storage.runs import claim, default_folder, describe_run, logs_folder
 from mima.training.captions import ordinary_captions
 
 __all__ = ["Callback", "ImmunizeResult", "StepReport", "ascend", "immunize"]
@@ -70,10 +70,11 @@ def ascend(
     callbacks: Sequence[Callback] = (),
     folder: CheckpointFolder | None = None,
     *,
+    logs: Path | None = None,
     stage: str = "",
 ) -> list[StepReport]:
     """Algorithm 1: gradient steps on the upper level, in place on the model's own weights."""
-    with Ascent(problem, callbacks, folder, stage=stage) as run:
+    with Ascent(problem, callbacks, folder, logs=logs, stage=stage) as run:
         for step in run.steps():
             # θ'[n] = argmin L(x_l[n], c[n]; θ), K steps on batches drawn now, or K more of those
             lower = problem.lower_levels(step, run.alive)
@@ -196,7 +197,8 @@ def immunize(
     kept = None if checkpoint is None else expanded(checkpoint)
     check_places(place, kept)
     check_erased(erased, config)
-    tracker_kinds(config.trackers, kept)
+    logs = kept if place is None else logs_folder(place)
+    tracker_kinds(config.trackers, logs)
     captions = ordinary_captions(config.captions)
     source = source_of(model)
     if source is None:
@@ -231,6 +233,7 @@ def immunize(
             erased=erased,
             output=place,
             folder=None if kept is None else CheckpointFolder(kept),
+            logs=logs,
             resume=resume,
             overwrite=overwrite,
             delta=delta,
@@ -252,6 +255,7 @@ def _immunized(
     erased: str | Path | None,
     output: Path | None,
     folder: CheckpointFolder | None,
+    logs: Path | None,
     resume: bool,
     overwrite: bool,
     delta: bool,
@@ -325,7 +329,7 @@ def _immunized(
         again = config.gradient_checkpointing
         recomputed = recomputed_blocks(family.denoiser, again, sharded=config.shards > 1)
         with recomputed, out_of_memory_while(idle, folder.path if folder else None):
-            history = _run(problem, callbacks, folder)
+            history = _run(problem, callbacks, folder, logs)
 
         if config.new_words:
             pipeline = with_modules(pipeline, **vocabulary)
@@ -360,21 +364,27 @@ def _immunized(
 
 
 def _run(
-    problem: Problem, callbacks: Sequence[Callback], folder: CheckpointFolder | None
+    problem: Problem,
+    callbacks: Sequence[Callback],
+    folder: CheckpointFolder | None,
+    logs: Path | None,
 ) -> list[StepReport]:
     match problem.config.method:
         case "none":
             return []
         case "compose":
-            return _compose(problem, callbacks, folder)
+            return _compose(problem, callbacks, folder, logs)
         case "alternating":
-            return alternate(problem, callbacks, folder)
+            return alternate(problem, callbacks, folder, logs=logs)
         case _:
-            return ascend(problem, callbacks, folder)
+            return ascend(problem, callbacks, folder, logs=logs)
 
 
 def _compose(
-    problem: Problem, callbacks: Sequence[Callback], folder: CheckpointFolder | None
+    problem: Problem,
+    callbacks: Sequence[Callback],
+    folder: CheckpointFolder | None,
+    logs: Path | None,
 ) -> list[StepReport]:
     """Immunize each concept alone, each from the same start, then merge the immunized models.
 
@@ -386,9 +396,11 @@ def _compose(
     for n in ranks.share(len(problem.data)):
         data = problem.data[n]
         part = folder / f"concept-{n:03d}" if folder else None
+        its_logs = logs / f"concept-{n:03d}" if logs else None
         words = problem.words[n : n + 1]
         alone = Problem(problem.family, [data], problem.config, None, ALONE, words, problem.benign)
-        history = ascend(alone, callbacks if ranks.main else (), part, stage=data.name)
+        told = callbacks if ranks.main else ()
+        history = ascend(alone, told, part, logs=its_logs, stage=data.name)
         mine.append((history, {name: value.cpu().clone() for name, value in theta.items()}))
         for name, value in theta.items():
             value.copy_(base[name])

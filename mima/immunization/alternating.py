@@ -18,6 +18,7 @@ the caption); pictures here are read as they are.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,13 +40,15 @@ def alternate(
     problem: Problem,
     callbacks: Sequence[Callback] = (),
     folder: CheckpointFolder | None = None,
+    *,
+    logs: Path | None = None,
 ) -> list[StepReport]:
     """Run the published pairs of steps, in place on the model's own weights."""
     first, ranks = problem.merge, problem.ranks
     assert first is not None
     assert first.plan is not None
     others = [name for name in problem.lower_names if name not in first.projected]
-    with Ascent(problem, callbacks, folder, lower_names=others) as run:
+    with Ascent(problem, callbacks, folder, logs=logs, lower_names=others) as run:
         for step in run.steps():
             if step % 2 == 0:
                 tasks = problem.lower_levels(step)

@@ -104,7 +104,8 @@ class ImmunizeConfig(Settings):
     """Stop when the mean loss on class pictures over the last ten steps exceeds this many times
     that over the first ten: the model is being destroyed, not immunized. None: never."""
     trackers: tuple[str, ...] = ()
-    """accelerate's experiment trackers, such as ``tensorboard`` and ``wandb``."""
+    """accelerate's experiment trackers, such as ``tensorboard`` and ``wandb``. Those that write
+    files have a folder beside the output, with ``.logs`` appended."""
 
     @classmethod
     def for_task(cls, task: Task, **settings: Any) -> ImmunizeConfig:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,6 +60,7 @@ class Ascent:
         problem: what is solved; θ is the denoiser's own weights.
         callbacks: called in the main process after each step.
         folder: where checkpoints go; None keeps none.
+        logs: where trackers write files.
         lower_names: parameters that a second AdamW, with the lower level's step size, updates.
         stage: the concept that is being immunized, where each is immunized alone.
 
@@ -80,6 +82,7 @@ class Ascent:
         callbacks: Sequence[Callback] = (),
         folder: CheckpointFolder | None = None,
         *,
+        logs: Path | None = None,
         lower_names: Sequence[str] = (),
         stage: str = "",
     ) -> None:
@@ -92,6 +95,7 @@ class Ascent:
         self._config = config
         self._callbacks = list(callbacks)
         self._folder = folder
+        self._logs = logs
         self._stage = stage
         self._names = {"upper": tuple(problem.upper_names), "lower": tuple(lower_names)}
         self._optimizers = {
@@ -126,7 +130,7 @@ class Ascent:
                 metrics.start()
                 self._callbacks.append(metrics)
             config = self._config.model_dump(mode="json")
-            self._trackers = open_trackers(self._config.trackers, folder, config)
+            self._trackers = open_trackers(self._config.trackers, self._logs, config)
             for tracker in self._trackers:
                 tracker.start()
             self._callbacks += self._trackers

@@ -140,3 +140,8 @@ def _scheduler(run: Mapping[str, Any]) -> dict[str, Any]:
 def default_folder(output: Path) -> Path:
     """Where the checkpoints of a run go that writes its model to ``output``."""
     return output.with_name(f"{output.name}.checkpoint")
+
+
+def logs_folder(output: Path) -> Path:
+    """Where the trackers of such a run write files, which stay: they are no part of the model."""
+    return output.with_name(f"{output.name}.logs")

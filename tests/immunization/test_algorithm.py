@@ -330,15 +330,16 @@ def test_trackers_get_the_same_numbers(model, tmp_path):
         open_trackers(["tensorbord"], tmp_path, {})
 
 
-def test_tensorboard_gets_the_same_numbers(model, tmp_path):
+@pytest.mark.parametrize(("argument", "logs"), [("checkpoint", "out"), ("output", "out.logs")])
+def test_tensorboard_gets_the_same_numbers_and_keeps_them(model, tmp_path, argument, logs):
     pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
     from tensorboardX.proto.event_pb2 import Event
 
     config = settings(tmp_path, trackers=("tensorboard",))
-    result = immunize(model, concepts(), config, checkpoint=tmp_path / "c")
+    result = immunize(model, concepts(), config, **{argument: tmp_path / "out"})
     # a record: length, its checksum, the event, its checksum
     shown = {}
-    for file in (tmp_path / "c").rglob("events.*"):
+    for file in (tmp_path / logs).rglob("events.*"):
         content = file.read_bytes()
         while content:
             length = int.from_bytes(content[:8], "little")
