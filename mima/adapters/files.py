@@ -31,7 +31,7 @@ from mima.adapters.adapter import Adapter, check_unadapted, low_rank_updates
 from mima.errors import MimaError, first_line, one_line, quoted
 from mima.families import family_of, load_pipeline
 from mima.families.loading import open_file_like
-from mima.families.model_files import check_complete, lone_variants, read_index
+from mima.families.model_files import check_complete, lone_variants, read_index, visible
 from mima.families.new_words import TOKEN
 from mima.families.pipelines import (
     Pipeline,
@@ -119,20 +119,23 @@ class AdapterReader:
             raise MimaError(f"adapter {source} does not exist")
         if not path.is_dir() and not path.is_file():
             raise MimaError(f"adapter {source} is no ordinary file")
+        found = self._found(path)
+        self._check(path, found)
+        return Adapter(path.name if path.is_dir() else path.stem, prompt=_prompt(path), **found)
+
+    def _found(self, path: Path) -> dict[str, Any]:
         try:
-            found = self._read_folder(path) if path.is_dir() else self._read_file(path)
+            return self._read_folder(path) if path.is_dir() else self._read_file(path)
         except MimaError:
             raise
         except READING_ERRORS as error:
             raise MimaError(f"adapter {path} {_refusal(error)}") from error
-        self._check(path, found)
-        return Adapter(path.name if path.is_dir() else path.stem, prompt=_prompt(path), **found)
 
     def _read_folder(self, path: Path) -> dict[str, Any]:
         if (path / PEFT_CONFIG).is_file():
             return self._peft(path)
         if (path / DELTA_FILE).is_file():
-            return self._read_file(path / DELTA_FILE)
+            return self._found(path / DELTA_FILE)
         if (path / MODEL_INDEX).is_file():
             variant = _variant(path, [path / part for part in read_index(path)])
             return {"values": self._model(load_pipeline(str(path), variant=variant))}
@@ -142,13 +145,13 @@ class AdapterReader:
         found: dict[str, Any] = {}
         kinds = (".safetensors", ".bin", ".pt")
         # a pipe would keep its reader waiting
-        files = [p for p in sorted(path.iterdir()) if p.suffix in kinds and p.is_file()]
+        files = [p for p in visible(path, "*") if p.suffix in kinds and p.is_file()]
         if (path / CUSTOM_DIFFUSION_FILE).is_file():
             # diffusers' training script may leave the same weights in both formats
             other = Path(CUSTOM_DIFFUSION_FILE).with_suffix(".bin").name
             files = [file for file in files if file.name != other]
         for file in files:
-            for kind, part in self._read_file(file).items():
+            for kind, part in self._found(file).items():
                 twice = set(part) & set(found.get(kind, {}))
                 if twice:
                     raise MimaError(

@@ -229,7 +229,13 @@ def opened_files(folder: Path, variant: str | None) -> list[Path]:
 
 def _weights(folder: Path) -> list[Path]:
     """The files of a component's weights, whatever their variant."""
-    return [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*pytorch_model*.bin"))]
+    return visible(folder, "*.safetensors", "*pytorch_model*.bin")
+
+
+def visible(folder: Path, *patterns: str) -> list[Path]:
+    """Files by their names, but for hidden ones, such as macOS leaves beside every file."""
+    found = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
+    return [file for file in found if not file.name.startswith(".")]
 
 
 def lone_variants(folders: Iterable[Path]) -> set[str]:
@@ -297,7 +303,7 @@ def check_parts(path: Path, index: Mapping[str, Any], variant: str | None) -> No
     for name, kind in index.items():
         if isinstance(kind, list) and all(isinstance(part, str) for part in kind):
             _check_component(path / name, one_line(".".join(kind)), variant)
-    files = [*path.glob("*/*.safetensors"), *path.glob("*/*.bin")]
+    files = visible(path, "*/*.safetensors", "*/*.bin")
     # diffusers takes the plain weights of components that come in no variant
     if variant is not None and not any(f".{variant}" in file.name for file in files):
         found = ", ".join(sorted(str(file.relative_to(path)) for file in files))
@@ -313,7 +319,7 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
         # a pipe would keep its reader waiting
         if (folder / name).exists() and not ((folder / name).is_file() or (folder / name).is_dir()):
             raise MimaError(f"model: {folder / name} is no ordinary file")
-    for file in sorted(folder.glob("*.json")):
+    for file in visible(folder, "*.json"):
         content = read_json(file)
         # diffusers takes a configuration that is a text for the name of a model, and fetches it
         if not isinstance(content, dict):
@@ -335,7 +341,7 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
             absent = one_line(", ".join(shard for shard in shards if shard not in held))
             if absent:
                 raise MimaError(f"model: {folder} lacks {absent}, named in {file.name}")
-    weights = sorted(folder.glob("*.safetensors"))
+    weights = visible(folder, "*.safetensors")
     for file in weights:
         safetensors_keys(file)
     tokenizer = kind.endswith(("Tokenizer", "TokenizerFast"))
@@ -344,7 +350,7 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
         raise MimaError(f"model: {folder} holds no vocabulary of the {kind}: {wanted}")
     if not (folder / "config.json").is_file():
         return
-    weights += sorted(folder.glob("*.bin"))
+    weights += visible(folder, "*.bin")
     if not weights:
         raise MimaError(f"model: {folder} holds no weights (.safetensors or .bin) of the {kind}")
     variants = {variant_of(file) for file in weights}

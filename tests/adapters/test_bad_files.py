@@ -55,6 +55,16 @@ def test_what_is_wrong_with_an_adapter_is_named(base, tmp_path, case):
         AdapterReader(base).read(tmp_path / "adapter.safetensors")
 
 
+@pytest.mark.parametrize("name", ["word.safetensors", "model_delta.safetensors", "word.bin"])
+def test_a_damaged_file_of_a_folder_is_named_and_a_hidden_one_passed_over(base, tmp_path, name):
+    save_file({"<w>": torch.zeros(1, 32)}, tmp_path / "other.safetensors")
+    (tmp_path / f"._{name}").write_bytes(b"no")
+    assert AdapterReader(base).read(tmp_path).words
+    (tmp_path / name).write_bytes(b"no")
+    with pytest.raises(MimaError, match=rf"{name} cannot be read"):
+        AdapterReader(base).read(tmp_path)
+
+
 def test_a_pickle_that_would_run_code_is_refused(base, tmp_path):
     class Evil:
         def __reduce__(self):

@@ -436,6 +436,16 @@ def test_a_vae_with_attention_of_older_names_is_complete(folder):
         assert torch.equal(value, expected[name])
 
 
+def test_hidden_files_of_macos_are_passed_over(folder):
+    for file in [file for file in folder.rglob("*") if file.is_file()]:
+        file.with_name(f"._{file.name}").write_bytes(b"\0\5\x16\7\xff")
+    # a precision that the model does not come in
+    (folder / UNET).with_name("._diffusion_pytorch_model.fp16.safetensors").write_bytes(b"\0")
+    load_pipeline(folder)
+    with pytest.raises(MimaError, match="holds no 'fp16' weights, only text_encoder/model"):
+        load_pipeline(folder, variant="fp16")
+
+
 # --- the hub
 
 
