@@ -113,6 +113,13 @@ def load_delta(pipeline: Pipeline, path: str | Path) -> Any:
         >>> immunized = mima.load_delta(DiffusionPipeline.from_pretrained("base"), "immunized")
     """
     delta = read_delta(path)
+    for name, value in (*delta.values.items(), *delta.words.items()):
+        # whole numbers would need a scale
+        if not value.is_floating_point():
+            raise MimaError(
+                f"delta {path}: {one_line(name)} is of {value.dtype}, expected numbers of floating "
+                "point"
+            )
     values = {own_name(pipeline, name): value for name, value in delta.values.items()}
     for name, value in values.items():
         try:
@@ -127,13 +134,18 @@ def load_delta(pipeline: Pipeline, path: str | Path) -> Any:
                 f"delta {path} is not of this model: it holds {name} {list(value.shape)}, the "
                 f"model has {found} there{hint}"
             )
-        if not torch.isfinite(value).all():
+        if not _all_finite(value):
             raise MimaError(f"delta {path} is damaged: {name} holds numbers that are not finite")
     width = sum(reader.rows.shape[1] for reader in readers(pipeline))
     for word, rows in delta.words.items():
-        if rows.ndim != 2 or rows.shape[1] != width or not torch.isfinite(rows).all():
+        if rows.ndim != 2 or rows.shape[1] != width or not _all_finite(rows):
             raise MimaError(
                 f"delta {path} is not of this model: its word {quoted(word)} is "
                 f"{list(rows.shape)}, the model's words are of {width} finite numbers each"
             )
     return with_words(with_values(pipeline, values), delta.words)
+
+
+def _all_finite(value: torch.Tensor) -> bool:
+    # not all of the 8-bit types can be asked themselves
+    return bool(value.float().isfinite().all())

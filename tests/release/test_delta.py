@@ -306,6 +306,25 @@ def test_a_delta_that_does_not_fit(base, tmp_path, case):
         load_delta(DiffusionPipeline.from_pretrained(base), tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+def test_a_delta_of_few_bits_is_applied(base, tmp_path, dtype):
+    bias, rows = torch.full((16,), 0.3).to(dtype), torch.full((1, 32), 0.7).to(dtype)
+    Delta({"unet.conv_in.bias": bias}, {WORD: rows}).save(tmp_path)
+    applied = load_delta(DiffusionPipeline.from_pretrained(base), tmp_path)
+    assert torch.equal(applied.unet.conv_in.bias, bias.float())
+    token = applied.tokenizer.convert_tokens_to_ids(WORD)
+    assert torch.equal(applied.text_encoder.get_input_embeddings().weight[token], rows[0].float())
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool])
+@pytest.mark.parametrize(("name", "shape"), [("unet.conv_in.bias", (16,)), (WORD, (1, 32))])
+def test_a_delta_of_no_floating_point_is_refused(base, tmp_path, dtype, name, shape):
+    value = {name: torch.ones(shape).to(dtype)}
+    Delta(*(({}, value) if name == WORD else (value,))).save(tmp_path)
+    with pytest.raises(MimaError, match=rf"{name} is of {dtype}, expected numbers of floating"):
+        load_delta(DiffusionPipeline.from_pretrained(base), tmp_path)
+
+
 def test_a_deltas_origin_is_in_the_files_metadata(delta):
     with safe_open(delta / DELTA_FILE, framework="pt") as file:
         assert file.metadata()["format"] == "pt"
