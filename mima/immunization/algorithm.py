@@ -321,7 +321,7 @@ def _immunized(
             own = ranks.split(config.shards, where)
             family.sharded = sharded(family, written_to, own, config)
         words = [TrainedWord.of(family, c) for c in concepts] if config.train_tokens else []
-        problem = Problem(family, data, config, merge, own, words, others)
+        problem = Problem(family, data, config, merge, own, words, others, captions)
         # the published update draws captions for each merge
         reads_text = bool(words) or config.method == "alternating"
         # a pipeline in memory keeps its encoders: they are the caller's

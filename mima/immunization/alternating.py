@@ -53,7 +53,12 @@ def alternate(
             if step % 2 == 0:
                 tasks = problem.lower_levels(step)
                 plan = published.plan(
-                    problem.family, first.plan.C, problem.config, step, first.weights
+                    problem.family,
+                    first.plan.C,
+                    problem.config,
+                    step,
+                    first.weights,
+                    problem.captions,
                 )
                 merge = MergeLayer(first.weights, plan, first.projected)
                 names = [LossName(data.name) for data in problem.data]

@@ -82,6 +82,7 @@ class Problem:
         ranks: the processes that share the concepts out.
         words: each concept's new word, where the lower level trains them.
         benign: pictures of concepts that must stay learnable.
+        captions: ordinary ones, of which the published update draws.
 
     Attributes:
         upper_names: S_u, the parameters that the defender may change.
@@ -101,11 +102,13 @@ class Problem:
         ranks: Ranks = ALONE,
         words: Sequence[TrainedWord] = (),
         benign: Sequence[ConceptData] = (),
+        captions: Sequence[str] = (),
     ) -> None:
         self.family = family
         self.data = list(data)
         self.words = list(words)
         self.benign = list(benign)
+        self.captions = captions
         self.config = config
         self.merge = merge
         self.ranks = ranks

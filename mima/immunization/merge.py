@@ -12,7 +12,7 @@ from mima.families import Family
 from mima.immunization import published
 from mima.immunization.config import ImmunizeConfig
 from mima.merging import MergeLayer, MergePlan
-from mima.training.captions import regular_tokens
+from mima.training.captions import ordinary_captions, regular_tokens
 
 
 def merge_layer(
@@ -34,7 +34,8 @@ def merge_layer(
     try:
         if config.method == "alternating":
             C = published.concept_tokens(family, concepts)
-            plan = published.plan(family, C, config, 0, weights)
+            captions = ordinary_captions(config.captions)
+            plan = published.plan(family, C, config, 0, weights, captions)
         else:
             regular = regular_tokens(family, config.captions, config.num_captions, config.seed)
             # where the weights will be, which the model need not be yet

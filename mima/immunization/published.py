@@ -69,8 +69,9 @@ def plan(
     config: ImmunizeConfig,
     step: int,
     weights: torch.Tensor,
+    captions: Sequence[str],
 ) -> MergePlan:
-    """The plan of one merge, with captions drawn for the outer step that it is of.
+    """The plan of one merge, with some of the captions, drawn for the outer step that it is of.
 
     ``C`` are the ``concept_tokens``, ``weights`` [N] the shares, which a hard constraint does not
     read.
@@ -78,8 +79,8 @@ def plan(
     Raises:
         ValueError: as ``MergePlan.from_embeddings``.
     """
-    captions = drawn_captions(config.captions, config.num_captions, config.seed, step)
-    C_reg = text_tokens(family, captions)
+    drawn = drawn_captions(captions, config.num_captions, config.seed, step)
+    C_reg = text_tokens(family, drawn)
     try:
         return MergePlan.from_embeddings(C, C_reg, lam=0.0, weights=weights)
     except ValueError as error:

@@ -67,9 +67,10 @@ def divided(captions: Sequence[str]) -> tuple[list[str], list[str]]:
     return [caption for caption in distinct if caption not in left], measured
 
 
-def drawn_captions(path: Path | None, count: int, seed: int, step: int | None = None) -> list[str]:
-    """Up to ``count`` of ``ordinary_captions``, drawn by the seed, or for one step of a run."""
-    captions = ordinary_captions(path)
+def drawn_captions(
+    captions: Sequence[str], count: int, seed: int, step: int | None = None
+) -> list[str]:
+    """Up to ``count`` of some captions, drawn by the seed, or for one step of a run."""
     key = (seed, "captions") if step is None else (seed, "captions", step)
     order = torch.randperm(len(captions), generator=seeded(*key))
     return [captions[i] for i in order[:count].tolist()]
@@ -77,5 +78,5 @@ def drawn_captions(path: Path | None, count: int, seed: int, step: int | None = 
 
 def regular_tokens(family: Family, path: Path | None, count: int, seed: int) -> torch.Tensor:
     """C_reg [R, D]: embeddings of ``count`` ordinary captions' tokens, drawn by the seed."""
-    chosen = drawn_captions(path, count, seed)
+    chosen = drawn_captions(ordinary_captions(path), count, seed)
     return torch.cat([family.token_embeddings(chunk) for chunk in chunks(chosen)])

@@ -17,7 +17,7 @@ from mima.immunization.encoding import encode_concepts
 from mima.immunization.levels import Problem
 from mima.immunization.merge import merge_layer
 from mima.training.batches import Batch, seeded
-from mima.training.captions import drawn_captions
+from mima.training.captions import drawn_captions, ordinary_captions
 
 CLASSES = ("photo of a cat", "art")
 
@@ -38,7 +38,8 @@ def make(folder, config, count=2, dtype=torch.float32):
             parameter.data += torch.linspace(-0.5, 0.5, len(parameter))
     given = some_concepts(count)
     data = encode_concepts(family, given, config)
-    return Problem(family, data, config, merge_layer(family, given, config))
+    merge = merge_layer(family, given, config)
+    return Problem(family, data, config, merge, captions=ordinary_captions(config.captions))
 
 
 def released(problem, steps):
@@ -78,6 +79,7 @@ def released(problem, steps):
             out.append(hidden[0, 4 if "photo of a" in text[:15] else 1 :])
         return torch.cat(out).detach()
 
+    captions = ordinary_captions(config.captions)
     for step in range(steps):
         network.requires_grad_(True).zero_grad()
         if step % 2:
@@ -101,8 +103,8 @@ def released(problem, steps):
                 mean[n] += grad / N
         # W + (Vᵀ − W Cᵀ) (D Cᵀ)⁻¹ D, D = C (C_regᵀ C_reg)⁻¹, with captions of this step
         C = torch.cat(C)
-        captions = rows(drawn_captions(config.captions, config.num_captions, config.seed, step))
-        D = torch.linalg.solve(captions.mT @ captions, C.mT).mT
+        drawn = rows(drawn_captions(captions, config.num_captions, config.seed, step))
+        D = torch.linalg.solve(drawn.mT @ drawn, C.mT).mT
         with torch.no_grad():
             for n in kv:
                 wanted = torch.cat(V[n]).mT - weights[n] @ C.mT
@@ -142,7 +144,7 @@ def test_it_is_the_released_update(tmp_path, parameters):
     assert moved >= len([n for n in ours.upper_names if n.endswith("weight")])
     # the upper level's gradients were long enough to be clipped, and the captions are redrawn
     assert history[1].gradient_norm > 1e-3
-    assert drawn_captions(captions, 30, 0, 0) != drawn_captions(captions, 30, 0, 2)
+    assert drawn_captions(lines, 30, 0, 0) != drawn_captions(lines, 30, 0, 2)
     names = ["cat", "dog"]
     assert [sorted(r.losses) for r in history[:2]] == [sorted(names)] * 2
     assert [sorted(r.prior_losses) for r in history[:2]] == [[], sorted(names)]
@@ -195,13 +197,15 @@ def test_a_hard_constraint_that_contradicts_itself_is_softened_a_little(tmp_path
     folder = tiny.save_tiny_stable_diffusion(tmp_path / "model")
     family = family_of(load_pipeline(str(folder)))
     config = settings(tmp_path, method="alternating")
+    captions = ordinary_captions(config.captions)
     # both prompts begin with the same word, in the same place
     tokens = [family.token_embeddings(text) for text in ("a cat", "a dog")]
     with caplog.at_level(logging.WARNING, "mima"):
-        plan = published.plan(family, tokens, config, 0, torch.ones(2) / 2)
+        plan = published.plan(family, tokens, config, 0, torch.ones(2) / 2, captions)
     assert plan.lam == published.ALMOST_HARD
     assert "linearly dependent" in caplog.text
-    assert published.plan(family, tokens[:1], config, 0, torch.ones(1)).lam == 0.0
+    alone = published.plan(family, tokens[:1], config, 0, torch.ones(1), captions)
+    assert alone.lam == 0.0
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,19 @@ def test_pictures_may_change_or_go_once_a_run_has_read_them(model, tmp_path):
     assert result.saw["lower"]["pictures"] == before
 
 
+@pytest.mark.parametrize("change", ["other", "gone"])
+def test_captions_are_those_that_the_published_update_began_with(model, tmp_path, change):
+    config = settings(tmp_path, method="alternating", steps=3, num_captions=5)
+    undisturbed = immunized(model, config)
+
+    def disturb(report):
+        config.captions.unlink(missing_ok=True)
+        if change == "other":
+            config.captions.write_text("another caption\nand one more")
+
+    assert_same(unet(immunized(model, config, callbacks=[disturb])), unet(undisturbed))
+
+
 def break_losses(monkeypatch, factor):
     """Let `factor(step)` multiply every upper loss."""
     upper_level = Problem.upper_level
