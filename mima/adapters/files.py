@@ -11,6 +11,7 @@ import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -84,6 +85,8 @@ _PLAIN = re.compile(r"\^?[\w.\\-]*\$?|all-linear")
 # whatever follows, line breaks too: else each such part of a name would be tried to its end
 _LAYER = re.compile(r"\.(lora|lokr|hada)_.*", re.S)
 _LORA_DOWN = re.compile(r"(\.down|lora_A)(\.[^.]+)?\.weight$")
+# what accelerate leaves in a checkpoint beside the weights
+_TRAINER = re.compile(r"(optimizer|scheduler|sampler|dl_state_dict)(_\d+)?\.bin|scaler\.pt")
 _CUSTOM_DIFFUSION = re.compile(r"^(.*)\.processor\.(\w+)_custom_diffusion(\.\d+)?\.(\w+)$")
 
 
@@ -146,6 +149,7 @@ class AdapterReader:
         kinds = (".safetensors", ".bin", ".pt")
         # a pipe would keep its reader waiting
         files = [p for p in visible(path, "*") if p.suffix in kinds and p.is_file()]
+        files = [file for file in files if not _TRAINER.fullmatch(file.name)]
         if (path / CUSTOM_DIFFUSION_FILE).is_file():
             # diffusers' training script may leave the same weights in both formats
             other = Path(CUSTOM_DIFFUSION_FILE).with_suffix(".bin").name
@@ -206,7 +210,7 @@ class AdapterReader:
             if any("dora_scale" in key for key in state):
                 # diffusers drops dora_scale from the files of other programs
                 raise MimaError(f"adapter {path} is a DoRA; this is not supported, LoRA is")
-            return self._lora(path)
+            return self._lora(path, state)
         if any("_custom_diffusion" in key for key in state):
             return {"values": self._custom_diffusion(path, state)}
         if any(key.startswith("model.diffusion_model.") for key in state):
@@ -265,7 +269,7 @@ class AdapterReader:
         }
         return with_modules(self.pipeline, **modules), f"adapter{self._count}"
 
-    def _lora(self, path: Path) -> dict[str, Any]:
+    def _lora(self, path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
         scratch, name = self._scratch()
         if not hasattr(scratch, "load_lora_weights"):
             raise MimaError(
@@ -274,8 +278,11 @@ class AdapterReader:
             )
         # offline, older diffusers look for no file unless its name is given
         place = {"weight_name": path.name, "local_files_only": True}
+        # settings are in a file's header; a pickle has none, and may hold more than the matrices
+        source = str(path.parent) if path.suffix == ".safetensors" else dict(state)
         with _foreign(path):
-            state = scratch.lora_state_dict(str(path.parent), **place)
+            # diffusers empties what it renames
+            state = scratch.lora_state_dict(copy(source), **place)
         state = state[0] if isinstance(state, tuple) else state
         _refuse_others(path, state)
         _check_metadata(path, state)
@@ -283,7 +290,7 @@ class AdapterReader:
         matrices = {key: value for key, value in state.items() if not key.endswith(".alpha")}
         _check_numbers(path, matrices)
         with _foreign(path):
-            scratch.load_lora_weights(str(path.parent), adapter_name=name, **place)
+            scratch.load_lora_weights(source, adapter_name=name, **place)
         dora = any(MAGNITUDE in key for key in state)
         found = _learned(networks(scratch), name, path, whole=dora)
         expected = sum(bool(_LORA_DOWN.search(key)) for key in state)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support import builders, ldm
 from support.loras import KV, assert_same_weights, lora_config, save_lora
 
@@ -107,6 +108,29 @@ def test_kohyas_files_are_read_and_their_dora_is_refused(base, tmp_path):
         kohya(base, file, **problem)
         with pytest.raises(MimaError, match=message):
             AdapterReader(base).read(file)
+
+
+@pytest.mark.parametrize("name", ["lora.pt", "lora.ckpt"])
+def test_a_pickled_lora_is_read_by_itself_or_as_a_trainer_wraps_it(base, tmp_path, name):
+    layer = kohya(base, tmp_path / "lora.safetensors")
+    state = load_file(tmp_path / "lora.safetensors")
+    for held in (state, {"state_dict": state, "epoch": 3}):
+        torch.save(held, tmp_path / name)
+        (factor,) = AdapterReader(base).read(tmp_path / name).factors.items()
+        assert factor[0] == layer
+        assert torch.equal(factor[1].delta(), torch.ones_like(factor[1].delta()))
+
+
+def test_a_checkpoint_of_a_training_script_is_read(base, loras, tmp_path):
+    folder = shutil.copytree(loras[0], tmp_path / "checkpoint-500")
+    for name in ("optimizer.bin", "optimizer_1.bin", "scheduler.bin", "sampler.bin", "scaler.pt"):
+        torch.save({"state": {0: {"step": torch.tensor(5.0)}}, "last_epoch": 5}, folder / name)
+    (folder / "random_states_0.pkl").write_bytes(b"")
+    expected = AdapterReader(base).read(loras[0]).factors
+    found = AdapterReader(base).read(folder).factors
+    assert found.keys() == expected.keys()
+    for name, factor in found.items():
+        assert torch.equal(factor.delta(), expected[name].delta())
 
 
 @pytest.mark.parametrize("beside", [{"bias": "all"}, {"modules_to_save": ["conv_out"]}])
