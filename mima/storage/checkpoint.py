@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mima.errors import MimaError, one_line, quoted
-from mima.storage.atomic import WRITING_ERRORS, reason_of, recover, sha256_of, staged
+from mima.storage.atomic import WRITING_ERRORS, reason_of, recover, remove, sha256_of, staged
 from mima.storage.inputs import expanded
 from mima.storage.plain_data import read_json
 from mima.storage.tensor_files import mapped, save_tensors
@@ -88,15 +88,23 @@ class CheckpointFolder:
             )
 
     def remove(self) -> None:
-        """Remove the folder and all that is in it.
+        """Remove all that is in the folder, and the folder unless it is a link.
 
-        What says whose it is goes last: where a removal is cut short, no other run takes a step of
-        this one for its own.
+        What says whose it is goes last: where a removal is cut short, or something cannot be
+        removed, which a warning names, no other run takes a step of this one for its own.
         """
-        if self.path.is_dir():
+        if not self.path.is_dir():
+            return
+        try:
             for entry in self.path.iterdir():
-                shutil.rmtree(entry, ignore_errors=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+                if entry.name != RUN_FILE:
+                    remove(entry)
+            remove(self.path / RUN_FILE)
+            if not self.path.is_symlink():
+                self.path.rmdir()
+        except OSError as error:
+            where = error.filename or self.path
+            logger.warning("checkpoint: cannot remove %s: %s", where, reason_of(error))
 
     def write(self, checkpoint: Checkpoint, save: Save | None = None) -> None:
         """Write a checkpoint; of the earlier ones, the last is kept.

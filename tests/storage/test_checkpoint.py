@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import re
 import shutil
 
 import pytest
@@ -160,5 +162,33 @@ def test_a_removal_that_is_cut_short_leaves_whose_the_folder_is(two, monkeypatch
         two.remove()
     assert (two.path / RUN_FILE).is_file()
     monkeypatch.undo()
+    two.remove()
+    assert not two.path.exists()
+
+
+def test_a_link_to_a_folder_stays_one_that_another_run_can_use(tmp_path):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "c").symlink_to("large")
+    for _ in range(2):
+        folder = CheckpointFolder(tmp_path / "c")
+        claim(folder, RUN, resume=False)
+        folder.write(checkpoint(1))
+        folder.remove()
+        assert names(folder) == []
+    assert folder.path.is_symlink()
+
+
+def test_what_cannot_be_removed_is_named_and_still_the_runs(two, monkeypatch, caplog):
+    claim(two, RUN, resume=False)
+
+    def refuse(path):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        two.remove()
+    (warning,) = caplog.messages
+    assert re.fullmatch(r"checkpoint: cannot remove .*/c/step-\d+: .* busy", warning)
+    assert (two.path / RUN_FILE).is_file()
     two.remove()
     assert not two.path.exists()
