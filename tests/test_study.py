@@ -245,13 +245,24 @@ def test_the_table_of_rows_is_as_measured_and_bounds_are_said(study):
     assert first[header.index("steps ratio")].startswith("≥ ")
 
 
-def test_methods_of_one_colour_have_markers_of_their_own():
-    import matplotlib as mpl
-
+def test_methods_look_alike_in_every_plot_and_nothing_else_does(study, tmp_path):
     from benchmarks.immunity import report
+    from benchmarks.immunity.cells import EVERY
 
-    colours = len(mpl.rcParams["axes.prop_cycle"])
-    assert len(set(report._MARKERS)) == len(report._MARKERS) == colours + 1
+    assert set(report._LOOKS) == set(EVERY)
+    looks = [(look["color"], look["marker"]) for look in report._LOOKS.values()]
+    assert len({*looks}) == len({colour for colour, _ in looks}) == len(EVERY)
+
+    cells = [one for one in report.finished(study) if one.judge == "clip"]
+    assert "beyond the axis" not in report._plot(cells, tmp_path / "a.svg").read_text()
+    # a ratio to a similarity of nearly 0
+    (point, *_) = [p for p in cells[0].points[cells[0].targets("lora")[0].attack] if p.step]
+    far = point.model_copy(update={"sgr": -40.0})
+    cells[0].points[point.attack] = [
+        far if p == point else p for p in cells[0].points[point.attack]
+    ]
+    text = report._plot(cells, tmp_path / "b.svg").read_text()
+    assert text.count(">beyond the axis<") == 1
 
 
 def test_what_differs_between_methods_and_what_was_seen_is_said(study):

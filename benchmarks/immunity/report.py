@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from benchmarks.immunity.cells import NOT_IMMUNIZED, Cell, Problem
+from benchmarks.immunity.cells import CEILING, EVERY, NOT_IMMUNIZED, Cell, Problem
 from benchmarks.immunity.study import Compute, Study
 from mima.errors import MimaError
 from mima.evaluation.metrics import run_interval
@@ -457,27 +459,38 @@ def _csv(cells: Sequence[Finished]) -> str:
 
 
 def _plot(cells: Sequence[Finished], path: Path) -> Path:
-    """SGR over steps, a panel for each kind of attack and a line for each method."""
+    """SGR over steps, a panel for each kind of attack and a line for each method.
+
+    A method has its colour and marker in every plot. A ratio to a similarity near 0 may be
+    anything: what lies beyond the axis is an arrow on its edge.
+    """
     kinds = list(dict.fromkeys(row.method for one in cells for row in one.targets()))
     methods = list(dict.fromkeys(one.cell.method for one in cells))
     figure = Figure(figsize=(3.2 * len(kinds), 3.6), layout="constrained")
     places = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
     for place, kind in zip(places, kinds, strict=True):
-        for number_, method in enumerate(methods):
+        for method in methods:
             group = [one for one in cells if one.cell.method == method]
             steps = sorted({p.step for one in group for c in one.points.values() for p in c})
             curve = [(s, v) for s in steps if (v := _sgr_at(group, kind, s)) is not None]
             if curve:
-                place.plot(
-                    *zip(*curve, strict=True), label=method, color=f"C{number_}",
-                    marker=_MARKERS[number_ % len(_MARKERS)], markersize=4, linewidth=1.4,
-                )  # fmt: skip
+                place.plot(*zip(*curve, strict=True), label=method, markersize=4, **_LOOKS[method])
+            for step, value in curve:
+                if not _LOWEST <= value <= _HIGHEST:
+                    edge, arrow = (_LOWEST, "v") if value < _LOWEST else (_HIGHEST, "^")
+                    place.plot(
+                        step, edge, marker=arrow, color=_LOOKS[method]["color"], markersize=7,
+                        clip_on=False, linestyle="none", label=_BEYOND, zorder=3,
+                    )  # fmt: skip
         place.axhline(0, color="0.6", linewidth=0.8)
         place.set_title(method_name(kind), fontsize=9)
         place.set_xlabel("attack steps", fontsize=8)
         place.tick_params(labelsize=8)
     places[0].set_ylabel("similarity gap ratio", fontsize=8)
     lines = {line.get_label(): line for place in places for line in place.lines[:-1]}
+    if lines.pop(_BEYOND, None):
+        arrow = {"marker": "v", "color": "0.4", "linestyle": "none"}
+        lines[_BEYOND] = Line2D([], [], label=_BEYOND, **arrow)
     figure.legend(
         handles=list(lines.values()),
         loc="outside lower center",
@@ -485,13 +498,24 @@ def _plot(cells: Sequence[Finished], path: Path) -> Path:
         fontsize=8,
         frameon=False,
     )
-    # divided by a similarity near 0, a ratio may be anything
-    places[0].set_ylim(bottom=max(places[0].get_ylim()[0], -1.0))
+    low, high = places[0].get_ylim()
+    places[0].set_ylim(max(low, _LOWEST), min(high, _HIGHEST))
     # the same file from the same numbers, with text as text
     with mpl.rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None})
     return path
 
 
-_MARKERS = "osD^vPX*<>p"
-"""One more than there are colours: methods of one colour have markers of their own."""
+_BEYOND = "beyond the axis"
+_LOWEST, _HIGHEST = -1.0, 2.0
+"""Of a plot's axis."""
+_LOOKS: dict[str, dict[str, Any]] = {
+    method: {"color": f"C{place % 10}", "marker": marker, "linewidth": 1.2}
+    for place, (method, marker) in enumerate(
+        zip((name for name in EVERY if name not in ("default", CEILING)), "sDhdPX*<>p", strict=True)
+    )
+} | {
+    "default": {"color": "black", "marker": "o", "linewidth": 2.2},
+    CEILING: {"color": "0.5", "marker": "", "linewidth": 1.4, "linestyle": "--"},
+}
+"""The same in every plot, whichever methods it has."""
