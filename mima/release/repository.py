@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,14 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
-from mima.errors import MimaError
+from mima.errors import MimaError, one_line
 from mima.families import ModelSource, load_pipeline
 from mima.families.hub import TRANSPORT_ERRORS, unreachable
 from mima.families.pipelines import Pipeline, names_for_all, networks, readers, tensors
 from mima.release.card import CARD_FILE, CardFacts, as_text, model_card
 from mima.release.delta import Delta, load_delta, read_delta
 from mima.storage.atomic import sha256_of
-from mima.storage.inputs import expanded
+from mima.storage.inputs import expanded, resolved
 from mima.storage.record import (
     RECORD_FILE,
     read_record,
@@ -113,23 +113,38 @@ class Repository:
 
 @contextmanager
 def _published(folder: Path) -> Iterator[Path]:
-    """The folder, or links to its files beside records without thumbnails."""
-    told = {
-        file.relative_to(folder): read_record(file.parent) or {}
-        for file in sorted(folder.rglob(RECORD_FILE))
-    }
-    public = {
-        place: shown for place, all_ in told.items() if (shown := without_thumbnails(all_)) != all_
-    }
-    if not public:
-        yield folder
-        return
+    """Links to what a folder holds, also by links, beside records without thumbnails."""
     with tempfile.TemporaryDirectory() as links:
-        shutil.copytree(folder.resolve(), links, copy_function=os.symlink, dirs_exist_ok=True)
-        for place, record in public.items():
-            (Path(links) / place).unlink()
-            (Path(links) / place).write_text(record_text(record), encoding="utf-8")
+        try:
+            shutil.copytree(
+                *(resolved(folder), links),
+                ignore=_refuse_circles,
+                copy_function=_link_or_clean,
+                dirs_exist_ok=True,
+            )
+        except shutil.Error as error:
+            place, _, why = error.args[0][0]
+            raise MimaError(f"hub: cannot read {place}: {one_line(why)}") from error
         yield Path(links)
+
+
+def _link_or_clean(source: str, place: str) -> None:
+    path = Path(source)
+    record = (read_record(path.parent) or {}) if path.name == RECORD_FILE else {}
+    shown = without_thumbnails(record)
+    if shown == record:
+        os.symlink(source, place)
+    else:
+        Path(place).write_text(record_text(shown), encoding="utf-8")
+
+
+def _refuse_circles(folder: str, names: Iterable[str]) -> tuple[str, ...]:
+    """What ``copytree`` is to leave out: nothing, but a link to where it came from has no end."""
+    passed = {resolved(place) for place in (Path(folder), *Path(folder).parents)}
+    for name in names:
+        if resolved(Path(folder, name)) in passed:
+            raise MimaError(f"hub: {Path(folder, name)} is a link that leads in a circle")
+    return ()
 
 
 def save_pipeline(pipeline: Pipeline, folder: str | Path) -> None:

@@ -151,14 +151,37 @@ def test_what_cannot_be_published_is_said(served, repo):
 
 
 @pytest.mark.usefixtures("online")
-def test_a_line_that_breaks_is_one_error(monkeypatch):
+def test_what_links_lead_to_is_published_without_thumbnails(served, tmp_path):
+    record = {"saw": {"lower": {"pictures": ["digest"], "signatures": ["thumbnail"]}}}
+    folder, other = tmp_path / "result", tmp_path / "other"
+    for place in (folder, other):
+        place.mkdir()
+    (folder / "weights").write_text("a")
+    (other / "weights").write_text("b")
+    (other / "mima.json").write_text(json.dumps(record))
+    (folder / "base").symlink_to(other)
+    (folder / "gone").symlink_to(tmp_path / "nowhere")
+    repository = Repository("me/model")
+    repository.upload(folder)
+    published = dict(served.files["me/model", "main"])
+    assert json.loads(published.pop("base/mima.json")) == {
+        "saw": {"lower": {"pictures": ["digest"]}}
+    }
+    assert published == {"weights": b"a", "base/weights": b"b"}
+    (other / "back").symlink_to(folder)
+    with pytest.raises(MimaError, match=r"base/back is a link that leads in a circle"):
+        repository.upload(folder)
+
+
+@pytest.mark.usefixtures("online")
+def test_a_line_that_breaks_is_one_error(monkeypatch, tmp_path):
     def broken(*_, **__):
         raise TRANSPORT_ERRORS[-1]("server disconnected")
 
     repository = Repository("me/model")
     monkeypatch.setattr(repository._api, "upload_folder", broken)
     with pytest.raises(MimaError, match="cannot publish 'me/model': server disconnected"):
-        repository.upload(".")
+        repository.upload(tmp_path)
 
 
 def test_offline_nothing_is_published():
