@@ -21,7 +21,7 @@ from mima.errors import MimaError, one_line, quoted
 from mima.storage.atomic import WRITING_ERRORS, reason_of, recover, remove, sha256_of, staged
 from mima.storage.inputs import expanded
 from mima.storage.plain_data import read_json
-from mima.storage.tensor_files import mapped, save_tensors
+from mima.storage.tensor_files import mapped_if_intact, save_checked, save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -190,13 +190,15 @@ class CheckpointFolder:
         return _read_mapping(path) if path.is_file() else None
 
     def write_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write tensors to a file of this folder."""
-        self._put(self.path / name, lambda path: save_tensors(path, tensors))
+        """Write tensors to a file of this folder, with a checksum."""
+        self._put(self.path / name, lambda path: save_checked(path, tensors))
 
     def read_tensors(self, name: str) -> dict[str, torch.Tensor] | None:
-        """What ``write_tensors`` wrote, mapped from the file rather than read, or None."""
-        path = self.path / name
-        return mapped(path) if path.is_file() else None
+        """What ``write_tensors`` wrote, mapped from the file rather than kept in memory, or None.
+
+        Where it is damaged, it is None with a warning.
+        """
+        return mapped_if_intact(self.path / name)
 
     def _steps(self) -> list[Path]:
         if not self.path.is_dir():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 import struct
 import tempfile
 from collections.abc import Mapping
@@ -17,6 +19,10 @@ from mima.errors import MimaError
 from mima.storage.atomic import WRITING_ERRORS, reason_of
 from mima.storage.plain_data import read_json
 
+logger = logging.getLogger(__name__)
+
+CHECKSUM = "checksum"
+"""The text in a file's header that says what its tensors are."""
 LARGEST_HEADER = 100_000_000
 """Bytes; safetensors' own bound."""
 
@@ -95,6 +101,37 @@ def mapped(path: Path) -> dict[str, torch.Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise MimaError(f"cannot read {path}: {reason_of(error)}") from error
+
+
+def save_checked(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file with a checksum in its header, as `mapped_if_intact` reads."""
+    save_tensors(path, tensors, {CHECKSUM: _checksum(tensors)})
+
+
+def mapped_if_intact(path: Path) -> dict[str, torch.Tensor] | None:
+    """What `save_checked` wrote, mapped; None where there is nothing, or it is damaged.
+
+    A damaged one is named in a warning.
+    """
+    if not os.path.isfile(path):
+        return None
+    try:
+        tensors = mapped(path)
+    except MimaError as error:
+        logger.warning("%s; it is made again", error)
+        return None
+    told = header_texts(path).get(CHECKSUM)
+    if told == _checksum(tensors):
+        return tensors
+    # as those of earlier versions
+    what = "has no checksum" if told is None else "is damaged"
+    logger.warning("%s %s; it is made again", path, what)
+    return None
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Of names, types, shapes and values, in whatever order."""
+    return fingerprint({f"{n} {x.dtype} {[*x.shape]}": x for n, x in sorted(tensors.items())})
 
 
 def spill(

@@ -50,7 +50,7 @@ class ClassPictures:
         are read. Returns scaled latents [P, C, H, W] on the CPU.
 
         Raises:
-            MimaError: the cache cannot be written, or holds a damaged file.
+            MimaError: the cache cannot be written.
         """
         done, latents = 0, []
         for batch in chunks(prompts):

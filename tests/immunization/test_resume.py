@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import immunizing, tiny
 from support.faults import small_files
 from support.immunizing import assert_same, concepts, problem_of, settings, weights
@@ -214,6 +215,22 @@ def test_class_pictures_are_drawn_once(model, tmp_path, monkeypatch):
     monkeypatch.setattr("mima.training.class_images.ClassPictures.latents", None)
     again = immunize(model, bare, config, checkpoint=tmp_path / "c", resume=True)
     assert_same(unet(again), unet(first))
+
+
+def test_damaged_encodings_are_made_again(model, tmp_path, caplog):
+    config = settings(tmp_path, steps=1)
+    immunized(model, config, checkpoint=tmp_path / "c")
+    file = tmp_path / "c" / "concept-000.safetensors"
+    kept = load_file(file)
+    fewer = {"images.latents": kept["images.latents"][:1].clone()}
+    longer, intact = config.model_copy(update={"steps": 2}), file.read_bytes()
+    for content in (kept | fewer, {"other": torch.ones(1)}):
+        save_file(content, file)
+        again = immunized(model, longer, checkpoint=tmp_path / "c", resume=True)
+        assert "concept-000.safetensors has no checksum; it is made again" in caplog.text
+        assert file.read_bytes() == intact
+        caplog.clear()
+    assert_same(unet(again), unet(immunized(model, longer)))
 
 
 def test_large_encodings_are_mapped(model, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.faults import small_files
 
 from mima.errors import MimaError
@@ -125,6 +126,29 @@ def test_where_all_are_damaged_one_line_says_so(two, damage):
 def test_a_checkpoint_of_another_step_is_damaged(two):
     (two.path / "step-00000010").rename(two.path / "step-00000011")
     assert two.latest().step == 9
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "others"])
+def test_kept_tensors_that_are_damaged_are_made_again(tmp_path, caplog, damage):
+    folder, kept = CheckpointFolder(tmp_path / "c"), {"b": torch.ones(3), "a": torch.zeros(2, 2)}
+    folder.write_tensors("x.safetensors", kept)
+    read = folder.read_tensors("x.safetensors")
+    assert read.keys() == kept.keys()
+    assert all(torch.equal(read[name], value) for name, value in kept.items())
+    assert not caplog.messages
+    file = folder.path / "x.safetensors"
+    if damage == "others":
+        save_file({"b": torch.ones(3)}, file)
+    else:
+        DAMAGES[damage](file)
+    assert folder.read_tensors("x.safetensors") is None
+    if damage == "gone":
+        assert not caplog.messages
+    else:
+        (warning,) = caplog.messages
+        assert re.fullmatch(
+            r".*x\.safetensors(: .*| is damaged| has no checksum); it is made again", warning
+        )
 
 
 RUN = {"config": {"steps": 1}, "concepts": [], "model": "x", "versions": {}}

@@ -1,6 +1,8 @@
 import logging
 
+import pytest
 import torch
+from safetensors.torch import save
 
 from mima import console
 from mima.families import family_of
@@ -63,3 +65,18 @@ def test_processes_that_draw_the_same_do_not_meet(pipeline, tmp_path, monkeypatc
     # each wrote to a file of its own, and one is left
     assert len(set(names)) == 2
     assert len(list((tmp_path / "class-images").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"half", save({"a": torch.zeros(2)})], ids=["damaged", "others"]
+)
+def test_damaged_class_pictures_are_drawn_again(pipeline, tmp_path, monkeypatch, caplog, content):
+    monkeypatch.setenv("MIMA_CACHE", str(tmp_path))
+    pictures = ClassPictures(family_of(pipeline))
+    drawn = pictures.latents(["a cat"], torch.Generator())
+    (file,) = (tmp_path / "class-images").iterdir()
+    intact = file.read_bytes()
+    file.write_bytes(content)
+    assert torch.equal(pictures.latents(["a cat"], torch.Generator()), drawn)
+    assert file.read_bytes() == intact
+    assert "it is made again" in caplog.text
