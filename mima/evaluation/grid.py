@@ -131,8 +131,9 @@ _QUICK_SAMPLER = {"steps": 12, "guidance": 3.0, "scheduler": "dpm++", "batch_siz
 _ALL_METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "dreambooth": {},
-    "textual-inversion": {},
-    "custom-diffusion": {},
+    # what --scale_lr makes of the rates of diffusers' commands: times the pictures of a step
+    "textual-inversion": {"learning_rate": 2e-3, "batch_size": 4},
+    "custom-diffusion": {"learning_rate": 4e-5},
 }
 
 PRESETS: dict[str, GridConfig] = {

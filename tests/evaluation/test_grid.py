@@ -67,8 +67,8 @@ def described(attack):
 
 
 def published(method):
-    """Learning rate and steps of a method when nothing is said of them."""
-    settings = configure(method, {})
+    """Learning rate and steps of a method in the presets of published settings."""
+    settings = configure(method, PRESETS["standard"].methods[method])
     return settings.learning_rate, settings.steps
 
 
@@ -95,8 +95,8 @@ def test_standard_is_every_method_once_per_concept_and_seed():
     assert {m: published(m) for m in METHODS} == {
         "lora": (1e-4, 500),
         "dreambooth": (5e-6, 1000),
-        "textual-inversion": (5e-4, 2000),
-        "custom-diffusion": (1e-5, 500),
+        "textual-inversion": (2e-3, 2000),
+        "custom-diffusion": (4e-5, 500),
     }
 
 
