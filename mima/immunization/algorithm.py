@@ -17,6 +17,7 @@ from typing import Any, Literal, overload
 
 import torch
 
+from mima.adaptation.resumable import named_weights
 from mima.concepts import Concept
 from mima.concepts.concept import learnable
 from mima.concepts.reading import load_concepts
@@ -26,7 +27,7 @@ from mima.errors import MimaError
 from mima.families import ModelSource, family_of, origin_of, source_of
 from mima.families.frozen import hold_frozen, with_quantized_held
 from mima.families.new_words import text_parts
-from mima.families.pipelines import scheduler_settings, tensors, with_modules
+from mima.families.pipelines import scheduler_settings, with_modules
 from mima.families.recomputed import recomputed_blocks
 from mima.immunization.alternating import alternate
 from mima.immunization.checks import (
@@ -292,7 +293,7 @@ def _immunized(
                 run = describe_run(
                     config.model_dump(mode="json"),
                     [concept.identity() for concept in concepts],
-                    tensors(pipeline),
+                    named_weights(pipeline),
                     scheduler_settings(pipeline),
                     [concept.identity() for concept in benign],
                     captions,

@@ -57,7 +57,7 @@ def describe_run(
     Args:
         config: the settings.
         concepts: what `Concept.identity` says of each.
-        weights: the model's.
+        weights: the model's, under names that do not depend on versions.
         scheduler: its class and settings, of which the loss is made.
         benign: the same of concepts that are to stay learnable.
         captions: the ordinary captions that it reads, from whatever file.
@@ -100,7 +100,12 @@ def claim(folder: CheckpointFolder, run: Mapping[str, Any], *, resume: bool) -> 
     scheduled = any(now.get(name, "constant") != "constant" for name in SCHEDULES)
     if isinstance(earlier.get("scheduler"), dict):
         # checkpoints of before say nothing of it
-        before, now = before | _scheduler(earlier), now | _scheduler(run)
+        then, today = _scheduler(earlier), _scheduler(run)
+        if earlier["versions"].get("diffusers") != run["versions"].get("diffusers"):
+            # another version may name further settings of the same schedule
+            then = {name: value for name, value in then.items() if name in today}
+            today = {name: today[name] for name in then}
+        before, now = before | then, now | today
     problems = [
         f"{name}: {one_line(before.get(name), 60)} then, {one_line(now.get(name), 60)} now"
         for name in dict.fromkeys([*before, *now])

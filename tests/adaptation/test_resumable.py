@@ -15,14 +15,15 @@ from support import tiny
 from typer.testing import CliRunner
 
 from mima.adaptation import Together, configure
-from mima.adaptation.resumable import adapt, learn
+from mima.adaptation.resumable import adapt, learn, named_weights
 from mima.cli import app
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.evaluation import Sampler
-from mima.families.pipelines import with_modules
+from mima.families.pipelines import names_for_all, tensors, with_modules
 from mima.storage.checkpoint import CheckpointFolder
 from mima.storage.runs import default_folder
+from mima.storage.tensor_files import fingerprint
 
 SAMPLER = Sampler(steps=2, guidance=1.0)
 
@@ -291,3 +292,13 @@ def test_the_command_is_interrupted_and_resumed(tmp_path, monkeypatch):
     for name in ("samples/00040/0.png", "samples/00005/0.png"):
         assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cat", "model", "out", "whole"]
+
+
+def test_a_model_is_the_same_whichever_transformers_named_its_weights(pipeline, monkeypatch):
+    reader = type(pipeline.text_encoder)
+    told, state = fingerprint(named_weights(pipeline)), reader.state_dict
+    assert "text_encoder.embeddings.token_embedding.weight" in named_weights(pipeline)
+    # as transformers 4 does
+    monkeypatch.setattr(reader, "state_dict", lambda own: names_for_all(own, state(own)))
+    assert fingerprint(tensors(pipeline)) != told
+    assert fingerprint(named_weights(pipeline)) == told

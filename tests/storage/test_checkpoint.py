@@ -216,3 +216,16 @@ def test_what_cannot_be_removed_is_named_and_still_the_runs(two, monkeypatch, ca
     assert (two.path / RUN_FILE).is_file()
     two.remove()
     assert not two.path.exists()
+
+
+def test_another_version_of_diffusers_may_name_further_settings_of_a_schedule(tmp_path, caplog):
+    folder, schedule = CheckpointFolder(tmp_path / "c"), {"class": "DDPM", "snr": False, "beta": 1}
+    then = RUN | {"scheduler": {"class": "DDPM", "beta": 1, "old": 1}, "versions": {"diffusers": 1}}
+    now = RUN | {"scheduler": schedule, "versions": {"diffusers": 2}}
+    claim(folder, then, resume=False)
+    with pytest.raises(MimaError, match=r"which differs in scheduler\.old: .* scheduler\.snr: "):
+        claim(folder, now | {"versions": {"diffusers": 1}}, resume=True)
+    with pytest.raises(MimaError, match=r"which differs in scheduler\.beta: 1 then, 2 now$"):
+        claim(folder, now | {"scheduler": schedule | {"beta": 2}}, resume=True)
+    claim(folder, now, resume=True)
+    assert "resuming under other versions" in caplog.text
