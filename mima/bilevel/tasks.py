@@ -95,7 +95,7 @@ class LoraFactors(LowerLevel):
         shapes: the [O, D] shapes of the adapted weights, by name.
         rank: R ≥ 1.
         scale: alpha / rank (or alpha / √rank for rsLoRA).
-        generator: draws A as peft does, uniform in ±1/√D.
+        generator: draws A as the attacks' LoRA does, normal with a deviation of 1 / rank.
         steps: K.
         optimizer: the update rule.
         like: a tensor whose dtype and device the factors have.
@@ -132,8 +132,7 @@ class LoraFactors(LowerLevel):
             self.memory, self.age = carried.memory, carried.age
             return
         for name, (out_features, in_features) in shapes.items():
-            draw = torch.rand(rank, in_features, generator=generator, dtype=torch.float64)
-            A_RD = (2 * draw - 1) / in_features**0.5
+            A_RD = torch.randn(rank, in_features, generator=generator, dtype=torch.float64) / rank
             self._factors[f"{name}.lora_A"] = A_RD.to(like)
             self._factors[f"{name}.lora_B"] = like.new_zeros(out_features, rank)
 

@@ -19,6 +19,7 @@ from PIL import Image
 from mima.adaptation import Adaptation, Diverged, DreamBooth, LoRA, Run
 from mima.adapters.adapter import Adapter
 from mima.adapters.merge import apply
+from mima.choices import SEED_STRIDE
 from mima.concepts import Concept
 from mima.concepts.pictures import Picture, digest
 from mima.errors import MimaError
@@ -593,7 +594,9 @@ class Worker:
             pictures = self.bench.ordinary()
             subjects = [Concept("benign", pictures[0].prompt, pictures)]
         adapters = []
-        for subject in subjects:
+        for place, subject in enumerate(subjects, 1):
+            # LoRAs of several people have no draws in common
+            lora = replace(lora, seed=attack.seed * SEED_STRIDE + place)
             run = lora.adapt(pipeline, subject, on_step=lambda _: self.advance(1))
             adapters.append(Adapter.of(run.pipeline))
         return apply(pipeline, adapters)

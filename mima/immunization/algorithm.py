@@ -317,12 +317,15 @@ def _immunized(
         if config.erase_first:
             pipeline = erase(pipeline, concepts, preserve=captions)
             family = family_of(pipeline, resolution=config.resolution, training=config.training)
+            if not family.reads_text_alone:
+                # what it edits there is what the merge's embeddings come from
+                merge = merge_layer(family, concepts, config, where)
         own = ranks
         if config.shards > 1:
             own = ranks.split(config.shards, where)
             family.sharded = sharded(family, written_to, own, config)
         words = [TrainedWord.of(family, c) for c in concepts] if config.train_tokens else []
-        problem = Problem(family, data, config, merge, own, words, others, captions)
+        problem = Problem(family, data, config, merge, own, words, others, captions, concepts)
         # the published update draws captions for each merge
         reads_text = bool(words) or config.method == "alternating"
         # a pipeline in memory keeps its encoders: they are the caller's
@@ -399,7 +402,9 @@ def _compose(
         part = folder / f"concept-{n:03d}" if folder else None
         its_logs = logs / f"concept-{n:03d}" if logs else None
         words = problem.words[n : n + 1]
-        alone = Problem(problem.family, [data], problem.config, None, ALONE, words, problem.benign)
+        alone = Problem(
+            problem.family, [data], problem.config, None, ALONE, words, problem.benign, first=n
+        )
         told = callbacks if ranks.main else ()
         history = ascend(alone, told, part, logs=its_logs, stage=data.name)
         mine.append((history, {name: value.cpu().clone() for name, value in theta.items()}))

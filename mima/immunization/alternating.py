@@ -52,14 +52,17 @@ def alternate(
         for step in run.steps():
             if step % 2 == 0:
                 tasks = problem.lower_levels(step)
-                plan = published.plan(
-                    problem.family,
-                    first.plan.C,
-                    problem.config,
-                    step,
-                    first.weights,
-                    problem.captions,
-                )
+                # the one that the run began with is that of its first step
+                plan = first.plan
+                if step > 0:
+                    plan = published.plan(
+                        problem.family,
+                        problem.described,
+                        problem.config,
+                        step,
+                        first.weights,
+                        problem.captions,
+                    )
                 merge = MergeLayer(first.weights, plan, first.projected)
                 names = [LossName(data.name) for data in problem.data]
                 outer, merged = merge_step(

@@ -173,6 +173,8 @@ class ImmunizeConfig(Settings):
             unread |= {"lam", "num_captions"}
         if self.method == "alternating":
             unread |= {"hypergradient", "lam"}
+        if self.upper.ascent_ratio is not None:
+            del plain["upper"]["max_grad_norm"]
         several = isinstance(self.lower, tuple)
         for told, attacker in zip(
             plain["lower"] if several else [plain["lower"]], self.attackers, strict=True
@@ -222,7 +224,9 @@ class ImmunizeConfig(Settings):
                 "precision: float16 gradients underflow without loss scaling, and a Hessian "
                 "product has no scale of its own that could be checked; use bfloat16"
             )
-        if self.precision == "bfloat16" and self.hypergradient == "finite_difference":
+        differentiates = self.method not in ("none", "alternating")
+        rounded = self.precision == "bfloat16" and differentiates
+        if rounded and self.hypergradient == "finite_difference":
             raise ValueError(
                 "precision: bfloat16 rounds gradients more coarsely than finite_difference moves "
                 "the weights; use exact, first_order, or float32"
@@ -259,6 +263,14 @@ class ImmunizeConfig(Settings):
             )
         if words and self.merge == "sum":
             raise ValueError("merge: 'sum' has no place for lower.train_token's new words")
+        called = {kind for attacker in attackers for kind in attacker.captions}
+        elsewhere = called & {"rare_token", "without_name"}
+        if elsewhere and self.method == "mima" and self.merge == "projected":
+            raise ValueError(
+                "lower.captions: the projected merge keeps what the concepts' own prompts ask for; "
+                f"what is learned under {' and '.join(sorted(elsewhere))} needs merge 'average' or "
+                "'sum', or method 'joint'"
+            )
         trained = {(attacker.parameters, attacker.train_token) for attacker in attackers}
         if len(trained) > 1 and self.method == "mima" and self.merge == "projected":
             raise ValueError(

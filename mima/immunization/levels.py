@@ -31,6 +31,7 @@ from mima.bilevel.outer import (
     upper_gradient,
 )
 from mima.bilevel.tasks import FullWeights, LoraFactors, NewWord, SharedLoss
+from mima.concepts import Concept
 from mima.distributed import ALONE, Ranks, union
 from mima.families import Family, Params
 from mima.families.fused_layers import FusedLayers
@@ -83,6 +84,9 @@ class Problem:
         words: each concept's new word, where the lower level trains them.
         benign: pictures of concepts that must stay learnable.
         captions: ordinary ones, of which the published update draws.
+        concepts: whose texts the published update reads anew for each merge.
+        first: the place of the first concept among all, where each is a problem of its own: draws
+            are by it.
 
     Attributes:
         upper_names: S_u, the parameters that the defender may change.
@@ -103,12 +107,16 @@ class Problem:
         words: Sequence[TrainedWord] = (),
         benign: Sequence[ConceptData] = (),
         captions: Sequence[str] = (),
+        concepts: Sequence[Concept] = (),
+        first: int = 0,
     ) -> None:
         self.family = family
         self.data = list(data)
         self.words = list(words)
         self.benign = list(benign)
         self.captions = captions
+        self.described = concepts
+        self.first = first
         self.config = config
         self.merge = merge
         self.ranks = ranks
@@ -198,12 +206,14 @@ class Problem:
         """
         dtype = getattr(torch, self.config.precision)
         layers = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d)
+        # a weight that is trained may go by other names, too
+        trained = {id(value) for value in self._theta.values()}
         return {
             name: value.detach().to(dtype)
             for path, layer in self.family.denoiser.named_modules()
             if isinstance(layer, layers)
             for name, value in layer.named_parameters(path, recurse=False)
-            if name not in self.names
+            if id(value) not in trained
         }
 
     @cached_property
@@ -215,8 +225,9 @@ class Problem:
         born, carried = (
             (alive[n].born, alive[n].carried) if n in alive else (self._simulated(step), None)
         )
-        config = choose(self.config.attackers, self.config.seed, n, born)
-        return Attacker(config, self.config.seed, n, born, carried)
+        place = self.first + n
+        config = choose(self.config.attackers, self.config.seed, place, born)
+        return Attacker(config, self.config.seed, place, born, carried)
 
     def survivors(
         self, step: int, alive: Mapping[int, Alive], ends: Mapping[int, Carried]
@@ -238,7 +249,7 @@ class Problem:
             attacker = replace(attacker, carried=self._begun(attacker, b, count))
         pictures = data.pictures(attacker.captions)
         own, _ = attacker.split(len(pictures))
-        draws = seeded(self.config.seed, step, n, "lower")
+        draws = seeded(self.config.seed, step, self.first + n, "lower")
         weights = self.adaptation(attacker, pictures, own, attacker.config.steps, draws, n)
         weights.continues = attacker.continues
         if not attacker.config.train_token:
@@ -334,7 +345,7 @@ class Problem:
             data, attacker = self.data[n], self.attacker(n, step, alive)
             pictures = data.pictures(attacker.captions)
             _, other = attacker.split(len(pictures))
-            key = (self.config.seed, step, n, "upper", *(() if k == last else (k,)))
+            key = (self.config.seed, step, self.first + n, "upper", *(() if k == last else (k,)))
             draws = seeded(*key)
             own = Batch.draw(self.family, pictures, config.batch_size, draws, other)
             batches.append(own)
@@ -473,7 +484,7 @@ class Problem:
         """``w · L(class; θ)``, or ``w · mean (v_θ − v_start)²`` on the same pictures; and L."""
         config, data = self.config.upper, self.data[n]
         assert data.class_images is not None
-        draws = seeded(self.config.seed, step, n, "retain")
+        draws = seeded(self.config.seed, step, self.first + n, "retain")
         size = config.prior_batch_size or config.batch_size
         pictures = data.class_pictures(config.retain_captions, draws)
         batch = Batch.draw(self.family, pictures, size, draws)

@@ -33,9 +33,8 @@ def merge_layer(
         return MergeLayer(weights)
     try:
         if config.method == "alternating":
-            C = published.concept_tokens(family, concepts)
             captions = ordinary_captions(config.captions)
-            plan = published.plan(family, C, config, 0, weights, captions)
+            plan = published.plan(family, concepts, config, 0, weights, captions)
         else:
             regular = regular_tokens(family, config.captions, config.num_captions, config.seed)
             # where the weights will be, which the model need not be yet

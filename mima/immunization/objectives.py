@@ -21,7 +21,8 @@ these here is v_blind, the best prediction for pictures of the greatest entropy 
 variance, Gaussian noise: it knows the noise level and nothing of any picture.
 
 ``neg``, ``log`` and ``pair`` have no minimum: they go on breaking the model, ``pair`` ever more
-weakly; the others stop at 0.
+weakly; the others have it at 0. With ``ascent_ratio``, which gives the gradient of all but
+``hinge`` its length, they go on at that length in whatever direction is left.
 """
 
 # B = pictures of a batch

@@ -52,20 +52,13 @@ def concept_tokens(family: Family, concepts: Sequence[Concept]) -> list[torch.Te
         rows = text_tokens(family, [name, f"{opening} {name}"])
         for other in several:
             rows = rows[~(rows.unsqueeze(1) == other.unsqueeze(0)).all(dim=2).any(dim=1)]
-        if not len(rows):
-            logger.warning(
-                "concept %r has the class prompt of an earlier one (%r): its keys and values are "
-                "left out of the merge; the released code trains the last of such concepts alone",
-                concept.name,
-                name,
-            )
         several.append(rows)
     return several
 
 
 def plan(
     family: Family,
-    C: Sequence[torch.Tensor],
+    concepts: Sequence[Concept],
     config: ImmunizeConfig,
     step: int,
     weights: torch.Tensor,
@@ -73,14 +66,25 @@ def plan(
 ) -> MergePlan:
     """The plan of one merge, with some of the captions, drawn for the outer step that it is of.
 
-    ``C`` are the ``concept_tokens``, ``weights`` [N] the shares, which a hard constraint does not
-    read.
+    Texts are read by the model as it is then: what reads them may be among what is trained.
+    ``weights`` [N] are the shares, which a hard constraint does not read.
 
     Raises:
         ValueError: as ``MergePlan.from_embeddings``.
     """
+    C = concept_tokens(family, concepts)
     drawn = drawn_captions(captions, config.num_captions, config.seed, step)
     C_reg = text_tokens(family, drawn)
+    if step == 0:
+        for concept, rows in zip(concepts, C, strict=True):
+            if not len(rows):
+                logger.warning(
+                    "concept %r has the class prompt of an earlier one (%r): its keys and values "
+                    "are left out of the merge; the released code trains the last of such concepts "
+                    "alone",
+                    concept.name,
+                    concept.class_prompt or concept.prompt,
+                )
     try:
         return MergePlan.from_embeddings(C, C_reg, lam=0.0, weights=weights)
     except ValueError as error:

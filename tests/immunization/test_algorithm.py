@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from rich.console import Console
-from support import tiny
+from support import builders, tiny
 from support.immunizing import assert_same, concepts, problem_of, settings, weights
 
 from mima.adaptation import TextualInversion
@@ -27,7 +27,7 @@ from mima.immunization.algorithm import immunize
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import ConceptData, encode_concepts
 from mima.immunization.levels import Problem
-from mima.immunization.merge import merge_layer
+from mima.immunization.merge import concept_tokens, merge_layer
 from mima.immunization.outer_loop import cosine
 from mima.immunization.progress import ProgressBar, StepReport, Tracker, open_trackers
 from mima.merging import MergeLayer, MergePlan
@@ -579,3 +579,29 @@ def test_a_merge_is_where_the_run_computes(small_model):
         merge_layer(family, concepts(2), ImmunizeConfig(), elsewhere)
     C, regular = made.call_args.args
     assert {x.device for x in (*C, regular, made.call_args.kwargs["weights"])} == {elsewhere}
+
+
+def test_the_merge_is_made_of_what_the_erased_model_reads(tmp_path, monkeypatch):
+    """Of transformers with joint attention, erasure edits what reads the text."""
+    folder = builders.save(builders.sd3, tmp_path / "model")
+    solved = []
+    monkeypatch.setattr(
+        "mima.immunization.algorithm._run", lambda problem, *_: solved.append(problem) or []
+    )
+    immunize(folder, concepts(1), settings(tmp_path, erase_first=True, steps=1))
+    (problem,) = solved
+    (concept,) = concepts(1)
+    read = concept_tokens(problem.family, concept)
+    assert torch.equal(problem.merge.plan.C[0], read)
+    before = concept_tokens(family_of(load_pipeline(folder)), concept)
+    assert (read - before).norm() > 1e-2 * before.norm()
+
+
+def test_a_weight_of_two_names_is_trained_in_half_precision(model, tmp_path):
+    pipeline = load_pipeline(model)
+    kv = [m for n, m in pipeline.unet.named_modules() if n.endswith(("attn2.to_k", "attn2.to_v"))]
+    first, second = kv[:2]
+    second.weight = first.weight
+    assert immunize(
+        pipeline, concepts(1), settings(tmp_path, steps=1, precision="bfloat16")
+    ).history

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import tiny
+from support import builders, tiny
 from support.immunizing import concepts, settings
 
 from mima.bilevel.outer import upper_gradient
@@ -39,7 +39,8 @@ def make(folder, config, count=2, dtype=torch.float32):
     given = some_concepts(count)
     data = encode_concepts(family, given, config)
     merge = merge_layer(family, given, config)
-    return Problem(family, data, config, merge, captions=ordinary_captions(config.captions))
+    lines = ordinary_captions(config.captions)
+    return Problem(family, data, config, merge, captions=lines, concepts=given)
 
 
 def released(problem, steps):
@@ -193,18 +194,26 @@ def test_a_class_prompt_that_an_earlier_concept_has_is_merged_once(tmp_path, cap
     assert merge.plan.lam == 0.0
 
 
-def test_a_hard_constraint_that_contradicts_itself_is_softened_a_little(tmp_path, caplog):
+def test_a_hard_constraint_that_contradicts_itself_is_softened_a_little(
+    tmp_path, caplog, monkeypatch
+):
     folder = tiny.save_tiny_stable_diffusion(tmp_path / "model")
     family = family_of(load_pipeline(str(folder)))
     config = settings(tmp_path, method="alternating")
     captions = ordinary_captions(config.captions)
     # both prompts begin with the same word, in the same place
-    tokens = [family.token_embeddings(text) for text in ("a cat", "a dog")]
+    texts = {"cat": "a cat", "dog": "a dog"}
+    monkeypatch.setattr(
+        published,
+        "concept_tokens",
+        lambda family, given: [family.token_embeddings(texts[one.name]) for one in given],
+    )
+    both = concepts()
     with caplog.at_level(logging.WARNING, "mima"):
-        plan = published.plan(family, tokens, config, 0, torch.ones(2) / 2, captions)
+        plan = published.plan(family, both, config, 0, torch.ones(2) / 2, captions)
     assert plan.lam == published.ALMOST_HARD
     assert "linearly dependent" in caplog.text
-    alone = published.plan(family, tokens[:1], config, 0, torch.ones(1), captions)
+    alone = published.plan(family, both[:1], config, 0, torch.ones(1), captions)
     assert alone.lam == 0.0
 
 
@@ -220,3 +229,29 @@ def test_a_hard_constraint_that_contradicts_itself_is_softened_a_little(tmp_path
 def test_what_the_published_update_cannot_do_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         settings(tmp_path, method="alternating", **changes)
+
+
+def test_the_plan_is_of_the_model_as_it_is(tmp_path, monkeypatch):
+    """PixArt's text goes through a projection of the transformer, which is trained, too."""
+    folder = builders.save(builders.pixart, tmp_path / "model")
+    config = settings(
+        tmp_path, method="alternating", steps=3, num_captions=4,
+        lower={"lr": 1e-2, "parameters": "denoiser"},
+    )  # fmt: skip
+    family = family_of(load_pipeline(folder))
+    given = some_concepts(1)
+    data = encode_concepts(family, given, config)
+    merge = merge_layer(family, given, config)
+    lines = ordinary_captions(config.captions)
+    problem = Problem(family, data, config, merge, captions=lines, concepts=given)
+    plans = []
+
+    def noted(theta, tasks, merge, *args, **options):
+        plans.append((merge.plan.C[0], published.concept_tokens(family, given)[0]))
+        return merge_step(theta, tasks, merge, *args, **options)
+
+    monkeypatch.setattr("mima.immunization.alternating.merge_step", noted)
+    alternate(problem)
+    (before, _), (after, now) = plans
+    assert torch.equal(after, now)
+    assert (after - before).norm() > 1e-3 * before.norm()

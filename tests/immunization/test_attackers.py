@@ -9,6 +9,8 @@ import torch
 from support import immunizing, tiny
 from support.immunizing import problem_of
 
+from mima.adaptation import LoRA
+from mima.adapters.adapter import Adapter
 from mima.bilevel import lower
 from mima.bilevel.lower import Carried
 from mima.bilevel.outer import upper_gradient
@@ -198,6 +200,39 @@ def test_a_concept_without_its_name_cannot_be_renamed(model, tmp_path):
         config = settings(tmp_path, lower={"captions": ("as_is", kind)})
         with pytest.raises(MimaError, match=f"lower.captions: {kind} needs a name.*zebra"):
             immunize(model, [concept], config)
+
+
+@pytest.mark.parametrize("rank", [2, 8])
+def test_a_simulated_lora_begins_as_an_attackers_does(model, tmp_path, rank):
+    """A as large as that: with Adam, how far an update goes is in proportion to it."""
+    config = settings(
+        tmp_path, lower={"steps": 1, "lr": 1e-3, "parameters": "lora", "rank": rank, "alpha": rank}
+    )
+    problem = problem_of(model, config, 1)
+    start = problem.lower_level(0, 0).start(problem.theta())
+    simulated = torch.cat([v.flatten() for n, v in start.items() if n.endswith("lora_A")])
+    run = LoRA(rank=rank).start(problem.family.pipeline, immunizing.concepts(1)[0])
+    factors = Adapter.of(run.pipeline).factors.values()
+    real = torch.cat([one.A.detach().flatten() for one in factors])
+    assert len(simulated) > 1000
+    assert float(simulated.std()) == pytest.approx(float(real.std()), rel=0.1)
+    assert float(simulated.std()) == pytest.approx(1 / rank, rel=0.1)
+
+
+def test_concepts_that_are_immunized_apart_have_draws_of_their_own(model, tmp_path):
+    lower = {"steps": 1, "lr": (1e-5, 1e-3), "captions": ("as_is", "empty")}
+    config = settings(tmp_path, method="joint", lower=lower)
+    together = problem_of(model, config, 2)
+    apart = Problem(together.family, together.data[1:], config, None, first=1)
+    theta = together.theta()
+    for step in range(3):
+        own = together.lower_level(1, step)
+        assert apart.attacker(0, step, {}) == together.attacker(1, step, {})
+        for level in (apart.lower_level(0, step), own):
+            loss = level.loss(level.start(theta), theta, 0)
+            assert torch.equal(loss, own.loss(own.start(theta), theta, 0))
+        first, second = apart.upper_levels(step)[0](theta), together.upper_levels(step)[1](theta)
+        assert torch.equal(first[0], second[0])
 
 
 @pytest.mark.parametrize("kind", ["denoiser", "lora"])

@@ -592,3 +592,25 @@ def test_paths_in_a_file_start_from_its_folder(tmp_path):
     path.write_text(yaml.safe_dump(text))
     run = load_config(path)
     assert (run.output, run.immunize.captions) == (tmp_path / "out", tmp_path / "caps.txt")
+
+
+def test_a_merge_of_prompts_is_not_of_what_other_captions_teach():
+    attacker = {"captions": ["as_is", "rare_token"]}
+    with pytest.raises(ValueError, match=r"lower.captions: .* learned under rare_token needs"):
+        ImmunizeConfig.model_validate({"lower": attacker})
+    for other in ({"merge": "average"}, {"merge": "sum"}, {"method": "joint"}):
+        ImmunizeConfig.model_validate({"lower": attacker, **other})
+
+
+def test_a_card_tells_no_clip_of_what_is_scaled():
+    assert "max_grad_norm" in ImmunizeConfig().read()["upper"]
+    assert "max_grad_norm" not in ImmunizeConfig(upper={"ascent_ratio": 0.5}).read()["upper"]
+
+
+@pytest.mark.parametrize("method", ["none", "alternating"])
+def test_what_differentiates_nothing_may_compute_in_half_precision(method):
+    lower = {"parameters": "cross_attention", "steps": 1}
+    settings = {"precision": "bfloat16", "hypergradient": "finite_difference", "lower": lower}
+    ImmunizeConfig.model_validate(settings | {"method": method})
+    with pytest.raises(ValueError, match="bfloat16 rounds gradients"):
+        ImmunizeConfig.model_validate(settings)
