@@ -8,32 +8,39 @@ import hashlib
 import logging
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from diffusers import __version__ as diffusers_version
 
+from mima.errors import MimaError
 from mima.families import Family
 from mima.families.pipelines import networks
-from mima.storage.checkpoint import CheckpointFolder
-from mima.storage.tensor_files import fingerprint
+from mima.storage.atomic import WRITING_ERRORS, reason_of, staged
+from mima.storage.inputs import expanded
+from mima.storage.tensor_files import fingerprint, mapped_if_intact, save_checked
 from mima.training.batches import chunks
 
 logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Where mima keeps what it can compute again: `MIMA_CACHE`, default `~/.cache/mima`."""
-    return Path(os.environ.get("MIMA_CACHE") or "~/.cache/mima").expanduser()
+    """Where mima keeps what it can compute again: `MIMA_CACHE`, default `~/.cache/mima`.
+
+    Raises:
+        MimaError: it is no path, as where there is no home folder.
+    """
+    return expanded(os.environ.get("MIMA_CACHE") or "~/.cache/mima")
 
 
 class ClassPictures:
     """Pictures of some prompts by one model, or those that an earlier run drew.
 
     They are kept in `class-images/` of `cache_folder`, one file for each batch: its model (weights
-    of denoiser and text encoders, scheduler), prompts and state of the generator name it.
+    of denoiser and text encoders, scheduler), prompts and state of the generator name it. A
+    warning says where they cannot be kept.
 
     Args:
         family: the model. Its weights are read once and must not change between calls.
@@ -41,16 +48,17 @@ class ClassPictures:
 
     def __init__(self, family: Family) -> None:
         self._family = family
-        self._cache = CheckpointFolder(cache_folder() / "class-images")
+        self._folder: Path | None = None
+        try:
+            self._folder = cache_folder() / "class-images"
+        except MimaError as error:
+            logger.warning("class pictures are not kept (MIMA_CACHE): %s", error)
 
     def latents(self, prompts: Sequence[str], generator: torch.Generator) -> torch.Tensor:
         """Draw or read P pictures; stopped, it goes on after the last batch that is kept.
 
         The generator draws the noise; in the end it is as if all had been drawn, also where they
         are read. Returns scaled latents [P, C, H, W] on the CPU.
-
-        Raises:
-            MimaError: the cache cannot be written.
         """
         done, latents = 0, []
         for batch in chunks(prompts):
@@ -60,17 +68,29 @@ class ClassPictures:
         return torch.cat(latents)
 
     def _batch(self, prompts: Sequence[str], generator: torch.Generator) -> torch.Tensor:
-        name = f"{self._key(prompts, generator)}.safetensors"
-        kept = self._cache.read_tensors(name)
-        if kept is None:
+        path = self._folder and self._folder / f"{self._key(prompts, generator)}.safetensors"
+        kept = path and mapped_if_intact(path)
+        if not kept:
             latents = self._family.sample_latents(prompts, generator).cpu().contiguous()
             kept = {"latents": latents, "generator": generator.get_state()}
-            # under a name of its own: other processes may be drawing the same
-            own = f"{name}.{uuid.uuid4().hex}"
-            self._cache.write_tensors(own, kept)
-            (self._cache.path / own).replace(self._cache.path / name)
+            if path:
+                self._keep(path, kept)
         generator.set_state(kept["generator"].clone())
         return kept["latents"]
+
+    def _keep(self, path: Path, drawn: Mapping[str, torch.Tensor]) -> None:
+        # under a name of its own: other processes may be drawing the same
+        own = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+        try:
+            with staged(own) as partial:
+                save_checked(partial, drawn)
+            own.replace(path)
+        except WRITING_ERRORS as error:
+            reason = reason_of(error)
+            logger.warning(
+                "class pictures are not kept in %s (MIMA_CACHE): %s", path.parent, reason
+            )
+            self._folder = None
 
     def _key(self, prompts: Sequence[str], generator: torch.Generator) -> str:
         scheduler = self._family.pipeline.scheduler

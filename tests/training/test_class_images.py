@@ -7,7 +7,7 @@ from safetensors.torch import save
 from mima import console
 from mima.families import family_of
 from mima.families.stable_diffusion import StableDiffusion
-from mima.storage.checkpoint import CheckpointFolder
+from mima.training import class_images
 from mima.training.class_images import ClassPictures
 
 
@@ -50,16 +50,16 @@ def test_commands_say_how_far_the_drawing_is(pipeline, tmp_path, monkeypatch, ca
 
 def test_processes_that_draw_the_same_do_not_meet(pipeline, tmp_path, monkeypatch):
     monkeypatch.setenv("MIMA_CACHE", str(tmp_path))
-    family, write = family_of(pipeline), CheckpointFolder.write_tensors
+    family, write = family_of(pipeline), class_images.save_checked
     names, others = [], []
 
-    def write_while_another_does(self, name, tensors):
-        names.append(name)
+    def write_while_another_does(path, tensors):
+        names.append(path.name)
         if len(names) == 1:
             others.append(ClassPictures(family).latents(["a cat"], torch.Generator()))
-        write(self, name, tensors)
+        write(path, tensors)
 
-    monkeypatch.setattr(CheckpointFolder, "write_tensors", write_while_another_does)
+    monkeypatch.setattr(class_images, "save_checked", write_while_another_does)
     own = ClassPictures(family).latents(["a cat"], torch.Generator())
     assert torch.equal(own, others[0])
     # each wrote to a file of its own, and one is left
@@ -80,3 +80,20 @@ def test_damaged_class_pictures_are_drawn_again(pipeline, tmp_path, monkeypatch,
     assert torch.equal(pictures.latents(["a cat"], torch.Generator()), drawn)
     assert file.read_bytes() == intact
     assert "it is made again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("/proc/none", " in /proc/none/class-images (MIMA_CACHE): No such file or directory"),
+        ("/dev/null/x", " in /dev/null/x/class-images (MIMA_CACHE): Not a directory"),
+        ("~nobody-of-this-name", " (MIMA_CACHE): '~nobody-of-this-name' is no path: "),
+    ],
+)
+def test_a_cache_that_cannot_be_used_is_said_once(pipeline, monkeypatch, caplog, place, message):
+    monkeypatch.setattr("mima.training.batches.CHUNK", 1)
+    monkeypatch.setenv("MIMA_CACHE", place)
+    drawn = ClassPictures(family_of(pipeline)).latents(["a cat", "a dog"], torch.Generator())
+    assert len(drawn) == 2
+    (warning,) = caplog.messages
+    assert warning.startswith(f"class pictures are not kept{message}")
