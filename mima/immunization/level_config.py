@@ -245,8 +245,9 @@ class UpperConfig(Settings):
     keeps what an erased model draws, so that an immunized one differs from it under attack)."""
     ascent_ratio: float | None = Field(None, gt=0)
     """ρ: the objective's gradient is scaled to ρ times the running mean of the length of the
-    retaining one, which is taken at θ instead of φ, and nothing is clipped. None: both are summed
-    as they are, at φ, and clipped together."""
+    retaining one, which is taken at θ instead of φ, and nothing is clipped; with ``distill``, whose
+    first length is 0, it grows to that over about ten steps. None: both are summed as they are, at
+    φ, and clipped together."""
     projection: bool = False
     """With ``ascent_ratio``: where the objective's gradient would undo the retaining one, its part
     along that is left out (PCGrad, Yu et al., NeurIPS 2020)."""
