@@ -308,7 +308,8 @@ def _located(run: ImmunizeRun, folder: Path) -> ImmunizeRun:
         place = folder / expanded(model)
         return str(place) if place.exists() else model
 
-    changes: dict[str, Any] = {"model": beside(run.model)}
+    named = run.model == "embedded"
+    changes: dict[str, Any] = {"model": run.model if named else beside(run.model)}
     if run.single_file_config is not None:
         changes["single_file_config"] = beside(run.single_file_config)
     if run.output is not None:

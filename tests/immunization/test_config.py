@@ -496,6 +496,8 @@ def test_a_run_names_its_recipe(tmp_path):
 
 def test_a_run_is_read_from_yaml(tmp_path):
     path = tmp_path / "run.yaml"
+    # no model that is called so
+    (tmp_path / "embedded").mkdir()
     text = {"model": "embedded", "concepts": ["cat"], "immunize": FULL, "output": "out"}
     path.write_text(yaml.safe_dump(text))
     run = load_config(path)
