@@ -50,7 +50,7 @@ class LoRA(Adaptation):
     dropout: float = 0.0
     """Dropout before A."""
     target_modules: tuple[str, ...] | None = None
-    """Endings of the names of the adapted layers; None means every attention projection."""
+    """Endings of the names of the adapted layers; None means those of ``Family.lora_targets``."""
     convolutions: bool = False
     """Adapt every linear and convolutional layer of the denoiser instead (LoCon), but for grouped
     convolutions, into whose weights peft merges no update."""

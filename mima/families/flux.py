@@ -70,6 +70,11 @@ class Flux(PackedLatents):
     def _sampling(self) -> dict[str, Any]:
         return {"max_sequence_length": self._max_tokens(T5_TOKENS), "guidance_scale": GUIDANCE}
 
+    def lora_targets(self) -> list[str]:
+        """Every attention projection and, as in diffusers' script, both streams' feed-forward."""
+        feed_forward = self.parameter_names(r"\.ff(_context)?\.net\.(0\.proj|2)\.weight$")
+        return [*super().lora_targets(), *feed_forward]
+
     def _inputs(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class LowerConfig(Settings):
     """Pictures per step."""
     parameters: str | None = "cross_attention"
     """S_l: ``cross_attention``, ``cross_attention_kv``, ``attention``, ``denoiser``, ``lora``
-    (factors on every attention projection), or a regular expression on parameter names; None for
+    (factors on what ``LoRA`` adapts), or a regular expression on parameter names; None for
     no weights, where ``train_token`` trains something."""
     train_token: bool = False
     """Train the embedding of the concept's new word: alone (``parameters`` None), as Textual

@@ -360,11 +360,28 @@ def test_presets_contain_each_other(family):
     # cross-attention is what text shares with nothing else, and it reaches every text projection
     assert not any(".attn1." in name or "single" in name for name in cross)
     targets = set(family.lora_targets())
+    feed_forward = {name for name in targets if ".ff" in name}
+    assert bool(feed_forward) == (type(family).__name__ == "Flux")
     # LoRA adapts attention, which of Lumina 2 no text alone reads
-    assert targets < attention
+    assert targets - feed_forward < attention
     assert kv < targets or type(family).__name__ == "Lumina2"
     parameters = dict(family.denoiser.named_parameters())
     assert all(parameters[name].ndim == 2 for name in targets)
+
+
+def test_lora_of_flux_adapts_the_layers_of_diffusers_script(folder_of):
+    names = open_family(folder_of("flux-dev")).lora_targets()
+    block = "transformer_blocks.0."
+    endings = {name.removeprefix(block) for name in names if name.startswith(block)}
+    assert endings == {
+        *(f"attn.to_{name}.weight" for name in ("q", "k", "v", "out.0", "add_out")),
+        *(f"attn.add_{name}_proj.weight" for name in "qkv"),
+        *(f"{name}.net.0.proj.weight" for name in ("ff", "ff_context")),
+        *(f"{name}.net.2.weight" for name in ("ff", "ff_context")),
+    }
+    single = {name.partition(".attn.")[2] for name in names if name.startswith("single")}
+    assert single == {"to_k.weight", "to_q.weight", "to_v.weight"}
+    assert len(names) == len(set(names))
 
 
 def test_a_pattern_selects_and_a_wrong_one_is_named(folder_of):
