@@ -318,6 +318,8 @@ class ImmunizeConfig(Settings):
             raise ValueError("upper.concepts_per_forward: with upper.ascent_ratio it is 1")
         if self.merge == "sum" and self.method != "mima":
             raise ValueError(f"merge: 'sum' is of method 'mima', got method {self.method!r}")
+        if self.merge != "projected" and not self.merges:
+            raise ValueError(f"merge: method {self.method!r} merges nothing; leave it out")
         if self.concepts_per_step is not None and not (
             self.method == "joint" or self.merge == "sum"
         ):

@@ -18,7 +18,7 @@ from mima.immunization.recipes import RECIPES, TASKS, beneath, default, paper
 from mima.settings import checked, parse_config
 
 FULL = {
-    "method": "joint",
+    "method": "compose",
     "merge": "average",
     "hypergradient": "first_order",
     "resolution": 64,
@@ -287,6 +287,10 @@ def test_a_list_whose_items_are_all_refused_is_told_once():
             "no ascent_ratio, no lr_schedule",
         ),
         ({"method": "alternating", "merge": "average"}, "not for merge 'average'"),
+        *(
+            ({"method": method, "merge": "average"}, f"method '{method}' merges nothing; leave it")
+            for method in ("none", "imma", "joint")
+        ),
         ({"method": "alternating", "lower": {"steps": 2}}, "lower.steps 2"),
     ],
 )

@@ -172,6 +172,8 @@ def cards(result):
             continue
         if merge == "sum" and method != "mima":
             continue
+        if merge == "average" and method in ("none", "imma", "joint"):
+            continue
         settings = {"method": method, "merge": merge, "erase_first": erase_first}
         config = ImmunizeConfig(new_words=new_words, hypergradient="first_order", **settings)
         names = {"concepts": result.concepts[:number], "prompts": result.prompts[:number]}
