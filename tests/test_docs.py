@@ -167,9 +167,19 @@ def test_the_environment_variables_are_those_that_are_read():
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_relative_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
-    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
-    missing = [link for link in links if not (page.parent / link).exists()]
+    missing = []
+    for link, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]+)?\)", text):
+        place = page.parent / link if link else page
+        if not place.exists() or (anchor and anchor[1:] not in anchors(place)):
+            missing.append(link + anchor)
     assert not missing
+
+
+def anchors(page):
+    """What a page's headings are called in links: as Python-Markdown makes it."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    bare = [re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings]
+    return {re.sub(r"[-\s]+", "-", heading) for heading in bare}
 
 
 def test_doctor_shows_every_variable_that_the_guide_names():

@@ -63,13 +63,14 @@ def world(tmp_path_factory) -> Path:
     for name in ("M", "MODEL", "IMMUNIZED", "path/or/hub-id"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         tiny.save_tiny_stable_diffusion(folder / name)
-    pictures = ("pictures/cat", "pictures/cat-held-out", "pictures/van-gogh", "cat", "dog")
+    pictures = ("cat", "dog", *(f"pictures/{n}" for n in ("cat", "cat-held-out", "dog", "van-gogh")))
     for number, name in enumerate(pictures):
         (folder / name).mkdir(parents=True)
         for index in range(2):
             one = tiny.picture("red", "round", seed=10 * number + index)
             one.save(folder / name / f"{index}.png")
         (folder / name / "concept.yaml").write_text(f"prompt: a photo of a {Path(name).name}\n")
+    (folder / "captions.txt").write_text("a red thing\na blue thing\n" * 4)
     for name in ("front", "back"):
         (folder / "castle").mkdir(exist_ok=True)
         tiny.picture("blue", "square").save(folder / "castle" / f"{name}.jpg")
@@ -131,7 +132,7 @@ def small(code: str) -> str:
 
 def test_blocks_of_the_readme(world, tmp_path, monkeypatch):
     # what it writes is not what the commands find
-    for name in ("pictures", "path"):
+    for name in ("pictures", "path", "captions.txt"):
         (tmp_path / name).symlink_to(world / name)
     monkeypatch.chdir(tmp_path)
     (code,) = blocks("README.md", "python")

@@ -50,7 +50,7 @@ def files(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in ("my-model", "base", "theirs"):
         tiny.save_tiny_stable_diffusion(tmp_path / name, blocks=1)
-    for number, name in enumerate(("cat", "cat-held-out", "mono")):
+    for number, name in enumerate(("cat", "cat-held-out", "mono", "dog")):
         place = tmp_path / "pictures" / name
         place.mkdir(parents=True)
         for index in range(2):

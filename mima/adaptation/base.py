@@ -78,7 +78,7 @@ class Adaptation(ABC):
     """Weight of the loss on class pictures; 0 leaves prior preservation out."""
     num_class_images: int = 100
     """Class pictures that the model draws of `concept.class_prompt` where the concept brings none;
-    they are kept for the next run (see `mima.class_images`)."""
+    they are kept for the next run (see `mima.training.class_images`)."""
     gradient_accumulation_steps: int = 1
     """Batches per step, one after another; the step follows the mean of their gradients."""
     gradient_checkpointing: bool = False

@@ -115,7 +115,7 @@ class Bench:
         for slug in self.with_role("target"):
             concept = self.written[slug]
             where, _ = places(attack.images, concept)
-            pictures = [getattr(concept, kind)[index] for kind, index in where]
+            pictures = tuple(getattr(concept, kind)[index] for kind, index in where)
             found.append(replace(concept, images=pictures) if pictures else concept)
         return found
 

@@ -34,7 +34,12 @@ from mima.concepts.pictures import Picture
 from mima.errors import MimaError, first_line, nearest, one_line, quoted
 from mima.evaluation.discriminants import NEEDED, SIDE, embedding
 from mima.families.hub import unreachable
-from mima.families.model_files import LOADING_ERRORS, too_many_layers, too_many_numbers
+from mima.families.model_files import (
+    LOADING_ERRORS,
+    too_many_layers,
+    too_many_numbers,
+    weight_files,
+)
 from mima.storage.inputs import expanded, is_hub_id
 from mima.storage.tensor_files import fingerprint
 
@@ -584,7 +589,7 @@ def _from_pretrained(source: str, kind: Any, **keywords: Any) -> tuple[Any, dict
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             with torch.device("meta"):
                 network = AutoModel.from_config(config, trust_remote_code=False)
-            problem = too_many_numbers(folder, network, folder.glob("*.safetensors"))
+            problem = too_many_numbers(folder, network, weight_files(folder, None))
             if problem is not None:
                 raise MimaError(f"encoder: {problem}")
         model = kind.from_pretrained(source, dtype=torch.float32, **keywords)
