@@ -379,7 +379,7 @@ def test_trained_words_agree_with_central_differences(tmp_path, monkeypatch, par
     module = sys.modules["mima.immunization.algorithm"]
     problems = []
 
-    def keep(problem, *_):
+    def keep(problem, *_, **__):
         problems.append(problem)
         return []
 
@@ -605,3 +605,18 @@ def test_a_weight_of_two_names_is_trained_in_half_precision(model, tmp_path):
     assert immunize(
         pipeline, concepts(1), settings(tmp_path, steps=1, precision="bfloat16")
     ).history
+
+
+def test_settings_that_are_none_are_refused_by_name(model):
+    with pytest.raises(MimaError, match="config: expected an ImmunizeConfig, got a dict"):
+        immunize(model, concepts(1), {"steps": 1})
+
+
+def test_a_card_says_that_concepts_had_their_turns(model, tmp_path):
+    config = settings(tmp_path, steps=2, merge="sum", concepts_per_step=1)
+    text = str(immunize(model, concepts(2), config).card())
+    assert "Immunized against 2 concepts in turn, 1 in each step, without a merge" in text
+    # each concept's loss at its own last step
+    assert {f"last loss: {name}" for name in ("cat", "dog")} <= set(
+        re.findall("last loss: .{3}", text)
+    )
