@@ -102,12 +102,27 @@ def _follows(error: ErrorDetails) -> bool:
     return error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]
 
 
+EXPECTED = {
+    "tuple_type": "Input should be a list, as in [0]",
+    "model_type": "Input should be settings by name",
+    "path_type": "Input should be a path",
+}
+"""In place of what pydantic says in Python's words."""
+
+
 def _explain(kind: type[Settings], error: dict[str, Any]) -> str:
-    where = [str(part) for part in error["loc"] if part not in (ONE, SEVERAL)]
+    # of a setting that takes a number or several, pydantic names which it tried
+    tried = (ONE, SEVERAL, "float", "int")
+    where = [
+        str(part)
+        for part in error["loc"]
+        if part not in tried and not str(part).startswith("tuple[")
+    ]
     name = ".".join(where)
     if error["type"] != "extra_forbidden":
         got = "" if isinstance(error["input"], dict) else f", got {quoted(error['input'])}"
-        return f"{name + ': ' if name else ''}{error['msg']}{got}"
+        said = EXPECTED.get(error["type"], error["msg"])
+        return f"{name + ': ' if name else ''}{said}{got}"
     fields = kind.model_fields
     for part in where[:-1]:
         if not part.isdigit():

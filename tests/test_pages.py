@@ -63,7 +63,8 @@ def world(tmp_path_factory) -> Path:
     for name in ("M", "MODEL", "IMMUNIZED", "path/or/hub-id"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         tiny.save_tiny_stable_diffusion(folder / name)
-    pictures = ("cat", "dog", *(f"pictures/{n}" for n in ("cat", "cat-held-out", "dog", "van-gogh")))
+    within = ("cat", "cat-held-out", "dog", "van-gogh")
+    pictures = ("cat", "dog", *(f"pictures/{name}" for name in within))
     for number, name in enumerate(pictures):
         (folder / name).mkdir(parents=True)
         for index in range(2):

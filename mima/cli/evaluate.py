@@ -58,7 +58,9 @@ def evaluate(
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override one: --set seeds=[0,1]"),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Set one of the preset's settings: --set seeds=[0,1]"
+        ),
     ] = None,
     captions: Annotated[
         Path | None, typer.Option(help="A file of ordinary prompts, one per line.")

@@ -45,7 +45,11 @@ SingleFileConfig = Annotated[
 
 Dtype = Annotated[
     Precision,
-    typer.Option(help="Of the model's weights; what is written has it, too."),
+    typer.Option(
+        # names of options have no room beside all of these
+        metavar="<dtype>",
+        help="float32, float16 or bfloat16: of the weights; what is written has it, too.",
+    ),
 ]
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace earlier results.")]

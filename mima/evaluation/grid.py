@@ -182,6 +182,8 @@ def grid_config(preset: str, settings: Mapping[str, Any] | None = None) -> GridC
     check_choice("preset", preset, PRESETS)
     raw = PRESETS[preset].model_dump()
     for name, value in (settings or {}).items():
+        if name == "preset":
+            raise MimaError("setting preset: a preset is chosen by --preset, or preset=, not set")
         set_nested(raw, name, value)
     config = parse_config(GridConfig, raw, source=f"preset {preset}")
     # as they were understood, not as they were written: 1e-4 is a text in YAML

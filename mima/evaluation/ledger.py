@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from mima.errors import MimaError
+from mima.errors import MimaError, one_line
 from mima.evaluation.grid import Attack
 from mima.evaluation.records import AttackRow, Benign, CurvePoint, Evaluation, EvaluationFolder
 from mima.evaluation.summary import summarize
@@ -14,6 +15,7 @@ from mima.evaluation.worker import Outcome
 from mima.storage.atomic import remove
 from mima.storage.names import EVALUATION_FILE
 from mima.storage.output import check_folder
+from mima.storage.plain_data import flat
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ CONFIGURATIONS = "configurations"
 """In a record's configuration: a hash of each part's settings and words, by side and part."""
 
 
+PLAIN = ("grid", "sampler")
+"""In a record's configuration: settings as they were given."""
 READERS = ("diffusers", "transformers")
 """Libraries that say what a model's settings are."""
 
@@ -75,9 +79,10 @@ def refuse_other_settings(folder: EvaluationFolder, now: Evaluation) -> None:
     if any(then.versions.get(name) != now.versions.get(name) for name in READERS):
         # another version may name further settings of the same schedule or part
         skipped |= {SCHEDULERS, CONFIGURATIONS}
-    differing += [
-        key for key in now.config if key not in skipped and then.config.get(key) != now.config[key]
-    ]
+    for key, value in now.config.items():
+        before = then.config.get(key)
+        if key not in skipped and before != value:
+            differing += _settings_apart(key, before, value) if key in PLAIN else [key]
     known = then.config.get(JUDGES)
     differing += [
         f"assets of the judge {name}"
@@ -98,6 +103,16 @@ def refuse_other_settings(folder: EvaluationFolder, now: Evaluation) -> None:
         )
     if then.versions != now.versions:
         logger.warning("going on under other versions: %s, now %s", then.versions, now.versions)
+
+
+def _settings_apart(key: str, then: Any, now: Mapping[str, Any]) -> list[str]:
+    """Those settings of a group that two evaluations have apart, with what they were and are."""
+    before, after = flat({key: then}), flat({key: now})
+    return [
+        f"{name} ({one_line(before.get(name), 60)} then, {one_line(after.get(name), 60)} now)"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name) != after.get(name)
+    ]
 
 
 @dataclass

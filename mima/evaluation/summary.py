@@ -201,7 +201,20 @@ def paired_difference(
 
     Returns:
         Of ``rows`` minus ``baseline``; empty where no attack is in both.
+
+    Raises:
+        ValueError: rows of several similarity models, or of others than targets.
+
+    Example:
+        >>> def rows(folder):
+        ...     every = EvaluationFolder(folder).attacks()
+        ...     return [r for r in every if (r.role, r.similarity) == ("target", "clip")]
+        >>> paired_difference(rows("ours"), rows("theirs")).mean
     """
+    for name_ in ("similarity", "role"):
+        found = sorted({getattr(row, name_) for row in (*rows, *baseline)})
+        if len(found) > 1 or (name_ == "role" and found not in ([], ["target"])):
+            raise ValueError(f"paired_difference: rows of {name_} {', '.join(found)}; give one's")
     twins = {(row.attack, row.similarity): row for row in baseline}
     differences: dict[str, list[AttackRow]] = {}
     for row in rows:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch.func import functional_call
 
-from mima.errors import MimaError, one_line
+from mima.errors import MimaError, nearest, one_line
 from mima.families.pipelines import Pipeline, readers
 from mima.options import TrainingOptions
 
@@ -462,7 +462,8 @@ class Family(ABC):
                 f"not one of {', '.join(sorted(presets))}"
             ) from error
         if not chosen:
-            raise MimaError(f"parameters: {which!r} matches no parameter of the denoiser")
+            hint = nearest(which, self.presets)
+            raise MimaError(f"parameters: {which!r} matches no parameter of the denoiser; {hint}")
         return chosen
 
     def lora_targets(self) -> list[str]:

@@ -152,6 +152,8 @@ def immunize(
             diffusers folder, a .safetensors file, a hub id, ``"embedded"``, or a ``ModelSource``.
         concepts: N concepts, or whatever ``load_concepts`` reads.
         config: the settings; ``docs/guide.md`` has the defaults, and where published ones differ.
+            None is ``ImmunizeConfig()``, which was measured nowhere; what is recommended is
+            ``mima.immunization.recipes.default``.
         benign: other concepts, which must stay learnable, or whatever ``load_concepts`` reads; for
             ``upper.benign`` and ``lower.benign_start``. Their pictures whose captions name one of
             ``concepts`` are left out.
@@ -181,10 +183,16 @@ def immunize(
             checked before long work starts; or the run diverges or cannot be written.
 
     Example:
-        >>> result = immunize("embedded", ["tiger", "style-mono"])
+        >>> config = recipes.default("relearn", rate=1e-4, steps=200)
+        >>> result = immunize("embedded", ["tiger", "style-mono"], config)
         >>> result.save_pretrained("immunized")
     """
-    config = config or ImmunizeConfig()
+    config = ImmunizeConfig() if config is None else config
+    if not isinstance(config, ImmunizeConfig):
+        raise MimaError(
+            f"config: expected an ImmunizeConfig, got a {type(config).__name__}; of plain settings "
+            "make one: ImmunizeConfig.for_task(task, **settings), or a recipe"
+        )
     concepts = load_concepts(concepts)
     # an empty sequence is no description of a concept
     benign = [] if isinstance(benign, Sequence) and not benign else load_concepts(benign)

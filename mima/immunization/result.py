@@ -79,13 +79,18 @@ class ImmunizeResult(Released):
             "average": "by the mean of all weights",
             "sum": "by the sum of what each adaptation changes",
         }[config.merge]
+        at_once = config.concepts_per_step or len(self.concepts)
+        if config.method in ("mima", "joint") and at_once < len(self.concepts):
+            target = f"{len(self.concepts)} concepts in turn, {at_once} in each step,"
         yield {
             "imma": "Immunized against one concept by bi-level optimisation (IMMA).",
             "joint": f"Immunized against {target} by "
             + ("its objective." if one else "their summed objectives, without a merge."),
             "compose": "Immunized against each concept alone, from the same start; the immunized "
             f"models were merged, {rule}.",
-            "mima": f"Immunized against {target} through differentiable merging, {rule} "
+            "mima": f"Immunized against {target} without a merge between them."
+            if at_once == 1 < len(self.concepts)
+            else f"Immunized against {target} through differentiable merging, {rule} "
             f"({MIMA_PAPER}).",
             "alternating": f"Immunized against {target} by the update that MIMA's authors "
             f"published ({MIMA_PAPER}): steps that commit a merge of the adapted weights, {rule}, "
@@ -105,14 +110,14 @@ class ImmunizeResult(Released):
     def _facts(self) -> CardFacts:
         immunized = self.config.method != "none"
         metrics = {}
-        # compose has a last report for each concept, which it immunizes alone
-        for last in {report.stage: report for report in self.history}.values():
-            metrics["outer steps"] = float(last.step)
-            metrics |= {f"loss at the last step: {k}": v for k, v in last.losses.items()}
-            metrics |= {
-                f"loss on class pictures at the last step: {k}": v
-                for k, v in last.prior_losses.items()
-            }
+        # of concepts that have their turns, or are immunized alone, each at its last step
+        for report in self.history:
+            metrics["outer steps"] = float(report.step)
+            for what, losses in (
+                ("last loss", report.losses),
+                ("last loss on class pictures", report.prior_losses),
+            ):
+                metrics |= {f"{what}: {name}": loss for name, loss in losses.items()}
         return CardFacts(
             command="immunize",
             title="Immunized model" if immunized else "Model without immunization",

@@ -156,7 +156,7 @@ def test_a_stopped_evaluation_goes_on_and_ends_the_same(folders, tmp_path, proce
     assert folder.attacks()[0].model_copy(update=timeless) == first.model_copy(update=timeless)
     assert whole.evaluation().complete
 
-    with pytest.raises(MimaError, match=r"holds an evaluation with other seeds, grid"):
+    with pytest.raises(MimaError, match=r"other seeds, grid\.seeds \(\[0, 1\] then, \[0\] now\)"):
         run(folders, tmp_path / "whole", settings=GRID | {"seeds": (0,)})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").touch()

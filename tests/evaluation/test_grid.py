@@ -85,6 +85,17 @@ def test_seeds_are_those_that_pictures_can_be_drawn_with(seed):
         grid_config("quick", {"seeds": [seed]})
 
 
+def test_a_preset_is_not_set():
+    """It would only be called so."""
+    with pytest.raises(MimaError, match="setting preset: a preset is chosen by --preset"):
+        grid_config("quick", {"preset": "headline"})
+
+
+def test_a_list_is_asked_for_as_users_write_it():
+    with pytest.raises(MimaError, match=r"seeds: Input should be a list, as in \[0\], got 0"):
+        grid_config("quick", {"seeds": 0})
+
+
 def test_standard_is_every_method_once_per_concept_and_seed():
     grid = attack_grid(PRESETS["standard"], {"red": tiny.concept()}, {"blue": tiny.concept("blue")})
     found = Counter(map(described, grid))

@@ -233,3 +233,12 @@ def test_differences_are_paired_attack_by_attack():
     assert (difference.mean, difference.runs, difference.kind) == (pytest.approx(0.05), 6, "t")
     assert difference.low == pytest.approx(difference.high) == pytest.approx(0.05)
     assert paired_difference(better, []).mean is None
+
+
+def test_pairs_are_of_one_judge_and_of_targets():
+    rows = [row("a", 0, 0.2), row("a", 0, 0.4, similarity="dino")]
+    with pytest.raises(ValueError, match="rows of similarity clip, dino; give one's"):
+        paired_difference(rows, rows)
+    others = [row("c", 0, 0.2, role="other")]
+    with pytest.raises(ValueError, match="rows of role other"):
+        paired_difference(others, others)

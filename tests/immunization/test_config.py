@@ -620,3 +620,18 @@ def test_what_differentiates_nothing_may_compute_in_half_precision(method):
     ImmunizeConfig.model_validate(settings | {"method": method})
     with pytest.raises(ValueError, match="bfloat16 rounds gradients"):
         ImmunizeConfig.model_validate(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lower": {"lr": [1e-4]}}, "lower.lr: Input should be a valid number, got"),
+        ({"lower": None}, "lower: Input should be settings by name, got None"),
+        ({"captions": 5}, "captions: Input should be a path, got 5"),
+    ],
+)
+def test_errors_speak_of_settings_and_not_of_python(settings, message):
+    with pytest.raises(MimaError) as refused:
+        parse_config(ImmunizeConfig, settings, source="a file")
+    assert message in str(refused.value)
+    assert "tuple" not in str(refused.value)
