@@ -431,7 +431,8 @@ def _with_text_files(folder: Path, prompt: str) -> tuple[Picture, ...]:
         pictures.append(Picture(path, caption))
     if problems:
         raise ProblemList(
-            f"pictures in {folder} lack captions; give one prompt for all, a metadata.csv with "
+            f"pictures in {folder} lack captions; give one prompt for all (prompt= in Python, "
+            "--prompt, or prompt: in a concept.yaml there), a metadata.csv with "
             "the columns file_name and text, or a .txt file beside each:",
             problems,
         )

@@ -16,9 +16,10 @@ from mima.families import family_of
 from mima.families.new_words import check_token
 from mima.families.pipelines import Pipeline
 from mima.immunization.config import ImmunizeConfig
+from mima.immunization.recipes import EMBEDDED_RATE
 from mima.storage.checkpoint import CheckpointFolder
 from mima.storage.inputs import expanded, resolved
-from mima.training.captions import warn_of_emoji
+from mima.training.captions import is_of_emoji, warn_of_emoji
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ def check_model(pipeline: Pipeline, concepts: Sequence[Concept], config: Immuniz
             edits_of(concept)
     if reads_captions(concepts, config):
         warn_of_emoji(pipeline, config.captions)
+    _warn_of_rates(pipeline, config)
     if config.shards > 1:
         check_splittable(pipeline)
     if config.train_tokens and config.merges and not family.reads_text_alone:
@@ -139,6 +141,21 @@ def check_model(pipeline: Pipeline, concepts: Sequence[Concept], config: Immuniz
                 raise MimaError(
                     f"concept {concept.name!r}: another concept has the token {concept.token!r} too"
                 )
+
+
+def _warn_of_rates(pipeline: Pipeline, config: ImmunizeConfig) -> None:
+    """Warn of attacks on a model like the embedded one at the rates of larger ones."""
+    adam = [attacker for attacker in config.attackers if attacker.optimizer == "adam"]
+    if config.method == "none" or len(adam) < len(config.attackers):
+        return
+    if config.highest_lr <= EMBEDDED_RATE / 5 and is_of_emoji(pipeline):
+        logger.warning(
+            "lower.lr: attacks at %g at most; models like the embedded one are trained at %g, and "
+            "so slow an attack teaches them nothing: with a recipe, rate: %g",
+            config.highest_lr,
+            EMBEDDED_RATE,
+            EMBEDDED_RATE,
+        )
 
 
 def check_splittable(pipeline: Pipeline) -> None:

@@ -44,13 +44,17 @@ def ordinary_captions(path: Path | None) -> list[str]:
 
 def warn_of_emoji(pipeline: Pipeline, path: Path | None) -> None:
     """Warn of the captions that ship with mima where the model has not the embedded one's words."""
-    if path is None:
-        own = read_json((assets() / "model/tokenizer/vocab.json").read_text(encoding="utf-8"))
-        if not own.keys() <= pipeline.tokenizer.get_vocab().keys():
-            logger.warning(
-                "captions: those that ship with mima are about emoji, for the embedded model; give "
-                "a file of what this model draws"
-            )
+    if path is None and not is_of_emoji(pipeline):
+        logger.warning(
+            "captions: those that ship with mima are about emoji, for the embedded model; give a "
+            "file of what this model draws"
+        )
+
+
+def is_of_emoji(pipeline: Pipeline) -> bool:
+    """Whether a model knows the embedded one's words: it, or one that was made of it."""
+    own = read_json((assets() / "model/tokenizer/vocab.json").read_text(encoding="utf-8"))
+    return bool(own.keys() <= pipeline.tokenizer.get_vocab().keys())
 
 
 def divided(captions: Sequence[str]) -> tuple[list[str], list[str]]:

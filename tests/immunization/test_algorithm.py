@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 import re
 import sys
@@ -24,12 +25,14 @@ from mima.errors import MimaError
 from mima.families import family_of, load_pipeline
 from mima.families.recomputed import recomputed_blocks
 from mima.immunization.algorithm import immunize
+from mima.immunization.checks import check_model
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import ConceptData, encode_concepts
 from mima.immunization.levels import Problem
 from mima.immunization.merge import concept_tokens, merge_layer
 from mima.immunization.outer_loop import cosine
 from mima.immunization.progress import ProgressBar, StepReport, Tracker, open_trackers
+from mima.immunization.recipes import default
 from mima.merging import MergeLayer, MergePlan
 from mima.training.batches import Encoded, seeded
 from mima.training.class_images import ClassPictures
@@ -620,3 +623,11 @@ def test_a_card_says_that_concepts_had_their_turns(model, tmp_path):
     assert {f"last loss: {name}" for name in ("cat", "dog")} <= set(
         re.findall("last loss: .{3}", text)
     )
+
+
+@pytest.mark.parametrize(("rate", "warned"), [(5e-6, True), (1e-4, False)])
+def test_a_rate_of_large_models_is_warned_of_on_a_small_one(rate, warned, caplog):
+    config = default(rate=rate, steps=1, num_class_images=1)
+    with caplog.at_level(logging.WARNING, "mima"):
+        check_model(load_pipeline("embedded"), concepts(1), config)
+    assert ("with a recipe, rate: 0.0001" in caplog.text) == warned

@@ -63,4 +63,4 @@ def test_captions_of_emoji_are_told_where_another_model_reads_them(
 
 def test_the_embedded_model_reads_the_captions_that_ship(caplog):
     check_model(load_pipeline("embedded"), [embedded_concept("tiger")], ImmunizeConfig())
-    assert caplog.text == ""
+    assert "captions:" not in caplog.text
