@@ -214,7 +214,12 @@ def test_another_scheduler_is_another_run(workdir, model, tmp_path):
 
 
 def test_a_name_is_no_markup_and_steers_no_terminal(workdir, model, monkeypatch):
-    Path("cat/concept.yaml").write_text('name: "cat [/v2]\\e[31m"\nprompt: a cat\n')
+    described = Path("cat/concept.yaml")
+    described.write_text('name: "cat [/v2]"\nprompt: a cat\n')
     monkeypatch.setenv("FORCE_COLOR", "1")
     output = run("adapt", "cat", "--model", model, "--steps", 1, "-o", "learned")
-    assert "learned cat [/v2] [31m by lora" in output
+    assert "learned cat [/v2] by lora" in output
+    described.write_text('name: "cat\\e[31m"\nprompt: a cat\n')
+    output = run("adapt", "cat", "--model", model, "-o", "other", code=1)
+    assert "\x1b[31m" not in output
+    assert "its name holds a control character" in output
