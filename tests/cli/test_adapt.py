@@ -220,6 +220,6 @@ def test_a_name_is_no_markup_and_steers_no_terminal(workdir, model, monkeypatch)
     output = run("adapt", "cat", "--model", model, "--steps", 1, "-o", "learned")
     assert "learned cat [/v2] by lora" in output
     described.write_text('name: "cat\\e[31m"\nprompt: a cat\n')
-    output = run("adapt", "cat", "--model", model, "-o", "other", code=1)
+    output = run("adapt", "cat", "--model", model, "-o", "other", code=2)
     assert "\x1b[31m" not in output
     assert "its name holds a control character" in output
