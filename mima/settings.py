@@ -102,8 +102,8 @@ def _follows(error: ErrorDetails) -> bool:
     return error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]
 
 
-EXPECTED = {
-    "tuple_type": "Input should be a list, as in [0]",
+_EXPECTED = {
+    "tuple_type": "Input should be a list",
     "model_type": "Input should be settings by name",
     "path_type": "Input should be a path",
 }
@@ -121,7 +121,7 @@ def _explain(kind: type[Settings], error: dict[str, Any]) -> str:
     name = ".".join(where)
     if error["type"] != "extra_forbidden":
         got = "" if isinstance(error["input"], dict) else f", got {quoted(error['input'])}"
-        said = EXPECTED.get(error["type"], error["msg"])
+        said = _EXPECTED.get(error["type"], error["msg"])
         return f"{name + ': ' if name else ''}{said}{got}"
     fields = kind.model_fields
     for part in where[:-1]:

@@ -19,7 +19,7 @@ from mima.concepts.pictures import by_prompt
 from mima.distributed import device_of
 from mima.errors import MimaError
 from mima.families import load_pipeline, origin_of, source_of
-from mima.families.pipelines import PREFIX, Pipeline, networks, scheduler_settings
+from mima.families.pipelines import Pipeline, named_weights, scheduler_settings
 from mima.sampling import Job, Sampler
 from mima.storage.checkpoint import CheckpointFolder, latest_of_all
 from mima.storage.inputs import expanded
@@ -95,16 +95,6 @@ def learn(
             for n, run in enumerate(runs):
                 _draw(run, sampler, place if len(runs) == 1 else place / f"{n:03d}")
             on_pictures(stop, place)
-
-
-def named_weights(pipeline: Pipeline) -> dict[str, torch.Tensor]:
-    """All weights and buffers by part and name, the same whichever transformers is installed."""
-    named: dict[str, torch.Tensor] = {}
-    for part, network in networks(pipeline).items():
-        prefix = PREFIX if type(network).__name__ == "CLIPTextModel" else ""
-        state = network.state_dict()
-        named |= {f"{part}.{name.removeprefix(prefix)}": value for name, value in state.items()}
-    return named
 
 
 def _draw(run: Run, sampler: Sampler, place: Path) -> None:

@@ -40,7 +40,7 @@ def adapt(
         typer.Option(
             "--output",
             "-o",
-            help="Folder for the adapter, or of several for one each; by default CONCEPT-METHOD.",
+            help="Folder for the adapter, or for one of each concept; by default CONCEPT-METHOD.",
         ),
     ] = None,
     prompt: Annotated[

@@ -161,7 +161,7 @@ def report(
         typer.Option(
             "--output",
             "-o",
-            help="The page; report.html in the folder, or for several, here.",
+            help="The page, an .html; report.html in the folder, or for several, here.",
         ),
     ] = None,
 ) -> None:

@@ -129,7 +129,7 @@ class Concept:
         if not name.strip():
             raise MimaError("Concept: name is empty")
         where = f"concept {quoted(name)}"
-        if any(unicodedata.category(letter) == "Cc" for letter in name):
+        if any(unicodedata.category(letter) in ("Cc", "Zl", "Zp") for letter in name):
             raise MimaError(f"{where}: its name holds a control character, such as a line's end")
         if kind not in get_args(Kind):
             raise MimaError(

@@ -89,6 +89,19 @@ class Picture:
     # set when the picture was decoded without an error; copies of a concept skip the check
     _checked: bool = field(default=False, init=False, repr=False, compare=False)
 
+    @classmethod
+    def trusted(cls, file: Path, prompt: str) -> Picture:
+        """One that mima itself writes, which is there by the time it is read."""
+        picture = cls(file, prompt)
+        object.__setattr__(picture, "_checked", True)
+        return picture
+
+    def captioned(self, prompt: str) -> Picture:
+        """The same picture under another caption."""
+        picture = Picture(self.image, prompt)
+        object.__setattr__(picture, "_checked", self._checked)
+        return picture
+
     def __post_init__(self) -> None:
         if isinstance(self.image, str):
             object.__setattr__(self, "image", Path(self.image))

@@ -72,13 +72,14 @@ class Bench:
 
         def own(pictures: Sequence[Picture], folder: Path) -> tuple[Picture, ...]:
             files = _numbered(folder, len(pictures))
-            return tuple(Picture(f, p.prompt) for f, p in zip(files, pictures, strict=True))
+            return tuple(Picture.trusted(f, p.prompt) for f, p in zip(files, pictures, strict=True))
 
         return {
             slug: replace(
                 concept,
                 images=own(concept.images, self.training_folder(slug)),
                 held_out=own(concept.held_out, self.folder.reference_folder(slug)),
+                class_images=own(concept.class_images, self.class_folder(slug)),
             )
             for slug, concept in self.concepts.items()
         }
@@ -253,6 +254,10 @@ class Bench:
         """Where a concept's training pictures are written."""
         return self.folder.path / "images" / "training" / slug
 
+    def class_folder(self, slug: str) -> Path:
+        """Where its class pictures are written."""
+        return self.folder.path / "images" / "class" / slug
+
     def benign_files(self, side: Side) -> list[Path]:
         """Where one model's pictures of ordinary prompts are written."""
         return _numbered(self.folder.path / "images" / "benign" / side, len(self.prompts))
@@ -262,7 +267,7 @@ class Bench:
         return all(file.is_file() for file in self.benign_files(side))
 
     def write_references(self) -> None:
-        """Write every concept's references and training pictures."""
+        """Write every concept's references, training and class pictures."""
         for slug, concept in self.concepts.items():
             if not concept.held_out:
                 logger.warning(
@@ -273,6 +278,7 @@ class Bench:
             for place, pictures in (
                 (self.folder.reference_folder(slug), concept.held_out or concept.images),
                 (self.training_folder(slug), concept.images),
+                (self.class_folder(slug), concept.class_images),
             ):
                 for file, picture in zip(_numbered(place, len(pictures)), pictures, strict=True):
                     write_picture(file, picture.load())

@@ -258,10 +258,9 @@ def evaluate(
             "similarities": bench.similarities,
             "judges": worker.judges,
             "weights": worker.fingerprints(),
-            ENCODERS: {side: encoders_of(one) for side, one in worker.pipelines.items()},
-            SCHEDULERS: {side: scheduler_of(one) for side, one in worker.pipelines.items()},
-            CONFIGURATIONS: {
-                side: configurations_of(one) for side, one in worker.pipelines.items()
+            **{
+                key: {side: hashed(one) for side, one in worker.pipelines.items()}
+                for key, hashed in HASHES.items()
             },
             PICTURES: {slug: pictures_of(concept) for slug, concept in by_slug.items()},
             TEXTS: {slug: texts_of(concept) for slug, concept in by_slug.items()},

@@ -529,7 +529,7 @@ def material(
                 return with_word(caption, concept, word)
 
     def renamed(pictures: Sequence[Picture]) -> tuple[Picture, ...]:
-        return tuple(Picture(picture.image, rename(picture.prompt)) for picture in pictures)
+        return tuple(picture.captioned(rename(picture.prompt)) for picture in pictures)
 
     described = replace(
         concept,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,15 +80,21 @@ def configurations_of(pipeline: Pipeline) -> dict[str, str]:
     return {name: short_hash(value) for name, value in {**settings, **words}.items()}
 
 
-NOT_OF_THE_MODEL = frozenset({"transformers_version", "dtype", "torch_dtype"})
+NOT_OF_THE_MODEL = frozenset({"architectures", "transformers_version", "dtype", "torch_dtype"})
 """Settings of a part that say how it was written or opened."""
 
 
-def _settings(part: Any) -> list[tuple[str, Any]]:
+def _settings(part: Any) -> Any:
     config = part.config
-    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    own = {k: v for k, v in plain.items() if not k.startswith("_") and k not in NOT_OF_THE_MODEL}
-    return sorted(own.items())
+    return _own(config.to_dict() if hasattr(config, "to_dict") else dict(config))
+
+
+def _own(value: Any) -> Any:
+    """Settings in one order, without what is no part of the model; those within them likewise."""
+    if not isinstance(value, Mapping):
+        return value
+    kept = {key: _own(part) for key, part in value.items() if str(key) not in NOT_OF_THE_MODEL}
+    return sorted((str(k), v) for k, v in kept.items() if not str(k).startswith("_"))
 
 
 def scheduler_of(pipeline: Pipeline) -> str:

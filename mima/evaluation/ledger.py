@@ -37,14 +37,14 @@ CONFIGURATIONS = "configurations"
 
 PLAIN = ("grid", "sampler")
 """In a record's configuration: settings as they were given."""
-READERS = ("diffusers", "transformers")
-"""Libraries that say what a model's settings are."""
+READERS = {SCHEDULERS: ("diffusers",), CONFIGURATIONS: ("diffusers", "transformers")}
+"""Libraries that say what these are."""
 
 
 def check(folder: EvaluationFolder, *, overwrite: bool) -> None:
     """Make sure that the folder is new, or an earlier evaluation's."""
     if overwrite or not folder.exists():
-        check_folder(folder.path, overwrite=overwrite)
+        check_folder(folder.path, overwrite=overwrite, in_place=True)
 
 
 def claim(folder: EvaluationFolder, *, overwrite: bool) -> None:
@@ -76,9 +76,10 @@ def refuse_other_settings(folder: EvaluationFolder, now: Evaluation) -> None:
     unknown = [key for key in hashes if key not in then.config]
     # by name, where their files are, which their hashes tell better
     skipped = {JUDGES, "similarities", *unknown}
-    if any(then.versions.get(name) != now.versions.get(name) for name in READERS):
+    for key, readers in READERS.items():
         # another version may name further settings of the same schedule or part
-        skipped |= {SCHEDULERS, CONFIGURATIONS}
+        if any(then.versions.get(name) != now.versions.get(name) for name in readers):
+            skipped.add(key)
     for key, value in now.config.items():
         before = then.config.get(key)
         if key not in skipped and before != value:

@@ -50,7 +50,7 @@ def summarize(
     the settings; that of the targets the mean of the target concepts' (MSGR is that of SGR).
     Intervals are over seeds, see `over_seeds`. Rises and ratios are means over the attacks that
     have them: one that taught neither model has none. For MRSGR, targets count in the settings in
-    which other concepts were attacked.
+    which other concepts were attacked; where these have none in common, there is no MRSGR.
 
     Of the other concepts, attacks count in which the original model's pictures have a similarity
     of at least `TOLD` at every step, whether the attack taught that or the model drew the concept
@@ -170,8 +170,8 @@ def over_seeds(groups: Iterable[Sequence[AttackRow]], name: str) -> Interval:
 
     The mean of the concepts' means, each of its settings' means over their seeds: a setting that
     lost a seed, to a divergence perhaps, counts as much as one that has all. Concepts and settings
-    without any value are left out. There is an interval only where the others have values with the
-    same seeds: it is over the means over concepts at each of them.
+    without any value are left out. There is an interval only where every other setting has a value
+    with every seed: it is over the means over concepts at each of them.
     """
     concepts = [found for rows in groups if (found := _by_setting(rows, name))]
     if not concepts:
@@ -213,8 +213,10 @@ def paired_difference(
     """
     for name_ in ("similarity", "role"):
         found = sorted({getattr(row, name_) for row in (*rows, *baseline)})
-        if len(found) > 1 or (name_ == "role" and found not in ([], ["target"])):
+        if len(found) > 1:
             raise ValueError(f"paired_difference: rows of {name_} {', '.join(found)}; give one's")
+    if any(row.role != "target" for row in (*rows, *baseline)):
+        raise ValueError("paired_difference: expected attacks on targets, got others'")
     twins = {(row.attack, row.similarity): row for row in baseline}
     differences: dict[str, list[AttackRow]] = {}
     for row in rows:

@@ -35,8 +35,8 @@ class Tuning(Settings):
     """What every attack may try, on each model for itself, before it begins."""
 
     trials: int = Field(0, ge=0)
-    """Trial runs of each attack on each model; its seeds share them. 0 tries nothing. The first
-    trial is the attack as it is configured, and 1 tries nothing else; see `choices`."""
+    """Trial runs of each attack on each model; its seeds share them. 0 and 1 try nothing: the first
+    trial is the attack as it is configured. See `choices`."""
     lr_factors: tuple[float, ...] = Field((0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), min_length=1)
     """Learning rates, as multiples of the attack's."""
     schedules: tuple[Schedule, ...] = Field(("constant", "cosine"), min_length=1)
@@ -92,8 +92,10 @@ def choices(tuning: Tuning) -> list[Choice]:
     The first is the attack as it is. From there every other one changes its rate alone, to the
     nearest that was not, of two as near the higher. The rest draw their rates from all factors in
     turn, so that none comes twice before each came once, and schedule, batch and optimiser freely;
-    they alone go on once every rate was tried.
+    they alone go on once every rate was tried. One trial is none: there is nothing to choose.
     """
+    if tuning.trials < 2:
+        return []
     draws = random.Random("tuning")
     other = [factor for factor in tuning.lr_factors if factor != 1]
     nearest = sorted(set(other), key=lambda factor: (round(abs(math.log(factor)), 6), -factor))
@@ -213,7 +215,7 @@ class TuningLog:
     def missing(self, attack: str, side: Side) -> list[int]:
         """Numbers of the trials of an attack on a model that have not been done."""
         done = {row.trial for row in self.of(attack, side)}
-        return [number for number in range(self.tuning.trials) if number not in done]
+        return [number for number in range(len(choices(self.tuning))) if number not in done]
 
     def of(self, attack: str, side: Side) -> list[TrialRow]:
         """The finished trials of an attack on a model."""

@@ -587,7 +587,7 @@ class Worker:
     def _with_loras(self, pipeline: Pipeline, attack: Attack) -> Any:
         """Merge LoRAs of all targets, or of the other concepts' pictures, into the weights."""
         config = self.bench.config
-        lora = replace(configured(config, "lora"), steps=config.preparation_steps, seed=attack.seed)
+        lora = replace(configured(config, "lora"), steps=config.preparation_steps)
         assert isinstance(lora, LoRA)
         subjects = self.bench.merged(attack)
         if attack.preparation == "benign":

@@ -115,6 +115,16 @@ def names_for_all(module: torch.nn.Module, state: Mapping[str, Any]) -> dict[str
     return {PREFIX + name.removeprefix(PREFIX): value for name, value in state.items()}
 
 
+def named_weights(pipeline: Pipeline) -> dict[str, torch.Tensor]:
+    """All weights and buffers by part and name; those of CLIP are called as in transformers 5."""
+    named: dict[str, torch.Tensor] = {}
+    for part, network in networks(pipeline).items():
+        prefix = PREFIX if type(network).__name__ == "CLIPTextModel" else ""
+        state = network.state_dict()
+        named |= {f"{part}.{name.removeprefix(prefix)}": value for name, value in state.items()}
+    return named
+
+
 def own_name(pipeline: Pipeline, name: str) -> str:
     """What a pipeline calls a parameter, whichever transformers wrote its name."""
     component, _, inner = name.partition(".")

@@ -17,7 +17,6 @@ from typing import Any, Literal, overload
 
 import torch
 
-from mima.adaptation.resumable import named_weights
 from mima.concepts import Concept
 from mima.concepts.concept import learnable
 from mima.concepts.reading import load_concepts
@@ -27,7 +26,7 @@ from mima.errors import MimaError
 from mima.families import ModelSource, family_of, origin_of, source_of
 from mima.families.frozen import hold_frozen, with_quantized_held
 from mima.families.new_words import text_parts
-from mima.families.pipelines import scheduler_settings, with_modules
+from mima.families.pipelines import named_weights, scheduler_settings, with_modules
 from mima.families.recomputed import recomputed_blocks
 from mima.immunization.alternating import alternate
 from mima.immunization.checks import (

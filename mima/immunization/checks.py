@@ -12,10 +12,11 @@ from mima.concepts.naming import names_of
 from mima.distributed import world_size
 from mima.erasure import edits_of
 from mima.errors import MimaError
-from mima.families import family_of
+from mima.families import Family, family_of
 from mima.families.new_words import check_token
 from mima.families.pipelines import Pipeline
 from mima.immunization.config import ImmunizeConfig
+from mima.immunization.levels import trained_names
 from mima.immunization.recipes import EMBEDDED_RATE
 from mima.storage.checkpoint import CheckpointFolder
 from mima.storage.inputs import expanded, resolved
@@ -106,6 +107,7 @@ def check_model(pipeline: Pipeline, concepts: Sequence[Concept], config: Immuniz
     family = family_of(pipeline)
     check_unadapted(family)
     family.check_vae()
+    _check_captions(family, config)
     nameless = [concept.name for concept in concepts if not names_of(concept)]
     kinds = {kind for attacker in config.attackers for kind in attacker.captions}
     for kind in sorted(kinds & {"without_name", "rare_token"}):
@@ -143,15 +145,30 @@ def check_model(pipeline: Pipeline, concepts: Sequence[Concept], config: Immuniz
                 )
 
 
+def _check_captions(family: Family, config: ImmunizeConfig) -> None:
+    """Refuse attackers' captions that the merge keeps nothing of."""
+    called = {kind for attacker in config.attackers for kind in attacker.captions}
+    elsewhere = called & {"rare_token", "without_name"}
+    if not elsewhere or config.method != "mima" or config.merge != "projected":
+        return
+    _, names = trained_names(family, config)
+    if not set(names).isdisjoint(family.text_projections()):
+        raise MimaError(
+            "lower.captions: of keys and values the projected merge keeps what the concepts' own "
+            f"prompts ask for; what is learned under {' and '.join(sorted(elsewhere))} needs merge "
+            "'average' or 'sum', or method 'joint'"
+        )
+
+
 def _warn_of_rates(pipeline: Pipeline, config: ImmunizeConfig) -> None:
     """Warn of attacks on a model like the embedded one at the rates of larger ones."""
     adam = [attacker for attacker in config.attackers if attacker.optimizer == "adam"]
-    if config.method == "none" or len(adam) < len(config.attackers):
+    if config.method in ("none", "alternating") or len(adam) < len(config.attackers):
         return
     if config.highest_lr <= EMBEDDED_RATE / 5 and is_of_emoji(pipeline):
         logger.warning(
             "lower.lr: attacks at %g at most; models like the embedded one are trained at %g, and "
-            "so slow an attack teaches them nothing: with a recipe, rate: %g",
+            "so slow an attack teaches them nothing: raise it, of the recipe default by rate: %g",
             config.highest_lr,
             EMBEDDED_RATE,
             EMBEDDED_RATE,

@@ -263,14 +263,6 @@ class ImmunizeConfig(Settings):
             )
         if words and self.merge == "sum":
             raise ValueError("merge: 'sum' has no place for lower.train_token's new words")
-        called = {kind for attacker in attackers for kind in attacker.captions}
-        elsewhere = called & {"rare_token", "without_name"}
-        if elsewhere and self.method == "mima" and self.merge == "projected":
-            raise ValueError(
-                "lower.captions: the projected merge keeps what the concepts' own prompts ask for; "
-                f"what is learned under {' and '.join(sorted(elsewhere))} needs merge 'average' or "
-                "'sum', or method 'joint'"
-            )
         trained = {(attacker.parameters, attacker.train_token) for attacker in attackers}
         if len(trained) > 1 and self.method == "mima" and self.merge == "projected":
             raise ValueError(

@@ -84,7 +84,7 @@ class Problem:
         words: each concept's new word, where the lower level trains them.
         benign: pictures of concepts that must stay learnable.
         captions: ordinary ones, of which the published update draws.
-        concepts: whose texts the published update reads anew for each merge.
+        described: the concepts, whose texts the published update reads anew for each merge.
         first: the place of the first concept among all, where each is a problem of its own: draws
             are by it.
 
@@ -107,7 +107,7 @@ class Problem:
         words: Sequence[TrainedWord] = (),
         benign: Sequence[ConceptData] = (),
         captions: Sequence[str] = (),
-        concepts: Sequence[Concept] = (),
+        described: Sequence[Concept] = (),
         first: int = 0,
     ) -> None:
         self.family = family
@@ -115,7 +115,7 @@ class Problem:
         self.words = list(words)
         self.benign = list(benign)
         self.captions = captions
-        self.described = concepts
+        self.described = described
         self.first = first
         self.config = config
         self.merge = merge

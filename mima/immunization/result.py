@@ -85,7 +85,11 @@ class ImmunizeResult(Released):
         yield {
             "imma": "Immunized against one concept by bi-level optimisation (IMMA).",
             "joint": f"Immunized against {target} by "
-            + ("its objective." if one else "their summed objectives, without a merge."),
+            + (
+                "its objective."
+                if one or at_once == 1
+                else "their summed objectives, without a merge."
+            ),
             "compose": "Immunized against each concept alone, from the same start; the immunized "
             f"models were merged, {rule}.",
             "mima": f"Immunized against {target} without a merge between them."

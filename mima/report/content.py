@@ -266,16 +266,15 @@ class Report:
 
     def _lines(self, chosen: Setting, similarity: str) -> list[Line]:
         lines = []
-        originals: set[str] = set()
+        originals: list[Run] = []
         for run in self.runs:
             curves = run.curves_of(chosen, similarity)
             if not curves:
                 continue
-            model = run.original
-            if model not in originals:
+            if not any(map(run.shares_original, originals)):
                 label = "original" if not originals else f"original {len(originals) + 1}"
                 lines.append(_line(curves, 0, label, ORIGINAL, "X"))
-                originals.add(model)
+                originals.append(run)
             label = self._label(run, "immunized")
             lines.append(_line(curves, 1, label, run.colour, run.marker))
         return lines
@@ -317,7 +316,7 @@ class Report:
 
     def _card(self, concept: ConceptRecord, chosen: Setting) -> Card | None:
         frames: dict[int, list[Column]] = {}
-        originals: set[str] = set()
+        originals: list[Run] = []
         gaps = []
         references: list[str] = []
         seeds: list[int] = []
@@ -332,8 +331,8 @@ class Report:
             sides: list[tuple[Side, str, str]] = [
                 ("immunized", self._label(run, "Immunized"), f"run-{run.index}")
             ]
-            if run.original not in originals:
-                originals.add(run.original)
+            if not any(map(run.shares_original, originals)):
+                originals.append(run)
                 sides.insert(0, ("original", "Original", "original"))
             for step in _thinned(sorted(curve), MAX_FRAMES):
                 for side, label, kind in sides:

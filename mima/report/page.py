@@ -25,7 +25,7 @@ from mima.report.figures import (
 from mima.report.runs import load_runs
 from mima.report.verdict import verdict
 from mima.storage.atomic import reason_of
-from mima.storage.inputs import expanded, resolved
+from mima.storage.inputs import expanded
 from mima.storage.output import check_file, write_whole
 
 MARK = '<meta name="generator" content="mima '
@@ -72,7 +72,7 @@ def write_report(
         The page's path.
 
     Raises:
-        MimaError: no folders, one twice, more than there are colours, one that cannot be read, an
+        MimaError: no folders, more than there are colours, one that cannot be read, an
             output that is called otherwise than a page, or a file in its place that is not mima's.
     """
     if not folders:
@@ -84,9 +84,6 @@ def write_report(
     if output is None:
         output = Path(folders[0]) / "report.html" if len(folders) == 1 else "report.html"
     path = expanded(output)
-    places = [resolved(expanded(folder)) for folder in folders]
-    if len({*places}) < len(places):
-        raise MimaError("report: a folder stands twice; one evaluation is not compared with itself")
     runs = load_runs(folders)
     _check_output(path)
     figures = path.with_name(f"{path.stem}-figures")

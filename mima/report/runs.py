@@ -127,14 +127,16 @@ class Run:
         for row in self.attacks:
             self.by_setting.setdefault((setting(row), row.similarity), []).append(row)
 
-    @property
-    def original(self) -> str:
-        """What tells an original model from others: its hashes, or its name where none are known.
+    def shares_original(self, other: Run) -> bool:
+        """Whether two runs attacked one original model, by all hashes that both know, or its name.
 
         The same weights may be under two paths, and others under one path.
         """
-        known = self._hashes()
-        return _alike(known) if known else self.evaluation.models.original
+        mine, theirs = self._hashes(), other._hashes()
+        known = mine.keys() & theirs.keys()
+        if known:
+            return all(mine[name] == theirs[name] for name in known)
+        return self.evaluation.models.original == other.evaluation.models.original
 
     def _hashes(self) -> dict[str, str]:
         """Hashes of the original model by what a page calls them; older records lack some."""

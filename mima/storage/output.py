@@ -27,10 +27,13 @@ OUR_FILES = (RECORD_FILE, EVALUATION_FILE)
 that ours have."""
 
 
-def check_folder(path: Path, *, overwrite: bool, resume: bool = False) -> None:
+def check_folder(
+    path: Path, *, overwrite: bool, resume: bool = False, in_place: bool = False
+) -> None:
     """Refuse an output folder before any long work starts.
 
     With ``overwrite``, earlier results there may be replaced; a finished run cannot be resumed.
+    What is written ``in_place``, file by file, may be in a mount point.
 
     Raises:
         MimaError: it is a file or a mount point, holds files that may not be replaced, or cannot be
@@ -42,7 +45,7 @@ def check_folder(path: Path, *, overwrite: bool, resume: bool = False) -> None:
     # writing replaces the folder: a shell within would stand in a deleted one
     if resolved(path) in (Path.cwd(), *Path.cwd().parents):
         raise MimaError(f"output {path} is or holds the working directory; name a folder in it")
-    if resolved(path).is_mount():
+    if not in_place and resolved(path).is_mount():
         raise MimaError(f"output {path} is a mount point; name a folder in it")
     held = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     if resume and RECORD_FILE in held and not overwrite:

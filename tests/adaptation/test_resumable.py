@@ -15,12 +15,12 @@ from support import tiny
 from typer.testing import CliRunner
 
 from mima.adaptation import Together, configure
-from mima.adaptation.resumable import adapt, learn, named_weights
+from mima.adaptation.resumable import adapt, learn
 from mima.cli import app
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.evaluation import Sampler
-from mima.families.pipelines import names_for_all, tensors, with_modules
+from mima.families.pipelines import named_weights, names_for_all, tensors, with_modules
 from mima.storage.checkpoint import CheckpointFolder
 from mima.storage.runs import default_folder
 from mima.storage.tensor_files import fingerprint

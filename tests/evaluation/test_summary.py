@@ -240,5 +240,5 @@ def test_pairs_are_of_one_judge_and_of_targets():
     with pytest.raises(ValueError, match="rows of similarity clip, dino; give one's"):
         paired_difference(rows, rows)
     others = [row("c", 0, 0.2, role="other")]
-    with pytest.raises(ValueError, match="rows of role other"):
+    with pytest.raises(ValueError, match="expected attacks on targets, got others"):
         paired_difference(others, others)

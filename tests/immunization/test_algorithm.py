@@ -630,4 +630,19 @@ def test_a_rate_of_large_models_is_warned_of_on_a_small_one(rate, warned, caplog
     config = default(rate=rate, steps=1, num_class_images=1)
     with caplog.at_level(logging.WARNING, "mima"):
         check_model(load_pipeline("embedded"), concepts(1), config)
-    assert ("with a recipe, rate: 0.0001" in caplog.text) == warned
+    assert ("of the recipe default by rate: 0.0001" in caplog.text) == warned
+
+
+def test_a_merge_of_prompts_is_not_of_what_other_captions_teach(model):
+    pipeline = load_pipeline(str(model))
+    attacker = {"captions": ["as_is", "rare_token"]}
+
+    def check(lower=attacker, **changes):
+        check_model(pipeline, concepts(1), ImmunizeConfig(lower=lower, **changes))
+
+    with pytest.raises(MimaError, match=r"captions: .* learned under rare_token needs merge"):
+        check()
+    for other in ({"merge": "average"}, {"merge": "sum"}, {"method": "joint"}):
+        check(**other)
+    # of weights that nothing projects the mean is kept
+    check(attacker | {"parameters": r"conv_in\.weight"})

@@ -40,7 +40,7 @@ def make(folder, config, count=2, dtype=torch.float32):
     data = encode_concepts(family, given, config)
     merge = merge_layer(family, given, config)
     lines = ordinary_captions(config.captions)
-    return Problem(family, data, config, merge, captions=lines, concepts=given)
+    return Problem(family, data, config, merge, captions=lines, described=given)
 
 
 def released(problem, steps):
@@ -243,7 +243,7 @@ def test_the_plan_is_of_the_model_as_it_is(tmp_path, monkeypatch):
     data = encode_concepts(family, given, config)
     merge = merge_layer(family, given, config)
     lines = ordinary_captions(config.captions)
-    problem = Problem(family, data, config, merge, captions=lines, concepts=given)
+    problem = Problem(family, data, config, merge, captions=lines, described=given)
     plans = []
 
     def noted(theta, tasks, merge, *args, **options):

@@ -134,7 +134,7 @@ def test_settings_cannot_be_changed_by_accident():
         ("merge", "mean", "'projected', 'average' or 'sum'"),
         ("hypergradient", "implicit", "'exact', 'finite_difference' or 'first_order'"),
         ("precision", "int8", "'float32', 'float16' or 'bfloat16'"),
-        ("trackers", "wandb", "valid tuple"),
+        ("trackers", "wandb", "should be a list"),
         ("lower.steps", 0, "greater than or equal to 1"),
         ("lower.optimizer", "lion", "'sgd', 'momentum' or 'adam'"),
         ("lower.captions", "sks", "'as_is', 'without_name', 'rare_token' or 'empty'"),
@@ -598,14 +598,6 @@ def test_paths_in_a_file_start_from_its_folder(tmp_path):
     path.write_text(yaml.safe_dump(text))
     run = load_config(path)
     assert (run.output, run.immunize.captions) == (tmp_path / "out", tmp_path / "caps.txt")
-
-
-def test_a_merge_of_prompts_is_not_of_what_other_captions_teach():
-    attacker = {"captions": ["as_is", "rare_token"]}
-    with pytest.raises(ValueError, match=r"lower.captions: .* learned under rare_token needs"):
-        ImmunizeConfig.model_validate({"lower": attacker})
-    for other in ({"merge": "average"}, {"merge": "sum"}, {"method": "joint"}):
-        ImmunizeConfig.model_validate({"lower": attacker, **other})
 
 
 def test_a_card_tells_no_clip_of_what_is_scaled():
