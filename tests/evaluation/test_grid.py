@@ -311,7 +311,7 @@ def test_an_attack_whose_preparation_diverges_counts_as_not_tried(folders, tmp_p
         "methods": {"lora": {"steps": 1}, "dreambooth": {"steps": 1, **BREAKS}},
         "preparations": ["kick"],
         "preparation_steps": 2,
-        "tune": {"trials": 1},
+        "tune": {"trials": 2},
     }
     with caplog.at_level(logging.WARNING, "mima"):
         rows, folder = evaluated(folders, tmp_path, settings)
