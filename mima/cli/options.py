@@ -45,11 +45,7 @@ SingleFileConfig = Annotated[
 
 Dtype = Annotated[
     Precision,
-    typer.Option(
-        # names of options have no room beside all of these
-        metavar="<dtype>",
-        help="float32, float16 or bfloat16: of the weights; what is written has it, too.",
-    ),
+    typer.Option(help="Of the model's weights; what is written has it, too."),
 ]
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace earlier results.")]
