@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from mima.errors import MimaError, one_line
+from mima.errors import MimaError
 from mima.evaluation.grid import Attack
 from mima.evaluation.records import AttackRow, Benign, CurvePoint, Evaluation, EvaluationFolder
 from mima.evaluation.summary import summarize
@@ -15,7 +14,7 @@ from mima.evaluation.worker import Outcome
 from mima.storage.atomic import remove
 from mima.storage.names import EVALUATION_FILE
 from mima.storage.output import check_folder
-from mima.storage.plain_data import flat
+from mima.storage.plain_data import differences, flat
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +32,6 @@ SCHEDULERS = "schedulers"
 """In a record's configuration: a hash of each model's noise schedule, by side."""
 CONFIGURATIONS = "configurations"
 """In a record's configuration: a hash of each part's settings and words, by side and part."""
-
-
 PLAIN = ("grid", "sampler")
 """In a record's configuration: settings as they were given."""
 READERS = {SCHEDULERS: ("diffusers",), CONFIGURATIONS: ("diffusers", "transformers")}
@@ -83,7 +80,8 @@ def refuse_other_settings(folder: EvaluationFolder, now: Evaluation) -> None:
     for key, value in now.config.items():
         before = then.config.get(key)
         if key not in skipped and before != value:
-            differing += _settings_apart(key, before, value) if key in PLAIN else [key]
+            apart = differences(flat({key: before}), flat({key: value})) if key in PLAIN else {}
+            differing += [f"{name} ({said})" for name, said in apart.items()] or [key]
     known = then.config.get(JUDGES)
     differing += [
         f"assets of the judge {name}"
@@ -104,16 +102,6 @@ def refuse_other_settings(folder: EvaluationFolder, now: Evaluation) -> None:
         )
     if then.versions != now.versions:
         logger.warning("going on under other versions: %s, now %s", then.versions, now.versions)
-
-
-def _settings_apart(key: str, then: Any, now: Mapping[str, Any]) -> list[str]:
-    """Those settings of a group that two evaluations have apart, with what they were and are."""
-    before, after = flat({key: then}), flat({key: now})
-    return [
-        f"{name} ({one_line(before.get(name), 60)} then, {one_line(after.get(name), 60)} now)"
-        for name in dict.fromkeys([*before, *after])
-        if before.get(name) != after.get(name)
-    ]
 
 
 @dataclass

@@ -211,10 +211,9 @@ def paired_difference(
         ...     return [r for r in every if (r.role, r.similarity) == ("target", "clip")]
         >>> paired_difference(rows("ours"), rows("theirs")).mean
     """
-    for name_ in ("similarity", "role"):
-        found = sorted({getattr(row, name_) for row in (*rows, *baseline)})
-        if len(found) > 1:
-            raise ValueError(f"paired_difference: rows of {name_} {', '.join(found)}; give one's")
+    judges = sorted({row.similarity for row in (*rows, *baseline)})
+    if len(judges) > 1:
+        raise ValueError(f"paired_difference: rows of similarity {', '.join(judges)}; give one's")
     if any(row.role != "target" for row in (*rows, *baseline)):
         raise ValueError("paired_difference: expected attacks on targets, got others'")
     twins = {(row.attack, row.similarity): row for row in baseline}

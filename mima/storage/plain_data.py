@@ -165,6 +165,15 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """What two flat mappings have apart, by name, as ``0 then, 8 now``."""
+    return {
+        name: f"{one_line(then.get(name), 60)} then, {one_line(now.get(name), 60)} now"
+        for name in dict.fromkeys([*then, *now])
+        if then.get(name) != now.get(name)
+    }
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     _refuse_twice([key for key, _ in pairs])
     return dict(pairs)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from mima._version import installed_versions
-from mima.errors import MimaError, one_line
+from mima.errors import MimaError
 from mima.storage.checkpoint import RUN_FILE, CheckpointFolder
-from mima.storage.plain_data import flat, hashed
+from mima.storage.plain_data import differences, flat, hashed
 from mima.storage.tensor_files import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -107,10 +107,9 @@ def claim(folder: CheckpointFolder, run: Mapping[str, Any], *, resume: bool) -> 
             today = {name: today[name] for name in then}
         before, now = before | then, now | today
     problems = [
-        f"{name}: {one_line(before.get(name), 60)} then, {one_line(now.get(name), 60)} now"
-        for name in dict.fromkeys([*before, *now])
-        if before.get(name) != now.get(name)
-        and (name not in MAY_CHANGE or (scheduled and name == "steps"))
+        f"{name}: {said}"
+        for name, said in differences(before, now).items()
+        if name not in MAY_CHANGE or (scheduled and name == "steps")
     ]
     if problems:
         raise MimaError(
