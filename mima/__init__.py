@@ -7,7 +7,9 @@ Importing this package does no work: each public name loads its module when it i
 
 Example:
     >>> import mima
-    >>> result = mima.immunize(mima.load_embedded(), [mima.embedded_concept("tiger")])
+    >>> from mima.immunization.recipes import default
+    >>> config = default("relearn", steps=100, rate=1e-4)  # the shipped model's rates are larger
+    >>> result = mima.immunize(mima.load_embedded(), [mima.embedded_concept("tiger")], config)
     >>> result.save_pretrained("immunized")
 """
 

@@ -1,4 +1,4 @@
-"""The whole mathematics of merging in plain PyTorch: read this first.
+"""The mathematics of every operator in plain PyTorch: read this first.
 
 These functions are the definition of every operator. They take any device and any floating dtype,
 can be differentiated any number of times, and are what the kernels are tested against and what

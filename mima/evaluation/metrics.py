@@ -1,6 +1,6 @@
 """The similarity gap ratio and its relatives: how much harder has a concept become to learn?
 
-M(a, b) is an image similarity (see `mima.evaluation.similarity`), x_r the reference images of a
+M(a, b) is an image similarity (see `mima.evaluation.encoders`), x_r the reference images of a
 concept, x_A what the adapted original model generates, x_I what the adapted immunized model does.
 
     SGR   = (M(x_r, x_A) − M(x_r, x_I)) / M(x_r, x_A)      IMMA (arXiv 2311.18815), eq. 7

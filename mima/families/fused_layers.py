@@ -33,6 +33,7 @@ class FusedLayers(AbstractContextManager[None]):
     GroupNorm, LayerNorm and GEGLU. Where they are differentiated twice, convolutions that are not
     trained, of any size; and attention, whatever its processor, if that calls PyTorch's function
     without a mask.
+
     A GroupNorm takes along the SiLU that reads it, in the residual blocks and at the end of Stable
     Diffusion's networks. The modules keep their parameters and types; what changes is the function
     that each calls, and it is put back however the block ends. Other layers stay as they are, and

@@ -96,9 +96,8 @@ def _as_on_a_device(*, bfloat16: bool) -> Iterator[None]:
 
     Attention has no fused kernel there: what is not differentiated twice would keep its matrix.
     Autocast does not know the device: products are cast as it casts them, and what asks for none
-    gets none. The functions are
-    replaced, since a ``TorchFunctionMode`` is not active within backward passes, where
-    checkpointed blocks are computed again.
+    gets none. The functions are replaced, since a ``TorchFunctionMode`` is not active within
+    backward passes, where checkpointed blocks are computed again.
 
     Args:
         bfloat16: whether autocast is to be imitated.
