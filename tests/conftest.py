@@ -62,7 +62,7 @@ LONG = (
     "tests/ops/test_triton_interpreter.py",
     "tests/benchmarks/test_gpu_run.py",
     "tests/benchmarks/test_roofline.py",
-    "tests/test_shards.py",
+    "tests/immunization/test_shards.py",
     "tests/test_distributed.py",
     "tests/test_faults.py",
     "tests/evaluation/test_families.py",

@@ -17,15 +17,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import tiny
 
-from mima.adaptation import LoRA, TextualInversion
+from mima.adaptation import LoRA
 from mima.concepts import Concept
-from mima.concepts.naming import without_name
 from mima.concepts.pictures import digest
 from mima.errors import MimaError
 from mima.evaluation import cmmd, evaluate, ledger, load_encoder
 from mima.evaluation.comparison import _check_alike
 from mima.evaluation.estimate import Estimate
-from mima.evaluation.grid import PRESETS, attack_grid, grid_config, material
+from mima.evaluation.grid import grid_config
 from mima.evaluation.identity import texts_of
 from mima.evaluation.processes import in_parallel
 from mima.evaluation.records import EvaluationFolder
@@ -381,84 +380,6 @@ def test_preparations_attack_other_weights(folders, tmp_path):
         assert set(by_preparation) == {"none", "merge", "benign"}
         # the preparation is part of the attack
         assert len(set(by_preparation.values())) == (1 if step == 0 else 3)
-
-
-def test_grid_is_the_product_with_preparations_beside_it():
-    config = grid_config("adversarial", {"seeds": [0, 1], "methods": {"lora": {"steps": 50}}})
-    targets, others = {"red": tiny.concept()}, {"blue": tiny.concept("blue")}
-    grid = attack_grid(config, targets, others)
-    # learning rates × lengths × prompts × pictures + preparations, + the other concept; × seeds
-    assert len(grid) == 2 * (4 * 3 * 3 * 2 + 2 + 1)
-    assert len({attack.id for attack in grid}) == len(grid)
-    rates = sorted({attack.adaptation.learning_rate for attack in grid})
-    assert rates == pytest.approx([3e-5, 1e-4, 3e-4, 1e-3])
-    assert {attack.steps for attack in grid} == {50, 150, 500}
-    assert config.steps_of(grid[0]) == (0, 12, 25, 38, 50)
-    assert all(attack.id.replace(".", "").replace("-", "").replace("_", "").isalnum()
-               for attack in grid)  # fmt: skip
-
-
-def test_what_a_concept_has_no_material_for_is_left_out_and_said(caplog):
-    concept = dataclasses.replace(tiny.concept(), name="nameless", held_out=())
-    with caplog.at_level(logging.WARNING, "mima"):
-        grid = attack_grid(PRESETS["adversarial"], {"nameless": concept}, {})
-    assert {attack.images for attack in grid} == {"same"}
-    # textual inversion trains a new word whatever the caption says
-    variants = {(attack.adaptation.method, attack.prompt_variant) for attack in grid}
-    assert variants == {
-        ("lora", "name"),
-        ("dreambooth", "name"),
-        ("textual-inversion", "token"),
-        ("custom-diffusion", "name"),
-    }
-    assert {attack.preparation for attack in grid} == {"none", "merge"}
-    assert [record.getMessage().split("with ")[1] for record in caplog.records] == [
-        "prompts description, token, for lack of material",
-        "images other, for lack of material",
-        "preparations benign, for lack of material",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "caption", "expected"),
-    [
-        ("mono style", "an umbrella emoji in mono style", "an umbrella emoji"),
-        ("hamburger", "a hamburger emoji in noto style", "a emoji in noto style"),
-        ("cat", "a photo of a cat", "a photo"),
-        ("cat", "a photo of a cat in snow", "a photo in snow"),
-        ("cat", "cat", "an animal"),
-        ("car", "a scar on a cartoon of cars", "a scar on a cartoon"),
-        ("猫", "一只猫的照片", "一只的照片"),
-        ("<new1>", "a photo of a <new1>", "a photo"),
-    ],
-)
-def test_captions_without_the_name(name, caption, expected):
-    concept = Concept(name, caption, tiny.picture("red", "round"), class_prompt="an animal")
-    assert without_name(caption, concept) == expected
-
-
-def test_material_of_each_variant():
-    concept = tiny.concept()
-    config = grid_config("quick", {"prompts": ["name", "description", "token"],
-                                   "images": ["same", "other"]})  # fmt: skip
-    found = {}
-    for attack in attack_grid(config, {"red": concept}, {}):
-        described, references = material(attack, concept)
-        found[attack.prompt_variant, attack.images] = (
-            described.images[0].prompt,
-            references[0].prompt,
-            len(described.images),
-            len(references),
-        )
-    assert found["name", "same"] == ("a red round emoji", "a red round emoji", 4, 2)
-    assert found["name", "other"] == ("a red round emoji", "a red round emoji", 2, 4)
-    assert found["description", "same"][:2] == ("a emoji", "a emoji")
-    assert found["token", "same"][:2] == ("a sks emoji", "a sks emoji")
-    grid = grid_config("quick", {"methods": {"textual-inversion": {}}})
-    attack = attack_grid(grid, {"red": concept}, {})[0]
-    described, references = material(attack, concept)
-    assert (described.token, references[0].prompt) == ("<sks>", "a <sks> emoji")
-    assert isinstance(attack.adaptation, TextualInversion)
 
 
 def test_unusable_settings_are_named(folders, tmp_path):

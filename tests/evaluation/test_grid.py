@@ -1,4 +1,4 @@
-"""What each preset holds, that all of it runs, and evaluations with hardly any material."""
+"""What each preset and grid holds, that all of it runs, and with hardly any material."""
 
 from __future__ import annotations
 
@@ -15,20 +15,17 @@ import pytest
 from support import tiny
 from typer.testing import CliRunner
 
-from mima.adaptation import Diverged, configure
+from mima.adaptation import Diverged, TextualInversion, configure
 from mima.cli import app
-from mima.concepts import Concept, Picture, embedded_concept
+from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.evaluation import evaluate
-from mima.evaluation.bench import Bench
-from mima.evaluation.grid import PRESETS, attack_grid, grid_config
-from mima.evaluation.plan import Plan
+from mima.evaluation.grid import PRESETS, attack_grid, grid_config, material
 from mima.evaluation.records import SIDES, EvaluationFolder
 from mima.evaluation.tuning import TuningLog
 from mima.evaluation.worker import Worker
 from mima.families import load_pipeline
 from mima.report import write_report
-from mima.sampling import Sampler
 
 METHODS = ("lora", "dreambooth", "textual-inversion", "custom-diffusion")
 SMALL = {
@@ -130,6 +127,66 @@ def test_adversarial_is_the_whole_product_and_nothing_else():
     assert Counter(map(described, grid)) == Counter(expected)
     assert len(grid) == 3 * (3 * 72 + 24 + 4 * 3)
     assert len({attack.id for attack in grid}) == len(grid)
+
+
+def test_grid_is_the_product_with_preparations_beside_it():
+    config = grid_config("adversarial", {"seeds": [0, 1], "methods": {"lora": {"steps": 50}}})
+    targets, others = {"red": tiny.concept()}, {"blue": tiny.concept("blue")}
+    grid = attack_grid(config, targets, others)
+    # learning rates × lengths × prompts × pictures + preparations, + the other concept; × seeds
+    assert len(grid) == 2 * (4 * 3 * 3 * 2 + 2 + 1)
+    assert len({attack.id for attack in grid}) == len(grid)
+    rates = sorted({attack.adaptation.learning_rate for attack in grid})
+    assert rates == pytest.approx([3e-5, 1e-4, 3e-4, 1e-3])
+    assert {attack.steps for attack in grid} == {50, 150, 500}
+    assert config.steps_of(grid[0]) == (0, 12, 25, 38, 50)
+    assert all(attack.id.replace(".", "").replace("-", "").replace("_", "").isalnum()
+               for attack in grid)  # fmt: skip
+
+
+def test_what_a_concept_has_no_material_for_is_left_out_and_said(caplog):
+    concept = replace(tiny.concept(), name="nameless", held_out=())
+    with caplog.at_level(logging.WARNING, "mima"):
+        grid = attack_grid(PRESETS["adversarial"], {"nameless": concept}, {})
+    assert {attack.images for attack in grid} == {"same"}
+    # textual inversion trains a new word whatever the caption says
+    variants = {(attack.adaptation.method, attack.prompt_variant) for attack in grid}
+    assert variants == {
+        ("lora", "name"),
+        ("dreambooth", "name"),
+        ("textual-inversion", "token"),
+        ("custom-diffusion", "name"),
+    }
+    assert {attack.preparation for attack in grid} == {"none", "merge"}
+    assert [record.getMessage().split("with ")[1] for record in caplog.records] == [
+        "prompts description, token, for lack of material",
+        "images other, for lack of material",
+        "preparations benign, for lack of material",
+    ]
+
+
+def test_material_of_each_variant():
+    concept = tiny.concept()
+    config = grid_config("quick", {"prompts": ["name", "description", "token"],
+                                   "images": ["same", "other"]})  # fmt: skip
+    found = {}
+    for attack in attack_grid(config, {"red": concept}, {}):
+        described, references = material(attack, concept)
+        found[attack.prompt_variant, attack.images] = (
+            described.images[0].prompt,
+            references[0].prompt,
+            len(described.images),
+            len(references),
+        )
+    assert found["name", "same"] == ("a red round emoji", "a red round emoji", 4, 2)
+    assert found["name", "other"] == ("a red round emoji", "a red round emoji", 2, 4)
+    assert found["description", "same"][:2] == ("a emoji", "a emoji")
+    assert found["token", "same"][:2] == ("a sks emoji", "a sks emoji")
+    grid = grid_config("quick", {"methods": {"textual-inversion": {}}})
+    attack = attack_grid(grid, {"red": concept}, {})[0]
+    described, references = material(attack, concept)
+    assert (described.token, references[0].prompt) == ("<sks>", "a <sks> emoji")
+    assert isinstance(attack.adaptation, TextualInversion)
 
 
 def test_others_are_attacked_at_the_grids_first_values():
@@ -438,95 +495,6 @@ def test_a_family_takes_what_it_can_of_a_methods_settings():
     assert not grid["transplant"].adaptation.text_encoder
     assert not grid["sgd"].adaptation.use_8bit_adam
     assert not grid["muon"].adaptation.use_8bit_adam
-
-
-def bench(config, concepts, targets, folder, prompts=()):
-    return Bench(
-        models=dict.fromkeys(SIDES, "embedded"),
-        concepts=concepts,
-        roles={name: "target" if name in targets else "other" for name in concepts},
-        config=config,
-        sampler=Sampler(**config.sampler),
-        similarities={},
-        protocol="standard",
-        folder=EvaluationFolder(folder),
-        device="cpu",
-        prompts=prompts,
-    )
-
-
-def captioned(name, kind, images, held_out):
-    pictures = {
-        where: [Picture(tiny.picture("red", "round", seed=len(c)), c) for c in captions]
-        for where, captions in (("images", images), ("held_out", held_out))
-    }
-    return Concept(name, f"a {name}", kind=kind, **pictures)
-
-
-def test_objects_are_told_from_what_else_was_asked_for(tmp_path):
-    style = captioned("mono", "style", ["a cup in mono", "a fox in mono"], ["a bus in mono"])
-    cat = captioned("cat", "object", ["a cat"], ["a cat in snow", "two cats"])
-    config = grid_config("quick", {"images": ["same", "other"], "seeds": [0], "lr_factors": [1]})
-
-    def told(concepts, prompts=()):
-        made = bench(config, concepts, concepts, tmp_path, prompts)
-        for attack in attack_grid(config, concepts, {}):
-            shown = made.objects(attack)
-            yield (attack.slug, attack.images), shown, made.all_objects(shown.values())
-
-    found = {key: (shown, every) for key, shown, every in told({"mono": style, "cat": cat})}
-    asked = ["a bus", "a cat in snow", "two cats"]
-    assert found["mono", "same"] == ({"a bus in mono": {"a bus"}}, asked)
-    # compared with the pictures that immunization saw, whose objects are others
-    shown, every = found["mono", "other"]
-    assert shown == {"a cup in mono": {"a cup"}, "a fox in mono": {"a fox"}}
-    assert every == [*asked, "a cup", "a fox"]
-    # whatever caption of the cat is picked, the cat was recognised
-    shown, every = found["cat", "same"]
-    assert set(shown.values()) == {frozenset({"a cat", "a cat in snow", "two cats"})}
-    assert every == [*asked, "a cat"]
-    # one object alone is told from what ordinary prompts ask for
-    for _, shown, every in told({"cat": cat}, ["a dog", "a house"]):
-        assert {"a dog", "a house"} == set(every) - next(iter(shown.values()))
-
-
-@pytest.mark.parametrize(
-    ("count", "trained", "judges"), [(1, 1, 1), (3, 3, 3), (4, 3, 1), (9, 7, 2)]
-)
-def test_a_trial_holds_back_every_fourth_picture_where_there_are_four(
-    count, trained, judges, tmp_path
-):
-    concept = tiny.concept(images=count)
-    config = grid_config("headline", {"seeds": [0]})
-    made = bench(config, {"red": concept}, {"red"}, tmp_path)
-    attack = attack_grid(config, {"red": concept}, {})[0]
-    shown, jobs, files = made.trial_material(attack)
-    places = [int(file.stem) for group in files for file in group]
-    assert (len(shown.images), len(places)) == (trained, judges)
-    assert len(jobs) == 2 * len(files) == 2
-    kept = [concept.images[place].image for place in places]
-    assert count < 4 or not any(picture.image in kept for picture in shown.images)
-
-
-@pytest.mark.parametrize(
-    ("preset", "trials", "attacks", "steps", "pictures"),
-    [("quick", 0, 15, 1_500, 604), ("headline", 96, 18, 16_800, 1_752)],
-)
-def test_presets_are_as_much_work_as_is_said(preset, trials, attacks, steps, pictures, tmp_path):
-    """Two styles and an other on the embedded model: the counts beside the presets."""
-    config = grid_config(preset)
-    concepts = {
-        name: embedded_concept(name)
-        for name in ("style-mono", "style-fluent", "benign-style-twemoji")
-    }
-    targets = dict(itertools.islice(concepts.items(), 2))
-    others = {name: concepts[name] for name in concepts if name not in targets}
-    made = bench(config, concepts, targets, tmp_path, ["an emoji"] * config.benign_prompts)
-    plan = Plan(TuningLog(tmp_path, config.tune), attack_grid(config, targets, others))
-    tasks = [*plan.first(), *plan.waiting]
-    assert len(tasks) == trials + attacks
-    assert sum(map(made.steps, tasks)) == steps
-    assert sum(map(made.drawn, [*tasks, *SIDES])) == pictures
 
 
 def test_settings_are_kept_as_they_are_understood():

@@ -19,6 +19,50 @@ from mima.immunization.merge import merge_layer
 from mima.immunization.result import ImmunizeResult
 
 WORDS = ("cat", "dog", "bird", "fish", "castle")
+FULL = {
+    "method": "compose",
+    "merge": "average",
+    "hypergradient": "first_order",
+    "resolution": 64,
+    "steps": 7,
+    "seed": 3,
+    "lower": {
+        "steps": 2,
+        "optimizer": "sgd",
+        "lr": 1e-2,
+        "batch_size": 3,
+        "parameters": "lora",
+        "train_token": True,
+        "token_lr": 0.1,
+        "rank": 2,
+        "alpha": 4.0,
+        "prior_weight": 0.5,
+    },
+    "upper": {
+        "lr": 1e-4,
+        "weight_decay": 0.0,
+        "batch_size": 2,
+        "parameters": r"\.attn2\.to_q\.",
+        "prior_weight": 2.0,
+        "prior_batch_size": 5,
+        "max_grad_norm": None,
+        "loss_cap": 3.0,
+    },
+    "lam": 0.5,
+    "captions": "captions.txt",
+    "num_captions": 9,
+    "num_class_images": 4,
+    "new_words": True,
+    "token_steps": 6,
+    "precision": "bfloat16",
+    "gradient_checkpointing": True,
+    "offload_optimizer": True,
+    "checkpoint_every": None,
+    "max_skipped": 0,
+    "divergence": None,
+    "trackers": ["tensorboard"],
+}
+"""Settings that are not the default ones, for what reads and writes them."""
 
 
 def concepts(count: int = 2) -> list[Concept]:

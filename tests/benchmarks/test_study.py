@@ -24,13 +24,7 @@ from mima.report.wording import number, share
 from mima.sampling import Sampler
 from mima.storage.tensor_files import fingerprint
 
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch):
-    # a folder beside the package, not a part of it
-    monkeypatch.syspath_prepend(ROOT)
+ROOT = Path(__file__).parents[2]
 
 
 def test_cells_are_what_the_cuts_say():
