@@ -1,9 +1,12 @@
 """Several gloo processes give what one gives."""
 
 import os
+import signal
 import socket
 import time
+from collections import deque
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from torch.distributed import TCPStore
 from mima import distributed
 from mima.errors import MimaError
 from mima.evaluation import EvaluationFolder
-from mima.evaluation.ranks import SharedFolder
+from mima.evaluation.ranks import SharedFolder, over_ranks
 from mima.evaluation.worker import Outcome
 from mima.storage.runs import default_folder
 
@@ -182,6 +185,45 @@ def test_processes_share_an_evaluation_and_go_on_with_it(processes, models, tmp_
     mean = others.summary["clip"].msgr.mean
     assert ours.summary["clip"].msgr.mean == pytest.approx(mean, abs=2e-3)
     assert ours.benign.prompts == others.benign.prompts
+
+
+def test_an_evaluation_does_not_wait_for_who_stands_still(processes, models, tmp_path):
+    grid = GRID | {"tune": {"trials": 2, "steps": 100_000}}
+    run = (tmp_path, models, tmp_path / "out", grid)
+    started = launch(processes, ranks.evaluate_or_say, 2, *run)
+    # the other has begun a trial of its own
+    while not (tmp_path / "out" / "shared" / "taken-0-1").is_file():
+        assert all(process.is_alive() for process in started)
+        time.sleep(0.01)
+    os.kill(started[1].pid, signal.SIGSTOP)
+    assert finish(started[:1], limit=60) == [1]
+    started[1].kill()
+    assert "process 1 has given no sign of life" in (tmp_path / "0.txt").read_text()
+
+
+def test_what_the_folder_shows_late_is_taken_over_once(tmp_path):
+    """As on a network file system, whose list of names may be half a minute old."""
+    shared = SharedFolder(tmp_path)
+    shared.clear()
+    for stage in (0, 1):
+        (tmp_path / "shared" / f"taken-{stage}-1").touch()
+    there = Outcome([], [])
+
+    def all_gather(mine):
+        # it shows in the stage after its own
+        shared.put(0, 1, None)
+        return [mine, {1: there}]
+
+    two = SimpleNamespace(main=True, broadcast=lambda value: value, all_gather=all_gather)
+    bench = SimpleNamespace(work=lambda task: task)
+    worker = SimpleNamespace(run=lambda task: None)
+    tasks, found, others = deque([1, 2]), [], []
+    for task, result in over_ranks(two, shared, bench, worker, tasks, others.append):
+        found.append((task, result))
+        if task == 1:
+            tasks += [3, 4]
+    assert found == [(1, None), (2, there), (3, None), (4, there)]
+    assert others == [2, 4]
 
 
 def test_every_task_is_taken_once(tmp_path):

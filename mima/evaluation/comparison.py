@@ -20,7 +20,7 @@ from mima.choices import Method, PictureProtocol
 from mima.concepts import Concept
 from mima.concepts.concept import learnable
 from mima.concepts.reading import load_concepts
-from mima.distributed import device_of
+from mima.distributed import device_of, looking_after_each_other
 from mima.errors import MimaError
 from mima.evaluation.bench import Bench, Task
 from mima.evaluation.calibration import calibrate
@@ -302,8 +302,9 @@ def evaluate(
         if progress is not None and ranks.main:
             progress(done, total, finished)
 
-    with ExitStack() as locks:
-        ranks.together(lambda: locks.enter_context(locked(folder.path)))
+    with ExitStack() as held:
+        held.enter_context(looking_after_each_other())
+        ranks.together(lambda: held.enter_context(locked(folder.path)))
         ranks.together(begin)
         if announce is not None and tasks:
             assert plan is not None
@@ -333,7 +334,7 @@ def evaluate(
             ledger.evaluation = ledger.evaluation.model_copy(update={"hardly_trained": idle})
             evaluation = ledger.write(worker.benign())
             shared.remove()
-    return ranks.broadcast(evaluation)
+        return ranks.broadcast(evaluation)
 
 
 def attack_original(

@@ -139,7 +139,16 @@ class Ledger:
         self.write()
 
     def write(self, benign: Benign | None = None) -> Evaluation:
-        """Write rows, in the order of the grid, and their summary: complete with `benign`."""
+        """Write rows, in the order of the grid, and their summary: complete with `benign`.
+
+        Raises:
+            MimaError: it would be complete, but an attack has no rows.
+        """
+        if benign is not None and (pending := self.pending()):
+            raise MimaError(
+                f"evaluate: nothing came back of {len(pending)} of {len(self.grid)} attacks, as "
+                f"{pending[0].id}; the same command does these"
+            )
         order = {attack.id: place for place, attack in enumerate(self.grid)}
         self.rows.sort(key=lambda row: order[row.attack])
         self.points.sort(key=lambda point: order[point.attack])

@@ -2,7 +2,9 @@
 
 Whoever is free takes the next task: it makes a file that nobody else can make. Pictures are in the
 folder anyway, so that all processes have to see it. The main process takes over what others have
-finished after each task of its own; what it had not taken over when it was killed, it finds later.
+finished after each task of its own, and what the folder does not show it yet when all tasks are
+done, for another machine's files may be late, from the others themselves. What it had not taken
+over when it was killed, it finds later.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,7 +33,8 @@ SHARED = "shared"
 """The folder, in that of the evaluation, of what is taken and of what others than the main process
 have finished."""
 PATIENCE = timedelta(days=30)
-"""How long a process waits for the others' attacks; one that died is noticed at once."""
+"""How long a process waits for the others' attacks; one that died is noticed by its pulse, long
+before."""
 
 
 def join_patiently(device: str) -> Ranks:
@@ -78,13 +81,16 @@ class SharedFolder:
         text = json.dumps(_plain(result))
         write_whole(self._path / f"{stage}-{number}.json", text.encode())
 
-    def arrived(self) -> Iterator[tuple[int, Result]]:
+    def arrived(self, stage: int | None = None) -> Iterator[tuple[int, Result]]:
         """Results that others have handed over since the last call, and their numbers.
+
+        Args:
+            stage: that of the tasks; None for all.
 
         Raises:
             MimaError: one is damaged.
         """
-        for file in sorted(self._path.glob("*-*.json")):
+        for file in sorted(self._path.glob(f"{'*' if stage is None else stage}-*.json")):
             try:
                 result = _result(json.loads(file.read_text(encoding="utf-8")))
             except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
@@ -109,25 +115,30 @@ def over_ranks(
     stage = 0
     while staged := ranks.broadcast(list(tasks)):
         tasks.clear()
+        mine: dict[int, Result] = {}
+        left = dict(enumerate(staged))
         for number in shared.take(stage, len(staged)):
-            result = worker.run(staged[number])
+            mine[number] = worker.run(staged[number])
             if ranks.main:
-                yield staged[number], result
-                yield from _others(shared, bench, staged, advance)
+                yield left.pop(number), mine[number]
+                yield from _others(shared.arrived(stage), left, bench, advance)
             else:
-                shared.put(stage, number, result)
-        ranks.all_gather(None)
+                shared.put(stage, number, mine[number])
+        everyone = ranks.all_gather(mine)
         if ranks.main:
-            yield from _others(shared, bench, staged, advance)
+            told = (result for results in everyone for result in results.items())
+            yield from _others(told, left, bench, advance)
         stage += 1
 
 
 def _others(
-    shared: SharedFolder, bench: Bench, staged: Sequence[Task], advance: Advance
+    results: Iterable[tuple[int, Result]], left: dict[int, Task], bench: Bench, advance: Advance
 ) -> Iterator[tuple[Task, Result]]:
-    for number, result in shared.arrived():
-        advance(bench.work(staged[number]))
-        yield staged[number], result
+    for number, result in results:
+        if number in left:
+            task = left.pop(number)
+            advance(bench.work(task))
+            yield task, result
 
 
 def _plain(result: Result) -> dict[str, object]:

@@ -1,11 +1,13 @@
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
 from support.evaluations import write_evaluation
 
 from mima.errors import MimaError
+from mima.evaluation.ledger import Ledger
 from mima.evaluation.records import (
     AttackRow,
     Benign,
@@ -217,3 +219,14 @@ def test_pictures_of_others_are_not_ours(tmp_path):
     for name in ("10", "9", "x", "-1", "1.5"):
         (place / f"{name}.png").write_bytes(b"")
     assert [path.name for path in folder.images("a", "original", 1)] == ["9.png", "10.png"]
+
+
+def test_an_evaluation_that_lacks_attacks_is_not_complete(tmp_path):
+    folder = EvaluationFolder(write_evaluation(tmp_path / "run"))
+    evaluation = folder.evaluation().model_copy(update={"complete": False})
+    folder.write_evaluation(evaluation)
+    ids = [*dict.fromkeys(row.attack for row in folder.attacks()), "lost"]
+    ledger = Ledger(folder, evaluation, [SimpleNamespace(id=name) for name in ids])
+    with pytest.raises(MimaError, match=rf"nothing came back of 1 of {len(ids)} attacks, as lost"):
+        ledger.write(Benign())
+    assert not folder.evaluation().complete

@@ -9,6 +9,8 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -198,11 +200,24 @@ class ReceivedBytes:
 def immunize_or_say(
     rank: int, size: int, port: int, log: Path, args: tuple[Any, ...], options: Any
 ) -> None:
-    """`immunize`, noticing silence after seconds, with this process' errors in a file."""
+    """`immunize`, as `_or_say`."""
+    with _or_say(rank, log):
+        immunize(rank, size, port, args, options)
+
+
+def evaluate_or_say(rank: int, size: int, port: int, log: Path, *args: Any) -> None:
+    """`evaluate`, as `_or_say`."""
+    with _or_say(rank, log):
+        evaluate(rank, size, port, *args)
+
+
+@contextmanager
+def _or_say(rank: int, log: Path) -> Iterator[None]:
+    """Notice silence after seconds, and put this process' errors in a file."""
     distributed.PATIENCE, distributed.PERIOD = 10.0, 0.5
     logging.getLogger("mima").addHandler(logging.FileHandler(log / f"{rank}.txt"))
     try:
-        immunize(rank, size, port, args, options)
+        yield
     except MimaError as error:
         logging.getLogger("mima").error("%s", error)
         sys.exit(1)
