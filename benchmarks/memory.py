@@ -75,8 +75,9 @@ def table(device: str, args: argparse.Namespace) -> None:
         for concepts in args.concepts:
             command = [sys.executable, __file__, "--one", engine, str(concepts), device]
             command += ["--batch", str(args.batch)]
+            # what it says where it fails goes to the terminal
             done = subprocess.run(
-                command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent
+                command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent
             )
             row = json.loads(done.stdout.splitlines()[-1])
             first = first or row["peak"]
