@@ -289,6 +289,7 @@ def test_ways_around_the_dispatcher(monkeypatch):
     Of a `first_order` step with LoRA below, one by one and with all attacks in one forward, in
     seconds of the processor: the best of a few steps with and without, in turns.
     """
+    pytest.importorskip("mima._native", reason="it computes on the CPU")
     torch.set_num_threads(1)
     for variant in ("first_order", "first_order" + commits.TOGETHER):
         step = commits.gradient_of(variant)

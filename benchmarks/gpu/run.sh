@@ -18,8 +18,9 @@
 #     --only-binary :all: --python-version 3.12
 #
 # PYTHON names the interpreter (default: python3; 3.11 or newer), with torch and triton. Without
-# setuptools, pybind11 or ninja there is no native code. Without a C compiler or Python's headers
-# Triton can launch nothing either: `mima doctor`, in log.txt, says so, and the stages fail.
+# setuptools, pybind11 or ninja there is no native code, without nvcc none for the GPU. Without a C
+# compiler or Python's headers Triton can launch nothing either: `mima doctor`, in log.txt, says so,
+# and the stages fail.
 #
 # --dry-run goes through the same stages on a CPU, with the installed mima and few benchmarks.
 set -euo pipefail
@@ -195,13 +196,15 @@ install() {
   if [[ -n $dry ]]; then return; fi
   local arch
   arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
-  if MIMA_BUILD_NATIVE=1 MIMA_BUILD_CUDA=1 MIMA_CUDA_ARCHS=$arch build; then
+  # each half by itself, the CPU's where there is no nvcc
+  if MIMA_BUILD_NATIVE=auto MIMA_BUILD_CUDA=auto MIMA_CUDA_ARCHS=$arch build; then
     cp -r "$work"/mima/* "$work/site/"
-    echo "mima was installed with its native code." >"$work/installed"
-  elif MIMA_BUILD_NATIVE=0 MIMA_BUILD_CUDA=0 build; then
-    cp -r "$work"/mima/* "$work/site/"
-    echo "mima was installed without native code, which could not be built: see log.txt." \
-      >"$work/installed"
+    echo "mima was installed." >"$work/installed"
+    local module
+    for module in _native _native_cuda; do
+      compgen -G "$work/mima/mima/$module.*" >/dev/null ||
+        echo "- mima.$module could not be built: see log.txt." >>"$work/installed"
+    done
   fi
 }
 
@@ -212,11 +215,12 @@ unpack() {
     --target "$work/unpacked" "$@" && cp -r "$work/unpacked/." "$work/site/"
 }
 
-# --target of a folder that has packages already would warn and leave them
+# --target of a folder that has packages already would warn and leave them; without --verbose pip
+# would keep to itself what a compiler says that fails
 # shellcheck disable=SC2329
 build() {
   rm -rf "$work/mima"
-  "$python" -m pip install --no-index --no-deps --no-build-isolation --no-compile --quiet \
+  "$python" -m pip install --no-index --no-deps --no-build-isolation --no-compile --verbose \
     --target "$work/mima" . >&2
 }
 
@@ -242,6 +246,7 @@ benchmark() {
 # peak memory for 1 to 16 concepts, each in a fresh process
 # shellcheck disable=SC2329
 memory() {
+  set -o pipefail # of this shell, too: tee does not fail where memory.py does
   local few=(--devices cuda)
   if [[ -n $dry ]]; then few=(--concepts 1 2 --engines two-pass); fi
   env -u PYTHONSAFEPATH "$python" benchmarks/memory.py "${few[@]}" | tee "$out/memory.txt"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,15 +44,17 @@ def test_the_gpu_run_goes_through_its_stages_without_a_gpu(tmp_path):
     assert "merge_lora.json" in names
 
 
-# Python on a GPU machine where nothing can be compiled; it runs nothing
+# Python on a GPU machine where not everything can be compiled; it runs nothing
 WITHOUT_COMPILER = """#!/usr/bin/env bash
-echo "$* [native $MIMA_BUILD_NATIVE, device $MIMA_BENCH_DEVICE]" >>"$CALLS"
+echo "$* [native $MIMA_BUILD_NATIVE, cuda $MIMA_BUILD_CUDA, device $MIMA_BENCH_DEVICE]" >>"$CALLS"
 case "$*" in
   *get_device_capability*) echo 90 ;;
   "-m pip install"*)
-    [[ $MIMA_BUILD_NATIVE == "$PIP_BUILDS" ]] || exit 1
-    mkdir -p "${@: -2:1}/mima" ;;
+    [[ $PIP_BUILDS != nothing ]] || exit 1
+    mkdir -p "${@: -2:1}/mima"
+    for module in $PIP_BUILDS; do touch "${@: -2:1}/mima/$module.so"; done ;;
   "-m mima doctor") cp -r "$PYTHONPATH" "$SITE" ;;
+  benchmarks/memory.py*) [[ $MEMORY != fails ]] || exit 1 ;;
   *--benchmark-json=*) file=${@: -1}; echo "{}" >"${file#*=}" ;;
   "-m benchmarks.report"*) echo "a report" >"${@: -1}/report.md" ;;
 esac
@@ -58,6 +62,9 @@ esac
 
 
 LOOK = """
+import sys
+# an editable installation would lend its native code
+sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in str(finder)]
 import torch, mima.kernels
 from mima.ops.backends import choice
 print("found", mima.__file__, mima.kernels.__file__)
@@ -67,13 +74,15 @@ for row in choice.report("cpu"):
 
 
 @pytest.mark.parametrize(
-    ("builds", "installed"),
+    ("builds", "lacks"),
     [
-        ("0", "mima was installed without native code, which could not be built"),
-        ("nothing", "mima was copied, not installed"),
+        ("_native _native_cuda", []),
+        ("_native", ["_native_cuda"]),
+        ("", ["_native", "_native_cuda"]),
+        ("nothing", []),
     ],
 )
-def test_the_gpu_run_goes_on_without_native_code(tmp_path, builds, installed):
+def test_the_gpu_run_goes_on_without_native_code(tmp_path, builds, lacks):
     pytest.importorskip("triton")
     python, calls = tmp_path / "python", tmp_path / "calls"
     python.write_text(WITHOUT_COMPILER)
@@ -89,20 +98,24 @@ def test_the_gpu_run_goes_on_without_native_code(tmp_path, builds, installed):
     log = (tmp_path / "out" / "log.txt").read_text()
     assert done.returncode == 0, done.stdout + done.stderr + log
     summary = (tmp_path / "out" / "summary.md").read_text()
-    assert installed in summary
+    installed = "copied, not installed" if builds == "nothing" else "installed."
+    assert f"mima was {installed}" in summary
+    assert re.findall(r"mima\.(\w+) could not be built", summary) == lacks
     stages = re.findall(r"^\| (\w+) \| ok \| \d+ \|$", summary, flags=re.MULTILINE)
     operators = "batched_lora", "adam_step", "weighted_merge", "projected_merge", "merge_lora"
     benchmarks = [f"benchmark_{name}" for name in ("step", *operators)]
     assert stages == ["install", "machine", "tests", *benchmarks, "memory", "benchmark_sampling"]
     lines = calls.read_text().splitlines()
-    built = [line for line in lines if line.startswith("-m pip install")]
-    assert ["[native 1" in line for line in built] == [True, False]
+    (build,) = (line for line in lines if line.startswith("-m pip install"))
+    assert "[native auto, cuda auto" in build
     (tests,) = (line for line in lines if "cuda and not slow" in line)
     assert "tests/ops tests/native" in tests
     measured = [line for line in lines if "--benchmark-json" in line]
     assert len(measured) == len(benchmarks) + 1
     assert all("device cuda]" in line for line in measured)
-    if builds == "0":
+    if builds != "nothing":
+        modules = {path.stem for path in (site / "mima").glob("_native*")}
+        assert modules == set(builds.split())
         return
     # what was copied has Triton's kernels, and no native code
     found = subprocess.run(
@@ -116,6 +129,32 @@ def test_the_gpu_run_goes_on_without_native_code(tmp_path, builds, installed):
     assert f"found {site}/mima/__init__.py {site}/mima/kernels/__init__.py" in found
     assert "combine triton on the CPU only in Triton's interpreter" in found
     assert "combine native No module named 'mima._native'" in found
+
+
+def test_the_gpu_run_says_that_peak_memory_could_not_be_measured(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(WITHOUT_COMPILER)
+    python.chmod(0o755)
+    environment = {"PYTHON": python, "CALLS": "/dev/null", "SITE": tmp_path / "site"}
+    done = subprocess.run(
+        ["bash", ROOT / "benchmarks/gpu/run.sh", tmp_path / "out"],
+        env={**os.environ, **environment, "PIP_BUILDS": "nothing", "MEMORY": "fails"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "| memory | failed with 1 |" in summary
+    assert "| benchmark_sampling | ok |" in summary
+
+
+def test_a_measurement_of_memory_that_fails_says_why(capfd):
+    spec = importlib.util.spec_from_file_location("memory", ROOT / "benchmarks/memory.py")
+    memory = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(memory)
+    with pytest.raises(subprocess.CalledProcessError):
+        memory.table("cpu", SimpleNamespace(engines=["two-pass"], concepts=[1], batch="two"))
+    assert "invalid int value: 'two'" in capfd.readouterr().err
 
 
 # pip that has one wheel it cannot install
