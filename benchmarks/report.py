@@ -218,10 +218,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     results = read(args.results)
     args.output.mkdir(parents=True, exist_ok=True)
-    draw(results, args.output / "report.png")
     text = document(results, "report.png")
     (args.output / "report.md").write_text(text, encoding="utf-8")
     print(text)
+    # last, for a machine may lack matplotlib
+    draw(results, args.output / "report.png")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,15 @@ def test_several_files_become_one_report(merges, tmp_path, capsys):
     assert text.strip() == capsys.readouterr().out.strip()
     assert "| step | exact | 700 | 0 |" in text
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_that_cannot_be_drawn_is_written(merges, tmp_path, monkeypatch):
+    from benchmarks import report
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError):
+        report.main([str(merges), "--output", str(tmp_path / "out")])
+    assert "Targets: 2 of 2 met." in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
