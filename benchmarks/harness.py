@@ -35,6 +35,9 @@ so that events enclose the kernels alone."""
 LEADS = 2, 4, 8
 """Times what the call takes the host that the GPU waits: the first at which the host is done while
 the GPU still waits."""
+LONGEST_LEAD = 0.1
+"""Seconds; a call that would need more launches more kernels than a waiting GPU takes in, about a
+thousand: the host would wait with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +242,8 @@ def _lead(run: Thunk, host: float, device: torch.device) -> float:
     """Return the seconds for which a GPU must wait for a call that takes the host so long."""
     for times in LEADS:
         lead = max(times * host, SHORTEST_LEAD)
+        if lead > LONGEST_LEAD:
+            break
         if _gpu_seconds(run, lead, device)[1]:
             return lead
     return SHORTEST_LEAD  # no wait is long enough: its samples will say so

@@ -192,6 +192,26 @@ def test_what_a_call_takes_the_host_is_no_time_of_the_gpu(monkeypatch):
     assert comparison.samples["waits"] == pytest.approx([3e-3] * 3)
 
 
+def test_a_call_that_fills_the_gpus_queue_is_not_waited_for(monkeypatch):
+    from benchmarks import harness
+
+    gpu = OneGpu()
+    gpu.stand_in(monkeypatch)
+    whole = gpu.launch(0.4, 0.5)
+
+    def step():
+        whole()
+        gpu.wait()
+        return whole()
+
+    comparison = harness.Comparison(group="g", variants={"step": step}, baseline="step", rounds=3)
+    comparison.measure(torch.device("cuda"))
+    assert comparison.with_host == {"step"}
+    assert comparison.samples["step"] == pytest.approx([1.8] * 3, abs=0.01)
+    # one for its answer, three for its wall time, and the samples
+    assert gpu.now == pytest.approx((1 + 3 + 3) * 1.8, abs=0.5)
+
+
 def test_peft_builds_one_layer_for_all_copies_of_the_inputs(monkeypatch):
     pytest.importorskip("pytest_benchmark")
     peft = pytest.importorskip("peft")
