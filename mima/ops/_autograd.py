@@ -83,7 +83,7 @@ def raw_operators(
         given = inputs(*values)
         if check is not None:
             check(given)
-        module = choice.resolve(name, _first(values), backend)
+        module = choice.resolve(name, _first(values), backend, getattr(given, "width", None))
         made = getattr(module, f"{name}_forward")(given, **directly)
         if directly:
             return made
@@ -92,8 +92,9 @@ def raw_operators(
 
     def backward(d_out: Any, *args: Any) -> list[Tensor]:
         *given, needs, backend = args
-        module = choice.resolve(name, _first([d_out]), backend)
-        grads = getattr(module, f"{name}_backward")(d_out, read(*given), needs)
+        kept = read(*given)
+        module = choice.resolve(name, _first([d_out]), backend, getattr(kept, "width", None))
+        grads = getattr(module, f"{name}_backward")(d_out, kept, needs)
         return [x.contiguous() for x in flat(grads, needs)]
 
     def fake_backward(d_out: Any, *args: Any) -> list[Tensor]:

@@ -58,8 +58,8 @@ def define(name: str, inputs: type[Any], *, fake: Callable[[Any], Tensor]) -> No
     def double_backward(d_out: Tensor, *args: Any) -> list[Tensor]:
         *given, needs, backend = args
         directions, given = given[:count], inputs(*given[count:])
-        function = getattr(choice.resolve(name, d_out, backend), f"{name}_double_backward")
-        grads = function(d_out, directions, given, needs)
+        module = choice.resolve(name, d_out, backend, getattr(given, "width", None))
+        grads = getattr(module, f"{name}_double_backward")(d_out, directions, given, needs)
         return [x.contiguous() for x in flat(grads, needs)]
 
     def fake_double_backward(d_out: Tensor, *args: Any) -> list[Tensor]:
@@ -91,11 +91,13 @@ def layer(
     if tensors[0].is_meta or is_watched(tensors, Tensor.is_neg):
         (out,) = apply(Layer, name, backend or "", numbers, *tensors)
         return out
-    kernels = _kernels(choice.resolve(name, tensors[0], backend or ""), name)
+    given = _INPUTS[name](*tensors, *numbers)
+    module = choice.resolve(name, tensors[0], backend or "", getattr(given, "width", None))
+    kernels = _kernels(module, name)
     if torch.is_grad_enabled():
         out = DirectLayer.apply(kernels, (name, backend or "", numbers), *tensors)
         return out
-    out = kernels.forward(kernels.inputs(*tensors, *numbers))
+    out = kernels.forward(given)
     return out
 
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from mima.ops import _checks
 from mima.ops._layers import define, layer
-from mima.ops.backends import arguments, choice
+from mima.ops.backends import arguments
 
 _OP = "attention"
 _PYTORCHS = F.scaled_dot_product_attention
@@ -74,9 +74,6 @@ def attention(
     n = math.prod(heads)
     flat = q.reshape(n, T, d), k.reshape(n, S, d), v.reshape(n, S, e)
     numbers = (d**-0.5 if scale is None else float(scale),)
-    # a graph that is being traced keeps its operator
-    if q.is_cuda and not torch.compiler.is_compiling():
-        backend = choice.narrowed(_OP, q, max(d, e), backend or "")
     out = layer(_OP, backend, numbers, *flat)
     return out.view(*heads, T, e)
 

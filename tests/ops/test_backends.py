@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mima import ops
-from mima.ops.backends import choice, extension
+from mima.ops.backends import choice, extension, reference
 
 x = torch.ones(2, 2)
 
@@ -30,30 +30,64 @@ def _clear() -> None:
         cached.cache_clear()
 
 
+class _Narrow:
+    """Kernels that hold heads of 128 columns; the others they would not compute."""
+
+    def __init__(self) -> None:
+        self.widest_attention = lambda device, dtype: 128
+
+
+@pytest.fixture
+def _narrow_kernels() -> Any:
+    launchers = choice._launchers
+
+    def narrow(backend: str, device_type: str) -> Any:
+        return _Narrow() if backend == "native" else launchers(backend, device_type)
+
+    # undone before the choices are forgotten
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "_choose", lambda *args: args[3] or "native")
+        patch.setattr(choice, "_launchers", narrow)
+        patch.delenv("MIMA_STRICT", raising=False)
+        choice._say_once.cache_clear()
+        yield
+
+
+@pytest.mark.usefixtures("_narrow_kernels")
 def test_heads_that_a_kernel_cannot_hold_are_plain_pytorchs_and_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Narrow:
-        widest_attention = staticmethod(lambda device, dtype: 128)
-
-    monkeypatch.setattr(choice, "resolve", lambda op, tensor, requested="": Narrow)
-    monkeypatch.delenv("MIMA_BACKEND", raising=False)
-    monkeypatch.delenv("MIMA_STRICT", raising=False)
-    choice._say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert choice.narrowed("attention", x, 128) == ""
+        assert isinstance(choice.resolve("attention", x, width=128), _Narrow)
         assert not caplog.records
-        assert choice.narrowed("attention", x, 160) == "reference"
-        assert choice.narrowed("attention", x, 160) == "reference"
+        assert choice.resolve("attention", x, width=160) is reference
+        assert choice.resolve("attention", x, width=160) is reference
     assert len(caplog.records) == 1
     assert "heads of 160 columns are wider than the 128" in caplog.text
     with pytest.raises(choice.BackendError, match="heads of 160 columns"):
-        choice.narrowed("attention", x, 160, "triton")
+        choice.resolve("attention", x, "native", width=160)
     monkeypatch.setenv("MIMA_STRICT", "1")
     with pytest.raises(choice.BackendError, match="heads of 160 columns"):
-        choice.narrowed("attention", x, 160)
-    monkeypatch.setattr(choice, "resolve", lambda op, tensor, requested="": object)
-    assert choice.narrowed("attention", x, 10_000) == ""
+        choice.resolve("attention", x, width=160)
+    assert choice.resolve("attention", x, "reference", width=10_000) is reference
+
+
+@pytest.mark.usefixtures("_narrow_kernels")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_heads_that_a_kernel_cannot_hold_are_served(compiled: bool) -> None:
+    torch.compiler.reset()
+    q, k, v = (torch.randn(2, n, 160, requires_grad=True) for n in (3, 4, 4))
+
+    def f(*args: torch.Tensor, **options: str) -> torch.Tensor:
+        return ops.attention(*args, **options).square().sum()
+
+    run = torch.compile(f, fullgraph=True, backend="aot_eager") if compiled else f
+    loss, expected = run(q, k, v), f(q, k, v, backend="reference")
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(y, (q, k, v)) for y in (loss, expected)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def _break(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:

@@ -128,6 +128,11 @@ class Attention(NamedTuple):
     v: Tensor  # [n, S, e]
     scale: float
 
+    @property
+    def width(self) -> int:
+        """Columns of a head, of which kernels serve no more than so many."""
+        return max(self.q.shape[2], self.v.shape[2])
+
 
 _SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor",

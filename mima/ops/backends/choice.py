@@ -67,17 +67,20 @@ class Row:
         return not self.reasons
 
 
-def resolve(op: str, tensor: torch.Tensor, requested: str = "") -> ModuleType:
+def resolve(
+    op: str, tensor: torch.Tensor, requested: str = "", width: int | None = None
+) -> ModuleType:
     """Return the module that serves `op` for tensors like this one.
 
     Args:
         op: one of `OPERATORS`.
         tensor: any of the operator's tensors; its device and dtype count.
         requested: a name in `BACKENDS`; empty: `MIMA_BACKEND`, or the best that can serve.
+        width: columns of a head, of ``attention``: plain PyTorch serves those that kernels do not.
 
     Raises:
-        BackendError: the requested backend is unknown or cannot serve; or none but the reference
-            can and `MIMA_STRICT=1` is set. The message gives the reasons.
+        BackendError: the requested backend is unknown or cannot serve, heads so wide included; or
+            none but the reference can and `MIMA_STRICT=1` is set. The message gives the reasons.
         TypeError: `requested` is no name.
     """
     if not isinstance(requested, str):
@@ -86,33 +89,17 @@ def resolve(op: str, tensor: torch.Tensor, requested: str = "") -> ModuleType:
         requested = os.environ.get("MIMA_BACKEND", "")
     strict = os.environ.get("MIMA_STRICT", "") == "1"
     backend = _choose(op, tensor.device, tensor.dtype, requested, strict)
-    return _launchers(backend, tensor.device.type)
-
-
-def narrowed(op: str, tensor: torch.Tensor, width: int, requested: str = "") -> str:
-    """Return the name of what serves heads of a width: plain PyTorch where kernels do not.
-
-    Args:
-        op: ``attention``.
-        tensor: any of the operator's tensors; its device and dtype count.
-        width: columns of a head.
-        requested: as of `resolve`.
-
-    Returns:
-        ``requested``, or ``reference``.
-
-    Raises:
-        BackendError: as `resolve`, or what was asked for serves no heads so wide.
-    """
-    widest = getattr(resolve(op, tensor, requested), f"widest_{op}", None)
-    most = None if widest is None else widest(tensor.device, tensor.dtype)
+    module = _launchers(backend, tensor.device.type)
+    if width is None or not hasattr(module, f"widest_{op}"):
+        return module
+    most = getattr(module, f"widest_{op}")(tensor.device, tensor.dtype)
     if most is None or width <= most:
-        return requested
+        return module
     why = f"heads of {width} columns are wider than the {most} that {tensor.device} holds"
-    if requested or os.environ.get("MIMA_BACKEND") or os.environ.get("MIMA_STRICT") == "1":
+    if requested or strict:
         raise BackendError(f"{op}: no kernel can serve {tensor.dtype} on {tensor.device}: {why}")
     _say_once(op, str(tensor.dtype), why)
-    return "reference"
+    return _launchers("reference", tensor.device.type)
 
 
 @functools.cache
@@ -133,12 +120,13 @@ def report(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     requested = os.environ.get("MIMA_BACKEND", "")
+    strict = os.environ.get("MIMA_STRICT", "") == "1"
     rows = []
     for op in OPERATORS:
         try:
-            chosen = _choose(op, device, dtype, requested, False)
+            chosen = _choose(op, device, dtype, requested, strict)
         except BackendError:
-            chosen = ""  # MIMA_BACKEND names a backend that cannot serve: none does
+            chosen = ""  # what MIMA_BACKEND or MIMA_STRICT asks for cannot serve: nothing does
         rows += [
             Row(
                 operator=op,
