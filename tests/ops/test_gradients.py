@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.operator_cases import SMALL, Case, skip_unless_available
+from support.operator_cases import SMALL, Case, chosen_backend, skip_unless_available
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -239,7 +239,8 @@ def test_gradients_at_a_merges_weights_pass_on_what_is_not_finite(
 def test_gradients_do_not_overwrite_what_a_second_backward_reads(device: torch.device) -> None:
     for case in TINY:
         leaves = _leaves(case, device)
-        loss = sum((y**2).sum() for y in case.call(leaves, None))
+        backend = chosen_backend(case.op, torch.float64, device)
+        loss = sum((y**2).sum() for y in case.call(leaves, backend))
         first = torch.autograd.grad(loss, leaves, retain_graph=True)
         again = torch.autograd.grad(loss, leaves)
         for x, y in zip(first, again, strict=True):
@@ -249,16 +250,17 @@ def test_gradients_do_not_overwrite_what_a_second_backward_reads(device: torch.d
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.id)
 def test_torch_func_transforms(case: Case, device: torch.device) -> None:
     tensors = case.tensors(torch.float64, device)
+    backend = chosen_backend(case.op, torch.float64, device)
 
     def loss(*tensors: Tensor) -> Tensor:
-        return torch.stack([(y**2).sum() for y in case.call(tensors, None)]).sum()
+        return torch.stack([(y**2).sum() for y in case.call(tensors, backend)]).sum()
 
     every = tuple(range(len(tensors)))
     leaves = [x.clone().requires_grad_() for x in tensors]
     expected = torch.autograd.grad(loss(*leaves), leaves)
     _assert_close(torch.func.grad(loss, every)(*tensors), expected)
 
-    outputs, pullback = torch.func.vjp(lambda *t: tuple(case.call(t, None)), *tensors)
+    outputs, pullback = torch.func.vjp(lambda *t: tuple(case.call(t, backend)), *tensors)
     _assert_close(pullback(tuple(2 * y for y in outputs)), expected)
 
     # The gradient of the gradient's norm, by nested transforms and by autograd.
@@ -280,9 +282,10 @@ def test_vmap_agrees_with_a_loop(case: Case, which: str, device: torch.device) -
     batched = {"all": range(len(stacked)), "first": [0], "last": [len(stacked) - 1]}[which]
     in_dims = tuple(-1 if i in batched else None for i in range(len(stacked)))
     tensors = [x if i in batched else x[..., 0] for i, x in enumerate(stacked)]
+    backend = chosen_backend(case.op, torch.float64, device)
 
     def f(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(case.call(tensors, None))
+        return tuple(case.call(tensors, backend))
 
     def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
         loss = lambda *t: torch.stack([(y**2).sum() for y in f(*t)]).sum()  # noqa: E731

@@ -284,6 +284,15 @@ def skip_unless_available(
             pytest.skip(f"{backend}: {'; '.join(row.reasons)}")
 
 
+def chosen_backend(op: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> str:
+    """Return what serves an operator; plain PyTorch where no kernel does, also under MIMA_STRICT.
+
+    No kernel of `group_norm`, say, serves float64 on a GPU.
+    """
+    rows = choice.report(device, dtype)
+    return next(row.backend for row in rows if row.operator == op and row.chosen)
+
+
 def values_and_gradients(
     case: Case, tensors: Sequence[Tensor], backend: str | None, *, seed: int = 1
 ) -> tuple[list[Tensor], list[Tensor]]:
