@@ -58,15 +58,24 @@ def test_triton_serves_cuda() -> None:
 
 def test_work_is_queued_on_the_current_stream() -> None:
     stream = torch.cuda.Stream()
-    base = torch.zeros(1 << 24, device="cuda")
+    base, late = torch.full((1 << 20,), 1.0, device="cuda"), torch.zeros(1 << 20, device="cuda")
     torch.cuda.synchronize()
+
+    def late_sum() -> torch.Tensor:
+        torch.cuda._sleep(500_000_000)  # a quarter of a second
+        late.fill_(1.0)
+        # reads nothing back, and so waits for nothing
+        return ops.combine([[base], [late]], [[1, 1]])[0][0]
+
     with torch.cuda.stream(stream):
-        late = torch.ones_like(base)
-        for _ in range(20):
-            late = late * 1.0
-        merged = ops.weighted_merge(base, [late], [1.0])
+        # compiles, loads and copies what is there from then on: any of it may wait
+        late_sum()
+        stream.synchronize()
+        late.zero_()
+        total = late_sum()
+        assert not stream.query(), "the call waited for the stream: this shows nothing"
     stream.synchronize()
-    assert torch.equal(merged, torch.ones_like(base))
+    assert torch.equal(total, torch.full_like(base, 2.0))
 
 
 def test_compiles_without_a_graph_break() -> None:
