@@ -102,8 +102,9 @@ def block_size(length: int, limit: int) -> int:
 def dot_precision(dtype: torch.dtype) -> str:
     """Return how tl.dot multiplies float32 operands.
 
-    On NVIDIA's tensor cores three TF32 products keep float32's accuracy. One is enough for float16
-    and bfloat16 inputs, which are less accurate, and for float32 where PyTorch's own products are
+    On NVIDIA's tensor cores three TF32 products keep float32's accuracy: Triton adds their sum to
+    the accumulator outside of them, which truncate what they add. One is enough for float16 and
+    bfloat16 inputs, which are less accurate, and for float32 where PyTorch's own products are
     allowed TF32 (`torch.backends.cuda.matmul`). AMD's matrix cores multiply float32 as it is.
     """
     if torch.version.hip:

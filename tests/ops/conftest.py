@@ -13,6 +13,15 @@ def _no_backend_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MIMA_BACKEND", raising=False)
 
 
+@pytest.fixture
+def _full_float32():
+    """Keep TF32 off, in kernels and in PyTorch: who starts the tests may have allowed it."""
+    from mima.bilevel.hypergradient import full_float32
+
+    with full_float32():
+        yield
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _functions_are_prepared_once():
     """Let Triton's interpreter prepare a kernel's inner functions once, not at each call.

@@ -29,6 +29,7 @@ def _needs_cuda() -> None:
         pytest.skip("no CUDA device here")
 
 
+@pytest.mark.usefixtures("_full_float32")
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
 @pytest.mark.parametrize("backend", ["triton", "native"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -42,6 +43,7 @@ def test_values_and_gradients(case: Case, backend: str, dtype: str) -> None:
         assert_no_worse(actual[part], plain[part], exact[part])
 
 
+@pytest.mark.usefixtures("_full_float32")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_second_gradients(case: Case) -> None:
     tensors = case.tensors(torch.float32, "cuda")

@@ -19,6 +19,7 @@ from support.operator_cases import (
 
 from mima import ops
 
+pytestmark = pytest.mark.usefixtures("_full_float32")
 BACKENDS = ("reference", "native", "triton")
 
 
