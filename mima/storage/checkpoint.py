@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -95,19 +94,14 @@ class CheckpointFolder:
         """
         if not self.path.is_dir():
             return
-        try:
-            for entry in self.path.iterdir():
-                if entry.name != RUN_FILE:
-                    remove(entry)
-            remove(self.path / RUN_FILE)
-            if not self.path.is_symlink():
-                self.path.rmdir()
-        except OSError as error:
-            where = error.filename or self.path
-            logger.warning("checkpoint: cannot remove %s: %s", where, reason_of(error))
+        entries = sorted(self.path.iterdir(), key=lambda entry: entry.name == RUN_FILE)
+        if all(map(_removed, entries)) and not self.path.is_symlink():
+            _removed(self.path, Path.rmdir)
 
     def write(self, checkpoint: Checkpoint, save: Save | None = None) -> None:
         """Write a checkpoint; of the earlier ones, the last is kept.
+
+        One that cannot be removed, as where another machine reads it, stays, with a warning.
 
         Args:
             checkpoint: what is written.
@@ -123,7 +117,7 @@ class CheckpointFolder:
             return
         # remove, or complete, checkpoints that a killed process was writing
         for stale in self.path.glob(".step-*.partial"):
-            recover(self.path / stale.name.removeprefix(".").removesuffix(".partial"))
+            _removed(self.path / stale.name.removeprefix(".").removesuffix(".partial"), recover)
 
         def fill(folder: Path) -> None:
             folder.mkdir()
@@ -142,7 +136,7 @@ class CheckpointFolder:
         # keep the new one and the last that could be read
         for other in self._steps():
             if other not in (final, *before):
-                shutil.rmtree(other)
+                _removed(other)
 
     def latest(self, load: Load | None = None) -> Checkpoint | None:
         """The last checkpoint that is intact, or None where there is none at all.
@@ -283,6 +277,16 @@ def distributed_checkpoint() -> Any:
     import torch.distributed.checkpoint
 
     return torch.distributed.checkpoint
+
+
+def _removed(path: Path, how: Callable[[Path], None] = remove) -> bool:
+    """Remove something, or warn that it stays."""
+    try:
+        how(path)
+    except OSError as error:
+        logger.warning("checkpoint: cannot remove %s: %s", path, reason_of(error))
+        return False
+    return True
 
 
 def _save_whole(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:

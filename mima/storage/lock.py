@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import threading
@@ -12,6 +13,9 @@ from pathlib import Path
 from mima.errors import MimaError
 from mima.storage.atomic import reason_of
 from mima.storage.inputs import resolved
+
+WITHOUT_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
+"""What a file system that has no locks says."""
 
 _held: set[tuple[str, int]] = set()
 
@@ -43,6 +47,15 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def check_locks(path: Path, folder: Path) -> None:
+    """Lock a file in a folder, which stays there, on behalf of an output.
+
+    Raises:
+        MimaError: its file system has no locks.
+    """
+    os.close(_acquire(path, folder / "lock"))
+
+
 def _acquire(path: Path, lock: Path) -> int:
     while True:
         try:
@@ -64,8 +77,14 @@ def _acquire(path: Path, lock: Path) -> int:
                 "it, or choose another output"
             ) from None
         except OSError as error:
+            # nobody else can have locked it
+            lock.unlink(missing_ok=True)
             os.close(descriptor)
-            raise MimaError(f"output {path} cannot be locked: {reason_of(error)}") from error
+            hint = "; its file system has none (Lustre: mount option flock)"
+            raise MimaError(
+                f"output {path} cannot be locked: {reason_of(error)}"
+                f"{hint if error.errno in WITHOUT_LOCKS else ''}"
+            ) from error
         # the run that had the lock removed the file between opening and locking
         os.close(descriptor)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mima.errors import MimaError
 from mima.storage.atomic import WRITING_ERRORS, is_of_the_disk, reason_of, recover, staged
 from mima.storage.inputs import expanded, resolved
-from mima.storage.lock import locked
+from mima.storage.lock import check_locks, locked
 from mima.storage.names import EVALUATION_FILE
 from mima.storage.record import RECORD_FILE
 
@@ -63,7 +63,7 @@ def check_folder(
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    _check_writable(path, parent)
+    _check_writable(path, parent, locks=True)
 
 
 def check_file(path: Path, *, overwrite: bool) -> None:
@@ -88,10 +88,12 @@ def _checked_name(path: Path) -> Path:
     return path
 
 
-def _check_writable(path: Path, parent: Path) -> None:
+def _check_writable(path: Path, parent: Path, *, locks: bool = False) -> None:
     """Write beside an output: permissions do not say all, of root and of some file systems."""
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".mima-", dir=parent))
+        with tempfile.TemporaryDirectory(prefix=".mima-", dir=parent) as folder:
+            if locks:
+                check_locks(path, Path(folder))
     except OSError as error:
         raise MimaError(
             f"output {path} cannot be made: {parent} is not writable: {reason_of(error)}"

@@ -229,3 +229,21 @@ def test_another_version_of_diffusers_may_name_further_settings_of_a_schedule(tm
         claim(folder, now | {"scheduler": schedule | {"beta": 2}}, resume=True)
     claim(folder, now, resume=True)
     assert "resuming under other versions" in caplog.text
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(two, monkeypatch, caplog):
+    """As one that another machine reads, on a network file system."""
+    (two.path / ".step-00000011.partial").mkdir()
+
+    def refuse(path):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), "state.json")
+
+    assert two.latest().step == 10
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        two.write(checkpoint(12))
+    assert [message.partition(": ")[2] for message in caplog.messages] == [
+        f"cannot remove {two.path}/step-{step:08d}: Directory not empty" for step in (11, 9)
+    ]
+    two.write(checkpoint(13))
+    assert names(two) == ["step-00000012", "step-00000013"]

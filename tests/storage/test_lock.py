@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import pytest
 
 from mima.errors import MimaError
 from mima.storage.lock import locked
-from mima.storage.output import fresh_folder
+from mima.storage.output import check_file, check_folder, fresh_folder
 
 HOLDER = """
 import sys, time
@@ -100,4 +102,21 @@ while done < 30:
 """
     started = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
     assert [process.wait() for process in started] == [0, 0, 0]
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_system_without_locks_is_refused_early_and_left_as_it_was(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    message = (
+        rf"output {tmp_path}/out cannot be locked: Function not implemented; its file system has "
+        r"none \(Lustre: mount option flock\)"
+    )
+    with pytest.raises(MimaError, match=message):
+        check_folder(tmp_path / "out", overwrite=False)
+    with pytest.raises(MimaError, match=message), locked(tmp_path / "out"):
+        raise AssertionError
+    check_file(tmp_path / "page.html", overwrite=False)
     assert os.listdir(tmp_path) == []
