@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-import struct
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from copy import copy
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,7 +16,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import (
     SAFETENSORS_WEIGHTS_NAME,
     WEIGHTS_NAME,
@@ -28,7 +25,21 @@ from peft.utils import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mima.adapters.adapter import Adapter, check_unadapted, low_rank_updates
+from mima.adapters.adapter import Adapter, check_unadapted
+from mima.adapters.lora_files import (
+    LAYER,
+    LORA_DOWN,
+    LYCORIS,
+    MAGNITUDE,
+    READ_TYPES,
+    check_config,
+    check_metadata,
+    check_numbers,
+    foreign_errors,
+    largest_rank,
+    learned,
+    refuse_others,
+)
 from mima.errors import MimaError, first_line, one_line, quoted
 from mima.families import family_of, load_pipeline
 from mima.families.loading import open_file_like
@@ -61,30 +72,9 @@ READING_ERRORS = (
     # diffusers: no layer of the file is in the model
     *(KeyError, IndexError),
 )
-# what diffusers, peft and torch raise for settings and pickles of unexpected types
-FOREIGN_ERRORS = (
-    *(TypeError, AttributeError, AssertionError, ArithmeticError),
-    *(EOFError, MemoryError, struct.error),
-)
-READ_TYPES = (PeftType.LORA, PeftType.LOKR, PeftType.LOHA)
-"""The kinds of peft's folders that are read; DoRA is a LORA."""
-LYCORIS = {"lokr_w": "LoKr", "hada_w": "LoHa"}
-"""Kinds of files by what names in them contain."""
 PEFT_WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
-KEPT_BASE = ("gaussian", "orthogonal", "eva")
-"""Ways of peft to begin a LoRA's matrices that leave the weights beside them as they were."""
-MAGNITUDE = "lora_magnitude_vector"
-MOST_RANK = 256
-"""A rank of which no matrix is in the file is believed up to this: peft makes matrices of it."""
 MOST_VECTORS = 256
 """Of a learned word: as many tokens of a prompt, which has 77 or a few hundred."""
-MOST_NAMES = 10_000
-"""Entries of one list of an adapter's configuration."""
-# peft matches layers by regular expressions; one that repeats a part may run for hours
-_PLAIN = re.compile(r"\^?[\w.\\-]*\$?|all-linear")
-# whatever follows, line breaks too: else each such part of a name would be tried to its end
-_LAYER = re.compile(r"\.(lora|lokr|hada)_.*", re.S)
-_LORA_DOWN = re.compile(r"(\.down|lora_A)(\.[^.]+)?\.weight$")
 # what accelerate leaves in a checkpoint beside the weights
 _TRAINER = re.compile(r"(optimizer|scheduler|sampler|dl_state_dict)(_\d+)?\.bin|scaler\.pt")
 _CUSTOM_DIFFUSION = re.compile(r"^(.*)\.processor\.(\w+)_custom_diffusion(\.\d+)?\.(\w+)$")
@@ -175,7 +165,7 @@ class AdapterReader:
         if path.suffix == ".safetensors":
             state = load_file(path)
         elif path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-            with _foreign(path):
+            with foreign_errors(path):
                 state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state) if isinstance(state, dict) else state
         else:
@@ -280,20 +270,20 @@ class AdapterReader:
         place = {"weight_name": path.name, "local_files_only": True}
         # settings are in a file's header; a pickle has none, and may hold more than the matrices
         source = str(path.parent) if path.suffix == ".safetensors" else dict(state)
-        with _foreign(path):
+        with foreign_errors(path):
             # diffusers empties what it renames
             state = scratch.lora_state_dict(copy(source), **place)
         state = state[0] if isinstance(state, tuple) else state
-        _refuse_others(path, state)
-        _check_metadata(path, state)
+        refuse_others(path, state)
+        check_metadata(path, state)
         # kohya's alphas may be whole
         matrices = {key: value for key, value in state.items() if not key.endswith(".alpha")}
-        _check_numbers(path, matrices)
-        with _foreign(path):
+        check_numbers(path, matrices)
+        with foreign_errors(path):
             scratch.load_lora_weights(source, adapter_name=name, **place)
         dora = any(MAGNITUDE in key for key in state)
-        found = _learned(networks(scratch), name, path, whole=dora)
-        expected = sum(bool(_LORA_DOWN.search(key)) for key in state)
+        found = learned(networks(scratch), name, path, whole=dora)
+        expected = sum(bool(LORA_DOWN.search(key)) for key in state)
         if len(found) != expected:
             raise MimaError(
                 f"adapter {path} does not fit the model: {len(found)} of its {expected} "
@@ -308,28 +298,28 @@ class AdapterReader:
         if not any((path / name).is_file() for name in PEFT_WEIGHTS):
             # peft would ask the hub for a repository of the folder's name
             raise MimaError(f"adapter {path} holds no {' or '.join(PEFT_WEIGHTS)}")
-        with _foreign(path):
+        with foreign_errors(path):
             weights = {
                 key.removeprefix("base_model.model."): value
                 for key, value in load_peft_weights(str(path), device="cpu").items()
             }
-        _check_config(path, settings, _largest_rank(weights))
-        with _foreign(path):
+        check_config(path, settings, largest_rank(weights))
+        with foreign_errors(path):
             config = PeftConfig.from_pretrained(str(path))
         if config.peft_type not in READ_TYPES:
             kind = getattr(config.peft_type, "value", config.peft_type)
             read = ", ".join(one.value for one in READ_TYPES)
             raise MimaError(f"adapter {path} is a {kind}, expected one of {read}")
-        _refuse_others(path, weights)
-        _check_numbers(path, weights)
+        refuse_others(path, weights)
+        check_numbers(path, weights)
         scratch, name = self._scratch()
         module = getattr(scratch, self.denoiser)
-        with _foreign(path):
+        with foreign_errors(path):
             inject_adapter_in_model(config, module, name)
             report: Any = set_peft_model_state_dict(module, weights, adapter_name=name)
         whole = config.peft_type != PeftType.LORA or getattr(config, "use_dora", False)
-        found = _learned({self.denoiser: module}, name, path, whole=whole)
-        expected = len({_LAYER.sub("", key) for key in weights})
+        found = learned({self.denoiser: module}, name, path, whole=whole)
+        expected = len({LAYER.sub("", key) for key in weights})
         if report.unexpected_keys or len(found) != expected:
             raise MimaError(
                 f"adapter {path} does not fit the model: {len(found)} layers match its "
@@ -359,7 +349,7 @@ class AdapterReader:
         if given != kind.__name__:
             raise MimaError(f"adapter {path} is a {given}, the model has a {kind.__name__}")
         variant = _variant(path, [path])
-        with _foreign(path):
+        with foreign_errors(path):
             module = kind.from_pretrained(str(path), variant=variant, local_files_only=True)
         check_complete(path, module, variant)
         return self._changed({self.denoiser: module})
@@ -390,7 +380,7 @@ class AdapterReader:
 
     def _check(self, path: Path, found: Mapping[str, Any]) -> None:
         """Refuse what the pipeline has no place for."""
-        _check_numbers(path, {**found.get("values", {}), **found.get("words", {})})
+        check_numbers(path, {**found.get("values", {}), **found.get("words", {})})
         for name, value in found.get("values", {}).items():
             try:
                 own = parameter(self.pipeline, name)
@@ -450,25 +440,6 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return not tensor.is_meta and tensor.untyped_storage().nbytes() >= tensor.nbytes
 
 
-def _check_numbers(path: Path, state: Mapping[str, Any]) -> None:
-    """Refuse what is no tensor of floating point; whole numbers would need a scale."""
-    for name, value in state.items():
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            kind = getattr(value, "dtype", type(value).__name__)
-            raise MimaError(
-                f"adapter {path}: {one_line(name)} is of {kind}, expected numbers of floating point"
-            )
-
-
-@contextmanager
-def _foreign(path: Path) -> Iterator[None]:
-    """Turn what diffusers, peft and torch raise for an unusable file into a MimaError."""
-    try:
-        yield
-    except FOREIGN_ERRORS as error:
-        raise MimaError(f"adapter {path} cannot be read: {first_line(error)}") from error
-
-
 def _refusal(error: Exception) -> str:
     """What is to be said of an adapter that raised one of `READING_ERRORS`."""
     if isinstance(error, KeyError):
@@ -483,126 +454,10 @@ def _refusal(error: Exception) -> str:
     return f"cannot be read: {first_line(error)}"
 
 
-def _check_metadata(path: Path, state: Mapping[str, Any]) -> None:
-    """Check the configuration in a LoRA file's header, of which diffusers makes matrices."""
-    if path.suffix != ".safetensors":
-        return
-    text = header_texts(path).get("lora_adapter_metadata")
-    header = None if text is None else read_json(text)
-    if not isinstance(header, dict):
-        return
-    parts: dict[str, dict[str, Any]] = {}
-    for name, value in header.items():
-        part, _, setting = name.partition(".")
-        parts.setdefault(part, {})[setting] = value
-    most = _largest_rank(state)
-    for settings in parts.values():
-        _check_config(path, settings, most)
-
-
-def _largest_rank(state: Mapping[str, Any]) -> int:
-    """Of the matrices of a LoRA's file; 0 where it has none."""
-    downs = [value for key, value in state.items() if _LORA_DOWN.search(key)]
-    # a pickle may hold texts and numbers in a matrix's place
-    return max((len(x) for x in downs if isinstance(x, torch.Tensor) and x.ndim), default=0)
-
-
-def _check_config(path: Path, settings: Mapping[str, Any], most: int) -> None:
-    """Refuse settings of a LoRA that cannot be read, or not in finite time and memory.
-
-    Args:
-        path: of the adapter.
-        settings: its configuration.
-        most: the largest rank of its own matrices.
-
-    Raises:
-        MimaError: a beginning that changes the base weights, too; an expression that repeats
-            something, too long a list, or a rank that is no number from 1 on, or far above that of
-            the file's own matrices.
-    """
-    begun = settings.get("init_lora_weights")
-    if isinstance(begun, str) and begun.lower() not in KEPT_BASE:
-        raise MimaError(
-            f"adapter {path}: init_lora_weights {quoted(begun, 40)} has changed the base weights, "
-            "too; peft's save_pretrained converts it, by path_initial_model_for_weight_conversion"
-        )
-    names: list[object] = []
-    for setting in ("target_modules", "exclude_modules"):
-        value = settings.get(setting)
-        given = value if isinstance(value, list) else [value]
-        if len(given) > MOST_NAMES:
-            raise MimaError(f"adapter {path}: {setting} has {len(given)} entries")
-        names += [one for one in given if one is not None]
-    ranks = [settings["r"]] if "r" in settings else []
-    for setting in ("rank_pattern", "alpha_pattern"):
-        pattern = settings.get(setting) or {}
-        if not isinstance(pattern, dict) or len(pattern) > MOST_NAMES:
-            raise MimaError(f"adapter {path}: {setting} is no short mapping of names to numbers")
-        names += pattern
-        ranks += pattern.values() if setting == "rank_pattern" else ()
-    for name in names:
-        if not isinstance(name, str) or not _PLAIN.fullmatch(name):
-            raise MimaError(
-                f"adapter {path}: {quoted(name, 80)} is an expression for layers, "
-                "which is not run; name the layers"
-            )
-    for rank in ranks:
-        if not isinstance(rank, int) or not 1 <= rank <= max(most, MOST_RANK):
-            raise MimaError(
-                f"adapter {path}: rank {quoted(rank, 40)}, the largest of the file's "
-                f"matrices is {most}"
-            )
-
-
-def _learned(
-    modules: Mapping[str, torch.nn.Module], adapter: str, path: Path, *, whole: bool
-) -> dict[str, Any]:
-    """What peft has put into modules: whole weights, or low-rank updates."""
-    found: dict[str, Any] = {}
-    for component, module in modules.items():
-        if whole:
-            with _foreign(path):
-                changes = _merged_weights(module, adapter)
-        else:
-            updates = low_rank_updates(module, adapter, f"adapter {path}")
-            changes = {name: update.copied() for name, update in updates.items()}
-        found |= {f"{component}.{name}": change for name, change in changes.items()}
-    return found
-
-
-def _merged_weights(module: torch.nn.Module, adapter: str) -> dict[str, Any]:
-    """The weights that peft makes of an adapter that is no low-rank matrix, by name."""
-    values = {}
-    for name, layer in module.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        if any(adapter in getattr(layer, part) for part in layer.adapter_layer_names):
-            # without safe_merge peft writes into the weight
-            layer.merge(safe_merge=True, adapter_names=[adapter])
-            weight: Any = layer.get_base_layer().weight
-            values[f"{name}.weight"] = weight.detach()
-    return values
-
-
 def _reading_modules(pipeline: Pipeline, denoiser: str) -> dict[str, torch.nn.Module]:
     """The denoiser and the text encoders: what adapters change."""
     names = [denoiser, *(name for name in pipeline.components if name.startswith("text_encoder"))]
     return {name: module for name in names if (module := getattr(pipeline, name)) is not None}
-
-
-def _refuse_others(path: Path, state: Mapping[str, Any]) -> None:
-    """Refuse what would be copied into the weights that the reading pipeline shares."""
-    marks = ("lora", *LYCORIS, "lokr_t", "hada_t")
-    others = [
-        key
-        for key in state
-        if not any(mark in key for mark in marks) and not key.endswith(".alpha")
-    ]
-    if others:
-        raise MimaError(
-            f"adapter {path} holds {one_line(others[0])} beside the low-rank matrices "
-            f"({len(others)} such names); this is not supported"
-        )
 
 
 def _words(path: Path, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
