@@ -169,7 +169,8 @@ def immunize(
         device: where to compute. By default where a pipeline in memory is; otherwise a GPU where
             there is one, and this process's own among several. A dry run also takes a GPU of
             another machine, see ``mima.immunization.planning.devices.device_memory``.
-        callbacks: called with a ``StepReport`` after each outer step.
+        callbacks: called with a ``StepReport`` after each outer step; one that returns ``"stop"``
+            ends the run there, whose result is then what it is.
 
     Returns:
         The immunized pipeline, in float32 on that device (or, with a warning, in the CPU's memory,

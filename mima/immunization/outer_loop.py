@@ -209,7 +209,13 @@ class Ascent:
         self._check_divergence()
         # every callback is called, also after one that wants to stop
         answers = [callback(report) for callback in self._callbacks]
-        self._stopped = ranks.broadcast(True in answers)
+        wanted = any(isinstance(answer, str) and answer == "stop" for answer in answers)
+        self._stopped = ranks.broadcast(wanted)
+        if self._stopped and ranks.main:
+            of = f" of {self._stage!r}" if self._stage else ""
+            logger.info(
+                "a callback ended the run%s after step %d of %d", of, report.step, report.steps
+            )
         every = self._config.checkpoint_every
         if every is not None and report.step % every == 0:
             self._write()

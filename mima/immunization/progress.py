@@ -124,9 +124,10 @@ class StepReport:
         return scalars
 
 
-Callback = Callable[[StepReport], bool | None]
-"""Called after each outer step; returning True ends the run there. Where each concept is immunized
-alone (``compose``), it ends that concept's run, and is told of the main process' concepts only."""
+Callback = Callable[[StepReport], object]
+"""Called after each outer step; returning ``"stop"`` ends the run there, and whatever else it
+returns is ignored: tqdm's ``update`` returns True. Where each concept is immunized alone
+(``compose``), it ends that concept's run, and is told of the main process' concepts only."""
 
 
 def peak_memory(device: torch.device) -> int:

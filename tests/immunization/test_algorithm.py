@@ -276,11 +276,20 @@ def test_a_cosine_schedule_warms_up_and_falls_to_a_tenth(model, tmp_path, monkey
     assert cosine(99, 100) == pytest.approx(0.1, rel=1e-2)
 
 
-def test_a_callback_stops_the_run(model, tmp_path):
+def test_a_callback_stops_the_run(model, tmp_path, caplog):
     called = []
-    callbacks = [lambda report: report.step == 2, called.append]
-    result = immunize(model, concepts(), settings(tmp_path, steps=9), callbacks=callbacks)
+    callbacks = [lambda report: "stop" if report.step == 2 else None, called.append]
+    with caplog.at_level(logging.INFO, "mima"):
+        result = immunize(model, concepts(), settings(tmp_path, steps=9), callbacks=callbacks)
     assert len(result.history) == len(called) == 2
+    assert caplog.messages.count("a callback ended the run after step 2 of 9") == 1
+
+
+def test_what_else_a_callback_returns_stops_nothing(model, tmp_path):
+    """tqdm's ``update`` returns True, a file's ``write`` a number."""
+    callbacks = [lambda _, told=told: told for told in (True, 1, torch.ones(2), "stopped")]
+    result = immunize(model, concepts(1), settings(tmp_path, steps=2), callbacks=callbacks)
+    assert len(result.history) == 2
 
 
 def test_a_pipeline_in_memory_stays_as_it_is(model, tmp_path):

@@ -134,7 +134,7 @@ def test_an_interrupt_waits_for_the_update():
 
 
 def test_more_steps_can_be_asked_for(model, tmp_path):
-    stop = lambda report: report.step == 1  # noqa: E731
+    stop = lambda report: "stop" if report.step == 1 else None  # noqa: E731
     short = settings(tmp_path, steps=1)
     immunized(model, short, checkpoint=tmp_path / "c")
     longer = immunized(model, settings(tmp_path, steps=2), checkpoint=tmp_path / "c", resume=True)
