@@ -50,6 +50,11 @@ class LowerLevel(ABC):
         """The update rule of one of z's tensors: ``optimizer``, or one like it but for its step."""
         return self.optimizer
 
+    @property
+    def own_loss(self) -> torch.Tensor | None:
+        """Of the last ``loss``, the part on the concept's own pictures; None where it has none."""
+        return None
+
     @abstractmethod
     def start(self, theta: Params) -> Tensors:
         """z_0(θ), differentiable in θ."""

@@ -18,7 +18,13 @@ StepLoss = Callable[[Params, int], torch.Tensor]
 
 
 class SharedLoss(ABC):
-    """A step's loss that can be computed in one forward with others of its kind."""
+    """A step's loss that can be computed in one forward with others of its kind.
+
+    Attributes:
+        own: of the last call, the part on the concept's own pictures, without a graph.
+    """
+
+    own: torch.Tensor | None = None
 
     @abstractmethod
     def __call__(self, params: Params, k: int) -> torch.Tensor:
@@ -61,6 +67,10 @@ class FullWeights(LowerLevel):
         self._moved: Params = {}
         if carried is not None:
             self._moved, self.memory, self.age = carried.moved, carried.memory, carried.age
+
+    @property
+    def own_loss(self) -> torch.Tensor | None:
+        return self._loss.own if isinstance(self._loss, SharedLoss) else None
 
     def start(self, theta: Params) -> Tensors:
         if not self._moved:

@@ -96,8 +96,8 @@ def merge_step(
     for keys and values. Reports call the concepts' losses by the names.
 
     Returns:
-        The mean gradient of what is not merged, with the lower losses, the drift and the
-        constraint's residual of the merge; and the merged weights.
+        The mean gradient of what is not merged, with the losses on the concepts' own pictures, the
+        drift and the constraint's residual of the merge; and the merged weights.
     """
     mine = ranks.share(len(tasks))
     assert merge.plan is not None
@@ -105,8 +105,10 @@ def merge_step(
     asked: dict[int, torch.Tensor] = {}
     losses: list[dict[Any, float]] = []
     for n in mine:
-        loss, gradient = lower.loss_and_gradient(tasks[n], lower.start(tasks[n], theta), theta, 0)
-        losses.append({names[n]: float(loss)})
+        task = tasks[n]
+        loss, gradient = lower.loss_and_gradient(task, lower.start(task, theta), theta, 0)
+        # as the upper level's: class pictures count in the gradient alone
+        losses.append({names[n]: float(loss if task.own_loss is None else task.own_loss)})
         change = {name: -lr * g for name, g in gradient.items() if name in merge.projected}
         asked[n] = merge.asked(change, merge.plan.C[n])
         rest = {name: g for name, g in gradient.items() if name not in merge.projected}

@@ -533,6 +533,7 @@ class _AttackLoss(SharedLoss):
 
     def _of(self, losses: Sequence[torch.Tensor]) -> torch.Tensor:
         own, *prior = losses
+        self.own = own.detach()
         return own + self._prior_weight * prior[0] if prior else own
 
 

@@ -51,7 +51,8 @@ class StepReport:
     Attributes:
         step: steps done, from 1.
         steps: steps in all.
-        losses: loss of each concept at the merged weights: wanted high.
+        losses: loss of each concept at the merged weights: wanted high. In the steps of
+            ``alternating`` that commit a merge, on the lower level's pictures before it.
         drift: ‖φ − θ‖ / ‖θ‖.
         gradient_norm: length of the hypergradient before clipping.
         prior_losses: loss on each concept's class pictures, which keep the model useful: wanted

@@ -16,6 +16,7 @@ from mima.immunization.alternating import alternate, merge_step
 from mima.immunization.encoding import encode_concepts
 from mima.immunization.levels import Problem
 from mima.immunization.merge import merge_layer
+from mima.immunization.progress import LossName
 from mima.training.batches import Batch, seeded
 from mima.training.captions import drawn_captions, ordinary_captions
 
@@ -150,6 +151,23 @@ def test_it_is_the_released_update(tmp_path, parameters):
     assert [sorted(r.losses) for r in history[:2]] == [sorted(names)] * 2
     assert [sorted(r.prior_losses) for r in history[:2]] == [[], sorted(names)]
     assert history[0].drift > 0
+
+
+def test_losses_of_a_merge_step_are_on_the_concepts_own_pictures(tmp_path):
+    folder = tiny.save_tiny_stable_diffusion(tmp_path / "model")
+
+    def losses(**lower):
+        config = settings(tmp_path, method="alternating", lower={"lr": 1e-3, **lower})
+        problem = make(folder, config, 1)
+        names = [LossName("cat")]
+        levels = problem.lower_levels(0)
+        return merge_step(problem.theta(), levels, problem.merge, names, lr=1e-3)
+
+    with_class, moved = losses(prior_weight=1.0)
+    alone, without = losses(prior_weight=0.0)
+    # up to the rounding of a forward that class pictures share
+    assert with_class.losses == pytest.approx(alone.losses, rel=1e-5)
+    assert any(not torch.equal(value, without[name]) for name, value in moved.items())
 
 
 @pytest.mark.parametrize(
