@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -177,6 +178,15 @@ class Concept:
             "images": of(self.images),
             "class_images": of(self.class_images),
         }
+
+    def trained_on(self, images: Iterable[Picture]) -> Concept:
+        """The concept with other reference pictures, decoded already, among which may be others'.
+
+        Captions of what it does not show need not hold its token.
+        """
+        other = copy.copy(self)
+        object.__setattr__(other, "images", tuple(images))
+        return other
 
     def without(self, others: Iterable[Concept]) -> Concept:
         """The concept without those of its pictures whose captions name another concept.

@@ -155,7 +155,7 @@ class Bench:
             for seed in range(TRIAL_PICTURES)
         ]
         return (
-            replace(concept, images=images),
+            concept.trained_on(images),
             jobs,
             [[file_of(picture) for picture in group] for group in judges.values()],
         )

@@ -438,7 +438,8 @@ def _attack(
         base = replace(base, steps=base.steps * step_factor)
     else:
         base = _of_family(config, method, step_factor)
-    if base.method in TRAINS_A_TOKEN and concept.token is None:
+    # a description has no word, be it the concept's own
+    if base.method in TRAINS_A_TOKEN and (concept.token is None or prompt == "description"):
         prompt = "token"
     return Attack(
         concept=concept.name,
@@ -506,10 +507,6 @@ def material(
         [getattr(concept, kind)[index] for kind, index in part]
         for part in places(attack.images, concept)
     )
-    more: tuple[Picture, ...] = ()
-    if attack.images == "mixed":
-        count = min(len(train), len(others))
-        more = tuple(others[i * len(others) // count] for i in range(count))
     token = concept.token
     word = rare_token
     if attack.prompt_variant == "token":
@@ -535,8 +532,12 @@ def material(
         concept,
         prompt=rename(concept.prompt),
         validation_prompt=rename(concept.validation_prompt),
-        images=(*renamed(train), *more),
+        images=renamed(train),
         held_out=(),
         token=token,
     )
+    if attack.images == "mixed":
+        count = min(len(train), len(others))
+        more = (others[i * len(others) // count] for i in range(count))
+        described = described.trained_on((*described.images, *more))
     return described, renamed(references)

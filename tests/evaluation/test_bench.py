@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from typing import get_args
 
 import pytest
 from support import tiny
 
+from mima.adaptation import METHODS
 from mima.concepts import Concept, Picture, embedded_concept
 from mima.evaluation.bench import Bench
-from mima.evaluation.grid import attack_grid, grid_config
+from mima.evaluation.grid import TRAINS_A_TOKEN, attack_grid, grid_config
 from mima.evaluation.plan import Plan
-from mima.evaluation.records import SIDES, EvaluationFolder
+from mima.evaluation.records import SIDES, EvaluationFolder, Pictures, PromptVariant
 from mima.evaluation.tuning import TuningLog
 from mima.sampling import Sampler
 
@@ -82,6 +84,42 @@ def test_a_trial_holds_back_every_fourth_picture_where_there_are_four(
     assert len(jobs) == 2 * len(files) == 2
     kept = [concept.images[place].image for place in places]
     assert count < 4 or not any(picture.image in kept for picture in shown.images)
+
+
+@pytest.mark.parametrize("token", [None, "<new1>"])
+def test_every_method_has_material_of_all_pictures_and_prompts(tmp_path, token):
+    name = token or "red"
+    own = [picture.captioned(f"a {name} emoji") for picture in tiny.concept().images]
+    concept = Concept("red", f"a {name} emoji", own, held_out=own[:2], token=token)
+    settings = {
+        "methods": {method: {} for method in METHODS},
+        "images": get_args(Pictures),
+        "prompts": get_args(PromptVariant),
+        "seeds": [0],
+        "lr_factors": [1],
+    }
+    concepts = {"red": concept, "blue": tiny.concept("blue")}
+    made = bench(grid_config("quick", settings), concepts, {"red"}, tmp_path)
+    attacks = attack_grid(made.config, made.with_role("target"), made.with_role("other"))
+    targets = [attack for attack in attacks if attack.role == "target"]
+    for attack in targets:
+        trained, _ = made.material(attack)
+        shorter, *_ = made.trial_material(attack)
+        for described in (trained, shorter):
+            strangers = [p for p in described.images if p.prompt == "a blue round emoji"]
+            assert bool(strangers) == (attack.images == "mixed")
+            if attack.adaptation.method in TRAINS_A_TOKEN:
+                assert described.token in described.prompt
+                own = [p for p in described.images if described.token in p.prompt]
+                assert len(own) + len(strangers) == len(described.images)
+    # a word that is trained has one name, or the concept's own besides
+    words = {
+        method: len({a.prompt_variant for a in targets if a.adaptation.method == method})
+        for method in METHODS
+    }
+    few = 1 if token is None else 2
+    assert words == {method: few if method in TRAINS_A_TOKEN else 3 for method in METHODS}
+    assert len(targets) == 5 * sum(words.values())
 
 
 @pytest.mark.parametrize(
