@@ -100,6 +100,11 @@ class Family(ABC):
         self.denoiser: torch.nn.Module = getattr(pipeline, denoiser)
         if getattr(self.denoiser, "is_quantized", False):
             raise MimaError(f"model: the {denoiser} is quantized; {UNQUANTIZED}")
+        if hasattr(self.denoiser, "_orig_mod"):
+            raise MimaError(
+                f"model: the {denoiser} is compiled (torch.compile), and its weights have other "
+                f"names; give the pipeline with {denoiser}._orig_mod as its {denoiser}"
+            )
         if any(vars(module).get("fused_projections") for module in self.denoiser.modules()):
             raise MimaError(
                 f"model: the {denoiser}'s attention projections are fused, so that their own "

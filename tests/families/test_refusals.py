@@ -141,6 +141,13 @@ def test_what_trains_on_other_levels_or_latents_is_refused(folder_of):
         check_model(tiny_vae, [], ImmunizeConfig())
 
 
+def test_a_compiled_denoiser_is_refused(folder_of):
+    pipeline = load_pipeline(folder_of("sd"))
+    pipeline.unet = torch.compile(pipeline.unet, backend="eager")
+    with pytest.raises(MimaError, match=r"compiled .* give .* with unet\._orig_mod as its unet"):
+        family_of(pipeline)
+
+
 def test_fused_projections_are_refused(folder_of):
     pipeline = load_pipeline(folder_of("sd"))
     pipeline.unet.fuse_qkv_projections()
