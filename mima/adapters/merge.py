@@ -27,7 +27,13 @@ from mima.choices import MergeMethod
 from mima.errors import MimaError, check_choice, told_apart
 from mima.families import Family, family_of, load_pipeline, origin_of, source_of
 from mima.families.new_words import with_words
-from mima.families.pipelines import Pipeline, parameter, with_values
+from mima.families.pipelines import (
+    Pipeline,
+    own_networks,
+    parameter,
+    with_modules,
+    with_values,
+)
 from mima.merging import MergePlan
 from mima.release.card import CardFacts
 from mima.release.delta import Delta
@@ -188,7 +194,7 @@ def merge_adapters(
     opened = source_of(model)
     pipeline = model if opened is None else load_pipeline(opened, dtype=dtype)
     if device is not None:
-        pipeline.to(device)
+        pipeline = with_modules(pipeline, **own_networks(pipeline)).to(device)
     reader = AdapterReader(pipeline)
     kept = [n for n, share in enumerate(shares) if share]
     chosen = [reader.read(adapters[n]) for n in kept]

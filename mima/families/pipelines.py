@@ -163,6 +163,14 @@ def shared_copy(module: Module) -> Module:
     return copy.deepcopy(module, memo)
 
 
+def own_networks(pipeline: Pipeline) -> dict[str, Any]:
+    """Copies of a pipeline's networks by name, as of ``shared_copy``.
+
+    In a pipeline they can be moved, and their modes changed, while the caller's stay as they are.
+    """
+    return {name: shared_copy(network) for name, network in networks(pipeline).items()}
+
+
 def with_modules(pipeline: Pipeline, **modules: Any) -> Pipeline:
     """The pipeline with some modules replaced and a scheduler of its own; the rest is shared.
 

@@ -17,7 +17,7 @@ from mima.families import Family, ModelSource, family_of, load_pipeline
 from mima.families.base import cast
 from mima.families.frozen import hold_frozen
 from mima.families.new_words import text_parts
-from mima.families.pipelines import Pipeline, shared_copy, with_modules
+from mima.families.pipelines import Pipeline, own_networks, with_modules
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.result import ImmunizeResult
 from mima.storage.checkpoint import CheckpointFolder
@@ -26,7 +26,10 @@ from mima.storage.output import fresh_folder
 
 
 def own_copy(model: Any, device: str | torch.device | None) -> Any:
-    """Open a model in the dtype of its files; of a pipeline in memory, copy what changes of it."""
+    """Open a model in the dtype of its files; of a pipeline in memory, copy what changes of it.
+
+    Nothing else is copied but the modules around its weights, so that the run can move them.
+    """
     if isinstance(model, ModelSource):
         pipeline = load_pipeline(model, dtype=None, device=device_of(device))
         for module in pipeline.components.values():
@@ -34,11 +37,15 @@ def own_copy(model: Any, device: str | torch.device | None) -> Any:
                 hold_frozen(module)
         return pipeline
     family = family_of(model)
-    own = shared_copy(family.denoiser).eval()
+    own = own_networks(model)
+    for network in own.values():
+        # encodings would else have a text encoder's dropout
+        network.eval()
+    denoiser = own[family.denoiser_name]
     if family.dtype == torch.float64:
-        cast(own, torch.float32)
-    hold_frozen(own)
-    pipeline = with_modules(model, **{family.denoiser_name: own})
+        cast(denoiser, torch.float32)
+    hold_frozen(denoiser)
+    pipeline = with_modules(model, **own)
     return pipeline if device is None else pipeline.to(device_of(device))
 
 

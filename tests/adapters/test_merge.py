@@ -56,6 +56,13 @@ def test_one_weight_of_1_gives_that_adapter_back_exactly(base, loras, singles, m
     assert merged.adapters == [f"lora-{n}"]
 
 
+def test_a_merge_on_another_device_leaves_the_pipeline_where_it_is(base, loras):
+    # the only other device of every machine, which computes nothing
+    with pytest.raises(RuntimeError, match="meta"):
+        mima.merge_adapters(base, loras[:1], weights=[0.5], method="weighted", device="meta")
+    assert base.unet.device.type == base.text_encoder.device.type == "cpu"
+
+
 def test_the_weighted_merge_of_lora_is_diffusers_combination(base, folder, loras):
     weights = [0.5, -0.25, 2.0]
     before = {name: value.clone() for name, value in base.unet.state_dict().items()}

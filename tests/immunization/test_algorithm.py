@@ -23,6 +23,7 @@ from mima.bilevel.outer import naive_outer_gradient, upper_gradient
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import family_of, load_pipeline
+from mima.families.pipelines import networks
 from mima.families.recomputed import recomputed_blocks
 from mima.immunization.algorithm import immunize
 from mima.immunization.checks import check_model
@@ -31,6 +32,7 @@ from mima.immunization.encoding import ConceptData, encode_concepts
 from mima.immunization.levels import Problem
 from mima.immunization.merge import concept_tokens, merge_layer
 from mima.immunization.outer_loop import cosine
+from mima.immunization.own_model import own_copy
 from mima.immunization.progress import ProgressBar, StepReport, Tracker, open_trackers
 from mima.immunization.recipes import default
 from mima.merging import MergeLayer, MergePlan
@@ -290,6 +292,22 @@ def test_what_else_a_callback_returns_stops_nothing(model, tmp_path):
     callbacks = [lambda _, told=told: told for told in (True, 1, torch.ones(2), "stopped")]
     result = immunize(model, concepts(1), settings(tmp_path, steps=2), callbacks=callbacks)
     assert len(result.history) == 2
+
+
+def test_a_pipeline_in_memory_stays_where_and_how_it_is(model):
+    pipeline = load_pipeline(str(model))
+    pipeline.text_encoder.train()
+    # the only other device of every machine
+    own = own_copy(pipeline, "meta")
+    for name, network in networks(own).items():
+        theirs = networks(pipeline)[name]
+        assert {value.device.type for value in network.parameters()} == {"meta"}
+        assert {value.device.type for value in theirs.parameters()} == {"cpu"}
+        assert not network.training
+        assert theirs.training == (name == "text_encoder")
+    # what is there already is not copied
+    own = own_copy(pipeline, None)
+    assert own.vae.quant_conv.weight.data_ptr() == pipeline.vae.quant_conv.weight.data_ptr()
 
 
 def test_a_pipeline_in_memory_stays_as_it_is(model, tmp_path):
