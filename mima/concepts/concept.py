@@ -44,6 +44,7 @@ DESCRIPTION_NAMES = ("concept.yaml", "concept.yml", "concept.json")
 HELD_OUT_FOLDER = "held_out"
 CLASS_FOLDER = "class_images"
 
+_FOLDERS = (HELD_OUT_FOLDER, CLASS_FOLDER)
 _TEXT_KEYS = (
     *("name", "prompt", "class_prompt", "kind"),
     *("token", "initializer", "description", "validation_prompt"),
@@ -57,7 +58,8 @@ class Concept:
     """A concept with its reference pictures, all of them readable.
 
     Pictures are given as a folder, a file, a PIL image, a `Picture`, or a sequence of the last
-    three. All are decoded once.
+    three. All are decoded once. Of a folder, its pictures and captions are read, and nothing else
+    that `from_folder` would find there.
 
     Attributes:
         name: what tables and file names call it.
@@ -139,8 +141,9 @@ class Concept:
         pictures = {
             "images": _pictures(images, prompt),
             "held_out": _pictures(held_out, prompt),
-            "class_images": _pictures(class_images, class_prompt),
+            "class_images": _pictures(class_images, class_prompt, "class_prompt"),
         }
+        _warn_of_unread(where, images, [key for key in _FOLDERS if not pictures[key]])
         if not pictures["images"]:
             raise MimaError(f"{where} has no pictures: images is empty")
         if not prompt.strip():
@@ -243,7 +246,7 @@ class Concept:
             "name": Path(os.path.abspath(folder)).name,
             "images": str(folder),
         }
-        for key in (HELD_OUT_FOLDER, CLASS_FOLDER):
+        for key in _FOLDERS:
             if (folder / key).is_dir():
                 description[key] = str(folder / key)
         described = only_file(folder, DESCRIPTION_NAMES)
@@ -303,22 +306,36 @@ def embedded_concepts() -> list[Concept]:
     return [embedded_concept(name) for name in embedded_names()]
 
 
-def _pictures(source: PictureSource, prompt: str) -> tuple[Picture, ...]:
+def _pictures(source: PictureSource, prompt: str, setting: str = "prompt") -> tuple[Picture, ...]:
+    """Pictures from whatever they are given as; errors call their prompt by its setting."""
     if isinstance(source, (str, Path)):
         path = expanded(source)
         if path.is_dir():
-            return read_folder(path, prompt)
+            return read_folder(path, prompt, setting=setting)
         if not path.exists():
             raise MimaError(f"{path} is neither a folder nor a picture: no such file")
-        return (_picture(path, prompt),)
+        return (_picture(path, prompt, setting),)
     if isinstance(source, (Image.Image, Picture, Mapping)):
-        return (_picture(source, prompt),)
+        return (_picture(source, prompt, setting),)
     if not isinstance(source, Iterable):
         raise TypeError(f"pictures must be a folder, files or PIL images, got {source!r}")
-    return tuple(_picture(item, prompt) for item in source)
+    return tuple(_picture(item, prompt, setting) for item in source)
 
 
-def _picture(source: OnePicture, prompt: str) -> Picture:
+def _warn_of_unread(where: str, images: object, keys: Sequence[str]) -> None:
+    """Say which sub-folders of a folder of reference pictures are not read, though so called."""
+    if not isinstance(images, (str, Path)):
+        return
+    unread = [key for key in keys if (expanded(images) / key).is_dir()]
+    if unread:
+        logger.warning(
+            "%s: nothing reads %s in %s; give what is there by that name, or read the folder by "
+            "Concept.from_folder",
+            *(where, " and ".join(f"{key}/" for key in unread), images),
+        )
+
+
+def _picture(source: OnePicture, prompt: str, setting: str) -> Picture:
     if isinstance(source, Picture):
         return source
     if isinstance(source, Mapping):
@@ -327,7 +344,7 @@ def _picture(source: OnePicture, prompt: str) -> Picture:
         captions = [source[key] for key in CAPTION_COLUMNS if key in source]
         if not isinstance(file_name, str) or not all(isinstance(text, str) for text in captions):
             raise MimaError(f"a picture needs a file_name and a text, got {quoted(dict(source))}")
-        return _picture(file_name, str(captions[0]) if captions else prompt)
+        return _picture(file_name, str(captions[0]) if captions else prompt, setting)
     if isinstance(source, str):
         source = Path(source)
     if isinstance(source, Path):
@@ -335,8 +352,7 @@ def _picture(source: OnePicture, prompt: str) -> Picture:
     picture = Picture(source, prompt)
     if not prompt.strip():
         raise MimaError(
-            f"{picture.label} has no caption, and there is no prompt for all pictures "
-            "(for class images: class_prompt)"
+            f"{picture.label} has no caption, and there is no {setting} for all pictures"
         )
     return picture
 
@@ -383,6 +399,8 @@ def _from_description(given: Mapping[str, object], where: str) -> Concept:
         raise MimaError(f"{where}: images is missing (a folder, or a list of files)")
     prompt = attributes.setdefault("prompt", "")
     images = _pictures(attributes["images"], prompt)
+    unread = [key for key in _FOLDERS if key not in given]
+    _warn_of_unread(where, attributes["images"], unread)
     attributes["images"] = images
     if not prompt and images:
         attributes["prompt"] = Counter(image.prompt for image in images).most_common(1)[0][0]

@@ -362,7 +362,7 @@ def check_picture_folder(folder: Path) -> None:
         raise MimaError(f"picture folder {folder} {what}")
 
 
-def read_folder(folder: Path, prompt: str = "") -> tuple[Picture, ...]:
+def read_folder(folder: Path, prompt: str = "", *, setting: str = "prompt") -> tuple[Picture, ...]:
     """Read a folder of pictures with their captions.
 
     Captions come from `metadata.csv` or `metadata.jsonl` (columns `file_name` and one of `text`,
@@ -372,6 +372,7 @@ def read_folder(folder: Path, prompt: str = "") -> tuple[Picture, ...]:
     Args:
         folder: the pictures; sub-folders count only where metadata names files in them.
         prompt: for pictures that have no caption of their own.
+        setting: what errors call that prompt, ``prompt`` or ``class_prompt``.
 
     Returns:
         The pictures, in the order of the metadata or of the file names. They are not decoded yet.
@@ -381,7 +382,10 @@ def read_folder(folder: Path, prompt: str = "") -> tuple[Picture, ...]:
     """
     check_picture_folder(folder)
     metadata = metadata_file(folder)
-    pictures = read_captions(folder, metadata) if metadata else _with_text_files(folder, prompt)
+    if metadata:
+        pictures = read_captions(folder, metadata)
+    else:
+        pictures = _with_text_files(folder, prompt, setting)
     if not pictures:
         raise MimaError(f"picture folder {folder} holds no pictures")
     return pictures
@@ -423,7 +427,7 @@ def read_captions(folder: Path, metadata: Path) -> tuple[Picture, ...]:
     return tuple(pictures)
 
 
-def _with_text_files(folder: Path, prompt: str) -> tuple[Picture, ...]:
+def _with_text_files(folder: Path, prompt: str, setting: str) -> tuple[Picture, ...]:
     files = files_by_name(folder)
     pictures: list[Picture] = []
     problems: list[str] = []
@@ -444,9 +448,9 @@ def _with_text_files(folder: Path, prompt: str) -> tuple[Picture, ...]:
         pictures.append(Picture(path, caption))
     if problems:
         raise ProblemList(
-            f"pictures in {folder} lack captions; give one prompt for all (prompt= in Python, "
-            "--prompt, or prompt: in a concept.yaml there), a metadata.csv with "
-            "the columns file_name and text, or a .txt file beside each:",
+            f"pictures in {folder} lack captions; give one prompt for all ({setting}= in Python, "
+            f"--{setting.replace('_', '-')}, or {setting}: in the concept's concept.yaml), a "
+            "metadata.csv with the columns file_name and text, or a .txt file beside each:",
             problems,
         )
     return tuple(pictures)

@@ -39,6 +39,36 @@ def test_a_complete_folder(tmp_path):
     assert Concept.from_folder(folder, name="other").name == "other"
 
 
+def test_what_a_folder_of_pictures_holds_besides_is_not_read_aloud(tmp_path, caplog):
+    folder = pictures(tmp_path / "cat")
+    pictures(folder / "held_out", "2.png")
+    pictures(folder / "class_images", "3.png")
+    told = {"prompt": "a cat", "class_prompt": "an animal"}
+    Concept.from_folder(folder, **told)
+    Concept("cat", images=folder, held_out=folder / "held_out", class_images=folder, **told)
+    assert caplog.messages == []
+    Concept("cat", images=folder, **told)
+    Concept("cat", images=folder, held_out=folder / "held_out", **told)
+    load_concepts([{"name": "cat", "images": str(folder), **told}])
+    both = f"nothing reads held_out/ and class_images/ in {folder}"
+    assert [message.partition("; ")[0] for message in caplog.messages] == [
+        f"concept 'cat': {both}",
+        f"concept 'cat': nothing reads class_images/ in {folder}",
+        f"concept description, concept 1: {both}",
+    ]
+
+
+def test_class_pictures_without_captions_need_a_class_prompt(tmp_path):
+    folder = pictures(tmp_path / "cat")
+    pictures(folder / "class_images")
+    with pytest.raises(
+        MimaError, match=r"one prompt for all \(class_prompt= in Python, --class-prompt,"
+    ):
+        Concept.from_folder(folder, prompt="a cat")
+    with pytest.raises(MimaError, match="there is no class_prompt for all"):
+        Concept("cat", "a cat", folder / "0.png", class_images=folder / "1.png")
+
+
 def test_a_description_is_found_whatever_the_case_of_its_name(tmp_path):
     folder = pictures(tmp_path / "cat")
     write(folder / "Concept.yaml", {"prompt": "a cat"})
