@@ -39,6 +39,7 @@ SD1 = {
             "block_out_channels": (320, 640, 1280, 1280),
             "layers_per_block": 2,
             "attention_head_dim": 8,
+            "cross_attention_dim": 768,
         },
         "text": {
             "vocab_size": 49408,
@@ -57,6 +58,7 @@ SD1 = {
             "layers_per_block": 1,
             "attention_head_dim": 8,
             "norm_num_groups": 8,
+            "cross_attention_dim": 32,
         },
         "text": {
             "vocab_size": 49408,
@@ -82,12 +84,7 @@ def sd1_pipeline(size: str, device: str | torch.device = "cpu") -> StableDiffusi
     tokenizer.model_max_length = sizes["tokens"]
     with torch.device(device):
         torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-            cross_attention_dim=sizes["text"]["hidden_size"],
-            **sizes["unet"],
-        )
+        unet = UNet2DConditionModel(**sizes["unet"])
         text_encoder = CLIPTextModel(
             CLIPTextConfig(max_position_embeddings=sizes["tokens"], **sizes["text"])
         )

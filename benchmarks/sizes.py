@@ -43,7 +43,7 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from benchmarks.roofline import ARCHITECTURES
+from benchmarks.architectures import ARCHITECTURES
 from mima.concepts import Concept
 from mima.families import ModelSource
 from mima.families.loading import load_embedded

@@ -125,13 +125,11 @@ def diffusion_losses(family: Family, batches: list[Batch]) -> list[torch.Tensor]
     return [F.mse_loss(*pair) for pair in zip(prediction.split(1), target.split(1), strict=True)]
 
 
+@functools.lru_cache(maxsize=1)
 def captions_of(problem: Problem) -> torch.Tensor:
     """C_reg of 200 captions, encoded once."""
-    if not hasattr(problem, "_captions"):
-        lines = ordinary_captions(None)[:200]
-        C_reg = torch.cat([problem.family.token_embeddings(line) for line in lines])
-        problem._captions = C_reg
-    return problem._captions
+    lines = ordinary_captions(None)[:200]
+    return torch.cat([problem.family.token_embeddings(line) for line in lines])
 
 
 def torchopt_gradient(problem: Problem) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_roofline_counts_what_an_outer_step_launches():
-    from benchmarks import roofline
+    from benchmarks import kernel_counts, roofline
 
     first, double = (
         roofline._count("tiny", (1,), "h100", "first_order", "bfloat16", n, 1, 1) for n in (1, 2)
@@ -29,7 +29,7 @@ def test_a_roofline_counts_what_an_outer_step_launches():
     assert exact.peak_bytes > first.peak_bytes
     # the device cannot be done before it has worked, nor before the host has asked
     assert first.seconds >= first.total.seconds
-    assert first.seconds >= first.total.launches * roofline.HOST_BACKWARD
+    assert first.seconds >= first.total.launches * kernel_counts.HOST_BACKWARD
 
 
 def test_a_roofline_counts_a_few_layers_of_a_kind(monkeypatch):
@@ -70,9 +70,9 @@ def test_a_roofline_counts_a_few_concepts_and_steps(monkeypatch):
 
 
 def test_a_roofline_knows_a_product():
-    from benchmarks import roofline
+    from benchmarks.kernel_counts import GPUS, Counter
 
-    counter = roofline.Counter(roofline.GPUS["h100"], "bfloat16", [torch.Size([64, 32])], [49], [2])
+    counter = Counter(GPUS["h100"], "bfloat16", [torch.Size([64, 32])], [49], [2])
     x, weight = (torch.empty(s, device="meta") for s in ((48, 32), (64, 32)))
     with counter:
         y = x @ weight.mT
@@ -95,16 +95,16 @@ def test_a_roofline_knows_a_product():
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
 @pytest.mark.parametrize("width", [40, 64, 128, 160, 512])
 def test_a_roofline_has_attention_reach_no_more_than_its_kernels_can(width, precision):
-    from benchmarks import roofline
+    from benchmarks import kernel_counts
 
-    gpu = roofline.GPUS["h100"]
+    gpu = kernel_counts.GPUS["h100"]
     q = torch.empty(8, 4096, width, device="meta")
     pairs, padded = 8 * 4096**2, max(16, 2 ** (width - 1).bit_length())
     names = "attention", "attention_backward", "attention_double_backward"
     for (name, products), first in zip(zip(names, (2, 9, 22), strict=True), (0, 1, 4), strict=True):
-        passes = roofline._ATTENTION[getattr(torch.ops.mima, name)]
+        passes = kernel_counts._ATTENTION[getattr(torch.ops.mima, name)]
         args = (*[None] * first, q, q, q)
-        flops, seconds = roofline._attention_cost(passes, args, gpu, precision)
+        flops, seconds = kernel_counts._attention_cost(passes, args, gpu, precision)
         assert flops == 2 * products * pairs * padded
         assert seconds >= flops / gpu.flops_per_second[precision]
         # probabilities are multiplied in TF32 at best
@@ -116,12 +116,12 @@ def test_a_roofline_has_attention_reach_no_more_than_its_kernels_can(width, prec
 
 @pytest.mark.parametrize("model", ["sd14", "sdxl", "sd3", "flux"])
 def test_a_roofline_builds_the_published_architectures(model):
-    from benchmarks import roofline
+    from benchmarks.architectures import ARCHITECTURES
 
     with torch.device("meta"):
-        architecture = roofline.ARCHITECTURES[model]
+        architecture = ARCHITECTURES[model]
         denoiser = architecture.build(*architecture.layers)
     millions = sum(x.numel() for x in denoiser.parameters()) / 1e6
     published = {"sd14": 859.5, "sdxl": 2567.5, "sd3": 2028.3, "flux": 11901.4}
     assert millions == pytest.approx(published[model], rel=0.03)
-    assert any(re.search(roofline.ARCHITECTURES[model].trained, n) for n in denoiser.state_dict())
+    assert any(re.search(architecture.trained, n) for n in denoiser.state_dict())

@@ -91,26 +91,39 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
 
 
 @contextmanager
-def _as_on_a_device(*, bfloat16: bool) -> Iterator[None]:
-    """Let PyTorch's functions do on the meta device what they do on one that computes.
+def fused_attention() -> Iterator[None]:
+    """Attention as a GPU would compute it where no second derivative is asked for.
 
-    Attention has no fused kernel there: what is not differentiated twice would keep its matrix.
-    Autocast does not know the device: products are cast as it casts them, and what asks for none
-    gets none. The functions are replaced, since a ``TorchFunctionMode`` is not active within
-    backward passes, where checkpointed blocks are computed again.
-
-    Args:
-        bfloat16: whether autocast is to be imitated.
+    PyTorch chooses by the device, and has no fused kernel for the meta device: attention there
+    would keep its matrix.
     """
-    plain, autocast = F.scaled_dot_product_attention, torch.autocast
-
-    def no_autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
-        return nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
+    plain = F.scaled_dot_product_attention
 
     def fused(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("enable_gqa") or not torch.backends.cuda.mem_efficient_sdp_enabled():
             return plain(query, key, value, *args, **kwargs)
         return aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[0]
+
+    with _replaced(F, "scaled_dot_product_attention", fused):
+        yield
+
+
+@contextmanager
+def _as_on_a_device(*, bfloat16: bool) -> Iterator[None]:
+    """Let PyTorch's functions do on the meta device what they do on one that computes.
+
+    Attention is fused (``fused_attention``). Autocast does not know the device: products are cast
+    as it casts them, and what asks for none gets none. The functions are replaced, since a
+    ``TorchFunctionMode`` is not active within backward passes, where checkpointed blocks are
+    computed again.
+
+    Args:
+        bfloat16: whether autocast is to be imitated.
+    """
+    autocast = torch.autocast
+
+    def no_autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
 
     def halved(function: Any) -> Any:
         def product(*args: Any, **kwargs: Any) -> Any:
@@ -118,12 +131,13 @@ def _as_on_a_device(*, bfloat16: bool) -> Iterator[None]:
 
         return product if bfloat16 else function
 
-    products: list[tuple[Any, str]] = [(F, name) for name in ("linear", "conv1d", "conv2d")]
+    attention = "scaled_dot_product_attention"
+    products: list[tuple[Any, str]] = [(F, n) for n in ("linear", "conv1d", "conv2d", attention)]
     products += [(torch, name) for name in ("matmul", "bmm", "baddbmm")]
     with ExitStack() as stack:
+        stack.enter_context(fused_attention())
         for place, name in products:
             stack.enter_context(_replaced(place, name, halved(getattr(place, name))))
-        stack.enter_context(_replaced(F, "scaled_dot_product_attention", halved(fused)))
         stack.enter_context(_replaced(torch, "autocast", no_autocast))
         yield
 
