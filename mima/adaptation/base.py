@@ -77,8 +77,9 @@ class Adaptation(ABC):
     prior_weight: float = 0.0
     """Weight of the loss on class pictures; 0 leaves prior preservation out."""
     num_class_images: int = 100
-    """Class pictures that the model draws of `concept.class_prompt` where the concept brings none;
-    they are kept for the next run (see `mima.training.class_images`)."""
+    """Class pictures that the model draws of `concept.class_prompt` where the concept brings none,
+    in an evaluation the original for both models; they are kept for the next run (see
+    `mima.training.class_images`)."""
     gradient_accumulation_steps: int = 1
     """Batches per step, one after another; the step follows the mean of their gradients."""
     gradient_checkpointing: bool = False
@@ -131,18 +132,22 @@ class Adaptation(ABC):
     def inject(self, pipeline: Pipeline, concept: Concept) -> Injection:
         """Put the method's trainable parameters into a pipeline that shares what stays frozen."""
 
-    def start(self, pipeline: Pipeline, concept: Concept) -> Run:
+    def start(
+        self, pipeline: Pipeline, concept: Concept, *, class_pictures_by: Pipeline | None = None
+    ) -> Run:
         """Prepare everything and train nothing yet.
 
         Args:
             pipeline: a diffusers pipeline, which stays as it is.
             concept: `images` are learned; `class_images`, or pictures that the model draws of
                 `class_prompt`, are preserved if `prior_weight` > 0.
+            class_pictures_by: another model with the same latents that draws these; by default
+                `pipeline`.
 
         Raises:
             MimaError: the concept or the pipeline does not fit the method.
         """
-        return Run(self, pipeline, concept)
+        return Run(self, pipeline, concept, class_pictures_by=class_pictures_by)
 
     def adapt(
         self, pipeline: Pipeline, concept: Concept, *, on_step: Callable[[Run], None] | None = None
@@ -200,14 +205,22 @@ class Run:
         losses: the loss at each step done.
     """
 
-    def __init__(self, adaptation: Adaptation, pipeline: Pipeline, concept: Concept) -> None:
+    def __init__(
+        self,
+        adaptation: Adaptation,
+        pipeline: Pipeline,
+        concept: Concept,
+        *,
+        class_pictures_by: Pipeline | None = None,
+    ) -> None:
         if adaptation.prior_weight > 0 and not (concept.class_images or concept.class_prompt):
             raise MimaError(
                 f"concept {concept.name!r}: prior preservation needs class_images, or a "
                 "class_prompt to draw them by; it has neither"
             )
         sized = partial(family_of, resolution=adaptation.resolution, training=adaptation.training)
-        given = sized(pipeline)
+        # what draws class pictures is not adapted, so that every method finds the same
+        drawer = sized(pipeline if class_pictures_by is None else class_pictures_by)
         injection = adaptation.inject(pipeline, concept)
         self.adaptation = adaptation
         self.concept = concept
@@ -241,8 +254,8 @@ class Run:
             self._class_images = shuffled(concept.class_images)
         elif adaptation.prior_weight > 0:
             prompts = [concept.class_prompt] * adaptation.num_class_images
-            # the unadapted model draws, so that every method finds the same pictures
-            latents = ClassPictures(given).latents(prompts, seeded(adaptation.seed, "class images"))
+            generator = seeded(adaptation.seed, "class images")
+            latents = ClassPictures(drawer).latents(prompts, generator)
             encoded = Encoded.of(self._family, latents, prompts)
             self._class_images = _Shuffled(encoded, [concept.class_prompt])
         self._scaler = torch.amp.GradScaler(

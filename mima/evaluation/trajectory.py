@@ -93,6 +93,7 @@ def trajectory(
     sampler: Sampler,
     *,
     drawn_by: Any = None,
+    class_pictures_by: Pipeline | None = None,
     advance: Callable[[int], None] = lambda _: None,
     on_picture: Callable[[int, int, Image.Image], None] = lambda *_: None,
 ) -> Trajectory:
@@ -110,13 +111,14 @@ def trajectory(
         sampler: how to draw.
         drawn_by: another model of the same architecture that draws the pictures with the adapters
             trained on `pipeline`; for LoRA on linear layers of the denoiser alone.
+        class_pictures_by: another model that draws missing class pictures; see `Adaptation.start`.
         advance: called with the amount of work just done, in steps and pictures.
         on_picture: called with step, index of the job and picture as soon as it is drawn.
 
     Raises:
         MimaError: adapters of another kind were to be drawn by another model.
     """
-    run = adaptation.start(pipeline, concept)
+    run = adaptation.start(pipeline, concept, class_pictures_by=class_pictures_by)
     adapters: list[Adapter] = []
     reached: list[int] = []
     images: list[list[Image.Image]] = []
@@ -191,7 +193,7 @@ def attack(
 
     Each picture is compared with the references of the same prompt, and scores the mean of their
     similarities. Two pipelines attacked with the same arguments see the same batches, noise and
-    seeds.
+    seeds; but for class pictures that the concept lacks, which each of them draws.
 
     Args:
         pipeline: the model under attack; it stays as it is.

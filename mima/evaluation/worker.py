@@ -330,6 +330,8 @@ class Worker:
                 jobs,
                 bench.sampler,
                 drawn_by=start if attack.transplant else None,
+                # the same for both models, also where immunization broke those that one draws
+                class_pictures_by=self.pipelines["original"],
                 advance=self.advance,
                 on_picture=write,
             )
@@ -587,7 +589,8 @@ class Worker:
     def _with_loras(self, pipeline: Pipeline, attack: Attack) -> Any:
         """Merge LoRAs of all targets, or of the other concepts' pictures, into the weights."""
         config = self.bench.config
-        lora = replace(configured(config, "lora"), steps=config.preparation_steps)
+        method = configured(config, "lora")
+        lora = replace(method, steps=config.preparation_steps, prior_weight=0.0)
         assert isinstance(lora, LoRA)
         subjects = self.bench.merged(attack)
         if attack.preparation == "benign":

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import tiny
 
-from mima.adaptation import LoRA
+from mima.adaptation import Adaptation, LoRA
 from mima.errors import MimaError
 from mima.evaluation import EvaluationFolder, Sampler, evaluate, preparations
 from mima.evaluation.families import FAMILIES
@@ -184,6 +184,38 @@ def test_every_family_and_preparation_runs(pair, tmp_path):
         reached = {p.attack.split("_")[-2]: p.immunized for p in own if "_same_" in p.attack}
         names = ("none", "kick", "undo", "interpolate")
         assert len({reached[name] for name in names}) == different
+
+
+def test_both_models_train_on_the_same_class_pictures(pair, tmp_path, monkeypatch):
+    """Those of the original: the other's may be as broken as what immunization wanted broken."""
+    started = []
+    start = Adaptation.start
+
+    def kept(adaptation, pipeline, concept, **options):
+        run = start(adaptation, pipeline, concept, **options)
+        started.append(run._class_images)
+        return run
+
+    monkeypatch.setattr(Adaptation, "start", kept)
+    tiny.save_tiny_clip(tmp_path / "clip")
+    evaluate(
+        *pair,
+        [dataclasses.replace(tiny.concept(), class_images=())],
+        output=tmp_path / "out",
+        settings=GRID
+        | {
+            "methods": {"lora": {"steps": 1, "prior_weight": 1.0, "num_class_images": 2}},
+            "tune": {"trials": 2},
+            "preparations": ["merge", "fp16"],
+        },
+        similarities=[tmp_path / "clip"],
+        processes=1,
+    )
+    # a LoRA that is merged first preserves nothing
+    drawn = [one.pictures.latents for one in started if one is not None]
+    # two trials and the training of each attack, and before preparations the first pictures
+    assert len(drawn) == 2 * (3 * 3 + 2) < len(started)
+    assert all(torch.equal(latents, drawn[0]) for latents in drawn)
 
 
 def test_the_catalogue_has_every_way_to_attack_with_its_source():
