@@ -20,7 +20,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.utils import get_total_norm
 
-from mima.errors import MimaError, nearest, one_line
+from mima.errors import MimaError, counted, nearest, one_line
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
@@ -240,21 +240,35 @@ def join(device: torch.device | None = None) -> Ranks:
 def device_of(name: str | torch.device | None) -> torch.device:
     """The named device; without a name, this process' own GPU where there is one, else the CPU.
 
+    ``cuda`` alone is this process' own GPU, too, where several were started.
+
     Raises:
         MimaError: torch knows no such device, or this machine has none.
     """
     if name is None:
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        name = f"cuda:{_local_rank()}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         hint = nearest(str(name), ["cpu", "cuda"])
         raise MimaError(f"device {name!r} is unknown; {hint}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
         raise MimaError(f"device {name}: this machine has no usable CUDA device")
+    if device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", _local_rank())
+    count = torch.cuda.device_count()
+    if device.index is not None and device.index >= count:
+        raise MimaError(
+            f"device {device}: this machine has {counted(count, 'usable CUDA device')}, and each "
+            "process takes one of its own"
+        )
     return device
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 class Pulse:

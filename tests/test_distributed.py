@@ -60,6 +60,23 @@ def kill_after_a_step(started, output):
     assert not output.exists()
 
 
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert distributed.device_of(None) == torch.device("cuda:0")
+    # whichever is current
+    assert distributed.device_of("cuda") == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name in (None, "cuda", "cuda:1", torch.device("cuda")):
+        assert distributed.device_of(name) == torch.device("cuda:1")
+    assert distributed.device_of("cuda:0") == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    for name, found in {None: 2, "cuda": 2, "cuda:7": 7}.items():
+        with pytest.raises(MimaError, match=f"device cuda:{found}: .* has 2 usable CUDA devices"):
+            distributed.device_of(name)
+
+
 def test_who_does_not_come_is_not_waited_for_long(monkeypatch):
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     # as torchrun would start one of two

@@ -187,6 +187,7 @@ def test_strict_raises_instead_of_falling_back(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("MIMA_STRICT", "1")
     with pytest.raises(choice.BackendError, match=r"MIMA_STRICT=1 is set.*native: cannot be"):
         ops.weighted_merge(x, [x], [1.0])
+    assert _served_by(monkeypatch) == ""
     # The reference may still be asked for.
     ops.weighted_merge(x, [x], [1.0], backend="reference")
 
