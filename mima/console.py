@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,6 +17,7 @@ from mima.errors import cut
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+    from rich.text import Text
 
     Bars: TypeAlias = "Progress | Lines"
     """Tasks under way: bars on a terminal, lines elsewhere."""
@@ -44,8 +46,33 @@ def stderr() -> Console:
 def _console(*, stderr: bool) -> Console:
     from rich.console import Console
 
+    class Lasting(Console):
+        def on_broken_pipe(self) -> None:
+            # rich would send stdout nowhere, and end the program
+            raise
+
     # paths and prompts hold brackets and colons: [red], :cat:
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return Lasting(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def tell(said: str | Text, console: Console | None = None) -> None:
+    """Print to stderr, where that takes it: no run ends because its log does.
+
+    The log's disk may be full, or its reader gone.
+    """
+    with suppress(OSError):
+        (console or stderr()).print(said)
+
+
+def drop_unwritten() -> None:
+    """Drop what was not taken, before Python tries again and ends with a status of its own."""
+    for stream in (sys.stdout, sys.stderr):
+        # None where it was closed from the start
+        if stream is not None:
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def command(*words: object) -> str:
@@ -57,13 +84,13 @@ def show_error(message: str) -> None:
     """One red message."""
     from rich.text import Text
 
-    stderr().print(Text("error: ", style="bold red") + Text(_shown(message), style="red"))
+    tell(Text("error: ", style="bold red") + Text(_shown(message), style="red"))
 
 
 def _say(message: str, style: str) -> None:
     from rich.text import Text
 
-    stderr().print(Text(_shown(message), style=style))
+    tell(Text(_shown(message), style=style))
 
 
 def _shown(message: str) -> str:
@@ -167,7 +194,7 @@ class Lines:
         if tenths > shown.tenths:
             shown.tenths = tenths
             said = f"{shown.description}: {completed:g} of {shown.total:g}"
-            self._console.print(f"{said} · {shown.note}" if shown.note else said)
+            tell(f"{said} · {shown.note}" if shown.note else said, self._console)
 
 
 def fitting(parts: Sequence[str], width: int) -> str:

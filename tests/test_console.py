@@ -1,4 +1,29 @@
+import logging
+import os
+import sys
+
+import pytest
+
 from mima import console
+
+
+@pytest.mark.parametrize("log", ["/dev/full", "a pipe without a reader"])
+def test_a_log_that_takes_nothing_ends_nothing(monkeypatch, capsys, log):
+    if log == "/dev/full":
+        writes = os.open(log, os.O_WRONLY)
+    else:
+        reads, writes = os.pipe()
+        os.close(reads)
+    with os.fdopen(writes, "w", buffering=1) as log, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", log)
+        lines = console.Lines(console.stderr())
+        lines.update(lines.add_task("many", total=10), completed=5)
+        console._OneLine().emit(logging.makeLogRecord({"msg": "x", "levelno": logging.WARNING}))
+        console.show_error("x")
+        # closing the file would fail otherwise, as the end of the program
+        console.drop_unwritten()
+    console.say("results")
+    assert capsys.readouterr().out == "results\n"
 
 
 def test_text_is_printed_as_it_is(capsys):

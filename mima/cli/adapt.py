@@ -130,7 +130,7 @@ def adapt(
     # imports that take seconds, once the arguments are checked
     from mima.adaptation import configure
     from mima.adaptation.resumable import adapt as run_adapt
-    from mima.console import command, progress, say, stderr
+    from mima.console import command, progress, say, tell
     from mima.settings import set_nested
 
     within: dict[str, Any] = {"seed": seed}
@@ -160,10 +160,10 @@ def adapt(
                 dtype=options.torch_dtype(dtype),
                 device=device,
                 on_step=on_step,
-                on_pictures=lambda step, place: stderr().print(f"step {step}: pictures in {place}"),
+                on_pictures=lambda step, place: tell(f"step {step}: pictures in {place}"),
             )
         except KeyboardInterrupt:
-            stderr().print("what was done is kept; the same command with --resume goes on from it")
+            tell("what was done is kept; the same command with --resume goes on from it")
             raise
     where = done.folders[0] if len(learned) == 1 else done.folders[0].parent
     say(f"learned {said} by {method} in {counted(done.steps, 'step')}: {where}")

@@ -15,6 +15,8 @@ from mima.errors import MimaError, one_line
 USAGE_ERROR, UNEXPECTED_ERROR, INTERRUPTED = 2, 1, 130
 OF_PATHS = frozenset({errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR})
 """What the system says of a path that the user gave, whatever looks at it first."""
+OF_WRITING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO})
+"""What it says of a disk, that to which a command's output is sent included."""
 
 
 class _Commands(TyperGroup):
@@ -49,7 +51,7 @@ class _Commands(TyperGroup):
             if hasattr(error, "format_message"):
                 _explain_more_values(error)
                 raise
-            problem = _of_a_path(error)
+            problem = _of_the_system(error)
             if problem is None or debug:
                 traceback.print_exc()
             if problem is not None:
@@ -61,9 +63,13 @@ class _Commands(TyperGroup):
             raise typer.Exit(UNEXPECTED_ERROR) from error
 
 
-def _of_a_path(error: Exception) -> str | None:
-    """One line where the system refuses a path; None of other errors."""
-    if not isinstance(error, OSError) or error.errno not in OF_PATHS or error.filename is None:
+def _of_the_system(error: Exception) -> str | None:
+    """One line where the system refuses a path, or to write; None of other errors."""
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in OF_WRITING:
+        return f"{one_line(error.filename or 'cannot write')}: {error.strerror}"
+    if error.errno not in OF_PATHS or error.filename is None:
         return None
     return f"{one_line(error.filename)}: {error.strerror}"
 
@@ -93,7 +99,12 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
-    app()
+    from mima.console import drop_unwritten
+
+    try:
+        app()
+    finally:
+        drop_unwritten()
 
 
 def _print_version(wanted: bool) -> None:

@@ -27,10 +27,10 @@ def demo(
     output = expanded(output)
     check_folder(output, overwrite=overwrite)
 
-    from mima.console import stderr, stdout
+    from mima.console import stdout, tell
 
     length = "two minutes" if quick else "six minutes"
-    stderr().print(
+    tell(
         "erases two styles from the embedded model, immunizes it against them, attacks the erased "
         "and the immunized model alike, and says what came back; on two quiet cores about "
         f"{length}; results in {output}"

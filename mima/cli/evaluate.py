@@ -91,7 +91,7 @@ def evaluate(
 ) -> None:
     """Attack a model before and after immunization; run again, it goes on where it stopped."""
     from mima.concepts.reading import load_concepts
-    from mima.console import command, progress, stderr, stdout
+    from mima.console import command, progress, stdout, tell
     from mima.storage.inputs import expanded
 
     check_choice("preset", preset, get_args(Preset))
@@ -138,10 +138,10 @@ def evaluate(
                 originals=originals,
                 overwrite=overwrite,
                 progress=show,
-                announce=lambda work: stderr().print(str(work)),
+                announce=lambda work: tell(str(work)),
             )
         except KeyboardInterrupt:
-            stderr().print("finished attacks are kept; the same command goes on from them")
+            tell("finished attacks are kept; the same command goes on from them")
             raise
     # torchrun's other processes stay silent
     if os.environ.get("RANK", "0") != "0":

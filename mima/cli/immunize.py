@@ -60,7 +60,7 @@ def immunize(
     ] = None,
 ) -> None:
     """Immunize a model as a config file says."""
-    from mima.console import say, stderr, stdout
+    from mima.console import say, stdout, tell
     from mima.immunization.from_file import concepts_of, immunize_file, read_run
     from mima.storage.output import check_folder
 
@@ -108,7 +108,7 @@ def immunize(
         from mima.storage.runs import default_folder
 
         if default_folder(folder).exists():
-            stderr().print("what was done is kept; the same command with --resume goes on from it")
+            tell("what was done is kept; the same command with --resume goes on from it")
         raise
     # torchrun's other processes stay silent
     if os.environ.get("RANK", "0") == "0":

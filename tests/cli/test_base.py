@@ -194,6 +194,27 @@ def test_a_path_that_the_system_refuses_is_a_line(monkeypatch, code):
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 1
 
 
+def test_a_full_disk_is_a_line(monkeypatch):
+    failing(monkeypatch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    result = CliRunner().invoke(app, ["doctor"])
+    assert (result.exit_code, result.output) == (
+        2,
+        "error: cannot write: No space left on device\n",
+    )
+
+
+def test_a_log_that_cannot_be_written_fails_no_command():
+    code = """
+import mima.cli.diagnosis
+from mima import cli, console
+mima.cli.diagnosis.show = lambda: console.tell("on the way")
+cli.main()
+"""
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-c", code, "doctor"], stderr=full)
+    assert done.returncode == 0
+
+
 def test_a_message_is_cut_and_keeps_its_control_characters_to_itself(monkeypatch):
     failing(monkeypatch, MimaError("a\x1b[31m\n" + "b" * 100_000))
     first, second = CliRunner().invoke(app, ["doctor"]).output.splitlines()
