@@ -170,7 +170,8 @@ def immunize(
             there is one, and this process's own among several. A dry run also takes a GPU of
             another machine, see ``mima.immunization.planning.devices.device_memory``.
         callbacks: called with a ``StepReport`` after each outer step; one that returns ``"stop"``
-            ends the run there, whose result is then what it is.
+            ends the run there, whose result is then the model after that step. Whatever else they
+            return is ignored.
 
     Returns:
         The immunized pipeline, in float32 on that device (or, with a warning, in the CPU's memory,
