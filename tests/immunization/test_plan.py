@@ -20,9 +20,9 @@ from mima.immunization.algorithm import ascend, immunize
 from mima.immunization.config import LowerConfig
 from mima.immunization.encoding import encode_concepts
 from mima.immunization.levels import Problem
-from mima.immunization.planning import outer_step, refusal
+from mima.immunization.planning import devices, outer_step, refusal
 from mima.immunization.planning import plan as planning
-from mima.immunization.planning.devices import device_memory
+from mima.immunization.planning.devices import device_memory, free_memory
 from mima.immunization.planning.meta_memory import LiveBytes
 from mima.immunization.planning.plan import plan
 from mima.immunization.planning.work import pictures_of_a_step
@@ -412,6 +412,64 @@ def test_devices_by_name_and_by_size():
     assert size > 2**28
     with pytest.raises(MimaError, match=r"device 'abacus' is unknown; a plan takes cpu, cuda"):
         device_memory("abacus")
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "wanted"),
+    [
+        ("0::/", {"memory.max": "max", "memory.current": "5"}, 64 * 1024),
+        # a container, which sees its own group as the root
+        ("0::/", {"memory.max": "9000", "memory.current": "5000"}, 4700),
+        # a job, whose step has no limit of its own
+        (
+            "0::/job/step",
+            {
+                **{"job/memory.max": "9000", "job/memory.current": "5000"},
+                **{"job/step/memory.max": "max", "job/step/memory.current": "10"},
+            },
+            4700,
+        ),
+        (
+            "4:cpu,memory:/docker/12\n1:name=systemd:/\n0::/",
+            {
+                **{"memory/memory.limit_in_bytes": "9000", "memory/memory.usage_in_bytes": "5000"},
+                "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 500\n",
+            },
+            4500,
+        ),
+    ],
+    ids=["no limit", "container", "job", "first version"],
+)
+def test_memory_is_that_of_the_container_or_the_job(tmp_path, groups, files, wanted):
+    texts = {"proc/meminfo": "MemTotal: 99 kB\nMemAvailable: 64 kB\n", "proc/self/cgroup": groups}
+    for folder in ("", "job/", "job/step/"):
+        texts[f"cgroup/{folder}memory.stat"] = "anon 4\ninactive_file 700\n"
+    for name, text in (texts | {f"cgroup/{name}": text for name, text in files.items()}).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert free_memory(tmp_path / "proc", tmp_path / "cgroup") == wanted
+    assert free_memory(tmp_path / "none", tmp_path / "cgroup") is None
+
+
+def test_processes_of_a_machine_share_its_memory_and_each_has_a_gpu(monkeypatch):
+    monkeypatch.setattr(devices, "free_memory", lambda: 2**40)
+    monkeypatch.setattr(devices, "resident", lambda: 7)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert device_memory("cpu") == ("cpu", 2**38 + 7)
+    # as `ulimit -v` sets it
+    own = devices._own_memory("size")
+    monkeypatch.setattr(devices, "_own_memory", lambda what: own)
+    monkeypatch.setattr("resource.getrlimit", lambda which: (own + 2**30, 2**62))
+    assert device_memory("cpu") == ("cpu", 2**30 + 7)
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 4,
+        "mem_get_info": {"cuda:3": (5, 9)}.get,
+        "memory_reserved": {"cuda:3": 2}.get,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert device_memory(None) == device_memory("cuda") == ("cuda:3", 7)
 
 
 def test_a_plan_reads_how_the_family_is_trained(tmp_path):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from mima.distributed import device_of
 from mima.errors import MimaError
 
 DEVICES = {
@@ -23,10 +26,12 @@ GPU_CONTEXT = int(0.6 * 2**30)
 def device_memory(device: str | torch.device | None) -> tuple[str, int | None]:
     """A device's name, and the bytes that a run may have there; None where that is not known.
 
+    Of several processes of a machine, each has a share of its memory, and a GPU of its own.
+
     Raises:
         MimaError: no such device is known.
     """
-    name = "cuda" if device is None and torch.cuda.is_available() else str(device or "cpu").lower()
+    name = str(device_of(None) if device is None else device).lower()
     if name in DEVICES:
         return name, int(DEVICES[name] * 2**30)
     if size := re.fullmatch(r"(\d+(?:\.\d+)?) ?(g|gb|gib|m|mb|mib)", name):
@@ -38,6 +43,7 @@ def device_memory(device: str | torch.device | None) -> tuple[str, int | None]:
                 f"device {name}: this machine has no usable CUDA device; a plan for another "
                 f"machine names one of {', '.join(DEVICES)}, or a size such as 24gib"
             )
+        name = str(device_of(name))
         free, _ = torch.cuda.mem_get_info(name)
         return name, free + torch.cuda.memory_reserved(name)
     if name != "cpu":
@@ -45,21 +51,67 @@ def device_memory(device: str | torch.device | None) -> tuple[str, int | None]:
             f"device {name!r} is unknown; a plan takes cpu, cuda, {', '.join(DEVICES)}, or a size "
             "such as 24gib"
         )
-    try:
-        told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        available = int(told["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
+    room = free_memory()
+    if room is None:
         return name, None
-    return name, available + resident()
+    room //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most != resource.RLIM_INFINITY:
+        room = min(room, most - _own_memory("size"))
+    return name, max(0, room) + resident()
+
+
+def free_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that the machine has left, or the container or the job that this process is in.
+
+    Args:
+        proc: where the system says what there is, and in which control groups this process is.
+        cgroups: where it says what these may have.
+    """
+    try:
+        told = dict(line.split(":") for line in (proc / "meminfo").read_text().splitlines())
+        rooms = [int(told["MemAvailable"].split()[0]) * 1024]
+        groups = (proc / "self" / "cgroup").read_text().splitlines()
+    except (OSError, KeyError):
+        return None
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if not controllers:
+            root, files = cgroups, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root = cgroups / "memory"
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # a group's limit is one of those within; a container may see the innermost alone, as root
+        own = root / path.lstrip("/")
+        for folder in (own, *own.parents):
+            if folder.is_relative_to(root):
+                rooms += _room(folder, *files)
+    return min(rooms)
+
+
+def _room(folder: Path, limit: str, usage: str, cached: str) -> list[int]:
+    """Bytes that a control group has left, where it has a limit; what caches files is left, too."""
+    try:
+        most, used = ((folder / name).read_text().strip() for name in (limit, usage))
+        told = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except OSError:
+        return []
+    return [] if most == "max" else [int(most) - int(used) + int(told.get(cached, "0"))]
 
 
 def resident() -> int:
     """Bytes of this process in memory."""
+    return _own_memory("resident")
+
+
+def _own_memory(what: Literal["size", "resident"]) -> int:
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        pages = Path("/proc/self/statm").read_text().split()
     except OSError:
         return 0
-    return pages * os.sysconf("SC_PAGESIZE")
+    return int(pages[("size", "resident").index(what)]) * os.sysconf("SC_PAGESIZE")
 
 
 def free_disk(output: Path) -> int | None:
