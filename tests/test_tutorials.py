@@ -101,7 +101,7 @@ def test_your_own_checkpoint(files, encoder):
 
 
 def test_somebodys_claim(files, encoder, monkeypatch, capsys):
-    compute, read = blocks("claim", "python")
+    compute, swap, read = blocks("claim", "python")
 
     def quick(*args, steps, **more):
         small = {"sampler": Sampler(**SAMPLER), "max_prompts": 1, "seeds": (0,)}
@@ -110,7 +110,10 @@ def test_somebodys_claim(files, encoder, monkeypatch, capsys):
     names: dict[str, object] = {}
     monkeypatch.setattr("mima.evaluation.attack", quick)
     exec(compute, names)
+    exec(swap, names)
     exec(read, names)
+    parts = {part.name for part in (files / "their-denoiser").iterdir() if part.is_dir()}
+    assert parts >= {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
     assert set(names["gaps"]) == {"lora", "dreambooth"}
     assert capsys.readouterr().out.count("share of the rise left") == 2
     # the two are one model here

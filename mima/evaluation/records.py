@@ -272,6 +272,43 @@ class Evaluation(_Record):
         """Whether attacks tried other settings than their own; None where the record lacks that."""
         return None if self.trials is None else self.trials > 1
 
+    @property
+    def same_denoiser(self) -> bool:
+        """Whether the denoisers of both models have the same weights."""
+        original, immunized = self._hashes("weights")
+        return bool(original) and original == immunized
+
+    @property
+    def other_parts(self) -> tuple[str, ...]:
+        """What of the immunized model, beside its denoiser's weights, is not as in the original.
+
+        By the hashes in `config`; of a part that a record keeps none of, nothing is said.
+        """
+        encoders = self._apart("encoders")
+        found = [*encoders, *("noise schedule" for _ in self._apart("schedulers"))]
+        for part in self._apart("configurations"):
+            if part.startswith("tokenizer"):
+                found.append(part)
+            elif part not in encoders:
+                found.append(f"{part} settings")
+        return tuple(part.replace("_", " ") for part in found)
+
+    def _apart(self, key: str) -> list[str]:
+        """Parts of which `config` keeps hashes under a key that differ between the models."""
+        original, immunized = self._hashes(key)
+        every = original | immunized
+        return [part for part in every if original.get(part) != immunized.get(part)]
+
+    def _hashes(self, key: str) -> list[dict[str, Any]]:
+        """Hashes that `config` keeps of both models under a key, by part; none where it lacks it.
+
+        A key that keeps one hash of each model has one part, of its own name.
+        """
+        kept = self.config.get(key)
+        if not isinstance(kept, dict) or not kept.keys() >= {*SIDES}:
+            return [{}, {}]
+        return [dict(one) if isinstance(one := kept[side], dict) else {key: one} for side in SIDES]
+
 
 class CsvRow(_Record):
     """A row of a CSV file, where None is an empty field."""

@@ -128,6 +128,7 @@ def _render(report: Report) -> str:
         "interval": wording.interval_words,
         "untold": wording.untold_sentences,
         "method": wording.method_name,
+        "parts": wording.part_sentences,
     }
     colours = {name: (pair[0].lower(), pair[1]) for name, pair in _COLOURS.items()}
     style = environment.get_template("report.css").render(

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 from mima.errors import counted
 from mima.evaluation.records import Evaluation, Gap
 from mima.report.wording import (
+    adds,
     count_sentences,
     interval_words,
     method_name,
     number,
+    part_sentences,
     ratio,
+    share,
     steps_to_half,
     untold_sentences,
 )
@@ -118,15 +121,14 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
         )
         if rise.rise_left is not None:
             lines.append(
-                f"{label}: the attack that regained most adds "
-                f"{'at least ' if rise.at_least else ''}{100 * rise.rise_left:.0f} % of what it "
-                f"adds on the original ({rise.attack})"
+                f"{label}: the attack that regained most {adds(rise.rise_left, rise.at_least)} "
+                f"of what it adds on the original ({rise.attack})"
             )
         objects = summary.objects
         if objects.original is not None and objects.immunized is not None:
             lines.append(
-                f"{label}: after attacks names the right object in {100 * objects.original:.0f} % "
-                f"of the original's pictures and {100 * objects.immunized:.0f} % of the immunized's"
+                f"{label}: after attacks names the right object in {share(objects.original)} "
+                f"of the original's pictures and {share(objects.immunized)} of the immunized's"
             )
     for label, by_concept in evaluation.calibration.items():
         for name, known in by_concept.items():
@@ -134,6 +136,7 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
                 f"{label} on {name}: right pictures {number(known.right)}, other concepts "
                 f"{number(known.others)}, noise {number(known.noise)}, grey {number(known.grey)}"
             )
+    lines += [f"parts: {sentence}" for sentence in part_sentences(evaluation)]
     lines += [f"overlap: {sentence}" for sentence in evaluation.overlaps]
     if evaluation.tuned is False:
         lines.append(

@@ -9,7 +9,15 @@ from mima.errors import counted
 from mima.evaluation.records import AttackRow, Calibration, SimilaritySummary, Tally
 from mima.evaluation.summary import paired_difference, tally
 from mima.report.runs import Run, means, setting
-from mima.report.wording import count_sentences, interval_words, method_name, number, share
+from mima.report.wording import (
+    adds,
+    count_sentences,
+    interval_words,
+    method_name,
+    number,
+    share,
+    with_parts,
+)
 
 THROUGH, HELD = 0.9, 0.5
 """Rise left from which a headline says that an attack got through, and below which all were held
@@ -114,10 +122,11 @@ def _ranking(runs: Sequence[Run], judges: Sequence[str], first: str) -> tuple[st
         ]
         if apart or similarity != first:
             title += f" by {', '.join([similarity, *apart])}"
+        title += with_parts(holder.evaluation)
         sentences = [
             f"Against the attack that gets furthest, {holder.label} holds most by {similarity}: of "
-            f"the {counted(len(common), 'attack')} that all runs met, that attack still adds "
-            f"{_share_of(holder, similarity, rise)} of what it adds on the original model."
+            f"the {counted(len(common), 'attack')} that all runs met, that attack "
+            f"{_adds(holder, similarity, rise)} of what it adds on the original model."
         ]
         left = [f"{run.label} (an attack got through)" for run in beaten]
         left += [f"{run.label} (it showed a concept before any attack)" for run in knew]
@@ -125,8 +134,8 @@ def _ranking(runs: Sequence[Run], judges: Sequence[str], first: str) -> tuple[st
             sentences.append(f"Not ranked by {similarity}: {', '.join(left)}.")
     sentences += [
         f"By {name} {rival[1].label} holds most: there "
-        f"{'it is' if best else 'the attack that gets furthest adds'} "
-        f"{_share_of(rival[1], name, rival[0])}"
+        f"{'it' if best else 'the attack that gets furthest'} "
+        f"{_adds(rival[1], name, rival[0])}"
         f"{'.' if best else ' of what it adds on the original model.'}"
         for name, rival in rivals.items()
         if rival is not None
@@ -162,10 +171,10 @@ def _known_before(run: Run, similarity: str) -> bool:
     return bool(tally(_on_targets(run, similarity)).known_before)
 
 
-def _share_of(run: Run, similarity: str, rise: float) -> str:
+def _adds(run: Run, similarity: str, rise: float) -> str:
     """A rise that an attack on a run leaves, in words: a bound if the original learned nothing."""
     rows = [row for row in _on_targets(run, similarity) if row.rise_left_best == rise]
-    return _at_least(any(not row.learned for row in rows)) + share(rise)
+    return adds(rise, any(not row.learned for row in rows))
 
 
 def _verdict_of(run: Run, similarity: str) -> tuple[str, list[str]]:
@@ -215,8 +224,9 @@ def _title_by_all(run: Run, similarity: str, first: str) -> str:
         if name == similarity or summary.worst_rise.rise_left is not None
     }
     worst = max(summaries, key=lambda name: (_reached(*summaries[name]), name == similarity))
-    title = _title(*summaries[worst])
-    same = similarity == first and title == _title(*summaries[similarity])
+    parts = with_parts(run.evaluation)
+    title = _title(*summaries[worst], parts)
+    same = similarity == first and title == _title(*summaries[similarity], parts)
     return title if same else f"{title}, by {worst}"
 
 
@@ -240,7 +250,8 @@ def _closed(summary: SimilaritySummary) -> bool:
     return lowest is not None and lowest < 0
 
 
-def _title(summary: SimilaritySummary, counts: Tally) -> str:
+def _title(summary: SimilaritySummary, counts: Tally, parts: str) -> str:
+    """What one judge found; `parts` stands behind whatever speaks of immunity."""
     rise = summary.worst_rise.rise_left
     if counts.known_before and not _closed(summary):
         return f"The immunized model shows {', '.join(counts.known_before)} before any attack"
@@ -254,7 +265,13 @@ def _title(summary: SimilaritySummary, counts: Tally) -> str:
         return "At least one attack taught the immunized model and not the original"
     if rise >= HELD:
         return "At least one attack regained most of what it adds"
-    return f"No attack regained more than {share(rise)} of what it adds"
+    if rise < 0:
+        # at every step: broken pictures look like this, too
+        return (
+            "No attack regained anything: after each of them the immunized model's pictures are "
+            f"less like the concept than before{parts}"
+        )
+    return f"No attack regained more than {share(rise)} of what it adds{parts}"
 
 
 def _rise_sentences(run: Run, similarity: str, summary: SimilaritySummary) -> list[str]:
@@ -263,9 +280,9 @@ def _rise_sentences(run: Run, similarity: str, summary: SimilaritySummary) -> li
     if furthest is not None:
         sentences.append(
             f"The attack that got furthest ({method_name(furthest.method)} on {furthest.concept}, "
-            f"{setting(furthest).words}) adds {_at_least(summary.worst_rise.at_least)}"
-            f"{share(furthest.rise_left_best)} of the similarity that it adds on the original "
-            "model, each at its best step."
+            f"{setting(furthest).words}) "
+            f"{adds(furthest.rise_left_best, summary.worst_rise.at_least)} of the similarity that "
+            "it adds on the original model, each at its best step."
         )
     over = summary.targets
     if over.rise_left.mean is not None:
@@ -309,8 +326,8 @@ def _sentences_of_other_judges(run: Run, similarity: str) -> list[str]:
             told.append(f"By {name} no attack taught either model anything.")
         else:
             told.append(
-                f"By {name} the attack that got furthest adds {_at_least(rise.at_least)}"
-                f"{share(rise.rise_left)} of what it adds on the original model, and attacks end "
+                f"By {name} the attack that got furthest {adds(rise.rise_left, rise.at_least)} of "
+                "what it adds on the original model, and attacks end "
                 f"at {_no_less(mean.at_least)}{share(mean.mean)} on average."
             )
     return [" ".join([f"So far by {similarity}.", *told])] if told else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mima.errors import counted
-from mima.evaluation.records import Interval, Ratio, SimilaritySummary, Tally
+from mima.evaluation.records import Evaluation, Interval, Ratio, SimilaritySummary, Tally
 from mima.evaluation.summary import FAR, TOLD
 
 METHODS = {
@@ -60,12 +60,19 @@ def percent(value: float) -> str:
 def share(value: float | None) -> str:
     """A share in percent."""
     # with a no-break space
-    return "–" if value is None else f"{100 * value:.0f}\u00a0%".replace("-", "−")
+    return "–" if value is None else f"{number(100 * value, 0)}\u00a0%"
 
 
 def share_left(value: float | None, at_least: bool) -> str:
     """A share in percent; ≥ before a lower bound."""
     return f"≥\u00a0{share(value)}" if at_least and value is not None else share(value)
+
+
+def adds(rise: float | None, at_least: bool = False) -> str:
+    """What an attack does to the similarity of the immunized model's pictures, as a share."""
+    if rise is not None and rise < 0:
+        return f"takes away {share(-rise)}"
+    return f"adds {'at least ' if at_least else ''}{share(rise)}"
 
 
 def interval_words(interval: Interval) -> str:
@@ -102,6 +109,33 @@ def setting_text(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(setting_text, value)) or "none"
     return "none" if value is None else str(value)
+
+
+def with_parts(evaluation: Evaluation) -> str:
+    """What a headline of immunity adds where that may be owed to more, or less, than a denoiser."""
+    found = []
+    if evaluation.same_denoiser:
+        found.append("the original's denoiser")
+    if evaluation.other_parts:
+        found.append(f"parts that are not the original's ({', '.join(evaluation.other_parts)})")
+    return f", with {' and '.join(found)}" if found else ""
+
+
+def part_sentences(evaluation: Evaluation) -> list[str]:
+    """What of the immunized model an attacker need not take, and whether its denoiser is another.
+
+    Older records say nothing of some parts.
+    """
+    found = []
+    if evaluation.other_parts:
+        found.append(
+            "These parts of the immunized model are not the original's: "
+            f"{', '.join(evaluation.other_parts)}. Attacks on it trained with them, and an "
+            "attacker may put the original's in their place: what is learned then was not measured."
+        )
+    if evaluation.same_denoiser:
+        found.append("The denoisers of both models have the same weights: they were not immunized.")
+    return found
 
 
 def count_sentences(counts: Tally) -> list[str]:

@@ -128,6 +128,28 @@ def test_the_json_is_plain_and_has_no_nan(tmp_path):
         Interval(mean=float("nan"), low=0, high=0)
 
 
+def test_parts_beside_the_denoiser_that_differ_are_named():
+    def sides(one, other):
+        return {"original": one, "immunized": other}
+
+    config = {
+        "weights": sides("a", "a"),
+        "encoders": sides({"vae": "a", "text_encoder": "a"}, {"vae": "b", "text_encoder": "a"}),
+        "schedulers": sides("a", "b"),
+        "configurations": sides(
+            {"unet": "a", "vae": "a", "text_encoder": "a", "tokenizer_2": "a"},
+            {"unet": "a", "vae": "b", "text_encoder": "b", "tokenizer_2": "b"},
+        ),
+    }
+    apart = EVALUATION.model_copy(update={"config": config})
+    named = ("vae", "noise schedule", "text encoder settings", "tokenizer 2")
+    assert (apart.other_parts, apart.same_denoiser) == (named, True)
+    # older records lack some, and the oldest all
+    older = EVALUATION.model_copy(update={"config": {"weights": sides("a", "b")}})
+    for record in (older, EVALUATION):
+        assert (record.other_parts, record.same_denoiser) == ((), False)
+
+
 def test_pictures_come_in_the_order_of_their_index(tmp_path):
     folder = EvaluationFolder(tmp_path)
     for place in (folder.image_folder("a", "original", 50), folder.reference_folder("cat")):

@@ -59,13 +59,26 @@ def test_bounds_objects_and_what_is_unknown_are_said(tmp_path):
     )
     text = "\n".join(summary_lines(found))
     assert "clip: no attack on owl could be compared" in text
-    assert "the attack that regained most adds at least 250 % of what it adds" in text
-    assert "names the right object in 75 % of the original's pictures and 50 % of the" in text
+    assert "the attack that regained most adds at least 250\u00a0% of what it adds" in text
+    assert "names the right object in 75\u00a0% of the original's pictures and 50\u00a0% of" in text
     assert "tiger, owl: no held-out pictures" in text
     assert "whole was not measured" not in text
     console = Console(width=120, record=True)
     console.print(summary_table(found))
     assert "≥\u00a02.00" in console.export_text()
+
+
+def test_what_only_took_away_and_other_parts_are_said(tmp_path):
+    config = {
+        "weights": {"original": "a", "immunized": "a"},
+        "schedulers": {"original": "a", "immunized": "b"},
+    }
+    found = changed(tmp_path / "run", lambda row: {"rise_left_best": -1.74})
+    text = "\n".join(summary_lines(found.model_copy(update={"config": config})))
+    assert "regained most takes away 174\u00a0% of what it adds on the original" in text
+    assert "parts: These parts of the immunized model are not the original's: noise sched" in text
+    assert "parts: The denoisers of both models have the same weights" in text
+    assert "parts:" not in "\n".join(summary_lines(found))
 
 
 def test_a_narrow_terminal_keeps_the_concepts(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from html import unescape
 
 import pytest
 from support.evaluations import write_evaluation
@@ -12,6 +13,7 @@ from mima.evaluation.records import EvaluationFolder
 from mima.evaluation.summary import summarize
 from mima.report import write_report
 from mima.report.runs import load_runs
+from mima.report.wording import share
 
 
 def test_the_headline_says_how_far_the_furthest_attack_got(small, tmp_path):
@@ -44,6 +46,52 @@ def test_where_nothing_was_taught_the_headline_claims_nothing(small, tmp_path):
     title, text = told(source, tmp_path / "alone", rows)
     assert title == "At least one attack got through"
     assert "1 of 1 taught the immunized model a concept and the original none" in text
+
+
+def test_an_attack_that_only_took_away_regained_nothing(small, tmp_path):
+    source = EvaluationFolder(small)
+    for rise, title, adds in (
+        (-0.02, "No attack regained anything: after each of them the", "takes away 2 %"),
+        (-0.001, "No attack regained anything: after each of them the", "takes away 0 %"),
+        (0.02, "No attack regained more than 2\u00a0% of what it adds", "adds 2 %"),
+    ):
+        changes = {"rise_left_best": rise, "sgr_mean": 0.9}
+        rows = [row.model_copy(update=changes) for row in source.attacks()]
+        found, text = told(source, tmp_path / f"{rise}", rows)
+        assert found.startswith(title)
+        assert f"{adds} of the similarity that it adds on the original model" in text
+    assert share(-0.001) == "0\u00a0%"
+
+
+def test_no_immunity_is_claimed_without_the_parts_that_an_attacker_may_replace(tmp_path):
+    def sides(part, other):
+        return {"original": {part: "a"}, "immunized": {part: other}}
+
+    other = "parts that are not the original's (vae, unet settings)"
+    paths = {}
+    for name, weights, encoder, settings, words in (
+        ("alike", "b", "a", "a", ""),
+        ("parts", "b", "b", "b", f", with {other}"),
+        ("same", "a", "b", "b", f", with the original's denoiser and {other}"),
+    ):
+        config = {
+            "weights": {"original": "a", "immunized": weights},
+            "encoders": sides("vae", encoder),
+            "configurations": sides("unet", settings),
+        }
+        held = {"rise_left_best": 0.1, "sgr_mean": 0.9}
+        path = write_evaluation(tmp_path / name, name=name, **SMALL, config=config, recorded=held)
+        (told_,) = re.findall("<h1>(.*?)</h1>", write_report([path]).read_text())
+        assert unescape(told_) == f"No attack regained more than 10\u00a0% of what it adds{words}"
+        text = Page(path / "report.html").text
+        assert ("Parts. These parts of the immunized model are not the" in text) == bool(words)
+        assert ("put the original's in their place" in text) == bool(words)
+        assert ("The denoisers of both models have the same weights" in text) == (name == "same")
+        paths[name] = path
+    page = write_report([paths["parts"], paths["parts"]], tmp_path / "page.html").read_text()
+    (told_,) = re.findall("<h1>(.*?)</h1>", page)
+    assert unescape(told_).endswith(f"withstands the attack that gets furthest best, with {other}")
+    assert "Parts of parts." in Page(tmp_path / "page.html").text
 
 
 def test_lower_bounds_are_said_to_be_bounds(small, tmp_path):
@@ -97,7 +145,7 @@ def test_every_judge_has_its_say(folder, tmp_path, page):
         done.write_rows(rises, done.curves())
     text = Page(write_report([two / "a", two / "b"], tmp_path / "page.html")).text
     assert "a holds most by clip" in text
-    assert "By dino b holds most: there it is 20 %." in text
+    assert "By dino b holds most: there it adds 20 %." in text
     assert source.evaluation().similarities == ("clip", "dino")
 
 
