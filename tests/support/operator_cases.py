@@ -289,8 +289,8 @@ def chosen_backend(op: str, dtype: torch.dtype, device: torch.device | str = "cp
 
     No kernel of `group_norm`, say, serves float64 on a GPU.
     """
-    rows = choice.report(device, dtype)
-    return next(row.backend for row in rows if row.operator == op and row.chosen)
+    rows = (row for row in choice.report(device, dtype) if row.operator == op and row.chosen)
+    return next((row.backend for row in rows), "reference")
 
 
 def values_and_gradients(
