@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -30,8 +31,9 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """The optimisers that train parameters together: one, or two where Muon leaves some out.
 
-    ``muon`` (`torch.optim.Muon`) makes the step of each matrix orthogonal, whatever the scale of
-    its gradient, and scales the step to the size of AdamW's; AdamW trains what is no matrix.
+    ``muon`` makes the step of each matrix orthogonal, whatever the scale of its gradient, and
+    scales the step to the size of AdamW's; filters of convolutions are matrices, too, see `Muon`.
+    AdamW trains the rest: biases, norms, the one vector of a new word.
 
     Raises:
         MimaError: 8 bits were asked for and bitsandbytes cannot be imported.
@@ -51,10 +53,50 @@ def build_optimizers(
         kind = AdamW8bit
     if optimizer == "adamw":
         return [kind(parameters, **rates)]
-    matrices = [parameter for parameter in parameters if parameter.ndim == 2]
-    rest = [parameter for parameter in parameters if parameter.ndim != 2]
-    both = [(torch.optim.Muon, matrices, {"adjust_lr_fn": "match_rms_adamw"}), (kind, rest, {})]
+    matrices = [parameter for parameter in parameters if parameter.ndim in (2, 4)]
+    rest = [parameter for parameter in parameters if parameter.ndim not in (2, 4)]
+    both = [(Muon, matrices, {"adjust_lr_fn": "match_rms_adamw"}), (kind, rest, {})]
     return [kind(part, **rates, **more) for kind, part, more in both if part]
+
+
+class Muon(torch.optim.Muon):
+    """`torch.optim.Muon`, which refuses filters, with filters [O, I, h, w] as matrices [O, I h w].
+
+    So its source has them: Jordan et al., 2024, github.com/KellerJordan/Muon, ``muon_update``.
+    """
+
+    def __init__(self, parameters: Sequence[torch.Tensor], **settings: Any) -> None:
+        with _as_matrices(parameters):
+            super().__init__(parameters, **settings)
+
+    def step(self, closure: Any = None) -> Any:
+        """One step along the parameters' gradients; a closure computes them, and gives the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with _as_matrices([p for group in self.param_groups for p in group["params"]]):
+            super().step()
+        return loss
+
+
+@contextmanager
+def _as_matrices(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Filters and their gradients as matrices, in the same memory, while the context lasts."""
+    shapes = [parameter.shape for parameter in parameters]
+
+    def reshape(parameter: torch.Tensor, shape: Sequence[int]) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        parameter.data = parameter.data.reshape(shape)
+        parameter.grad = None if gradient is None else gradient.reshape(shape)
+
+    for parameter in parameters:
+        reshape(parameter, (len(parameter), -1))
+    try:
+        yield
+    finally:
+        for parameter, shape in zip(parameters, shapes, strict=True):
+            reshape(parameter, shape)
 
 
 class Average:

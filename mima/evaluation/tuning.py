@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from mima.adaptation import Adaptation
+from mima.adaptation import Adaptation, TextualInversion
 from mima.adaptation.steps import Optimizer, Schedule
 from mima.errors import MimaError
 from mima.evaluation.records import CsvRow, Side, read_rows, write_rows
@@ -45,7 +45,7 @@ class Tuning(Settings):
     """Batch sizes of these trials, as multiples of the attack's."""
     optimizers: tuple[Optimizer, ...] = Field(("adamw", "sgd", "muon"), min_length=1)
     """Optimisers of these trials, unless the attack has one of its own; the rate of SGD is a
-    hundred times as high."""
+    hundred times as high. Textual Inversion, whose one vector is no matrix, has AdamW for Muon."""
     by: Literal["similarity", "loss"] = "similarity"
     """What a trial is judged by: ``similarity`` of its last pictures to every fourth of the
     training pictures, which the trial holds back, by the primary similarity model, or ``loss``, the
@@ -68,10 +68,14 @@ class Choice:
     optimizer: Optimizer | None = None
 
     def apply(self, adaptation: Adaptation) -> Adaptation:
-        """The adaptation with these settings; an optimiser or schedule of its own stays."""
+        """The adaptation with these settings; an optimiser or schedule of its own stays.
+
+        So does AdamW of Textual Inversion, whose one vector is no matrix for Muon.
+        """
         optimizer, schedule = adaptation.optimizer, adaptation.schedule
         rate = adaptation.learning_rate * self.lr_factor
-        if self.optimizer is not None and optimizer == "adamw":
+        no_matrix = self.optimizer == "muon" and isinstance(adaptation, TextualInversion)
+        if self.optimizer is not None and optimizer == "adamw" and not no_matrix:
             optimizer = self.optimizer
             rate *= SGD_RATE if optimizer == "sgd" else 1
         if self.schedule is not None and schedule == "constant":

@@ -51,12 +51,12 @@ def test_sgd_follows_the_gradient_with_momentum(pipeline):
 
 def test_muon_steps_do_not_depend_on_the_scale_of_gradients():
     torch.manual_seed(0)
-    gradients = [torch.randn(6, 4), torch.randn(3, 3, 2, 2), torch.randn(5)]
+    gradients = [torch.randn(6, 4), torch.randn(6, 1, 2, 2), torch.randn(5)]
     moved = []
     for scale in (1.0, 1e-3):
         parameters = [torch.nn.Parameter(torch.zeros_like(g)) for g in gradients]
         pair = build_optimizers(parameters, optimizer="muon", learning_rate=0.1, weight_decay=0.0)
-        # matrices by Muon, the rest by AdamW
+        # matrices and filters by Muon, the rest by AdamW
         assert [type(o).__name__ for o in pair] == ["Muon", "AdamW"]
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = scale * gradient
@@ -64,10 +64,33 @@ def test_muon_steps_do_not_depend_on_the_scale_of_gradients():
             optimizer.step()
         moved.append([p.detach() for p in parameters])
     # Muon computes in bfloat16, with 8 bits
-    torch.testing.assert_close(moved[0][0], moved[1][0], rtol=5e-2, atol=1e-3)
-    # orthogonal: near equal singular values, unlike the gradient's
-    values = torch.linalg.svdvals(moved[0][0])
-    assert values.max() / values.min() < 2 < (s := torch.linalg.svdvals(gradients[0]))[0] / s[-1]
+    torch.testing.assert_close(moved[0][:2], moved[1][:2], rtol=5e-2, atol=1e-3)
+    # orthogonal: near equal singular values, unlike the gradient's; those of filters, too
+    for step, gradient in zip(moved[0][:2], gradients[:2], strict=True):
+        values, before = (torch.linalg.svdvals(t.flatten(1)) for t in (step, gradient))
+        assert values[0] / values[-1] < 2 < before[0] / before[-1]
+
+
+def test_muon_moves_filters_as_the_matrices_that_they_are():
+    torch.manual_seed(0)
+    start, gradients = torch.randn(3, 4, 3, 3), torch.randn(2, 3, 4, 3, 3)
+    settings = {"learning_rate": 0.1, "weight_decay": 0.5}
+    filters = torch.nn.Parameter(start.clone())
+    matrix = torch.nn.Parameter(start.flatten(1).clone())
+    (own,) = build_optimizers([filters], optimizer="muon", **settings)
+    plain = torch.optim.Muon([matrix], lr=0.1, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
+    place = filters.data_ptr()
+    for gradient in gradients:
+        filters.grad, matrix.grad = gradient.clone(), gradient.flatten(1)
+        own.step()
+        plain.step()
+    assert filters.shape == filters.grad.shape == start.shape
+    assert filters.data_ptr() == place
+    assert torch.equal(filters.flatten(1), matrix)
+    # a step without a gradient leaves them alone
+    own.zero_grad()
+    own.step(lambda: 1.0)
+    assert torch.equal(filters.flatten(1), matrix)
 
 
 def test_the_average_is_drawn_with_and_the_weights_are_trained(pipeline):

@@ -7,7 +7,7 @@ import itertools
 import pytest
 from support import tiny
 
-from mima.adaptation import LoRA
+from mima.adaptation import LoRA, TextualInversion
 from mima.errors import MimaError
 from mima.evaluation import EvaluationFolder, evaluate
 from mima.evaluation.grid import attack_grid, grid_config
@@ -75,6 +75,10 @@ def test_a_choice_changes_rate_schedule_batch_and_optimiser():
     muon = dataclasses.replace(settings, optimizer="muon")
     assert choice.apply(muon).optimizer == "muon"
     assert choice.apply(muon).learning_rate == pytest.approx(3e-3)
+    # nor is Muon tried where there is no matrix
+    tried = Choice(lr_factor=3, optimizer="muon")
+    assert tried.apply(settings).optimizer == "muon"
+    assert tried.apply(TextualInversion()) == TextualInversion(learning_rate=3 * 5e-4)
 
 
 def test_settings_that_hardly_train_are_told():
