@@ -130,7 +130,22 @@ class Adaptation(ABC):
 
     @abstractmethod
     def inject(self, pipeline: Pipeline, concept: Concept) -> Injection:
-        """Put the method's trainable parameters into a pipeline that shares what stays frozen."""
+        """Put the method's trainable parameters into a pipeline that shares what stays frozen.
+
+        Both have passed `check`.
+        """
+
+    def check(self, pipeline: Pipeline, concept: Concept) -> None:
+        """Refuse what the method does not fit, as `start` does, before anything is made.
+
+        Raises:
+            MimaError: the concept or the pipeline does not fit the method.
+        """
+        if self.prior_weight > 0 and not (concept.class_images or concept.class_prompt):
+            raise MimaError(
+                f"concept {concept.name!r}: prior preservation needs class_images, or a "
+                "class_prompt to draw them by; it has neither"
+            )
 
     def start(
         self, pipeline: Pipeline, concept: Concept, *, class_pictures_by: Pipeline | None = None
@@ -213,11 +228,7 @@ class Run:
         *,
         class_pictures_by: Pipeline | None = None,
     ) -> None:
-        if adaptation.prior_weight > 0 and not (concept.class_images or concept.class_prompt):
-            raise MimaError(
-                f"concept {concept.name!r}: prior preservation needs class_images, or a "
-                "class_prompt to draw them by; it has neither"
-            )
+        adaptation.check(pipeline, concept)
         sized = partial(family_of, resolution=adaptation.resolution, training=adaptation.training)
         # what draws class pictures is not adapted, so that every method finds the same
         drawer = sized(pipeline if class_pictures_by is None else class_pictures_by)

@@ -14,7 +14,7 @@ from mima.adaptation.base import Adaptation, Injection, require_full_precision
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import family_of
-from mima.families.new_words import add_word
+from mima.families.new_words import add_word, check_token
 from mima.families.pipelines import Pipeline, with_modules
 from mima.storage.names import CUSTOM_DIFFUSION_FILE
 
@@ -35,15 +35,22 @@ class CustomDiffusion(Adaptation):
     learning_rate: float = 1e-5
     batch_size: int = 2
 
-    def inject(self, pipeline: Pipeline, concept: Concept) -> Injection:
-        """Copy the denoiser, free its text projections, and add the word."""
+    def check(self, pipeline: Pipeline, concept: Concept) -> None:
+        """Refuse half precision, too, other attention, and words that cannot be added."""
+        super().check(pipeline, concept)
         require_full_precision(pipeline, self.method)
-        family = family_of(pipeline)
-        if not hasattr(family.denoiser, "attn_processors"):
+        denoiser = family_of(pipeline).denoiser
+        if not hasattr(denoiser, "attn_processors"):
             raise MimaError(
                 f"model: custom-diffusion needs attention processors that read text, which "
-                f"{type(family.denoiser).__name__} lacks"
+                f"{type(denoiser).__name__} lacks"
             )
+        if concept.token is not None:
+            check_token(pipeline, concept)
+
+    def inject(self, pipeline: Pipeline, concept: Concept) -> Injection:
+        """Copy the denoiser, free its text projections, and add the word."""
+        family = family_of(pipeline)
         denoiser: Any = copy.deepcopy(family.denoiser).requires_grad_(False)
         weights = {
             name: denoiser.get_parameter(name).requires_grad_(True)

@@ -30,22 +30,27 @@ class DreamBooth(Adaptation):
     frozen: tuple[str, ...] = ()
     """Names of the denoiser's parameters that are not trained."""
 
+    def check(self, pipeline: Pipeline, concept: Concept) -> None:
+        """Refuse half precision, too, and names of nothing, or of everything, in `frozen`."""
+        super().check(pipeline, concept)
+        require_full_precision(pipeline, self.method)
+        names = [name for name, _ in family_of(pipeline).denoiser.named_parameters()]
+        for name in self.frozen:
+            if name not in names:
+                raise MimaError(
+                    f"frozen: the denoiser has no parameter {name}; {nearest(name, names)}"
+                )
+        if len(set(self.frozen)) == len(names):
+            raise MimaError("frozen: names every parameter of the denoiser; nothing is trained")
+
     def inject(self, pipeline: Pipeline, concept: Concept) -> Injection:
         """Copy the denoiser and free all of it, but for what is `frozen`."""
-        require_full_precision(pipeline, self.method)
         family = family_of(pipeline)
         name = family.denoiser_name
         denoiser: Any = copy.deepcopy(family.denoiser).requires_grad_(True)
         parameters = dict(denoiser.named_parameters())
-        for parameter in self.frozen:
-            if parameter not in parameters:
-                raise MimaError(
-                    f"frozen: the denoiser has no parameter {parameter}; "
-                    f"{nearest(parameter, parameters)}"
-                )
+        for parameter in set(self.frozen):
             parameters.pop(parameter).requires_grad_(False)
-        if not parameters:
-            raise MimaError("frozen: names every parameter of the denoiser; nothing is trained")
 
         def save(folder: Path) -> None:
             denoiser.save_pretrained(folder / name)

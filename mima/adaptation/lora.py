@@ -76,15 +76,27 @@ class LoRA(Adaptation):
         if self.convolutions and self.target_modules is not None:
             raise ValueError("LoRA: convolutions adapts every layer; leave target_modules out")
 
+    def check(self, pipeline: Pipeline, concept: Concept) -> None:
+        """Refuse models with adapters, too, and text encoders that none can be saved for."""
+        super().check(pipeline, concept)
+        check_unadapted(family_of(pipeline))
+        write = getattr(pipeline, "save_lora_weights", None)
+        alone = getattr(pipeline, "text_encoder_2", None) is None
+        written = alone and write and TEXT_LAYERS in inspect.signature(write).parameters
+        if self.text_encoder and not written:
+            raise MimaError(
+                "lora: text_encoder needs a pipeline with one text encoder that LoRAs are loaded "
+                f"for, got {type(pipeline).__name__}"
+            )
+
     def inject(self, pipeline: Pipeline, concept: Concept) -> Injection:
         """Put a fresh adapter into a denoiser that shares the pipeline's weights."""
         family = family_of(pipeline)
-        check_unadapted(family)
         part = family.denoiser_name
         modules: dict[str, Any] = {part: shared_copy(family.denoiser)}
         configs = {part: self._config(self._targets(family))}
         if self.text_encoder:
-            modules["text_encoder"] = self._text_encoder(pipeline)
+            modules["text_encoder"] = shared_copy(pipeline.text_encoder)
             configs["text_encoder"] = self._config(TEXT_PROJECTIONS)
         devices = [family.device] if family.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -153,17 +165,6 @@ class LoRA(Adaptation):
             init_lora_weights="gaussian",
             target_modules=list(targets),
         )
-
-    def _text_encoder(self, pipeline: Pipeline) -> Any:
-        """A copy of the text encoder around the same weights, for an adapter of its own."""
-        write = getattr(pipeline, "save_lora_weights", None)
-        alone = getattr(pipeline, "text_encoder_2", None) is None
-        if not (alone and write and TEXT_LAYERS in inspect.signature(write).parameters):
-            raise MimaError(
-                "lora: text_encoder needs a pipeline with one text encoder that LoRAs are loaded "
-                f"for, got {type(pipeline).__name__}"
-            )
-        return shared_copy(pipeline.text_encoder)
 
 
 def _in_diffusers_names(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from mima.adaptation.base import Injection, require_full_precision
 from mima.adaptation.lora import LoRA
 from mima.concepts import Concept
-from mima.families.new_words import add_word
+from mima.families.new_words import add_word, check_token
 from mima.families.pipelines import Pipeline
 
 
@@ -33,9 +33,14 @@ class Pivotal(LoRA):
         if self.text_encoder:
             raise ValueError("Pivotal: text_encoder is not adapted; the word is trained instead")
 
+    def check(self, pipeline: Pipeline, concept: Concept) -> None:
+        """Refuse half precision, too, and words that cannot be added."""
+        super().check(pipeline, concept)
+        require_full_precision(pipeline, self.method)
+        check_token(pipeline, concept)
+
     def inject(self, pipeline: Pipeline, concept: Concept) -> Injection:
         """Add the word to copies of tokenizer and text encoder, and a LoRA to the denoiser."""
-        require_full_precision(pipeline, self.method)
         with_word, word = add_word(pipeline, concept)
         lora = super().inject(with_word, concept)
         word_steps = round(self.word_share * self.steps)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from mima.adaptation.base import Adaptation, Injection, require_full_precision
 from mima.concepts import Concept
 from mima.families import family_of
-from mima.families.new_words import add_word
+from mima.families.new_words import add_word, check_token
 from mima.families.pipelines import Pipeline, shared_copy, with_modules
 
 
@@ -25,9 +25,14 @@ class TextualInversion(Adaptation):
     steps: int = 2000
     learning_rate: float = 5e-4
 
+    def check(self, pipeline: Pipeline, concept: Concept) -> None:
+        """Refuse half precision, too, and words that cannot be added."""
+        super().check(pipeline, concept)
+        require_full_precision(pipeline, self.method)
+        check_token(pipeline, concept)
+
     def inject(self, pipeline: Pipeline, concept: Concept) -> Injection:
         """Add the word to copies of tokenizer and text encoder."""
-        require_full_precision(pipeline, self.method)
         worded, word = add_word(pipeline, concept)
         family = family_of(pipeline)
         # a copy of the frozen denoiser, so that training leaves the caller's flags and modes alone

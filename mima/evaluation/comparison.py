@@ -226,6 +226,7 @@ def evaluate(
         family_of(pipeline, resolution=sampler.size)
         for said in {(attack.adaptation.resolution, attack.adaptation.training) for attack in grid}:
             family_of(pipeline, resolution=said[0], training=said[1])
+    worker.check(grid)
     evaluation = Evaluation(
         name=name or method or _label(immunized),
         method=method,
@@ -390,6 +391,7 @@ def attack_original(
             )
             if worker.kept_of(attack, attack.adaptation) is not None
         ]
+        worker.check(grid)
         plan = Plan(TuningLog(bench.folder.path, bench.config.tune), grid, sides=("original",))
         tasks: deque[Task] = deque(plan.first())
         for task, result in one_by_one(worker, tasks):

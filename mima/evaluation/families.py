@@ -36,14 +36,12 @@ class AttackFamily:
         adapt: makes the family's adaptation of the method's.
         transplant: train on the original model, and put what was trained into both.
         outside: train only the parameters that both models have in common.
-        needs_class: needs class pictures or a class prompt.
     """
 
     base: str
     adapt: Callable[[Adaptation], Adaptation] = lambda adaptation: adaptation
     transplant: bool = False
     outside: bool = False
-    needs_class: bool = False
 
 
 FAMILIES: dict[str, AttackFamily] = {
@@ -53,11 +51,7 @@ FAMILIES: dict[str, AttackFamily] = {
     "ema": AttackFamily(base="dreambooth", adapt=changed(ema_decay=0.99)),
     "restart": AttackFamily(base="dreambooth", adapt=_in_two_halves),
     "outside": AttackFamily(base="dreambooth", outside=True),
-    "prior": AttackFamily(
-        base="dreambooth",
-        adapt=changed(prior_weight=1.0, num_class_images=16),
-        needs_class=True,
-    ),
+    "prior": AttackFamily(base="dreambooth", adapt=changed(prior_weight=1.0, num_class_images=16)),
     # another model draws with a LoRA of the denoiser's linear layers alone
     "transplant": AttackFamily(
         base="lora", adapt=changed(text_encoder=False, convolutions=False), transplant=True

@@ -354,7 +354,10 @@ def _on_other(
     """
     prompts = [v for v in config.prompts if v == "name" or names_of(concept)]
     pictures = [v for v in config.images if _has_pictures(v, concept, has_others)]
-    for method in config.methods:
+    methods = [v for v in config.methods if _has_class(configured(config, v), concept)]
+    if seed == config.seeds[0]:
+        _warn_of_left_out(concept, {"methods": set(config.methods) - set(methods)})
+    for method in methods:
         yield _attack(
             config, slug, concept, "other", method, seed,
             prompt=prompts[0] if prompts else "name", images=pictures[0] if pictures else "same",
@@ -367,30 +370,24 @@ def _on_target(
     prompts = [v for v in config.prompts if v == "name" or names_of(concept)]
     images = [v for v in config.images if _has_pictures(v, concept, has_others)]
     preparations = [v for v in config.preparations if v not in NEEDS_OTHERS or has_others]
-    has_class = bool(concept.class_prompt or concept.class_images)
-    families = [v for v in config.families if has_class or not FAMILIES[v].needs_class]
+    methods = [v for v in config.methods if _has_class(configured(config, v), concept)]
+    families = [v for v in config.families if _has_class(_of_family(config, v), concept)]
     left_out: dict[str, set[Any]] = {
+        "methods": set(config.methods) - set(methods),
         "prompts": set(config.prompts) - set(prompts),
         "images": set(config.images) - set(images),
         "preparations": set(config.preparations) - set(preparations),
         "families": set(config.families) - set(families),
     }
     if seed == config.seeds[0]:
-        for what, values in left_out.items():
-            if values:
-                logger.warning(
-                    "concept %s: no attacks with %s %s, for lack of material",
-                    concept.name,
-                    what,
-                    ", ".join(sorted(values)),
-                )
+        _warn_of_left_out(concept, left_out)
     if not prompts or not images:
         return
     for method, lr, steps, prompt, pictures in itertools.product(
-        config.methods, config.lr_factors, config.step_factors, prompts, images
+        methods, config.lr_factors, config.step_factors, prompts, images
     ):
         yield _attack(config, slug, concept, "target", method, seed, lr, steps, prompt, pictures)
-    for method, preparation in itertools.product(config.methods, preparations):
+    for method, preparation in itertools.product(methods, preparations):
         if preparation != "none":
             base = _attack(
                 config, slug, concept, "target", method, seed, prompt=prompts[0], images=images[0]
@@ -401,6 +398,24 @@ def _on_target(
             config, slug, concept, "target", name, seed, prompt=prompts[0], images=images[0],
             family=FAMILIES[name],
         )  # fmt: skip
+
+
+def _warn_of_left_out(concept: Concept, left_out: Mapping[str, set[Any]]) -> None:
+    """Say which values of which settings no attack on a concept has."""
+    for what, values in left_out.items():
+        if values:
+            logger.warning(
+                "concept %s: no attacks with %s %s, for lack of material",
+                concept.name,
+                what,
+                ", ".join(sorted(values)),
+            )
+
+
+def _has_class(adaptation: Adaptation, concept: Concept) -> bool:
+    """Whether a concept has the class that an adaptation preserves, if it preserves one."""
+    has_class = bool(concept.class_prompt or concept.class_images)
+    return has_class or adaptation.prior_weight == 0
 
 
 def _has_pictures(images: Pictures, concept: Concept, has_others: bool) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -33,11 +33,7 @@ from mima.evaluation.encoders import (
     load_similarity,
 )
 from mima.evaluation.feature_cache import CachedSimilarity
-from mima.evaluation.grid import (
-    Attack,
-    Trial,
-    configured,
-)
+from mima.evaluation.grid import Attack, Trial, configured, material
 from mima.evaluation.identity import weights_of
 from mima.evaluation.metrics import GapCurve, sgr
 from mima.evaluation.originals import Entry, Originals
@@ -130,6 +126,20 @@ class Worker:
     def judges(self) -> dict[str, str]:
         """A hash of each similarity model's assets, by name."""
         return {one.name: judge_fingerprint(one.model) for one in self.similarities}
+
+    def check(self, attacks: Iterable[Attack]) -> None:
+        """Refuse attacks that cannot be made, before any of them is.
+
+        Raises:
+            MimaError: a method does not fit a model, or a concept as an attack calls it.
+        """
+        alike = {(one.label, one.slug, one.prompt_variant, one.images): one for one in attacks}
+        for attack in alike.values():
+            # as it was given: nothing of it has been written yet
+            given = self.bench.concepts[attack.slug]
+            concept, _ = material(attack, given, rare_token=self.bench.config.rare_token)
+            for pipeline in self.pipelines.values():
+                attack.adaptation.check(pipeline, concept)
 
     def run(self, task: Task) -> Result:
         """Run an attack or a trial, or draw one model's pictures of ordinary prompts."""

@@ -21,7 +21,7 @@ from mima.adaptation import LoRA
 from mima.concepts import Concept
 from mima.concepts.pictures import digest
 from mima.errors import MimaError
-from mima.evaluation import cmmd, evaluate, ledger, load_encoder
+from mima.evaluation import attack_original, cmmd, evaluate, ledger, load_encoder
 from mima.evaluation.comparison import _check_alike
 from mima.evaluation.estimate import Estimate
 from mima.evaluation.grid import grid_config
@@ -467,6 +467,31 @@ def test_one_of_anything_is_said_as_one():
     assert str(one) == "1 attack and 1 trial: 1 training step and 1 picture, about 1 second"
     many = Estimate(attacks=2, trials=0, steps=20, pictures=8, seconds=130)
     assert str(many) == "2 attacks: 20 training steps and 8 pictures, about 2 minutes"
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("textual-inversion", {"initializer": "red blue"}, "initializer 'red blue' must be one"),
+        ("custom-diffusion", {"token": "emoji"}, "token 'emoji' is in the model's vocabulary"),
+        ("dreambooth", {}, "frozen: the denoiser has no parameter conv_on"),
+    ],
+)
+def test_an_attack_that_cannot_be_made_is_refused_before_any_work(
+    method, changes, message, folders, tmp_path
+):
+    """Also where it is on the last concept: attacks on the others would be done by then."""
+    given = {"frozen": ["conv_on"]} if method == "dreambooth" else {}
+    settings = GRID | {"methods": {"lora": {"steps": 1}, method: {"steps": 1, **given}}}
+    last = dataclasses.replace(tiny.concept("blue", "square"), **changes)
+    models = ModelSource(folders / "original"), folders / "immunized"
+    common = {"settings": settings, "similarities": [folders / "clip"]}
+    with pytest.raises(MimaError, match=message):
+        evaluate(*models, [tiny.concept(), last], output=tmp_path / "out", processes=1, **common)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(MimaError, match=message):
+        attack_original(models[0], [tiny.concept(), last], originals=tmp_path / "kept", **common)
+    assert not (tmp_path / "kept").exists()
 
 
 def test_a_grid_without_any_attack_is_refused(folders, tmp_path, monkeypatch):

@@ -165,6 +165,31 @@ def test_what_a_concept_has_no_material_for_is_left_out_and_said(caplog):
     ]
 
 
+def test_prior_preservation_without_a_class_is_left_out_and_said(caplog):
+    methods = {"dreambooth-lora": {}, "lora": {}, "dreambooth": {"prior_weight": 1.0}}
+    families = ["muon", "prior", "locon"]
+    config = grid_config("quick", {"methods": methods, "families": families, "seeds": [0, 1]})
+    concepts = {
+        "red": tiny.concept(),
+        "blue": replace(tiny.concept("blue"), class_prompt="", class_images=()),
+    }
+    others = {f"other-{slug}": concept for slug, concept in concepts.items()}
+    with caplog.at_level(logging.WARNING, "mima"):
+        grid = attack_grid(config, concepts, others)
+    found = {slug: {a.label for a in grid if a.slug == slug} for slug in (*concepts, *others)}
+    assert found == {
+        "red": {*methods, *families},
+        "blue": {"lora", "locon"},
+        "other-red": {*methods},
+        "other-blue": {"lora"},
+    }
+    assert [record.getMessage().split("with ")[1] for record in caplog.records] == [
+        "methods dreambooth, dreambooth-lora, for lack of material",
+        "families muon, prior, for lack of material",
+        "methods dreambooth, dreambooth-lora, for lack of material",
+    ]
+
+
 def test_material_of_each_variant():
     concept = tiny.concept()
     config = grid_config("quick", {"prompts": ["name", "description", "token"],
