@@ -1,4 +1,7 @@
-// Elementary functions of vectors. Included after simd.h, and like it anonymous.
+// Elementary functions of vectors, anonymous like those of simd.h.
+#pragma once
+
+#include "cpu/simd.h"
 
 namespace mima {
 namespace {

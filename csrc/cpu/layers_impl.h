@@ -1,7 +1,9 @@
 // The bodies behind kernels.h for the layers of a network: normalisation, gated activation, and the
 // rows of attention. Included by kernels_impl.h.
+#pragma once
 
 #include "cpu/functions.h"
+#include "cpu/lists_impl.h"
 
 namespace mima {
 namespace {

@@ -3,6 +3,7 @@
 // one instruction. Included by kernels_<level>.cpp, after it has set the target: everything here is
 // in an anonymous namespace, because a function that the linker merged across levels would run
 // instructions that the processor may not have. For the same reason nothing here calls into std::.
+#pragma once
 
 namespace mima {
 namespace {
