@@ -76,7 +76,7 @@ class Muon(torch.optim.Muon):
             with torch.enable_grad():
                 loss = closure()
         with _as_matrices([p for group in self.param_groups for p in group["params"]]):
-            super().step()
+            super().step()  # type: ignore[no-untyped-call]
         return loss
 
 
