@@ -1,26 +1,16 @@
-"""Runs of `immunize`: precision, memory savers, reports, listeners, what it leaves alone."""
+"""Runs of `immunize`: precision, memory savers, what is refused, what it leaves alone."""
 
-import io
-import json
 import logging
 import math
 import re
-import sys
 from dataclasses import replace
-from importlib.metadata import version
-from unittest import mock
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from rich.console import Console
-from support import builders, tiny
 from support.immunizing import assert_same, concepts, problem_of, settings, weights
 
-from mima.adaptation import TextualInversion
 from mima.bilevel.hypergradient import twice_differentiable_attention
 from mima.bilevel.outer import naive_outer_gradient, upper_gradient
-from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import family_of, load_pipeline
 from mima.families.pipelines import networks
@@ -30,12 +20,10 @@ from mima.immunization.checks import check_model
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import ConceptData, encode_concepts
 from mima.immunization.levels import Problem
-from mima.immunization.merge import concept_tokens, merge_layer
 from mima.immunization.outer_loop import cosine
 from mima.immunization.own_model import own_copy
-from mima.immunization.progress import ProgressBar, StepReport, Tracker, open_trackers
 from mima.immunization.recipes import default
-from mima.merging import MergeLayer, MergePlan
+from mima.merging import MergeLayer
 from mima.training.batches import Encoded, seeded
 from mima.training.class_images import ClassPictures
 
@@ -237,29 +225,6 @@ def test_what_cannot_work_is_refused_with_the_reason(settings, reason):
         ImmunizeConfig(**settings)
 
 
-def test_a_run_reports_what_it_does(model, tmp_path):
-    seen = []
-    config = settings(tmp_path, steps=2)
-    result = immunize(model, concepts(), config, output=tmp_path / "out", callbacks=[seen.append])
-    assert seen == result.history
-    last = seen[-1]
-    assert (last.step, last.steps, last.eta) == (2, 2, 0)
-    assert sorted(last.losses) == sorted(last.prior_losses) == ["cat", "dog"]
-    assert last.prior_loss == pytest.approx(sum(last.prior_losses.values()) / 2)
-    assert last.seconds > 0
-    assert last.memory > 2**20
-    assert 0 < last.residual < 1
-    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    lasting = [replace(report, seconds=0.0, eta=0.0, memory=0) for report in seen]
-    assert [StepReport.from_dict(json.loads(line)) for line in lines] == lasting
-    saved = json.loads((tmp_path / "out" / "mima.json").read_text())
-    assert ImmunizeConfig.model_validate(saved["config"]) == config
-    # an ordinary diffusers folder
-    opened = StableDiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
-    assert_same(opened.unet.state_dict(), result.pipeline.unet.state_dict())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.txt", "out"]
-
-
 def test_a_cosine_schedule_warms_up_and_falls_to_a_tenth(model, tmp_path, monkeypatch):
     rates = []
     step = torch.optim.AdamW.step
@@ -276,22 +241,6 @@ def test_a_cosine_schedule_warms_up_and_falls_to_a_tenth(model, tmp_path, monkey
     ]
     assert rates == pytest.approx(expected)
     assert cosine(99, 100) == pytest.approx(0.1, rel=1e-2)
-
-
-def test_a_callback_stops_the_run(model, tmp_path, caplog):
-    called = []
-    callbacks = [lambda report: "stop" if report.step == 2 else None, called.append]
-    with caplog.at_level(logging.INFO, "mima"):
-        result = immunize(model, concepts(), settings(tmp_path, steps=9), callbacks=callbacks)
-    assert len(result.history) == len(called) == 2
-    assert caplog.messages.count("a callback ended the run after step 2 of 9") == 1
-
-
-def test_what_else_a_callback_returns_stops_nothing(model, tmp_path):
-    """tqdm's ``update`` returns True, a file's ``write`` a number."""
-    callbacks = [lambda _, told=told: told for told in (True, 1, torch.ones(2), "stopped")]
-    result = immunize(model, concepts(1), settings(tmp_path, steps=2), callbacks=callbacks)
-    assert len(result.history) == 2
 
 
 def test_a_pipeline_in_memory_stays_where_and_how_it_is(model):
@@ -325,242 +274,6 @@ def test_the_output_folder_is_checked_first(model, tmp_path):
     (tmp_path / "out" / "letter.txt").write_text("mine")
     with pytest.raises(MimaError, match="not empty"):
         immunize("no such model", concepts(), settings(tmp_path), output=tmp_path / "out")
-
-
-def test_trackers_get_the_same_numbers(model, tmp_path):
-    class Recorder:
-        def __init__(self):
-            self.logged, self.config, self.open = [], None, False
-
-        def start(self):
-            self.open = True
-
-        def store_init_configuration(self, values):
-            self.config = values
-
-        def log(self, values, step):
-            self.logged.append((step, values))
-
-        def finish(self):
-            self.open = False
-
-    recorder = Recorder()
-    config = settings(tmp_path)
-    tracker = Tracker(recorder, config.model_dump(mode="json"))
-    result = immunize(model, concepts(), config, callbacks=[tracker])
-    assert recorder.open
-    tracker.finish()
-    assert not recorder.open
-    assert recorder.config["lower.lr"] == 1e-3
-    # text, where it is neither a number nor text
-    assert (recorder.config["trackers"], recorder.config["lower.alpha"]) == ("[]", "None")
-    assert [step for step, _ in recorder.logged] == [1, 2]
-    assert recorder.logged[-1][1]["loss/cat"] == result.history[-1].losses["cat"]
-    with pytest.raises(MimaError, match=r"trackers: 'tensorbord' is unknown.*tensorboard"):
-        open_trackers(["tensorbord"], tmp_path, {})
-
-
-@pytest.mark.parametrize(("argument", "logs"), [("checkpoint", "out"), ("output", "out.logs")])
-def test_tensorboard_gets_the_same_numbers_and_keeps_them(model, tmp_path, argument, logs):
-    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
-    from tensorboardX.proto.event_pb2 import Event
-
-    config = settings(tmp_path, trackers=("tensorboard",))
-    result = immunize(model, concepts(), config, **{argument: tmp_path / "out"})
-    # a record: length, its checksum, the event, its checksum
-    shown = {}
-    for file in (tmp_path / logs).rglob("events.*"):
-        content = file.read_bytes()
-        while content:
-            length = int.from_bytes(content[:8], "little")
-            event = Event.FromString(content[12 : 12 + length])
-            content = content[16 + length :]
-            for value in event.summary.value:
-                shown[value.tag, event.step] = value.simple_value
-    for report in result.history:
-        losses = {f"loss/{name}": loss for name, loss in report.losses.items()}
-        losses |= {f"prior_loss/{name}": loss for name, loss in report.prior_losses.items()}
-        assert len(losses) == 4
-        for name, loss in losses.items():
-            # TensorBoard's names have neither blanks nor brackets
-            tag = re.sub(r"[^-/.\w]", "_", name)
-            assert shown[tag, report.step] == pytest.approx(loss, rel=1e-6)
-
-
-def with_new_words():
-    return [
-        Concept(
-            word, f"a {token} emoji", [tiny.picture("red", "round", seed=n)], "an emoji",
-            token=token, initializer=word, class_images=[tiny.picture("blue", "round", seed=n)],
-        )
-        for n, (word, token) in enumerate((("cat", "<new1>"), ("castle", "<new2>")))
-    ]  # fmt: skip
-
-
-@pytest.mark.skipif(
-    version("transformers").startswith("4."), reason="its text encoder cannot mask in float64"
-)
-@pytest.mark.parametrize(
-    ("parameters", "method"),
-    [(None, "mima"), ("cross_attention_kv", "mima"), ("lora", "mima"), ("lora", "joint")],
-)
-def test_trained_words_agree_with_central_differences(tmp_path, monkeypatch, parameters, method):
-    """The gradient that a run takes, through text encoder, plan and steps, in float64."""
-    module = sys.modules["mima.immunization.algorithm"]
-    problems = []
-
-    def keep(problem, *_, **__):
-        problems.append(problem)
-        return []
-
-    monkeypatch.setattr(module, "ascend", keep)
-    config = settings(
-        tmp_path,
-        hypergradient="exact",
-        method=method,
-        new_words=True,
-        lower={
-            "lr": 0.05, "token_lr": 0.3, "steps": 2, "optimizer": "sgd", "parameters": parameters,
-            "train_token": True,
-        },
-        upper={"parameters": "cross_attention_kv"},
-    )  # fmt: skip
-    monkeypatch.setattr(module, "own_copy", lambda pipeline, _: pipeline.to(torch.float64))
-    immunize(tiny.tiny_stable_diffusion(tmp_path / "tokenizer"), with_new_words(), config)
-    (problem,) = problems
-    theta = problem.theta()
-    levels = problem.lower_levels(0), problem.upper_levels(0)
-
-    def objective(theta):
-        losses = problem.hypergradient(theta, *levels).losses
-        return sum((1 if name.kind == "prior" else -1) * x for name, x in losses.items())
-
-    outer = problem.hypergradient(theta, *levels)
-    draws = torch.Generator().manual_seed(0)
-    along = {n: torch.randn(v.shape, generator=draws).to(v) for n, v in outer.gradient.items()}
-    h = 1e-4
-    monkeypatch.setattr(
-        problem, "config", config.model_copy(update={"hypergradient": "first_order"})
-    )
-    ahead, behind = (
-        objective(theta | {n: theta[n] + sign * h * v for n, v in along.items()})
-        for sign in (1, -1)
-    )
-    slope = sum(float((outer.gradient[n] * v).sum()) for n, v in along.items())
-    first = problem.hypergradient(theta, *levels)
-    without = sum(float((first.gradient[n] * v).sum()) for n, v in along.items())
-    assert abs(slope - (ahead - behind) / (2 * h)) <= 1e-5 * abs(slope)
-    # and the steps matter
-    assert abs(slope - without) > 1e-3 * abs(slope)
-
-
-@pytest.mark.parametrize("mode", ["exact", "finite_difference"])
-def test_a_run_trains_new_words_in_its_lower_level(tmp_path, mode):
-    pipeline = tiny.tiny_stable_diffusion(tmp_path / "tokenizer")
-    lower = {"parameters": "lora", "lr": 1e-3, "prior_weight": 0.5}
-    lower |= {"train_token": True, "token_lr": 1e-2}
-    config = settings(tmp_path, hypergradient=mode, new_words=True, lower=lower)
-    result = immunize(pipeline, with_new_words(), config)
-    assert all(math.isfinite(report.gradient_norm) for report in result.history)
-    assert 0 < result.history[-1].residual < 1
-    assert result.pipeline.text_encoder is pipeline.text_encoder
-    with pytest.raises(MimaError, match="no token: cat, dog"):
-        immunize(pipeline, concepts(), config)
-
-
-def report_of(count, step=3, steps=10):
-    losses = {f"concept {n}": 1.25 for n in range(count)}
-    return StepReport(
-        step, steps, losses, 1e-3, 0.7, 0.02, 1.5, 3661.0, 2**30, 2, prior_losses={"x": 0.5}
-    )
-
-
-def test_the_progress_bar_says_what_matters():
-    out = io.StringIO()
-    with ProgressBar(Console(file=out, force_terminal=True, width=200)) as bar:
-        bar(report_of(2))
-    shown = out.getvalue()
-    for part in (
-        *("3/10", "loss 1.250", "prior 0.500", "drift 1.0e-03", "residual 2.0e-02"),
-        *("2 skipped", "1.50 s/step", "1.0 GiB", "1:01:01 left"),
-    ):
-        assert part in shown
-
-
-@pytest.mark.parametrize("count", [1, 2, 50])
-@pytest.mark.parametrize("stage", ["", "a concept of a very long name [red]"])
-def test_progress_has_room_in_80_columns(count, stage):
-    out = io.StringIO()
-    with ProgressBar(Console(file=out, force_terminal=True, width=80, color_system=None)) as bar:
-        bar(replace(report_of(count, 999, 1000), stage=stage))
-    text = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", out.getvalue())
-    lines = [line.rstrip() for line in re.split(r"[\r\n]", text) if line.strip()]
-    assert max(map(len, lines)) <= 80
-    line = lines[-1]
-    for part in (" 999/1000 ", "1.50 s/step", "1:01:01 left"):
-        assert part in line
-
-
-def test_where_output_is_no_terminal_there_is_a_line_for_each_tenth():
-    out = io.StringIO()
-    with ProgressBar(Console(file=out, width=80)) as bar:
-        for step in range(1, 41):
-            bar(report_of(3, step, 40))
-    lines = out.getvalue().splitlines()
-    assert [line.split(" · ")[0] for line in lines] == [
-        f"immunizing: {step} of 40" for step in range(4, 41, 4)
-    ]
-    assert all("1.50 s/step · 1:01:01 left" in line for line in lines)
-
-
-def test_new_words_are_words_while_the_model_is_immunized(tmp_path, monkeypatch):
-    """Each is one token, its row alone was trained, and the result's vocabulary is the old one."""
-    pipeline = tiny.tiny_stable_diffusion(tmp_path / "tokenizer")
-    seen = []
-    # the package's attribute of that name is the function
-    module = sys.modules["mima.immunization.algorithm"]
-    encode = module.encode_concepts
-
-    def spy(family, *args, **keywords):
-        seen.append(family.pipeline)
-        return encode(family, *args, **keywords)
-
-    monkeypatch.setattr(module, "encode_concepts", spy)
-    config = settings(tmp_path, steps=1, new_words=True, token_steps=2)
-    result = immunize(pipeline, with_new_words(), config)
-    # of the concepts, and of no benign ones
-    inner, _ = seen
-    old = pipeline.text_encoder.get_input_embeddings().weight
-    new = inner.text_encoder.get_input_embeddings().weight
-    assert torch.equal(new[: len(old)], old)
-    assert len(new) == len(old) + 2
-    for row, word, token in ((-2, "cat", "<new1>"), (-1, "castle", "<new2>")):
-        assert inner.tokenizer.convert_tokens_to_ids(token) == len(new) + row
-        start = old[pipeline.tokenizer.encode(word, add_special_tokens=False)[0]]
-        # two steps of AdamW at 5e-4
-        assert 1e-4 < (new[row] - start).abs().max() < 2e-3
-    assert result.pipeline.tokenizer is pipeline.tokenizer
-    assert result.pipeline.text_encoder is pipeline.text_encoder
-
-
-def test_new_words_are_trained_on_the_runs_resolution_with_its_losses(tmp_path, monkeypatch):
-    asked = []
-
-    def spy(**options):
-        asked.append(options)
-        return TextualInversion(**options)
-
-    monkeypatch.setattr("mima.immunization.own_model.TextualInversion", spy)
-    pipeline = tiny.tiny_stable_diffusion(tmp_path / "tokenizer")
-    training = {"snr_gamma": 5.0}
-    config = settings(
-        tmp_path, steps=1, new_words=True, token_steps=1, resolution=16, training=training
-    )
-    immunize(pipeline, with_new_words(), config)
-    told = {"seed": config.seed, "resolution": 16, "training": config.training}
-    told |= {"gradient_checkpointing": False}
-    assert asked == [told, told]
-    assert config.training.snr_gamma == 5.0
 
 
 def test_what_a_run_cannot_use_is_said_before_class_pictures_are_drawn(
@@ -601,32 +314,6 @@ def test_class_pictures_of_a_concept_without_a_name_keep_their_captions(model, t
     assert "cat6" in caplog.text
 
 
-def test_a_merge_is_where_the_run_computes(small_model):
-    family = family_of(load_pipeline(str(small_model)))
-    elsewhere = torch.device("meta")
-    stop = mock.patch.object(MergePlan, "from_embeddings", side_effect=ValueError("enough"))
-    with stop as made, pytest.raises(MimaError, match="enough"):
-        merge_layer(family, concepts(2), ImmunizeConfig(), elsewhere)
-    C, regular = made.call_args.args
-    assert {x.device for x in (*C, regular, made.call_args.kwargs["weights"])} == {elsewhere}
-
-
-def test_the_merge_is_made_of_what_the_erased_model_reads(tmp_path, monkeypatch):
-    """Of transformers with joint attention, erasure edits what reads the text."""
-    folder = builders.save(builders.sd3, tmp_path / "model")
-    solved = []
-    monkeypatch.setattr(
-        "mima.immunization.algorithm._run", lambda problem, *_: solved.append(problem) or []
-    )
-    immunize(folder, concepts(1), settings(tmp_path, erase_first=True, steps=1))
-    (problem,) = solved
-    (concept,) = concepts(1)
-    read = concept_tokens(problem.family, concept)
-    assert torch.equal(problem.merge.plan.C[0], read)
-    before = concept_tokens(family_of(load_pipeline(folder)), concept)
-    assert (read - before).norm() > 1e-2 * before.norm()
-
-
 def test_a_weight_of_two_names_is_trained_in_half_precision(model, tmp_path):
     pipeline = load_pipeline(model)
     kv = [m for n, m in pipeline.unet.named_modules() if n.endswith(("attn2.to_k", "attn2.to_v"))]
@@ -658,18 +345,3 @@ def test_a_rate_of_large_models_is_warned_of_on_a_small_one(rate, warned, caplog
     with caplog.at_level(logging.WARNING, "mima"):
         check_model(load_pipeline("embedded"), concepts(1), config)
     assert ("of the recipe default by rate: 0.0001" in caplog.text) == warned
-
-
-def test_a_merge_of_prompts_is_not_of_what_other_captions_teach(model):
-    pipeline = load_pipeline(str(model))
-    attacker = {"captions": ["as_is", "rare_token"]}
-
-    def check(lower=attacker, **changes):
-        check_model(pipeline, concepts(1), ImmunizeConfig(lower=lower, **changes))
-
-    with pytest.raises(MimaError, match=r"captions: .* learned under rare_token needs merge"):
-        check()
-    for other in ({"merge": "average"}, {"merge": "sum"}, {"method": "joint"}):
-        check(**other)
-    # of weights that nothing projects the mean is kept
-    check(attacker | {"parameters": r"conv_in\.weight"})
