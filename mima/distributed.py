@@ -34,6 +34,8 @@ PATIENCE = 30.0
 """Seconds without one after which a process counts as dead."""
 LEFT = "left"
 """The last sign of a process that has done its part."""
+INTERRUPTED = KeyboardInterrupt.__name__
+"""The last sign of one that a Ctrl-C ended."""
 
 logger = logging.getLogger(__name__)
 
@@ -294,6 +296,8 @@ class Pulse:
         self._size = size
         self._runs = 0
         self._problem = ""
+        self._ended = threading.Event()
+        self._ended.set()
 
     def start(self) -> None:
         """Begin to count, and to look after the others that have begun."""
@@ -305,7 +309,9 @@ class Pulse:
         self._thread.start()
 
     def stop(self, last: str) -> None:
-        """Tell the others that this process waits for nobody any more: why, or ``LEFT``."""
+        """Tell the others, once, that this process waits for nobody any more: why, or ``LEFT``."""
+        if self._ended.is_set():
+            return
         self._ended.set()
         # the process that served the store may be gone
         with contextlib.suppress(dist.DistError):
@@ -351,15 +357,17 @@ class Pulse:
                 if new.isdigit() and silent > PATIENCE:
                     self._end(f"process {n} has given no sign of life for {silent:.0f} s")
                 elif not new.isdigit() and new != LEFT.encode():
-                    self._end(f"process {n} has failed: {new.decode(errors='replace')}")
+                    # a step that has begun is done before a Ctrl-C counts here, too
+                    patience = PATIENCE if new == INTERRUPTED.encode() else 2 * PERIOD
+                    self._end(f"process {n} has failed: {new.decode(errors='replace')}", patience)
                 if self._found.is_set():
                     return
 
-    def _end(self, problem: str) -> None:
+    def _end(self, problem: str, patience: float | None = None) -> None:
         self._problem = problem
         self._found.set()
         # a process that is about to fail, too, says so by itself
-        if not self._ended.wait(2 * PERIOD):
+        if not self._ended.wait(2 * PERIOD if patience is None else patience):
             logger.error("distributed: %s; process %d ends, too", problem, self._rank)
             os._exit(1)
 
@@ -393,6 +401,18 @@ def looking_after_each_other() -> Iterator[None]:
         raise
     else:
         pulse.stop(LEFT)
+
+
+def wait_for_nobody(why: str) -> None:
+    """Leave the others, as at the end of `looking_after_each_other`: what follows may take long.
+
+    No process ends this one any more.
+
+    Args:
+        why: what they are told, as ``INTERRUPTED``.
+    """
+    for pulse in _PULSES:
+        pulse.stop(why)
 
 
 def _leave() -> None:

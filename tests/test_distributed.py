@@ -19,6 +19,7 @@ from mima.errors import MimaError
 from mima.evaluation import EvaluationFolder
 from mima.evaluation.ranks import SharedFolder, over_ranks
 from mima.evaluation.worker import Outcome
+from mima.storage.checkpoint import CheckpointFolder
 from mima.storage.runs import default_folder
 
 
@@ -146,6 +147,13 @@ def test_a_run_resumes_on_another_number_of_ranks(processes, small_model, tmp_pa
     assert finish(three) == [0, 0, 0]
     # AdamW's first steps divide a gradient by its own size, which magnifies rounding
     assert_near(weights(tmp_path / "more"), weights(tmp_path / "one"), 1e-4)
+
+
+def test_a_checkpoint_after_ctrl_c_takes_its_time(processes, small_model, tmp_path):
+    config = settings(tmp_path, steps=3, checkpoint_every=1000)
+    run = (small_model, config, 2), {"output": tmp_path / "out"}
+    assert finish(launch(processes, ranks.interrupt, 2, *run)) == [0, 0]
+    assert CheckpointFolder(default_folder(tmp_path / "out")).latest().step == 2
 
 
 GRID = {

@@ -14,7 +14,7 @@ import torch
 
 from mima.bilevel.lower import Params, Tensors
 from mima.bilevel.outer import OuterGradient
-from mima.distributed import ALONE, Ranks, union
+from mima.distributed import ALONE, INTERRUPTED, Ranks, union, wait_for_nobody
 from mima.errors import MimaError
 from mima.immunization.attackers import Alive, from_tensors, to_tensors
 from mima.immunization.levels import Problem
@@ -140,10 +140,17 @@ class Ascent:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         # processes that write together are interrupted at different places
         together = self._problem.family.sharded is not None
-        if kind is None or (issubclass(kind, KeyboardInterrupt) and not together):
-            self._write()
-        for tracker in self._trackers:
-            tracker.finish()
+        try:
+            if kind is None:
+                self._write()
+            elif issubclass(kind, KeyboardInterrupt) and not together:
+                # torchrun sends another one to those that a terminal's Ctrl-C has reached
+                with uninterrupted():
+                    wait_for_nobody(INTERRUPTED)
+                    self._write()
+        finally:
+            for tracker in self._trackers:
+                tracker.finish()
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, counted from 0; ends early where a callback wants it."""

@@ -6,11 +6,12 @@ import gc
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ from mima.families import family_of, load_pipeline
 from mima.families.frozen import hold_frozen
 from mima.families.sharded import ShardedDenoiser
 from mima.immunization.alternating import merge_step
+from mima.immunization.outer_loop import Ascent
 from mima.immunization.progress import StepReport
 from mima.immunization.sharded_state import ShardedState
 from mima.merging import MergeLayer, MergePlan
+from mima.storage import checkpoint
 from mima.storage.checkpoint import Checkpoint, CheckpointFolder
 
 MODES = (
@@ -111,6 +114,28 @@ def immunize(rank: int, size: int, port: int, args: tuple[Any, ...], options: An
     immunizing.run(*args, **options)
 
 
+def interrupt(rank: int, size: int, port: int, args: tuple[Any, ...], options: Any) -> None:
+    """`immunize`, interrupted everywhere after two steps, with a checkpoint that takes long."""
+    check, save = Ascent._check_divergence, checkpoint._save_whole
+
+    def interrupted(run: Ascent) -> None:
+        check(run)
+        if len(run.history) == 2:
+            distributed.PATIENCE, distributed.PERIOD = 1.0, 0.25
+            raise KeyboardInterrupt
+
+    def slowly(folder: Path, tensors: Any) -> dict[str, str]:
+        # torchrun passes on the Ctrl-C that a terminal has sent to all
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(4)
+        return save(folder, tensors)
+
+    with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(Ascent, "_check_divergence", interrupted)
+        patch.setattr(checkpoint, "_save_whole", slowly)
+        immunize(rank, size, port, args, options)
+
+
 def patience(rank: int, size: int, port: int, output: Path) -> None:
     """How long each group waits of processes that hold a model between them."""
     os.environ.update(_torchrun(rank, size, port))
@@ -129,6 +154,17 @@ class Hold:
     def __call__(self, report: StepReport) -> None:
         if report.step == 2:
             time.sleep(3600)
+
+
+class Told:
+    """Writes down which process is told of steps."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, report: StepReport) -> None:
+        with self.path.open("a") as file:
+            file.write(os.environ["RANK"])
 
 
 class HeldBytes:
