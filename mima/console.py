@@ -221,7 +221,8 @@ def progress() -> Iterator[Bars]:
     )
 
     console = stderr()
-    if not console.is_terminal:
+    # torchrun's other processes would draw over the main one's
+    if not console.is_terminal or os.environ.get("RANK", "0") != "0":
         yield Lines(console)
         return
     columns = (

@@ -143,8 +143,10 @@ def test_a_run_resumes_on_another_number_of_ranks(processes, small_model, tmp_pa
     more = {"output": tmp_path / "more", "resume": True}
     two = start(processes, 2, small_model, config, 3, **more, callbacks=[ranks.Hold()])
     kill_after_a_step(two, tmp_path / "more")
-    three = start(processes, 3, small_model, config, 3, **more)
+    told = ranks.Told(tmp_path / "told")
+    three = start(processes, 3, small_model, config, 3, **more, callbacks=[told])
     assert finish(three) == [0, 0, 0]
+    assert set(told.path.read_text()) == {"0"}
     # AdamW's first steps divide a gradient by its own size, which magnifies rounding
     assert_near(weights(tmp_path / "more"), weights(tmp_path / "one"), 1e-4)
 

@@ -93,7 +93,7 @@ class Ascent:
         self.moved: dict[int, Tensors] = {}
         self._problem = problem
         self._config = config
-        self._callbacks = list(callbacks)
+        self._callbacks = list(callbacks) if problem.ranks.main else []
         self._folder = folder
         self._logs = logs
         self._stage = stage
