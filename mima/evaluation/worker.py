@@ -289,7 +289,10 @@ class Worker:
             *(concept.prompt, concept.token, concept.initializer, concept.class_prompt),
             *((digest(p), p.prompt) for p in (*concept.images, *concept.class_images)),
         )
-        common = (type(adaptation).__name__, adaptation, learned, bench.sampler, attack.transplant)
+        # what Muon did before it made the steps of filters orthogonal is another attack's
+        made = ("filters",) if adaptation.optimizer == "muon" else ()
+        kind = type(adaptation).__name__
+        common = (kind, adaptation, learned, bench.sampler, attack.transplant, *made)
         if trial is not None:
             first = self.similarities[0].name
             judge = (first, self.judges[first], bench.protocol)
