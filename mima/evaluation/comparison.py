@@ -127,7 +127,8 @@ def evaluate(
     Degenerate cases. Where an attack fails on the original model, M(x_r, x_A) ≤ 0, SGR is 0. A
     concept without held-out pictures is compared with its training pictures, with a warning and a
     note in its record; one picture is a mean of one; a concept without pictures cannot be made. An
-    attack whose training diverges on either model counts as not tried: it has no SGR.
+    attack whose training diverges on either model is measured up to the last step of which both
+    have finite pictures; without any after 0 it counts as not tried, and has no SGR.
 
     Args:
         original: the model before immunization: a diffusers folder, a .safetensors file, a hub id,

@@ -151,7 +151,10 @@ class Tally(_Record):
 
     attacks: int = 0
     diverged: int = 0
-    """Attacks whose training diverged on a model: they count as not tried."""
+    """Attacks whose training diverged on a model before anything could be compared: they count as
+    not tried."""
+    cut_short: int = 0
+    """Attacks whose training diverged on a model later: what was reached by then counts."""
     taught: int = 0
     """Attacks that taught either model the concept."""
     led_away: int = 0
@@ -322,8 +325,8 @@ class CsvRow(_Record):
 class AttackRow(CsvRow):
     """One attack, seen by one similarity model.
 
-    SGRs and rises are None where nothing could be compared: the adaptation diverged before the
-    first evaluated step.
+    SGRs and rises are None where nothing could be compared: the adaptation diverged on a model
+    before the first evaluated step. Where it did later, everything is of the steps before.
     """
 
     attack: str
@@ -400,6 +403,9 @@ class AttackRow(CsvRow):
     where those diverged."""
     repaired_immunized: float | None = None
     """The same of the immunized model."""
+    diverged_after: int | None = Field(default=None, ge=0, le=MOST)
+    """The last evaluated step of which both models have pictures of finite numbers, where the
+    adaptation diverged after it; None where it did not, and in records of before that was told."""
 
     @property
     def setting(self) -> tuple[str, float, int, PromptVariant, Pictures, Preparation]:
@@ -423,7 +429,8 @@ class AttackRow(CsvRow):
         if self.rise_left is not None:
             changes["rise_left"] = max(self.rise_left, 0.0)
         if self.half_original is not None and self.half_immunized is None:
-            changes["half_immunized"] = self.steps
+            last = self.diverged_after
+            changes["half_immunized"] = self.steps if last is None else last
         return self.model_copy(update=changes)
 
 

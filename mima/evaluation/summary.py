@@ -113,6 +113,7 @@ def tally(rows: Iterable[AttackRow]) -> Tally:
     return Tally(
         attacks=len(mine),
         diverged=sum(row.sgr_mean is None for row in mine),
+        cut_short=sum(row.sgr_mean is not None and row.diverged_after is not None for row in mine),
         taught=sum(row.taught_either for row in mine),
         led_away=sum(row.learned and (row.rise_left or 0.0) < -LED_AWAY for row in mine),
         beyond=sum(not -1 <= (row.sgr_mean or 0.0) <= FAR for row in mine),

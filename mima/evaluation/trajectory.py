@@ -83,6 +83,12 @@ class Trajectory:
     broken: tuple[int, ...]
     pipeline: Pipeline
 
+    @property
+    def last(self) -> int:
+        """The last step up to which all pictures are of finite numbers; 0 where no later one is."""
+        sound = [step for step in self.steps if all(step < place for place in self.broken)]
+        return max(sound, default=0)
+
 
 def trajectory(
     pipeline: Pipeline,

@@ -78,6 +78,9 @@ class _Fate:
     """Why it diverged."""
     unrepaired: str | None = None
     """Why the repair after it did; entries of before one could diverge say nothing of it."""
+    last: int = 0
+    """The last step with pictures of finite numbers before it diverged; entries of before that was
+    kept say nothing of it."""
 
 
 Result: TypeAlias = Outcome | TrialRow | None
@@ -201,31 +204,30 @@ class Worker:
         started = time.perf_counter()
         bench = self.bench
         _, references = bench.material(attack)
-        whole, repaired = True, {}
+        repaired = {}
+        steps = bench.config.steps_of(attack)
+        diverged_after: int | None = None
         tuned: dict[Side, str | None] = dict.fromkeys(SIDES)
         for side in bench.models:
-            for adaptation in attack.on(side):
-                tuned[side] = _described(adaptation) if side in attack.tuned else None
-                fate = self._attack_on(attack, side, adaptation)
-                if fate.diverged is None:
-                    break
-                logger.warning("%s, %s model: %s", attack.id, side, fate.diverged)
+            adaptation, fate = self._furthest(attack, side)
+            tuned[side] = _described(adaptation) if side in attack.tuned else None
             if fate.diverged is not None:
-                whole = False
+                # an attacker keeps what was reached by then
+                steps = tuple(step for step in steps if step <= fate.last)
+                diverged_after = steps[-1]
             elif fate.unrepaired is not None:
                 logger.warning("%s, %s model, repair: %s", attack.id, side, fate.unrepaired)
             elif bench.repairs:
                 repaired[side] = bench.repaired_files(attack, side)
         if len(bench.models) < len(SIDES):
             return Outcome([], [])
-        # an attack that diverged on either model counts as not tried: it shows the start alone
-        steps = bench.config.steps_of(attack) if whole else (0,)
         seconds = time.perf_counter() - started
         rows, points = [], []
         for similarity in self.similarities:
             row, curve = self._measure(attack, similarity, steps, references, seconds)
             row = row.model_copy(update={f"tuned_{side}": said for side, said in tuned.items()})
-            if whole:
+            row = row.model_copy(update={"diverged_after": diverged_after})
+            if diverged_after is None:
                 row = row.model_copy(
                     update={
                         f"repaired_{side}": self._mean(similarity, files, references)
@@ -235,6 +237,22 @@ class Worker:
             rows.append(row)
             points += curve
         return Outcome(rows, points)
+
+    def _furthest(self, attack: Attack, side: Side) -> tuple[Adaptation, _Fate]:
+        """Attack one model with the first settings that do not diverge, or that get furthest."""
+        fates = []
+        for adaptation in attack.on(side):
+            fate = self._attack_on(attack, side, adaptation)
+            if fate.diverged is None:
+                return adaptation, fate
+            logger.warning("%s, %s model: %s", attack.id, side, fate.diverged)
+            fates.append((adaptation, fate))
+        best = max(fates, key=lambda tried: tried[1].last)
+        if best[1].last > fate.last:
+            # the pictures are those of the last settings
+            self._attack_on(attack, side, best[0])
+            return best
+        return adaptation, fate
 
     def _attack_on(self, attack: Attack, side: Side, adaptation: Adaptation) -> _Fate:
         """Attack one model and repair it, or copy what another evaluation keeps of the original.
@@ -261,7 +279,9 @@ class Worker:
         # what a preparation breaks is the attacker's to bear, and step 0 is before it
         if 0 in drawn.broken:
             raise _not_finite(side, concept.prompt)
-        fate = _Fate(None if drawn.diverged is None else str(drawn.diverged))
+        fate = _Fate(None)
+        if drawn.diverged is not None:
+            fate = _Fate(str(drawn.diverged), last=drawn.last)
         if bench.repairs and fate.diverged is None:
             try:
                 self._repair(attack, side, drawn.pipeline)

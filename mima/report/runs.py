@@ -197,7 +197,10 @@ class Run:
         return sum(row.sgr_mean is not None for row in rows)
 
     def last(self, chosen: Setting, similarity: str) -> Pair:
-        """Means over seeds of both models' similarity at the last step, but of diverged attacks."""
+        """Means over seeds of both models' similarity at the last step that was measured.
+
+        Attacks that diverged before any step have none.
+        """
         curves = self.curves_of(chosen, similarity)
         return means([curve[max(curve)] for curve in curves if max(curve) > 0])
 

@@ -163,6 +163,10 @@ def count_sentences(counts: Tally) -> list[str]:
             "diverged on a model and count as not tried: an attacker would take a lower rate.",
         ),
         (
+            counts.cut_short,
+            "diverged on a model later on, and count by what they had reached on both by then.",
+        ),
+        (
             failed,
             "taught neither model anything: they say little, and none of them counts as the one "
             "that got furthest, but MSGR counts them.",

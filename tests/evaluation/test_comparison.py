@@ -118,6 +118,7 @@ def test_models_that_are_equal_have_no_gap(folders, tmp_path):
         similarities=[folders / "clip"],
         processes=1,
     )
+    assert (result.same_denoiser, result.other_parts) == (True, ())
     summary = result.summary["clip"]
     assert summary.msgr.mean == summary.worst_attack.sgr == 0
     assert (summary.msgr.low, summary.msgr.high) == (0, 0)

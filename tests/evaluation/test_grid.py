@@ -356,6 +356,7 @@ def test_an_attack_that_diverges_has_no_numbers_and_no_nan(folders, tmp_path):
     folder = EvaluationFolder(tmp_path)
     (row,) = folder.attacks()
     assert (row.sgr_mean, row.sgr_final, row.sgr_max) == (None, None, None)
+    assert row.diverged_after == 0
     # what the models draw before the attack is not what they draw after it
     assert (row.nearest_original, row.nearest_immunized) == (None, None)
     assert (row.objects_original, row.objects_immunized) == (None, None)

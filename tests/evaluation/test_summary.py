@@ -123,6 +123,9 @@ def test_rises_are_means_over_what_has_them_and_bounds_stay_bounds():
     half = summary.targets.steps_to_half
     assert (half.original, half.immunized) == (0.3125, 0.875)
     assert not rise.at_least
+    # or the last before it diverged
+    cut = row("a", 0, 0.4, half_original=0.25, diverged_after=3)
+    assert summarize([cut], CONCEPTS, "clip").targets.steps_to_half.immunized == 3
     bound = row("a", 2, 0.1, rise_left=0.5, rise_left_at_least=True, objects_original=0.5)
     summary_ = summarize([*rows, bound], CONCEPTS, "clip")
     assert summary_.targets.rise_left.at_least
@@ -184,14 +187,23 @@ def test_attacks_are_counted_by_what_became_of_them():
         # the immunized model's pictures broke, which is no more immune than learning nothing
         row("a", 0, 0.9, name="away", rise_left=-2.0, **nearer),
         row("a", 0, 0.1, rise_left=1.0, **nearer),
-        row("b", 0, None, name="diverged", learned=False),
-        row("b", 0, 7.0, learned=False, before_original=0.2, before_immunized=0.25),
+        row("b", 0, None, name="diverged", learned=False, diverged_after=0),
+        row(
+            "b",
+            0,
+            7.0,
+            learned=False,
+            before_original=0.2,
+            before_immunized=0.25,
+            diverged_after=25,
+        ),
         row("c", 0, None, role="other", learned=False),
     ]
     summary = summarize(rows, CONCEPTS, "clip")
     assert summary.targets.rise_left.mean == pytest.approx(0.5)
     counts = summary.tally
     assert (counts.attacks, counts.diverged, counts.taught) == (4, 1, 2)
+    assert counts.cut_short == 1
     assert (counts.led_away, counts.beyond, counts.known_before) == (1, 1, ("a",))
     # a similarity near 0 moves SGR either way
     below = [row("b", 0, -3.0, learned=False, before_original=0.01, before_immunized=0.04)]

@@ -7,12 +7,14 @@ import itertools
 import pytest
 from support import tiny
 
-from mima.adaptation import LoRA, TextualInversion
+from mima.adaptation import Diverged, LoRA, TextualInversion
 from mima.errors import MimaError
 from mima.evaluation import EvaluationFolder, evaluate
 from mima.evaluation.grid import attack_grid, grid_config
+from mima.evaluation.metrics import sgr
 from mima.evaluation.plan import Plan
 from mima.evaluation.records import SIDES
+from mima.evaluation.trajectory import trajectory
 from mima.evaluation.tuning import (
     SGD_RATE,
     Choice,
@@ -24,6 +26,8 @@ from mima.evaluation.tuning import (
     ranked,
 )
 from mima.evaluation.worker import Worker
+from mima.report import write_report
+from mima.report.wording import count_sentences
 
 GRID = {
     "methods": {"lora": {"learning_rate": 1e-2, "batch_size": 2, "steps": 4}},
@@ -272,6 +276,54 @@ def test_settings_that_diverge_at_full_length_give_way_to_the_next_trial(
     assert (found.sgr_final is not None) == holds
     expected = f"rate {rates[1]:g}, constant, batch 1, adamw"
     assert (found.tuned_original, found.tuned_immunized) == (expected, expected)
+
+
+def test_an_attack_that_diverges_late_counts_by_the_settings_that_got_furthest(
+    folders, tmp_path, monkeypatch
+):
+    rates = (1e-2, 3e-2)
+
+    def tried(_, trial):
+        known = {"attack": trial.attack.key, "side": trial.side, "lr": rates[trial.number]}
+        return row(trial.number, similarity=0.9 - trial.number / 10, batch_size=2, **known)
+
+    def cut(pipeline, concept, adaptation, *args, **options):
+        drawn = trajectory(pipeline, concept, adaptation, *args, **options)
+        why = Diverged("the loss is nan")
+        if adaptation.learning_rate == rates[1]:
+            return dataclasses.replace(drawn, diverged=why, broken=(2,))
+        return dataclasses.replace(drawn, diverged=why, steps=(0, 1, 2))
+
+    settings = GRID | {"seeds": [0], "evaluations": 4}
+
+    def curve(name, trials):
+        result = evaluate(
+            folders / "model",
+            folders / "immunized",
+            [tiny.concept()],
+            output=tmp_path / name,
+            settings=settings | {"tune": {"trials": trials}},
+            similarities=[folders / "clip"],
+            processes=1,
+        )
+        folder = EvaluationFolder(tmp_path / name)
+        (found,) = folder.attacks()
+        points = [(point.step, point.original, point.immunized) for point in folder.curves()]
+        return found, points, result.summary["clip"].tally
+
+    whole, points, counts = curve("whole", 1)
+    assert (whole.diverged_after, counts.cut_short) == (None, 0)
+    monkeypatch.setattr(Worker, "_tried", tried)
+    monkeypatch.setattr("mima.evaluation.worker.trajectory", cut)
+    late, known, counts = curve("late", 2)
+    assert known == points[:3]
+    assert (late.diverged_after, late.sgr_final) == (2, sgr(*known[2][1:]))
+    assert late.tuned_original == late.tuned_immunized == "rate 0.01, constant, batch 2, adamw"
+    assert (counts.attacks, counts.diverged, counts.cut_short) == (1, 0, 1)
+    assert "<small>diverged after 2</small>" in write_report([tmp_path / "late"]).read_text()
+    assert "1 of 1 attack on immunized concepts diverged on a model later on" in " ".join(
+        count_sentences(counts)
+    )
 
 
 def test_the_headline_preset_is_tuned_and_counted():
