@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -38,7 +38,9 @@ from mima.adapters.lora_files import (
     foreign_errors,
     largest_rank,
     learned,
+    left_out,
     refuse_others,
+    with_strengths,
 )
 from mima.errors import MimaError, first_line, one_line, quoted
 from mima.families import family_of, load_pipeline
@@ -266,22 +268,44 @@ class AdapterReader:
                 f"adapter {path}: {type(scratch).__name__} reads no LoRA files; peft's folders "
                 f"({PEFT_CONFIG}) are read"
             )
-        # offline, older diffusers look for no file unless its name is given
-        place = {"weight_name": path.name, "local_files_only": True}
-        # settings are in a file's header; a pickle has none, and may hold more than the matrices
-        source = str(path.parent) if path.suffix == ".safetensors" else dict(state)
-        with foreign_errors(path):
-            # diffusers empties what it renames
-            state = scratch.lora_state_dict(copy(source), **place)
-        state = state[0] if isinstance(state, tuple) else state
         refuse_others(path, state)
-        check_metadata(path, state)
+        alphas = [key for key in state if key.endswith(".alpha")]
         # kohya's alphas may be whole
-        matrices = {key: value for key, value in state.items() if not key.endswith(".alpha")}
-        check_numbers(path, matrices)
-        with foreign_errors(path):
-            scratch.load_lora_weights(source, adapter_name=name, **place)
+        check_numbers(path, {key: state[key] for key in state.keys() - alphas})
+        configured = check_metadata(path, state)
         dora = any(MAGNITUDE in key for key in state)
+        if alphas and (configured or dora):
+            raise MimaError(
+                f"adapter {path} holds {one_line(alphas[0])} beside "
+                f"{'a configuration' if configured else 'the magnitudes of a DoRA'}; this is not "
+                "supported"
+            )
+
+        def renamed(tensors: dict[str, Any]) -> dict[str, Any]:
+            # by which diffusers numbers SDXL's blocks
+            config = {"unet_config": scratch.unet.config} if self.denoiser == "unet" else {}
+            found = scratch.lora_state_dict(tensors, **config)
+            found = found[0] if isinstance(found, tuple) else found
+            return {key: value for key, value in found.items() if not key.endswith(".alpha")}
+
+        with foreign_errors(path):
+            state, strength = with_strengths(state)
+            lost = left_out(state, renamed)
+            state = renamed(dict(state))
+        parts = tuple(f"{part}." for part in scratch._lora_loadable_modules)
+        lost += [key for key in state if not key.startswith(parts)]
+        if lost:
+            raise MimaError(
+                f"adapter {path} holds {one_line(lost[0])} ({len(lost)} such names), which "
+                f"diffusers does not read for a {type(scratch).__name__}"
+            )
+        with foreign_errors(path):
+            if configured:
+                # in the file's header; offline, older diffusers look for no file unless named
+                place = {"weight_name": path.name, "local_files_only": True}
+                scratch.load_lora_weights(str(path.parent), adapter_name=name, **place)
+            else:
+                scratch.load_lora_weights(state, adapter_name=name)
         found = learned(networks(scratch), name, path, whole=dora)
         expected = sum(bool(LORA_DOWN.search(key)) for key in state)
         if len(found) != expected:
@@ -289,7 +313,11 @@ class AdapterReader:
                 f"adapter {path} does not fit the model: {len(found)} of its {expected} "
                 "layers were found there"
             )
-        return {"values" if dora else "factors": found}
+        if dora:
+            return {"values": found}
+        if not configured:
+            found = {layer: replace(one, scale=strength) for layer, one in found.items()}
+        return {"factors": found}
 
     def _peft(self, path: Path) -> dict[str, Any]:
         settings = read_json((path / PEFT_CONFIG).read_text(encoding="utf-8"))
@@ -395,6 +423,13 @@ class AdapterReader:
                 )
         numbers = [*found.get("values", {}).items(), *found.get("words", {}).items()]
         for name, factor in found.get("factors", {}).items():
+            own, size = parameter(self.pipeline, name), (len(factor.B), factor.A.shape[1])
+            # diffusers widens a layer of Flux for a LoRA of another width
+            if size != (len(own), own[0].numel()):
+                raise MimaError(
+                    f"adapter {path} does not fit the model: {name} is changed as {list(size)}, "
+                    f"expected {[len(own), own[0].numel()]}"
+                )
             numbers += [(name, factor.A), (name, factor.B)]
             largest = math.prod(float(x.abs().max()) for x in (factor.A, factor.B) if x.numel())
             # what each product is at most, in the precision that they are added in
@@ -444,10 +479,14 @@ def _refusal(error: Exception) -> str:
     """What is to be said of an adapter that raised one of `READING_ERRORS`."""
     if isinstance(error, KeyError):
         return f"cannot be read: it lacks {first_line(error)}"
+    if isinstance(error, IndexError):
+        return "cannot be read: diffusers finds no layers in it that it knows"
     if isinstance(error, UnpicklingError):
         # torch's message advises weights_only=False, which runs the code in the file
         return "cannot be read: it is damaged, or holds more than tensors, which is not run"
     first, *named = str(error).splitlines() or [""]
+    if "infer state dict type" in first:
+        return "holds layers of a text encoder by names that diffusers does not know"
     if named and "loading state_dict" in first:
         # torch names the weights below a line that names their module alone
         return f"does not fit the model: {one_line(named[0])}"

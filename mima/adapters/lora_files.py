@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,9 @@ MOST_NAMES = 10_000
 _PLAIN = re.compile(r"\^?[\w.\\-]*\$?|all-linear")
 # whatever follows, line breaks too: else each such part of a name would be tried to its end
 LAYER = re.compile(r"\.(lora|lokr|hada)_.*", re.S)
-LORA_DOWN = re.compile(r"(\.down|lora_A)(\.[^.]+)?\.weight$")
+LORA_DOWN = re.compile(r"\.(down|lora_down|lora_A)(\.[^.]+)?\.weight$")
+UP = {"down": "up", "lora_down": "lora_up", "lora_A": "lora_B"}
+"""The second matrix of an update by what the first is called."""
 
 
 @contextmanager
@@ -75,14 +77,75 @@ def refuse_others(path: Path, state: Mapping[str, Any]) -> None:
         )
 
 
-def check_metadata(path: Path, state: Mapping[str, Any]) -> None:
-    """Check the configuration in a LoRA file's header, of which diffusers makes matrices."""
+def with_strengths(state: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
+    """Take the alphas of a LoRA's layers into their updates ``alpha / rank · B A``.
+
+    Where they differ, diffusers gives layers each other's: it looks for them by names that no layer
+    has.
+
+    Args:
+        state: the file's tensors. A layer without an alpha has the update ``B A``.
+
+    Returns:
+        The tensors, whose alphas say 1, and what all updates are to be scaled by: ``alpha / rank``
+        where the layers have one, which is then in no matrix; else 1, and each ``B`` has its own.
+    """
+    told = dict(state)
+    strengths: dict[str, float] = {}
+    for key, down in state.items():
+        found = LORA_DOWN.search(key)
+        if found is None:
+            continue
+        rank, alpha = len(down), f"{key[: found.start()]}.alpha"
+        up = f"{key[: found.start(1)]}{UP[found[1]]}{key[found.end(1) :]}"
+        strengths[up] = float(state.get(alpha, rank)) / rank
+        if alpha in state:
+            # some of diffusers' readers want one
+            told[alpha] = torch.tensor(float(rank))
+    if len(set(strengths.values())) == 1:
+        return told, strengths.popitem()[1]
+    for up, strength in strengths.items():
+        if up in told:
+            told[up] = told[up].float() * strength
+    return told, 1.0
+
+
+def left_out(
+    state: Mapping[str, Any], renamed: Callable[[dict[str, Any]], dict[str, Any]]
+) -> list[str]:
+    """The names of what is lost where diffusers renames a LoRA's tensors.
+
+    It says so in its log at most. Here it is given tensors that hold nothing but their number,
+    which being split, joined, and scaled by 1 leaves in them.
+
+    Args:
+        state: tensors, whose alphas say 1.
+        renamed: what diffusers makes of them.
+    """
+    names = [key for key in state if not key.endswith(".alpha")]
+    numbered = {name: torch.full(state[name].shape, float(n)) for n, name in enumerate(names)}
+    kept = {
+        number
+        for value in renamed({**state, **numbered}).values()
+        for number in value.flatten()[:1].tolist()
+    }
+    return [
+        name for n, name in enumerate(names) if n not in kept and bool(state[name].float().any())
+    ]
+
+
+def check_metadata(path: Path, state: Mapping[str, Any]) -> bool:
+    """Check the configuration in a LoRA file's header, of which diffusers makes matrices.
+
+    Returns:
+        Whether there is one.
+    """
     if path.suffix != ".safetensors":
-        return
+        return False
     text = header_texts(path).get("lora_adapter_metadata")
     header = None if text is None else read_json(text)
     if not isinstance(header, dict):
-        return
+        return False
     parts: dict[str, dict[str, Any]] = {}
     for name, value in header.items():
         part, _, setting = name.partition(".")
@@ -90,6 +153,7 @@ def check_metadata(path: Path, state: Mapping[str, Any]) -> None:
     most = largest_rank(state)
     for settings in parts.values():
         check_config(path, settings, most)
+    return bool(header)
 
 
 def largest_rank(state: Mapping[str, Any]) -> int:
