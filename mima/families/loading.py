@@ -90,6 +90,8 @@ SINGLE_FILES: tuple[tuple[str, Any], ...] = (
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 """Empty tensors that say, in a single file, how the model was trained: what it predicts, and that
 its last noise level is noise alone."""
+SCALES = ("scale_weight", "weight_scale", "scale_input", "input_scale", "scaled_fp8")
+"""Ends of names that ComfyUI's files in scaled 8 bits hold beside the weights."""
 TRANSFORMERS = {
     SD3Transformer2DModel: "StableDiffusion3Pipeline",
     FluxTransformer2DModel: "FluxPipeline",
@@ -407,6 +409,12 @@ def _write_configuration(pipeline: Any, folder: Path) -> None:
 
 def _opener(path: Path, keys: Collection[str]) -> Any:
     """The class of a single file's pipeline, or of the transformer that it is read for."""
+    scaled = next((key for key in keys if key.endswith(SCALES)), None)
+    if scaled is not None:
+        raise MimaError(
+            f"model: {path} holds {one_line(scaled)}, by which its weights would have to be "
+            "scaled; files in scaled 8 bits are not read, those of other types are"
+        )
     opener = next((o for part, o in SINGLE_FILES if any(part in key for key in keys)), None)
     if opener is None:
         raise MimaError(

@@ -153,6 +153,8 @@ def test_an_incomplete_single_file_is_refused(saved, tmp_path):
         ("conditioner.embedders.0.model.ln_final.weight", "refiner is not supported"),
         ("model.diffusion_model.joint_blocks.0.weight", "for its transformer alone; for the other"),
         ("double_blocks.0.img_attn.weight", "for its transformer alone; for the other parts pass"),
+        ("joint_blocks.0.x_block.attn.qkv.scale_weight", r"holds joint_blocks\.0.* to be scaled"),
+        ("model.diffusion_model.input_blocks.0.scaled_fp8", "8 bits are not read"),
     ],
 )
 def test_single_files_of_other_kinds_are_refused(tmp_path, key, message):
