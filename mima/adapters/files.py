@@ -344,6 +344,8 @@ class AdapterReader:
         module = getattr(scratch, self.denoiser)
         with foreign_errors(path):
             inject_adapter_in_model(config, module, name)
+            # in training, older peft leaves rows of LoHa and LoKr out by chance
+            module.eval()
             report: Any = set_peft_model_state_dict(module, weights, adapter_name=name)
         whole = config.peft_type != PeftType.LORA or getattr(config, "use_dora", False)
         found = learned({self.denoiser: module}, name, path, whole=whole)
