@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -44,6 +44,7 @@ from mima.adapters.lora_files import (
 )
 from mima.errors import MimaError, first_line, one_line, quoted
 from mima.families import family_of, load_pipeline
+from mima.families.ddpm import DDPM
 from mima.families.loading import open_file_like
 from mima.families.model_files import check_complete, lone_variants, read_index, visible
 from mima.families.new_words import TOKEN
@@ -101,10 +102,11 @@ class AdapterReader:
 
         Args:
             source: a folder or a file. Folders: what ``mima adapt`` or peft's or diffusers'
-                training scripts write, a fine-tuned denoiser (``unet/`` or the folder itself), a
-                whole diffusers model, a delta. Files: a LoRA, Custom Diffusion weights, a learned
-                word, a delta, weights of the denoiser. Pickled files are read with
-                ``weights_only``.
+                training scripts write, a fine-tuned denoiser (``unet/`` or the folder itself) and
+                text encoders (``text_encoder/``), a delta, a whole diffusers model with the
+                pipeline's own VAE, prediction type and terminal noise. Files: a LoRA, Custom
+                Diffusion weights, a learned word, a delta, weights of the denoiser. Pickled files
+                are read with ``weights_only``.
 
         Raises:
             MimaError: nothing there, damaged, of no known kind, or it does not fit the pipeline.
@@ -127,40 +129,49 @@ class AdapterReader:
             raise MimaError(f"adapter {path} {_refusal(error)}") from error
 
     def _read_folder(self, path: Path) -> dict[str, Any]:
-        if (path / PEFT_CONFIG).is_file():
-            return self._peft(path)
         if (path / DELTA_FILE).is_file():
             return self._found(path / DELTA_FILE)
         if (path / MODEL_INDEX).is_file():
             variant = _variant(path, [path / part for part in read_index(path)])
-            return {"values": self._model(load_pipeline(str(path), variant=variant))}
-        for folder in (path / self.denoiser, path):
-            if (folder / "config.json").is_file():
-                return {"values": self._denoiser_folder(folder)}
+            return {"values": self._model(path, load_pipeline(str(path), variant=variant))}
         found: dict[str, Any] = {}
-        kinds = (".safetensors", ".bin", ".pt")
-        # a pipe would keep its reader waiting
-        files = [p for p in visible(path, "*") if p.suffix in kinds and p.is_file()]
-        files = [file for file in files if not _TRAINER.fullmatch(file.name)]
-        if (path / CUSTOM_DIFFUSION_FILE).is_file():
-            # diffusers' training script may leave the same weights in both formats
-            other = Path(CUSTOM_DIFFUSION_FILE).with_suffix(".bin").name
-            files = [file for file in files if file.name != other]
-        for file in files:
-            for kind, part in self._found(file).items():
-                twice = set(part) & set(found.get(kind, {}))
+        for part in self._parts(path):
+            for kind, changes in part.items():
+                twice = changes.keys() & {name for held in found.values() for name in held}
                 if twice:
                     raise MimaError(
                         f"adapter {path}: several files hold {one_line(min(twice))}; "
                         "name the one to use"
                     )
-                found[kind] = {**found.get(kind, {}), **part}
+                found[kind] = {**found.get(kind, {}), **changes}
         if not found:
             raise MimaError(
                 f"adapter {path} holds no adapter: no {LORA_FILE}, {CUSTOM_DIFFUSION_FILE}, "
                 f"{PEFT_CONFIG}, {DELTA_FILE}, learned word, {self.denoiser}/ or {MODEL_INDEX}"
             )
         return found
+
+    def _parts(self, path: Path) -> Iterator[dict[str, Any]]:
+        """What the folders and files of a folder hold, each read once."""
+        read: tuple[str, ...] = ()
+        if (path / PEFT_CONFIG).is_file():
+            yield self._peft(path)
+            read = PEFT_WEIGHTS
+        elif (path / "config.json").is_file() and not (path / self.denoiser).is_dir():
+            yield {"values": self._component_folder(path, self.denoiser)}
+            read = ("diffusion_pytorch_model",)
+        for folder in (path / self.denoiser, *sorted(path.glob("text_encoder*"))):
+            if folder.is_dir():
+                yield {"values": self._component_folder(folder, folder.name)}
+        if (path / CUSTOM_DIFFUSION_FILE).is_file():
+            # diffusers' training script may leave the same weights in both formats
+            read += (Path(CUSTOM_DIFFUSION_FILE).with_suffix(".bin").name,)
+        kinds = (".safetensors", ".bin", ".pt")
+        for file in visible(path, "*"):
+            passed = file.name.startswith(read) or _TRAINER.fullmatch(file.name)
+            # a pipe would keep its reader waiting
+            if file.suffix in kinds and not passed and file.is_file():
+                yield self._found(file)
 
     def _read_file(self, path: Path) -> dict[str, Any]:
         state: Any
@@ -206,7 +217,7 @@ class AdapterReader:
         if any("_custom_diffusion" in key for key in state):
             return {"values": self._custom_diffusion(path, state)}
         if any(key.startswith("model.diffusion_model.") for key in state):
-            return {"values": self._model(open_file_like(path, self.pipeline))}
+            return {"values": self._model(path, open_file_like(path, self.pipeline))}
         names = {name for name, _ in self.family.denoiser.named_parameters()}
         tail = f"{self.denoiser}."
         stripped = {key.removeprefix(tail): value for key, value in state.items()}
@@ -372,25 +383,53 @@ class AdapterReader:
                 )
         return values
 
-    def _denoiser_folder(self, path: Path) -> dict[str, torch.Tensor]:
-        kind: Any = type(self.family.denoiser)
+    def _component_folder(self, path: Path, name: str) -> dict[str, torch.Tensor]:
+        """What the folder of a denoiser or of a text encoder changes."""
+        own = getattr(self.pipeline, name, None)
+        if own is None:
+            raise MimaError(f"adapter {path} does not fit the model, which has no {name}")
+        kind: Any = type(own)
         settings = read_json((path / "config.json").read_text(encoding="utf-8"))
-        given = settings.get("_class_name") if isinstance(settings, dict) else None
-        if given != kind.__name__:
+        settings = settings if isinstance(settings, dict) else {}
+        # transformers writes a list
+        given = settings.get("_class_name") or settings.get("architectures")
+        if given not in (kind.__name__, [kind.__name__]):
             raise MimaError(f"adapter {path} is a {given}, the model has a {kind.__name__}")
         variant = _variant(path, [path])
         with foreign_errors(path):
             module = kind.from_pretrained(str(path), variant=variant, local_files_only=True)
         check_complete(path, module, variant)
-        return self._changed({self.denoiser: module})
+        return self._changed({name: module})
 
-    def _model(self, pipeline: Pipeline) -> dict[str, torch.Tensor]:
+    def _model(self, path: Path, pipeline: Pipeline) -> dict[str, torch.Tensor]:
         if type(pipeline) is not type(self.pipeline):
             raise MimaError(
                 f"adapter is a {type(pipeline).__name__}, the model is a "
                 f"{type(self.pipeline).__name__}"
             )
+        self._check_unmerged(path, pipeline)
         return self._changed(_reading_modules(pipeline, self.denoiser))
+
+    def _check_unmerged(self, path: Path, pipeline: Pipeline) -> None:
+        """Refuse a model that is another in what no merge takes over."""
+        other = family_of(pipeline)
+        if isinstance(self.family, DDPM) and isinstance(other, DDPM):
+            told, own = other.schedule.config, self.family.schedule.config
+            for setting in ("prediction_type", "rescale_betas_zero_snr"):
+                if told[setting] != own[setting]:
+                    raise MimaError(
+                        f"adapter {path} was trained with {setting} {told[setting]}, the model "
+                        f"with {own[setting]}; one cannot be merged into the other"
+                    )
+        values = dict(self.pipeline.vae.named_parameters())
+        for name, value in pipeline.vae.named_parameters():
+            mine = values.get(name)
+            if mine is None or mine.shape != value.shape or not _alike(mine, value):
+                raise MimaError(
+                    f"adapter {path} has another vae than the model ({name} differs), which is "
+                    f"not merged; name its {self.denoiser}, or put that and its text encoders "
+                    "into a folder of their own"
+                )
 
     def _changed(self, modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
         """The parameters that differ from the pipeline's own."""
@@ -468,6 +507,12 @@ def _variant(path: Path, folders: Iterable[Path]) -> str | None:
             f"adapter {path} comes as variants {' and '.join(sorted(variants))}; leave one of them"
         )
     return variants.pop() if variants else None
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors differ by no more than rounding to half precision."""
+    one, other = one.detach().float(), other.detach().float().to(one.device)
+    return torch.allclose(one, other, rtol=2**-7, atol=2**-24)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -8,11 +8,12 @@ import shutil
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import builders, ldm
-from support.loras import KV, assert_same_weights, lora_config, save_lora
+from support.loras import KV, assert_same_weights, lora_config, peft_folder, save_lora
 
 import mima
 import mima.adaptation
@@ -233,6 +234,67 @@ def test_a_single_transformer_is_read_as_the_models_own_is_built(tmp_path):
     (found,) = AdapterReader(pipeline).read(file).values.items()
     assert found[0] == "transformer.proj_out.bias"
     assert torch.equal(found[1], tuned.proj_out.bias)
+
+
+def test_a_single_file_in_scaled_8_bits_is_refused(base, tuned, tmp_path):
+    file = ldm.save_single_file(tuned, tmp_path / "tuned.safetensors")
+    scale = {"model.diffusion_model.time_embed.0.scale_weight": torch.ones(())}
+    save_file(load_file(file) | scale, file)
+    with pytest.raises(MimaError, match=r"time_embed\.0\.scale_weight, by which its weights"):
+        AdapterReader(base).read(file)
+
+
+def test_all_parts_of_a_folder_are_read(base, tuned, tmp_path):
+    """As diffusers' script for DreamBooth writes a checkpoint that trains the text encoder."""
+    tuned.unet.save_pretrained(tmp_path / "unet")
+    tuned.text_encoder.save_pretrained(tmp_path / "text_encoder")
+    torch.save({}, tmp_path / "optimizer.bin")
+    row = torch.arange(32.0)[None]
+    save_file({"<w>": row}, tmp_path / "learned_embeds.safetensors")
+    found = AdapterReader(base).read(tmp_path)
+    assert_tuned(found.values, tuned, "unet", "text_encoder")
+    assert torch.equal(found.words["<w>"], row)
+    save_file({"conv_in.bias": torch.ones(16)}, tmp_path / "weights.safetensors")
+    with pytest.raises(MimaError, match=r"several files hold unet\.conv_in\.bias"):
+        AdapterReader(base).read(tmp_path)
+    (tmp_path / "weights.safetensors").unlink()
+    tuned.text_encoder.save_pretrained(tmp_path / "text_encoder_2")
+    with pytest.raises(MimaError, match="does not fit the model, which has no text_encoder_2"):
+        AdapterReader(base).read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["peft", "denoiser"])
+def test_a_word_beside_an_adapter_is_read(base, tuned, tmp_path, kind):
+    if kind == "peft":
+        peft_folder(base, tmp_path)
+    else:
+        tuned.unet.save_pretrained(tmp_path)
+    expected = AdapterReader(base).read(tmp_path)
+    save_file({"<w>": torch.ones(1, 32)}, tmp_path / "learned_embeds.safetensors")
+    found = AdapterReader(base).read(tmp_path)
+    assert found.words.keys() == {"<w>"}
+    assert found.factors.keys() == expected.factors.keys()
+    assert found.values.keys() == expected.values.keys()
+
+
+def test_a_model_that_is_another_in_what_is_not_merged_is_refused(base, tuned, tmp_path):
+    whole = copy.deepcopy(tuned)
+    for told in ({"prediction_type": "v_prediction"}, {"rescale_betas_zero_snr": True}):
+        whole.scheduler = DDIMScheduler.from_config(base.scheduler.config, **told)
+        whole.save_pretrained(tmp_path)
+        ((setting, value),) = told.items()
+        with pytest.raises(MimaError, match=f"was trained with {setting} {value}, the model with"):
+            AdapterReader(base).read(tmp_path)
+    whole.scheduler = base.scheduler
+    # half precision rounds
+    whole.vae.half().float()
+    whole.save_pretrained(tmp_path)
+    assert_tuned(AdapterReader(base).read(tmp_path).values, tuned, "unet", "text_encoder")
+    whole.vae.decoder.conv_in.weight.data *= 1.1
+    whole.save_pretrained(tmp_path)
+    with pytest.raises(MimaError, match=r"another vae than the model \(decoder\.conv_in\.weight"):
+        AdapterReader(base).read(tmp_path)
+    assert_tuned(AdapterReader(base).read(tmp_path / "unet").values, tuned, "unet")
 
 
 def test_the_prompt_that_adapt_wrote_down_is_used(base, loras, tmp_path):
