@@ -24,10 +24,12 @@ class CustomDiffusion(Adaptation):
     """Fine-tune the weights that read text, and the embedding of `concept.token` if it has one.
 
     After Kumari et al., arXiv 2212.04488, without its resizing of the pictures. `Run.save` writes
-    `pytorch_custom_diffusion_weights.safetensors` for `unet.load_attn_procs` and, for a new word,
-    a file for `load_textual_inversion`. Of a transformer, mima alone reads the weights back. The
-    published command's `--scale_lr` multiplies the rate by the pictures per step of all processes,
-    and by 2 with prior preservation; nothing does so here: set `learning_rate` to 4e-5 for it.
+    `pytorch_custom_diffusion_weights.safetensors` for `unet.load_attn_procs(folder,
+    weight_name=..., _pipeline=pipeline)`, which without `_pipeline` loads nothing under diffusers
+    0.42, and, for a new word, a file for `load_textual_inversion`. Of a transformer, mima alone
+    reads the weights back. The published command's `--scale_lr` multiplies the rate by the pictures
+    per step of all processes, and by 2 with prior preservation; nothing does so here: set
+    `learning_rate` to 4e-5 for it.
     """
 
     method: ClassVar[str] = "custom-diffusion"
