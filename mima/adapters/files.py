@@ -6,6 +6,7 @@ parameters, and embeddings of new words.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -78,6 +79,9 @@ READING_ERRORS = (
 PEFT_WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 MOST_VECTORS = 256
 """Of a learned word: as many tokens of a prompt, which has 77 or a few hundred."""
+
+logger = logging.getLogger(__name__)
+
 # what accelerate leaves in a checkpoint beside the weights
 _TRAINER = re.compile(r"(optimizer|scheduler|sampler|dl_state_dict)(_\d+)?\.bin|scaler\.pt")
 _CUSTOM_DIFFUSION = re.compile(r"^(.*)\.processor\.(\w+)_custom_diffusion(\.\d+)?\.(\w+)$")
@@ -104,7 +108,8 @@ class AdapterReader:
             source: a folder or a file. Folders: what ``mima adapt`` or peft's or diffusers'
                 training scripts write, a fine-tuned denoiser (``unet/`` or the folder itself) and
                 text encoders (``text_encoder/``), a delta, a whole diffusers model with the
-                pipeline's own VAE, prediction type and terminal noise. Files: a LoRA, Custom
+                pipeline's own prediction type and terminal noise (of another VAE a warning says
+                that it is left out). Files: a LoRA, Custom
                 Diffusion weights, a learned word, a delta, weights of the denoiser. Pickled files
                 are read with ``weights_only``.
 
@@ -411,7 +416,10 @@ class AdapterReader:
         return self._changed(_reading_modules(pipeline, self.denoiser))
 
     def _check_unmerged(self, path: Path, pipeline: Pipeline) -> None:
-        """Refuse a model that is another in what no merge takes over."""
+        """Refuse a model that predicts something else, and tell of a VAE that no merge takes over.
+
+        Checkpoints come with VAEs of the same latents whose pictures have finer details.
+        """
         other = family_of(pipeline)
         if isinstance(self.family, DDPM) and isinstance(other, DDPM):
             told, own = other.schedule.config, self.family.schedule.config
@@ -425,11 +433,12 @@ class AdapterReader:
         for name, value in pipeline.vae.named_parameters():
             mine = values.get(name)
             if mine is None or mine.shape != value.shape or not _alike(mine, value):
-                raise MimaError(
-                    f"adapter {path} has another vae than the model ({name} differs), which is "
-                    f"not merged; name its {self.denoiser}, or put that and its text encoders "
-                    "into a folder of their own"
+                logger.warning(
+                    "adapter %s has another vae than the model (%s differs), which is not merged: "
+                    "the model's own draws",
+                    *(path, name),
                 )
+                return
 
     def _changed(self, modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
         """The parameters that differ from the pipeline's own."""
