@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +33,7 @@ import torch
 from mima.adapters.adapter import check_unadapted
 from mima.choices import Technique
 from mima.concepts import Concept
+from mima.concepts.naming import left_out, names, replaced
 from mima.errors import MimaError
 from mima.families import Family, family_of
 from mima.families.base import TextReader
@@ -75,9 +75,10 @@ def erase(
     A concept's name (`Concept.name`; hyphens and underscores read as spaces) is looked for in its
     own prompts and in the captions of `preserve`. Wherever it stands it is replaced by `target`,
     and the prompt is made to mean what is left: "a cat emoji in mono style" becomes "a emoji in
-    mono style" for the concept cat. All other captions keep their meaning. Without a `target`, a
-    preposition that would be left hanging goes with the name: for the concept mono style, "a cat
-    emoji in mono style" becomes "a cat emoji".
+    mono style" for the concept cat, and "a emoji" where mono style is erased as well. All other
+    captions keep their meaning. Without a `target`, prepositions and articles that would be left
+    hanging go with the name: for the concept mono style, "a cat emoji in mono style" becomes "a
+    cat emoji".
 
     Args:
         pipeline: a diffusers pipeline, which stays as it is.
@@ -165,39 +166,41 @@ def erase(
     return erased
 
 
-def edits_of(concept: Concept | str, captions: Sequence[str] = (), target: str = "") -> list[Edit]:
+def edits_of(
+    concept: Concept | str,
+    captions: Sequence[str] = (),
+    target: str = "",
+    *,
+    others: Sequence[Concept | str] = (),
+) -> list[Edit]:
     """One edit for each prompt that names a concept, its name replaced by `target`.
 
     Args:
-        concept: its name is looked for in its prompts as whole words, in any case. A name alone is
-            its only prompt.
+        concept: its name is looked for in its prompts as whole words or their plural, in any case.
+            A name alone is its only prompt.
         captions: further prompts that may name it.
-        target: words that take the place of the name.
+        target: words that take the place of the name; without any it is left out.
+        others: what is erased at once. Where a prompt names them, too, their names are replaced as
+            well, or one concept's edits would keep what another's remove.
 
     Raises:
         MimaError: none of the concept's own prompts names it, or its name is empty.
     """
-    called = concept if isinstance(concept, str) else concept.name
-    words = re.split(r"[\s_-]+", called.strip())
-    if not any(words):
+    called = _name(concept)
+    if not called.strip():
         raise MimaError("erase: a concept's name is empty")
-    name = re.compile(r"(?<!\w)" + r"[\s_-]+".join(map(re.escape, words)) + r"(?!\w)", re.I)
-    hanging = re.compile(
-        rf"(?:\s*,)?\s*\b(?:in|by|of|with)(?:\s+the)?\s+{name.pattern}\s*(?=,|$)", re.I
-    )
     own = _captions([concept])
-    if not any(name.search(prompt) for prompt in own):
+    if not any(names(prompt, called) for prompt in own):
         raise MimaError(
             f"concept {called!r}: none of its prompts contains its name (one is {own[0]!r}), so "
             "there is nothing to replace; name it as its prompts do, or in Python pass Edits"
         )
-    edits = []
-    for prompt in dict.fromkeys([*own, *captions]):
-        if name.search(prompt):
-            replaced = prompt if target else hanging.sub("", prompt)
-            replaced = name.sub(lambda _: target, replaced)
-            edits.append(Edit(prompt, " ".join(replaced.split())))
-    return edits
+    erased = [called, *map(_name, others)]
+    return [
+        Edit(prompt, replaced(prompt, erased, target) if target else left_out(prompt, erased))
+        for prompt in dict.fromkeys([*own, *captions])
+        if names(prompt, called)
+    ]
 
 
 def edit_groups(
@@ -212,13 +215,18 @@ def edit_groups(
         raise TypeError(f"{who}: concepts must be a list, got {concepts!r}")
     if not concepts:
         raise ValueError(f"{who}: concepts is empty")
+    named = [one for one in concepts if isinstance(one, (Concept, str))]
     groups = [
-        edits_of(one, captions, target) if isinstance(one, (Concept, str)) else [*one]
+        edits_of(one, captions, target, others=named) if isinstance(one, (Concept, str)) else [*one]
         for one in concepts
     ]
     if not all(groups):
         raise ValueError(f"{who}: a list of edits is empty")
     return groups
+
+
+def _name(concept: Concept | str) -> str:
+    return concept if isinstance(concept, str) else concept.name
 
 
 def _captions(preserve: Sequence[str | Concept]) -> list[str]:

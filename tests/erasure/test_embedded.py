@@ -5,7 +5,8 @@ import functools
 import pytest
 
 from mima.concepts import embedded_concept
-from mima.erasure import ESD, erase
+from mima.erasure import ESD, Edit, erase
+from mima.erasure.uce import edit_groups
 from mima.evaluation import Sampler, load_encoder
 from mima.evaluation.trajectory import score
 from mima.families import load_pipeline
@@ -50,6 +51,25 @@ def at_first(original, similarity):
         return similarity(original, name, lambda prompt: prompt.replace(word, other))
 
     return measure
+
+
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        (("style-mono", "style-fluent"), (" in mono style", " in fluent style")),
+        (("tiger", "hamburger"), ("tiger ", "hamburger ")),
+    ],
+    ids=["styles", "objects"],
+)
+def test_published_erasures_read_captions_as_they_did(names, parts):
+    concepts = [embedded_concept(name) for name in names]
+    captions = ordinary_captions(None)
+    groups = edit_groups("erase", concepts, captions, "")
+    for concept, part, group in zip(concepts, parts, groups, strict=True):
+        pictures = (*concept.images, *concept.held_out)
+        prompts = [concept.prompt, *(picture.prompt for picture in pictures), *captions]
+        named = [prompt for prompt in dict.fromkeys(prompts) if part.strip() in prompt]
+        assert group == [Edit(prompt, prompt.replace(part, "")) for prompt in named]
 
 
 @pytest.mark.parametrize(
