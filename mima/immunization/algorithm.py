@@ -39,7 +39,7 @@ from mima.immunization.checks import (
 )
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import encode_concepts, saw
-from mima.immunization.levels import Problem, sharded, trained_names
+from mima.immunization.levels import Problem
 from mima.immunization.merge import merge_layer
 from mima.immunization.offload import idle_modules, make_whole, out_of_memory_while
 from mima.immunization.outer_loop import Ascent
@@ -48,9 +48,11 @@ from mima.immunization.own_model import (
     locked_together,
     move_others,
     own_copy,
+    sharded,
     with_new_words,
     write_result,
 )
+from mima.immunization.parameters import trained_names
 from mima.immunization.planning.plan import large, plan
 from mima.immunization.planning.result import Plan
 from mima.immunization.progress import Callback, StepReport, tracker_kinds

@@ -16,7 +16,7 @@ from mima.families import Family, family_of
 from mima.families.new_words import check_token
 from mima.families.pipelines import Pipeline
 from mima.immunization.config import ImmunizeConfig
-from mima.immunization.levels import trained_names
+from mima.immunization.parameters import trained_names
 from mima.immunization.recipes import EMBEDDED_RATE
 from mima.storage.checkpoint import CheckpointFolder
 from mima.storage.inputs import expanded, resolved

@@ -7,10 +7,10 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -47,14 +47,12 @@ from mima.immunization.objectives import (
     hinge,
     lacking,
 )
+from mima.immunization.parameters import adapted_names, trained_names
 from mima.immunization.progress import LossName
 from mima.immunization.trained_words import TrainedWord
 from mima.immunization.turns import Turns
 from mima.merging import MergeLayer
 from mima.training.batches import Batch, Encoded, predictions, seeded
-
-if TYPE_CHECKING:
-    from mima.families.sharded import ShardedDenoiser
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +122,7 @@ class Problem:
         self.turn = 0
         self.upper_names, self.lower_names = trained_names(family, config)
         kinds = dict.fromkeys(adapter.parameters for adapter in config.adapters)
-        self._trained = {kind: _trained(family, kind) for kind in kinds}
+        self._trained = {kind: adapted_names(family, kind) for kind in kinds}
         self.names = tuple(dict.fromkeys((*self.upper_names, *self.lower_names)))
         # found once: each step asks for them, and a network's modules are many
         sharded = family.sharded
@@ -535,37 +533,6 @@ class _AttackLoss(SharedLoss):
         own, *prior = losses
         self.own = own.detach()
         return own + self._prior_weight * prior[0] if prior else own
-
-
-def _trained(family: Family, parameters: str | None) -> tuple[str, ...]:
-    """The weights that an attacker changes, by the name of the setting."""
-    if parameters == "lora":
-        return tuple(family.lora_targets())
-    return () if parameters is None else tuple(family.parameter_names(parameters))
-
-
-def trained_names(
-    family: Family, config: ImmunizeConfig
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """S_u and S_l: names of the denoiser's parameters that each level of a run trains.
-
-    Raises:
-        MimaError: a setting matches no parameter.
-    """
-    kinds = dict.fromkeys(adapter.parameters for adapter in config.adapters)
-    lower = dict.fromkeys(name for kind in kinds for name in _trained(family, kind))
-    return tuple(family.parameter_names(config.upper.parameters)), tuple(lower)
-
-
-def sharded(
-    family: Family, trained: Collection[str], ranks: Ranks, config: ImmunizeConfig
-) -> ShardedDenoiser:
-    """Let the processes that hold a model between them have their shards of the denoiser."""
-    # torch.distributed's own imports take a second
-    from mima.families.sharded import ShardedDenoiser
-
-    assert ranks.mesh is not None
-    return ShardedDenoiser(family, trained, ranks.mesh, getattr(torch, config.precision))
 
 
 class _Drawn(Sequence[T]):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +23,9 @@ from mima.immunization.result import ImmunizeResult
 from mima.storage.checkpoint import CheckpointFolder
 from mima.storage.lock import locked
 from mima.storage.output import fresh_folder
+
+if TYPE_CHECKING:
+    from mima.families.sharded import ShardedDenoiser
 
 
 def own_copy(model: Any, device: str | torch.device | None) -> Any:
@@ -71,6 +74,17 @@ def with_new_words(pipeline: Pipeline, concepts: Sequence[Concept], config: Immu
         run.advance(config.token_steps)
         pipeline = with_modules(pipeline, **text_parts(run.pipeline))
     return pipeline
+
+
+def sharded(
+    family: Family, trained: Collection[str], ranks: Ranks, config: ImmunizeConfig
+) -> ShardedDenoiser:
+    """Let the processes that hold a model between them have their shards of the denoiser."""
+    # torch.distributed's own imports take a second
+    from mima.families.sharded import ShardedDenoiser
+
+    assert ranks.mesh is not None
+    return ShardedDenoiser(family, trained, ranks.mesh, getattr(torch, config.precision))
 
 
 def gathered(pipeline: Pipeline, family: Family, *, main: bool) -> Pipeline:

@@ -20,7 +20,8 @@ from mima.families.recomputed import recomputed_blocks
 from mima.immunization.attackers import Alive, Attacker
 from mima.immunization.config import BenignConfig, ImmunizeConfig, LowerConfig
 from mima.immunization.encoding import ConceptData, retained_kinds
-from mima.immunization.levels import NOBODY, Problem, trained_names
+from mima.immunization.levels import NOBODY, Problem
+from mima.immunization.parameters import adapted_names, trained_names
 from mima.immunization.planning.meta_memory import counted
 from mima.immunization.planning.shards import Mesh, of_each_process
 from mima.immunization.planning.sizes import FLOAT32
@@ -87,7 +88,7 @@ def step_parts(
     further = {"attack": states, "retain": beside if replayed else 0}
     if upper.benign is not None:
         own = upper.benign.lower or low.as_benign
-        size = sum(numels[n] for n in _names_of(family, own)) * FLOAT32
+        size = sum(numels[n] for n in adapted_names(family, own.parameters)) * FLOAT32
         trained = attacked(family, own, numels)
         further["retain"] += _further(own, upper.benign.path_every, mode, trained, size)
     found = [
@@ -194,16 +195,9 @@ def _further(
     return max(held[0] - held[1], 0) + states * (1 + replayed) * merged
 
 
-def _names_of(family: Family, low: LowerConfig) -> list[str]:
-    """What an adaptation changes."""
-    if low.parameters == "lora":
-        return list(family.lora_targets())
-    return [] if low.parameters is None else list(family.parameter_names(low.parameters))
-
-
 def attacked(family: Family, low: LowerConfig, numels: Mapping[str, int]) -> int:
     """Bytes of what an adaptation trains."""
-    names = _names_of(family, low)
+    names = adapted_names(family, low.parameters)
     if low.parameters != "lora":
         return sum(numels[name] for name in names) * FLOAT32
     shapes = (family.denoiser.get_parameter(name).shape for name in names)

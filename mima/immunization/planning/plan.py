@@ -19,8 +19,8 @@ from mima.families.frozen import hold_frozen, stored_bytes
 from mima.families.skeleton import open_skeleton
 from mima.immunization.checks import check_drawn, check_splittable
 from mima.immunization.config import ImmunizeConfig
-from mima.immunization.levels import trained_names
 from mima.immunization.offload import idle_modules
+from mima.immunization.parameters import trained_names
 from mima.immunization.planning.devices import GPU_CONTEXT, device_memory, free_disk, resident
 from mima.immunization.planning.outer_step import MOMENTS, attacked, step_parts
 from mima.immunization.planning.refusal import refusal_of
