@@ -52,7 +52,7 @@ class BenignTerms:
 
     @cached_property
     def _lower(self) -> LowerConfig:
-        return self._config.lower or self._problem.config.attackers[0].as_benign
+        return self._problem.config.benign_lower
 
     def gradient(self, theta: Params, step: int) -> OuterGradient | None:
         """The terms' gradient on S_u at one outer step; None at steps that have none."""

@@ -130,6 +130,12 @@ class ImmunizeConfig(Settings):
         return self.attackers if benign is None else (*self.attackers, benign)
 
     @property
+    def benign_lower(self) -> LowerConfig:
+        """The benign adaptation that is simulated, where ``upper.benign`` asks for one."""
+        benign = self.upper.benign.lower if self.upper.benign else None
+        return benign or self.attackers[0].as_benign
+
+    @property
     def highest_lr(self) -> float:
         """The largest step size of any attack."""
         return max(attacker.highest_lr for attacker in self.attackers)
@@ -323,7 +329,7 @@ class ImmunizeConfig(Settings):
     def _check_benign(self, benign: BenignConfig) -> None:
         if self.upper.ascent_ratio is None:
             raise ValueError("upper.benign: it is part of what retains; set upper.ascent_ratio")
-        adaptation = benign.lower or self.attackers[0].as_benign
+        adaptation = self.benign_lower
         if adaptation.train_token:
             raise ValueError("upper.benign.lower: it is needed where attackers train new words")
         if benign.path_every is not None and benign.path_every >= adaptation.steps:

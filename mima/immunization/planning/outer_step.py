@@ -69,7 +69,7 @@ def step_parts(
             "upper": upper.model_copy(
                 update={
                     "path_every": _every(low, upper.path_every),
-                    "benign": upper.benign and _short_benign(upper.benign, low),
+                    "benign": upper.benign and _short_benign(upper.benign, config.benign_lower),
                 }
             ),
             "concepts_per_step": None,
@@ -87,7 +87,7 @@ def step_parts(
     beside = _further(low, upper.path_every, "first_order", 0, merged)
     further = {"attack": states, "retain": beside if replayed else 0}
     if upper.benign is not None:
-        own = upper.benign.lower or low.as_benign
+        own = config.benign_lower
         size = sum(numels[n] for n in adapted_names(family, own.parameters)) * FLOAT32
         trained = attacked(family, own, numels)
         further["retain"] += _further(own, upper.benign.path_every, mode, trained, size)
@@ -137,8 +137,7 @@ def _highest_rank(low: LowerConfig) -> int:
     return max(low.rank) if isinstance(low.rank, tuple) else low.rank
 
 
-def _short_benign(benign: BenignConfig, low: LowerConfig) -> BenignConfig:
-    own = benign.lower or low.as_benign
+def _short_benign(benign: BenignConfig, own: LowerConfig) -> BenignConfig:
     return benign.model_copy(
         update={
             "path_every": _every(own, benign.path_every),

@@ -147,7 +147,7 @@ def _benign(
 ) -> float:
     if benign is None or not count:
         return 0.0
-    low = benign.lower or config.attackers[0].as_benign
+    low = config.benign_lower
     states = len(low.states(benign.path_every))
     at_once = min(benign.concepts_per_step, count)
     share = math.ceil(at_once / groups) / benign.every

@@ -80,7 +80,7 @@ def matched(encoded: Encoded, config: ImmunizeConfig, count: int) -> int:
     benign = config.upper.benign
     if benign is None or benign.target != "match":
         return 0
-    low = benign.lower or config.attackers[0].as_benign
+    low = config.benign_lower
     states = len(low.states(benign.path_every))
     each = encoded.latents[0].numel() * FLOAT32 * config.upper.batch_size
     return count * benign.paths * states * each

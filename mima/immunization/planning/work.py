@@ -112,7 +112,7 @@ def outer_steps(low: LowerConfig) -> float:
 
 def _benign_work(config: ImmunizeConfig, benign: BenignConfig, count: int) -> Work:
     """Benign adaptations of one outer step, in the mean."""
-    low = benign.lower or config.attackers[0].as_benign
+    low = config.benign_lower
     times = math.ceil(config.steps / benign.every) * min(benign.concepts_per_step, count)
     held_out = len(low.states(benign.path_every)) * config.upper.batch_size
     parts = [
