@@ -337,10 +337,8 @@ def _immunized(
             family.sharded = sharded(family, written_to, own, config)
         words = [TrainedWord.of(family, c) for c in concepts] if config.train_tokens else []
         problem = Problem(family, data, config, merge, own, words, others, captions, concepts)
-        # the published update draws captions for each merge
-        reads_text = bool(words) or config.method == "alternating"
         # a pipeline in memory keeps its encoders: they are the caller's
-        idle = [] if source is None else idle_modules(pipeline, reads_text=reads_text)
+        idle = [] if source is None else idle_modules(pipeline, reads_text=config.reads_text)
         again = config.gradient_checkpointing
         recomputed = recomputed_blocks(family.denoiser, again, sharded=config.shards > 1)
         with recomputed, out_of_memory_while(idle, folder.path if folder else None):

@@ -152,6 +152,11 @@ class ImmunizeConfig(Settings):
         return any(attacker.train_token for attacker in self.attackers)
 
     @property
+    def reads_text(self) -> bool:
+        """Whether outer steps encode prompts: new words', or captions drawn for each merge."""
+        return self.train_tokens or self.method == "alternating"
+
+    @property
     def merges(self) -> bool:
         """Whether the method merges what the concepts' attackers learned."""
         return self.method not in ("none", "imma", "joint")

@@ -88,6 +88,11 @@ class LowerConfig(Settings):
         """The largest step size of any attack."""
         return max(self.lr) if isinstance(self.lr, tuple) else self.lr
 
+    @property
+    def highest_rank(self) -> int:
+        """The largest rank of any attack's factors."""
+        return max(self.rank) if isinstance(self.rank, tuple) else self.rank
+
     @field_validator("captions", mode="before")
     @classmethod
     def _is_a_tuple(cls, value: object) -> object:
@@ -254,6 +259,11 @@ class UpperConfig(Settings):
     benign: BenignConfig | None = None
     """What keeps other concepts learnable, which the run is given beside those that it immunizes
     against; part of what retains."""
+
+    @property
+    def prior_size(self) -> int:
+        """``prior_batch_size``, or its default."""
+        return self.prior_batch_size or self.batch_size
 
 
 Attackers = Annotated[

@@ -46,6 +46,7 @@ from mima.immunization.objectives import (
     blind_prediction,
     hinge,
     lacking,
+    reads_start,
 )
 from mima.immunization.parameters import adapted_names, trained_names
 from mima.immunization.progress import LossName
@@ -133,8 +134,7 @@ class Problem:
         if count is not None and count < len(self.data):
             self._turns = Turns(len(self.data), count, config.seed)
         self._start: dict[str, torch.Tensor] = {}
-        compared = config.upper.benign is not None and config.upper.benign.target == "match"
-        if config.upper.objective in READS_START or config.upper.retain == "distill" or compared:
+        if reads_start(config.upper):
             self._start = {name: self._theta[name].detach().clone() for name in self.upper_names}
         self._benign: BenignTerms | None = None
         if config.upper.benign is not None and self.benign:
@@ -353,8 +353,7 @@ class Problem:
                 terms.append(UpperTerm(LossName(data.name, "pair"), 0.0))
             if config.prior_weight and config.ascent_ratio is None:
                 assert data.class_images is not None
-                size = config.prior_batch_size or config.batch_size
-                batches.append(Batch.draw(self.family, data.class_images, size, draws))
+                batches.append(Batch.draw(self.family, data.class_images, config.prior_size, draws))
                 terms.append(UpperTerm(LossName(data.name, "prior"), share * config.prior_weight))
         if config.objective != "neg":
             return partial(self._penalty, concepts, terms, batches, share)
@@ -483,9 +482,8 @@ class Problem:
         config, data = self.config.upper, self.data[n]
         assert data.class_images is not None
         draws = seeded(self.config.seed, step, self.first + n, "retain")
-        size = config.prior_batch_size or config.batch_size
         pictures = data.class_pictures(config.retain_captions, draws)
-        batch = Batch.draw(self.family, pictures, size, draws)
+        batch = Batch.draw(self.family, pictures, config.prior_size, draws)
         ((prediction, target),) = self.predictions([batch], theta)
         loss = F.mse_loss(prediction, target)
         penalty = loss

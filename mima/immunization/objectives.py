@@ -37,6 +37,7 @@ import torch.nn.functional as F
 
 from mima.choices import UpperObjective
 from mima.families import Family
+from mima.immunization.level_config import UpperConfig
 from mima.training.batches import Batch
 from mima.training.loss import weighted
 
@@ -148,3 +149,9 @@ PENALTIES: dict[UpperObjective, Callable[[Seen], torch.Tensor]] = {
 
 READS_START: frozenset[UpperObjective] = frozenset({"hinge", "pair", "anchor"})
 """The objectives that compare with the model before immunization."""
+
+
+def reads_start(upper: UpperConfig) -> bool:
+    """Whether a run keeps the weights as they were before it."""
+    compared = upper.benign is not None and upper.benign.target == "match"
+    return upper.objective in READS_START or upper.retain == "distill" or compared

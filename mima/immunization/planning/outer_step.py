@@ -121,7 +121,7 @@ def _kinds(config: ImmunizeConfig) -> list[LowerConfig]:
             update={
                 "steps": min(attacker.steps, FOLLOWED),
                 "lr": 1.0,
-                "rank": _highest_rank(attacker),
+                "rank": attacker.highest_rank,
                 "captions": ("as_is",),
                 "benign_start": start and (min(1, start[1]),) * 2,
                 "share": 1.0,
@@ -133,16 +133,12 @@ def _kinds(config: ImmunizeConfig) -> list[LowerConfig]:
     return found
 
 
-def _highest_rank(low: LowerConfig) -> int:
-    return max(low.rank) if isinstance(low.rank, tuple) else low.rank
-
-
 def _short_benign(benign: BenignConfig, own: LowerConfig) -> BenignConfig:
     return benign.model_copy(
         update={
             "path_every": _every(own, benign.path_every),
             "lower": own.model_copy(
-                update={"steps": min(own.steps, FOLLOWED), "rank": _highest_rank(own)}
+                update={"steps": min(own.steps, FOLLOWED), "rank": own.highest_rank}
             ),
         }
     )
@@ -200,7 +196,7 @@ def attacked(family: Family, low: LowerConfig, numels: Mapping[str, int]) -> int
     if low.parameters != "lora":
         return sum(numels[name] for name in names) * FLOAT32
     shapes = (family.denoiser.get_parameter(name).shape for name in names)
-    return sum(FLOAT32 * _highest_rank(low) * (o + d) for o, d in shapes)
+    return sum(FLOAT32 * low.highest_rank * (o + d) for o, d in shapes)
 
 
 def _followed(

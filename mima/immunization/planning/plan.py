@@ -19,6 +19,7 @@ from mima.families.frozen import hold_frozen, stored_bytes
 from mima.families.skeleton import open_skeleton
 from mima.immunization.checks import check_drawn, check_splittable
 from mima.immunization.config import ImmunizeConfig
+from mima.immunization.objectives import reads_start
 from mima.immunization.offload import idle_modules
 from mima.immunization.parameters import trained_names
 from mima.immunization.planning.devices import GPU_CONTEXT, device_memory, free_disk, resident
@@ -34,7 +35,6 @@ from mima.immunization.planning.sizes import (
     matched,
     others,
     preparing,
-    reads_start,
     served,
     weights_of,
 )
@@ -137,9 +137,7 @@ def _plan(
     encoded = encoded_pictures(family)
     encodings = encodings_size(encoded, concepts, benign, config)
 
-    # the published update draws captions for each merge
-    reads_text = config.train_tokens or config.method == "alternating"
-    idle = idle_modules(pipeline, reads_text=reads_text)
+    idle = idle_modules(pipeline, reads_text=config.reads_text)
     waiting = weights_of(m for m in others(pipeline, family) if not (opened and m in idle))
     denoiser = {
         ("trained weights, " if name in names else "frozen weights, ") + dtype: 0
@@ -194,7 +192,7 @@ def _plan(
             **(split or denoiser),
             "blocks that compute, whole": gathered_at_once(family.denoiser) if split else 0,
             "encoders that stay": waiting,
-            "weights as they were before": mine if reads_start(config) else 0,
+            "weights as they were before": mine if reads_start(config.upper) else 0,
             "immunized models": (
                 # where each begins, and on a CPU what each has become
                 (1 + len(concepts) * on_cpu) * sum(numels.values()) * FLOAT32

@@ -13,7 +13,6 @@ from mima.families.frozen import Upcast, stored_bytes
 from mima.families.pipelines import Pipeline
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import caption_kinds, retained_captions
-from mima.immunization.objectives import READS_START
 from mima.immunization.planning.meta_memory import counted
 from mima.training.batches import CHUNK, Encoded
 
@@ -92,12 +91,6 @@ def served(config: ImmunizeConfig, names: Sequence[str], numels: Mapping[str, in
         return 0
     states = len(config.attackers[0].states(config.upper.path_every))
     return states * sum(numels[name] for name in names) * FLOAT32
-
-
-def reads_start(config: ImmunizeConfig) -> bool:
-    """Whether a run keeps the weights as they were before it."""
-    compared = config.upper.benign is not None and config.upper.benign.target == "match"
-    return config.upper.objective in READS_START or config.upper.retain == "distill" or compared
 
 
 def preparing(family: Family, encoded: Encoded, *, most: int, drawn: int) -> int:

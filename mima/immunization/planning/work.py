@@ -41,7 +41,7 @@ def pictures_of_a_step(config: ImmunizeConfig, count: int, benign: int = 0) -> W
         benign: concepts that must stay learnable.
     """
     up, attackers = config.upper, config.attackers
-    prior = (up.prior_batch_size or up.batch_size) if up.prior_weight else 0
+    prior = up.prior_size if up.prior_weight else 0
     apart = up.ascent_ratio is not None
     above = up.batch_size * (2 if up.objective == "pair" else 1) + (0 if apart else prior)
     if config.method == "none":
