@@ -6,8 +6,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from mima.concepts import Concept
 from mima.concepts.pictures import Picture, digest
 from mima.families import family_of
@@ -48,8 +46,7 @@ def weights_of(pipeline: Pipeline) -> str:
     """A hash of all weights of a pipeline, of its noise schedule and of its configurations."""
     parts = [
         f"{name} {fingerprint(dict(module.state_dict()))}"
-        for name, module in sorted(pipeline.components.items())
-        if isinstance(module, torch.nn.Module)
+        for name, module in sorted(networks(pipeline).items())
     ]
     scheduler = pipeline.scheduler
     noise = [type(scheduler).__name__, str(sorted(scheduler.config.items()))]

@@ -83,6 +83,11 @@ def networks(pipeline: Pipeline) -> dict[str, torch.nn.Module]:
     return {n: m for n, m in pipeline.components.items() if isinstance(m, torch.nn.Module)}
 
 
+def networks_beside(pipeline: Pipeline, denoiser: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The parts that have weights, by name, but for the denoiser."""
+    return {n: m for n, m in networks(pipeline).items() if m is not denoiser}
+
+
 def tensors(pipeline: Pipeline) -> dict[str, torch.Tensor]:
     """All weights and buffers of a pipeline, by part and name; not copies."""
     return {

@@ -16,7 +16,7 @@ import torch
 from mima.errors import MimaError
 from mima.families import family_of, frozen
 from mima.families.frozen import Upcast
-from mima.families.pipelines import Pipeline
+from mima.families.pipelines import Pipeline, networks, networks_beside
 from mima.storage.memory import trim
 from mima.storage.tensor_files import spill
 
@@ -28,10 +28,8 @@ def idle_modules(pipeline: Pipeline, *, reads_text: bool) -> list[torch.nn.Modul
     denoiser = family_of(pipeline).denoiser
     return [
         module
-        for name, module in pipeline.components.items()
-        if isinstance(module, torch.nn.Module)
-        and module is not denoiser
-        and not (reads_text and name.startswith("text_encoder"))
+        for name, module in networks_beside(pipeline, denoiser).items()
+        if not (reads_text and name.startswith("text_encoder"))
     ]
 
 
@@ -97,7 +95,7 @@ def make_whole(pipeline: Pipeline, device: torch.device, *, own: bool) -> None:
         device: where it is to be.
         own: its half-precision weights are this run's, not those of a caller's pipeline.
     """
-    modules = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
+    modules = networks(pipeline).values()
     more = sum(
         value.numel() * 4 - frozen.stored_bytes(value)
         for module in modules

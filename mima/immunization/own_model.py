@@ -17,7 +17,13 @@ from mima.families import Family, ModelSource, family_of, load_pipeline
 from mima.families.base import cast
 from mima.families.frozen import hold_frozen
 from mima.families.new_words import text_parts
-from mima.families.pipelines import Pipeline, own_networks, with_modules
+from mima.families.pipelines import (
+    Pipeline,
+    networks,
+    networks_beside,
+    own_networks,
+    with_modules,
+)
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.result import ImmunizeResult
 from mima.storage.checkpoint import CheckpointFolder
@@ -35,9 +41,8 @@ def own_copy(model: Any, device: str | torch.device | None) -> Any:
     """
     if isinstance(model, ModelSource):
         pipeline = load_pipeline(model, dtype=None, device=device_of(device))
-        for module in pipeline.components.values():
-            if isinstance(module, torch.nn.Module):
-                hold_frozen(module)
+        for network in networks(pipeline).values():
+            hold_frozen(network)
         return pipeline
     family = family_of(model)
     own = own_networks(model)
@@ -54,9 +59,8 @@ def own_copy(model: Any, device: str | torch.device | None) -> Any:
 
 def move_others(pipeline: Pipeline, family: Family, where: torch.device) -> None:
     """Move what encodes pictures and prompts to a device; the denoiser stays where it is."""
-    for module in pipeline.components.values():
-        if isinstance(module, torch.nn.Module) and module is not family.denoiser:
-            module.to(where)
+    for network in networks_beside(pipeline, family.denoiser).values():
+        network.to(where)
 
 
 def with_new_words(pipeline: Pipeline, concepts: Sequence[Concept], config: ImmunizeConfig) -> Any:

@@ -16,6 +16,7 @@ from mima.concepts import Concept
 from mima.distributed import world_size
 from mima.families import ModelSource, family_of, load_pipeline
 from mima.families.frozen import hold_frozen, stored_bytes
+from mima.families.pipelines import networks, networks_beside
 from mima.families.skeleton import open_skeleton
 from mima.immunization.checks import check_drawn, check_splittable
 from mima.immunization.config import ImmunizeConfig
@@ -33,7 +34,6 @@ from mima.immunization.planning.sizes import (
     encoded_pictures,
     encodings_size,
     matched,
-    others,
     preparing,
     served,
     weights_of,
@@ -128,8 +128,8 @@ def _plan(
         "simulated attacks alone": [name for name in lower_names if name not in upper_names],
     }
     names = dict.fromkeys((*upper_names, *lower_names))
-    for module in pipeline.components.values():
-        if isinstance(module, torch.nn.Module) and (opened or module is family.denoiser):
+    for module in networks(pipeline).values():
+        if opened or module is family.denoiser:
             hold_frozen(module, names if module is family.denoiser else ())
     numels = {n: p.numel() for n, p in family.denoiser.named_parameters() if n in names}
     # what one process has of them
@@ -138,7 +138,8 @@ def _plan(
     encodings = encodings_size(encoded, concepts, benign, config)
 
     idle = idle_modules(pipeline, reads_text=config.reads_text)
-    waiting = weights_of(m for m in others(pipeline, family) if not (opened and m in idle))
+    others = networks_beside(pipeline, family.denoiser).values()
+    waiting = weights_of(m for m in others if not (opened and m in idle))
     denoiser = {
         ("trained weights, " if name in names else "frozen weights, ") + dtype: 0
         for name, p in family.denoiser.named_parameters()
@@ -176,7 +177,7 @@ def _plan(
         "preparing": {
             **ground,
             **({} if on_host else denoiser),
-            "text encoders and VAE": weights_of(others(pipeline, family)),
+            "text encoders and VAE": weights_of(others),
             "activations": preparing(
                 family,
                 encoded,
@@ -207,7 +208,7 @@ def _plan(
         }
     whole = sum(
         p.numel() * FLOAT32
-        for module in (family.denoiser, *(others(pipeline, family) if opened else ()))
+        for module in (family.denoiser, *(others if opened else ()))
         for p in module.parameters()
     )
     largest = max(p.numel() for p in family.denoiser.parameters()) * FLOAT32
@@ -263,17 +264,15 @@ def large(model: Any) -> bool:
         path = expanded(str(model.model))
         files = [path] if path.is_file() else [*path.glob("*/*.safetensors"), *path.glob("*/*.bin")]
         return sum(file.stat().st_size for file in files) > LARGE_MODEL
-    modules = (m for m in model.components.values() if isinstance(m, torch.nn.Module))
-    return weights_of(modules) > LARGE_MODEL
+    return weights_of(networks(model).values()) > LARGE_MODEL
 
 
 def _seconds(model: Any, config: ImmunizeConfig, device: str) -> float:
     """Of one picture's forward on a device of this machine, the second of two."""
     if isinstance(model, ModelSource):
         model = load_pipeline(model, dtype=None, device=device)
-        for module in model.components.values():
-            if isinstance(module, torch.nn.Module):
-                hold_frozen(module)
+        for network in networks(model).values():
+            hold_frozen(network)
     family = family_of(model, resolution=config.resolution, training=config.training)
     side = family.resolution // family.pipeline.vae_scale_factor
     noisy = torch.zeros(

@@ -10,7 +10,6 @@ from mima.concepts import Concept
 from mima.families import Family
 from mima.families.base import PIXELS_AT_ONCE
 from mima.families.frozen import Upcast, stored_bytes
-from mima.families.pipelines import Pipeline
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import caption_kinds, retained_captions
 from mima.immunization.planning.meta_memory import counted
@@ -28,15 +27,6 @@ def dtype_of(x: torch.Tensor) -> str:
 def weights_of(modules: Iterable[torch.nn.Module]) -> int:
     """Bytes of networks' weights as they are stored."""
     return sum(stored_bytes(p) for module in modules for p in module.parameters())
-
-
-def others(pipeline: Pipeline, family: Family) -> list[torch.nn.Module]:
-    """The networks of a pipeline beside its denoiser."""
-    return [
-        module
-        for module in pipeline.components.values()
-        if isinstance(module, torch.nn.Module) and module is not family.denoiser
-    ]
 
 
 def encoded_pictures(family: Family) -> Encoded:
