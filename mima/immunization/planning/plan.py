@@ -274,10 +274,7 @@ def _seconds(model: Any, config: ImmunizeConfig, device: str) -> float:
         for network in networks(model).values():
             hold_frozen(network)
     family = family_of(model, resolution=config.resolution, training=config.training)
-    side = family.resolution // family.pipeline.vae_scale_factor
-    noisy = torch.zeros(
-        1, family._latent_channels, side, side, device=family.device, dtype=family.dtype
-    )
+    noisy = torch.zeros(family.latent_shape(1), device=family.device, dtype=family.dtype)
     timesteps = torch.full((1,), 500.0, device=family.device)
     conditioning = family.encode_prompts(["a photo"])
     started = 0.0

@@ -31,12 +31,11 @@ def weights_of(modules: Iterable[torch.nn.Module]) -> int:
 
 def encoded_pictures(family: Family) -> Encoded:
     """Two pictures of one prompt, on the meta device."""
-    side = family.resolution // family.pipeline.vae_scale_factor
     # text encoders look whether anything is masked, which the meta device cannot say
     with counted(()):
         prompts = family.encode_prompts(["a photo"])
     return Encoded(
-        torch.empty(2, family._latent_channels, side, side, device="meta"),
+        torch.empty(family.latent_shape(2), device="meta"),
         prompts,
         torch.zeros(2, dtype=torch.long),
     )
