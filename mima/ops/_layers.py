@@ -22,6 +22,7 @@ from mima.ops._autograd import (
     apply,
     apply_backward,
     call,
+    filled,
     flat,
     is_in_legacy_vmap,
     is_watched,
@@ -275,7 +276,4 @@ def _differentiable(
 
     # not autograd.grad, which would follow the tensors' own graphs to each other
     outputs, pullback = torch.func.vjp(formula, *leaves)  # type: ignore[misc]  # no aux
-    grads = pullback(
-        tuple(torch.zeros_like(y) if v is None else v for y, v in zip(outputs, u, strict=True))
-    )
-    return _spread(grads, wanted)
+    return _spread(pullback(tuple(filled(u, outputs))), wanted)
