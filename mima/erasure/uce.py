@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -297,10 +298,17 @@ def _rows(
         start = 0
         for tokenizer, count in reader.tokenizers:
             length = len(places) - start if count is None else count
+            # all of their tokens: what is left of two prompts that are cut need not end alike
             source, target = (
-                family.token_ids(tokenizer, prompt, length) for prompt in (edit.source, edit.target)
+                family.token_ids(tokenizer, prompt, sys.maxsize)
+                for prompt in (edit.source, edit.target)
             )
-            places[start : start + length] = start + align(source, target, length)
+            counterparts = align(source, target, length)
+            read = family.token_ids(tokenizer, edit.source, length)
+            if len(source) > length and read[-1] == source[-1]:
+                # where a prompt is cut stands its end token
+                counterparts[-1] = min(len(target), length) - 1
+            places[start : start + length] = start + counterparts
             start += length
         # without an end token, what follows the target's last one is never read
         last = int(shown_S.nonzero().max())
@@ -316,9 +324,9 @@ def align(source: Sequence[int], target: Sequence[int], length: int) -> torch.Te
     between, or, if that is nothing, the token after it. Padding continues the common end.
 
     Args:
-        source: token ids with start and end token, no padding.
+        source: token ids with start and end token, no padding; all, also beyond ``length``.
         target: likewise.
-        length: number of positions, padding included.
+        length: number of positions that are read, padding included.
 
     Returns:
         [length] positions in the target.

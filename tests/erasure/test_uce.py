@@ -177,6 +177,20 @@ def test_without_competition_erased_prompts_read_as_their_targets(pipeline, conc
         torch.testing.assert_close(source @ new.mT, wanted @ old.mT, rtol=1e-6, atol=1e-6)
 
 
+def test_tokens_of_cut_captions_are_read_as_their_counterparts(pipeline):
+    """As a caption moves up by its concept's name, the tokenizer reads a word more of it."""
+    source = "a red cat in the house on a green tree of blue fish in a round castle"
+    target = source.replace("red ", "")
+    assert len(pipeline.tokenizer(target).input_ids) > tiny.MAX_TOKENS
+    erased = erase(pipeline, [[Edit(source, target)]], ridge=1e-12)
+    hidden, wanted = text(pipeline, [source, target])
+    # up to the end token, which stands where the caption is cut
+    places = [0, 1, 2, *range(2, tiny.MAX_TOKENS - 2), tiny.MAX_TOKENS - 1]
+    for name, new in projections(erased).items():
+        old = projections(pipeline)[name]
+        torch.testing.assert_close(hidden @ new.mT, wanted[places] @ old.mT, rtol=1e-6, atol=1e-6)
+
+
 def test_preserved_prompts_move_far_less_than_erased_ones(pipeline, concept):
     erased = erase(pipeline, [concept], preserve=CAPTIONS, preserve_scale=10.0)
     moved = change(erased, pipeline, ["a red round emoji"])
