@@ -57,11 +57,6 @@ class AttackCurve:
         """Mean similarity at each of `steps`, over prompts and seeds."""
         return tuple(self.scores.mean(axis=(1, 2)).tolist())
 
-    @property
-    def by_seed(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Similarity [S, R]: mean over prompts, for confidence intervals over seeds."""
-        return np.asarray(self.scores.mean(axis=1))
-
 
 @dataclass(frozen=True)
 class Trajectory:
