@@ -191,23 +191,23 @@ def _stacked(op: str, name: str, values: Sequence[object]) -> Tensor:
     return torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in values])
 
 
-def require_finite(op: str, name: str, vector: Tensor) -> None:
+def require_finite(op: str, weights: Tensor) -> None:
     """Refuse NaN and infinities."""
-    if _is_known_good(vector, None):
+    if _is_known_good(weights, None):
         return
-    if not bool(vector.isfinite().all()):
-        raise ValueError(f"{op}: {name} must be finite, got {vector.tolist()}")
-    _remember(vector, None)
+    if not bool(weights.isfinite().all()):
+        raise ValueError(f"{op}: weights must be finite, got {weights.tolist()}")
+    _remember(weights, None)
 
 
-def require_in_range(op: str, name: str, index: Tensor, num_adapters: int) -> None:
+def require_in_range(op: str, index: Tensor, num_adapters: int) -> None:
     """Refuse an index outside [−1, N)."""
     if _is_known_good(index, num_adapters) or index.numel() == 0:
         return
     low, high = (int(x) for x in torch.stack(torch.aminmax(index)).tolist())
     if low < -1 or high >= num_adapters:
         raise ValueError(
-            f"{op}: {name} must be in [-1, {num_adapters}), −1 for no adapter, "
+            f"{op}: index must be in [-1, {num_adapters}), −1 for no adapter, "
             f"got values from {low} to {high}"
         )
     _remember(index, num_adapters)

@@ -126,7 +126,7 @@ _forward, _backward = raw_operators(
     saved=arguments.BatchedLoraSaved,
     fake=lambda given: given.x.new_empty(*given.x.shape[:2], given.weight.shape[0]),
     like=lambda d_y, saved: (*saved[:5], d_y.new_empty(d_y.shape[2:])),
-    check=lambda given: _checks.require_in_range(_OP, "index", given.indices, len(given.A)),
+    check=lambda given: _checks.require_in_range(_OP, given.indices, len(given.A)),
 )
 
 
@@ -191,7 +191,7 @@ class BatchedLora(Operator):
         N, index = args[0], args[7]
         # not where a vmap around this one, or a tracer, hides the values
         if index.__class__ is Tensor and not torch._C._functorch.is_batchedtensor(index):
-            _checks.require_in_range(_OP, "index", index, N)
+            _checks.require_in_range(_OP, index, N)
         return super().vmap(info, in_dims, *args)
 
 

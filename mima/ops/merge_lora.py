@@ -84,7 +84,7 @@ _forward, _backward = raw_operators(
     "Tensor",
     fake=lambda given: given.weight.new_empty(given.weight.shape),
     like=lambda d_out, given: given,
-    check=lambda given: _checks.require_finite(_OP, "weights", given.weights),
+    check=lambda given: _checks.require_finite(_OP, given.weights),
 )
 
 

@@ -163,7 +163,7 @@ _forward, _backward = raw_operators(
     "Tensor[]",
     fake=lambda given: [b.new_empty(b.shape) for b in given.base],
     like=lambda d_out, given: given,
-    check=lambda given: _checks.require_finite(_OP, "weights", given.weights),
+    check=lambda given: _checks.require_finite(_OP, given.weights),
 )
 
 
