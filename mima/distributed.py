@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -185,10 +185,9 @@ def _gather(mine: T, group: Any) -> list[T]:
     return everyone
 
 
-def union(parts: Iterable[Mapping[str, T]], order: Collection[str] = ()) -> dict[str, T]:
-    """Mappings with distinct names as one; names in ``order`` come first, in that order."""
-    merged = {name: value for part in parts for name, value in part.items()}
-    return {name: merged[name] for name in dict.fromkeys([*order, *merged]) if name in merged}
+def union(parts: Iterable[Mapping[str, T]]) -> dict[str, T]:
+    """Mappings with distinct names as one."""
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def world_size() -> int:
