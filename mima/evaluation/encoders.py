@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from mima.assets import assets
 from mima.choices import PictureProtocol
 from mima.concepts.pictures import Picture
 from mima.errors import MimaError, first_line, nearest, one_line, quoted
@@ -529,8 +530,6 @@ def load_encoder(
         MimaError: nothing there, or a model of another kind.
     """
     if model in EMBEDDED:
-        from mima.assets import assets
-
         folder = assets() / EMBEDDED[str(model)]
         if not folder.is_dir():
             raise MimaError(f"the {model} encoder is missing from this installation ({folder})")
