@@ -16,8 +16,8 @@ from typing import Any, ClassVar, get_args
 
 import torch
 
-from mima.adaptation.steps import Average, Optimizer, Schedule, build_optimizers, rate_factor
-from mima.choices import LARGEST_SEED, MOST, MOST_AT_ONCE
+from mima.adaptation.steps import Average, Optimizer, build_optimizers, rate_factor
+from mima.choices import LARGEST_SEED, MOST, MOST_AT_ONCE, LearningRateSchedule
 from mima.concepts import Concept, Picture
 from mima.errors import MimaError, bounded, check_settings
 from mima.families import Conditioning, Family, TrainingOptions, family_of
@@ -54,7 +54,7 @@ class Adaptation(ABC):
     optimizer: Optimizer = "adamw"
     """``adamw``; ``sgd``, with momentum 0.9, which wants rates some hundred times as high; or
     ``muon``, which does not depend on the scale of gradients: see `mima.adaptation.steps`."""
-    schedule: Schedule = "constant"
+    schedule: LearningRateSchedule = "constant"
     """Of the learning rate: ``constant``, or ``cosine``, with a warm-up, over `steps`."""
     restart_every: int | None = None
     """After each so many steps the optimiser and the schedule begin anew, as those of a training
@@ -97,7 +97,7 @@ class Adaptation(ABC):
 
     def __post_init__(self) -> None:
         check_settings(self, dict(self._whole_numbers()))
-        optimizers, schedules = get_args(Optimizer), get_args(Schedule)
+        optimizers, schedules = get_args(Optimizer), get_args(LearningRateSchedule)
         checks = {
             "optimizer": (self.optimizer in optimizers, f"one of {', '.join(optimizers)}"),
             "schedule": (self.schedule in schedules, f"one of {', '.join(schedules)}"),

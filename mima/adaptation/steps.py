@@ -14,7 +14,6 @@ from mima.choices import LearningRateSchedule
 from mima.errors import MimaError
 
 Optimizer = Literal["adamw", "sgd", "muon"]
-Schedule = LearningRateSchedule
 
 MOMENTUM = 0.9
 WARM_UP = 0.1
@@ -147,7 +146,7 @@ class Average:
         self._mean.optimization_step = steps
 
 
-def rate_factor(schedule: Schedule, step: int, steps: int) -> float:
+def rate_factor(schedule: LearningRateSchedule, step: int, steps: int) -> float:
     """What the learning rate is multiplied by in one step.
 
     Args:

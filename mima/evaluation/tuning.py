@@ -12,7 +12,8 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from mima.adaptation import Adaptation, TextualInversion
-from mima.adaptation.steps import Optimizer, Schedule
+from mima.adaptation.steps import Optimizer
+from mima.choices import LearningRateSchedule
 from mima.errors import MimaError
 from mima.evaluation.records import CsvRow, Side, read_rows, write_rows
 from mima.settings import Settings
@@ -39,7 +40,7 @@ class Tuning(Settings):
     trial is the attack as it is configured. See `choices`."""
     lr_factors: tuple[float, ...] = Field((0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), min_length=1)
     """Learning rates, as multiples of the attack's."""
-    schedules: tuple[Schedule, ...] = Field(("constant", "cosine"), min_length=1)
+    schedules: tuple[LearningRateSchedule, ...] = Field(("constant", "cosine"), min_length=1)
     """Schedules of the rate that the freely drawn trials have, unless the attack has its own."""
     batch_factors: tuple[float, ...] = Field((0.5, 1.0, 2.0), min_length=1)
     """Batch sizes of these trials, as multiples of the attack's."""
@@ -63,7 +64,7 @@ class Choice:
     """One setting of the attacker's knobs; None and 1 leave an attack as it is configured."""
 
     lr_factor: float = 1.0
-    schedule: Schedule | None = None
+    schedule: LearningRateSchedule | None = None
     batch_factor: float = 1.0
     optimizer: Optimizer | None = None
 
@@ -131,7 +132,7 @@ class TrialRow(CsvRow):
     trial: int
     """From 0; 0 is the attack as it is configured."""
     lr: float
-    schedule: Schedule
+    schedule: LearningRateSchedule
     batch_size: int
     optimizer: Optimizer
     similarity: float | None
