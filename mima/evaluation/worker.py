@@ -469,7 +469,7 @@ class Worker:
     @cached_property
     def immunized_parameters(self) -> list[str]:
         """Names of the denoiser's parameters in which the two models differ."""
-        return preparations.changed_parameters(*map(self.pipelines.get, SIDES))
+        return preparations.changed_parameters(*(self.pipelines[side] for side in SIDES))
 
     def common_parameters(self) -> list[str]:
         """Names of those in which they do not."""
@@ -597,8 +597,7 @@ class Worker:
     def _prepare(self, side: Side, attack: Attack) -> Any:
         """Do to a model what comes before the attack; what undoes leaves the original as it is."""
         config, pipeline = self.bench.config, self.pipelines[side]
-        # a worker of the immunized side alone may lack the original
-        original = self.pipelines.get(SIDES[0])
+        original = self.pipelines["original"]
         match attack.preparation:
             case "none":
                 return pipeline
