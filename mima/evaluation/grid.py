@@ -253,7 +253,7 @@ class Attack:
     lr_factor: float
     prompt_variant: PromptVariant
     images: Pictures
-    preparation: Preparation
+    preparation: Literal["none", Preparation]
     transplant: bool = False
     outside: bool = False
     tuned: Mapping[Side, tuple[Adaptation, ...]] = field(default_factory=dict)
@@ -388,11 +388,10 @@ def _on_target(
     ):
         yield _attack(config, slug, concept, "target", method, seed, lr, steps, prompt, pictures)
     for method, preparation in itertools.product(methods, preparations):
-        if preparation != "none":
-            base = _attack(
-                config, slug, concept, "target", method, seed, prompt=prompts[0], images=images[0]
-            )
-            yield replace(base, preparation=preparation)
+        base = _attack(
+            config, slug, concept, "target", method, seed, prompt=prompts[0], images=images[0]
+        )
+        yield replace(base, preparation=preparation)
     for name in families:
         yield _attack(
             config, slug, concept, "target", name, seed, prompt=prompts[0], images=images[0],

@@ -35,7 +35,7 @@ Side = Literal["original", "immunized"]
 SIDES: tuple[Side, Side] = ("original", "immunized")
 PromptVariant = Literal["name", "description", "token"]
 Pictures = Literal["same", "other", "fewer", "more", "mixed"]
-Preparation = Literal["none", "merge", "benign", "kick", "undo", "interpolate", "fp16", "int8"]
+Preparation = Literal["merge", "benign", "kick", "undo", "interpolate", "fp16", "int8"]
 
 
 class _Record(BaseModel):
@@ -341,7 +341,7 @@ class AttackRow(CsvRow):
     prompt_variant: PromptVariant
     images: Pictures
     """Trained on the pictures that immunization saw, or on others: see `GridConfig.images`."""
-    preparation: Preparation
+    preparation: Literal["none", Preparation]
     """What was done to both models before they were trained, as a part of the attack: its step 0 is
     before that, too."""
     seed: int
@@ -408,7 +408,7 @@ class AttackRow(CsvRow):
     adaptation diverged after it; None where it did not, and in records of before that was told."""
 
     @property
-    def setting(self) -> tuple[str, float, int, PromptVariant, Pictures, Preparation]:
+    def setting(self) -> tuple[str, float, int, PromptVariant, Pictures, str]:
         """What says which attack it is, beside concept and seed."""
         how = self.prompt_variant, self.images, self.preparation
         return self.method, self.lr_factor, self.steps, *how

@@ -599,8 +599,6 @@ class Worker:
         config, pipeline = self.bench.config, self.pipelines[side]
         original = self.pipelines["original"]
         match attack.preparation:
-            case "none":
-                return pipeline
             case "fp16":
                 return preparations.rounded(pipeline, 16)
             case "int8":

@@ -93,6 +93,11 @@ def test_a_list_is_asked_for_as_users_write_it():
         grid_config("quick", {"seeds": 0})
 
 
+def test_no_preparation_is_not_one():
+    with pytest.raises(MimaError, match="preparations"):
+        grid_config("quick", {"preparations": ["none"]})
+
+
 def test_standard_is_every_method_once_per_concept_and_seed():
     grid = attack_grid(PRESETS["standard"], {"red": tiny.concept()}, {"blue": tiny.concept("blue")})
     found = Counter(map(described, grid))
