@@ -29,6 +29,7 @@ from mima.immunization.progress import (
     peak_memory,
 )
 from mima.storage.checkpoint import Checkpoint, CheckpointFolder
+from mima.storage.names import METRICS_FILE
 from mima.storage.runs import uninterrupted
 
 if TYPE_CHECKING:
@@ -126,9 +127,7 @@ class Ascent:
         if self._problem.ranks.main:
             folder = self._folder.path if self._folder else None
             if folder is not None:
-                metrics = MetricsFile(folder / "metrics.jsonl", self.history)
-                metrics.start()
-                self._callbacks.append(metrics)
+                self._callbacks.append(MetricsFile(folder / METRICS_FILE, self.history))
             config = self._config.model_dump(mode="json")
             self._trackers = open_trackers(self._config.trackers, self._logs, config)
             for tracker in self._trackers:

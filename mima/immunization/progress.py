@@ -159,27 +159,19 @@ def write_metrics(path: Path, history: Sequence[StepReport]) -> None:
 
 
 class MetricsFile:
-    """A callback that appends each report to a JSON Lines file, made when the first comes.
+    """A callback that appends each report to a JSON Lines file.
 
     The file starts with the reports of the steps before, the history.
+
+    Raises:
+        MimaError: the file cannot be written.
     """
 
-    def __init__(self, path: str | Path, history: Sequence[StepReport] = ()) -> None:
-        self.path = Path(path)
-        self._before: Sequence[StepReport] | None = tuple(history)
-
-    def start(self) -> None:
-        """Write the reports of the steps before.
-
-        Raises:
-            MimaError: the file cannot be written.
-        """
-        self._write("w", self._before or ())
-        self._before = None
+    def __init__(self, path: Path, history: Sequence[StepReport]) -> None:
+        self.path = path
+        self._write("w", history)
 
     def __call__(self, report: StepReport) -> None:
-        if self._before is not None:
-            self.start()
         self._write("a", [report])
 
     def _write(self, mode: str, reports: Sequence[StepReport]) -> None:

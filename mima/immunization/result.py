@@ -13,6 +13,7 @@ from mima.immunization.progress import StepReport, write_metrics
 from mima.release.card import CardFacts, as_text
 from mima.release.delta import Delta
 from mima.release.repository import Released
+from mima.storage.names import METRICS_FILE
 from mima.storage.record import without_thumbnails
 
 MIMA_PAPER = "[MIMA](https://arxiv.org/abs/2412.15320)"
@@ -57,7 +58,7 @@ class ImmunizeResult(Released):
 
     def _write_records(self, folder: Path) -> None:
         super()._write_records(folder)
-        write_metrics(folder / "metrics.jsonl", self.history)
+        write_metrics(folder / METRICS_FILE, self.history)
 
     def _story(self) -> Iterator[str]:
         """What was done, in the order in which it was done."""
