@@ -31,13 +31,12 @@ from torch.func import functional_call
 
 from benchmarks.architectures import ARCHITECTURES
 from benchmarks.kernel_counts import GPUS, PARTS, Counter, Counts
-from mima.bilevel.lower import Params
 from mima.bilevel.optimizers import Adam
 from mima.bilevel.outer import UpperLevel, UpperTerm, outer_gradient
 from mima.bilevel.tasks import FullWeights
 from mima.families.fused_layers import FusedLayers
 from mima.immunization.planning.meta_memory import fused_attention
-from mima.merging import MergeLayer
+from mima.merging import MergeLayer, Params
 
 FEW = 2
 """Layers of a kind that are counted; one more tells what each further one adds."""

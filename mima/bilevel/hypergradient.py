@@ -20,8 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
 
 from mima.bilevel import lower
-from mima.bilevel.lower import LowerLevel, Params, State, Tensors
+from mima.bilevel.lower import LowerLevel, State, Tensors
 from mima.bilevel.optimizers import Vector
+from mima.merging import Params
 from mima.ops.attention import TwiceDifferentiable
 
 Product = Callable[[Params], tuple[Tensors, Tensors]]

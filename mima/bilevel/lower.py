@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from mima.bilevel.optimizers import Optimizer, Vector
+from mima.merging import Params
 
-Params = Mapping[str, torch.Tensor]
 Tensors = dict[str, torch.Tensor]
 
 SHARE = 2**26

@@ -13,7 +13,7 @@ import torch
 from mima import ops
 
 Vector = tuple[torch.Tensor, ...]
-Tensors = list[torch.Tensor]
+TensorList = list[torch.Tensor]
 
 
 class Optimizer(Protocol):
@@ -37,7 +37,7 @@ class Optimizer(Protocol):
         k: int,
         *,
         overwrite: bool = False,
-    ) -> tuple[Tensors, list[Vector]]:
+    ) -> tuple[TensorList, list[Vector]]:
         """Step k (from 0). With ``overwrite``, state⁺ may take the state's memory."""
 
     def pullback(
@@ -47,7 +47,7 @@ class Optimizer(Protocol):
         g: Sequence[torch.Tensor],
         state: Sequence[Vector],
         k: int,
-    ) -> tuple[Tensors, Tensors, list[Vector]]:
+    ) -> tuple[TensorList, TensorList, list[Vector]]:
         """Adjoint of step k: gradients at z, g and the state for those at z⁺ and state⁺.
 
         Args:
@@ -84,7 +84,7 @@ class SGD:
         k: int,
         *,
         overwrite: bool = False,
-    ) -> tuple[Tensors, list[Vector]]:
+    ) -> tuple[TensorList, list[Vector]]:
         lr, momentum = self.lr, self.momentum
         if not momentum:
             (after,) = ops.combine([z, g], [[1, -lr]])
@@ -101,7 +101,7 @@ class SGD:
         g: Sequence[torch.Tensor],
         state: Sequence[Vector],
         k: int,
-    ) -> tuple[Tensors, Tensors, list[Vector]]:
+    ) -> tuple[TensorList, TensorList, list[Vector]]:
         lr, momentum = self.lr, self.momentum
         if not momentum:
             (g_bar,) = ops.combine([z_bar], [[-lr]])
@@ -140,7 +140,7 @@ class Adam:
         k: int,
         *,
         overwrite: bool = False,
-    ) -> tuple[Tensors, list[Vector]]:
+    ) -> tuple[TensorList, list[Vector]]:
         m, v = _columns(state)
         z, m, v = ops.adam_step(z, g, m, v, **asdict(self), step=k, overwrite=overwrite)
         return z, list(zip(m, v, strict=True))
@@ -152,7 +152,7 @@ class Adam:
         g: Sequence[torch.Tensor],
         state: Sequence[Vector],
         k: int,
-    ) -> tuple[Tensors, Tensors, list[Vector]]:
+    ) -> tuple[TensorList, TensorList, list[Vector]]:
         bars, moments = _columns(state_bar), _columns(state)
         d_z, d_g, d_m, d_v = ops.adam_step_pullback(
             z_bar, *bars, g, *moments, **asdict(self), step=k
@@ -160,6 +160,6 @@ class Adam:
         return d_z, d_g, list(zip(d_m, d_v, strict=True))
 
 
-def _columns(state: Sequence[Vector]) -> tuple[Tensors, Tensors]:
+def _columns(state: Sequence[Vector]) -> tuple[TensorList, TensorList]:
     """Adam's two moments, a list each."""
     return [m for m, _ in state], [v for _, v in state]

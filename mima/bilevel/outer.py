@@ -11,9 +11,9 @@ import torch
 
 from mima.bilevel import lower
 from mima.bilevel.hypergradient import accumulate, pullback, reads_gradients
-from mima.bilevel.lower import Carried, LowerLevel, Params, State, Tensors, plus
+from mima.bilevel.lower import Carried, LowerLevel, State, Tensors, plus
 from mima.distributed import ALONE, Ranks, union
-from mima.merging import MergeLayer
+from mima.merging import MergeLayer, Params
 
 KEPT = 2**28
 """Bytes of paths that the second pass finds as the first has walked them; it walks others again."""

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mima.bilevel.low_rank import LowRankWeight, indices
-from mima.bilevel.lower import Carried, LowerLevel, Params, State, Tensors
+from mima.bilevel.lower import Carried, LowerLevel, State, Tensors
 from mima.bilevel.optimizers import Optimizer
+from mima.merging import Params
 
 StepLoss = Callable[[Params, int], torch.Tensor]
 """``(params, k) ↦ L``: the training loss of step k's batch under the network's parameters."""

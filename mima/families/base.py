@@ -17,12 +17,12 @@ from torch.func import functional_call
 
 from mima.errors import MimaError, nearest, one_line
 from mima.families.pipelines import Pipeline, readers
+from mima.merging import Params
 from mima.options import TrainingOptions
 
 if TYPE_CHECKING:
     from mima.families.sharded import ShardedDenoiser
 
-Params = Mapping[str, torch.Tensor]
 Conditioning = dict[str, torch.Tensor]
 
 # how many pixels are encoded at once: those of four 512 px pictures

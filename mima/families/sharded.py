@@ -17,7 +17,8 @@ from mima.families.frozen import at_least_float32, replace_parameters
 from mima.families.pipelines import shared_copy
 
 if TYPE_CHECKING:
-    from mima.families.base import Conditioning, Family, Params
+    from mima.families.base import Conditioning, Family
+    from mima.merging import Params
 
 
 class ShardedDenoiser:

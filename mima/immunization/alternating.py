@@ -25,14 +25,14 @@ import torch
 
 from mima.bilevel import lower
 from mima.bilevel.hypergradient import accumulate
-from mima.bilevel.lower import Params, Tensors
+from mima.bilevel.lower import Tensors
 from mima.bilevel.outer import OuterGradient, drift, residual, upper_gradient
 from mima.distributed import ALONE, Ranks, union
 from mima.immunization import published
 from mima.immunization.levels import Problem
 from mima.immunization.outer_loop import Ascent
 from mima.immunization.progress import Callback, LossName, StepReport
-from mima.merging import MergeLayer
+from mima.merging import MergeLayer, Params
 from mima.storage.checkpoint import CheckpointFolder
 
 

@@ -25,11 +25,12 @@ import torch
 import torch.nn.functional as F
 
 from mima.bilevel import lower
-from mima.bilevel.lower import LowerLevel, Params, plus
+from mima.bilevel.lower import LowerLevel, plus
 from mima.bilevel.outer import Level, OuterGradient, unmerged_gradient
 from mima.immunization.attackers import Attacker
 from mima.immunization.config import BenignConfig, LowerConfig
 from mima.immunization.progress import LossName
+from mima.merging import Params
 from mima.training.batches import Batch, seeded
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mima.bilevel.lower import Params, Tensors
+from mima.bilevel.lower import Tensors
 from mima.bilevel.outer import OuterGradient
 from mima.distributed import ALONE, INTERRUPTED, Ranks, union, wait_for_nobody
 from mima.errors import MimaError
@@ -28,6 +28,7 @@ from mima.immunization.progress import (
     open_trackers,
     peak_memory,
 )
+from mima.merging import Params
 from mima.storage.checkpoint import Checkpoint, CheckpointFolder
 from mima.storage.names import METRICS_FILE
 from mima.storage.runs import uninterrupted

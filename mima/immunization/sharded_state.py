@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from mima.bilevel.lower import Tensors
 from mima.distributed import Ranks
 from mima.families.sharded import ShardedDenoiser
 from mima.storage.atomic import sha256_of
@@ -18,8 +19,6 @@ from mima.storage.checkpoint import (
     distributed_checkpoint,
     kept_in_shards,
 )
-
-Tensors = dict[str, torch.Tensor]
 
 
 class ShardedState:

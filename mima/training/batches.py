@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 import torch.nn.functional as F
 
-from mima.families.base import Conditioning, Family, Params
+from mima.families.base import Conditioning, Family
+from mima.merging import Params
 from mima.training.loss import pixels, places, prediction_and_target
 
 if TYPE_CHECKING:
