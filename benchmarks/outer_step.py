@@ -73,7 +73,7 @@ SD1 = {
 """Stable Diffusion 1.x's configurations, and a small one of the same structure."""
 
 
-def sd1_pipeline(size: str, device: str | torch.device = "cpu") -> StableDiffusionPipeline:
+def sd1_pipeline(size: str, device: str | torch.device) -> StableDiffusionPipeline:
     """A pipeline of Stable Diffusion 1.x's structure with random weights, float32.
 
     The tokenizer is the embedded model's, with fewer words and the length of the original's; the

@@ -225,7 +225,7 @@ def replayed_gradient(
     upper: Upper,
     *,
     wrt: tuple[str, ...],
-    ranks: Ranks = ALONE,
+    ranks: Ranks,
 ) -> OuterGradient:
     """First-order gradient of ``Σ_k Σ upper_k(θ + moved_k)``: an earlier attack on another θ.
 

@@ -555,7 +555,7 @@ def digest(picture: Picture) -> str:
     return hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).hexdigest()
 
 
-def by_prompt(pictures: Sequence[Picture], limit: int | None = None) -> dict[str, list[Picture]]:
+def by_prompt(pictures: Sequence[Picture], limit: int | None) -> dict[str, list[Picture]]:
     """Pictures by prompt in order of appearance, thinned evenly to `limit` prompts."""
     groups: dict[str, list[Picture]] = {}
     for picture in pictures:

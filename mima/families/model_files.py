@@ -260,7 +260,7 @@ def stored_dtype(files: Iterable[Path]) -> torch.dtype:
     )
 
 
-def check_complete(folder: Path, module: torch.nn.Module, variant: str | None = None) -> None:
+def check_complete(folder: Path, module: torch.nn.Module, variant: str | None) -> None:
     """Refuse files that lack weights: the loaders only warn, and draw random ones."""
     stored = {key for file in opened_files(folder, variant) for key in _keys(file)}
     # transformers 4 and 5 differ by a prefix, older files have other names for a VAE's attention

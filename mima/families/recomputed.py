@@ -16,7 +16,7 @@ CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 
 @contextmanager
 def recomputed_blocks(
-    denoiser: torch.nn.Module, on: bool = True, *, sharded: bool = False
+    denoiser: torch.nn.Module, on: bool, *, sharded: bool = False
 ) -> Iterator[None]:
     """While it lasts, let a denoiser of diffusers recompute each block's activations.
 

@@ -34,13 +34,11 @@ def idle_modules(pipeline: Pipeline, *, reads_text: bool) -> list[torch.nn.Modul
 
 
 @contextmanager
-def out_of_memory_while(
-    modules: Sequence[torch.nn.Module], folder: Path | None = None
-) -> Iterator[None]:
+def out_of_memory_while(modules: Sequence[torch.nn.Module], folder: Path | None) -> Iterator[None]:
     """Move networks from a GPU to the CPU's memory, or from there to a file that is mapped.
 
     They go on working where they are; afterwards they are back. Small ones stay. The file is on the
-    folder's disk, where there is such a folder; by default on that of temporary files.
+    folder's disk, where there is such a folder, else on that of temporary files.
     """
     moved = [m for m in modules if sum(map(frozen.stored_bytes, m.parameters())) >= frozen.LARGE]
     # safetensors stores no quantized tensor
@@ -120,13 +118,13 @@ class MomentsOnDisk:
     Args:
         optimizer: an AdamW of parameters on the CPU, which has no state yet. Linux alone tells a
             full disk before the moments are written, and leaves memory when it is asked to.
-        folder: whose disk takes the file; by default that of temporary files.
+        folder: whose disk takes the file; None: that of temporary files.
 
     Raises:
         MimaError: the disk is full.
     """
 
-    def __init__(self, optimizer: torch.optim.AdamW, folder: Path | None = None) -> None:
+    def __init__(self, optimizer: torch.optim.AdamW, folder: Path | None) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.numel()]
         size = 2 * sum(parameter.nbytes for parameter in parameters)
         try:

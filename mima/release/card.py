@@ -49,7 +49,7 @@ def model_card(
     license: str | None,
     delta: bool,
     sums: Mapping[str, str],
-    by_hand: bool = True,
+    by_hand: bool,
 ) -> ModelCard:
     """A model card that says all of the facts.
 

@@ -87,7 +87,7 @@ def received(
     mesh: Mesh,
     *,
     count: int,
-    benign: int = 0,
+    benign: int,
 ) -> dict[str, int]:
     """Bytes that each process receives in one outer step, by what for: the mean over the steps.
 

@@ -28,7 +28,7 @@ def _total(*parts: tuple[float, Work]) -> Work:
     return {way: sum(times * part[way] for times, part in parts) for way in _work(0, ())}
 
 
-def pictures_of_a_step(config: ImmunizeConfig, count: int, benign: int = 0) -> Work:
+def pictures_of_a_step(config: ImmunizeConfig, count: int, benign: int) -> Work:
     """How many pictures go forward, backward, and backward through a backward in one outer step.
 
     The mean over the run's steps and over what attackers draw: of steps that simulate an attack and
