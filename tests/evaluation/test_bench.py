@@ -90,7 +90,9 @@ def test_a_trial_holds_back_every_fourth_picture_where_there_are_four(
 def test_every_method_has_material_of_all_pictures_and_prompts(tmp_path, token):
     name = token or "red"
     own = [picture.captioned(f"a {name} emoji") for picture in tiny.concept().images]
-    concept = Concept("red", f"a {name} emoji", own, held_out=own[:2], token=token)
+    concept = Concept(
+        "red", f"a {name} emoji", own, held_out=own[:2], token=token, class_prompt="an emoji"
+    )
     settings = {
         "methods": {method: {} for method in METHODS},
         "images": get_args(Pictures),
