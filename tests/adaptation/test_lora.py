@@ -454,7 +454,7 @@ def test_a_text_encoder_learns_too_and_is_saved(pipeline, tmp_path):
         sorted(v.norm().item() for v in live)
     )
     again = copy.deepcopy(pipeline)
-    again.load_lora_weights(tmp_path)
+    again.load_lora_weights(tmp_path, weight_name=LORA_WEIGHT_NAME_SAFE)
     read = family_of(again).encode_prompts(["a red round emoji"])["encoder_hidden_states"]
     torch.testing.assert_close(read, text)
     # peft's sets are sorted, so that equal runs write equal files
