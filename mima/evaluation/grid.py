@@ -185,7 +185,7 @@ def grid_config(preset: str, settings: Mapping[str, Any] | None = None) -> GridC
         if name == "preset":
             raise MimaError("setting preset: a preset is chosen by --preset, or preset=, not set")
         set_nested(raw, name, value)
-    config = parse_config(GridConfig, raw, source=f"preset {preset}")
+    config = parse_config(GridConfig, raw, source=f"preset {preset} with the given settings")
     # as they were understood, not as they were written: 1e-4 is a text in YAML
     methods = {name: _understood(config, name) for name in config.methods}
     config = config.model_copy(update={"methods": methods})
