@@ -69,8 +69,10 @@ class CheckpointFolder:
         return CheckpointFolder(self.path / name)
 
     def exists(self) -> bool:
-        """Whether a run has been here."""
-        return self.path.is_dir() and any(self.path.iterdir())
+        """Whether a run has been here, for longer than it takes to say whose the folder is."""
+        # what a run leaves that is killed while it writes this first
+        begun = f".{RUN_FILE}.partial"
+        return self.path.is_dir() and any(entry.name != begun for entry in self.path.iterdir())
 
     def check_own(self) -> None:
         """Refuse a folder that holds files which no run wrote: `remove` would take them along.

@@ -170,6 +170,16 @@ def test_a_damaged_description_of_the_run_is_one_line(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
+def test_a_run_killed_while_it_says_whose_the_folder_is_was_never_there(tmp_path):
+    (tmp_path / ".run.json.partial").write_text('{"con')
+    folder = CheckpointFolder(tmp_path)
+    folder.check_own()
+    assert not folder.exists()
+    (tmp_path / "picture.png").touch()
+    with pytest.raises(MimaError, match="no run wrote"):
+        folder.check_own()
+
+
 def test_a_removal_that_is_cut_short_leaves_whose_the_folder_is(two, monkeypatch):
     two.write_json(RUN_FILE, {"config": {}})
     remove = shutil.rmtree
