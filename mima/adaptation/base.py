@@ -135,13 +135,17 @@ class Adaptation(ABC):
         Both have passed `check`.
         """
 
+    def has_class(self, concept: Concept) -> bool:
+        """Whether a concept has the class that the method preserves, if it preserves one."""
+        return self.prior_weight == 0 or bool(concept.class_images or concept.class_prompt)
+
     def check(self, pipeline: Pipeline, concept: Concept) -> None:
         """Refuse what the method does not fit, as `start` does, before anything is made.
 
         Raises:
             MimaError: the concept or the pipeline does not fit the method.
         """
-        if self.prior_weight > 0 and not (concept.class_images or concept.class_prompt):
+        if not self.has_class(concept):
             raise MimaError(
                 f"concept {concept.name!r}: prior preservation needs class_images, or a "
                 "class_prompt to draw them by; it has neither"

@@ -354,7 +354,7 @@ def _on_other(
     """
     prompts = [v for v in config.prompts if v == "name" or names_of(concept)]
     pictures = [v for v in config.images if _has_pictures(v, concept, has_others)]
-    methods = [v for v in config.methods if _has_class(configured(config, v), concept)]
+    methods = [v for v in config.methods if configured(config, v).has_class(concept)]
     if seed == config.seeds[0]:
         _warn_of_left_out(concept, {"methods": set(config.methods) - set(methods)})
     for method in methods:
@@ -370,8 +370,8 @@ def _on_target(
     prompts = [v for v in config.prompts if v == "name" or names_of(concept)]
     images = [v for v in config.images if _has_pictures(v, concept, has_others)]
     preparations = [v for v in config.preparations if v not in NEEDS_OTHERS or has_others]
-    methods = [v for v in config.methods if _has_class(configured(config, v), concept)]
-    families = [v for v in config.families if _has_class(_of_family(config, v), concept)]
+    methods = [v for v in config.methods if configured(config, v).has_class(concept)]
+    families = [v for v in config.families if _of_family(config, v).has_class(concept)]
     left_out: dict[str, set[Any]] = {
         "methods": set(config.methods) - set(methods),
         "prompts": set(config.prompts) - set(prompts),
@@ -409,12 +409,6 @@ def _warn_of_left_out(concept: Concept, left_out: Mapping[str, set[Any]]) -> Non
                 what,
                 ", ".join(sorted(values)),
             )
-
-
-def _has_class(adaptation: Adaptation, concept: Concept) -> bool:
-    """Whether a concept has the class that an adaptation preserves, if it preserves one."""
-    has_class = bool(concept.class_prompt or concept.class_images)
-    return has_class or adaptation.prior_weight == 0
 
 
 def _has_pictures(images: Pictures, concept: Concept, has_others: bool) -> bool:
