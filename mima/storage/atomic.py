@@ -39,7 +39,7 @@ def staged(final: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written.
     """
-    partial, replaced = _beside(final)
+    partial, replaced = beside(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     recover(final)
     try:
@@ -63,14 +63,15 @@ def staged(final: Path) -> Iterator[Path]:
 
 def recover(final: Path) -> None:
     """Clear what a killed ``staged`` left; a folder that it had moved away comes back."""
-    partial, replaced = _beside(final)
+    partial, replaced = beside(final)
     if replaced.exists() and not final.exists():
         replaced.rename(final)
     remove(replaced)
     remove(partial)
 
 
-def _beside(final: Path) -> tuple[Path, Path]:
+def beside(final: Path) -> tuple[Path, Path]:
+    """What a killed ``staged`` may leave: of the new one, and of the one that was there."""
     return (
         final.with_name(f".{final.name}.partial"),
         final.with_name(f".{final.name}.replaced"),

@@ -17,7 +17,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mima.errors import MimaError, one_line, quoted
-from mima.storage.atomic import WRITING_ERRORS, reason_of, recover, remove, sha256_of, staged
+from mima.storage.atomic import (
+    WRITING_ERRORS,
+    beside,
+    reason_of,
+    recover,
+    remove,
+    sha256_of,
+    staged,
+)
 from mima.storage.inputs import expanded
 from mima.storage.plain_data import read_json
 from mima.storage.tensor_files import mapped_if_intact, save_checked, save_tensors
@@ -71,8 +79,8 @@ class CheckpointFolder:
     def exists(self) -> bool:
         """Whether a run has been here, for longer than it takes to say whose the folder is."""
         # what a run leaves that is killed while it writes this first
-        begun = f".{RUN_FILE}.partial"
-        return self.path.is_dir() and any(entry.name != begun for entry in self.path.iterdir())
+        begun, _ = beside(self.path / RUN_FILE)
+        return self.path.is_dir() and any(entry != begun for entry in self.path.iterdir())
 
     def check_own(self) -> None:
         """Refuse a folder that holds files which no run wrote: `remove` would take them along.
