@@ -187,13 +187,20 @@ class Injection:
     """What the optimiser trains, in float32."""
     save: Callable[[Path], None]
     """Write the trained part to a folder, in the format that diffusers reads."""
+    tables: Sequence[torch.Tensor] = ()
+    """Among the parameters, tables whose rows are looked up: to Muon no matrices."""
     encode_prompts: Callable[[Family, Sequence[str]], Conditioning] | None = None
-    """Text encoding with a graph, for methods that train tokens; None if text is frozen."""
+    """Text encoding with a graph, for methods that train what reads text; None if that is
+    frozen."""
     before_step: Callable[[int], None] = lambda done: None
     """Called before each optimiser step, with the number of steps done; it may set gradients to
     None, and the step leaves their parameters as they are."""
     after_step: Callable[[], None] = lambda: None
     """Called after each optimiser step."""
+
+
+encode_with_graph = partial(Family.encode_prompts, differentiable=True)
+"""Encodes a family's prompts with a graph into the text encoders."""
 
 
 def require_full_precision(pipeline: Pipeline, method: str) -> None:
@@ -281,6 +288,7 @@ class Run:
         settings = self.adaptation
         return build_optimizers(
             self._injection.parameters,
+            tables=self._injection.tables,
             optimizer=settings.optimizer,
             learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,

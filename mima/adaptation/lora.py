@@ -6,7 +6,6 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,20 +15,16 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from mima.adaptation.base import Adaptation, Injection
+from mima.adaptation.base import Adaptation, Injection, encode_with_graph
 from mima.adapters.adapter import check_unadapted
 from mima.choices import MOST_AT_ONCE
 from mima.concepts import Concept
 from mima.errors import MimaError, bounded, check_settings
 from mima.families import Family, family_of
-from mima.families.pipelines import Pipeline, names_for_all, shared_copy, with_modules
+from mima.families.pipelines import Pipeline, names_for_all, readers, shared_copy, with_modules
 
-encode_with_graph = partial(Family.encode_prompts, differentiable=True)
-"""Encodes a family's prompts with a graph into the text encoder."""
 TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """Attention projections of a CLIP text encoder."""
-TEXT_LAYERS = "text_encoder_lora_layers"
-"""By which pipelines that load LoRAs of a text encoder take them to be saved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +49,12 @@ class LoRA(Adaptation):
     convolutions: bool = False
     """Adapt every linear and convolutional layer of the denoiser instead (LoCon), but for grouped
     convolutions, into whose weights peft merges no update."""
+    dora: bool = False
+    """Train a magnitude for each output of the adapted weights, too, and let the update turn their
+    direction alone: DoRA, Liu et al., ICML 2024, arXiv 2402.09353."""
     text_encoder: bool = False
-    """Adapt the attention of the text encoder, too; of pipelines with one text encoder."""
+    """Adapt the attention of the CLIP text encoders, too: of those that the pipeline loads LoRAs
+    for, both of SDXL and SD3, the one of Stable Diffusion and Flux."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,13 +79,10 @@ class LoRA(Adaptation):
         """Refuse models with adapters, too, and text encoders that none can be saved for."""
         super().check(pipeline, concept)
         check_unadapted(family_of(pipeline))
-        write = getattr(pipeline, "save_lora_weights", None)
-        alone = getattr(pipeline, "text_encoder_2", None) is None
-        written = alone and write and TEXT_LAYERS in inspect.signature(write).parameters
-        if self.text_encoder and not written:
+        if self.text_encoder and not _text_encoders(pipeline):
             raise MimaError(
-                "lora: text_encoder needs a pipeline with one text encoder that LoRAs are loaded "
-                f"for, got {type(pipeline).__name__}"
+                "lora: text_encoder needs a CLIP text encoder that the pipeline loads LoRAs for, "
+                f"and this {type(pipeline).__name__} has none"
             )
 
     def inject(self, pipeline: Pipeline, concept: Concept) -> Injection:
@@ -96,8 +92,9 @@ class LoRA(Adaptation):
         modules: dict[str, Any] = {part: shared_copy(family.denoiser)}
         configs = {part: self._config(self._targets(family))}
         if self.text_encoder:
-            modules["text_encoder"] = shared_copy(pipeline.text_encoder)
-            configs["text_encoder"] = self._config(TEXT_PROJECTIONS)
+            for name, encoder in _text_encoders(pipeline).items():
+                modules[name] = shared_copy(encoder)
+                configs[name] = self._config(TEXT_PROJECTIONS)
         devices = [family.device] if family.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.seed)
@@ -163,8 +160,20 @@ class LoRA(Adaptation):
             lora_alpha=self.rank if self.alpha is None else self.alpha,  # type: ignore[arg-type]
             lora_dropout=self.dropout,
             init_lora_weights="gaussian",
+            use_dora=self.dora,
             target_modules=list(targets),
         )
+
+
+def _text_encoders(pipeline: Pipeline) -> dict[str, Any]:
+    """By name, the CLIP text encoders whose LoRAs the pipeline writes and loads."""
+    write = getattr(pipeline, "save_lora_weights", None)
+    taken = inspect.signature(write).parameters if write else ()
+    return {
+        reader.part: reader.encoder
+        for reader in readers(pipeline)
+        if reader.is_clip and f"{reader.part}_lora_layers" in taken
+    }
 
 
 def _in_diffusers_names(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,12 +27,14 @@ def build_optimizers(
     learning_rate: float,
     weight_decay: float,
     use_8bit: bool = False,
+    tables: Sequence[torch.Tensor] = (),
 ) -> list[torch.optim.Optimizer]:
     """The optimisers that train parameters together: one, or two where Muon leaves some out.
 
     ``muon`` makes the step of each matrix orthogonal, whatever the scale of its gradient, and
     scales the step to the size of AdamW's; filters of convolutions are matrices, too, see `Muon`.
-    AdamW trains the rest: biases, norms, the one vector of a new word.
+    AdamW trains the rest: biases, norms, the one vector of a new word, and, as its authors advise,
+    ``tables`` of embeddings.
 
     Raises:
         MimaError: 8 bits were asked for and bitsandbytes cannot be imported.
@@ -52,8 +54,9 @@ def build_optimizers(
         kind = AdamW8bit
     if optimizer == "adamw":
         return [kind(parameters, **rates)]
-    matrices = [parameter for parameter in parameters if parameter.ndim in (2, 4)]
-    rest = [parameter for parameter in parameters if parameter.ndim not in (2, 4)]
+    looked_up = {id(table) for table in tables}
+    matrices = [p for p in parameters if p.ndim in (2, 4) and id(p) not in looked_up]
+    rest = [p for p in parameters if p.ndim not in (2, 4) or id(p) in looked_up]
     both = [(Muon, matrices, {"adjust_lr_fn": "match_rms_adamw"}), (kind, rest, {})]
     return [kind(part, **rates, **more) for kind, part, more in both if part]
 

@@ -100,10 +100,13 @@ class MixedLinear(torch.nn.Module):
 
 
 def can_share_batches(pipeline: Pipeline) -> bool:
-    """Whether a pipeline holds a LoRA, and on linear layers only."""
+    """Whether a pipeline holds a LoRA, no DoRA, and on linear layers only."""
     layers = lora_layers(family_of(pipeline).denoiser).values()
-    linear = [isinstance(layer.get_base_layer(), torch.nn.Linear) for layer in layers]
-    return bool(linear) and all(linear)
+    plain = [
+        isinstance(layer.get_base_layer(), torch.nn.Linear) and not any(layer.use_dora.values())
+        for layer in layers
+    ]
+    return bool(plain) and all(plain)
 
 
 def with_adapters(pipeline: Pipeline, adapters: Sequence[Adapter]) -> tuple[Any, Rows]:

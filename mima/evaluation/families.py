@@ -54,13 +54,17 @@ FAMILIES: dict[str, AttackFamily] = {
     "prior": AttackFamily(base="dreambooth", adapt=changed(prior_weight=1.0, num_class_images=16)),
     # another model draws with a LoRA of the denoiser's linear layers alone
     "transplant": AttackFamily(
-        base="lora", adapt=changed(text_encoder=False, convolutions=False), transplant=True
+        base="lora",
+        adapt=changed(text_encoder=False, convolutions=False, dora=False),
+        transplant=True,
     ),
     "lora-r2": AttackFamily(base="lora", adapt=changed(rank=2, alpha=None)),
     "lora-r32": AttackFamily(base="lora", adapt=changed(rank=32, alpha=None)),
     "lora-r128": AttackFamily(base="lora", adapt=changed(rank=128, alpha=None)),
     "locon": AttackFamily(base="lora", adapt=changed(convolutions=True, target_modules=None)),
+    "dora": AttackFamily(base="lora", adapt=changed(dora=True)),
     "lora-text": AttackFamily(base="lora", adapt=changed(text_encoder=True)),
+    "dreambooth-text": AttackFamily(base="dreambooth", adapt=changed(text_encoder=True)),
     "pivotal": AttackFamily(base="pivotal"),
 }
 """Every family by its name in `GridConfig.families`."""

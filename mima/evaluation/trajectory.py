@@ -20,7 +20,7 @@ from mima.concepts.pictures import Picture, by_prompt
 from mima.errors import MimaError
 from mima.evaluation.encoders import ImageEncoder, similarity
 from mima.evaluation.metrics import GapCurve
-from mima.families.pipelines import Pipeline
+from mima.families.pipelines import Pipeline, readers
 from mima.sampling import Job, Sampler
 
 
@@ -134,7 +134,8 @@ def trajectory(
     try:
         for step in run.until(*steps, on_step=lambda _: advance(1)):
             reached.append(step)
-            text_is_frozen = run.pipeline.text_encoder is pipeline.text_encoder
+            pairs = zip(readers(run.pipeline), readers(pipeline), strict=True)
+            text_is_frozen = all(own.encoder is given.encoder for own, given in pairs)
             shared = text_is_frozen and can_share_batches(run.pipeline)
             if drawn_by is not None and not shared:
                 raise MimaError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -63,6 +64,16 @@ class Reader:
         rows: torch.Tensor = self.encoder.get_input_embeddings().weight
         return rows
 
+    @property
+    def is_clip(self) -> bool:
+        """Whether the text encoder is CLIP's, which training scripts fine-tune; T5 stays frozen."""
+        return self.name.startswith("clip")
+
+    @property
+    def part(self) -> str:
+        """Under which name the pipeline holds the text encoder, such as ``text_encoder_2``."""
+        return f"text_encoder{self.number}"
+
 
 def readers(pipeline: Pipeline) -> list[Reader]:
     """The tokenizers and text encoders of a pipeline, in order."""
@@ -118,6 +129,16 @@ def names_for_all(module: torch.nn.Module, state: Mapping[str, Any]) -> dict[str
     if type(module).__name__ != "CLIPTextModel":
         return dict(state)
     return {PREFIX + name.removeprefix(PREFIX): value for name, value in state.items()}
+
+
+def save_network(network: Any, folder: Path) -> None:
+    """Write a network as a folder of a diffusers model, which any transformers from 4 on reads."""
+    state = network.state_dict()
+    named = names_for_all(network, state)
+    # diffusers' networks take no state
+    network.save_pretrained(
+        folder, **({} if named.keys() == state.keys() else {"state_dict": named})
+    )
 
 
 def named_weights(pipeline: Pipeline) -> dict[str, torch.Tensor]:

@@ -19,7 +19,14 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from mima.errors import MimaError, one_line
 from mima.families import ModelSource, load_pipeline
 from mima.families.hub import TRANSPORT_ERRORS, unreachable
-from mima.families.pipelines import Pipeline, names_for_all, networks, readers, tensors
+from mima.families.pipelines import (
+    Pipeline,
+    names_for_all,
+    networks,
+    readers,
+    save_network,
+    tensors,
+)
 from mima.release.card import CARD_FILE, CardFacts, as_text, model_card
 from mima.release.delta import Delta, load_delta, read_delta
 from mima.storage.atomic import sha256_of
@@ -153,11 +160,10 @@ def save_pipeline(pipeline: Pipeline, folder: str | Path) -> None:
     pipeline.save_pretrained(folder)
     for part, network in networks(pipeline).items():
         state = network.state_dict()
-        named = names_for_all(network, state)
-        if named.keys() != state.keys():
+        if names_for_all(network, state).keys() != state.keys():
             for file in (folder / part).glob("*.safetensors*"):
                 file.unlink()
-            getattr(pipeline, part).save_pretrained(folder / part, state_dict=named)
+            save_network(network, folder / part)
 
 
 def _by_hand(pipeline: Pipeline, delta: Delta) -> bool:

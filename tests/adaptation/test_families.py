@@ -7,7 +7,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import PeftModel
 from support import builders, tiny
 
-from mima.adaptation import CustomDiffusion, LoRA, TextualInversion
+from mima.adaptation import CustomDiffusion, DreamBooth, LoRA, TextualInversion
 from mima.adapters.files import AdapterReader
 from mima.adapters.merge import merge_adapters
 from mima.concepts import Concept
@@ -97,9 +97,113 @@ def test_custom_diffusion_is_read_back(folder, tmp_path):
         assert not torch.equal(value, family.denoiser.get_parameter(names[name]))
 
 
-def test_a_text_encoder_whose_lora_no_pipeline_writes_is_refused(folder):
-    with pytest.raises(MimaError, match="lora: text_encoder needs a pipeline with one text enc"):
-        LoRA(text_encoder=True).start(builders.opened(folder), tiny.concept())
+def test_dora_attack_and_round_trip(folder, tmp_path):
+    pipeline = builders.opened(folder)
+    run = LoRA(dora=True, rank=2, learning_rate=2e-2).start(pipeline, tiny.concept())
+    untrained = draw(run.pipeline)
+    assert difference(untrained, draw(pipeline)) <= 1
+    run.advance(2)
+    magnitudes = {
+        name: value
+        for name, value in family_of(run.pipeline).denoiser.named_parameters()
+        if "magnitude" in name
+    }
+    assert len(magnitudes) == len(family_of(pipeline).lora_targets())
+    assert all(value.requires_grad for value in magnitudes.values())
+    curve = attack(
+        pipeline,
+        tiny.concept(),
+        LoRA(dora=True, rank=2, learning_rate=2e-2),
+        encoder=Flat(),
+        steps=(2,),
+        seeds=(0,),
+        sampler=Sampler(steps=2),
+    )
+    adapted = draw(run.pipeline)
+    assert difference(curve.images[0][0][0], adapted) <= 1 < difference(adapted, untrained)
+    run.save(tmp_path)
+    fresh = builders.opened(folder)
+    if hasattr(fresh, "load_lora_weights"):
+        fresh.load_lora_weights(tmp_path, weight_name=LORA_WEIGHT_NAME_SAFE)
+    else:
+        fresh.transformer = PeftModel.from_pretrained(fresh.transformer, tmp_path).base_model.model
+    assert draw(fresh) == adapted
+    merged = merge_adapters(builders.opened(folder), [tmp_path], weights=[1.0], method="weighted")
+    assert difference(draw(merged.pipeline), adapted) <= 1
+
+
+TEXT = "a red round emoji"
+
+
+@pytest.mark.parametrize("method", [LoRA, DreamBooth])
+def test_text_encoders_are_trained_where_they_are_clip(folder, method, tmp_path):
+    """And diffusers and mima read from the folder what was learned."""
+    pipeline = builders.opened(folder)
+    clip = {reader.part: reader.encoder for reader in readers(pipeline) if reader.is_clip}
+    # diffusers has no LoRA of Flux' T5, nor scripts that train one
+    if not clip:
+        with pytest.raises(MimaError, match="text_encoder needs a CLIP text encoder"):
+            method(text_encoder=True).start(pipeline, tiny.concept())
+        return
+    before = {part: weights(encoder) for part, encoder in clip.items()}
+    rate = 2e-2 if method is LoRA else 1e-3
+    run = method(text_encoder=True, learning_rate=rate, batch_size=2).start(
+        pipeline, tiny.concept()
+    )
+    run.advance(3)
+    plain = method(learning_rate=rate, batch_size=2).start(pipeline, tiny.concept())
+    plain.advance(3)
+    assert run.losses[0] == pytest.approx(plain.losses[0], rel=1e-5)
+    assert run.losses[2] != pytest.approx(plain.losses[2], rel=1e-4)
+    text, other = (family_of(p).encode_prompts([TEXT]) for p in (run.pipeline, pipeline))
+    assert any((text[name] - other[name]).abs().max() > 1e-4 for name in text)
+    for part, values in before.items():
+        assert getattr(run.pipeline, part) is not clip[part]
+        assert all(map(torch.equal, clip[part].state_dict().values(), values.values()))
+    for reader in readers(pipeline):
+        if not reader.is_clip:
+            assert getattr(run.pipeline, reader.part) is reader.encoder
+
+    run.save(tmp_path)
+    found = AdapterReader(pipeline).read(tmp_path)
+    parts = {name.partition(".")[0] for name in (*found.factors, *found.values)}
+    assert parts == {family_of(pipeline).denoiser_name, *clip}
+    merged = merge_adapters(builders.opened(folder), [tmp_path], weights=[1.0], method="weighted")
+    assert difference(draw(merged.pipeline), draw(run.pipeline)) <= 1
+    fresh = builders.opened(folder)
+    if method is LoRA:
+        fresh.load_lora_weights(tmp_path, weight_name=LORA_WEIGHT_NAME_SAFE)
+    else:
+        places = {name: getattr(fresh, name) for name in parts}
+        for name, module in places.items():
+            setattr(fresh, name, type(module).from_pretrained(tmp_path, subfolder=name))
+    read = family_of(fresh).encode_prompts([TEXT])
+    for name, value in text.items():
+        torch.testing.assert_close(read[name], value)
+    assert draw(fresh) == draw(run.pipeline)
+
+
+def test_text_encoders_are_trained_after_all_else_is_frozen(tmp_path):
+    pipeline = builders.opened(builders.save(builders.sdxl, tmp_path / "sdxl"))
+    every = tuple(name for name, _ in pipeline.unet.named_parameters())
+    with pytest.raises(MimaError, match="frozen: names every parameter"):
+        DreamBooth(frozen=every).start(pipeline, tiny.concept())
+    run = DreamBooth(frozen=every, text_encoder=True, optimizer="muon", learning_rate=1e-3)
+    run = run.start(pipeline, tiny.concept())
+    muon, rest = run._optimizers
+    (group,), (others,) = muon.param_groups, rest.param_groups
+    # tables of embeddings are no matrices
+    tables = [reader.rows for reader in readers(run.pipeline)]
+    assert {id(rows) for rows in tables} <= {id(p) for p in others["params"]}
+    assert not {id(rows) for rows in tables} & {id(p) for p in group["params"]}
+    before = weights(run.pipeline.unet)
+    run.advance(2)
+    assert all(map(torch.equal, run.pipeline.unet.state_dict().values(), before.values()))
+    assert run.losses[1] != run.losses[0]
+
+
+def weights(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
 
 
 def test_locon_leaves_grouped_convolutions_out(tmp_path):

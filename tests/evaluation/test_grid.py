@@ -518,12 +518,13 @@ def test_names_of_methods_are_checked_before_anything_runs(settings, message):
 
 
 def test_a_family_takes_what_it_can_of_a_methods_settings():
-    methods = {"lora": {"text_encoder": True}, "dreambooth": {"use_8bit_adam": True}}
+    methods = {"lora": {"text_encoder": True, "dora": True}, "dreambooth": {"use_8bit_adam": True}}
     config = grid_config("quick", {"methods": methods, "families": ["transplant", "sgd", "muon"]})
     grid = {attack.label: attack for attack in attack_grid(config, {"red": tiny.concept()}, {})}
     assert grid["lora"].adaptation.text_encoder
     # the other model draws with it
     assert not grid["transplant"].adaptation.text_encoder
+    assert grid["lora"].adaptation.dora and not grid["transplant"].adaptation.dora
     assert not grid["sgd"].adaptation.use_8bit_adam
     assert not grid["muon"].adaptation.use_8bit_adam
 
