@@ -292,8 +292,8 @@ CUTS: dict[str, Cut] = {
         others=_TWO_OTHERS,
         grid=_TWO_ATTACKS,
     ),
-    # two styles by all methods but IMMA, which is for one concept; objects, more and fewer concepts,
-    # and unseen ones by two of them
+    # two styles by all methods but IMMA, which is for one concept; objects, more and fewer
+    # concepts, and unseen ones by two of them
     "breadth": Cut(
         plan={Problem("relearn", STYLES): tuple(name for name in EVERY if name != "imma")}
         | {Problem("relearn", STYLES[:1]): ("imma", "joint", "default")}
