@@ -7,50 +7,36 @@ import json
 import logging
 import os
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-from PIL import Image
-
 from mima.assets import assets
-from mima.concepts.naming import names
-from mima.concepts.pictures import (
-    CAPTION_COLUMNS,
-    Picture,
-    PictureError,
-    check_pictures,
-    digest,
-    metadata_file,
-    only_file,
-    picture_files,
-    read_folder,
+from mima.concepts.description import (
+    DESCRIPTION_NAMES,
+    FOLDERS,
+    KEYS,
+    PICTURE_KEYS,
+    PictureSource,
+    attributes_of,
+    check_keys,
+    is_concept_folder,
+    pictures_from,
+    read_description,
+    warn_of_unread,
+    with_base,
 )
+from mima.concepts.naming import names
+from mima.concepts.picture_folders import only_file
+from mima.concepts.pictures import Picture, PictureError, check_pictures, digest
 from mima.errors import MimaError, counted, nearest, quoted
-from mima.storage.inputs import expanded, resolved
-from mima.storage.plain_data import hashed, read_json, read_yaml, yaml_problem
+from mima.storage.inputs import expanded
+from mima.storage.plain_data import hashed
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["object", "style", "instance", "benign"]
-# a folder, a file, a picture, {file_name: ..., text: ...}, or several of the last three
-OnePicture = str | Path | Image.Image | Picture | Mapping[str, object]
-PictureSource = OnePicture | Iterable[OnePicture]
-
-DESCRIPTION_NAMES = ("concept.yaml", "concept.yml", "concept.json")
-HELD_OUT_FOLDER = "held_out"
-CLASS_FOLDER = "class_images"
-
-_FOLDERS = (HELD_OUT_FOLDER, CLASS_FOLDER)
-_TEXT_KEYS = (
-    *("name", "prompt", "class_prompt", "kind"),
-    *("token", "initializer", "description", "validation_prompt"),
-)
-_PICTURE_KEYS = ("images", "held_out", "class_images")
-_KEYS = (*_TEXT_KEYS, *_PICTURE_KEYS)
 
 
 @dataclass(frozen=True, init=False)
@@ -139,11 +125,11 @@ class Concept:
                 f"{where}: kind {quoted(kind)} is unknown; {nearest(kind, get_args(Kind))}"
             )
         pictures = {
-            "images": _pictures(images, prompt),
-            "held_out": _pictures(held_out, prompt),
-            "class_images": _pictures(class_images, class_prompt, "class_prompt"),
+            "images": pictures_from(images, prompt),
+            "held_out": pictures_from(held_out, prompt),
+            "class_images": pictures_from(class_images, class_prompt, "class_prompt"),
         }
-        _warn_of_unread(where, images, [key for key in _FOLDERS if not pictures[key]])
+        warn_of_unread(where, images, [key for key in FOLDERS if not pictures[key]])
         if not pictures["images"]:
             raise MimaError(f"{where} has no pictures: images is empty")
         if not prompt.strip():
@@ -211,7 +197,7 @@ class Concept:
         def left(pictures: Iterable[Picture]) -> tuple[Picture, ...]:
             return tuple(p for p in pictures if not any(names(p.prompt, name) for name in called))
 
-        groups: dict[str, Any] = {key: left(getattr(self, key)) for key in _PICTURE_KEYS}
+        groups: dict[str, Any] = {key: left(getattr(self, key)) for key in PICTURE_KEYS}
         if not groups["images"]:
             raise MimaError(
                 f"concept {self.name!r}: every picture's caption names one of: {', '.join(called)}"
@@ -246,18 +232,18 @@ class Concept:
             "name": Path(os.path.abspath(folder)).name,
             "images": str(folder),
         }
-        for key in _FOLDERS:
+        for key in FOLDERS:
             if (folder / key).is_dir():
                 description[key] = str(folder / key)
         described = only_file(folder, DESCRIPTION_NAMES)
         if described is not None:
-            given = _parse(described)
+            given = read_description(described)
             if not isinstance(given, Mapping):
                 raise MimaError(f"{described}: expected the attributes of one concept")
-            _check_keys(str(described), given, _KEYS)
-            description |= _with_base(given, folder)
-        _check_keys("from_folder", overrides, _KEYS)
-        return _from_description({**description, **overrides}, str(folder))
+            check_keys(str(described), given, KEYS)
+            description |= with_base(given, folder)
+        check_keys("from_folder", overrides, KEYS)
+        return Concept(**attributes_of({**description, **overrides}, str(folder)))
 
 
 def embedded_names() -> list[str]:
@@ -265,7 +251,7 @@ def embedded_names() -> list[str]:
     root = assets() / "concepts"
     if not root.is_dir():
         return []
-    return sorted(path.name for path in root.iterdir() if _is_concept_folder(path))
+    return sorted(path.name for path in root.iterdir() if is_concept_folder(path))
 
 
 def embedded_concept(name: str) -> Concept:
@@ -281,7 +267,7 @@ def embedded_concept(name: str) -> Concept:
     Raises:
         MimaError: there is none of that name; the message says which there are.
     """
-    folder = _embedded_folder(name)
+    folder = embedded_folder(name)
     if folder is None:
         raise MimaError(
             f"no embedded concept is named {quoted(name)}; {nearest(name, embedded_names())}"
@@ -289,13 +275,13 @@ def embedded_concept(name: str) -> Concept:
     return Concept.from_folder(folder)
 
 
-def _embedded_folder(name: str) -> Path | None:
+def embedded_folder(name: str) -> Path | None:
     """The folder of the shipped concept whose folder, or else whose description, has that name."""
     root = assets() / "concepts"
     if name in embedded_names():
         return root / name
     for folder_name in embedded_names():
-        described = _parse(root / folder_name / DESCRIPTION_NAMES[0])
+        described = read_description(root / folder_name / DESCRIPTION_NAMES[0])
         if isinstance(described, Mapping) and described.get("name") == name:
             return root / folder_name
     return None
@@ -304,57 +290,6 @@ def _embedded_folder(name: str) -> Path | None:
 def embedded_concepts() -> list[Concept]:
     """All concepts that ship with the package, in the order of their names."""
     return [embedded_concept(name) for name in embedded_names()]
-
-
-def _pictures(source: PictureSource, prompt: str, setting: str = "prompt") -> tuple[Picture, ...]:
-    """Pictures from whatever they are given as; errors call their prompt by its setting."""
-    if isinstance(source, (str, Path)):
-        path = expanded(source)
-        if path.is_dir():
-            return read_folder(path, prompt, setting=setting)
-        if not path.exists():
-            raise MimaError(f"{path} is neither a folder nor a picture: no such file")
-        return (_picture(path, prompt, setting),)
-    if isinstance(source, (Image.Image, Picture, Mapping)):
-        return (_picture(source, prompt, setting),)
-    if not isinstance(source, Iterable):
-        raise TypeError(f"pictures must be a folder, files or PIL images, got {source!r}")
-    return tuple(_picture(item, prompt, setting) for item in source)
-
-
-def _warn_of_unread(where: str, images: object, keys: Sequence[str]) -> None:
-    """Say which sub-folders of a folder of reference pictures are not read, though so called."""
-    if not isinstance(images, (str, Path)):
-        return
-    unread = [key for key in keys if (expanded(images) / key).is_dir()]
-    if unread:
-        logger.warning(
-            "%s: nothing reads %s in %s; give what is there by that name, or read the folder by "
-            "Concept.from_folder",
-            *(where, " and ".join(f"{key}/" for key in unread), images),
-        )
-
-
-def _picture(source: OnePicture, prompt: str, setting: str) -> Picture:
-    if isinstance(source, Picture):
-        return source
-    if isinstance(source, Mapping):
-        _check_keys("a picture", source, ("file_name", *CAPTION_COLUMNS))
-        file_name = source.get("file_name")
-        captions = [source[key] for key in CAPTION_COLUMNS if key in source]
-        if not isinstance(file_name, str) or not all(isinstance(text, str) for text in captions):
-            raise MimaError(f"a picture needs a file_name and a text, got {quoted(dict(source))}")
-        return _picture(file_name, str(captions[0]) if captions else prompt, setting)
-    if isinstance(source, str):
-        source = Path(source)
-    if isinstance(source, Path):
-        source = expanded(source)
-    picture = Picture(source, prompt)
-    if not prompt.strip():
-        raise MimaError(
-            f"{picture.label} has no caption, and there is no {setting} for all pictures"
-        )
-    return picture
 
 
 def _is_text(value: str) -> bool:
@@ -379,94 +314,6 @@ def _check_token(where: str, token: str, prompt: str, images: Iterable[Picture])
             f"{where}: {len(without)} captions do not contain the token {quoted(token)}, "
             f"the first is {quoted(without[0])}"
         )
-
-
-def _from_description(given: Mapping[str, object], where: str) -> Concept:
-    """Build a concept from its attributes, paths already resolved."""
-    _check_keys(where, given, _KEYS)
-    attributes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    for key in _TEXT_KEYS:
-        if not isinstance(attributes.get(key, ""), str):
-            raise MimaError(f"{where}: {key} must be text, got {quoted(attributes[key])}")
-    for key in _PICTURE_KEYS:
-        value = attributes.get(key, ())
-        for part in value if isinstance(value, (list, tuple)) else (value,):
-            if not isinstance(part, (str, Path, Mapping, Image.Image, Picture)):
-                raise MimaError(
-                    f"{where}: {key} must be a folder or a list of files, got {quoted(part)}"
-                )
-    if "images" not in attributes:
-        raise MimaError(f"{where}: images is missing (a folder, or a list of files)")
-    prompt = attributes.setdefault("prompt", "")
-    images = _pictures(attributes["images"], prompt)
-    unread = [key for key in _FOLDERS if key not in given]
-    _warn_of_unread(where, attributes["images"], unread)
-    attributes["images"] = images
-    if not prompt and images:
-        attributes["prompt"] = Counter(image.prompt for image in images).most_common(1)[0][0]
-    attributes.setdefault("name", _default_name(given, attributes["prompt"]))
-    return Concept(**attributes)
-
-
-def _default_name(given: Mapping[str, object], prompt: str) -> str:
-    source = given.get("images")
-    if isinstance(source, (str, Path)):
-        path = resolved(Path(source))
-        return path.name if path.is_dir() else path.parent.name
-    return prompt
-
-
-def _is_concept_folder(path: Path) -> bool:
-    return path.is_dir() and (
-        only_file(path, DESCRIPTION_NAMES) is not None
-        or metadata_file(path) is not None
-        or bool(picture_files(path))
-    )
-
-
-def _with_base(given: Mapping[str, object], base: Path) -> dict[str, object]:
-    """Resolve the paths in a description."""
-
-    def resolve(value: object) -> object:
-        if isinstance(value, str):
-            return str(_locate(value, base))
-        if isinstance(value, Mapping) and isinstance(value.get("file_name"), str):
-            return {**value, "file_name": str(_locate(value["file_name"], base))}
-        if isinstance(value, list):
-            return [resolve(item) for item in value]
-        return value
-
-    return {key: resolve(value) if key in _PICTURE_KEYS else value for key, value in given.items()}
-
-
-def _parse(path: Path) -> object:
-    if path.suffix.lower() not in (".json", ".yaml", ".yml"):
-        raise MimaError(f"{path}: concepts are described in .yaml or .json files, or by folders")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        return read_json(text) if path.suffix.lower() == ".json" else read_yaml(text)
-    except MimaError as error:
-        raise MimaError(f"{path}: {error}") from error
-    except UnicodeDecodeError as error:
-        raise MimaError(f"{path} is not UTF-8 text") from error
-    except json.JSONDecodeError as error:
-        raise MimaError(f"{path} is not valid JSON: {error}") from error
-    except yaml.YAMLError as error:
-        raise MimaError(f"{path} is not valid YAML: {yaml_problem(error)}") from error
-
-
-def _check_keys(where: str, given: Mapping[str, object], known: tuple[str, ...]) -> None:
-    for key in given:
-        if key not in known:
-            raise MimaError(f"{where}: {quoted(key)} is unknown; {nearest(str(key), known)}")
-
-
-def _locate(name: str, base: Path) -> Path:
-    """A path relative to `base`, or to the working directory where only that has it."""
-    path = expanded(name)
-    if path.is_absolute() or (base / path).exists() or not path.exists():
-        return base / path
-    return path
 
 
 def learnable(concepts: Iterable[Concept], targets: Sequence[Concept]) -> list[Concept]:

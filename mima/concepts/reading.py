@@ -10,27 +10,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from mima.concepts.concept import (
-    CLASS_FOLDER,
-    HELD_OUT_FOLDER,
-    Concept,
-    _embedded_folder,
-    _from_description,
-    _is_concept_folder,
-    _locate,
-    _parse,
-    _with_base,
-    embedded_names,
+from mima.concepts.concept import Concept, embedded_folder, embedded_names
+from mima.concepts.description import (
+    FOLDERS,
+    attributes_of,
+    is_concept_folder,
+    locate,
+    read_description,
+    with_base,
 )
-from mima.concepts.pictures import (
-    Picture,
-    PictureError,
-    _read_text,
+from mima.concepts.picture_folders import (
     check_picture_folder,
     picture_files,
     read_captions,
     read_folder,
+    read_text,
 )
+from mima.concepts.pictures import Picture, PictureError
 from mima.errors import (
     LONGEST_PROBLEM,
     MimaError,
@@ -137,7 +133,7 @@ def _from_list_entry(
     values |= {key: told[own] for key, own in _TOLD_KEYS.items() if own in told}
     if "instance_data_dir" not in values:
         raise MimaError(f"{where}: instance_data_dir is missing")
-    folder = _locate(values["instance_data_dir"], base)
+    folder = locate(values["instance_data_dir"], base)
     prompt = values.get("instance_prompt", "")
     file_name = values.get("prompt_filename")
     templates = _templates(_beside(folder, file_name, base)) if file_name is not None else ()
@@ -175,7 +171,7 @@ def _templates(path: Path) -> tuple[str, ...]:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in _read_text(path).splitlines() if line.strip()]
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def _filled(templates: Sequence[str], values: Mapping[str, str], prompt: str) -> str:
@@ -193,7 +189,7 @@ def _class_images(
 ) -> tuple[Picture, ...]:
     if source is None:
         return ()
-    path = _locate(source, base)
+    path = locate(source, base)
     if path.is_dir():
         if all((path / name).is_file() for name in RETRIEVED):
             return _retrieved(path)
@@ -221,7 +217,7 @@ def _retrieved(folder: Path) -> tuple[Picture, ...]:
 
 def _beside(folder: Path, file_name: str, base: Path) -> Path:
     inside = folder / expanded(file_name)
-    path = inside if inside.is_file() else _locate(file_name, base)
+    path = inside if inside.is_file() else locate(file_name, base)
     if not path.is_file():
         raise MimaError(f"prompt_filename {file_name} is neither in {folder} nor in {base}")
     return path
@@ -268,10 +264,10 @@ def _makers(
 def _makers_at(
     source: str | Path, base: Path, group: str | None, reading: tuple[Path, ...]
 ) -> list[_Maker]:
-    path = _locate(str(source), base)
+    path = locate(str(source), base)
     if not path.exists() and "#" in str(source):
         file_name, _, group = str(source).rpartition("#")
-        path = _locate(file_name, base)
+        path = locate(file_name, base)
     if path.is_dir():
         return _makers_in_folder(path)
     if path.is_file():
@@ -281,9 +277,9 @@ def _makers_at(
                 f"{reading[-1]} names {file}, which is being read: a list in a circle; take that "
                 "name out of it"
             )
-        return _makers_in(_parse(path), path.parent, group, str(path), (*reading, file))
+        return _makers_in(read_description(path), path.parent, group, str(path), (*reading, file))
     name = str(source)
-    embedded = _embedded_folder(name)
+    embedded = embedded_folder(name)
     if embedded is not None:
         return [partial(_from_folder, embedded)]
     raise MimaError(
@@ -293,14 +289,12 @@ def _makers_at(
 
 
 def _makers_in_folder(folder: Path) -> list[_Maker]:
-    if _is_concept_folder(folder):
+    if is_concept_folder(folder):
         return [partial(_from_folder, folder)]
     inner = sorted(
         path
         for path in folder.iterdir()
-        if path.is_dir()
-        and not path.name.startswith(".")
-        and path.name not in (HELD_OUT_FOLDER, CLASS_FOLDER)
+        if path.is_dir() and not path.name.startswith(".") and path.name not in FOLDERS
     )
     if not inner:
         raise MimaError(f"concept folder {folder} holds no pictures and no folders of pictures")
@@ -390,10 +384,10 @@ def _makers_of(
         raise MimaError(f"{where}: expected the attributes of a concept, got {quoted(entry)}")
     if "instance_data_dir" in entry or "instance_prompt" in entry:
         return [partial(_from_list_entry, entry, base, where, name)]
-    given = _with_base(entry, base)
+    given = with_base(entry, base)
     if name is not None:
         given = {"name": name, **given}
-    return [lambda told: _from_description({**given, **told}, where)]
+    return [lambda told: Concept(**attributes_of({**given, **told}, where))]
 
 
 def _distinct(concepts: list[Concept]) -> list[Concept]:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from support.concept_files import save
 
-from mima.concepts.pictures import picture_files, read_folder
+from mima.concepts.picture_folders import picture_files, read_folder
 from mima.errors import MimaError, ProblemList
 
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from support.concept_files import save
 
-from mima.concepts.pictures import Picture, PictureError, check_pictures, read_folder, to_rgb
+from mima.concepts.picture_folders import read_folder
+from mima.concepts.pictures import Picture, PictureError, check_pictures, to_rgb
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 ORIENTATION = 0x0112
