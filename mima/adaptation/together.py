@@ -32,7 +32,7 @@ class Together:
         runs: those.
 
     Raises:
-        MimaError: another method, runs on different models, dropout, adapted layers that are not
+        MimaError: another method, runs on different models, dropout, DoRA, adapted layers that are not
             linear, or different `gradient_accumulation_steps`.
         ValueError: no runs, or one of them twice.
 
@@ -105,8 +105,9 @@ def _check(run: Run, first: Run) -> None:
             f"method {settings.method} trains one concept at a time; lora and dreambooth-lora "
             "train several at once"
         )
-    if settings.dropout > 0:
-        raise MimaError("dropout: several concepts at once are trained without it")
+    if settings.dropout > 0 or settings.dora:
+        name = "dora" if settings.dora else "dropout"
+        raise MimaError(f"{name}: several concepts at once are trained without it")
     if settings.gradient_accumulation_steps != first.adaptation.gradient_accumulation_steps:
         raise MimaError(
             "gradient_accumulation_steps must be the same for concepts that are trained at once, "

@@ -117,7 +117,8 @@ def test_what_cannot_be_trained_together(pipeline, folder):
     other = StableDiffusionPipeline.from_pretrained(folder)
     cases = [
         (DreamBooth().start(pipeline, concept), "method dreambooth trains one concept at a time"),
-        (dataclasses.replace(FAST, dropout=0.1).start(pipeline, concept), "dropout"),
+        (dataclasses.replace(FAST, dropout=0.1).start(pipeline, concept), "dropout: several"),
+        (dataclasses.replace(FAST, dora=True).start(pipeline, concept), "dora: several"),
         (FAST.start(other, concept), "the same model"),
         (
             dataclasses.replace(FAST, gradient_accumulation_steps=2).start(pipeline, concept),
