@@ -32,8 +32,8 @@ class Together:
         runs: those.
 
     Raises:
-        MimaError: another method, runs on different models, dropout, DoRA, adapted layers that are not
-            linear, or different `gradient_accumulation_steps`.
+        MimaError: another method, runs on different models, dropout, DoRA, adapted layers that are
+            not linear, or different `gradient_accumulation_steps`.
         ValueError: no runs, or one of them twice.
 
     Example:
