@@ -21,7 +21,7 @@ from mima.choices import LARGEST_SEED, MOST, MOST_AT_ONCE, LearningRateSchedule
 from mima.concepts import Concept, Picture
 from mima.errors import MimaError, bounded, check_settings
 from mima.families import Conditioning, Family, TrainingOptions, family_of
-from mima.families.base import cast
+from mima.families.frozen import cast
 from mima.families.pipelines import Pipeline, networks, readers, with_modules
 from mima.storage.checkpoint import Checkpoint
 from mima.storage.inputs import expanded

@@ -37,8 +37,8 @@ from mima.concepts import Concept
 from mima.concepts.naming import left_out, names, replaced
 from mima.errors import MimaError
 from mima.families import Family, family_of
-from mima.families.base import TextReader
 from mima.families.pipelines import Pipeline, with_modules
+from mima.families.text import TextReader
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Model families: how to open a model, and what differs between kinds of model."""
 
-from mima.families.base import Conditioning, Family
+from mima.families.base import Family
 from mima.families.loading import (
     FAMILIES,
     ModelSource,
@@ -9,6 +9,7 @@ from mima.families.loading import (
     origin_of,
     source_of,
 )
+from mima.families.text import Conditioning
 from mima.merging import Params
 from mima.options import TrainingOptions
 

@@ -1,29 +1,27 @@
-"""What every model family answers: encode, add noise, predict, name the weights that read text."""
+"""What every model family answers: encode pictures, add noise, predict, name parameters."""
 
 # B = batch, S = tokens, D = width of what the text projections read, C H W = latent channels, size
 
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.func import functional_call
 
 from mima.errors import MimaError, nearest, one_line
-from mima.families.pipelines import Pipeline, readers
+from mima.families.frozen import cast
+from mima.families.pipelines import Pipeline
+from mima.families.text import Conditioning, ReadsText
 from mima.merging import Params
 from mima.options import TrainingOptions
 
 if TYPE_CHECKING:
     from mima.families.sharded import ShardedDenoiser
-
-Conditioning = dict[str, torch.Tensor]
 
 # how many pixels are encoded at once: those of four 512 px pictures
 PIXELS_AT_ONCE = 4 * 512**2
@@ -36,25 +34,7 @@ UNQUANTIZED = (
 USUAL_SIDE = 512
 
 
-@dataclass(frozen=True)
-class TextReader:
-    """Weights that read text and nothing else, so that an edit of them can be exact.
-
-    Attributes:
-        names: of [o, D] weights, relative to the denoiser.
-        embed: what they all read for B prompts, [B, S, D].
-        tokenizers: which tokens stand at the S places: tokenizers with the places that each has,
-            in order. The last may have None, the rest. Places after them hold no tokens.
-        columns: D, where the weights have further columns, which read something else.
-    """
-
-    names: Sequence[str]
-    embed: Callable[[Sequence[str]], torch.Tensor]
-    tokenizers: Sequence[tuple[Any, int | None]]
-    columns: int | None = None
-
-
-class Family(ABC):
+class Family(ReadsText):
     """One diffusers pipeline seen by the training loops, which know nothing of its kind.
 
     Subclasses say what differs between families and nothing else.
@@ -74,15 +54,11 @@ class Family(ABC):
     """Names of the diffusers pipelines of this family."""
     parts: ClassVar[tuple[str, ...]]
     """Components that must be there; the first is the denoiser."""
-    text_weights: ClassVar[str] = r"\.attn2\.to_[kv]\.weight$"
-    """Matches the names of the denoiser's weights that read text embeddings."""
     presets: ClassVar[dict[str, str]] = {
         "attention": r"\.attn\d?\.",
         "cross_attention": r"\.attn2\.",
     }
     """What the names of parameter sets stand for, as expressions on parameter names."""
-    reads_text_alone: ClassVar[bool] = True
-    """Whether what the text projections read is ``read_text`` of the text encoders' output."""
     training_defaults: ClassVar[dict[str, Any]] = {}
     """By name, of the ``TrainingOptions`` that the family reads."""
     _resolution: int | None = None
@@ -139,26 +115,6 @@ class Family(ABC):
     def dtype(self) -> torch.dtype:
         """Dtype of the denoiser's weights."""
         return next(self.denoiser.parameters()).dtype
-
-    def _check_text(self) -> None:
-        """Refuse tokenizers, text encoders and a denoiser of different models."""
-        for reader in readers(self.pipeline):
-            tokens, rows = len(reader.tokenizer), len(reader.rows)
-            if tokens > rows:
-                raise MimaError(
-                    f"model: tokenizer{reader.number} has {tokens} tokens and "
-                    f"text_encoder{reader.number} knows {rows}: they are of different models"
-                )
-        for what, read, made in self._text_widths():
-            if read != made:
-                raise MimaError(
-                    f"model: the {self.denoiser_name} reads {what} of width {one_line(read)} and "
-                    f"the text encoders make {made}: they are of different models"
-                )
-
-    @abstractmethod
-    def _text_widths(self) -> list[tuple[str, Any, int]]:
-        """Kinds of text, each with the width that the denoiser reads and the one it is given."""
 
     @property
     def resolution(self) -> int:
@@ -307,137 +263,6 @@ class Family(ABC):
     def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents as the denoiser reads them, from the VAE's."""
         return latents * float(self.pipeline.vae.config.scaling_factor)
-
-    def encode_prompts(
-        self, prompts: Sequence[str], *, differentiable: bool = False
-    ) -> Conditioning:
-        """Encode prompts as the pipeline does when it samples.
-
-        Args:
-            prompts: B texts; longer ones than the model reads are cut, with a warning.
-            differentiable: keep the graph into the text encoders, for adapters that train them.
-
-        Returns:
-            Batch-first tensors that ``predict`` takes, in the denoiser's dtype.
-        """
-        with torch.set_grad_enabled(differentiable):
-            encoded = self._encode(list(prompts))
-        return {
-            name: value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
-            for name, value in encoded.items()
-        }
-
-    @abstractmethod
-    def _encode(self, prompts: list[str]) -> Conditioning: ...
-
-    @torch.no_grad()
-    def text_embeddings(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Return what the text projections read for ``prompts``: [B, S, D], padding included."""
-        return self.read_text(self.encode_prompts(prompts))
-
-    def read_text(self, conditioning: Conditioning) -> torch.Tensor:
-        """What the text projections read of encoded prompts, where they read nothing else.
-
-        Args:
-            conditioning: what ``encode_prompts`` returned, B rows; with its graph, if it has one.
-
-        Returns:
-            [B, S, D], padding included.
-        """
-        return conditioning["encoder_hidden_states"]
-
-    @abstractmethod
-    def token_mask(self, prompts: Sequence[str]) -> torch.Tensor:
-        """[B, S]: True where ``text_embeddings`` holds a token of the prompt or its end token."""
-
-    def token_text(self, prompt: str) -> str:
-        """The text that the tokenizers read for a prompt."""
-        return prompt
-
-    def token_ids(self, tokenizer: Any, prompt: str, length: int) -> list[int]:
-        """The tokens at the first of ``length`` places of a text stream, without padding."""
-        text = self._as_tokens(tokenizer, [self.token_text(prompt)])[0]
-        ids: list[int] = tokenizer(text, truncation=True, max_length=length).input_ids
-        return ids
-
-    @torch.no_grad()
-    def token_embeddings(self, prompts: str | Sequence[str]) -> torch.Tensor:
-        """Return what the text projections read for the real tokens of a prompt, or of several.
-
-        Returns:
-            [S, D], one prompt's after the other's; end tokens are kept, start tokens and padding
-            are not.
-        """
-        several = [prompts] if isinstance(prompts, str) else list(prompts)
-        mask = self.token_mask(several)
-        return self.text_embeddings(several)[mask.to(self.device)]
-
-    @property
-    def _stream_tokenizer(self) -> Any:
-        """The tokenizer of the longest text stream; None where that has no tokens."""
-        return self.pipeline.tokenizer
-
-    @property
-    def _tokens_read(self) -> int:
-        """Places of the longest text stream in training."""
-        return self._max_tokens(self.training.max_sequence_length)
-
-    def _max_tokens(self, wanted: int | None) -> int:
-        """As many of the wanted tokens as the tokenizer gives."""
-        assert wanted is not None
-        tokenizer = self._stream_tokenizer
-        return wanted if tokenizer is None else min(wanted, int(tokenizer.model_max_length))
-
-    def _mask(self, tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tensor:
-        """[B, length]: the tokens of each prompt and its end token."""
-        batch = tokenizer(
-            self._as_tokens(tokenizer, prompts),
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        mask: torch.Tensor = batch.attention_mask.bool()
-        if tokenizer.bos_token_id is not None:
-            mask[:, 0] &= batch.input_ids[:, 0] != tokenizer.bos_token_id
-        return mask
-
-    def _as_tokens(self, tokenizer: Any, texts: Sequence[str]) -> list[str]:
-        """Texts in which learned words of several vectors are spelt out as several tokens."""
-        if not hasattr(self.pipeline, "maybe_convert_prompt"):
-            return list(texts)
-        spelt: list[str] = self.pipeline.maybe_convert_prompt(list(texts), tokenizer)
-        return spelt
-
-    def text_projections(self) -> list[str]:
-        """Names, relative to the denoiser, of the [o, D] weights that read text embeddings.
-
-        Raises:
-            MimaError: none, because adapters are loaded, whose weights go by other names.
-        """
-        names = [
-            name
-            for name, _ in self.denoiser.named_parameters()
-            if re.search(self.text_weights, name)
-        ]
-        if not names:
-            raise MimaError(
-                f"model: the {self.denoiser_name} has no weights named {self.text_weights}; if "
-                "adapters are loaded, fuse_lora() and unload_lora_weights() first"
-            )
-        return names
-
-    def text_readers(self) -> list[TextReader]:
-        """Everything through which text reaches the denoiser."""
-        tokenizers = [(self.pipeline.tokenizer, None)]
-        return [TextReader(self.text_projections(), self.text_embeddings, tokenizers)]
-
-    def _pooled_reader(self, name: str, pooled: str, columns: int | None = None) -> TextReader:
-        """Of a weight that embeds the pooled text, a condition of that name."""
-        return TextReader(
-            [name], lambda prompts: self.encode_prompts(prompts)[pooled].unsqueeze(1), [], columns
-        )
 
     def parameter_names(self, which: str) -> list[str]:
         """Names of the denoiser's parameters in a preset, or matching a regular expression.
@@ -639,18 +464,3 @@ class Family(ABC):
             for hook in hooks:
                 hook.remove()
         return inputs
-
-
-def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Cast a module's floating point parameters and buffers in place.
-
-    In float16, layers that the module's class declares to overflow there stay in float32: T5's
-    feed-forward outputs, ``_keep_in_fp32_modules`` of transformers.
-    """
-    # diffusers' own .to(dtype) warns of such layers even where there are none
-    declared = getattr(module, "_keep_in_fp32_modules", None) or ()
-    kept = set(declared) if dtype == torch.float16 else set()
-    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
-        if tensor.is_floating_point():
-            wanted = dtype if kept.isdisjoint(name.split(".")) else torch.float32
-            tensor.data = tensor.data.to(wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from itertools import chain
 from typing import Any
 
 import torch
@@ -184,6 +185,21 @@ def at_least_float32(value: torch.Tensor) -> torch.Tensor:
     if isinstance(plain, Upcast):
         return plain.dense()
     return plain if plain.dtype == torch.float64 else plain.float()
+
+
+def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast a module's floating point parameters and buffers in place.
+
+    In float16, layers that the module's class declares to overflow there stay in float32: T5's
+    feed-forward outputs, ``_keep_in_fp32_modules`` of transformers.
+    """
+    # diffusers' own .to(dtype) warns of such layers even where there are none
+    declared = getattr(module, "_keep_in_fp32_modules", None) or ()
+    kept = set(declared) if dtype == torch.float16 else set()
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if tensor.is_floating_point():
+            wanted = dtype if kept.isdisjoint(name.split(".")) else torch.float32
+            tensor.data = tensor.data.to(wanted)
 
 
 def replace_parameters(

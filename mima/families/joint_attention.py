@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mima.families.base import Family, TextReader
+from mima.families.base import Family
 from mima.families.rectified_flow import RectifiedFlow
+from mima.families.text import TextReader
 
 
 class JointAttention(RectifiedFlow):

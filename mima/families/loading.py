@@ -31,8 +31,9 @@ from huggingface_hub.errors import (
 
 from mima.assets import assets
 from mima.errors import MimaError, first_line, one_line
-from mima.families.base import UNQUANTIZED, Family, cast
+from mima.families.base import UNQUANTIZED, Family
 from mima.families.flux import Flux
+from mima.families.frozen import cast
 from mima.families.hub import TRANSPORT_ERRORS, unreachable
 from mima.families.lumina2 import Lumina2
 from mima.families.model_files import (

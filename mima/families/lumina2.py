@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from mima.families.base import Conditioning
 from mima.families.masked_text import MaskedText
 from mima.families.rectified_flow import RectifiedFlow
+from mima.families.text import Conditioning
 
 # tokens that the pipeline reads by default
 GEMMA_TOKENS = 256

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from mima.families.base import Conditioning, Family
+from mima.families.base import Family
+from mima.families.text import Conditioning
 
 
 class MaskedText(Family):

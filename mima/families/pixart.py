@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from mima.families.base import Conditioning
 from mima.families.ddpm import DDPM
 from mima.families.masked_text import MaskedText
+from mima.families.text import Conditioning
 
 # tokens that the pipelines read by default
 MAX_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}

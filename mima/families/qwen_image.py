@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from mima.errors import MimaError
-from mima.families.base import Conditioning, TextReader
 from mima.families.joint_attention import PackedLatents, pack
 from mima.families.pipelines import Pipeline
+from mima.families.text import Conditioning, TextReader
 
 # tokens that the pipeline's call reads by default
 QWEN_TOKENS = 512

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from mima.families.base import Conditioning
 from mima.families.joint_attention import JointAttention
+from mima.families.text import Conditioning
 
 # T5 tokens that the pipeline reads by default
 T5_TOKENS = 256

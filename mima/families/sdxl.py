@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from mima.errors import MimaError, one_line
-from mima.families.base import Conditioning, TextReader
 from mima.families.pipelines import Pipeline
 from mima.families.stable_diffusion import StableDiffusion
+from mima.families.text import Conditioning, TextReader
 
 
 class StableDiffusionXL(StableDiffusion):

@@ -15,9 +15,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from mima.families.frozen import at_least_float32, replace_parameters
 from mima.families.pipelines import shared_copy
+from mima.families.text import Conditioning
 
 if TYPE_CHECKING:
-    from mima.families.base import Conditioning, Family
+    from mima.families.base import Family
     from mima.merging import Params
 
 

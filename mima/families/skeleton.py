@@ -12,8 +12,7 @@ from huggingface_hub import snapshot_download
 
 from mima.assets import assets
 from mima.errors import MimaError, first_line
-from mima.families.base import cast
-from mima.families.frozen import Upcast, is_quantized
+from mima.families.frozen import Upcast, cast, is_quantized
 from mima.families.loading import HUB_ERRORS, ModelSource, check_folder_of_model
 from mima.families.model_files import (
     LOADING_ERRORS,

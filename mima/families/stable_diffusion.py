@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 
 from mima.errors import MimaError, quoted
-from mima.families.base import Conditioning
 from mima.families.ddpm import DDPM
 from mima.families.pipelines import Pipeline
+from mima.families.text import Conditioning
 
 # settings of a UNet that change what it reads besides latents, time and text
 UNSUPPORTED = {

@@ -14,8 +14,7 @@ from mima.concepts import Concept
 from mima.distributed import Ranks, device_of
 from mima.errors import MimaError
 from mima.families import Family, ModelSource, family_of, load_pipeline
-from mima.families.base import cast
-from mima.families.frozen import hold_frozen
+from mima.families.frozen import cast, hold_frozen
 from mima.families.new_words import text_parts
 from mima.families.pipelines import (
     Pipeline,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 import torch.nn.functional as F
 
-from mima.families.base import Conditioning, Family
+from mima.families import Conditioning, Family
 from mima.merging import Params
 from mima.training.loss import pixels, places, prediction_and_target
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mima.families.base import Conditioning, Family
+from mima.families import Conditioning, Family
 from mima.merging import Params
 from mima.reference import wide
 
