@@ -194,7 +194,7 @@ def immunize(
     if not isinstance(config, ImmunizeConfig):
         raise MimaError(
             f"config: expected an ImmunizeConfig, got a {type(config).__name__}; of plain settings "
-            "make one: ImmunizeConfig.for_task(task, **settings), or a recipe"
+            "make one by mima.immunization.recipes.unnamed(task, **settings), or by another recipe"
         )
     concepts = load_concepts(concepts)
     # an empty sequence is no description of a concept

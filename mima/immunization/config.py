@@ -14,7 +14,6 @@ from mima.choices import (
     MergeRule,
     Method,
     Precision,
-    Task,
 )
 from mima.immunization.level_config import Attackers, BenignConfig, LowerConfig, UpperConfig
 from mima.options import TrainingOptions
@@ -106,17 +105,6 @@ class ImmunizeConfig(Settings):
     trackers: tuple[str, ...] = ()
     """accelerate's experiment trackers, such as ``tensorboard`` and ``wandb``. Those that write
     files have a folder beside the output, with ``.logs`` appended."""
-
-    @classmethod
-    def for_task(cls, task: Task, **settings: Any) -> ImmunizeConfig:
-        """What a run has that names no recipe, for a task; the settings win over it.
-
-        ``mima.immunization.recipes`` has named ones.
-        """
-        # recipes imports this module
-        from mima.immunization.recipes import beneath
-
-        return cls.model_validate(beneath(settings, task=task))
 
     @property
     def attackers(self) -> tuple[LowerConfig, ...]:

@@ -279,10 +279,10 @@ def _steps_of(settings: Mapping[str, Any]) -> int:
         return 0
 
 
-def unnamed(task: Task | None = None) -> ImmunizeConfig:
+def unnamed(task: Task | None = None, **settings: Any) -> ImmunizeConfig:
     """The settings of a run that names no recipe: the defaults, and what its task sets."""
-    rate: Plain = {"upper": {"lr": PERSONALIZING_RATE}} if task == "personalize" else {}
-    return _config(rate, task, {})
+    own: Plain = {"upper": {"lr": PERSONALIZING_RATE}} if task == "personalize" else {}
+    return _config(own, task, settings)
 
 
 def _config(own: Plain, task: Task | None, settings: Mapping[str, Any]) -> ImmunizeConfig:

@@ -14,7 +14,7 @@ from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import Family, family_of
 from mima.immunization.algorithm import immunize
-from mima.immunization.config import ImmunizeConfig
+from mima.immunization.recipes import unnamed
 from mima.storage.output import check_file, check_folder, fresh_folder
 
 TOKEN = "<new1>"
@@ -180,4 +180,4 @@ def test_an_output_that_is_a_link_to_a_folder_stays_one(tmp_path):
 
 def test_personalization_without_a_word_is_refused():
     with pytest.raises(MimaError, match="new_words: no concept has a token"):
-        immunize("absent", [tiny.concept()], ImmunizeConfig.for_task("personalize"))
+        immunize("absent", [tiny.concept()], unnamed("personalize"))

@@ -6,21 +6,21 @@ import pytest
 
 from mima.errors import MimaError
 from mima.immunization.config import ImmunizeConfig, LowerConfig, UpperConfig
-from mima.immunization.recipes import RECIPES, TASKS, beneath, default, paper
+from mima.immunization.recipes import RECIPES, TASKS, beneath, default, paper, unnamed
 
 
 @pytest.mark.parametrize(("task", "lr"), [("relearn", 3e-5), ("personalize", 2e-5)])
 def test_a_tasks_recipe_gives_way_to_what_is_said(task, lr):
-    config = ImmunizeConfig.for_task(task)
+    config = unnamed(task)
     assert config.upper.lr == lr
     assert (config.erase_first, config.new_words) == (task == "relearn", task == "personalize")
     for upper in ({"batch_size": 3}, UpperConfig(batch_size=3)):
-        other = ImmunizeConfig.for_task(task, steps=5, upper=upper)
+        other = unnamed(task, steps=5, upper=upper)
         assert other.steps == 5
         assert other.upper == config.upper.model_copy(update={"batch_size": 3})
-    assert ImmunizeConfig.for_task(task, upper={"lr": 1.0}).upper.lr == 1.0
+    assert unnamed(task, upper={"lr": 1.0}).upper.lr == 1.0
     with pytest.raises(MimaError, match=f"did you mean '{task}'"):
-        ImmunizeConfig.for_task(task + "x")
+        unnamed(task + "x")
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
