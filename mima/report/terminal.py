@@ -28,21 +28,21 @@ def summary_table(evaluation: Evaluation) -> Table:
     from rich.table import Table
 
     summary = evaluation.summary[evaluation.similarities[0]]
+    notes = [
+        "SGR 0: as like the concept as without immunization.",
+        "Rise left 1: the attack adds as much as without immunization, 0: nothing.",
+        "Steps to half of the original's rise, in both models, and their ratio; – : the attack "
+        "taught nothing.",
+        f"Means are over {counted(len(evaluation.seeds), 'attack seed')} and one immunized model.",
+    ]
+    if any(concept.role != "target" for concept in evaluation.concepts):
+        notes.append("Concepts of the last part should stay learnable: SGR 0 is wanted.")
     table = Table(
-        title="the same attacks on both models",
-        caption_justify="left",
-        caption=(
-            "SGR 0: as like the concept as without immunization.\n"
-            "Rise left 1: the attack adds as much as without immunization, 0: nothing.\n"
-            "Steps to half of the original's rise, in both models, and their ratio; – : the attack "
-            "taught nothing.\n"
-            "Concepts of the last part should stay learnable: SGR 0 is wanted.\n"
-            f"Means are over {counted(len(evaluation.seeds), 'attack seed')} and one immunized "
-            "model."
-        ),
+        title="the same attacks on both models", caption_justify="left", caption="\n".join(notes)
     )
     table.add_column("concept", overflow="fold", min_width=8)
-    table.add_column("method", min_width=10)
+    # whole, because names of attacks may differ at their ends
+    table.add_column("method", overflow="fold", min_width=10)
     for name in (
         "SGR\nbefore",
         "SGR\nmean",

@@ -82,14 +82,20 @@ def test_what_only_took_away_and_other_parts_are_said(tmp_path):
 
 
 def test_a_narrow_terminal_keeps_the_concepts(tmp_path):
-    methods = ("custom-diffusion", "dreambooth-lora", "textual-inversion")
+    methods = ("custom-diffusion", "dreambooth-lora", "textual-inversion", "quite-a-long-label")
     bound = {"steps_ratio": 12.5, "steps_ratio_at_least": True, "half_immunized": None}
     path = write_evaluation(tmp_path / "run", adaptations=methods, recorded=bound)
+    found = EvaluationFolder(path).evaluation()
     console = Console(width=80, record=True)
-    console.print(summary_table(EvaluationFolder(path).evaluation()))
+    console.print(summary_table(found))
     text = console.export_text()
     for word in ("concept", "tiger", "owl", "Custom", "Diffusion", "their MSGR", "≥\u00a012.5"):
         assert word in text
+    assert "…" not in text
+    assert "Concepts of the last part should stay learnable" in text.replace("\n", " ")
+    targets = [one for one in found.concepts if one.role == "target"]
+    console.print(summary_table(found.model_copy(update={"concepts": targets})))
+    assert "should stay learnable" not in console.export_text()
 
 
 def test_what_became_of_attacks_is_said_though_none_could_be_compared(tmp_path):
