@@ -32,8 +32,9 @@ from torch.func import functional_call
 from benchmarks.architectures import ARCHITECTURES
 from benchmarks.kernel_counts import GPUS, PARTS, Counter, Counts
 from mima.bilevel.optimizers import Adam
-from mima.bilevel.outer import UpperLevel, UpperTerm, outer_gradient
+from mima.bilevel.outer import outer_gradient
 from mima.bilevel.tasks import FullWeights
+from mima.bilevel.upper import UpperLevel, UpperTerm
 from mima.families.fused_layers import FusedLayers
 from mima.immunization.planning.meta_memory import fused_attention
 from mima.merging import MergeLayer, Params

@@ -35,7 +35,7 @@ from benchmarks.outer_step import make_problem, naive, two_pass
 from benchmarks.test_adam_step import eager as eager_adam
 from benchmarks.test_projected_merge import published as published_merge
 from mima import ops
-from mima.bilevel import lower, outer
+from mima.bilevel import lower, upper
 from mima.bilevel.hypergradient import twice_differentiable_attention
 from mima.bilevel.lower import LowerLevel
 from mima.bilevel.optimizers import Adam
@@ -351,7 +351,7 @@ def test_host_overhead(monkeypatch, machine: Machine):
     training loop spends, too. Beside it is printed what lies outside the network's calls and
     autograd's alone.
     """
-    losses = [(lower, "losses_and_gradients"), (outer, "part_backward")]
+    losses = [(lower, "losses_and_gradients"), (upper, "part_backward")]
     calls = [(Family, "predict"), (torch.autograd, "grad"), (torch.autograd, "backward")]
     with monkeypatch.context() as patch:
         outside_calls = 1 - share_of_step(patch, machine, *calls)

@@ -26,7 +26,8 @@ import torch
 from mima.bilevel import lower
 from mima.bilevel.hypergradient import accumulate
 from mima.bilevel.lower import Tensors
-from mima.bilevel.outer import OuterGradient, drift, residual, upper_gradient
+from mima.bilevel.outer import OuterGradient, drift, residual
+from mima.bilevel.upper import upper_gradient
 from mima.distributed import ALONE, Ranks, union
 from mima.immunization import published
 from mima.immunization.levels import Problem

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 
 from mima.bilevel import lower
 from mima.bilevel.lower import LowerLevel, plus
-from mima.bilevel.outer import Level, OuterGradient, unmerged_gradient
+from mima.bilevel.outer import OuterGradient, unmerged_gradient
+from mima.bilevel.upper import Level
 from mima.immunization.attackers import Attacker
 from mima.immunization.config import BenignConfig, LowerConfig
 from mima.immunization.progress import LossName

@@ -19,18 +19,9 @@ from mima.bilevel import lower
 from mima.bilevel.hypergradient import accumulate
 from mima.bilevel.lower import Carried, LowerLevel, Tensors
 from mima.bilevel.optimizers import SGD, Adam, Optimizer
-from mima.bilevel.outer import (
-    Level,
-    OuterGradient,
-    Upper,
-    UpperLevel,
-    UpperTerm,
-    outer_gradient,
-    replayed_gradient,
-    unmerged_gradient,
-    upper_gradient,
-)
+from mima.bilevel.outer import OuterGradient, outer_gradient, replayed_gradient, unmerged_gradient
 from mima.bilevel.tasks import FullWeights, LoraFactors, NewWord, SharedLoss
+from mima.bilevel.upper import Level, Upper, UpperLevel, UpperTerm, upper_gradient
 from mima.concepts import Concept
 from mima.distributed import ALONE, Ranks, union
 from mima.families import Family, Params

@@ -11,14 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mima.bilevel import lower
 from mima.bilevel.lower import LowerLevel
 from mima.bilevel.optimizers import SGD, Adam
-from mima.bilevel.outer import (
-    UpperLevel,
-    UpperTerm,
-    naive_outer_gradient,
-    outer_gradient,
-    unmerged_gradient,
-)
+from mima.bilevel.outer import naive_outer_gradient, outer_gradient, unmerged_gradient
 from mima.bilevel.tasks import FullWeights, LoraFactors
+from mima.bilevel.upper import UpperLevel, UpperTerm
 from mima.immunization.planning.meta_memory import LiveBytes
 from mima.merging import MergeLayer, MergePlan
 

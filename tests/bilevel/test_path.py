@@ -15,13 +15,9 @@ from bilevel.test_hypergradient import (
 
 from mima.bilevel import lower
 from mima.bilevel.optimizers import SGD, Adam
-from mima.bilevel.outer import (
-    along_path,
-    naive_outer_gradient,
-    outer_gradient,
-    unmerged_gradient,
-)
+from mima.bilevel.outer import naive_outer_gradient, outer_gradient, unmerged_gradient
 from mima.bilevel.tasks import FullWeights, LoraFactors
+from mima.bilevel.upper import along_path
 from mima.merging import MergeLayer
 
 RULES = [SGD(lr=0.3), SGD(lr=0.2, momentum=0.8), Adam(lr=0.1, eps=1e-2)]

@@ -10,7 +10,8 @@ import torch
 from support.immunizing import assert_same, concepts, problem_of, settings, weights
 
 from mima.bilevel.hypergradient import twice_differentiable_attention
-from mima.bilevel.outer import naive_outer_gradient, upper_gradient
+from mima.bilevel.outer import naive_outer_gradient
+from mima.bilevel.upper import upper_gradient
 from mima.errors import MimaError
 from mima.families import family_of, load_pipeline
 from mima.families.pipelines import networks

@@ -8,7 +8,7 @@ import torch
 from support import builders, tiny
 from support.immunizing import concepts, settings
 
-from mima.bilevel.outer import upper_gradient
+from mima.bilevel.upper import upper_gradient
 from mima.families import family_of, load_pipeline
 from mima.families.recomputed import recomputed_blocks
 from mima.immunization import published

@@ -13,7 +13,7 @@ from mima.adaptation import LoRA
 from mima.adapters.adapter import Adapter
 from mima.bilevel import lower
 from mima.bilevel.lower import Carried
-from mima.bilevel.outer import upper_gradient
+from mima.bilevel.upper import upper_gradient
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import family_of, load_pipeline

@@ -14,8 +14,9 @@ from support.immunizing import assert_same, concepts, settings
 
 from mima.bilevel import lower
 from mima.bilevel.optimizers import Adam
-from mima.bilevel.outer import UpperLevel, UpperTerm, outer_gradient, upper_gradient
+from mima.bilevel.outer import outer_gradient
 from mima.bilevel.tasks import FullWeights
+from mima.bilevel.upper import UpperLevel, UpperTerm, upper_gradient
 from mima.errors import MimaError
 from mima.families import frozen, load_pipeline
 from mima.families.frozen import Upcast

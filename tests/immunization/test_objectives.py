@@ -11,7 +11,8 @@ import torch
 from support import immunizing
 from support.immunizing import problem_of
 
-from mima.bilevel.outer import OuterGradient, part_backward, upper_gradient
+from mima.bilevel.outer import OuterGradient
+from mima.bilevel.upper import part_backward, upper_gradient
 from mima.concepts.naming import without_name
 from mima.families import family_of, load_pipeline
 from mima.immunization.algorithm import immunize

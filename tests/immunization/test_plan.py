@@ -9,8 +9,9 @@ from support.immunizing import captions, concepts, settings
 
 from mima.bilevel import lower
 from mima.bilevel.optimizers import SGD, Adam
-from mima.bilevel.outer import UpperLevel, UpperTerm, kept_paths, outer_gradient
+from mima.bilevel.outer import kept_paths, outer_gradient
 from mima.bilevel.tasks import FullWeights
+from mima.bilevel.upper import UpperLevel, UpperTerm
 from mima.errors import MimaError
 from mima.families import ModelSource, family_of, frozen, load_pipeline
 from mima.families.frozen import Upcast, hold_frozen

@@ -17,7 +17,7 @@ from support import immunizing, tiny
 from support.faults import small_files
 from support.immunizing import assert_same, concepts, problem_of, settings, weights
 
-from mima.bilevel.outer import UpperLevel
+from mima.bilevel.upper import UpperLevel
 from mima.concepts.pictures import digest
 from mima.errors import MimaError
 from mima.families import load_pipeline

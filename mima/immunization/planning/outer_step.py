@@ -12,7 +12,8 @@ import torch
 
 from mima.bilevel import lower
 from mima.bilevel.hypergradient import accumulate
-from mima.bilevel.outer import kept_paths, upper_gradient
+from mima.bilevel.outer import kept_paths
+from mima.bilevel.upper import upper_gradient
 from mima.concepts import Concept
 from mima.families import Conditioning, Family, Params
 from mima.families.frozen import Upcast, stored_bytes
