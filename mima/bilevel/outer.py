@@ -425,7 +425,7 @@ def naive_outer_gradient(
             if merge.trained_tokens:
                 C.append(task.tokens(own))
         phi = (merge.for_tokens(C) if merge.trained_tokens else merge)(leaves, adapted)
-        losses: Tensors = {}
+        losses: dict[Any, torch.Tensor] = {}
         for own, level in zip(words, parts, strict=True):
             part, found = level({**phi, **own})
             objective = objective + part

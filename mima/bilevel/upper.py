@@ -44,7 +44,7 @@ class UpperLevel:
     terms: Sequence[UpperTerm]
     losses: Callable[[Params], Sequence[torch.Tensor]]
 
-    def __call__(self, phi: Params) -> tuple[torch.Tensor, Tensors]:
+    def __call__(self, phi: Params) -> tuple[torch.Tensor, dict[Any, torch.Tensor]]:
         """The objective at φ, and each term's loss by name."""
         losses = self.losses(phi)
         summands = [term.objective(x) for term, x in zip(self.terms, losses, strict=True)]
@@ -77,7 +77,7 @@ def upper_gradient(
     ranks: Ranks = ALONE,
     words: Mapping[int, Params] | None = None,
     wrt: tuple[str, ...] | None = None,
-) -> tuple[Tensors, dict[int, Tensors], dict[str, float]]:
+) -> tuple[Tensors, dict[int, Tensors], dict[Any, float]]:
     """Gradient of ``Σ upper(φ)`` at φ, a part at a time.
 
     Args:
@@ -88,7 +88,7 @@ def upper_gradient(
         wrt: the names to differentiate by; None for all, the words among them.
 
     Returns:
-        The gradient at φ, those at the words, and the losses by name.
+        The gradient at φ, those at the words, and the losses by their terms' names.
     """
     leaves = {
         name: value.detach().requires_grad_() if wrt is None or name in wrt else value.detach()
@@ -96,7 +96,7 @@ def upper_gradient(
     }
     like = {name: value for name, value in leaves.items() if value.requires_grad}
     words_bar: dict[int, Tensors] = {}
-    seen: list[Tensors] = []
+    seen: list[dict[Any, torch.Tensor]] = []
     for n in ranks.share(len(upper)):
         own = {name: v.detach() for name, v in (words or {}).get(n, {}).items()}
         if wrt is None:
@@ -110,7 +110,7 @@ def upper_gradient(
     return ranks.all_reduce(phi_bar, like), words_bar, union(values)
 
 
-def part_backward(part: Level, leaves: Params) -> Tensors:
+def part_backward(part: Level, leaves: Params) -> dict[Any, torch.Tensor]:
     """Losses of one part of the upper level; its gradient is added to each leaf's.
 
     No graph is left.
@@ -129,6 +129,6 @@ def _gradient_of(leaf: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
-def as_numbers(losses: Params) -> dict[str, float]:
+def as_numbers(losses: Mapping[Any, torch.Tensor]) -> dict[Any, float]:
     """The losses without their graphs, as reports have them."""
     return {name: float(loss.detach()) for name, loss in losses.items()}

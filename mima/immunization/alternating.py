@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -104,7 +103,7 @@ def merge_step(
     assert merge.plan is not None
     total: Tensors = {}
     asked: dict[int, torch.Tensor] = {}
-    losses: list[dict[Any, float]] = []
+    losses: list[dict[LossName, float]] = []
     for n in mine:
         task = tasks[n]
         loss, gradient = lower.loss_and_gradient(task, lower.start(task, theta), theta, 0)

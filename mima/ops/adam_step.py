@@ -28,7 +28,7 @@ from mima.ops.backends import arguments
 from mima.ops.backends import reference as reference_backend
 
 _OP = "adam_step"
-Tensors = list[Tensor]
+TensorList = list[Tensor]
 
 
 def adam_step(
@@ -44,7 +44,7 @@ def adam_step(
     step: int,
     overwrite: bool = False,
     backend: str | None = None,
-) -> tuple[Tensors, Tensors, Tensors]:
+) -> tuple[TensorList, TensorList, TensorList]:
     """Take one step of Adam with decoupled decay (AdamW), a whole list of tensors at once.
 
         m⁺ = β₁ m + (1 − β₁) g,  v⁺ = β₂ v + (1 − β₂) g²
@@ -124,7 +124,7 @@ def adam_step_pullback(
     weight_decay: float = 0.0,
     step: int,
     backend: str | None = None,
-) -> tuple[Tensors, Tensors, Tensors, Tensors]:
+) -> tuple[TensorList, TensorList, TensorList, TensorList]:
     """Pull gradients back through `adam_step`, without having taken the step.
 
     Differentiable any number of times in all tensors. The formula is in `docs/math.md`.
@@ -197,14 +197,14 @@ def _lists(tensors: Sequence[Any], P: int) -> list[list[Any]]:
 
 def _forward_formula(
     P: int, backend: str, rule: Rule, overwrite: bool, *tensors: Tensor
-) -> Tensors:
+) -> TensorList:
     z, g, m, v = _lists(tensors, P)
     return reference_backend.adam_step_forward(arguments.AdamStep(z, g, m, v, *rule))
 
 
 def _backward_formula(
     P: int, backend: str, rule: Rule, needs: Sequence[bool], *tensors: Tensor
-) -> Tensors:
+) -> TensorList:
     g, m, v = _lists(tensors[3 * P :], P)
     saved = arguments.AdamStepSaved(g, m, v, *rule)
     return flat(reference_backend.adam_step_backward(tensors[: 3 * P], saved, needs), needs)
