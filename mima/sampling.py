@@ -183,15 +183,12 @@ class Sampler:
     def _draw(self, drawer: Any, jobs: Sequence[Job]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """[B, H, W, 3] in [0, 1], as the pipeline makes pictures of."""
         family = family_of(drawer, resolution=self.size)
-        size = family.resolution
-        guidance = family._guidance(len(jobs), self.guidance, self.negative_prompt)
-        keywords = {"height": size, "width": size, **family._sampling(), **guidance}
         result = drawer(
             prompt=[job.prompt for job in jobs],
             generator=[torch.Generator().manual_seed(job.seed) for job in jobs],
             num_inference_steps=self.steps,
             output_type="np",
-            **keywords,
+            **family.sampling_options(len(jobs), self.guidance, self.negative_prompt),
         )
         pixels: np.ndarray[Any, np.dtype[np.float32]] = result.images
         return pixels

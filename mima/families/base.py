@@ -306,29 +306,36 @@ class Family(ReadsText):
 
     def sample_latents(self, prompts: Sequence[str], generator: torch.Generator) -> torch.Tensor:
         """Pictures of ``prompts`` by the pipeline's own sampler, as scaled latents [B, C, H, W]."""
-        size = self.resolution
         latents: torch.Tensor = self.pipeline(
             list(prompts),
-            height=size,
-            width=size,
             generator=generator,
             output_type="latent",
-            **self._sampling(),
+            **self.sampling_options(len(prompts)),
         ).images
         return self._sampled(latents).to(self.device, self.dtype)
 
-    def _sampling(self) -> dict[str, Any]:
-        """Further arguments of the pipeline's call."""
-        return {}
-
-    def _guidance(self, count: int, scale: float | None, negative: str) -> dict[str, Any]:
-        """Arguments of the pipeline's call for pictures of ``count`` prompts under guidance.
+    def sampling_options(
+        self, count: int, guidance: float | None = None, negative: str = ""
+    ) -> dict[str, Any]:
+        """Arguments of the pipeline's call for pictures of ``count`` prompts at ``resolution``.
 
         Args:
             count: prompts.
-            scale: of the guidance; None is the pipeline's own.
-            negative: what it leads away from; empty for what the pipeline has by default.
+            guidance: its scale; None is the pipeline's own.
+            negative: what guidance leads away from; empty for what the pipeline has by default.
+
+        Raises:
+            MimaError: the family's guidance has no negative prompt.
         """
+        size = {"height": self.resolution, "width": self.resolution}
+        return {**size, **self._sampling(), **self._guidance(count, guidance, negative)}
+
+    def _sampling(self) -> dict[str, Any]:
+        """The family's own part of ``sampling_options``."""
+        return {}
+
+    def _guidance(self, count: int, scale: float | None, negative: str) -> dict[str, Any]:
+        """The guidance's part of ``sampling_options``."""
         said: dict[str, Any] = {} if scale is None else {"guidance_scale": scale}
         if negative and (scale is None or scale > 1):
             said["negative_prompt"] = [negative] * count

@@ -17,7 +17,7 @@ from mima.sampling import Sampler
 
 def unguided(family: Family) -> dict[str, Any]:
     """Arguments of a call in which the denoiser sees the prompts alone."""
-    options = family._sampling()
+    options = family.sampling_options(len(PROMPTS))
     return options if "guidance_scale" in options else {**options, "guidance_scale": 1.0}
 
 
@@ -30,11 +30,8 @@ def denoiser_call(family: Family, **options: Any) -> tuple[dict[str, Any], torch
         calls.append((dict(zip(names, args, strict=False)) | keywords, output[0]))
 
     hook = family.denoiser.register_forward_hook(record, with_kwargs=True)
-    size = family.resolution
     family.pipeline(
         PROMPTS,
-        height=size,
-        width=size,
         num_inference_steps=2,
         generator=torch.Generator().manual_seed(1),
         output_type="latent",
@@ -91,17 +88,14 @@ def qwen_statistics(vae: Any) -> list[torch.Tensor]:
 
 def test_samples_are_latents_of_the_form_that_is_trained_on(family):
     """Decoded with the VAE, they are the pictures that the pipeline makes."""
-    size = family.resolution
     sampled = family.sample_latents(PROMPTS, torch.Generator().manual_seed(3))
     pictures = family.pipeline(
         PROMPTS,
-        height=size,
-        width=size,
         generator=torch.Generator().manual_seed(3),
         output_type="pt",
-        **family._sampling(),
+        **family.sampling_options(len(PROMPTS)),
     ).images
-    vae = family.pipeline.vae
+    vae, size = family.pipeline.vae, family.resolution
     assert sampled.shape == family.encode_images(torch.zeros(2, 3, size, size)).shape
     if type(family).__name__ == "QwenImage":
         mean, std = (

@@ -228,7 +228,7 @@ def test_the_text_and_the_guidance_of_training_are_settings(folders):
     family.predict(torch.zeros(1, 4, 8, 8), torch.tensor([500.0]), text)
     assert seen[0].tolist() == [1.0]
     # sampling stays as the pipeline has it
-    assert family._sampling()["guidance_scale"] == 3.5
+    assert family.sampling_options(1)["guidance_scale"] == 3.5
     assert opened(folders, "sd3", max_sequence_length=5).token_mask(["a cat"]).shape[1] == 16 + 5
 
 
