@@ -24,8 +24,8 @@ class Flux(PackedLatents):
 
     pipeline_names = ("FluxPipeline",)
     training_defaults = PackedLatents.training_defaults | {
-        "guidance_scale": 3.5,
-        "max_sequence_length": 512,
+        "guidance_scale": GUIDANCE,
+        "max_sequence_length": T5_TOKENS,
     }
     parts = (
         *("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),

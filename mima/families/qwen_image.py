@@ -30,7 +30,7 @@ class QwenImage(PackedLatents):
     """
 
     pipeline_names = ("QwenImagePipeline",)
-    training_defaults = PackedLatents.training_defaults | {"max_sequence_length": 512}
+    training_defaults = PackedLatents.training_defaults | {"max_sequence_length": QWEN_TOKENS}
     parts = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
     def __init__(self, pipeline: Pipeline) -> None:
