@@ -65,7 +65,7 @@ Technique = Literal["replace", "tensor"]
 MergeMethod = Literal["projected", "weighted"]
 """How finished adapters are merged: see ``mima.merge_adapters``."""
 
-Adaptation = Literal[
+AdaptationMethod = Literal[
     "lora", "dreambooth", "dreambooth-lora", "textual-inversion", "custom-diffusion", "pivotal"
 ]
 """How a model is adapted: see ``mima.adaptation.METHODS``."""

@@ -24,7 +24,7 @@ def test_lists_of_choices_match_what_is_chosen():
     assert all(
         isinstance(getattr(torch, name), torch.dtype) for name in get_args(choices.Precision)
     )
-    assert set(get_args(choices.Adaptation)) == set(METHODS)
+    assert set(get_args(choices.AdaptationMethod)) == set(METHODS)
     assert set(get_args(choices.Preset)) == set(PRESETS)
     assert all(torch.device(name).type == name for name in choices.DEVICES)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from mima.choices import Adaptation as AdaptationMethod
+from mima.choices import AdaptationMethod
 from mima.cli import options
 from mima.cli.base import app
 from mima.errors import check_choice, counted

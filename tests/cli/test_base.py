@@ -14,7 +14,7 @@ from support.commands import run, write_config
 from typer.testing import CliRunner
 
 import mima
-from mima.choices import Adaptation
+from mima.choices import AdaptationMethod
 from mima.cli import app
 from mima.errors import MimaError
 
@@ -36,7 +36,7 @@ def test_help_for_everything(command):
 
 def test_the_help_of_adapt_names_every_method():
     said = run("adapt", "--help")
-    assert [name for name in get_args(Adaptation) if name not in said] == []
+    assert [name for name in get_args(AdaptationMethod) if name not in said] == []
 
 
 def test_help_imports_nothing_heavy():

@@ -14,7 +14,7 @@ import torch
 from mima.distributed import device_of
 from mima.errors import MimaError
 
-DEVICES = {
+GPU_GIB = {
     **{"l4": 22.5, "rtx3090": 23.6, "rtx4090": 23.6, "a10": 22.5, "rtx5090": 31.4},
     **{"l40s": 44.5, "a6000": 47.5, "a100-40": 39.4, "a100": 79.2, "h100": 79.1, "h200": 139.8},
 }
@@ -32,8 +32,8 @@ def device_memory(device: str | torch.device | None) -> tuple[str, int | None]:
         MimaError: no such device is known.
     """
     name = str(device_of(None) if device is None else device).lower()
-    if name in DEVICES:
-        return name, int(DEVICES[name] * 2**30)
+    if name in GPU_GIB:
+        return name, int(GPU_GIB[name] * 2**30)
     if size := re.fullmatch(r"(\d+(?:\.\d+)?) ?(g|gb|gib|m|mb|mib)", name):
         unit = {"g": 2**30, "gib": 2**30, "gb": 10**9, "m": 2**20, "mib": 2**20, "mb": 10**6}
         return f"a GPU of {name}", int(float(size[1]) * unit[size[2]])
@@ -41,14 +41,14 @@ def device_memory(device: str | torch.device | None) -> tuple[str, int | None]:
         if not torch.cuda.is_available():
             raise MimaError(
                 f"device {name}: this machine has no usable CUDA device; a plan for another "
-                f"machine names one of {', '.join(DEVICES)}, or a size such as 24gib"
+                f"machine names one of {', '.join(GPU_GIB)}, or a size such as 24gib"
             )
         name = str(device_of(name))
         free, _ = torch.cuda.mem_get_info(name)
         return name, free + torch.cuda.memory_reserved(name)
     if name != "cpu":
         raise MimaError(
-            f"device {name!r} is unknown; a plan takes cpu, cuda, {', '.join(DEVICES)}, or a size "
+            f"device {name!r} is unknown; a plan takes cpu, cuda, {', '.join(GPU_GIB)}, or a size "
             "such as 24gib"
         )
     room = free_memory()

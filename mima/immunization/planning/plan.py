@@ -36,7 +36,7 @@ from mima.immunization.planning.sizes import (
     matched,
     preparing,
     served,
-    weights_of,
+    weights_size,
 )
 from mima.immunization.planning.work import concepts_of_a_step, drawn, lacking, pictures_of_a_step
 from mima.storage.inputs import expanded
@@ -72,7 +72,7 @@ def plan(
         concepts: N concepts.
         config: the settings.
         benign: the concepts that must stay learnable, where the settings read some.
-        device: of the run: ``cpu``, ``cuda``, a key of ``DEVICES`` (``h100``), or a size (``24
+        device: of the run: ``cpu``, ``cuda``, a key of ``GPU_GIB`` (``h100``), or a size (``24
             GiB``) of a GPU's memory.
         output: where the run writes; None writes nothing.
         delta: whether it writes the changed weights alone.
@@ -139,7 +139,7 @@ def _plan(
 
     idle = idle_modules(pipeline, reads_text=config.reads_text)
     others = networks_beside(pipeline, family.denoiser).values()
-    waiting = weights_of(m for m in others if not (opened and m in idle))
+    waiting = weights_size(m for m in others if not (opened and m in idle))
     denoiser = {
         ("trained weights, " if name in names else "frozen weights, ") + dtype: 0
         for name, p in family.denoiser.named_parameters()
@@ -177,7 +177,7 @@ def _plan(
         "preparing": {
             **ground,
             **({} if on_host else denoiser),
-            "text encoders and VAE": weights_of(others),
+            "text encoders and VAE": weights_size(others),
             "activations": preparing(
                 family,
                 encoded,
@@ -230,7 +230,7 @@ def _plan(
             ),
             "encoded pictures and prompts": encodings,
             "encoders, while the run lasts": (
-                weights_of(idle) if on_cpu and opened and config.method != "none" else 0
+                weights_size(idle) if on_cpu and opened and config.method != "none" else 0
             ),
             "AdamW's moments": 2 * all_mine if on_cpu and config.offload_optimizer else 0,
             "the result": changed if delta else whole,
@@ -264,7 +264,7 @@ def large(model: Any) -> bool:
         path = expanded(str(model.model))
         files = [path] if path.is_file() else [*path.glob("*/*.safetensors"), *path.glob("*/*.bin")]
         return sum(file.stat().st_size for file in files) > LARGE_MODEL
-    return weights_of(networks(model).values()) > LARGE_MODEL
+    return weights_size(networks(model).values()) > LARGE_MODEL
 
 
 def _seconds(model: Any, config: ImmunizeConfig, device: str) -> float:

@@ -24,7 +24,7 @@ def dtype_of(x: torch.Tensor) -> str:
     return str((x.stored if isinstance(x, Upcast) else x).dtype).removeprefix("torch.")
 
 
-def weights_of(modules: Iterable[torch.nn.Module]) -> int:
+def weights_size(modules: Iterable[torch.nn.Module]) -> int:
     """Bytes of networks' weights as they are stored."""
     return sum(stored_bytes(p) for module in modules for p in module.parameters())
 
