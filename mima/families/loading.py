@@ -44,8 +44,8 @@ from mima.families.model_files import (
     check_filled,
     check_parts,
     check_sizes,
+    json_of,
     read_index,
-    read_json,
     safetensors_keys,
     stored_dtype,
     stored_dtypes,
@@ -282,7 +282,7 @@ def _open_hub(
         raise
     except HUB_ERRORS as error:
         raise MimaError(f"model: {_explain(model, revision, error)}") from error
-    index = read_json(Path(file))
+    index = json_of(Path(file))
     if not isinstance(index, dict):
         raise MimaError(f"model: {model} names no diffusers pipeline")
     # refuse other pipelines before gigabytes are fetched

@@ -72,7 +72,7 @@ def read_index(path: Path) -> dict[str, Any]:
         MimaError: there is no index, or it names no pipeline.
     """
     check_model(path)
-    index = read_json(path / MODEL_INDEX)
+    index = json_of(path / MODEL_INDEX)
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise MimaError(f"model: {path / MODEL_INDEX} names no diffusers pipeline")
     return index
@@ -320,7 +320,7 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
         if (folder / name).exists() and not ((folder / name).is_file() or (folder / name).is_dir()):
             raise MimaError(f"model: {folder / name} is no ordinary file")
     for file in visible(folder, "*.json"):
-        content = read_json(file)
+        content = json_of(file)
         # diffusers takes a configuration that is a text for the name of a model, and fetches it
         if not isinstance(content, dict):
             raise MimaError(f"model: {file} is damaged: expected a mapping")
@@ -404,8 +404,11 @@ def safetensors_keys(path: Path) -> list[str]:
         ) from error
 
 
-def read_json(path: Path) -> Any:
-    """A file's content; refused by name where it is none."""
+def json_of(path: Path) -> Any:
+    """A file's content, as diffusers and transformers read it; refused by name where it is none.
+
+    The checks of ``mima.storage.plain_data.read_json`` would take seconds of a large vocabulary.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
