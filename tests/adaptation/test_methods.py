@@ -16,6 +16,7 @@ from mima.adaptation import (
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.families import family_of
+from mima.families.pipelines import networks
 
 WORD = "<new1>"
 PROMPT = f"a {WORD} emoji"
@@ -59,11 +60,7 @@ def changed(module, before):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_and_leaves_the_given_pipeline_alone(pipeline, instance, method):
     settings = METHODS[method](learning_rate=1e-2, batch_size=4)
-    before = {
-        name: weights(component)
-        for name, component in pipeline.components.items()
-        if isinstance(component, torch.nn.Module)
-    }
+    before = {name: weights(network) for name, network in networks(pipeline).items()}
     words = len(pipeline.tokenizer)
     drawn = draw(pipeline)
     run = settings.start(pipeline, instance)

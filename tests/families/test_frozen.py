@@ -12,6 +12,7 @@ from mima.errors import MimaError
 from mima.families import family_of, frozen, load_pipeline
 from mima.families.frozen import Upcast, hold_frozen, make_dense
 from mima.families.model_files import stored_dtype, weight_files
+from mima.families.pipelines import networks
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
@@ -100,9 +101,8 @@ def test_every_family_encodes_and_predicts_as_in_float32(tmp_path, kind, dtype):
     folder = builders.save(getattr(builders, kind), tmp_path / "model")
     load_pipeline(folder, dtype=dtype).save_pretrained(tmp_path / "half")
     dense, held = (builders.opened(tmp_path / "half", dtype=d) for d in (torch.float32, None))
-    for module in held.components.values():
-        if isinstance(module, torch.nn.Module):
-            hold_frozen(module)
+    for network in networks(held).values():
+        hold_frozen(network)
     kept = next(held.vae.parameters())
     assert (type(kept), kept.stored.dtype) == (Upcast, dtype)
     found = []

@@ -17,6 +17,7 @@ from support.families import UNET
 from mima.errors import MimaError
 from mima.families import ModelSource, family_of, load_pipeline
 from mima.families.flux import Flux
+from mima.families.pipelines import networks
 from mima.families.sd3 import StableDiffusion3
 
 
@@ -33,8 +34,7 @@ def floats(pipeline: Any) -> dict[str, dict[str, torch.Tensor]]:
             for key, value in (*module.named_parameters(), *module.named_buffers())
             if value.is_floating_point()
         }
-        for name, module in pipeline.components.items()
-        if isinstance(module, torch.nn.Module)
+        for name, module in networks(pipeline).items()
     }
 
 
