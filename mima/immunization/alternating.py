@@ -55,7 +55,7 @@ def alternate(
                 # the one that the run began with is that of its first step
                 plan = first.plan
                 if step > 0:
-                    plan = published.plan(
+                    plan = published.merge_plan(
                         problem.family,
                         problem.described,
                         problem.config,

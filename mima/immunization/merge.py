@@ -34,7 +34,7 @@ def merge_layer(
     try:
         if config.method == "alternating":
             captions = ordinary_captions(config.captions)
-            plan = published.plan(family, concepts, config, 0, weights, captions)
+            plan = published.merge_plan(family, concepts, config, 0, weights, captions)
         else:
             regular = regular_tokens(family, config.captions, config.num_captions, config.seed)
             # where the weights will be, which the model need not be yet

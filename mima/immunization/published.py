@@ -56,7 +56,7 @@ def concept_tokens(family: Family, concepts: Sequence[Concept]) -> list[torch.Te
     return several
 
 
-def plan(
+def merge_plan(
     family: Family,
     concepts: Sequence[Concept],
     config: ImmunizeConfig,

@@ -228,10 +228,10 @@ def test_a_hard_constraint_that_contradicts_itself_is_softened_a_little(
     )
     both = concepts()
     with caplog.at_level(logging.WARNING, "mima"):
-        plan = published.plan(family, both, config, 0, torch.ones(2) / 2, captions)
+        plan = published.merge_plan(family, both, config, 0, torch.ones(2) / 2, captions)
     assert plan.lam == published.ALMOST_HARD
     assert "linearly dependent" in caplog.text
-    alone = published.plan(family, both[:1], config, 0, torch.ones(1), captions)
+    alone = published.merge_plan(family, both[:1], config, 0, torch.ones(1), captions)
     assert alone.lam == 0.0
 
 
