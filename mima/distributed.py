@@ -22,6 +22,7 @@ from torch.nn.utils import get_total_norm
 
 from mima.errors import MimaError, counted, nearest, one_line
 
+K = TypeVar("K")
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others to appear."""
@@ -185,7 +186,7 @@ def _gather(mine: T, group: Any) -> list[T]:
     return everyone
 
 
-def union(parts: Iterable[Mapping[str, T]]) -> dict[str, T]:
+def union(parts: Iterable[Mapping[K, T]]) -> dict[K, T]:
     """Mappings with distinct names as one."""
     return {name: value for part in parts for name, value in part.items()}
 
