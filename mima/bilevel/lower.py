@@ -322,9 +322,10 @@ def _shares(tensors: Params) -> list[list[str]]:
     return shares
 
 
-def adapt(task: LowerLevel, theta: Params) -> Tensors:
-    """z_K(θ) without a graph, in the memory of one step."""
-    return deque(path(task, theta), maxlen=1)[0].z
+def last_state(task: LowerLevel, theta: Params) -> State:
+    """State after all K steps, without a graph, in the memory of one step; as ``path`` ends."""
+    (last,) = deque(path(task, theta), maxlen=1)
+    return last
 
 
 def unroll(task: LowerLevel, theta: Params) -> list[Tensors]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -254,7 +253,7 @@ class Problem:
         everything = torch.arange(len(pictures))
         draws = seeded(self.config.seed, attacker.born, attacker.n, "benign start")
         task = self.adaptation(attacker, pictures, everything, steps, draws)
-        (last,) = deque(lower.path(task, theta), maxlen=1)
+        last = lower.last_state(task, theta)
         return replace(task.stop(last, theta), memory=None, age=0)
 
     def adaptation(

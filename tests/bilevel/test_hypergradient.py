@@ -94,7 +94,7 @@ def problem(theta, *, kind="full", optimizer=None, steps=2, merge="projected", c
 def objective(theta, tasks, layer, upper):
     adapted = []
     for task in tasks:
-        change = task.change(lower.adapt(task, theta), theta)
+        change = task.change(lower.last_state(task, theta).z, theta)
         adapted.append({n: v + change[n] if n in change else v for n, v in theta.items()})
     phi = layer(theta, adapted)
     return sum(float(part(phi)[0]) for part in upper)

@@ -72,7 +72,7 @@ def problem(theta, kind, optimizer, steps):
 
 def objective(theta, tasks, upper):
     """The outer objective by its formulas, without the engine's merge."""
-    ends = [lower.adapt(task, theta) for task in tasks]
+    ends = [lower.last_state(task, theta).z for task in tasks]
     changes = [task.change(z, theta) for task, z in zip(tasks, ends, strict=True)]
     C = [text(n, change[WORD]) for n, change in enumerate(changes)]
     M = reference.merge_plan(C, CAPTIONS, 1e-4, WEIGHTS)
