@@ -77,4 +77,4 @@ DEVICES = ("cpu", "cuda", "mps", "xpu")
 """Kinds of device that torch computes on."""
 
 PictureProtocol = Literal["standard", "published"]
-"""How pictures are prepared for an encoder: see ``mima.evaluation.encoders``."""
+"""How pictures are prepared for an encoder: see ``mima.evaluation.preprocessing``."""

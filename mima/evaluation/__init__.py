@@ -6,13 +6,13 @@ from mima.evaluation.encoders import (
     ClipEncoder,
     DinoEncoder,
     ImageEncoder,
-    Lpips,
     TextImageEncoder,
     load_encoder,
     load_similarity,
     similarity,
 )
 from mima.evaluation.grid import PRESETS, GridConfig
+from mima.evaluation.lpips import Lpips
 from mima.evaluation.metrics import (
     GapCurve,
     HalfRise,

@@ -143,7 +143,7 @@ def evaluate(
         settings: settings of `GridConfig` that replace the preset's.
         similarities: what `load_similarity` opens; the first is the primary one, and the first that
             embeds texts measures benign quality.
-        protocol: how pictures are prepared for them; see `mima.evaluation.encoders`.
+        protocol: how pictures are prepared for them; see `mima.evaluation.preprocessing`.
         processes: attacks at a time, each with one thread. Default: one per core on a CPU; one on a
             GPU, for pipelines in memory, or in each process that torchrun started, in this process
             and with its threads. Several import the script that calls this, which has to do so

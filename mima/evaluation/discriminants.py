@@ -19,6 +19,8 @@ import torch.nn.functional as F
 
 SIDE = 64
 """Pictures are squeezed to this many pixels a side."""
+OFFLINE = "embedded (--similarity embedded), which ships with mima and knows only emoji"
+"""What can be used where nothing can be fetched."""
 ORIENTATIONS = 8
 PATCH, PATCH_STRIDE = 6, 4
 FILTER, FILTER_STRIDE = 3, 2

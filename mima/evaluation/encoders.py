@@ -1,11 +1,6 @@
 """Image similarity M(a, b): cosines of CLIP or DINO features, or 1 − LPIPS.
 
-Two protocols. ``standard`` prepares pictures as each model's own preprocessor says. ``published``
-repeats the evaluation script released with IMMA (arXiv 2311.18815), flaws included, so that its
-numbers can be compared with: pictures are squeezed to 64×64; for CLIP and DINO their [0, 1] values
-are "un-normalised" as if they were in [−1, 1], x ↦ (x + 1)/2, enlarged again, and normalised with
-CLIP's constants (for DINO, too); LPIPS reads [0, 1] where it expects [−1, 1]. Only the pairing
-differs: that script compares the i-th reference with the i-th picture by LPIPS, here all pairs are.
+How pictures are prepared is in `mima.evaluation.preprocessing`.
 """
 
 # B = images, A = other images, D = features
@@ -17,12 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
-from urllib.error import URLError
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -32,8 +25,15 @@ from transformers.image_processing_utils import BaseImageProcessor
 from mima.assets import assets
 from mima.choices import PictureProtocol
 from mima.concepts.pictures import Picture
-from mima.errors import MimaError, first_line, nearest, one_line, quoted
-from mima.evaluation.discriminants import NEEDED, SIDE, embedding
+from mima.errors import MimaError, first_line, nearest, one_line
+from mima.evaluation.discriminants import NEEDED, OFFLINE, SIDE, embedding
+from mima.evaluation.lpips import Lpips
+from mima.evaluation.preprocessing import (
+    PUBLISHED_SIDE,
+    Preprocessor,
+    PublishedPreprocessor,
+    squeezed,
+)
 from mima.families.hub import unreachable
 from mima.families.model_files import (
     LOADING_ERRORS,
@@ -50,15 +50,8 @@ CLIP_DEFAULT = "openai/clip-vit-base-patch32"
 DINO_DEFAULT = "facebook/dino-vits16"
 AT_A_TIME = 64
 """Pictures that are in memory at once where they are read from files."""
-LPIPS_SIDE = 224
-PUBLISHED_SIDE = 64
-LARGEST_SIDE = 4096
-OFFLINE = "embedded (--similarity embedded), which ships with mima and knows only emoji"
-"""What can be used where nothing can be fetched."""
 EMBEDDED = {"embedded": "judge", "embedded-clip": "encoder"}
 """Encoders that ship with mima, and their folders among the assets."""
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @runtime_checkable
@@ -103,109 +96,6 @@ def at_a_time(pictures: Sequence[T]) -> Iterator[Sequence[T]]:
 def embed_files(encoder: ImageEncoder, pictures: Sequence[Picture]) -> torch.Tensor:
     """Normalised features [B, D] of pictures that need not be in memory all at once."""
     return torch.cat([encoder.embed([p.load() for p in some]) for some in at_a_time(pictures)])
-
-
-class Preprocessor:
-    """Resize, crop, rescale and normalise as a `preprocessor_config.json` says.
-
-    Written out here with Pillow because transformers' own processors resize differently between
-    versions and with torchvision installed, and measured similarities should not.
-
-    Args:
-        settings: the parsed configuration of a CLIP, ViT or BiT image processor.
-
-    Raises:
-        MimaError: a setting that is not understood.
-    """
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self.shorter_side: int | None = None
-        self.exact: tuple[int, int] | None = None
-        self.crop: tuple[int, int] | None = None
-        if settings.get("do_resize", True):
-            size = settings.get("size", 224)
-            if isinstance(size, int):
-                if settings.get("do_center_crop"):
-                    self.shorter_side = size
-                else:
-                    self.exact = (size, size)
-            elif "shortest_edge" in size and "longest_edge" not in size:
-                self.shorter_side = int(size["shortest_edge"])
-            elif "height" in size and "width" in size:
-                self.exact = (int(size["width"]), int(size["height"]))
-            else:
-                raise MimaError(f"encoder: preprocessor size {quoted(size)} is not understood")
-        if settings.get("do_center_crop"):
-            crop = settings.get("crop_size", 224)
-            self.crop = (
-                (crop, crop) if isinstance(crop, int) else (int(crop["width"]), int(crop["height"]))
-            )
-        sides = (self.shorter_side, *(self.exact or ()), *(self.crop or ()))
-        if not all(0 < side <= LARGEST_SIDE for side in sides if side is not None):
-            raise MimaError(
-                f"encoder: the preprocessor's sizes must be from 1 to {LARGEST_SIDE} pixels"
-            )
-        self.resample = Image.Resampling(settings.get("resample", Image.Resampling.BICUBIC))
-        scale = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
-        mean, std = [0.0] * 3, [1.0] * 3
-        if settings.get("do_normalize", True):
-            if "image_mean" not in settings or "image_std" not in settings:
-                raise MimaError("encoder: the preprocessor has no image_mean or no image_std")
-            mean, std = settings["image_mean"], settings["image_std"]
-        # (scale·x − mean) / std as one multiplication and one addition
-        self.gain = torch.tensor([scale / s for s in std]).view(3, 1, 1)
-        self.bias = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(3, 1, 1)
-
-    def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Pixel values [B, 3, height, width] float32."""
-        return torch.stack([self._one(image) for image in images])
-
-    def _one(self, image: Image.Image) -> torch.Tensor:
-        image = image.convert("RGB")
-        if self.exact is not None:
-            image = image.resize(self.exact, self.resample)
-        elif self.shorter_side is not None:
-            width, height = image.size
-            scale = self.shorter_side / min(width, height)
-            # the longer side is truncated, as transformers does
-            size = (int(width * scale), int(height * scale))
-            image = image.resize(
-                (max(size[0], self.shorter_side), max(size[1], self.shorter_side)), self.resample
-            )
-        if self.crop is not None:
-            left, top = (
-                (side - crop) // 2 for side, crop in zip(image.size, self.crop, strict=True)
-            )
-            image = image.crop((left, top, left + self.crop[0], top + self.crop[1]))
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)
-        return pixels * self.gain + self.bias
-
-
-class PublishedPreprocessor:
-    """What IMMA's evaluation script does to pictures before CLIP and DINO; see the module."""
-
-    def __init__(self, side: int) -> None:
-        self.side = side
-        self.mean = torch.tensor(CLIP_MEAN).view(3, 1, 1)
-        self.std = torch.tensor(CLIP_STD).view(3, 1, 1)
-
-    def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Pixel values [B, 3, side, side] float32."""
-        wrong = (squares(images, PUBLISHED_SIDE) + 1) / 2
-        enlarged = F.interpolate(wrong, size=self.side, mode="bicubic")
-        return (enlarged - self.mean) / self.std
-
-
-def squares(images: Sequence[Image.Image], side: int) -> torch.Tensor:
-    """Pictures squeezed to [B, 3, side, side] float32 in [0, 1], bilinearly."""
-    return _squeezed(images, side, Image.Resampling.BILINEAR) / 255
-
-
-def _squeezed(images: Sequence[Image.Image], side: int, resample: Image.Resampling) -> torch.Tensor:
-    """[B, 3, side, side] float32 in [0, 255]."""
-    resized = [image.convert("RGB").resize((side, side), resample) for image in images]
-    pixels = torch.from_numpy(np.stack([np.asarray(image, np.float32) for image in resized]))
-    return pixels.permute(0, 3, 1, 2)
 
 
 class _Encoder:
@@ -271,7 +161,7 @@ class DiscriminantEncoder(_Encoder):
 
 def _judged(images: Sequence[Image.Image]) -> torch.Tensor:
     """Pictures as `embedding` reads them, [B, 3, SIDE, SIDE] in [−1, 1]."""
-    return _squeezed(images, SIDE, Image.Resampling.BICUBIC) / 127.5 - 1
+    return squeezed(images, SIDE, Image.Resampling.BICUBIC) / 127.5 - 1
 
 
 class _TransformersEncoder(_Encoder):
@@ -281,7 +171,7 @@ class _TransformersEncoder(_Encoder):
         model: hub id or folder of the network and its preprocessor; by default the published one.
         device: where it runs.
         batch_size: images per forward pass.
-        protocol: how pictures are prepared; see the module.
+        protocol: how pictures are prepared; see `mima.evaluation.preprocessing`.
     """
 
     published: ClassVar[str]
@@ -362,94 +252,6 @@ def _unit(features: torch.Tensor) -> torch.Tensor:
     return F.normalize(features.float(), dim=-1)
 
 
-class Lpips:
-    """1 − LPIPS (Zhang et al., CVPR 2018) with AlexNet, through the package lpips.
-
-    In (−∞, 1]; 1 for equal pictures. Pictures are squeezed to 224×224 (64×64 when published).
-
-    Args:
-        model: ``"lpips"`` for the published weights (torchvision fetches AlexNet's), or a hub id or
-            folder with the state dict of ``lpips.LPIPS(net="alex")`` as ``model.safetensors``.
-        device: where it runs.
-        batch_size: images per forward pass.
-        protocol: how pictures are prepared; see the module.
-
-    Raises:
-        MimaError: the package or the weights are missing.
-    """
-
-    def __init__(
-        self,
-        model: str | Path = "lpips",
-        *,
-        device: str | torch.device = "cpu",
-        batch_size: int = 64,
-        protocol: PictureProtocol = "standard",
-    ) -> None:
-        try:
-            import lpips
-        except ImportError as error:
-            raise MimaError(
-                f"similarity lpips: {error.name} is not installed; pip install 'mima[lpips]'"
-            ) from error
-        if batch_size < 1:
-            raise ValueError(f"lpips: batch_size must be at least 1, got {batch_size}")
-        self.name = str(model)
-        if self.name == "lpips":
-            try:
-                net = lpips.LPIPS(net="alex", verbose=False)
-            except (URLError, OSError) as error:
-                raise MimaError(
-                    f"similarity lpips: cannot fetch AlexNet: {error}; name a folder with all of "
-                    f"its weights (lpips:FOLDER), or use {OFFLINE}"
-                ) from error
-        else:
-            net = lpips.LPIPS(net="alex", pretrained=False, pnet_rand=True, verbose=False)
-            try:
-                net.load_state_dict(load_file(_weights_file(self.name)))
-            except LOADING_ERRORS as error:
-                raise MimaError(
-                    f"similarity lpips: cannot open {self.name!r}: {first_line(error)}"
-                ) from error
-        self.model: Any = net.to(device).eval().requires_grad_(False)
-        self.device = torch.device(device)
-        self.batch_size = batch_size
-        self.protocol = protocol
-
-    @torch.inference_mode()
-    def pairs(self, a: Sequence[Image.Image], b: Sequence[Image.Image]) -> torch.Tensor:
-        """Similarities [A, B] float32 on the CPU."""
-        if not a or not b:
-            raise ValueError(f"{self.name}: images is empty")
-        table = torch.empty(len(a), len(b))
-        for row in range(0, len(a), self.batch_size):
-            layers_a = self._layers(a[row : row + self.batch_size])
-            for column in range(0, len(b), self.batch_size):
-                layers_b = self._layers(b[column : column + self.batch_size])
-                for index in range(len(layers_a[0])):
-                    one = [layer[index] for layer in layers_a]
-                    table[row + index, column : column + self.batch_size] = 1 - self._distances(
-                        one, layers_b
-                    )
-        return table
-
-    def _layers(self, images: Sequence[Image.Image]) -> list[torch.Tensor]:
-        """AlexNet's five feature maps [B, C, H, W], of unit length at each place."""
-        if self.protocol == "published":
-            pixels = squares(images, PUBLISHED_SIDE)
-        else:
-            pixels = squares(images, LPIPS_SIDE) * 2 - 1
-        maps = self.model.net(self.model.scaling_layer(pixels.to(self.device)))
-        # the package's own 1e-10 keeps places without any feature from dividing by zero
-        return [m / (m.square().sum(dim=1, keepdim=True).sqrt() + 1e-10) for m in maps]
-
-    def _distances(self, one: list[torch.Tensor], many: list[torch.Tensor]) -> torch.Tensor:
-        total = torch.zeros(len(many[0]), device=self.device)
-        for a, b, lin in zip(one, many, self.model.lins, strict=True):
-            total += lin((a - b).square()).mean(dim=(1, 2, 3))
-        return total.cpu()
-
-
 def judge_fingerprint(judge: ImageEncoder | PairwiseSimilarity) -> str:
     """A hash that another version of a judge's assets does not have.
 
@@ -495,7 +297,7 @@ def load_similarity(
     Args:
         model: whatever `load_encoder` opens, ``"lpips"``, or ``"lpips:SOURCE"`` with a hub id or a
             folder of LPIPS weights.
-        protocol: how pictures are prepared; see the module.
+        protocol: how pictures are prepared; see `mima.evaluation.preprocessing`.
         device: where it runs.
         batch_size: images per forward pass.
 
@@ -524,7 +326,8 @@ def load_encoder(
             configuration.
         device: where it runs.
         batch_size: images per forward pass.
-        protocol: how pictures are prepared; see the module. `"embedded"` has only one way.
+        protocol: how pictures are prepared; see `mima.evaluation.preprocessing`. `"embedded"` has
+            only one way.
 
     Raises:
         MimaError: nothing there, or a model of another kind.
@@ -614,13 +417,6 @@ def _preprocessor(
         raise ValueError(f"encoder: protocol must be standard or published, got {protocol!r}")
     with _opening(source):
         return Preprocessor(settings) if protocol == "standard" else PublishedPreprocessor(side)
-
-
-def _weights_file(source: str) -> str:
-    folder = expanded(source)
-    if folder.is_dir():
-        return str(folder / "model.safetensors")
-    return hf_hub_download(source, "model.safetensors")
 
 
 def _pooled(features: Any) -> torch.Tensor:

@@ -1,15 +1,12 @@
 import json
 import sqlite3
-import sys
 from contextlib import closing
-from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
 from support import tiny
 from transformers import AutoModel, CLIPModel, CLIPTokenizer
 
@@ -24,10 +21,9 @@ from mima.evaluation import (
     prompt_alignment,
     similarity,
 )
-from mima.evaluation.encoders import Preprocessor, judge_fingerprint
+from mima.evaluation.encoders import judge_fingerprint
 from mima.evaluation.feature_cache import CachedSimilarity
-
-MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+from mima.evaluation.preprocessing import Preprocessor
 
 
 @pytest.fixture(scope="module")
@@ -48,41 +44,6 @@ def pictures():
 
 def features(output):
     return output if isinstance(output, torch.Tensor) else output.pooler_output
-
-
-def test_preprocessing_by_hand():
-    settings = {
-        "size": {"shortest_edge": 4},
-        "do_center_crop": True,
-        "crop_size": {"height": 4, "width": 4},
-        "image_mean": MEAN,
-        "image_std": STD,
-    }
-    # twice as wide as high: the middle half survives
-    pixels = np.zeros((4, 8, 3), np.uint8)
-    pixels[:, 2:6] = [255, 128, 0]
-    out = Preprocessor(settings)([Image.fromarray(pixels)])
-    assert out.shape == (1, 3, 4, 4)
-    expected = (torch.tensor([1.0, 128 / 255, 0.0]) - torch.tensor(MEAN)) / torch.tensor(STD)
-    torch.testing.assert_close(out, expected.view(1, 3, 1, 1).expand(1, 3, 4, 4))
-
-
-@pytest.mark.parametrize("kind", ["clip", "vit"])
-@pytest.mark.parametrize("size", [(32, 32), (61, 40), (20, 33)], ids=str)
-def test_preprocessing_agrees_with_transformers(kind, size, tmp_path):
-    from transformers import AutoImageProcessor
-
-    folder = tiny.save_tiny_clip(tmp_path) if kind == "clip" else tiny.save_tiny_dino(tmp_path)
-    theirs = AutoImageProcessor.from_pretrained(folder)
-    settings = json.loads((folder / "preprocessor_config.json").read_text())
-    # smooth, so that only the resize filters' rounding differs
-    rows, columns = np.mgrid[: size[1], : size[0]]
-    waves = np.stack([np.sin(rows / 9), np.cos(columns / 7), np.sin((rows + columns) / 11)], -1)
-    image = Image.fromarray((127 + 120 * waves).astype(np.uint8))
-    ours = Preprocessor(settings)([image])
-    reference = theirs(images=image, return_tensors="pt")["pixel_values"]
-    # one grey level is 1/255 over a standard deviation of at least 0.26
-    torch.testing.assert_close(ours, reference, rtol=0, atol=3 / 255 / 0.26)
 
 
 def test_clip_features_are_those_of_transformers(clip, clip_folder, pictures):
@@ -163,10 +124,6 @@ def test_unusable_encoders_are_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(MimaError, match="is a bert model; clip, vit and dinov2"):
         load_encoder(tmp_path)
-    with pytest.raises(MimaError, match=r"size .* not understood"):
-        Preprocessor({"size": {"longest_edge": 5}})
-    with pytest.raises(MimaError, match="image_mean"):
-        Preprocessor({"size": 5})
 
 
 @pytest.mark.parametrize("model", ["clip", "dino", "owner/name"])
@@ -174,18 +131,6 @@ def test_where_the_hub_cannot_be_reached_the_error_says_what_to_use(model):
     remedy = r"offline mode .*; name a local folder, or use embedded \(--similarity embedded\)"
     with pytest.raises(MimaError, match=remedy):
         load_similarity(model)
-
-
-def test_lpips_without_a_network_says_what_to_use(monkeypatch, tmp_path):
-    pytest.importorskip("lpips", reason="the extra lpips is not installed")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-
-    def no_network(*_, **__):
-        raise URLError("no network")
-
-    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
-    with pytest.raises(MimaError, match=r"no network.* \(lpips:FOLDER\), or use embedded"):
-        load_similarity("lpips")
 
 
 def test_nothing_to_embed_is_refused(clip):
@@ -226,49 +171,6 @@ def test_the_published_protocol_is_the_published_scripts(clip_folder, pictures, 
         load_similarity(clip_folder, protocol="loose")
 
 
-@pytest.fixture(scope="module")
-def lpips_net(tmp_path_factory):
-    """lpips.LPIPS with a small random trunk and its own calibrated weights, and its folder."""
-    lpips = pytest.importorskip("lpips", reason="the extra lpips is not installed")
-    torch.manual_seed(0)
-    net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    folder = tmp_path_factory.mktemp("lpips")
-    state = {name: value.contiguous() for name, value in net.state_dict().items()}
-    # lins.N and linN are the same tensors
-    save_file({name: value.clone() for name, value in state.items()}, folder / "model.safetensors")
-    return net, folder
-
-
-@pytest.mark.parametrize("protocol", ["standard", "published"])
-def test_lpips_is_that_of_the_package(lpips_net, pictures, protocol):
-    net, folder = lpips_net
-    side = {"standard": 224, "published": 64}[protocol]
-
-    def prepared(image):
-        small = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.asarray(small, np.float32) / 255).permute(2, 0, 1)[None]
-        # the published script forgets the range that the network expects
-        return pixels * 2 - 1 if protocol == "standard" else pixels
-
-    ours = load_similarity(f"lpips:{folder}", protocol=protocol, batch_size=2)
-    table = ours.pairs(pictures[:3], pictures)
-    with torch.no_grad():
-        expected = [
-            [1 - net(prepared(a), prepared(b)).item() for b in pictures] for a in pictures[:3]
-        ]
-    torch.testing.assert_close(table, torch.tensor(expected), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(table[[0, 1], [0, 1]], torch.ones(2))
-
-
-def test_lpips_says_what_is_missing(monkeypatch, tmp_path):
-    pytest.importorskip("lpips", reason="the extra lpips is not installed")
-    with pytest.raises(MimaError, match=r"lpips: cannot open"):
-        load_similarity(f"lpips:{tmp_path}")
-    monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(MimaError, match=r"pip install 'mima\[lpips\]'"):
-        load_similarity("lpips")
-
-
 def test_another_version_of_a_judge_has_another_fingerprint(clip, clip_folder, tmp_path):
     again = judge_fingerprint(load_encoder(clip_folder, batch_size=3))
     assert again == judge_fingerprint(clip)
@@ -288,15 +190,6 @@ def test_another_version_of_a_judge_has_another_fingerprint(clip, clip_folder, t
     others.append(judge)
     found = {judge_fingerprint(other) for other in others}
     assert len(found | {again}) == len(others) + 1
-
-
-def test_lpips_has_a_fingerprint_of_its_protocol(lpips_net):
-    _, folder = lpips_net
-    one, other = (
-        judge_fingerprint(load_similarity(f"lpips:{folder}", protocol=protocol))
-        for protocol in ("standard", "published")
-    )
-    assert one != other
 
 
 class Counting:
