@@ -49,7 +49,7 @@ def embedding(pixels: torch.Tensor, numbers: dict[str, torch.Tensor]) -> torch.T
     objects = F.normalize((shapes - numbers["object_mean"]) @ numbers["object_map"], dim=-1)
     likeness_BK = objects @ numbers["known_KD"].mT
     known = F.normalize((numbers["object_sharpness"] * likeness_BK).softmax(dim=-1), dim=-1)
-    chosen = expanded(textures, numbers) @ numbers["style_map"] - numbers["style_offset"]
+    chosen = enlarged(textures, numbers) @ numbers["style_map"] - numbers["style_offset"]
     shares_BS = (numbers["style_sharpness"] * chosen).softmax(dim=-1)
     # pictures in two styles are less alike than pictures of which nothing is known
     styles = F.normalize(shares_BS - 1 / shares_BS.shape[1], dim=-1)
@@ -79,7 +79,7 @@ def described(
     return objects, torch.cat([rare, lengths, whole, measured], dim=1)
 
 
-def expanded(textures: torch.Tensor, numbers: dict[str, torch.Tensor]) -> torch.Tensor:
+def enlarged(textures: torch.Tensor, numbers: dict[str, torch.Tensor]) -> torch.Tensor:
     """Textures [B, F'], scaled, and random rectified mixtures of them."""
     scaled = (textures - numbers["texture_mean"]) / numbers["texture_deviation"]
     mixed = (scaled @ numbers["mixture"] + numbers["mixture_bias"]).relu()

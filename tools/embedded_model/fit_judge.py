@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from mima.evaluation.discriminants import FILTER, PATCH, SIDE, described, expanded
+from mima.evaluation.discriminants import FILTER, PATCH, SIDE, described, enlarged
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -232,7 +232,7 @@ def solve(
     labels = torch.from_numpy(style_of).repeat(versions)
     labels = torch.cat([labels, labels.new_full((len(told.nothing),), int(labels.max()) + 1)])
     style_map, style_mean = style_regression(
-        expanded(torch.cat([flat, told.nothing]), told_more), labels
+        enlarged(torch.cat([flat, told.nothing]), told_more), labels
     )
     return told_more | {
         "object_map": object_map,
