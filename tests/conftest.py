@@ -65,7 +65,7 @@ LONG = (
     "tests/immunization/test_shards.py",
     "tests/test_distributed.py",
     "tests/test_faults.py",
-    "tests/evaluation/test_families.py",
+    "tests/evaluation/test_attack_families.py",
     "tests/evaluation/test_originals.py",
     "tests/immunization/test_resume.py",
     "tests/cli/test_reproducible.py",

@@ -52,7 +52,7 @@ from mima.evaluation.ledger import (
     refuse_other_settings,
 )
 from mima.evaluation.originals import originals_folder
-from mima.evaluation.plan import Plan
+from mima.evaluation.plan import AttackPlan
 from mima.evaluation.processes import in_parallel, one_by_one, one_thread, refuse_before_main
 from mima.evaluation.ranks import SharedFolder, join_patiently, over_ranks
 from mima.evaluation.records import (
@@ -284,7 +284,7 @@ def evaluate(
         ledger = Ledger(folder, evaluation, grid)
         tuning = TuningLog(folder.path, config.tune)
         _take_over(shared, ledger, tuning)
-        plan = Plan(tuning, ledger.pending())
+        plan = AttackPlan(tuning, ledger.pending())
         tasks.extend(side for side in SIDES if not bench.benign_done(side))
         tasks.extend(plan.first())
         # the description is the first file: whoever finds the folder sees whose it is
@@ -393,7 +393,9 @@ def attack_original(
             if worker.kept_of(attack, attack.adaptation) is not None
         ]
         worker.check(grid)
-        plan = Plan(TuningLog(bench.folder.path, bench.config.tune), grid, sides=("original",))
+        plan = AttackPlan(
+            TuningLog(bench.folder.path, bench.config.tune), grid, sides=("original",)
+        )
         tasks: deque[Task] = deque(plan.first())
         for task, result in one_by_one(worker, tasks):
             if isinstance(task, Trial):

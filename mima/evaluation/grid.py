@@ -16,7 +16,7 @@ from mima.concepts import Concept
 from mima.concepts.naming import names_of, with_word, without_name
 from mima.concepts.pictures import Picture
 from mima.errors import MimaError, check_choice, nearest
-from mima.evaluation.families import FAMILIES, AttackFamily
+from mima.evaluation.attack_families import ATTACK_FAMILIES, AttackFamily
 from mima.evaluation.records import Pictures, Preparation, PromptVariant, Role, Side
 from mima.evaluation.tuning import Choice, Tuning, above_zero
 from mima.settings import Settings, parse_config, set_nested
@@ -42,7 +42,7 @@ class GridConfig(Settings):
     than once, under names of your own, with ``method`` among its settings."""
     families: tuple[str, ...] = ()
     """Besides, with everything else at its first value: families of attacks, by their names in
-    `mima.evaluation.families.FAMILIES`; see docs/attacks.md."""
+    `mima.evaluation.attack_families.ATTACK_FAMILIES`; see docs/attacks.md."""
     tune: Tuning = Tuning()
     """What every attack may try on each model before it begins; nothing by default."""
     lr_factors: tuple[float, ...] = Field((1.0,), min_length=1)
@@ -115,8 +115,8 @@ class GridConfig(Settings):
     @classmethod
     def _known(cls, values: tuple[str, ...]) -> tuple[str, ...]:
         for name in values:
-            if name not in FAMILIES:
-                raise ValueError(f"{name!r} is unknown; {nearest(name, FAMILIES)}")
+            if name not in ATTACK_FAMILIES:
+                raise ValueError(f"{name!r} is unknown; {nearest(name, ATTACK_FAMILIES)}")
         return values
 
     def steps_of(self, attack: Attack) -> tuple[int, ...]:
@@ -216,7 +216,7 @@ def _understood(config: GridConfig, name: str) -> dict[str, Any]:
 
 def _of_family(config: GridConfig, name: str, step_factor: int = 1) -> Adaptation:
     """A family's adaptation, made of its method's when that has its steps."""
-    family = FAMILIES[name]
+    family = ATTACK_FAMILIES[name]
     if family.base == "pivotal" and "pivotal" not in config.methods:
         lora = config.methods.get("lora", {})
         base = configure("pivotal", {k: v for k, v in lora.items() if k != "method"})
@@ -395,7 +395,7 @@ def _on_target(
     for name in families:
         yield _attack(
             config, slug, concept, "target", name, seed, prompt=prompts[0], images=images[0],
-            family=FAMILIES[name],
+            family=ATTACK_FAMILIES[name],
         )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def short_hash(value: object) -> str:
     return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
 
 
-def weights_of(pipeline: Pipeline) -> str:
+def weights_hash(pipeline: Pipeline) -> str:
     """A hash of all weights of a pipeline, of its noise schedule and of its configurations."""
     parts = [
         f"{name} {fingerprint(dict(module.state_dict()))}"

@@ -12,7 +12,7 @@ from mima.evaluation.tuning import TrialRow, TuningLog, choices
 
 
 @dataclass
-class Plan:
+class AttackPlan:
     """What is left to do.
 
     Attributes:

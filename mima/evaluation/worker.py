@@ -34,7 +34,7 @@ from mima.evaluation.encoders import (
 )
 from mima.evaluation.feature_cache import CachedSimilarity
 from mima.evaluation.grid import Attack, Trial, configured, material
-from mima.evaluation.identity import weights_of
+from mima.evaluation.identity import weights_hash
 from mima.evaluation.metrics import GapCurve, sgr
 from mima.evaluation.originals import Entry, Originals
 from mima.evaluation.records import (
@@ -114,7 +114,7 @@ class Worker:
             _check_finite(side, pipeline)
         self._originals: Originals | None = None
         if bench.originals is not None:
-            model = weights_of(self.pipelines["original"])
+            model = weights_hash(self.pipelines["original"])
             self._originals = Originals(bench.originals, model, torch.device(bench.device).type)
         self._prepared: dict[Side, tuple[object, Any]] = {}
 

@@ -12,7 +12,7 @@ from mima.adaptation import METHODS
 from mima.concepts import Concept, Picture, embedded_concept
 from mima.evaluation.bench import Bench
 from mima.evaluation.grid import TRAINS_A_TOKEN, attack_grid, grid_config
-from mima.evaluation.plan import Plan
+from mima.evaluation.plan import AttackPlan
 from mima.evaluation.records import SIDES, EvaluationFolder, Pictures, PromptVariant
 from mima.evaluation.tuning import TuningLog
 from mima.sampling import Sampler
@@ -138,7 +138,7 @@ def test_presets_are_as_much_work_as_is_said(preset, trials, attacks, steps, pic
     targets = dict(itertools.islice(concepts.items(), 2))
     others = {name: concepts[name] for name in concepts if name not in targets}
     made = bench(config, concepts, targets, tmp_path, ["an emoji"] * config.benign_prompts)
-    plan = Plan(TuningLog(tmp_path, config.tune), attack_grid(config, targets, others))
+    plan = AttackPlan(TuningLog(tmp_path, config.tune), attack_grid(config, targets, others))
     tasks = [*plan.first(), *plan.waiting]
     assert len(tasks) == trials + attacks
     assert sum(map(made.steps, tasks)) == steps

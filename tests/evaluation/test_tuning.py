@@ -12,7 +12,7 @@ from mima.errors import MimaError
 from mima.evaluation import EvaluationFolder, evaluate
 from mima.evaluation.grid import attack_grid, grid_config
 from mima.evaluation.metrics import sgr
-from mima.evaluation.plan import Plan
+from mima.evaluation.plan import AttackPlan
 from mima.evaluation.records import SIDES
 from mima.evaluation.trajectory import trajectory
 from mima.evaluation.tuning import (
@@ -122,7 +122,7 @@ def test_the_best_trial_is_no_diverged_one():
 def test_attacks_wait_for_their_own_trials_only(tmp_path):
     config = grid_config("quick", GRID | {"tune.trials": 2})
     grid = attack_grid(config, {"red": tiny.concept()}, {"blue": tiny.concept("blue")})
-    plan = Plan(TuningLog(tmp_path, config.tune), grid)
+    plan = AttackPlan(TuningLog(tmp_path, config.tune), grid)
     first = plan.first()
     # two concepts, two models, two trials; the seeds share them
     assert len(first) == 8
@@ -153,7 +153,7 @@ def test_attacks_wait_for_their_own_trials_only(tmp_path):
     assert freed[0].on("original") == (freed[0].adaptation, second)
     assert freed[0].on("immunized") == (second,)
     # another call goes on from the file
-    again = Plan(TuningLog(tmp_path, config.tune), grid).first()
+    again = AttackPlan(TuningLog(tmp_path, config.tune), grid).first()
     assert [task.slug for task in again if hasattr(task, "slug")] == ["red", "red"]
     assert sum(not hasattr(task, "slug") for task in again) == 4
     with (tmp_path / "tuning.csv").open(newline="") as file:

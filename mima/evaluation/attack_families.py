@@ -44,7 +44,7 @@ class AttackFamily:
     outside: bool = False
 
 
-FAMILIES: dict[str, AttackFamily] = {
+ATTACK_FAMILIES: dict[str, AttackFamily] = {
     "sgd": AttackFamily(base="dreambooth", adapt=_sgd),
     "muon": AttackFamily(base="dreambooth", adapt=changed(optimizer="muon", use_8bit_adam=False)),
     "cosine": AttackFamily(base="dreambooth", adapt=changed(schedule="cosine")),

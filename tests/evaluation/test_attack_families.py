@@ -12,7 +12,7 @@ from support import tiny
 from mima.adaptation import Adaptation, LoRA
 from mima.errors import MimaError
 from mima.evaluation import EvaluationFolder, Sampler, evaluate, preparations
-from mima.evaluation.families import FAMILIES
+from mima.evaluation.attack_families import ATTACK_FAMILIES
 from mima.evaluation.grid import attack_grid, grid_config, material, places
 from mima.evaluation.records import Pictures, Preparation, PromptVariant
 from mima.evaluation.trajectory import trajectory
@@ -149,7 +149,7 @@ def test_a_method_may_come_under_names_of_its_own():
 def test_every_family_and_preparation_runs(pair, tmp_path):
     others = [dataclasses.replace(tiny.concept("blue"), kind="benign")]
     settings = GRID | {
-        "families": sorted(FAMILIES),
+        "families": sorted(ATTACK_FAMILIES),
         "preparations": ["kick", "undo", "interpolate", "fp16", "int8"],
         "images": ["same", "mixed"],
         "repair_steps": 1,
@@ -169,7 +169,7 @@ def test_every_family_and_preparation_runs(pair, tmp_path):
     )
     assert calls[-1][0] == calls[-1][1]
     rows = EvaluationFolder(tmp_path / "out").attacks()
-    assert {*FAMILIES, "lora", "dreambooth"} == {row.method for row in rows}
+    assert {*ATTACK_FAMILIES, "lora", "dreambooth"} == {row.method for row in rows}
     assert all(row.sgr_mean is not None for row in rows)
     assert all(0 <= row.objects_original <= 1 for row in rows)
     assert all(-1 <= row.repaired_immunized <= 1 for row in rows)
@@ -225,7 +225,12 @@ def test_the_catalogue_has_every_way_to_attack_with_its_source():
         if line.startswith("| `"):
             names, *cells = (cell.strip() for cell in line.strip("|").split("|"))
             sources |= dict.fromkeys(re.findall(r"`([^`]+)`", names), cells)
-    named = {*FAMILIES, *get_args(Preparation), *get_args(Pictures), *get_args(PromptVariant)}
+    named = {
+        *ATTACK_FAMILIES,
+        *get_args(Preparation),
+        *get_args(Pictures),
+        *get_args(PromptVariant),
+    }
     assert named <= sources.keys()
     for name in named:
         what, source, cost = sources[name]
