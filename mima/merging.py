@@ -14,6 +14,7 @@ import torch
 from mima import ops, reference
 
 Params = Mapping[str, torch.Tensor]
+"""Weights by their names in a model."""
 
 
 @dataclass(frozen=True, kw_only=True)

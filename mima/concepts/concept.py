@@ -37,6 +37,7 @@ from mima.storage.plain_data import hashed
 logger = logging.getLogger(__name__)
 
 Kind = Literal["object", "style", "instance", "benign"]
+"""What a concept is: an object, a style, a new instance, or something that must stay learnable."""
 
 
 @dataclass(frozen=True, init=False)

@@ -68,6 +68,7 @@ FAMILIES: tuple[type[Family], ...] = (
     *(StableDiffusion, StableDiffusionXL, PixArt, StableDiffusion3, Flux),
     *(Sana, Lumina2, QwenImage),
 )
+"""Every family; a pipeline is the first's that knows its name."""
 
 # what huggingface_hub and diffusers raise for what cannot be fetched
 HUB_ERRORS: tuple[type[Exception], ...] = (

@@ -17,6 +17,7 @@ from mima.families.pipelines import Pipeline, readers
 from mima.options import TrainingOptions
 
 Conditioning = dict[str, torch.Tensor]
+"""What a denoiser reads beside noisy latents: tensors by name, one row for each of them."""
 
 
 @dataclass(frozen=True)

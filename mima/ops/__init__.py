@@ -1,7 +1,7 @@
 """The operators of the loop: checked, differentiable, each served by the best backend at hand.
 
 `MIMA_BACKEND` (reference, triton or native) or the argument `backend=` overrides the choice;
-:func:`mima.ops.backends.choice.report` explains it.
+`mima.ops.backends.choice.report` explains it.
 """
 
 from mima.ops.adam_step import adam_step, adam_step_pullback
