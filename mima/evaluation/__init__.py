@@ -11,6 +11,7 @@ from mima.evaluation.encoders import (
     load_similarity,
     similarity,
 )
+from mima.evaluation.folder import EvaluationFolder
 from mima.evaluation.grid import PRESETS, GridConfig
 from mima.evaluation.lpips import Lpips
 from mima.evaluation.metrics import (
@@ -23,7 +24,7 @@ from mima.evaluation.metrics import (
     run_interval,
     sgr,
 )
-from mima.evaluation.records import Evaluation, EvaluationFolder
+from mima.evaluation.records import Evaluation
 from mima.evaluation.summary import paired_difference
 from mima.evaluation.trajectory import AttackCurve, attack, compare
 from mima.sampling import Sampler

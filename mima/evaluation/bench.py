@@ -13,6 +13,7 @@ from mima.choices import SEED_STRIDE, PictureProtocol
 from mima.concepts import Concept
 from mima.concepts.naming import without_name
 from mima.concepts.pictures import Picture, by_prompt
+from mima.evaluation.folder import EvaluationFolder
 from mima.evaluation.grid import (
     Attack,
     GridConfig,
@@ -21,11 +22,7 @@ from mima.evaluation.grid import (
     material,
     places,
 )
-from mima.evaluation.records import (
-    EvaluationFolder,
-    Role,
-    Side,
-)
+from mima.evaluation.records import Role, Side
 from mima.sampling import Job, Sampler
 from mima.storage.output import write_picture
 

@@ -25,6 +25,7 @@ from mima.errors import MimaError
 from mima.evaluation.bench import Bench, Task
 from mima.evaluation.calibration import calibrate
 from mima.evaluation.estimate import Estimate, estimate
+from mima.evaluation.folder import EvaluationFolder
 from mima.evaluation.grid import (
     Attack,
     Trial,
@@ -55,15 +56,7 @@ from mima.evaluation.originals import originals_folder
 from mima.evaluation.plan import AttackPlan
 from mima.evaluation.processes import in_parallel, one_by_one, one_thread, refuse_before_main
 from mima.evaluation.ranks import SharedFolder, join_patiently, over_ranks
-from mima.evaluation.records import (
-    SIDES,
-    Calibration,
-    ConceptRecord,
-    Evaluation,
-    EvaluationFolder,
-    ModelPair,
-    Role,
-)
+from mima.evaluation.records import SIDES, Calibration, ConceptRecord, Evaluation, ModelPair, Role
 from mima.evaluation.seen import benign_prompts, lent, record_of, seen_by, trained_on
 from mima.evaluation.tuning import TrialRow, TuningLog, hardly_trained
 from mima.evaluation.worker import Outcome, Worker

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mima.errors import MimaError
+from mima.evaluation.folder import EvaluationFolder
 from mima.evaluation.grid import Attack
-from mima.evaluation.records import AttackRow, Benign, CurvePoint, Evaluation, EvaluationFolder
+from mima.evaluation.records import AttackRow, Benign, CurvePoint, Evaluation
 from mima.evaluation.summary import summarize
 from mima.evaluation.worker import Outcome
 from mima.storage.atomic import remove

@@ -15,7 +15,8 @@ from mima.adaptation import Adaptation, TextualInversion
 from mima.adaptation.steps import Optimizer
 from mima.choices import LearningRateSchedule
 from mima.errors import MimaError
-from mima.evaluation.records import CsvRow, Side, read_rows, write_rows
+from mima.evaluation.folder import read_rows, write_rows
+from mima.evaluation.records import CsvRow, Side
 from mima.settings import Settings
 
 TUNING_FILE = "tuning.csv"

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mima.errors import MimaError, counted, quoted, told_apart
+from mima.evaluation.folder import EvaluationFolder
 from mima.evaluation.metrics import has_learned
-from mima.evaluation.records import SIDES, AttackRow, Evaluation, EvaluationFolder
+from mima.evaluation.records import SIDES, AttackRow, Evaluation
 from mima.report.figures import RUN_COLOURS
 from mima.report.wording import PICTURES, PREPARATIONS, VARIANTS
 from mima.storage.names import EVALUATION_FILE

@@ -11,9 +11,10 @@ from support import tiny
 from mima.adaptation import METHODS
 from mima.concepts import Concept, Picture, embedded_concept
 from mima.evaluation.bench import Bench
+from mima.evaluation.folder import EvaluationFolder
 from mima.evaluation.grid import TRAINS_A_TOKEN, attack_grid, grid_config
 from mima.evaluation.plan import AttackPlan
-from mima.evaluation.records import SIDES, EvaluationFolder, Pictures, PromptVariant
+from mima.evaluation.records import SIDES, Pictures, PromptVariant
 from mima.evaluation.tuning import TuningLog
 from mima.sampling import Sampler
 

@@ -24,10 +24,10 @@ from mima.errors import MimaError
 from mima.evaluation import attack_original, cmmd, evaluate, ledger, load_encoder
 from mima.evaluation.comparison import _check_alike
 from mima.evaluation.estimate import Estimate
+from mima.evaluation.folder import EvaluationFolder
 from mima.evaluation.grid import grid_config
 from mima.evaluation.identity import texts_of
 from mima.evaluation.processes import in_parallel
-from mima.evaluation.records import EvaluationFolder
 from mima.evaluation.trajectory import score
 from mima.evaluation.worker import Worker
 from mima.families import ModelSource

@@ -20,8 +20,9 @@ from mima.cli import app
 from mima.concepts import Concept
 from mima.errors import MimaError
 from mima.evaluation import evaluate
+from mima.evaluation.folder import EvaluationFolder
 from mima.evaluation.grid import PRESETS, attack_grid, grid_config, material
-from mima.evaluation.records import SIDES, EvaluationFolder
+from mima.evaluation.records import SIDES
 from mima.evaluation.tuning import TuningLog
 from mima.evaluation.worker import Worker
 from mima.families import load_pipeline

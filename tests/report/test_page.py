@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from mima.cli import app
 from mima.errors import MimaError
-from mima.evaluation.records import EvaluationFolder
+from mima.evaluation.folder import EvaluationFolder
 from mima.evaluation.summary import summarize
 from mima.report import content, write_report
 from mima.report.runs import load_runs

@@ -8,7 +8,7 @@ import pytest
 from support.evaluations import write_evaluation
 from support.pages import SMALL, Page
 
-from mima.evaluation.records import EvaluationFolder
+from mima.evaluation.folder import EvaluationFolder
 from mima.evaluation.summary import summarize
 from mima.report import write_report
 from mima.report.wording import setting_text

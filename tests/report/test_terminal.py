@@ -3,7 +3,7 @@
 from rich.console import Console
 from support.evaluations import write_evaluation
 
-from mima.evaluation.records import EvaluationFolder
+from mima.evaluation.folder import EvaluationFolder
 from mima.evaluation.summary import summarize
 from mima.report.terminal import summary_lines, summary_table
 

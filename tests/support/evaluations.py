@@ -11,13 +11,13 @@ from typing import Any
 
 from PIL import Image
 
+from mima.evaluation.folder import EvaluationFolder
 from mima.evaluation.metrics import GapCurve
 from mima.evaluation.records import (
     AttackRow,
     Benign,
     ConceptRecord,
     Evaluation,
-    EvaluationFolder,
     ModelPair,
     ScorePair,
     measured,

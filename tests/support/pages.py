@@ -6,7 +6,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from mima.evaluation.records import EvaluationFolder
+from mima.evaluation.folder import EvaluationFolder
 from mima.evaluation.summary import summarize
 from mima.report import write_report
 
