@@ -1,12 +1,22 @@
-"""What an attacker may do to a model's weights before training: noise, rounding, undoing."""
+"""What an attacker may do to a model before training: noise, rounding, undoing, other training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from mima.adaptation import LoRA, Run
+from mima.adapters.adapter import Adapter
+from mima.adapters.merge import apply
+from mima.choices import SEED_STRIDE
+from mima.concepts import Concept
+from mima.concepts.pictures import Picture
+from mima.evaluation.bench import Bench
+from mima.evaluation.grid import Attack, GridConfig, configured
+from mima.evaluation.records import Side
 from mima.families import family_of
 from mima.families.pipelines import Pipeline, with_values
 
@@ -18,6 +28,80 @@ INTERPOLATION = 0.5
 """The share of the way back to the original model that ``interpolate`` goes."""
 
 Weights = dict[str, torch.Tensor]
+
+
+def prepared(
+    bench: Bench,
+    attack: Attack,
+    side: Side,
+    pipelines: Mapping[Side, Pipeline],
+    advance: Callable[[int], None],
+) -> Any:
+    """A model after what comes before the attack; what undoes leaves the original as it is.
+
+    Args:
+        bench: what the attack is made with.
+        attack: one with a preparation.
+        side: the model that it is made on.
+        pipelines: both models.
+        advance: called with the training steps just done.
+
+    Raises:
+        Diverged: a training that prepares it does.
+    """
+    pipeline, original = pipelines[side], pipelines["original"]
+    match attack.preparation:
+        case "fp16":
+            return rounded(pipeline, 16)
+        case "int8":
+            return rounded(pipeline, 8)
+        case "undo":
+            return pipeline if side == "original" else undone(pipeline, original)
+        case "interpolate":
+            return pipeline if side == "original" else interpolated(pipeline, original)
+        case "kick":
+            start = kicked(pipeline, attack.seed)
+            config, steps = bench.config, bench.config.preparation_steps
+            pictures = bench.ordinary()
+            return benign_training(start, pictures, config, steps, attack.seed, advance).pipeline
+        case "merge" | "benign":
+            return _with_loras(bench, attack, pipeline, advance)
+
+
+def _with_loras(
+    bench: Bench, attack: Attack, pipeline: Pipeline, advance: Callable[[int], None]
+) -> Any:
+    """Merge LoRAs of all targets, or of the other concepts' pictures, into the weights."""
+    config = bench.config
+    method = configured(config, "lora")
+    lora = replace(method, steps=config.preparation_steps, prior_weight=0.0)
+    assert isinstance(lora, LoRA)
+    subjects = bench.merged(attack)
+    if attack.preparation == "benign":
+        pictures = bench.ordinary()
+        subjects = [Concept("benign", pictures[0].prompt, pictures)]
+    adapters = []
+    for place, subject in enumerate(subjects, 1):
+        # LoRAs of several people have no draws in common
+        lora = replace(lora, seed=attack.seed * SEED_STRIDE + place)
+        run = lora.adapt(pipeline, subject, on_step=lambda _: advance(1))
+        adapters.append(Adapter.of(run.pipeline))
+    return apply(pipeline, adapters)
+
+
+def benign_training(
+    pipeline: Pipeline,
+    pictures: Sequence[Picture],
+    config: GridConfig,
+    steps: int,
+    seed: int,
+    advance: Callable[[int], None],
+) -> Run:
+    """Fine-tune every weight on ordinary pictures, with the grid's settings of DreamBooth."""
+    method = configured(config, "dreambooth")
+    settings = replace(method, steps=steps, seed=seed, prior_weight=0.0)
+    concept = Concept("benign", pictures[0].prompt, pictures)
+    return settings.adapt(pipeline, concept, on_step=lambda _: advance(1))
 
 
 def denoiser_weights(pipeline: Pipeline) -> Weights:

@@ -6,25 +6,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
 
-from mima.adaptation import Adaptation, Diverged, DreamBooth, LoRA, Run
-from mima.adapters.adapter import Adapter
-from mima.adapters.merge import apply
-from mima.choices import SEED_STRIDE
+from mima.adaptation import Adaptation, Diverged, DreamBooth
 from mima.concepts import Concept
 from mima.concepts.pictures import Picture, digest
 from mima.errors import MimaError
 from mima.evaluation import preparations
-from mima.evaluation.bench import TRIAL_PICTURES, Bench, Task, file_of
+from mima.evaluation.bench import TRIAL_PICTURES, Bench, Task
 from mima.evaluation.benign import cmmd, text_features
 from mima.evaluation.encoders import (
     ImageEncoder,
@@ -35,7 +31,7 @@ from mima.evaluation.encoders import (
 from mima.evaluation.feature_cache import CachedSimilarity
 from mima.evaluation.grid import Attack, Trial, configured, material
 from mima.evaluation.identity import weights_hash
-from mima.evaluation.metrics import GapCurve, sgr
+from mima.evaluation.measure import mean_similarity, measure
 from mima.evaluation.originals import Entry, Originals
 from mima.evaluation.records import (
     SIDES,
@@ -44,8 +40,6 @@ from mima.evaluation.records import (
     CurvePoint,
     ScorePair,
     Side,
-    measured,
-    points_of,
 )
 from mima.evaluation.trajectory import Trajectory, trajectory
 from mima.evaluation.tuning import TrialRow
@@ -224,13 +218,13 @@ class Worker:
         seconds = time.perf_counter() - started
         rows, points = [], []
         for similarity in self.similarities:
-            row, curve = self._measure(attack, similarity, steps, references, seconds)
+            row, curve = measure(bench, attack, similarity, steps, references, seconds)
             row = row.model_copy(update={f"tuned_{side}": said for side, said in tuned.items()})
             row = row.model_copy(update={"diverged_after": diverged_after})
             if diverged_after is None:
                 row = row.model_copy(
                     update={
-                        f"repaired_{side}": self._mean(similarity, files, references)
+                        f"repaired_{side}": mean_similarity(bench, similarity, files, references)
                         for side, files in repaired.items()
                     }
                 )
@@ -443,7 +437,9 @@ class Worker:
         """
         bench = self.bench
         pictures = bench.repair_pictures(attack)
-        run = self._benign(attacked, pictures, bench.config.repair_steps, attack.seed)
+        run = preparations.benign_training(
+            attacked, pictures, bench.config, bench.config.repair_steps, attack.seed, self.advance
+        )
         broken: list[int] = []
         images = []
         for image in bench.sampler.draw(run.pipeline, bench.jobs(attack), broken=broken):
@@ -457,15 +453,6 @@ class Worker:
         for file, image in zip(bench.repaired_files(attack, side), images, strict=True):
             write_picture(file, image)
 
-    def _benign(
-        self, pipeline: Pipeline, pictures: Sequence[Picture], steps: int, seed: int
-    ) -> Run:
-        """Fine-tune every weight on ordinary pictures, with the grid's settings of DreamBooth."""
-        method = configured(self.bench.config, "dreambooth")
-        settings = replace(method, steps=steps, seed=seed, prior_weight=0.0)
-        concept = Concept("benign", pictures[0].prompt, pictures)
-        return settings.adapt(pipeline, concept, on_step=lambda _: self.advance(1))
-
     @cached_property
     def immunized_parameters(self) -> list[str]:
         """Names of the denoiser's parameters in which the two models differ."""
@@ -476,106 +463,6 @@ class Worker:
         changed = set(self.immunized_parameters)
         weights = preparations.denoiser_weights(self.pipelines["original"])
         return [name for name in weights if name not in changed]
-
-    def _mean(
-        self,
-        similarity: CachedSimilarity,
-        files: Sequence[Path],
-        references: Mapping[str, Sequence[Picture]],
-    ) -> float:
-        """Mean over prompts of the pictures' similarity to their prompt's references."""
-        width = self.bench.config.pictures_per_prompt
-        means = [
-            similarity.table(
-                files[place * width : (place + 1) * width], [file_of(picture) for picture in group]
-            ).mean()
-            for place, group in enumerate(references.values())
-        ]
-        return float(torch.stack(means).double().mean())
-
-    def _recognised(
-        self, attack: Attack, similarity: CachedSimilarity, files: Sequence[Path]
-    ) -> float | None:
-        """The share of pictures whose object the encoder names rightly among all objects."""
-        if not isinstance(similarity.model, TextImageEncoder):
-            return None
-        shown = self.bench.objects(attack)
-        names = self.bench.all_objects(shown.values())
-        if any(right.issuperset(names) for right in shown.values()):
-            return None
-        texts_ND = text_features(names, similarity.model)
-        guesses = (similarity.features(files) @ texts_ND.mT).argmax(dim=1).tolist()
-        jobs = self.bench.jobs(attack)
-        right = [
-            names[guess] in shown[job.prompt] for guess, job in zip(guesses, jobs, strict=True)
-        ]
-        return sum(right) / len(right)
-
-    def _measure(
-        self,
-        attack: Attack,
-        similarity: CachedSimilarity,
-        steps: Sequence[int],
-        references: Mapping[str, Sequence[Picture]],
-        seconds: float,
-    ) -> tuple[AttackRow, list[CurvePoint]]:
-        folder = self.bench.folder
-        curves: dict[Side, list[float]] = {side: [] for side in SIDES}
-        # of an attack that counts as not tried, there is nothing after it to look at
-        nearest: dict[Side, float | None] = dict.fromkeys(SIDES)
-        objects: dict[Side, float | None] = dict.fromkeys(SIDES)
-        for side in SIDES:
-            for step in steps:
-                files = folder.images(attack.id, side, step)
-                curves[side].append(self._mean(similarity, files, references))
-            if steps[-1] == 0:
-                continue
-            last = folder.images(attack.id, side, steps[-1])
-            table_BR = similarity.table(last, self.bench.training_files(attack))
-            nearest[side] = float((1 - table_BR).amin(dim=1).mean())
-            objects[side] = self._recognised(attack, similarity, last)
-        gap = None
-        if steps[-1] == 0:
-            before = curves["original"][0], curves["immunized"][0]
-            point = CurvePoint(
-                attack=attack.id,
-                similarity=similarity.name,
-                step=0,
-                original=before[0],
-                immunized=before[1],
-                sgr=sgr(*before),
-                rise_left=None,
-            )
-            points = [point]
-        else:
-            gap = GapCurve(
-                concept=attack.concept,
-                steps=tuple(steps),
-                original=tuple(curves["original"]),
-                immunized=tuple(curves["immunized"]),
-            )
-            points = points_of(attack.id, similarity.name, gap)
-        row = AttackRow(
-            attack=attack.id,
-            concept=attack.concept,
-            role=attack.role,
-            method=attack.label,
-            lr=attack.adaptation.learning_rate,
-            lr_factor=attack.lr_factor,
-            steps=attack.steps,
-            prompt_variant=attack.prompt_variant,
-            images=attack.images,
-            preparation=attack.preparation,
-            seed=attack.seed,
-            similarity=similarity.name,
-            **measured(gap),
-            nearest_original=nearest["original"],
-            nearest_immunized=nearest["immunized"],
-            seconds=seconds,
-            objects_original=objects["original"],
-            objects_immunized=objects["immunized"],
-        )
-        return row, points
 
     def _start(self, side: Side, attack: Attack) -> Any:
         """The model that an attack starts from; of prepared ones, the last is kept.
@@ -588,51 +475,12 @@ class Worker:
             return pipeline
         key = (attack.preparation, attack.seed)
         if side not in self._prepared or self._prepared[side][0] != key:
-            self._prepared[side] = key, self._prepare(side, attack)
+            made = preparations.prepared(self.bench, attack, side, self.pipelines, self.advance)
+            self._prepared[side] = key, made
         else:
             # work that was announced and need not be done
             self.advance(self.bench.trainings_before(attack) * self.bench.config.preparation_steps)
         return self._prepared[side][1]
-
-    def _prepare(self, side: Side, attack: Attack) -> Any:
-        """Do to a model what comes before the attack; what undoes leaves the original as it is."""
-        config, pipeline = self.bench.config, self.pipelines[side]
-        original = self.pipelines["original"]
-        match attack.preparation:
-            case "fp16":
-                return preparations.rounded(pipeline, 16)
-            case "int8":
-                return preparations.rounded(pipeline, 8)
-            case "undo":
-                return pipeline if side == "original" else preparations.undone(pipeline, original)
-            case "interpolate":
-                if side == "original":
-                    return pipeline
-                return preparations.interpolated(pipeline, original)
-            case "kick":
-                start = preparations.kicked(pipeline, attack.seed)
-                steps = config.preparation_steps
-                return self._benign(start, self.bench.ordinary(), steps, attack.seed).pipeline
-            case "merge" | "benign":
-                return self._with_loras(pipeline, attack)
-
-    def _with_loras(self, pipeline: Pipeline, attack: Attack) -> Any:
-        """Merge LoRAs of all targets, or of the other concepts' pictures, into the weights."""
-        config = self.bench.config
-        method = configured(config, "lora")
-        lora = replace(method, steps=config.preparation_steps, prior_weight=0.0)
-        assert isinstance(lora, LoRA)
-        subjects = self.bench.merged(attack)
-        if attack.preparation == "benign":
-            pictures = self.bench.ordinary()
-            subjects = [Concept("benign", pictures[0].prompt, pictures)]
-        adapters = []
-        for place, subject in enumerate(subjects, 1):
-            # LoRAs of several people have no draws in common
-            lora = replace(lora, seed=attack.seed * SEED_STRIDE + place)
-            run = lora.adapt(pipeline, subject, on_step=lambda _: self.advance(1))
-            adapters.append(Adapter.of(run.pipeline))
-        return apply(pipeline, adapters)
 
 
 def _check_finite(side: Side, pipeline: Pipeline) -> None:
