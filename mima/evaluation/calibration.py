@@ -29,7 +29,7 @@ NOISE_SIDE = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
+class Calibrated:
     """Mean similarity to a concept's references of pictures whose subject is known.
 
     Attributes:
@@ -56,7 +56,7 @@ class Calibration:
 
 def calibrate(
     judge: ImageEncoder | PairwiseSimilarity, concepts: Sequence[Concept]
-) -> list[Calibration]:
+) -> list[Calibrated]:
     """Measure a judge on pictures whose subject is known, no model being involved.
 
     The references are each concept's held-out pictures; the right pictures those that are learned
@@ -117,7 +117,7 @@ def calibrate(
             if wrong:
                 others[other.name] = fmean(wrong)
         found.append(
-            Calibration(
+            Calibrated(
                 concept=concept.name,
                 right=right,
                 others=others,

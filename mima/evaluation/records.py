@@ -198,6 +198,12 @@ class Calibration(_Record):
     noise: float
     grey: float
 
+    @property
+    def margin(self) -> float:
+        """How far the right pictures are above the best of the wrong ones, of each kind."""
+        wrong = [self.noise, self.grey, *([] if self.others is None else [self.others])]
+        return self.right - max(wrong)
+
 
 class Benign(_Record):
     """What immunization cost."""

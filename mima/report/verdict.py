@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 
 from mima.errors import counted
-from mima.evaluation.records import AttackRow, Calibration, SimilaritySummary, Tally
+from mima.evaluation.records import AttackRow, SimilaritySummary, Tally
 from mima.evaluation.summary import paired_difference, tally
 from mima.report.runs import Run, means, setting
 from mima.report.wording import (
@@ -367,7 +367,7 @@ def _known_sentences(run: Run, counts: Tally) -> list[str]:
             "attacked yet. Of concepts that were erased before, the original is the erased model."
         )
     for judge, by_concept in run.evaluation.calibration.items():
-        blind = [name for name, known in by_concept.items() if _margin(known) <= 0]
+        blind = [name for name, known in by_concept.items() if known.margin <= 0]
         if blind:
             sentences.append(
                 f"{judge} sets right pictures of {', '.join(blind)} no higher than other "
@@ -380,7 +380,7 @@ def _margin_sentences(run: Run) -> list[str]:
     """Which judges tell which concepts from wrong pictures by little."""
     sentences = []
     for judge, by_concept in run.evaluation.calibration.items():
-        margins = {name: _margin(known) for name, known in by_concept.items()}
+        margins = {name: known.margin for name, known in by_concept.items()}
         weak = [f"{name} ({number(m)})" for name, m in margins.items() if 0 < m < MARGIN]
         if weak:
             sentences.append(
@@ -389,12 +389,6 @@ def _margin_sentences(run: Run) -> list[str]:
                 "little."
             )
     return sentences
-
-
-def _margin(known: Calibration) -> float:
-    """By how much a judge sets right pictures above the best of the wrong ones."""
-    wrong = [known.noise, known.grey, *([] if known.others is None else [known.others])]
-    return known.right - max(wrong)
 
 
 def _object_sentences(run: Run) -> list[str]:

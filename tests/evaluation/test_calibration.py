@@ -13,7 +13,7 @@ from mima.concepts.concept import embedded_names
 from mima.concepts.reading import load_concepts
 from mima.errors import MimaError
 from mima.evaluation import TextImageEncoder, load_encoder
-from mima.evaluation.calibration import Calibration, calibrate
+from mima.evaluation.calibration import Calibrated, calibrate
 
 
 class Redness:
@@ -43,7 +43,7 @@ def test_a_judge_of_colours_tells_colours_apart():
 
 
 def test_margins_are_to_the_best_wrong_picture():
-    one = Calibration(concept="a", right=0.8, others={"b": 0.6, "c": 0.2}, noise=0.1, grey=0.3)
+    one = Calibrated(concept="a", right=0.8, others={"b": 0.6, "c": 0.2}, noise=0.1, grey=0.3)
     assert one.margin == pytest.approx(0.2)
 
 
