@@ -127,6 +127,7 @@ def _render(report: Report) -> str:
         "steps_to_half": wording.steps_to_half,
         "interval": wording.interval_words,
         "untold": wording.untold_sentences,
+        "hardly_trained": wording.hardly_trained_sentences,
         "method": wording.method_name,
         "parts": wording.part_sentences,
     }

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 from mima.errors import counted
 from mima.evaluation.records import Evaluation, Gap
 from mima.report.wording import (
+    UNSEEN,
     adds,
     count_sentences,
+    hardly_trained_sentences,
     interval_words,
+    known_sentences,
     method_name,
     number,
     part_sentences,
@@ -104,17 +107,7 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
                 "longer, or at a higher rate"
             )
         lines += [f"{label}: {sentence}" for sentence in told]
-        if counts.known_before:
-            lines.append(
-                f"{label}: the immunized model shows {', '.join(counts.known_before)} before any "
-                "attack, so that a low rise is no immunity"
-            )
-        if counts.known_to_original:
-            lines.append(
-                f"{label}: before any attack the original shows "
-                f"{', '.join(counts.known_to_original)} and the immunized model less so, which SGR "
-                "counts (of erased concepts, the original is the erased model)"
-            )
+        lines += [f"{label}: {sentence}" for sentence in known_sentences(counts)]
         lines.append(
             f"{label}: worst attack SGR {number(worst.sgr)} ({worst.attack}); MSGR "
             f"{number(summary.msgr.mean)} ({interval_words(summary.msgr)})"
@@ -143,12 +136,7 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
             "attacks were not tuned: an attacker who tries other rates, schedules, batches and "
             "optimizers may get further"
         )
-    if evaluation.hardly_trained:
-        lines.append(
-            f"trials of {counted(len(evaluation.hardly_trained), 'attack')} chose settings that "
-            "hardly train the immunized model: as configured, with more steps than a trial has, "
-            "these may get further"
-        )
+    lines += [f"trials: {sentence}" for sentence in hardly_trained_sentences(evaluation)]
     learned = [c.name for c in evaluation.concepts if c.references == "images"]
     if learned:
         lines.append(
@@ -156,10 +144,7 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
             "like learning"
         )
     if all(summary.objects.original is None for summary in evaluation.summary.values()):
-        lines.append(
-            "whether attacked pictures are whole was not measured, for which a judge has to read "
-            "texts"
-        )
+        lines.append(f"pictures: {UNSEEN}")
     alignment = evaluation.benign.prompt_alignment
     if alignment.original is not None and alignment.immunized is not None:
         lines.append(

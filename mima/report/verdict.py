@@ -10,9 +10,11 @@ from mima.evaluation.records import AttackRow, SimilaritySummary, Tally
 from mima.evaluation.summary import paired_difference, tally
 from mima.report.runs import Run, means, setting
 from mima.report.wording import (
+    UNSEEN,
     adds,
     count_sentences,
     interval_words,
+    known_sentences,
     method_name,
     number,
     share,
@@ -66,7 +68,8 @@ def verdict(runs: Sequence[Run], similarity: str) -> tuple[str, list[str]]:
             )
         rows = _on_targets(run, similarity)
         said = [
-            *_known_sentences(run, tally(rows)),
+            *known_sentences(tally(rows)),
+            *_blind_sentences(run),
             *_margin_sentences(run),
             *_object_sentences(run),
             *_unmeasured_sentences(run, rows),
@@ -194,7 +197,8 @@ def _verdict_of(run: Run, similarity: str) -> tuple[str, list[str]]:
     counts = tally(mine)
     title = _title_by_all(run, similarity, first)
     sentences = [
-        *_known_sentences(run, counts),
+        *known_sentences(counts),
+        *_blind_sentences(run),
         *_rise_sentences(run, similarity, summary),
         *_sentences_of_other_judges(run, similarity),
         *_margin_sentences(run),
@@ -350,22 +354,9 @@ def _unmeasured_sentences(run: Run, rows: Sequence[AttackRow]) -> list[str]:
     return sentences
 
 
-def _known_sentences(run: Run, counts: Tally) -> list[str]:
-    """What makes the numbers say little: the model knew the concept, or the judge does not."""
+def _blind_sentences(run: Run) -> list[str]:
+    """Which judges do not tell which concepts from wrong pictures."""
     sentences = []
-    if counts.known_before:
-        sentences.append(
-            f"The immunized model's pictures are nearer to {', '.join(counts.known_before)} before "
-            "any attack than the original's, by what counts as learning: there an attack has "
-            "little to add, and a low rise is no immunity."
-        )
-    if counts.known_to_original:
-        names = ", ".join(counts.known_to_original)
-        sentences.append(
-            f"The original model's pictures are nearer to {names} before any attack than the "
-            "immunized model's, by what counts as learning: SGR counts that, though nobody has "
-            "attacked yet. Of concepts that were erased before, the original is the erased model."
-        )
     for judge, by_concept in run.evaluation.calibration.items():
         blind = [name for name, known in by_concept.items() if known.margin <= 0]
         if blind:
@@ -397,10 +388,7 @@ def _object_sentences(run: Run) -> list[str]:
     every = (_on_targets(run, similarity) for similarity in run.evaluation.similarities)
     original, immunized = means(next(filter(None, map(_objects, every)), []))
     if original is None or immunized is None:
-        return [
-            "Whether the attacked models' pictures are whole was not measured, for which a judge "
-            "has to read texts: pictures that training broke are unlike the concept, too."
-        ]
+        return [UNSEEN]
     sentence = (
         f"After the attacks an encoder names the right object in {share(immunized)} of the "
         f"immunized model's pictures, and in {share(original)} of the original's"

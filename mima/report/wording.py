@@ -41,6 +41,12 @@ PICTURES = {
     "mixed": "mixed with images of other concepts",
 }
 
+UNSEEN = (
+    "Whether the attacked models' pictures are whole was not measured, for which a judge has to "
+    "read texts: pictures that training broke are unlike the concept, too."
+)
+"""Said where no judge names objects."""
+
 
 def number(value: float | None, digits: int = 2) -> str:
     """A number with a true minus sign, or a dash where nothing was measured."""
@@ -183,4 +189,34 @@ def untold_sentences(summary: SimilaritySummary) -> list[str]:
         f"{summary.untold} of {counted(summary.others, 'attack')} on other concepts left the "
         f"original model's pictures below a similarity of {TOLD:g} to the concept, at least for "
         "a while: SGR of other concepts and MRSGR leave them out."
+    ]
+
+
+def known_sentences(counts: Tally) -> list[str]:
+    """Which concepts a model showed before any attack, where the numbers say little."""
+    found = []
+    if counts.known_before:
+        found.append(
+            f"The immunized model's pictures are nearer to {', '.join(counts.known_before)} before "
+            "any attack than the original's, by what counts as learning: there an attack has "
+            "little to add, and a low rise is no immunity."
+        )
+    if counts.known_to_original:
+        names = ", ".join(counts.known_to_original)
+        found.append(
+            f"The original model's pictures are nearer to {names} before any attack than the "
+            "immunized model's, by what counts as learning: SGR counts that, though nobody has "
+            "attacked yet. Of concepts that were erased before, the original is the erased model."
+        )
+    return found
+
+
+def hardly_trained_sentences(evaluation: Evaluation) -> list[str]:
+    """How many attacks may get further as configured than with what their trials chose."""
+    if not evaluation.hardly_trained:
+        return []
+    return [
+        f"The settings that trials of {counted(len(evaluation.hardly_trained), 'attack')} chose "
+        "hardly train the immunized model, because stronger ones broke its pictures: as "
+        "configured, with more steps than a trial has, these may get further."
     ]

@@ -289,7 +289,7 @@ def test_single_seeds_and_overlaps_are_marked(small, tmp_path, folder):
         assert words in text
         assert ("Not tuned. The attacks of run ran with the rate" in text) == (trials < 2)
     idle = write_evaluation(tmp_path / "idle", **SMALL, hardly_trained=("red_lora",))
-    said = "Trials. On the immunized model of run the trials of 1 attack chose settings"
+    said = "Trials. The settings that trials of 1 attack chose hardly train the immunized model"
     assert said in Page(write_report([idle])).text
     assert "Trials." not in page.text
     seen = write_evaluation(tmp_path / "seen", **SMALL, overlaps=("<b>Pictures</b> were seen.",))

@@ -25,7 +25,7 @@ def changed(path, rows_of, **changes):
 
 def test_a_plain_evaluation_says_what_was_not_looked_at(tmp_path):
     lines = summary_lines(changed(tmp_path / "run", lambda row: {}))
-    assert "whether attacked pictures are whole was not measured, for which a judge" in lines[-2]
+    assert lines[-2].startswith("pictures: Whether the attacked models' pictures are whole was not")
     assert not any("held-out" in line or "could be compared" in line for line in lines)
 
 
@@ -39,10 +39,10 @@ def test_attacks_that_were_not_tuned_are_said_to_be(tmp_path):
 
 def test_trials_that_chose_what_hardly_trains_are_said(tmp_path):
     plain = changed(tmp_path / "run", lambda row: {})
-    assert not any(line.startswith("trials of") for line in summary_lines(plain))
+    assert not any(line.startswith("trials: ") for line in summary_lines(plain))
     told = plain.model_copy(update={"hardly_trained": ("red_lora", "red_dreambooth")})
-    (line,) = (line for line in summary_lines(told) if line.startswith("trials of"))
-    assert line.startswith("trials of 2 attacks chose settings that hardly train the immunized")
+    (line,) = (line for line in summary_lines(told) if line.startswith("trials: "))
+    assert line.startswith("trials: The settings that trials of 2 attacks chose hardly train the")
 
 
 def test_bounds_objects_and_what_is_unknown_are_said(tmp_path):
