@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +19,7 @@ from pydantic import TypeAdapter
 
 from mima._version import installed_versions
 from mima.errors import MimaError, one_line
-from mima.storage.atomic import reason_of
+from mima.storage.atomic import reason_of, staged_by_several
 from mima.storage.inputs import expanded, resolved
 from mima.storage.plain_data import read_json
 
@@ -109,26 +108,14 @@ class Entry:
     def write(self, content: Mapping[str, Any], files: Mapping[str, Path]) -> None:
         """Keep data and copies of files, all or nothing; an entry that exists stays."""
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            # others may read the folder: those of tempfile are their maker's alone
-            building = self._path.with_name(f".new-{uuid.uuid4().hex}")
-            building.mkdir()
+            with staged_by_several(self._path) as building:
+                building.mkdir()
+                for name, file in files.items():
+                    shutil.copyfile(file, building / name)
+                text = json.dumps({**content, FILES: list(files)})
+                (building / CONTENT).write_text(text, encoding="utf-8")
         except OSError as error:
             raise MimaError(f"originals: cannot write {self._path}: {reason_of(error)}") from error
-        try:
-            for name, file in files.items():
-                shutil.copyfile(file, building / name)
-            text = json.dumps({**content, FILES: list(files)})
-            (building / CONTENT).write_text(text, encoding="utf-8")
-            os.replace(building, self._path)
-        except OSError as error:
-            # another process may have been quicker
-            if not self.kept:
-                raise MimaError(
-                    f"originals: cannot write {self._path}: {reason_of(error)}"
-                ) from error
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
 
     @property
     def kept(self) -> bool:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,36 @@ def staged(final: Path) -> Iterator[Path]:
             raise
         flush_names(final.parent)
         remove(replaced)
+    finally:
+        remove(partial)
+
+
+@contextmanager
+def staged_by_several(final: Path) -> Iterator[Path]:
+    """Make a file or folder appear whole where other processes may be making the same.
+
+    Each has a name of its own beside it. A file takes the place of the one that was there; a folder
+    that was there stays. If the block raises, nothing is left; a process that is killed may leave
+    ``.NAME.*.partial``.
+
+    Yields:
+        A path beside it, where the block writes the file or makes the folder.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial, _ = beside(final.with_name(f"{final.name}.{uuid.uuid4().hex}"))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        flush(partial)
+        try:
+            partial.replace(final)
+        except OSError:
+            # a folder cannot be renamed onto one that holds files: another process was quicker
+            if not final.is_dir():
+                raise
+        flush_names(final.parent)
     finally:
         remove(partial)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,7 @@ from diffusers import __version__ as diffusers_version
 from mima.errors import MimaError
 from mima.families import Family
 from mima.families.pipelines import networks
-from mima.storage.atomic import WRITING_ERRORS, reason_of, staged
+from mima.storage.atomic import WRITING_ERRORS, reason_of, staged_by_several
 from mima.storage.inputs import expanded
 from mima.storage.tensor_files import fingerprint, mapped_if_intact, save_checked
 from mima.training.batches import chunks
@@ -79,12 +78,9 @@ class ClassPictures:
         return kept["latents"]
 
     def _keep(self, path: Path, drawn: Mapping[str, torch.Tensor]) -> None:
-        # under a name of its own: other processes may be drawing the same
-        own = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         try:
-            with staged(own) as partial:
+            with staged_by_several(path) as partial:
                 save_checked(partial, drawn)
-            own.replace(path)
         except WRITING_ERRORS as error:
             reason = reason_of(error)
             logger.warning(

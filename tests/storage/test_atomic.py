@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from mima.errors import MimaError
-from mima.storage.atomic import recover, sha256_of, staged
+from mima.storage.atomic import recover, sha256_of, staged, staged_by_several
 from mima.storage.output import fresh_folder, slug, write_whole
 from mima.storage.tensor_files import read_header, save_tensors
 
@@ -56,18 +56,40 @@ def test_a_folder_is_whole_after_a_kill_at_any_moment(tmp_path):
         last = number
 
 
-def test_a_block_that_raises_changes_nothing(tmp_path):
+@pytest.mark.parametrize("made", [staged, staged_by_several])
+def test_a_block_that_raises_changes_nothing(tmp_path, made):
     final = tmp_path / "out"
     write_whole(final, b"old")
 
     def fail():
-        with staged(final) as partial:
+        with made(final) as partial:
             partial.write_bytes(b"new")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail()
     assert final.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_of_several_that_make_one_folder_the_first_stays(tmp_path):
+    final = tmp_path / "new" / "out"
+    with staged_by_several(final) as slow:
+        slow.mkdir()
+        (slow / "by").write_text("slow")
+        with staged_by_several(final) as quick:
+            quick.mkdir()
+            (quick / "by").write_text("quick")
+    assert (final / "by").read_text() == "quick"
+    assert os.listdir(final.parent) == ["out"]
+
+
+def test_of_several_that_make_one_file_the_last_stays(tmp_path):
+    final = tmp_path / "out"
+    final.write_text("damaged")
+    with staged_by_several(final) as partial:
+        partial.write_text("whole")
+    assert final.read_text() == "whole"
     assert os.listdir(tmp_path) == ["out"]
 
 
