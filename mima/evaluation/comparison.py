@@ -129,7 +129,7 @@ def evaluate(
         immunized: the model after it, likewise.
         concepts: concepts immunized against, or whatever `load_concepts` reads. Those of kind
             ``"benign"`` count as others.
-        output: folder for the results: see `mima.evaluation.records`.
+        output: folder for the results: see `mima.evaluation.folder`.
         others: concepts that must stay learnable; may be empty. Their pictures whose captions name
             a concept immunized against are left out.
         preset: a name of `mima.evaluation.PRESETS`.
