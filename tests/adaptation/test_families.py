@@ -44,10 +44,11 @@ def difference(a, b):
     return np.abs(np.asarray(a, int) - np.asarray(b, int)).max()
 
 
-def test_lora_attack_and_round_trip(folder, tmp_path):
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_lora_attack_and_round_trip(folder, tmp_path, dora):
     pipeline = builders.opened(folder)
     concept = tiny.concept()
-    settings = LoRA(learning_rate=2e-2, batch_size=2)
+    settings = LoRA(learning_rate=2e-2, batch_size=2, dora=dora)
     curve = attack(
         pipeline,
         concept,
@@ -97,39 +98,16 @@ def test_custom_diffusion_is_read_back(folder, tmp_path):
         assert not torch.equal(value, family.denoiser.get_parameter(names[name]))
 
 
-def test_dora_attack_and_round_trip(folder, tmp_path):
+def test_dora_trains_a_magnitude_for_each_output(folder):
     pipeline = builders.opened(folder)
-    run = LoRA(dora=True, rank=2, learning_rate=2e-2).start(pipeline, tiny.concept())
-    untrained = draw(run.pipeline)
-    assert difference(untrained, draw(pipeline)) <= 1
-    run.advance(2)
-    magnitudes = {
-        name: value
-        for name, value in family_of(run.pipeline).denoiser.named_parameters()
-        if "magnitude" in name
-    }
-    assert len(magnitudes) == len(family_of(pipeline).lora_targets())
-    assert all(value.requires_grad for value in magnitudes.values())
-    curve = attack(
-        pipeline,
-        tiny.concept(),
-        LoRA(dora=True, rank=2, learning_rate=2e-2),
-        encoder=Flat(),
-        steps=(2,),
-        seeds=(0,),
-        sampler=Sampler(steps=2),
-    )
-    adapted = draw(run.pipeline)
-    assert difference(curve.images[0][0][0], adapted) <= 1 < difference(adapted, untrained)
-    run.save(tmp_path)
-    fresh = builders.opened(folder)
-    if hasattr(fresh, "load_lora_weights"):
-        fresh.load_lora_weights(tmp_path, weight_name=LORA_WEIGHT_NAME_SAFE)
-    else:
-        fresh.transformer = PeftModel.from_pretrained(fresh.transformer, tmp_path).base_model.model
-    assert draw(fresh) == adapted
-    merged = merge_adapters(builders.opened(folder), [tmp_path], weights=[1.0], method="weighted")
-    assert difference(draw(merged.pipeline), adapted) <= 1
+    run = LoRA(dora=True, rank=2).start(pipeline, tiny.concept())
+    family = family_of(run.pipeline)
+    found = {n: w for n, w in family.denoiser.named_parameters() if "magnitude" in n}
+    targets = family_of(pipeline).lora_targets()
+    assert len(found) == len(targets)
+    assert all(weight.requires_grad for weight in found.values())
+    outputs = sum(len(family_of(pipeline).denoiser.get_parameter(name)) for name in targets)
+    assert sum(weight.numel() for weight in found.values()) == outputs
 
 
 TEXT = "a red round emoji"
