@@ -48,9 +48,8 @@ def weights_hash(pipeline: Pipeline) -> str:
         f"{name} {fingerprint(dict(module.state_dict()))}"
         for name, module in sorted(networks(pipeline).items())
     ]
-    scheduler = pipeline.scheduler
-    noise = [type(scheduler).__name__, str(sorted(scheduler.config.items()))]
-    return " ".join([*parts, *noise, str(sorted(configurations_of(pipeline).items()))])
+    settings = str(sorted(configurations_of(pipeline).items()))
+    return " ".join([*parts, scheduler_of(pipeline), settings])
 
 
 def encoders_of(pipeline: Pipeline) -> dict[str, str]:

@@ -16,7 +16,7 @@ from diffusers import __version__ as diffusers_version
 
 from mima.errors import MimaError
 from mima.families import Family
-from mima.families.pipelines import networks
+from mima.families.pipelines import networks, scheduler_settings
 from mima.storage.atomic import WRITING_ERRORS, reason_of, staged_by_several
 from mima.storage.inputs import expanded
 from mima.storage.tensor_files import fingerprint, mapped_if_intact, save_checked
@@ -89,8 +89,8 @@ class ClassPictures:
             self._folder = None
 
     def _key(self, prompts: Sequence[str], generator: torch.Generator) -> str:
-        scheduler = self._family.pipeline.scheduler
-        named = (type(scheduler).__name__, sorted(scheduler.config.items(), key=str), list(prompts))
+        noise = sorted(scheduler_settings(self._family.pipeline).items())
+        named = (noise, list(prompts))
         digest = hashlib.sha256(self._model.encode())
         digest.update(repr((named, self._family.resolution, diffusers_version)).encode())
         digest.update(generator.get_state().numpy().data)

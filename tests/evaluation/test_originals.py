@@ -10,6 +10,7 @@ from support import tiny
 
 from mima.errors import MimaError
 from mima.evaluation import EvaluationFolder, attack_original, evaluate
+from mima.evaluation.identity import weights_hash
 from mima.evaluation.originals import Originals
 from mima.evaluation.processes import beside
 from mima.evaluation.worker import Worker
@@ -35,6 +36,16 @@ def folders(tmp_path_factory):
         tiny.save_tiny_stable_diffusion(root / name, seed=seed, blocks=1)
     tiny.save_tiny_clip(root / "clip")
     return root
+
+
+def test_a_model_is_known_by_its_schedule_whatever_order_its_defaults_have(pipeline):
+    """diffusers lists the settings that were left at their defaults in no order."""
+    pipeline.scheduler.register_to_config(_use_default_values=["a", "b"])
+    known = weights_hash(pipeline)
+    pipeline.scheduler.register_to_config(_use_default_values=["b", "a"])
+    assert weights_hash(pipeline) == known
+    pipeline.scheduler.register_to_config(beta_end=0.5)
+    assert weights_hash(pipeline) != known
 
 
 def run(folders, immunized, output, originals=None, similarities=None, others=None, **changes):

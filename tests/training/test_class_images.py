@@ -40,6 +40,20 @@ def test_class_images_go_on_after_the_last_batch_that_is_kept(pipeline, tmp_path
     assert len({latent.numpy().tobytes() for latent in both}) == 5
 
 
+def test_class_images_are_found_whatever_order_a_schedulers_defaults_have(
+    pipeline, tmp_path, monkeypatch
+):
+    """diffusers lists the settings that were left at their defaults in no order."""
+    monkeypatch.setenv("MIMA_CACHE", str(tmp_path))
+    found = []
+    for listed in (["a", "b"], ["b", "a"]):
+        pipeline.scheduler.register_to_config(_use_default_values=listed)
+        ClassPictures(family_of(pipeline)).latents(["a cat"], torch.Generator().manual_seed(0))
+        found.append(sorted(path.name for path in tmp_path.rglob("*.safetensors")))
+    assert found[0] == found[1]
+    assert len(found[0]) == 1
+
+
 def test_commands_say_how_far_the_drawing_is(pipeline, tmp_path, monkeypatch, caplog, capsys):
     monkeypatch.setenv("MIMA_CACHE", str(tmp_path))
     caplog.set_level(logging.INFO, "mima.training.class_images")
