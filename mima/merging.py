@@ -109,9 +109,23 @@ class MergePlan:
         Returns:
             The plan; differentiable any number of times in ``C``.
         """
-        C = list(C)
-        M = reference.merge_plan(C, self.captions, self.lam, self.weights, ridge=self.ridge)
-        return replace(self, C=C, M=M)
+        return self._again(list(C), self.weights)
+
+    def of(self, concepts: Sequence[int]) -> MergePlan:
+        """The plan of some of the concepts, with the same captions; their shares sum to 1.
+
+        Args:
+            concepts: their places, in the order that the plan is to have.
+
+        Returns:
+            The plan; differentiable any number of times in ``C``.
+        """
+        shares = self.weights[list(concepts)]
+        return self._again([self.C[n] for n in concepts], shares / shares.sum())
+
+    def _again(self, C: list[torch.Tensor], weights: torch.Tensor) -> MergePlan:
+        M = reference.merge_plan(C, self.captions, self.lam, weights, ridge=self.ridge)
+        return replace(self, C=C, M=M, weights=weights)
 
     @property
     def drift_bound(self) -> torch.Tensor:
@@ -172,6 +186,16 @@ class MergeLayer:
         assert self.plan is not None
         plan = self.plan.for_tokens(C)
         return MergeLayer(self.weights, plan, self.projected, trained_tokens=True)
+
+    def of(self, concepts: Sequence[int]) -> MergeLayer:
+        """The layer of some of the concepts, by their places; their shares sum to 1."""
+        if list(concepts) == [*range(len(self.weights))]:
+            return self
+        shares = self.weights[list(concepts)]
+        plan = self.plan and self.plan.of(concepts)
+        return MergeLayer(
+            shares / shares.sum(), plan, self.projected, trained_tokens=self.trained_tokens
+        )
 
     def __call__(self, base: Params, adapted: Sequence[Params]) -> dict[str, torch.Tensor]:
         """Merge all concepts at once; differentiable twice in everything.

@@ -178,6 +178,20 @@ def test_the_gradient_goes_through_trained_tokens():
     torch.testing.assert_close(ours, gradients(by_hand), rtol=1e-8, atol=1e-10)
 
 
+def test_the_merge_of_some_concepts_is_that_of_a_run_of_these_alone():
+    captions, some = randn(40, D, seed=99), [2, 0]
+    layer = MergeLayer(WEIGHTS, make_plan(), PROJECTED)
+    C = [randn(TOKENS[n], D, seed=900 + n) for n in some]
+    shares = torch.tensor([2 / 7, 5 / 7], dtype=torch.float64)
+    alone = MergePlan.from_embeddings(C, captions, lam=1e-2, weights=shares)
+    base, adapted = parameters(1), [parameters(2 + n) for n in some]
+    truth = written_out(base, adapted, alone, shares, PROJECTED)
+    assert_same(layer.of(some)(base, adapted), truth)
+    assert layer.of([0, 1, 2]) is layer
+    average = MergeLayer(WEIGHTS).of(some)
+    assert_same(average(base, adapted), written_out(base, adapted, alone, shares, ()))
+
+
 def test_missed_is_zero_for_a_hard_constraint_and_not_for_a_soft_one():
     changes = [parameters(2 + n) for n in range(3)]
     residuals = []

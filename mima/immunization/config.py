@@ -39,9 +39,9 @@ class ImmunizeConfig(Settings):
     everywhere; or, within the steps of ``mima``, summed: φ = θ + Σ (θ'[n] − θ), since an average of
     N attacks shows 1/N of each."""
     concepts_per_step: int | None = Field(None, ge=1)
-    """Concepts that an outer step immunizes against, with ``joint`` or merge ``sum``: in
-    turn, in an order that is drawn, but for those whose attackers live on, which stay. Cost and
-    memory are then the same for any number of concepts. None: all."""
+    """Concepts that an outer step of ``mima`` or ``joint`` immunizes against, and merges: in turn,
+    in an order that is drawn, but for those whose attackers live on, which stay. Cost and memory
+    are then the same for any number of concepts. None: all."""
     attack_every: int = Field(1, ge=1)
     """Outer steps from one simulated attack to the next. The states of an attack's path serve all
     of these steps, relative to θ as it is by then, with other pictures each time: most of a step's
@@ -311,12 +311,10 @@ class ImmunizeConfig(Settings):
             raise ValueError(f"merge: 'sum' is of method 'mima', got method {self.method!r}")
         if self.merge != "projected" and not self.merges:
             raise ValueError(f"merge: method {self.method!r} merges nothing; leave it out")
-        if self.concepts_per_step is not None and not (
-            self.method == "joint" or self.merge == "sum"
-        ):
+        if self.concepts_per_step is not None and self.method not in ("mima", "joint"):
             raise ValueError(
-                "concepts_per_step: the shares of a merge are of all concepts; use merge 'sum' or "
-                f"method 'joint', got method {self.method!r}, merge {self.merge!r}"
+                "concepts_per_step: steps of methods 'mima' and 'joint' alone are about some of "
+                f"the concepts, got method {self.method!r}"
             )
 
     def _check_benign(self, benign: BenignConfig) -> None:

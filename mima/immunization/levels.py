@@ -397,10 +397,9 @@ class Problem:
                 summands.append(share * PENALTIES[objective](one))
         return torch.stack(summands).sum() if summands else pairs[0][0].new_zeros(()), told
 
-    def lower_levels(self, step: int, alive: Mapping[int, Alive] = NOBODY) -> Sequence[LowerLevel]:
+    def lower_levels(self, step: int, alive: Mapping[int, Alive] = NOBODY) -> LowerLevels:
         """The lower level of each of the step's concepts, drawn when asked for and not kept."""
-        chosen = self.concepts(step, alive)
-        return _Drawn(lambda i: self.lower_level(chosen[i], step, alive), len(chosen))
+        return LowerLevels(lambda n: self.lower_level(n, step, alive), self.concepts(step, alive))
 
     def upper_levels(
         self, step: int, state: int | None = None, alive: Mapping[int, Alive] = NOBODY
@@ -427,13 +426,14 @@ class Problem:
     def hypergradient(
         self,
         theta: Params,
-        lower: Sequence[LowerLevel],
+        lower: LowerLevels,
         upper: Upper,
         moved: Mapping[int, Tensors] | None = None,
     ) -> OuterGradient:
         """dJ/dθ on S_u, merged or, where the run has no merge, for each concept by itself.
 
         ``moved`` is φ − θ along the path of the attack that serves again; None simulates one.
+        A merge of some of the concepts shares out among these.
         """
         mode, wrt = self.config.hypergradient, self.upper_names
         with self._fused:
@@ -441,9 +441,10 @@ class Problem:
                 return replayed_gradient(theta, moved, upper, wrt=wrt, ranks=self.ranks)
             if self.merge is None:
                 return unmerged_gradient(theta, lower, upper, mode=mode, wrt=wrt, ranks=self.ranks)
-            merge = self.merge
             if self.config.merge == "sum":
-                merge = MergeLayer(merge.weights.new_ones(len(lower)))
+                merge = MergeLayer(self.merge.weights.new_ones(len(lower)))
+            else:
+                merge = self.merge.of(lower.concepts)
             keep = self.config.attack_every > 1
             return outer_gradient(
                 theta, lower, merge, upper, mode=mode, wrt=wrt, ranks=self.ranks, keep=keep
@@ -537,3 +538,16 @@ class _Drawn(Sequence[T]):
         if not 0 <= n < self._count:
             raise IndexError(n)
         return self._draw(n)
+
+
+class LowerLevels(_Drawn[LowerLevel]):
+    """The lower levels of some concepts.
+
+    Args:
+        draw: makes that of a concept.
+        concepts: whose they are, in order.
+    """
+
+    def __init__(self, draw: Callable[[int], LowerLevel], concepts: Sequence[int]) -> None:
+        super().__init__(lambda i: draw(concepts[i]), len(concepts))
+        self.concepts = concepts

@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 from support import builders
-from support.immunizing import concepts, settings
+from support.immunizing import concepts, problem_of, settings
 
 from mima.errors import MimaError
 from mima.families import family_of, load_pipeline
@@ -55,3 +55,22 @@ def test_a_merge_of_prompts_is_not_of_what_other_captions_teach(model):
         check(**other)
     # of weights that nothing projects the mean is kept
     check(attacker | {"parameters": r"conv_in\.weight"})
+
+
+@pytest.mark.parametrize("rule", ["projected", "average", "sum"])
+def test_a_step_about_some_concepts_merges_these_alone(model, tmp_path, rule):
+    """Its gradient is that of a run which has no other concepts."""
+    config = settings(tmp_path, merge=rule, concepts_per_step=2, hypergradient="exact")
+    three = problem_of(model, config, 3)
+    step = next(step for step in range(9) if three.concepts(step) == [0, 1])
+    two = problem_of(model, config, 2)
+    ours, alone = (
+        problem.hypergradient(
+            problem.theta(), problem.lower_levels(step), problem.upper_levels(step)
+        )
+        for problem in (three, two)
+    )
+    # the shares are 1/2 in both, which one of them has from thirds
+    torch.testing.assert_close(ours.gradient, alone.gradient, rtol=1e-4, atol=1e-7)
+    assert ours.losses == pytest.approx(alone.losses)
+    assert ours.drift == pytest.approx(alone.drift)

@@ -427,7 +427,10 @@ def test_a_run_along_the_path_goes_on_bit_by_bit(model, tmp_path, method):
         ),
         ({"upper": UPPER | {"retain_captions": ()}}, "retain_captions"),
         ({"upper": UPPER | {"concepts_per_forward": 2}}, "with upper.ascent_ratio it is 1"),
-        ({"merge": "average", "concepts_per_step": 1}, "the shares of a merge are of all concepts"),
+        (
+            {"method": "compose", "merge": "average", "concepts_per_step": 1},
+            "steps of methods 'mima' and 'joint' alone are about some of the concepts",
+        ),
         ({"method": "compose"}, "merge: 'sum' is of method 'mima', got method 'compose'"),
         ({"method": "alternating", "merge": "projected"}, "is the published MIMA update"),
     ],
