@@ -38,7 +38,7 @@ LearningRateSchedule = Literal["constant", "cosine"]
 Retention = Literal["class_images", "distill"]
 """How a model is kept useful: see ``UpperConfig.retain``."""
 
-RetentionCaptions = Literal["own", "other", "as_is", "without_name", "empty"]
+RetentionCaptions = Literal["own", "other", "ordinary", "as_is", "without_name", "empty"]
 """What class pictures are read under: see ``UpperConfig.retain_captions``."""
 
 Hypergradient = Literal["exact", "finite_difference", "first_order"]

@@ -139,19 +139,23 @@ def caption_kinds(config: ImmunizeConfig) -> list[AttackerCaptions]:
     return list(dict.fromkeys(kind for attacker in config.attackers for kind in attacker.captions))
 
 
-def retained_kinds(config: ImmunizeConfig) -> list[AttackerCaptions]:
+def retained_kinds(config: ImmunizeConfig) -> list[RetentionCaptions]:
     """What class pictures are read under beside captions of class pictures."""
-    kinds: tuple[AttackerCaptions, ...] = ("as_is", "without_name", "empty")
+    kinds: tuple[RetentionCaptions, ...] = ("ordinary", "as_is", "without_name", "empty")
     return [kind for kind in kinds if kind in config.upper.retain_captions]
 
 
-def retained_captions(concept: Concept, config: ImmunizeConfig) -> dict[str, list[str]]:
+def retained_captions(
+    concept: Concept, config: ImmunizeConfig
+) -> dict[RetentionCaptions, list[str]]:
     """The distinct ones of these captions, by kind; a concept without a name has none without."""
-    return {
-        kind: list(dict.fromkeys(captions_of(concept, kind)))
-        for kind in retained_kinds(config)
-        if kind != "without_name" or names_of(concept)
-    }
+    found: dict[RetentionCaptions, list[str]] = {}
+    for kind in retained_kinds(config):
+        if kind == "ordinary":
+            found[kind] = divided(ordinary_captions(config.captions))[0]
+        elif kind == "as_is" or kind == "empty" or (kind == "without_name" and names_of(concept)):
+            found[kind] = captions_of(concept, kind)
+    return {kind: list(dict.fromkeys(captions)) for kind, captions in found.items()}
 
 
 def captions_of(concept: Concept, kind: AttackerCaptions) -> list[str]:

@@ -242,7 +242,8 @@ class UpperConfig(Settings):
     on them of the model as it was before immunization."""
     retain_captions: tuple[RetentionCaptions, ...] = Field(("own",), min_length=1)
     """With ``distill``, what each class picture of a step is read under, drawn from these, of which
-    some may be named more than once: its ``own`` caption, that of an ``other`` one, one of the
+    some may be named more than once: its ``own`` caption, that of an ``other`` one, any of the
+    ``ordinary`` ones (all of ``captions`` but those that benign quality is measured on), one of the
     concept's ``as_is`` or ``without_name``, or an ``empty`` one. Predictions are kept where they
     are compared: under own captions alone, what lies nearest to the concept, its captions without
     its name, and the empty caption, which guidance subtracts, drift several times as far as the

@@ -29,6 +29,7 @@ from mima.immunization.outer_loop import Ascent, without_conflict
 from mima.immunization.progress import LossName
 from mima.options import TrainingOptions
 from mima.training.batches import Batch, seeded
+from mima.training.captions import divided, ordinary_captions
 
 OBJECTIVES = sorted(PENALTIES)
 PATH = {"steps": 4, "lr": (1e-4, 1e-2), "parameters": "denoiser"}
@@ -314,6 +315,9 @@ def test_class_pictures_are_retained_under_the_captions_that_are_drawn(model, tm
             torch.equal(rows[row : row + 1], read[n]) for n, rows in pictures.prompts.items()
         )
         assert set(data.class_pictures((kind,), draw).prompt.tolist()) == {row}
+    every, _ = divided(ordinary_captions(problem.config.captions))
+    rows = of("ordinary").data[0]
+    assert len(rows.class_prompts["ordinary"]) == len(set(every)) > len(set(pictures.prompt))
     others = data.class_pictures(("other",), draw).prompt
     assert set(others.tolist()) <= set(pictures.prompt.tolist())
     many = replace(data, class_images=pictures.rows(torch.arange(3000) % len(pictures)))
@@ -327,7 +331,14 @@ def test_class_pictures_are_retained_under_the_captions_that_are_drawn(model, tm
     name = max(problem.upper_names, key=lambda n: theta[n].numel())
     moved = {**theta, name: theta[name] * 1.5}
     penalties = {}
-    for captions in (("own",), ("empty",), ("as_is",), ("without_name",), ("other",)):
+    for captions in (
+        ("own",),
+        ("empty",),
+        ("as_is",),
+        ("without_name",),
+        ("other",),
+        ("ordinary",),
+    ):
         other = of(*captions)
         penalties[captions], losses = other._retention(0, 3, moved)
         assert losses.keys() == {LossName(other.data[0].name, "prior")}
