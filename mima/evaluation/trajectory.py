@@ -68,7 +68,8 @@ class Trajectory:
         losses: training loss of every step done.
         diverged: why the last steps are missing, or their pictures are no finite numbers.
         broken: steps at which some pictures are no finite numbers.
-        pipeline: the adapted pipeline, after the last step.
+        pipeline: the adapted pipeline, after the last step; where another model draws, that one
+            with the last adapter drawn in it.
     """
 
     steps: tuple[int, ...]
@@ -153,6 +154,7 @@ def trajectory(
                 black.append(step)
     except Diverged as error:
         diverged = error
+    adapted = run.pipeline
     if adapters:
         mixed = [Job(job.prompt, job.seed, n) for n in range(len(reached)) for job in jobs]
         artist, places = pipeline if drawn_by is None else drawn_by, list[int]()
@@ -162,6 +164,13 @@ def trajectory(
                 images.append([])
             keep(reached[n], index, image)
         black += [reached[place // len(jobs)] for place in places]
+        if drawn_by is not None:
+            # not merged into its weights: what trains on finds the same layers in both models
+            adapted = adaptation.inject(drawn_by, concept).pipeline
+            with torch.no_grad():
+                for name, own in Adapter.of(adapted).factors.items():
+                    own.A.copy_(adapters[-1].factors[name].A)
+                    own.B.copy_(adapters[-1].factors[name].B)
     # the last step's loss is that of the weights before it
     if diverged is None and any(step > 0 for step in black):
         diverged = Diverged(
@@ -174,7 +183,7 @@ def trajectory(
         losses=tuple(run.losses),
         diverged=diverged,
         broken=tuple(sorted(set(black))),
-        pipeline=run.pipeline,
+        pipeline=adapted,
     )
 
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from support import tiny
@@ -113,6 +114,13 @@ def test_a_transplant_is_trained_on_one_model_and_drawn_by_another(pair):
     assert moved.losses == plain.losses != at_home.losses
     assert moved.images[0] == at_home.images[0]
     assert moved.images[1] not in (plain.images[1], at_home.images[1])
+    # what is repaired after it is the model that drew, with the same layers as the other's
+    for run, base in ((plain, original), (moved, immunized)):
+        (again,) = SAMPLER.draw(run.pipeline, jobs)
+        assert np.abs(np.asarray(again, int) - np.asarray(run.images[1][0], int)).max() <= 1
+        assert torch.equal(run.pipeline.unet.conv_in.weight, base.unet.conv_in.weight)
+    kept = (one.pipeline.unet.state_dict() for one in (plain, moved))
+    assert [*next(kept)] == [*next(kept)]
     whole = dataclasses.replace(lora, convolutions=True)
     with pytest.raises(MimaError, match="only a LoRA on linear layers"):
         trajectory(original, tiny.concept(), whole, (1,), jobs, SAMPLER, drawn_by=immunized)
