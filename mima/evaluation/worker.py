@@ -473,7 +473,9 @@ class Worker:
         pipeline = self.pipelines[side]
         if attack.preparation == "none":
             return pipeline
-        key = (attack.preparation, attack.seed)
+        # the pictures that LoRAs are trained on, which the other preparations do not read
+        images = attack.images if attack.preparation == "merge" else None
+        key = (attack.preparation, attack.seed, images)
         if side not in self._prepared or self._prepared[side][0] != key:
             made = preparations.prepared(self.bench, attack, side, self.pipelines, self.advance)
             self._prepared[side] = key, made

@@ -302,6 +302,20 @@ def test_loras_that_are_merged_first_train_on_no_picture_that_judges(folders, tm
     red = tiny.concept("red", "round")
     assert trained == [{digest(picture) for picture in red.held_out}] * 2
 
+    # nor on those of an attack before, on a concept that has no others
+    green = dataclasses.replace(tiny.concept("green", "round"), held_out=())
+    trained.clear()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LoRA, "adapt", noted)
+        evaluate(
+            folders / "original", folders / "immunized", [green, red], output=tmp_path / "both",
+            settings=settings | {"images": ("other", "same")}, similarities=[folders / "clip"],
+            processes=1,
+        )  # fmt: skip
+    merged = [{digest(p) for p in pictures} for pictures in (green.images, red.images)]
+    held_out = [merged[0], {digest(picture) for picture in red.held_out}]
+    assert trained == merged * 2 + held_out * 2
+
 
 def test_both_models_train_on_the_pictures_of_the_beginning(folders, tmp_path, monkeypatch):
     for index, picture in enumerate(tiny.concept("blue", "square").images):
