@@ -51,7 +51,8 @@ class LoRA(Adaptation):
     convolutions, into whose weights peft merges no update."""
     dora: bool = False
     """Train a magnitude for each output of the adapted weights, too, and let the update turn their
-    direction alone: DoRA, Liu et al., ICML 2024, arXiv 2402.09353."""
+    direction alone: DoRA, Liu et al., ICML 2024, arXiv 2402.09353. Those of text encoders are read
+    by mima; diffusers leaves them out under transformers 5."""
     text_encoder: bool = False
     """Adapt the attention of the CLIP text encoders, too: of those that the pipeline loads LoRAs
     for, both of SDXL and SD3, the one of Stable Diffusion and Flux."""

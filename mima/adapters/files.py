@@ -50,7 +50,9 @@ from mima.families.loading import open_file_like
 from mima.families.model_files import check_complete, lone_variants, read_index, visible
 from mima.families.new_words import TOKEN
 from mima.families.pipelines import (
+    PREFIX,
     Pipeline,
+    Reader,
     networks,
     parameter,
     readers,
@@ -322,6 +324,8 @@ class AdapterReader:
                 scratch.load_lora_weights(str(path.parent), adapter_name=name, **place)
             else:
                 scratch.load_lora_weights(state, adapter_name=name)
+            for reader in readers(scratch) if dora else ():
+                _set_magnitudes(path, reader, state, name)
         found = learned(networks(scratch), name, path, whole=dora)
         expected = sum(bool(LORA_DOWN.search(key)) for key in state)
         if len(found) != expected:
@@ -506,6 +510,25 @@ class AdapterReader:
                     f"adapter {path}: the word {quoted(word)} has {rows.shape[1]} numbers, the "
                     f"text encoder's embeddings have {width}"
                 )
+
+
+def _set_magnitudes(path: Path, reader: Reader, state: Mapping[str, Any], adapter: str) -> None:
+    """Set the magnitudes of a text encoder's DoRA, which transformers 5 leaves as they began."""
+    # as diffusers finds the names of the other tensors
+    prefix = PREFIX if not hasattr(reader.encoder, "text_model") else ""
+    own = {
+        key.removeprefix(f"{reader.part}.").removeprefix(prefix): value
+        for key, value in state.items()
+        if key.startswith(f"{reader.part}.") and MAGNITUDE in key
+    }
+    if not own:
+        return
+    report: Any = set_peft_model_state_dict(reader.encoder, own, adapter_name=adapter)
+    if report.unexpected_keys:
+        raise MimaError(
+            f"adapter {path} does not fit the model, whose {reader.part} has no "
+            f"{one_line(report.unexpected_keys[0])}"
+        )
 
 
 def _variant(path: Path, folders: Iterable[Path]) -> str | None:

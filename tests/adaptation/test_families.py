@@ -161,6 +161,22 @@ def test_text_encoders_are_trained_where_they_are_clip(folder, method, tmp_path)
     assert draw(fresh) == draw(run.pipeline)
 
 
+def test_dora_of_text_encoders_is_read_back(folder, tmp_path):
+    """With the magnitudes, which transformers leaves as they began."""
+    pipeline = builders.opened(folder)
+    if not any(reader.is_clip for reader in readers(pipeline)):
+        return
+    settings = LoRA(dora=True, text_encoder=True, learning_rate=5e-2, batch_size=2)
+    run = settings.start(pipeline, tiny.concept())
+    run.advance(3)
+    run.save(tmp_path)
+    merged = merge_adapters(builders.opened(folder), [tmp_path], weights=[1.0], method="weighted")
+    trained, read = (family_of(one.pipeline).encode_prompts([TEXT]) for one in (run, merged))
+    for name, value in trained.items():
+        torch.testing.assert_close(read[name], value, rtol=1e-4, atol=1e-5)
+    assert difference(draw(merged.pipeline), draw(run.pipeline)) <= 1
+
+
 def test_text_encoders_are_trained_after_all_else_is_frozen(tmp_path):
     pipeline = builders.opened(builders.save(builders.sdxl, tmp_path / "sdxl"))
     every = tuple(name for name, _ in pipeline.unet.named_parameters())
