@@ -41,6 +41,9 @@ Retention = Literal["class_images", "distill"]
 RetentionCaptions = Literal["own", "other", "ordinary", "as_is", "without_name", "empty"]
 """What class pictures are read under: see ``UpperConfig.retain_captions``."""
 
+UpperOptimizer = Literal["adamw", "muon"]
+"""How the defender steps: see ``UpperConfig.optimizer``."""
+
 Hypergradient = Literal["exact", "finite_difference", "first_order"]
 """How the lower level is differentiated: see ``mima.bilevel.hypergradient``."""
 

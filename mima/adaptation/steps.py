@@ -16,6 +16,8 @@ from mima.errors import MimaError
 Optimizer = Literal["adamw", "sgd", "muon"]
 
 MOMENTUM = 0.9
+MATRICES = (2, 4)
+"""Dimensions of the parameters that Muon trains: matrices, and filters of convolutions."""
 WARM_UP = 0.1
 """The share of the steps in which a cosine schedule rises to the learning rate."""
 
@@ -55,8 +57,8 @@ def build_optimizers(
     if optimizer == "adamw":
         return [kind(parameters, **rates)]
     looked_up = {id(table) for table in tables}
-    matrices = [p for p in parameters if p.ndim in (2, 4) and id(p) not in looked_up]
-    rest = [p for p in parameters if p.ndim not in (2, 4) or id(p) in looked_up]
+    matrices = [p for p in parameters if p.ndim in MATRICES and id(p) not in looked_up]
+    rest = [p for p in parameters if p.ndim not in MATRICES or id(p) in looked_up]
     both = [(Muon, matrices, {"adjust_lr_fn": "match_rms_adamw"}), (kind, rest, {})]
     return [kind(part, **rates, **more) for kind, part, more in both if part]
 

@@ -86,7 +86,7 @@ class ImmunizeConfig(Settings):
     gradient_checkpointing: bool = False
     """Recompute activations in backward passes instead of keeping them: slower, less memory."""
     offload_optimizer: bool = False
-    """Keep the moments of the upper level's AdamW in the CPU's memory, and bring those of one
+    """Keep the moments of the upper level's optimizer in the CPU's memory, and bring those of one
     parameter at a time to the device; of a model on the CPU, on Linux, in a file on the disk of the
     checkpoints: slower, less memory, the same values."""
     shards: int = Field(1, ge=1)
@@ -357,6 +357,11 @@ class ImmunizeConfig(Settings):
                 f"{what}, and blocks that are gathered for a backward cannot be differentiated "
                 f"twice; use hypergradient 'first_order', got {self.hypergradient!r}"
             )
+        if self.upper.optimizer == "muon":
+            raise ValueError(
+                f"{what}, and Muon's step of a matrix needs all its rows; use upper.optimizer "
+                "'adamw'"
+            )
         if any(adapter.parameters == "lora" for adapter in self.adapters):
             raise ValueError(
                 f"{what}, and LoRA's factors are not split; use lower.parameters "
@@ -375,13 +380,14 @@ class ImmunizeConfig(Settings):
             upper.path_every is not None,
             upper.ascent_ratio is not None,
             upper.lr_schedule != "constant",
+            upper.optimizer != "adamw",
             self.concepts_per_step is not None,
             isinstance(self.lower, tuple),
         )
         if any(extended):
             raise ValueError(
                 f"{what}: it has no path, no objective but neg, no ascent_ratio, no lr_schedule, "
-                "all concepts in each step and one attacker"
+                "no optimizer but adamw, all concepts in each step and one attacker"
             )
         if self.merge != "projected":
             raise ValueError(f"{what}, which merges keys and values; not for merge {self.merge!r}")

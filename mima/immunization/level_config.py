@@ -15,6 +15,7 @@ from mima.choices import (
     Retention,
     RetentionCaptions,
     UpperObjective,
+    UpperOptimizer,
 )
 from mima.settings import ONE, SEVERAL, Settings, one_or_several
 
@@ -195,13 +196,19 @@ class BenignConfig(Settings):
 class UpperConfig(Settings):
     """The upper level: what the defender changes, and for what."""
 
+    optimizer: UpperOptimizer = "adamw"
+    """``adamw``, or ``muon``: orthogonal steps of matrices and, flattened to these, of filters
+    (Jordan et al., 2024), AdamW for the rest. A step then takes every direction of a weight alike:
+    what is broken under attack lies in more of them, and in none by much, so that ordinary
+    pictures change less (docs/results.md)."""
     lr: float = Field(3e-5, gt=0)
-    """AdamW's step size."""
+    """The step size: AdamW's, or that to which Muon's steps are scaled (their root mean square is a
+    fifth of it)."""
     lr_schedule: LearningRateSchedule = "constant"
     """``constant``, or ``cosine``: ``lr`` after a warm-up of ten steps, falling along half a cosine
     to a tenth of it at the last step, so that the run ends with what retains."""
     weight_decay: float = Field(1e-2, ge=0)
-    """AdamW's decoupled decay."""
+    """The optimizer's decoupled decay."""
     batch_size: int = Field(1, ge=1, le=MOST_AT_ONCE)
     """Pictures per concept and step."""
     parameters: str = "cross_attention"

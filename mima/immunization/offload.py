@@ -7,7 +7,7 @@ import mmap
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -113,20 +113,23 @@ def make_whole(pipeline: Pipeline, device: torch.device, *, own: bool) -> None:
 
 
 class MomentsOnDisk:
-    """An AdamW's moments in a file without a name, which is mapped: in memory while a step lasts.
+    """An optimizer's moments in a file without a name, which is mapped: in memory during a step.
 
     Args:
-        optimizer: an AdamW of parameters on the CPU, which has no state yet. Linux alone tells a
-            full disk before the moments are written, and leaves memory when it is asked to.
+        optimizer: an AdamW, or a Muon, of parameters on the CPU, which has no state yet. Linux
+            alone tells a full disk before the moments are written, and leaves memory when it is
+            asked to.
         folder: whose disk takes the file; None: that of temporary files.
 
     Raises:
         MimaError: the disk is full.
     """
 
-    def __init__(self, optimizer: torch.optim.AdamW, folder: Path | None) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, folder: Path | None) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.numel()]
-        size = 2 * sum(parameter.nbytes for parameter in parameters)
+        muon = isinstance(optimizer, torch.optim.Muon)
+        keys = ("momentum_buffer",) if muon else ("exp_avg", "exp_avg_sq")
+        size = len(keys) * sum(parameter.nbytes for parameter in parameters)
         try:
             with tempfile.TemporaryFile(prefix="mima-", dir=folder) as file:
                 # otherwise a full disk would end the process when a page is written
@@ -134,17 +137,21 @@ class MomentsOnDisk:
                 self._mapped = mmap.mmap(file.fileno(), size)
         except OSError as error:
             where = folder or tempfile.gettempdir()
-            raise MimaError(f"cannot write AdamW's moments to {where}: {error.strerror}") from error
+            raise MimaError(
+                f"cannot write the optimizer's moments to {where}: {error.strerror}"
+            ) from error
         offset = 0
         for parameter in parameters:
             state = optimizer.state[parameter]
-            state["step"] = torch.tensor(0.0)
-            for key in ("exp_avg", "exp_avg_sq"):
+            if not muon:
+                state["step"] = torch.tensor(0.0)
+            for key in keys:
                 count = parameter.numel()
                 flat = torch.frombuffer(
                     self._mapped, dtype=parameter.dtype, count=count, offset=offset
                 )
-                state[key] = flat.view(parameter.shape)
+                # Muon sees filters as matrices
+                state[key] = flat.view((len(parameter), -1) if muon else parameter.shape)
                 offset += parameter.nbytes
 
     @staticmethod
@@ -158,21 +165,19 @@ class MomentsOnDisk:
 
 
 def step_offloaded(
-    optimizer: torch.optim.Optimizer,
-    gradients: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    optimizer: torch.optim.Optimizer, parameter: torch.Tensor, gradient: torch.Tensor
 ) -> None:
-    """A step of an optimizer whose state stays on the CPU, one parameter at a time.
+    """A step of one parameter, by an optimizer whose state stays on the CPU.
 
-    Gradients are given by name: each parameter and its gradient, both on the device.
+    Parameter and gradient are on the device.
     """
-    for parameter, gradient in gradients.values():
-        state = optimizer.state[parameter]
-        for key, value in state.items():
-            if key != "step":
-                state[key] = value.to(parameter.device)
-        parameter.grad = gradient
-        # parameters without a gradient are left out
-        optimizer.step()
-        parameter.grad = None
-        for key, value in optimizer.state[parameter].items():
-            state[key] = value.cpu()
+    state = optimizer.state[parameter]
+    for key, value in state.items():
+        if key != "step":
+            state[key] = value.to(parameter.device)
+    parameter.grad = gradient
+    # parameters without a gradient are left out
+    optimizer.step()
+    parameter.grad = None
+    for key, value in optimizer.state[parameter].items():
+        state[key] = value.cpu()

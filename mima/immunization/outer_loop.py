@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mima.adaptation.steps import build_optimizers
 from mima.bilevel.lower import Tensors
 from mima.bilevel.outer import OuterGradient
 from mima.distributed import ALONE, INTERRUPTED, Ranks, union, wait_for_nobody
@@ -63,7 +64,7 @@ class Ascent:
         callbacks: called in the main process after each step.
         folder: where checkpoints go; None keeps none.
         logs: where trackers write files.
-        lower_names: parameters that a second AdamW, with the lower level's step size, updates.
+        lower_names: parameters that a second optimizer, with the lower level's step size, updates.
         stage: the concept that is being immunized, where each is immunized alone.
 
     Attributes:
@@ -100,22 +101,19 @@ class Ascent:
         self._logs = logs
         self._stage = stage
         self._names = {"upper": tuple(problem.upper_names), "lower": tuple(lower_names)}
+        # by level and name: what steps a parameter, which several have in common
         self._optimizers = {
-            level: torch.optim.AdamW(
-                [self.theta[name] for name in names],
-                lr=lr,
-                weight_decay=config.upper.weight_decay,
-            )
+            level: self._stepping(names, lr)
             for (level, names), lr in zip(
                 self._names.items(), (config.upper.lr, config.highest_lr), strict=True
             )
-            if names
         }
         self._on_disk: list[MomentsOnDisk] = []
         whole = problem.family.sharded is None
         if config.offload_optimizer and whole and MomentsOnDisk.serves(problem.family.device):
             place = folder.path if folder is not None and folder.path.is_dir() else None
-            self._on_disk = [MomentsOnDisk(one, place) for one in self._optimizers.values()]
+            distinct = [one for level in self._optimizers for one in self._distinct(level)]
+            self._on_disk = [MomentsOnDisk(one, place) for one in distinct]
         # by level: where levels take turns, the steps of one may all fail
         self._skipped_in_a_row = {"upper": 0, "lower": 0}
         self._retained: float | None = None
@@ -164,7 +162,7 @@ class Ascent:
         committed: Params | None = None,
         retain: OuterGradient | None = None,
     ) -> None:
-        """Clip the gradient and take one AdamW step, unless it is not finite; then report.
+        """Clip the gradient and take one step, unless it is not finite; then report.
 
         Args:
             outer: the gradient and what was seen on the way.
@@ -242,7 +240,7 @@ class Ascent:
         drawn out to the length of all.
 
         At the first step distillation has no gradient: the mean is then ``FLOOR · ‖ascent‖``, of
-        which AdamW, whose step does not depend on a gradient's scale, sees the direction.
+        which the optimizers, whose steps do not depend on a gradient's scale, see the direction.
         """
         ratio = self._config.upper.ascent_ratio
         assert ratio is not None
@@ -256,19 +254,48 @@ class Ascent:
     def _step(self, gradient: Tensors, level: str) -> None:
         if not gradient:
             return
-        optimizer, parameters = self._optimizers[level], self.theta
         if level == "upper" and self._config.upper.lr_schedule == "cosine":
             share = cosine(len(self.history), self._config.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = share * self._config.upper.lr
+            for optimizer in self._distinct(level):
+                for group in optimizer.param_groups:
+                    group["lr"] = share * self._config.upper.lr
         if self._config.offload_optimizer:
-            step_offloaded(optimizer, {n: (parameters[n], gradient[n]) for n in self._names[level]})
+            for name, optimizer in self._optimizers[level].items():
+                step_offloaded(optimizer, self.theta[name], gradient[name])
             self._leave_memory()
             return
         for name in self._names[level]:
-            parameters[name].grad = gradient[name]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            self.theta[name].grad = gradient[name]
+        for optimizer in self._distinct(level):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def _stepping(self, names: Sequence[str], lr: float) -> dict[str, torch.optim.Optimizer]:
+        upper, parameters = self._config.upper, {name: self.theta[name] for name in names}
+        if not names:
+            return {}
+        tables = {
+            f"{path}.weight"
+            for path, layer in self._problem.family.denoiser.named_modules()
+            if isinstance(layer, torch.nn.Embedding)
+        }
+        optimizers = build_optimizers(
+            [*parameters.values()],
+            optimizer=upper.optimizer,
+            learning_rate=lr,
+            weight_decay=upper.weight_decay,
+            tables=[value for name, value in parameters.items() if name in tables],
+        )
+        steps = {
+            id(parameter): optimizer
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        return {name: steps[id(value)] for name, value in parameters.items()}
+
+    def _distinct(self, level: str) -> list[torch.optim.Optimizer]:
+        return list(dict.fromkeys(self._optimizers[level].values()))
 
     def _leave_memory(self) -> None:
         for moments in self._on_disk:
@@ -346,10 +373,10 @@ class Ascent:
         if self._folder is None or not (self._problem.ranks.main or sharded) or not self.history:
             return
         tensors = {f"theta.{name}": value for name, value in self.theta.items()}
-        for level, optimizer in self._optimizers.items():
-            for name in self._names[level]:
-                for key, value in optimizer.state[self.theta[name]].items():
-                    tensors[f"{level}.{key}.{name}"] = value
+        for level, optimizers in self._optimizers.items():
+            for name, optimizer in optimizers.items():
+                state = optimizer.state[self.theta[name]]
+                tensors |= {f"{level}.{key}.{name}": value for key, value in state.items()}
         attackers, alive = to_tensors(self.alive)
         tensors |= attackers
         for k, change in self.moved.items():
@@ -392,10 +419,10 @@ class Ascent:
     def _take_up(self, kept: Checkpoint) -> None:
         for name, value in self.theta.items():
             value.copy_(kept.tensors[f"theta.{name}"])
-        for level, optimizer in self._optimizers.items():
-            for name in self._names[level]:
+        for level, optimizers in self._optimizers.items():
+            for name, optimizer in optimizers.items():
                 parameter = self.theta[name]
-                for key in ("step", "exp_avg", "exp_avg_sq"):
+                for key in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer"):
                     moment = kept.tensors.get(f"{level}.{key}.{name}")
                     if moment is not None and self._on_disk:
                         optimizer.state[parameter][key].copy_(moment)

@@ -111,7 +111,7 @@ def test_every_family_is_planned_from_headers_alone(tmp_path, monkeypatch, kind,
     parts = found.memory["outer steps"]
     assert parts["trained weights, float32"] == held["trained"]
     assert parts[f"frozen weights, {str(dtype).removeprefix('torch.')}"] == held["frozen"]
-    assert parts["AdamW's moments"] == 2 * held["trained"]
+    assert parts["the optimizer's moments"] == 2 * held["trained"]
     assert parts["activations"] > 0
     assert found.refusal is None
 

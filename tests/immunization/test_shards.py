@@ -136,7 +136,7 @@ def test_each_process_holds_its_share(processes, model, tmp_path, monkeypatch):
     parts = found.memory["outer steps"]
     kept = ("the denoiser's shard", "trained weights' rows", "weights as they were before")
     assert sum(parts[name] for name in kept) == pytest.approx(3 * whole / 2, rel=0.05)
-    assert parts["AdamW's moments"] == pytest.approx(2 * whole / 2, rel=0.05)
+    assert parts["the optimizer's moments"] == pytest.approx(2 * whole / 2, rel=0.05)
     # θ', its gradient, the states of its path and what they sum up to
     step = parts["attacks, their gradients and merge"] + parts["further states of the path"]
     assert 3 * whole / 2 <= step < 7 * whole / 2

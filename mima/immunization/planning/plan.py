@@ -34,6 +34,7 @@ from mima.immunization.planning.sizes import (
     encoded_pictures,
     encodings_size,
     matched,
+    moments,
     preparing,
     served,
     weights_size,
@@ -154,7 +155,8 @@ def _plan(
         ),
         "encoded pictures and prompts": encodings if on_cpu else 0,
     }
-    mine, all_mine = (sum(n[name] for name in upper_names) * FLOAT32 for n in (own, numels))
+    mine = sum(own[name] for name in upper_names) * FLOAT32
+    kept, all_kept = (moments(family, config, upper_names, n) for n in (own, numels))
     done = concepts_of_a_step(config, len(concepts))
 
     def living(sizes: Mapping[str, int]) -> int:
@@ -203,7 +205,7 @@ def _plan(
             # those that were alive before the step, and where they are after it
             "attackers that live on": 2 * living(own),
             "what benign adaptations predicted": matched(encoded, config, len(benign)),
-            "AdamW's moments": 0 if offloaded else 2 * mine,
+            "the optimizer's moments": 0 if offloaded else kept,
             **step_parts(family, encoded, concepts, config, own, len(benign), mesh),
         }
     whole = sum(
@@ -222,17 +224,16 @@ def _plan(
     disk: dict[str, int] = {}
     if output is not None:
         # those of each concept that compose immunized stay until the end
-        kept = 2 * (len(concepts) if config.method == "compose" else 1) + 1
+        times = 2 * (len(concepts) if config.method == "compose" else 1) + 1
         disk = {
             "checkpoints, two and one that is being written": (
-                kept
-                * (changed + 2 * all_mine + living(numels) + served(config, lower_names, numels))
+                times * (changed + all_kept + living(numels) + served(config, lower_names, numels))
             ),
             "encoded pictures and prompts": encodings,
             "encoders, while the run lasts": (
                 weights_size(idle) if on_cpu and opened and config.method != "none" else 0
             ),
-            "AdamW's moments": 2 * all_mine if on_cpu and config.offload_optimizer else 0,
+            "the optimizer's moments": all_kept if on_cpu and config.offload_optimizer else 0,
             "the result": changed if delta else whole,
         }
     return Plan(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from mima.adaptation.steps import MATRICES
 from mima.concepts import Concept
 from mima.families import Family
 from mima.families.base import PIXELS_AT_ONCE
@@ -104,3 +105,20 @@ def preparing(family: Family, encoded: Encoded, *, most: int, drawn: int) -> int
             text = {n: v.expand(batch, *v.shape[1:]).clone() for n, v in encoded.prompts.items()}
             family.predict(noisy, torch.zeros(batch, device="meta"), text)
     return live.peak + live.largest_cast
+
+
+def moments(
+    family: Family, config: ImmunizeConfig, names: Iterable[str], numels: Mapping[str, int]
+) -> int:
+    """Bytes that the upper level's optimizer keeps: two numbers for each, of Muon's matrices one.
+
+    Args:
+        family: the model.
+        config: the settings.
+        names: the parameters that the defender changes.
+        numels: how many numbers each has.
+    """
+    muon = config.upper.optimizer == "muon"
+    dimensions = {name: p.ndim for name, p in family.denoiser.named_parameters()}
+    kept = (numels[n] * (1 if muon and dimensions[n] in MATRICES else 2) for n in names)
+    return sum(kept) * FLOAT32
