@@ -212,9 +212,13 @@ def evaluate(
     _check_alike(*(worker.pipelines[side] for side in SIDES))
     if prompts:
         warn_of_emoji(worker.pipelines["original"], source)
-    if any(attack.outside for attack in grid) and not worker.common_parameters():
-        logger.warning("families outside: immunization changed every parameter; left out")
-        grid = [attack for attack in grid if not attack.outside]
+    if any(attack.outside for attack in grid):
+        count = sum(weight.numel() for weight in worker.common_weights().values())
+        if count:
+            logger.info("families outside: immunization left %d weights as they were", count)
+        else:
+            logger.warning("families outside: immunization changed every parameter; left out")
+            grid = [attack for attack in grid if not attack.outside]
     for pipeline in worker.pipelines.values():
         # family_of refuses resolutions and options that the model cannot have
         family_of(pipeline, resolution=sampler.size)

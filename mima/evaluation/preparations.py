@@ -110,9 +110,19 @@ def denoiser_weights(pipeline: Pipeline) -> Weights:
 
 
 def changed_parameters(original: Any, immunized: Any) -> list[str]:
-    """Names of the denoiser's parameters in which two models of one architecture differ."""
+    """Names of the denoiser's parameters in which two models of one architecture differ.
+
+    What was only rounded, where the immunized model is published in half precision, is the same.
+    """
     before, after = denoiser_weights(original), denoiser_weights(immunized)
-    return [name for name, value in after.items() if not torch.equal(value, before[name].to(value))]
+    return [
+        name
+        for name, value in after.items()
+        if not any(
+            torch.equal(value, before[name].to(dtype).to(value))
+            for dtype in (value.dtype, torch.float16, torch.bfloat16)
+        )
+    ]
 
 
 def with_weights(pipeline: Pipeline, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Any:

@@ -458,11 +458,11 @@ class Worker:
         """Names of the denoiser's parameters in which the two models differ."""
         return preparations.changed_parameters(*(self.pipelines[side] for side in SIDES))
 
-    def common_parameters(self) -> list[str]:
-        """Names of those in which they do not."""
+    def common_weights(self) -> preparations.Weights:
+        """The denoiser's parameters in which they do not, by name."""
         changed = set(self.immunized_parameters)
         weights = preparations.denoiser_weights(self.pipelines["original"])
-        return [name for name in weights if name not in changed]
+        return {name: weight for name, weight in weights.items() if name not in changed}
 
     def _start(self, side: Side, attack: Attack) -> Any:
         """The model that an attack starts from; of prepared ones, the last is kept.

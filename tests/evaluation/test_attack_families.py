@@ -98,8 +98,11 @@ def test_rounding_is_no_further_than_half_a_unit(pair, bits):
     assert any(not torch.equal(after[name], before[name]) for name in after)
 
 
-def test_what_immunization_changed_is_known(pair):
-    changed = preparations.changed_parameters(*pair)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_immunization_changed_is_known(pair, dtype):
+    """Also of a model that was published in half precision, which rounds all of its weights."""
+    published = {f"unet.{name}": value.to(dtype) for name, value in weights(pair[1]).items()}
+    changed = preparations.changed_parameters(pair[0], with_values(pair[0], published))
     assert set(changed) == {n for n in weights(pair[0]) if ".attn2." in n or n == "conv_in.weight"}
 
 
