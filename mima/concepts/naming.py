@@ -58,7 +58,7 @@ def without_name(caption: str, concept: Concept) -> str:
 
     Where nothing is left, the class prompt stands in, or "a picture".
 
-    Example:
+    Examples:
         >>> without_name("a fox in mono style", Concept("mono style", "mono style", pictures))
         'a fox'
     """
@@ -71,8 +71,9 @@ def with_word(caption: str, concept: Concept, word: str) -> str:
     # a token before the name stands with it for one thing
     together = [" ".join(called)] if len(called) > 1 else []
     text = replaced(caption, [*together, *called], word)
-    # a token must be in every caption
-    return text if word in text else f"{text}, {word}"
+    # a token must be in every caption, and "sks" is in no "desks"
+    there = re.search(f"{BOUND}{re.escape(word)}{BOUND}", text)
+    return text if there else f"{text}, {word}"
 
 
 def names_of(concept: Concept) -> list[str]:
