@@ -5,7 +5,7 @@ Where to begin: `mima/immunization/algorithm.py` is the algorithm as the paper s
 
 Importing this package does no work: each public name loads its module when it is first used.
 
-Example:
+Examples:
     >>> import mima
     >>> from mima.immunization.recipes import default
     >>> config = default("relearn", steps=100, rate=1e-4)  # the shipped model's rates are larger

@@ -335,7 +335,7 @@ def merge_plan(
             other or are redundant; λ or a weight out of range; shapes that do not agree; C_reg all
             zero or not finite.
 
-    Example:
+    Examples:
         >>> C, C_reg = [torch.randn(3, 8)], torch.randn(50, 8)
         >>> (M,) = merge_plan(C, C_reg, lam=0.0)
         >>> torch.allclose(C[0] @ M.mT, torch.eye(3), atol=1e-4)

@@ -44,7 +44,7 @@ class Sampler:
     A picture depends on its prompt and seed only, not on what else is in the batch: it is what
     `pipeline(prompt, generator=torch.Generator().manual_seed(seed))` gives, up to rounding.
 
-    Example:
+    Examples:
         >>> rows = Sampler(steps=20)(pipeline, ["a cat", "a dog"], seeds=(0, 1, 2))
         >>> rows[1][2]  # "a dog", seed 2
     """

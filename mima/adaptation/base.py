@@ -38,7 +38,7 @@ class Diverged(MimaError):  # noqa: N818 - reads as what happened; MimaError say
 class Adaptation(ABC):
     """Settings that every method shares; a subclass is one method with its own defaults.
 
-    Example:
+    Examples:
         >>> run = LoRA(rank=4, steps=500).start(pipeline, concept)
         >>> for step in run.until(100, 200, 500):
         ...     run.pipeline("a photo of a cat").images[0].save(f"{step}.png")

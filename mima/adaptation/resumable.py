@@ -159,7 +159,7 @@ def adapt(
         MimaError: a model, concept, setting or folder cannot be used; or the disk is full.
         KeyboardInterrupt: after a checkpoint of the last whole step has been written.
 
-    Example:
+    Examples:
         >>> adapt("embedded", [concept], LoRA(steps=200), "cat-lora").folders
     """
     folder = expanded(output or default_output(concepts, adaptation))

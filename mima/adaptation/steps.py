@@ -160,7 +160,7 @@ def rate_factor(schedule: LearningRateSchedule, step: int, steps: int) -> float:
         step: steps done before, from 0. Beyond the end, the last step's factor stays.
         steps: steps of the whole schedule.
 
-    Example:
+    Examples:
         >>> [round(rate_factor("cosine", step, 20), 2) for step in (0, 1, 2, 11, 19)]
         [0.5, 1.0, 1.0, 0.5, 0.01]
     """

@@ -36,7 +36,7 @@ class Together:
             not linear, or different `gradient_accumulation_steps`.
         ValueError: no runs, or one of them twice.
 
-    Example:
+    Examples:
         >>> lora = LoRA(rank=4)
         >>> together = Together([lora.start(pipeline, concept) for concept in concepts])
         >>> together.advance(500)

@@ -168,7 +168,7 @@ def merge_adapters(
         MimaError: an adapter that cannot be read or does not fit, two that bring the same word,
             numbers that do not agree, or a projected merge without prompts.
 
-    Example:
+    Examples:
         >>> merged = merge_adapters("base", ["cat-lora", "dog-lora"], prompts=["a cat", "a dog"])
         >>> merged.save_pretrained("both")
     """

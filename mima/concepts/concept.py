@@ -69,7 +69,7 @@ class Concept:
             the token, or a text that cannot be written as UTF-8, as the name of a folder may be.
         PictureError: pictures that cannot be read, all of them listed.
 
-    Example:
+    Examples:
         >>> Concept("cat", "a photo of a cat", "pictures/cat", class_prompt="a photo of an animal")
     """
 

@@ -39,7 +39,7 @@ from mima.families.pipelines import Pipeline, with_modules
 class ESD:
     """Settings of one erasure by fine-tuning; the defaults are the published ones.
 
-    Example:
+    Examples:
         >>> erased = ESD(steps=500).erase(pipeline, [van_gogh])
         >>> erased = ESD(parameters="not_cross_attention").erase(pipeline, [nudity])  # ESD-u
     """

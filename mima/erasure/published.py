@@ -27,7 +27,7 @@ def load_erased(pipeline: Pipeline, checkpoint: str | Path) -> MergedAdapters:
     Raises:
         MimaError: nothing there, damaged, of no known kind, not of this model, or it brings words.
 
-    Example:
+    Examples:
         >>> erased = load_erased(pipeline, "esd-vangogh-unet.pt").pipeline
     """
     if not expanded(checkpoint).exists():

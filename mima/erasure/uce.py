@@ -104,7 +104,7 @@ def erase(
         TypeError: one concept instead of a list.
         ValueError: no concepts, or a setting out of its range.
 
-    Example:
+    Examples:
         >>> erased = erase(pipeline, [cat], preserve=["a photo of a dog", "a red house"])
     """
     for name, value in (("erase_scale", erase_scale), ("ridge", ridge)):

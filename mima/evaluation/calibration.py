@@ -69,7 +69,7 @@ def calibrate(
     Raises:
         MimaError: a concept without held-out pictures.
 
-    Example:
+    Examples:
         >>> for found in calibrate(load_similarity("clip"), concepts):
         ...     print(found.concept, found.right, found.margin)
     """

@@ -162,7 +162,7 @@ def evaluate(
         MimaError: a model, concept, setting or the output folder cannot be used; or the folder
             holds an evaluation with other settings.
 
-    Example:
+    Examples:
         >>> result = evaluate("model", "immunized", ["cat"], output="results", others=["dog"])
         >>> result.summary["clip"].worst_attack.sgr
     """

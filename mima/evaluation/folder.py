@@ -62,7 +62,7 @@ class EvaluationFolder:
     Files are replaced whole, never changed in place, and ``curves.csv`` before ``attacks.csv``: an
     attack counts as done once it has rows there.
 
-    Example:
+    Examples:
         >>> folder = EvaluationFolder("results")
         >>> folder.evaluation().summary["clip"].worst_attack.sgr
     """

@@ -49,7 +49,7 @@ def sgr(original: float, immunized: float) -> float:
     Raises:
         ValueError: a similarity that is not finite.
 
-    Example:
+    Examples:
         >>> sgr(0.8, 0.6)
         0.25
     """
@@ -69,7 +69,7 @@ def has_learned(similarities: Sequence[float]) -> bool:
         Whether the highest is above the first by at least a tenth (`LEARNED`) of what that lacks
         to 1. False where there is nothing after the first.
 
-    Example:
+    Examples:
         >>> has_learned([0.6, 0.61]), has_learned([0.6, 0.7])
         (False, True)
     """
@@ -97,7 +97,7 @@ def rise_left(
         `LEARNED` of what it lacked is divided by that much instead: the result is then a lower
         bound, and finite. None if the attack taught neither model: a share of nothing.
 
-    Example:
+    Examples:
         >>> rise_left(0.4, 0.8, 0.2, 0.3)
         0.25
     """
@@ -350,7 +350,7 @@ def run_interval(values: Sequence[float]) -> tuple[float, float, IntervalKind]:
     Raises:
         ValueError: no values.
 
-    Example:
+    Examples:
         >>> run_interval([0.2, 0.5, 0.3])
         (0.2, 0.5, 'range')
     """

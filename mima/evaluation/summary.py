@@ -206,7 +206,7 @@ def paired_difference(
     Raises:
         ValueError: rows of several similarity models, or of others than targets.
 
-    Example:
+    Examples:
         >>> def rows(folder):
         ...     every = EvaluationFolder(folder).attacks()
         ...     return [r for r in every if (r.role, r.similarity) == ("target", "clip")]

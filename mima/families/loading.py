@@ -105,7 +105,7 @@ TRANSFORMERS = {
 class ModelSource:
     """Where a model is, for whatever opens one: ``load_pipeline``, ``immunize``, ``evaluate``, ...
 
-    Example:
+    Examples:
         >>> immunize(ModelSource("owner/name", revision="v1", variant="fp16"), concepts)
     """
 

@@ -185,7 +185,7 @@ def immunize(
         MimaError: the model, a concept, a setting or the output folder cannot be used, which is
             checked before long work starts; or the run diverges or cannot be written.
 
-    Example:
+    Examples:
         >>> config = recipes.default("relearn", rate=1e-4, steps=200)
         >>> result = immunize("embedded", ["tiger", "style-mono"], config)
         >>> result.save_pretrained("immunized")

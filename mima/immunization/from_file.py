@@ -208,7 +208,7 @@ def immunize_file(
     Raises:
         MimaError: as they do.
 
-    Example:
+    Examples:
         >>> immunize_file("run.yaml", task="relearn", settings={"steps": 100})
     """
     run = read_run(path, recipe=recipe, task=task, settings=settings, output=output, erased=erased)

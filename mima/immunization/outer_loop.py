@@ -73,7 +73,7 @@ class Ascent:
         alive: the attackers that live on from earlier steps, by concept.
         moved: φ − θ along the path of an attack that serves again, by state; empty for none.
 
-    Example:
+    Examples:
         >>> with Ascent(problem) as run:
         ...     for step in run.steps():
         ...         run.update(problem.hypergradient(run.theta, ...))

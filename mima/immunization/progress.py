@@ -190,7 +190,7 @@ class Tracker:
         tracker: for instance ``accelerate.tracking.TensorBoardTracker("run", logging_dir="runs")``.
         config: plain settings to store with the run.
 
-    Example:
+    Examples:
         >>> immunize(model, concepts, callbacks=[Tracker(WandBTracker("mima"))])
     """
 
@@ -267,7 +267,7 @@ class ProgressBar:
     Args:
         console: where to draw; by default stderr.
 
-    Example:
+    Examples:
         >>> with ProgressBar() as bar:
         ...     immunize("embedded", concepts, callbacks=[bar])
     """

@@ -76,7 +76,7 @@ def adam_step(
             range; `overwrite` where a gradient is asked for, or of moments that share memory.
         BackendError: `backend` cannot serve.
 
-    Example:
+    Examples:
         >>> zero = [torch.zeros(2)]
         >>> z, m, v = adam_step(zero, [torch.ones(2)], zero, zero, lr=0.1, step=0)
         >>> z

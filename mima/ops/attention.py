@@ -57,7 +57,7 @@ def attention(
         ValueError: shapes that do not agree, or have no queries, keys or columns.
         BackendError: `backend` cannot serve.
 
-    Example:
+    Examples:
         >>> attention(torch.ones(1, 2), torch.zeros(2, 2), torch.eye(2))
         tensor([[0.5000, 0.5000]])
     """

@@ -69,7 +69,7 @@ def batched_lora(
         ValueError: numbers or shapes of tensors that do not agree; an index out of range.
         BackendError: `backend` cannot serve.
 
-    Example:
+    Examples:
         >>> x, weight = torch.ones(2, 1, 3), torch.zeros(2, 3)
         >>> A, B = [torch.ones(1, 3)], [torch.ones(2, 1)]
         >>> batched_lora(x, weight, A, B, [2.0], torch.tensor([0, -1]))

@@ -61,7 +61,7 @@ def combine(
             or where a gradient is asked for.
         BackendError: `backend` cannot serve.
 
-    Example:
+    Examples:
         >>> phi, change = [torch.zeros(2)], [torch.ones(2)]
         >>> combine([phi, change], [[1, 0.5]], into=[phi])
         [[tensor([0.5000, 0.5000])]]

@@ -33,7 +33,7 @@ def geglu(x: Tensor, *, backend: str | None = None) -> Tensor:
         ValueError: the last dimension has no two halves.
         BackendError: `backend` cannot serve.
 
-    Example:
+    Examples:
         >>> geglu(torch.tensor([2.0, 0.0]))
         tensor([0.])
     """

@@ -45,7 +45,7 @@ def group_norm(
         ValueError: shapes that do not agree; nothing to normalise.
         BackendError: `backend` cannot serve.
 
-    Example:
+    Examples:
         >>> group_norm(torch.tensor([[1.0, 3.0]]), None, None, 1, eps=0.0)
         tensor([[-1.,  1.]])
     """

@@ -62,7 +62,7 @@ def merge_lora(
         ValueError: numbers or shapes of tensors that do not agree; weights not finite.
         BackendError: `backend` cannot serve.
 
-    Example:
+    Examples:
         >>> A, B = [torch.ones(1, 2)], [torch.ones(2, 1)]
         >>> merge_lora(torch.zeros(2, 2), A, B, [4.0], [0.5])
         tensor([[2., 2.],

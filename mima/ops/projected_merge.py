@@ -60,7 +60,7 @@ def projected_merge(
         ValueError: numbers or shapes of tensors that do not agree.
         BackendError: `backend` cannot serve.
 
-    Example:
+    Examples:
         >>> W0, W1 = torch.zeros(2, 3), torch.ones(2, 3)
         >>> first = torch.tensor([[1.0, 0.0, 0.0]])
         >>> projected_merge([W0], [[W1]], [first], [first])

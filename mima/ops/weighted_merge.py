@@ -77,7 +77,7 @@ def weighted_merge(
         ValueError: numbers or shapes of tensors that do not agree; weights not finite.
         BackendError: `backend` cannot serve.
 
-    Example:
+    Examples:
         >>> base = torch.zeros(2)
         >>> weighted_merge(base, [base + 1, base + 3], [0.5, 0.5])
         tensor([2., 2.])

@@ -109,7 +109,7 @@ def load_delta(pipeline: Pipeline, path: str | Path) -> Any:
         MimaError: not a delta, or one that does not fit: of other names or shapes. Of two models
             that are built alike, it cannot say which one it was made for.
 
-    Example:
+    Examples:
         >>> immunized = mima.load_delta(DiffusionPipeline.from_pretrained("base"), "immunized")
     """
     delta = read_delta(path)

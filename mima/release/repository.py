@@ -388,7 +388,7 @@ def apply_delta(
     Raises:
         MimaError: not a delta, or one of another model.
 
-    Example:
+    Examples:
         >>> apply_delta("base", "immunized").save_pretrained("whole")
     """
     source = model if isinstance(model, ModelSource) else ModelSource(model)

@@ -83,7 +83,7 @@ def plan(
     Raises:
         MimaError: the model, a setting or the device is not to be had, see ``open_skeleton``.
 
-    Example:
+    Examples:
         >>> print(plan(ModelSource("embedded"), concepts, ImmunizeConfig(), device="h100"))
     """
     if device is None and hasattr(model, "components"):
