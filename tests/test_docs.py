@@ -238,5 +238,7 @@ def test_the_reference_shows_every_name_that_a_room_gives(room):
 
 def test_sections_of_docstrings_are_those_that_the_site_reads():
     texts = (path.read_text(encoding="utf-8") for path in (ROOT / "mima").rglob("*.py"))
-    sections = {name for text in texts for name in re.findall(r"^ *([A-Z]\w+):$", text, re.MULTILINE)}
+    sections = {
+        name for text in texts for name in re.findall(r"^ *([A-Z]\w+):$", text, re.MULTILINE)
+    }
     assert sections == {"Args", "Attributes", "Examples", "Raises", "Returns", "Yields"}

@@ -36,7 +36,7 @@ class AttackCurve:
         prompts: P prompts.
         seeds: R sampling seeds.
         scores: [S, P, R] similarity of each picture to the references of its own prompt.
-        images: the pictures, indexed [step][prompt][seed] likewise.
+        images: the pictures, ``images[step][prompt][seed]``.
         references: K reference pictures for each prompt.
         losses: training loss of every adaptation step.
     """
