@@ -66,14 +66,15 @@ def without_name(caption: str, concept: Concept) -> str:
 
 
 def with_word(caption: str, concept: Concept, word: str) -> str:
-    """A caption with a word in place of the concept's name, or behind it where it has no name."""
+    """A caption with a word in place of the concept's name, or before it where it has no name."""
     called = names_of(concept)
     # a token before the name stands with it for one thing
     together = [" ".join(called)] if len(called) > 1 else []
     text = replaced(caption, [*together, *called], word)
     # a token must be in every caption, and "sks" is in no "desks"
     there = re.search(f"{BOUND}{re.escape(word)}{BOUND}", text)
-    return text if there else f"{text}, {word}"
+    # first: of long captions the end is not read
+    return text if there else f"{word}, {text}"
 
 
 def names_of(concept: Concept) -> list[str]:

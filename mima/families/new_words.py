@@ -224,11 +224,17 @@ def check_token(pipeline: Pipeline, concept: Concept) -> tuple[str, list[list[in
             f"concept {concept.name!r} has no token; name a new word, such as <new1>, that its "
             "prompts contain"
         )
-    read = family_of(pipeline).token_text(token)
+    family = family_of(pipeline)
+    read = family.token_text(token)
     if token not in read:
         raise MimaError(
             f"concept {concept.name!r}: a {type(pipeline).__name__} reads token {token!r} as "
             f"{read!r}, so that it would never be learned; name it so, in the prompts, too"
+        )
+    if not any(family.reads(picture.prompt, token) for picture in concept.images):
+        raise MimaError(
+            f"concept {concept.name!r}: token {token!r} stands so late in the pictures' captions "
+            f"that a {type(pipeline).__name__} never reads it; put it first"
         )
     initial: list[list[int] | None] = []
     for reader in readers(pipeline):

@@ -63,8 +63,7 @@ class QwenImage(PackedLatents):
         return (latents - mean) / std
 
     def _encode(self, prompts: list[str]) -> Conditioning:
-        pipeline, length = self.pipeline, self.training.max_sequence_length
-        assert length is not None
+        pipeline, length = self.pipeline, self._tokens_read
         hidden, mask = pipeline.encode_prompt(
             prompts, device=pipeline.text_encoder.device, max_sequence_length=length
         )
@@ -76,6 +75,11 @@ class QwenImage(PackedLatents):
             "encoder_attention_mask": F.pad(mask, (0, rest)),
         }
 
+    def _max_tokens(self, wanted: int | None) -> int:
+        # its pipeline asks no tokenizer
+        assert wanted is not None
+        return wanted
+
     def token_ids(self, tokenizer: Any, prompt: str, length: int) -> list[int]:
         start = self.pipeline.prompt_template_encode_start_idx
         template = self.pipeline.prompt_template_encode
@@ -83,8 +87,7 @@ class QwenImage(PackedLatents):
         return ids[start : start + length]
 
     def token_mask(self, prompts: Sequence[str]) -> torch.Tensor:
-        tokenizer, length = self.pipeline.tokenizer, self.training.max_sequence_length
-        assert length is not None
+        tokenizer, length = self.pipeline.tokenizer, self._tokens_read
         template = self.pipeline.prompt_template_encode
         start, end = (len(tokenizer(part).input_ids) for part in template.split("{}"))
         # of the template, one token after the prompt counts, its end

@@ -121,6 +121,19 @@ class ReadsText(ABC):
         ids: list[int] = tokenizer(text, truncation=True, max_length=length).input_ids
         return ids
 
+    def reads(self, prompt: str, word: str) -> bool:
+        """Whether a text encoder reads a word of a prompt: of long ones it reads the beginning."""
+        before = prompt.partition(word)[0].rstrip()
+        for reader in readers(self.pipeline):
+            tokenizer = reader.tokenizer
+            length = tokenizer.model_max_length if reader.is_clip else self._tokens_read
+            # where the prompt is cut before the word, what leads to it is all that is read
+            if self.token_ids(tokenizer, prompt, length) != self.token_ids(
+                tokenizer, before, length
+            ):
+                return True
+        return False
+
     @torch.no_grad()
     def token_embeddings(self, prompts: str | Sequence[str]) -> torch.Tensor:
         """Return what the text projections read for the real tokens of a prompt, or of several.

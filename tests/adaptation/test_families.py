@@ -10,7 +10,7 @@ from support import builders, tiny
 from mima.adaptation import CustomDiffusion, DreamBooth, LoRA, TextualInversion
 from mima.adapters.files import AdapterReader
 from mima.adapters.merge import merge_adapters
-from mima.concepts import Concept
+from mima.concepts import Concept, Picture
 from mima.erasure import Edit, erase
 from mima.erasure.uce import _rows
 from mima.errors import MimaError
@@ -325,3 +325,25 @@ def test_a_new_word_that_prompts_do_not_keep_is_refused(kind, tmp_path):
     concept = Concept("thing", "a <New1> emoji", images, token="<New1>")
     with pytest.raises(MimaError, match="reads token '<New1>' as '<new1>'"):
         add_word(pipeline, concept)
+
+
+def test_a_new_word_that_is_cut_off_is_refused(folder):
+    pipeline = builders.opened(folder)
+    images = [picture.image for picture in tiny.concept().images]
+    text = " ".join(["a red round emoji"] * 500)
+    first, last = f"<new1>, {text}", f"{text}, <new1>"
+
+    def thing(*captions):
+        pictures = tuple(map(Picture, images, captions))
+        return Concept("thing", "a <new1> emoji", pictures, token="<new1>")
+
+    # one caption that shows it is enough
+    own, word = add_word(pipeline, thing(last, first))
+    for caption, read in ((first, True), (last, False)):
+        assert family_of(pipeline).reads(caption, "<new1>") == read
+        encoded = word.encode(family_of(own), [caption])
+        total = sum(value.float().square().sum() for value in encoded.values())
+        (gradient,) = torch.autograd.grad(total, word.embedding)
+        assert bool(gradient.any()) == read
+    with pytest.raises(MimaError, match="'<new1>' stands so late in the pictures' captions that"):
+        add_word(pipeline, thing(last, last))

@@ -22,7 +22,7 @@ def test_a_name_is_a_word(tmp_path):
     castle = Concept("castle", "a <new1> castle", folder.parent / "car", token="<new1>")
     assert with_word("photo of a <new1> castle", castle, "sks") == "photo of a sks"
     assert with_word("<new1>, a castle", castle, "sks") == "sks, a sks"
-    assert with_word("desks and masks", castle, "sks") == "desks and masks, sks"
+    assert with_word("desks and masks", castle, "sks") == "sks, desks and masks"
 
 
 @pytest.mark.parametrize(
