@@ -55,7 +55,7 @@ class GridConfig(Settings):
     images: tuple[Pictures, ...] = Field(("same",), min_length=1)
     """Pictures that are trained on, and that adapted models are compared with: ``same``, those that
     immunization saw, and the held-out ones; ``other``, the held-out ones, and those that
-    immunization saw; ``fewer``, a quarter of the first; ``more``, the first and every second
+    immunization saw; ``fewer``, every fourth of the first, or every second of fewer than four; ``more``, the first and every second
     held-out one, and the rest of these; ``mixed``, as many pictures of the other concepts among the
     first."""
     preparations: tuple[Preparation, ...] = ()
@@ -64,7 +64,8 @@ class GridConfig(Settings):
     train a LoRA on the other concepts and merge it; ``kick``, add noise to the weights, then
     fine-tune all of them on the other concepts; ``undo``, take the strongest rank-8 part of what
     immunization changed out of each weight; ``interpolate``, go half of the way back to the
-    original model; ``fp16`` and ``int8``, round the weights to so many bits."""
+    original model; ``fp16`` and ``int8``, round the weights to so many bits. LoRAs that are merged
+    have the settings of `methods.lora`, but are of the denoiser alone, without ``dora``."""
     preparation_steps: int = Field(50, ge=1)
     """Training steps of each LoRA or fine-tuning of a preparation."""
     repair_steps: int = Field(0, ge=0)

@@ -74,8 +74,11 @@ def _with_loras(
     """Merge LoRAs of all targets, or of the other concepts' pictures, into the weights."""
     config = bench.config
     method = configured(config, "lora")
-    lora = replace(method, steps=config.preparation_steps, prior_weight=0.0)
-    assert isinstance(lora, LoRA)
+    assert isinstance(method, LoRA)
+    # what is merged is low-rank updates of the denoiser
+    lora = replace(
+        method, steps=config.preparation_steps, prior_weight=0.0, text_encoder=False, dora=False
+    )
     subjects = bench.merged(attack)
     if attack.preparation == "benign":
         pictures = bench.ordinary()

@@ -397,6 +397,26 @@ def test_preparations_attack_other_weights(folders, tmp_path):
         assert len(set(by_preparation.values())) == (1 if step == 0 else 3)
 
 
+def test_loras_that_are_merged_first_are_low_rank_updates_of_the_denoiser(folders, tmp_path):
+    """Whatever the attack's are."""
+    trained = []
+    adapt = LoRA.adapt
+
+    def noted(self, *args, **options):
+        trained.append(self)
+        return adapt(self, *args, **options)
+
+    lora = GRID["methods"]["lora"] | {"dora": True, "text_encoder": True}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LoRA, "adapt", noted)
+        run(folders, tmp_path, settings=GRID | {
+            "methods": {"lora": lora}, "seeds": (0,), "preparations": ("merge", "benign"),
+            "preparation_steps": 1, "benign_prompts": 0, "evaluations": 1,
+        })  # fmt: skip
+    assert EvaluationFolder(tmp_path).evaluation().complete
+    assert [(one.dora, one.text_encoder) for one in trained] == [(False, False)] * 4
+
+
 def test_unusable_settings_are_named(folders, tmp_path):
     for changes, message in (
         ({"preset": "slow"}, "preset 'slow' is unknown"),
