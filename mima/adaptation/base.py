@@ -318,7 +318,8 @@ class Run:
         """
         with self._prepared(), training(self._family):
             for _ in range(steps):
-                self._one_step()
+                with self._own_draws():
+                    self._one_step()
                 if on_step is not None:
                     on_step(self)
 
@@ -489,6 +490,18 @@ class Run:
                 f"{settings.method}: the loss is {loss} at step {self.step}; "
                 f"lower learning_rate ({settings.learning_rate})"
             )
+
+    @contextlib.contextmanager
+    def _own_draws(self) -> Iterator[None]:
+        """Let dropout, which draws from torch's own state, draw by the run's seed and step."""
+        device = self._family.device
+        seed = seeded(self.adaptation.seed, "dropout", self.step).initial_seed()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            # torch.manual_seed keeps a stack for CUDA, whose formatting costs more than small steps
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                torch.cuda.manual_seed(seed)
+            yield
 
     @contextlib.contextmanager
     def _prepared(self) -> Iterator[None]:

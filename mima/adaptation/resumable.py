@@ -45,8 +45,7 @@ def learn(
     """Train to the end of `steps`, from the last checkpoint on, and draw pictures meanwhile.
 
     Batches, noise and the optimiser's state are those of a run that was never stopped, so that on a
-    CPU the result is the same bit by bit; with dropout, which draws from torch's own random state,
-    up to its draws. Ctrl-C is put off until the step is done.
+    CPU the result is the same bit by bit. Ctrl-C is put off until the step is done.
 
     Several runs have the same `steps`, and go on from the last that all have a checkpoint of; where
     only some have any, all begin anew, with a warning. The folder takes the checkpoints, and in

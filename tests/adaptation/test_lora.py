@@ -92,6 +92,25 @@ def test_same_seed_gives_the_same_run_in_one_piece_or_two(pipeline):
     assert torch.equal(draw(whole.pipeline), draw(pieces.pipeline))
 
 
+def test_dropout_draws_by_the_seed(pipeline):
+    """And not from torch's own state, which two models that are compared find at other places."""
+    losses = []
+    for state in (0, 1):
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        run = dataclasses.replace(FAST, dropout=0.5).start(pipeline, tiny.concept())
+        run.advance(1)
+        run.advance(2)
+        assert torch.equal(torch.get_rng_state(), before)
+        losses.append(run.losses)
+    plain = FAST.start(pipeline, tiny.concept())
+    plain.advance(3)
+    assert losses[0] == losses[1] != plain.losses
+    other = dataclasses.replace(FAST, dropout=0.5, seed=1).start(pipeline, tiny.concept())
+    other.advance(3)
+    assert other.losses != losses[0]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
