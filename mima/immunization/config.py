@@ -63,10 +63,13 @@ class ImmunizeConfig(Settings):
     upper: UpperConfig = UpperConfig()
     """The upper level."""
     lam: float = Field(1e-4, ge=0)
-    """Softness of the projected merge's constraint; 0 is hard."""
+    """Softness of the projected merge's constraint; 0 is hard, and refused where prompts share
+    words, as "a photo of a …" does."""
     captions: Path | None = None
-    """A text file of ordinary captions, one per line, that the merge leaves alone and from which
-    missing class pictures are generated. Default: the captions that ship with mima."""
+    """A text file of ordinary captions, one per line, that the merge and erasure leave alone, and
+    of which missing class pictures are drawn, also those of a concept with a ``class_prompt``.
+    Default: the captions that ship with mima, which are about emoji; class pictures are then drawn
+    of a concept's ``class_prompt``, where it has one."""
     num_captions: int = Field(200, ge=1)
     """How many captions the merge plan reads."""
     num_class_images: int = Field(64, ge=1)
@@ -269,6 +272,9 @@ class ImmunizeConfig(Settings):
                 "that train different ones need merge 'average' or 'sum', or method 'joint'"
             )
 
+    def _place(self, adapter: LowerConfig) -> str:
+        return "lower" if adapter in self.attackers else "upper.benign.lower"
+
     def _check_path(self) -> None:
         upper, every, steps = self.upper, self.upper.path_every, self.attackers[0].steps
         if every is not None and every >= steps:
@@ -280,14 +286,15 @@ class ImmunizeConfig(Settings):
             raise ValueError(f"upper.loss_cap: objective {upper.objective!r} has no use for a cap")
         if upper.margin and upper.objective != "hinge":
             raise ValueError(f"upper.margin: it is of objective 'hinge', got {upper.objective!r}")
-        for attacker in self.adapters:
-            of_lora = attacker.alpha is not None or attacker.rank != LowerConfig().rank
-            if of_lora and attacker.parameters != "lora":
+        for adapter in self.adapters:
+            of_lora = adapter.alpha is not None or adapter.rank != LowerConfig().rank
+            if of_lora and adapter.parameters != "lora":
+                where = self._place(adapter)
                 raise ValueError(
-                    "lower.rank, lower.alpha: they are LoRA's; set lower.parameters: lora, got "
-                    f"{attacker.parameters!r}"
+                    f"{where}.rank, {where}.alpha: they are LoRA's; set {where}.parameters: lora, "
+                    f"got {adapter.parameters!r}"
                 )
-            if attacker.benign_start == (0, 0):
+            if adapter.benign_start == (0, 0):
                 raise ValueError("lower.benign_start: [0, 0] steps are none; leave it out")
         if upper.pair_beta is not None and upper.objective != "pair":
             raise ValueError(f"upper.pair_beta: it is of objective 'pair', got {upper.objective!r}")
@@ -362,11 +369,13 @@ class ImmunizeConfig(Settings):
                 f"{what}, and Muon's step of a matrix needs all its rows; use upper.optimizer "
                 "'adamw'"
             )
-        if any(adapter.parameters == "lora" for adapter in self.adapters):
-            raise ValueError(
-                f"{what}, and LoRA's factors are not split; use lower.parameters "
-                "'cross_attention', 'attention' or 'denoiser'"
-            )
+        for adapter in self.adapters:
+            if adapter.parameters == "lora":
+                raise ValueError(
+                    f"{what}, and LoRA's factors are not split; use "
+                    f"{self._place(adapter)}.parameters 'cross_attention', 'attention' or "
+                    "'denoiser'"
+                )
         if self.train_tokens:
             raise ValueError(
                 f"{what}, through which no gradient reaches new words; leave out lower.train_token"

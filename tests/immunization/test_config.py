@@ -207,7 +207,8 @@ def test_a_list_whose_items_are_all_refused_is_told_once():
         ),
         (
             {"upper": {"ascent_ratio": 1, "benign": {"lower": {"alpha": 2.0}}}},
-            "lower.rank, lower.alpha: they are LoRA's",
+            "upper.benign.lower.rank, upper.benign.lower.alpha: they are LoRA's; "
+            "set upper.benign.lower.parameters: lora",
         ),
         (
             {"upper": {"ascent_ratio": 1, "benign": {"target": "held_out", "paths": 9}}},

@@ -239,7 +239,7 @@ REFUSED = {
     ],
     "LoRA attackers, LoRA in `upper.benign`": [
         ({"lower": {"parameters": "lora"}}, "LoRA's factors are not split; use lower.parameters"),
-        ({"upper": BENIGN_LORA}, "LoRA's factors are not split; use lower.parameters"),
+        ({"upper": BENIGN_LORA}, "are not split; use upper.benign.lower.parameters"),
     ],
     "`lower.train_token`": [
         (
