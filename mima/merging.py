@@ -55,7 +55,8 @@ class MergePlan:
 
         ``min_φ ‖(φ − W0) C_regᵀ‖²_F  s.t.  φ C_nᵀ = W_n C_nᵀ`` (Kumari et al., Custom Diffusion,
         CVPR 2023), softened by ``Λ = lam · mean(diag(C G⁻¹ Cᵀ)) · diag(1 / w)``. Concepts share
-        words, so that the hard constraint (``lam=0``) contradicts itself and explodes.
+        words, so that the hard constraint (``lam=0``) contradicts itself: it is refused where rows
+        of ``C`` are linearly dependent.
 
         Args:
             C: N tensors [S_n, D].
@@ -65,12 +66,13 @@ class MergePlan:
             weights: [N] positive shares; default 1/N each.
 
         Returns:
-            The plan, in the dtype of ``C``; differentiable twice in ``C``, ``C_reg``, ``weights``.
+            The plan, in the dtype of ``C``; differentiable any number of times in ``C``, ``C_reg``
+            and ``weights``.
 
         Raises:
             TypeError: C not floating-point, or of several dtypes or devices.
             ValueError: shapes that do not fit, no concept, embeddings that are not finite or all
-                zero, a negative ``lam``.
+                zero, a negative ``lam``, or one of 0 where rows of ``C`` are linearly dependent.
         """
         C = list(C)
         if not C:
@@ -198,7 +200,7 @@ class MergeLayer:
         )
 
     def __call__(self, base: Params, adapted: Sequence[Params]) -> dict[str, torch.Tensor]:
-        """Merge all concepts at once; differentiable twice in everything.
+        """Merge all concepts at once; differentiable any number of times in everything.
 
         Args:
             base: θ, by name.

@@ -427,14 +427,14 @@ def caption_factor(C_reg: Tensor) -> Tensor:
     return _qr_r(C_reg.double())
 
 
-def caption_spectrum(R: Tensor, num_captions: int) -> tuple[Tensor, float]:
+def caption_spectrum(R: Tensor, num_rows: int) -> tuple[Tensor, float]:
     """Return the singular values of a `caption_factor`, descending, and the ρ of `merge_plan`.
 
     A ρ other than 0 is logged.
 
     Args:
         R: [k, d].
-        num_captions: rows of the C_reg that R stands for.
+        num_rows: rows of the C_reg that R stands for, which are tokens.
 
     Raises:
         ValueError: R, and so C_reg, is all zero or not finite.
@@ -448,9 +448,9 @@ def caption_spectrum(R: Tensor, num_captions: int) -> tuple[Tensor, float]:
         return singular_values, 0.0
     ridge = RIDGE * largest
     logger.warning(
-        "merge plan: %d captions span %d of %d directions; using a ridge of %.2e "
+        "merge plan: the captions' %d tokens span %d of %d directions; using a ridge of %.2e "
         "(%.0e of the largest singular value)",
-        num_captions,
+        num_rows,
         int((singular_values >= ridge).sum()),
         d,
         ridge,

@@ -39,7 +39,11 @@ def merge(
         Path | None, typer.Option(help="A file of ordinary captions that the merge leaves alone.")
     ] = None,
     lam: Annotated[
-        float, typer.Option(min=0, help="Softness of the constraint; 0 is hard.")
+        float,
+        typer.Option(
+            min=0,
+            help="Softness of the constraint; 0 is hard, and refused where prompts share words.",
+        ),
     ] = 1e-4,
     delta: options.OnlyDelta = False,
     seed: options.Seed = 0,

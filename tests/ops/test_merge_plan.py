@@ -128,7 +128,8 @@ def test_singular_captions_get_a_ridge_that_is_logged(
     with caplog.at_level(logging.WARNING):
         (M,) = merge_plan(C, C_reg, 0.0)
     (record,) = caplog.records
-    assert "span 5 of 8 directions" in record.getMessage()
+    told = f"the captions' {len(C_reg)} tokens span 5 of 8 directions"
+    assert told in record.getMessage()
     torch.testing.assert_close(C[0] @ M.mT, torch.eye(2, dtype=torch.float64))
     # Directions that no caption uses are nearly free to change, so that the captions' outputs stay.
     delta = (_randn(3, 2, seed=4) @ M) @ C_reg.mT
