@@ -4,13 +4,15 @@ After Unified Concept Editing (UCE, Gandikota et al., WACV 2024, arXiv 2308.1476
 [o, D] that reads text embeddings, rows x_e of prompts that name the concept, values v_e that they
 should get instead, and rows x_p of prompts to preserve:
 
-    min_W  s_e · mean_e ‖W x_e − v_e‖² + s_p · mean_p ‖(W − W0) x_p‖² + r ‖W − W0‖²_F
+    min_W  s_e · Σ_c mean_e ‖W x_e − v_e‖² + s_p · mean_p ‖(W − W0) x_p‖² + r ‖W − W0‖²_F
 
-With G = s_e · mean_e x_e x_eᵀ + s_p · mean_p x_p x_pᵀ + r I, which no weight is part of:
+With G = s_e · Σ_c mean_e x_e x_eᵀ + s_p · mean_p x_p x_pᵀ + r I, which no weight is part of:
 
-    W = W0 + s_e · mean_e (v_e − W0 x_e) (G⁻¹ x_e)ᵀ
+    W = W0 + s_e · Σ_c mean_e (v_e − W0 x_e) (G⁻¹ x_e)ᵀ
 
-so G is factored once, in float64, for all keys and values of the model. SDXL is told the pooled
+Σ_c is over the concepts and mean_e over the rows of one, so that each concept counts the same
+however many prompts name it; r is `ridge` times the mean diagonal of the rest of G, which is
+factored once, in float64, for all keys and values of the model. SDXL is told the pooled
 text besides: the columns that read it, of the weight that embeds the added conditions, are edited
 by the same formula. In SD3 and Flux, whose attention is joint, what keys and values read depends on
 the picture; there the edit is of the two weights that read text alone, those that embed the tokens
