@@ -222,7 +222,8 @@ class Concept:
             The concept. Where nothing says its prompt, that is the commonest caption.
 
         Raises:
-            MimaError: a missing or empty folder, captions that do not fit, unknown attributes.
+            MimaError: a missing or empty folder, neither a prompt nor captions, captions that do
+                not fit, unknown attributes.
             PictureError: pictures that cannot be read, all of them listed.
         """
         folder = expanded(folder)

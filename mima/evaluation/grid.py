@@ -55,9 +55,9 @@ class GridConfig(Settings):
     images: tuple[Pictures, ...] = Field(("same",), min_length=1)
     """Pictures that are trained on, and that adapted models are compared with: ``same``, those that
     immunization saw, and the held-out ones; ``other``, the held-out ones, and those that
-    immunization saw; ``fewer``, every fourth of the first, or every second of fewer than four; ``more``, the first and every second
-    held-out one, and the rest of these; ``mixed``, as many pictures of the other concepts among the
-    first."""
+    immunization saw; ``fewer``, every fourth of the first, of fewer than four every second;
+    ``more``, the first and every second held-out one, and the rest of these; ``mixed``, as many
+    pictures of the other concepts among the first."""
     preparations: tuple[Preparation, ...] = ()
     """Besides, with everything else at its first value: what is done to a model before the attack.
     ``merge``, train a LoRA on each target concept and merge them into the weights; ``benign``,

@@ -50,7 +50,7 @@ def sgr(original: float, immunized: float) -> float:
         ValueError: a similarity that is not finite.
 
     Examples:
-        >>> sgr(0.8, 0.6)
+        >>> sgr(1.0, 0.75)
         0.25
     """
     for name, value in (("original", original), ("immunized", immunized)):
@@ -98,7 +98,7 @@ def rise_left(
         bound, and finite. None if the attack taught neither model: a share of nothing.
 
     Examples:
-        >>> rise_left(0.4, 0.8, 0.2, 0.3)
+        >>> rise_left(0.25, 0.75, 0.25, 0.375)
         0.25
     """
     rise = original - before_original

@@ -219,7 +219,8 @@ def load_pipeline(
 
     Raises:
         MimaError: nothing there, damaged, or not of a supported family; the message says which.
-        ValueError: ``revision``, ``variant`` or ``config`` of what is open, or says its own.
+        ValueError: ``revision``, ``variant`` or ``config`` is given beside a pipeline in memory, or
+            beside a ``ModelSource``, which has its own.
     """
     if isinstance(model, (str, Path)):
         model = ModelSource(model, revision, variant, config)

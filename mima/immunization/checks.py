@@ -168,7 +168,8 @@ def _warn_of_rates(pipeline: Pipeline, config: ImmunizeConfig) -> None:
     if config.highest_lr <= EMBEDDED_RATE / 5 and is_of_emoji(pipeline):
         logger.warning(
             "lower.lr: attacks at %g at most; models like the embedded one are trained at %g, and "
-            "so slow an attack teaches them nothing: raise it, of the recipe default by rate: %g",
+            "so slow an attack teaches them nothing: raise lower.lr, or set rate: %g with the "
+            "recipe default",
             config.highest_lr,
             EMBEDDED_RATE,
             EMBEDDED_RATE,

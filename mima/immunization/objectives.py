@@ -1,6 +1,7 @@
-"""What the upper level wants of an attacked model, each a bounded or slowly growing penalty.
+"""What the upper level wants of an attacked model, each a penalty that is minimised.
 
-All are functions of the attacked model's prediction v on a concept's noised pictures, minimised:
+All are functions of the attacked model's prediction v on a concept's noised pictures; ``neg``
+alone, without a cap, has neither a bound nor a slope that fades:
 
 | name | penalty | source |
 | --- | --- | --- |
