@@ -18,9 +18,7 @@ from support.commands import run
 from support.evaluations import write_evaluation
 from support.faults import GRID, SAMPLER
 
-from mima.concepts import load_concepts
 from mima.evaluation import Sampler, attack
-from mima.families import load_pipeline
 
 ROOT = Path(__file__).parents[1]
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/guide.md")}
@@ -149,9 +147,7 @@ def test_blocks_of_the_guide(world, monkeypatch):
         )
 
     monkeypatch.setattr("mima.evaluation.attack", quick)
-    concept, _ = load_concepts("concepts.yaml")
-    before, after = load_pipeline("M"), load_pipeline("IMMUNIZED")
-    names: dict[str, object] = {"concept": concept, "before": before, "after": after}
+    names: dict[str, object] = {}
     for code in blocks("docs/guide.md", "python"):
         exec(code, names)
     assert names["gap"].sgr == (0, 0)

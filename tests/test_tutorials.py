@@ -15,7 +15,7 @@ from support.faults import GRID, SAMPLER
 
 from mima.adaptation import METHODS
 from mima.evaluation import Sampler, attack
-from mima.families import load_pipeline, loading
+from mima.families import loading
 
 TUTORIALS = Path(__file__).parents[1] / "docs" / "tutorials"
 
@@ -127,8 +127,7 @@ def test_somebodys_claim(files, encoder, monkeypatch, capsys):
 @pytest.mark.parametrize("tutorial", ["attack", "family", "objective"])
 def test_what_is_added(tutorial, files, monkeypatch):
     monkeypatch.setattr(loading, "FAMILIES", loading.FAMILIES)
-    pipeline = load_pipeline(str(files / "my-model"))
-    names = {"pipeline": pipeline, "concept": tiny.concept(), "__name__": "__main__"}
+    names: dict[str, object] = {"__name__": "__main__"}
     code = blocks(tutorial, "python")
     assert len(code) == 2
     with mock.patch.dict(METHODS):
