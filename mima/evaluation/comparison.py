@@ -212,12 +212,12 @@ def evaluate(
     _check_alike(*(worker.pipelines[side] for side in SIDES))
     if prompts:
         warn_of_emoji(worker.pipelines["original"], source)
-    if any(attack.outside for attack in grid):
-        count = sum(weight.numel() for weight in worker.common_weights().values())
+    if outside := [attack for attack in grid if attack.outside]:
+        count = sum(weight.numel() for weight in worker.trained_outside(outside[0]).values())
         if count:
-            logger.info("families outside: immunization left %d weights as they were", count)
+            logger.info("families outside: %d weights are trained", count)
         else:
-            logger.warning("families outside: immunization changed every parameter; left out")
+            logger.warning("families outside: nothing is left to train; left out")
             grid = [attack for attack in grid if not attack.outside]
     for pipeline in worker.pipelines.values():
         # family_of refuses resolutions and options that the model cannot have

@@ -341,7 +341,8 @@ class Worker:
         bench = self.bench
         if attack.outside:
             assert isinstance(adaptation, DreamBooth)
-            adaptation = replace(adaptation, frozen=tuple(self.immunized_parameters))
+            frozen = (*adaptation.frozen, *self.immunized_parameters)
+            adaptation = replace(adaptation, frozen=frozen)
 
         def write(step: int, index: int, image: Image.Image) -> None:
             if keep:
@@ -458,11 +459,12 @@ class Worker:
         """Names of the denoiser's parameters in which the two models differ."""
         return preparations.changed_parameters(*(self.pipelines[side] for side in SIDES))
 
-    def common_weights(self) -> preparations.Weights:
-        """The denoiser's parameters in which they do not, by name."""
-        changed = set(self.immunized_parameters)
+    def trained_outside(self, attack: Attack) -> preparations.Weights:
+        """Those in which they do not, and that an attack does not freeze, with their values."""
+        assert isinstance(attack.adaptation, DreamBooth)
+        left_out = {*attack.adaptation.frozen, *self.immunized_parameters}
         weights = preparations.denoiser_weights(self.pipelines["original"])
-        return {name: weight for name, weight in weights.items() if name not in changed}
+        return {name: weight for name, weight in weights.items() if name not in left_out}
 
     def _start(self, side: Side, attack: Attack) -> Any:
         """The model that an attack starts from; of prepared ones, the last is kept.

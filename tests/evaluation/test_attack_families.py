@@ -197,6 +197,37 @@ def test_every_family_and_preparation_runs(pair, tmp_path):
         assert len({reached[name] for name in names}) == different
 
 
+@pytest.mark.parametrize("all_frozen", [False, True])
+def test_outside_freezes_what_the_method_does_too(pair, tmp_path, monkeypatch, caplog, all_frozen):
+    changed = preparations.changed_parameters(*pair)
+    rest = [name for name in weights(pair[0]) if name not in changed]
+    frozen = rest if all_frozen else rest[:1]
+    trained = []
+    start = Adaptation.start
+
+    def noted(adaptation, *args, **options):
+        trained.append(set(weights(pair[0])) - set(adaptation.frozen))
+        return start(adaptation, *args, **options)
+
+    monkeypatch.setattr(Adaptation, "start", noted)
+    tiny.save_tiny_clip(tmp_path / "clip")
+    evaluate(
+        *pair,
+        [tiny.concept()],
+        output=tmp_path / "out",
+        settings=GRID
+        | {"methods": {"dreambooth": {"steps": 1, "frozen": frozen}}, "families": ["outside"]},
+        similarities=[tmp_path / "clip"],
+        processes=1,
+    )
+    plain = set(weights(pair[0])) - set(frozen)
+    if all_frozen:
+        assert trained == [plain] * 2
+        assert "families outside: nothing is left to train; left out" in caplog.text
+    else:
+        assert trained == [plain] * 2 + [set(rest[1:])] * 2
+
+
 def test_both_models_train_on_the_same_class_pictures(pair, tmp_path, monkeypatch):
     """Those of the original: the other's may be as broken as what immunization wanted broken."""
     started = []
