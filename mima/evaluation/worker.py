@@ -304,7 +304,9 @@ class Worker:
             *((digest(p), p.prompt) for p in (*concept.images, *concept.class_images)),
         )
         # what Muon did before it made the steps of filters orthogonal is another attack's
-        made = ("filters",) if adaptation.optimizer == "muon" else ()
+        made: tuple[str, ...] = ("filters",) if adaptation.optimizer == "muon" else ()
+        # as is what dropout drew of torch's own state
+        made += ("draws",) if getattr(adaptation, "dropout", 0.0) else ()
         kind = type(adaptation).__name__
         common = (kind, adaptation, learned, bench.sampler, attack.transplant, *made)
         if trial is not None:
