@@ -219,6 +219,8 @@ def evaluate(
         else:
             logger.warning("families outside: nothing is left to train; left out")
             grid = [attack for attack in grid if not attack.outside]
+    if config.repair_steps and not bench.repairs:
+        logger.warning("repair_steps: no attacked model is repaired, for lack of other concepts")
     for pipeline in worker.pipelines.values():
         # family_of refuses resolutions and options that the model cannot have
         family_of(pipeline, resolution=sampler.size)

@@ -417,6 +417,15 @@ def test_loras_that_are_merged_first_are_low_rank_updates_of_the_denoiser(folder
     assert [(one.dora, one.text_encoder) for one in trained] == [(False, False)] * 4
 
 
+def test_repair_without_other_concepts_is_left_out_aloud(folders, tmp_path, caplog):
+    settings = GRID | {"seeds": (0,), "evaluations": 1, "benign_prompts": 0, "repair_steps": 1}
+    said = "repair_steps: no attacked model is repaired, for lack of other concepts"
+    for others in ([tiny.concept("blue", "square")], []):
+        caplog.clear()
+        run(folders, tmp_path / str(len(others)), settings=settings, others=others)
+        assert (said in caplog.text) == (not others)
+
+
 def test_unusable_settings_are_named(folders, tmp_path):
     for changes, message in (
         ({"preset": "slow"}, "preset 'slow' is unknown"),
