@@ -48,6 +48,13 @@ __all__ = [
 def configure(method: str, settings: Mapping[str, Any]) -> Adaptation:
     """A method with its settings, of the types that it declares.
 
+    Args:
+        method: its name in `METHODS`.
+        settings: values of the method's attributes; what is left out has its default.
+
+    Returns:
+        The method, ready to start.
+
     Raises:
         MimaError: no such method or setting, or a value that it cannot have.
     """

@@ -65,6 +65,9 @@ def cmmd(
         sigma: width of the kernel.
         scale: what the distance is multiplied by.
 
+    Returns:
+        The distance, ≥ 0.
+
     Raises:
         ValueError: no pictures, or features of different length.
     """

@@ -83,7 +83,7 @@ class PairwiseSimilarity(Protocol):
 
 
 def similarity(a_AD: torch.Tensor, b_BD: torch.Tensor) -> torch.Tensor:
-    """Cosine similarities [A, B] of two sets of normalised features."""
+    """Cosine similarities [A, B], in [−1, 1], of two sets of normalised features."""
     return a_AD @ b_BD.mT
 
 
@@ -301,6 +301,9 @@ def load_similarity(
         device: where it runs.
         batch_size: images per forward pass.
 
+    Returns:
+        An encoder, or LPIPS, which compares pictures two by two.
+
     Raises:
         MimaError: nothing there, or a model of another kind.
     """
@@ -328,6 +331,9 @@ def load_encoder(
         batch_size: images per forward pass.
         protocol: how pictures are prepared; see `mima.evaluation.preprocessing`. `"embedded"` has
             only one way.
+
+    Returns:
+        The encoder of the kind that the model is.
 
     Raises:
         MimaError: nothing there, or a model of another kind.

@@ -42,9 +42,9 @@ def sgr(original: float, immunized: float) -> float:
         immunized: similarity to the references after adapting the immunized model.
 
     Returns:
-        Higher means harder to learn: 0 no difference, 1 no similarity left, negative easier to
-        learn. 0 if `original` is not positive: the attack failed without immunization, so
-        there is no gap to measure.
+        Higher means harder to learn: 0 no difference, 1 no similarity left, above 1 a similarity of
+        the immunized model below 0, negative easier to learn. 0 if `original` is not positive: the
+        attack failed without immunization, so there is no gap to measure.
 
     Raises:
         ValueError: a similarity that is not finite.
@@ -151,12 +151,22 @@ def rsgr(target: float, other: float) -> float:
     Args:
         target: SGR of a concept that was immunized against.
         other: SGR of a concept that was not.
+
+    Returns:
+        0 where both became as hard to learn, 1 where no similarity to the target is left and the
+        other is learned as before.
     """
     return target - other
 
 
 def msgr(targets: Sequence[float]) -> float:
     """Mean similarity gap ratio over the target concepts.
+
+    Args:
+        targets: SGR of each concept that was immunized against.
+
+    Returns:
+        Their mean, in the range of `sgr`.
 
     Raises:
         ValueError: no targets.
@@ -168,6 +178,13 @@ def msgr(targets: Sequence[float]) -> float:
 
 def mrsgr(targets: Sequence[float], others: Sequence[float]) -> float:
     """Mean of RSGR over all pairs of a target and another concept: mean(targets) − mean(others).
+
+    Args:
+        targets: SGR of each concept that was immunized against.
+        others: SGR of each concept that was not.
+
+    Returns:
+        The mean, in the range of `rsgr`.
 
     Raises:
         ValueError: no targets, or no other concepts to compare them with.

@@ -230,8 +230,11 @@ class Evaluation(_Record):
     method: Method | None
     """How the model was immunized, where that is known."""
     models: ModelPair
+    """The models, as they were named."""
     preset: str
+    """The preset whose settings the grid has, or ``custom``."""
     protocol: PictureProtocol
+    """How pictures were prepared: see `mima.evaluation.preprocessing`."""
     similarities: tuple[str, ...]
     """The first is the primary one."""
     seeds: tuple[int, ...]
@@ -240,7 +243,9 @@ class Evaluation(_Record):
     immunization_seed: int | None = None
     """The seed that the immunized model was made with, where that is known."""
     concepts: tuple[ConceptRecord, ...]
+    """All that were attacked, targets and others."""
     benign: Benign = Benign()
+    """What immunization cost."""
     summary: dict[str, SimilaritySummary] = Field(default_factory=dict)
     """By similarity."""
     calibration: dict[str, dict[str, Calibration]] = Field(default_factory=dict)
@@ -251,7 +256,10 @@ class Evaluation(_Record):
     """Attacks whose trials chose settings that hardly train the immunized model: see
     `mima.evaluation.tuning.hardly_trained`."""
     config: dict[str, Any]
+    """Settings of the grid, and hashes of models, pictures and judges, by which a run goes on or is
+    refused."""
     versions: dict[str, str]
+    """Of Python packages, by name."""
     complete: bool
     """Whether every attack of the grid has its rows."""
 

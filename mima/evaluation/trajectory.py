@@ -219,6 +219,9 @@ def attack(
         max_prompts: sample at most this many prompts, spread evenly over those of the references.
         progress: called with work done and all work, in steps and pictures.
 
+    Returns:
+        Similarity and pictures at each of `steps`.
+
     Raises:
         MimaError: the concept has no references, or the model draws no finite numbers.
         ValueError: steps do not ascend, or an empty list.

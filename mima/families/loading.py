@@ -160,6 +160,9 @@ def family_of(
         resolution: side of the pictures in pixels; by default what the model was trained on.
         training: how it is trained; by default as diffusers' scripts train the family.
 
+    Returns:
+        The family, around the pipeline itself.
+
     Raises:
         MimaError: the pipeline's class belongs to no supported family, pictures of that size do
             not fit it, or it does not read one of the options.
@@ -216,6 +219,9 @@ def load_pipeline(
         revision: as in ``ModelSource``, where ``model`` is none.
         variant: likewise.
         config: likewise.
+
+    Returns:
+        The pipeline; `model` itself where that is one.
 
     Raises:
         MimaError: nothing there, damaged, or not of a supported family; the message says which.

@@ -67,6 +67,12 @@ class ImmunizeRun(Settings):
 def load_config(path: str | Path) -> ImmunizeRun:
     """Read a run from YAML (or JSON). Relative paths in it are relative to its folder.
 
+    Args:
+        path: of the file.
+
+    Returns:
+        The run, checked, with its recipe's settings beneath its own.
+
     Raises:
         MimaError: unreadable, not YAML, or a setting that is unknown or of the wrong type or range;
             every such setting is named, unknown ones with the nearest valid name.

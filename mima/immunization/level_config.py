@@ -32,9 +32,10 @@ class LowerConfig(Settings):
     batch_size: int = Field(1, ge=1, le=MOST_AT_ONCE)
     """Pictures per step."""
     parameters: str | None = "cross_attention"
-    """S_l: ``cross_attention``, ``cross_attention_kv``, ``attention``, ``denoiser``, ``lora``
-    (factors on what ``LoRA`` adapts), or a regular expression on parameter names; None for
-    no weights, where ``train_token`` trains something."""
+    """S_l: ``cross_attention``, ``cross_attention_kv``, ``attention``, ``denoiser``,
+    ``not_cross_attention`` (what ``cross_attention`` leaves), ``lora`` (factors on what ``LoRA``
+    adapts), or a regular expression on parameter names; None for no weights, where ``train_token``
+    trains something."""
     train_token: bool = False
     """Train the embedding of the concept's new word: alone (``parameters`` None), as Textual
     Inversion does, or beside weights (``cross_attention_kv``), as Custom Diffusion does."""

@@ -151,6 +151,11 @@ def adam_step_pullback(
         ValueError: numbers or shapes of tensors that do not agree; a rule's number out of its
             range.
         BackendError: `backend` cannot serve.
+
+    Examples:
+        >>> one, zero = [torch.ones(1)], [torch.zeros(1)]
+        >>> adam_step_pullback(one, zero, zero, one, zero, zero, lr=0.5, weight_decay=1, step=0)[0]
+        [tensor([0.5000])]
     """
     rule = _rule(lr, betas, eps, weight_decay, step)
     lists = bar_z, bar_m, bar_v, g, m, v

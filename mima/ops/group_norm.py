@@ -86,6 +86,10 @@ def layer_norm(
         TypeError: not tensors, or dtypes or devices that differ.
         ValueError: shapes that do not agree; nothing to normalise.
         BackendError: `backend` cannot serve.
+
+    Examples:
+        >>> layer_norm(torch.tensor([[1.0, 3.0]]), None, None, eps=0.0)
+        tensor([[-1.,  1.]])
     """
     op = "layer_norm"
     _checks.require_floating(op, "x", x)

@@ -99,6 +99,12 @@ def projected_merge_pullback(
         TypeError: not tensors, or dtypes or devices that differ.
         ValueError: numbers or shapes of tensors that do not agree.
         BackendError: `backend` cannot serve.
+
+    Examples:
+        >>> first = torch.tensor([[1.0, 0.0, 0.0]])
+        >>> projected_merge_pullback([torch.ones(2, 3)], [first], [first])
+        [[tensor([[1., 0., 0.],
+                [1., 0., 0.]])]]
     """
     _require_agreement(d_out, [d_out] * len(C), C, M)
     L, N = len(d_out), len(C)

@@ -38,6 +38,12 @@ def token_outputs(X: Sequence[Tensor], C: Tensor, *, backend: str | None = None)
         TypeError: not tensors, or dtypes or devices that differ.
         ValueError: shapes that do not agree; no layer; a gradient is asked for.
         BackendError: `backend` cannot serve.
+
+    Examples:
+        >>> token_outputs([torch.eye(2), torch.ones(1, 2)], torch.tensor([[1.0, 2.0]]))
+        tensor([[1.],
+                [2.],
+                [3.]])
     """
     _require_layers(X)
     _checks.require_like(_OP, "C", C, X[0], "X[0]", ("s", X[0].shape[1]))
@@ -62,6 +68,13 @@ def add_token_outputs_(
         ValueError: shapes that do not agree; no layer; an X_l that is not contiguous; a gradient is
             asked for.
         BackendError: `backend` cannot serve.
+
+    Examples:
+        >>> X = [torch.zeros(2, 2)]
+        >>> add_token_outputs_(X, torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0, 3.0]]))
+        >>> X
+        [tensor([[1., 3.],
+                [2., 6.]])]
     """
     _require_layers(X)
     _checks.require_like(_OP, "M", M, X[0], "X[0]", ("s", X[0].shape[1]))
@@ -88,6 +101,10 @@ def token_sums(X: Sequence[Tensor], A: Tensor, *, backend: str | None = None) ->
         TypeError: not tensors, or dtypes or devices that differ.
         ValueError: shapes that do not agree; no layer; a gradient is asked for.
         BackendError: `backend` cannot serve.
+
+    Examples:
+        >>> token_sums([torch.eye(2)], torch.tensor([[1.0], [2.0]]))
+        tensor([[1., 2.]])
     """
     _require_layers(X)
     _checks.require_like(_OP, "A", A, X[0], "X", (_rows(X), "s"))

@@ -118,6 +118,10 @@ def weighted_merge_pullback(
         TypeError: not tensors, or dtypes or devices that differ.
         ValueError: weights that are not a vector.
         BackendError: `backend` cannot serve.
+
+    Examples:
+        >>> weighted_merge_pullback([torch.ones(2)], [0.25, 0.75])
+        [[tensor([0.2500, 0.2500])], [tensor([0.7500, 0.7500])]]
     """
     _require_agreement(d_out, [])
     if not d_out:
