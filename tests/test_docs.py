@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 import shlex
 from dataclasses import is_dataclass
@@ -11,6 +12,7 @@ from pkgutil import resolve_name
 from typing import Literal, get_origin
 
 import pytest
+import torch
 import yaml
 from pydantic import BaseModel
 from support import tiny
@@ -242,3 +244,21 @@ def test_sections_of_docstrings_are_those_that_the_site_reads():
         name for text in texts for name in re.findall(r"^ *([A-Z]\w+):$", text, re.MULTILINE)
     }
     assert sections == {"Args", "Attributes", "Examples", "Raises", "Returns", "Yields"}
+
+
+def modules_with_examples() -> list[str]:
+    """Those whose examples need no model: of the operators, and of what is counted."""
+    files = [*(ROOT / "mima" / "ops").glob("*.py"), ROOT / "mima" / "reference.py"]
+    files += [
+        ROOT / "mima" / "adaptation" / "steps.py",
+        ROOT / "mima" / "evaluation" / "metrics.py",
+    ]
+    saying = [file for file in files if "    >>> " in file.read_text(encoding="utf-8")]
+    return sorted(".".join(file.relative_to(ROOT).with_suffix("").parts) for file in saying)
+
+
+@pytest.mark.parametrize("module", modules_with_examples())
+def test_examples_print_what_they_say(module):
+    found = doctest.testmod(import_module(module), extraglobs={"torch": torch})
+    assert found.attempted
+    assert not found.failed
