@@ -29,6 +29,9 @@ from mima.storage.tensor_files import order_metadata
 from mima.training.batches import Batch, Encoded, encode_images, losses, seeded
 from mima.training.class_images import ClassPictures
 
+MOST_RATE = 1e30
+"""Of learning rates: AdamW's first step, ten times as large, is to be a number of float32."""
+
 
 class Diverged(MimaError):  # noqa: N818 - reads as what happened; MimaError says it is an error
     """The training loss is no longer finite."""
@@ -102,7 +105,7 @@ class Adaptation(ABC):
             "optimizer": (self.optimizer in optimizers, f"one of {', '.join(optimizers)}"),
             "schedule": (self.schedule in schedules, f"one of {', '.join(schedules)}"),
             "steps": bounded(self.steps, 1, MOST),
-            "learning_rate": (0 < self.learning_rate < math.inf, "above 0 and finite"),
+            "learning_rate": (0 < self.learning_rate <= MOST_RATE, f"above 0, at most {MOST_RATE}"),
             "resolution": (self.resolution is None or self.resolution >= 1, "at least 1"),
             "batch_size": bounded(self.batch_size, 1, MOST_AT_ONCE),
             "seed": bounded(self.seed, 0, LARGEST_SEED),

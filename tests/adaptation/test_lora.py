@@ -336,6 +336,13 @@ def test_diverging_training_says_so(pipeline):
         run.advance(20)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_the_highest_rate_diverges_as_others_do(pipeline, optimizer):
+    settings = dataclasses.replace(FAST, learning_rate=1e30, optimizer=optimizer)
+    with pytest.raises(MimaError, match=r"lora: the loss is .* at step .*learning_rate"):
+        settings.start(pipeline, tiny.concept()).advance(3)
+
+
 def test_a_model_that_is_not_finite_is_no_matter_of_the_rate(pipeline):
     broken = copy.deepcopy(pipeline)
     broken.unet.conv_in.weight.data[0] = float("nan")
