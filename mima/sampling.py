@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
 from PIL import Image
 
 from mima.adapters.adapter import Adapter
@@ -173,6 +173,13 @@ class Sampler:
             raise MimaError(
                 f"Sampler: steps must be at most {config['num_train_timesteps']}, the noise levels "
                 f"of this model's scheduler, got {self.steps}"
+            )
+        solver = isinstance(drawer.scheduler, DPMSolverMultistepScheduler)
+        if self.steps == 1 and solver and isinstance(drawer, PixArtAlphaPipeline):
+            # of one step the pipeline takes the clean picture, which this scheduler does not give
+            raise MimaError(
+                "Sampler: steps must be at least 2 for a PixArtAlphaPipeline with a "
+                "DPMSolverMultistepScheduler, got 1"
             )
         if getattr(drawer, "safety_checker", None) is not None:
             # the checker paints pictures black, which would void every comparison

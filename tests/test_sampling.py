@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-from diffusers import FlowMatchEulerDiscreteScheduler
-from support import tiny
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from support import builders, tiny
 
 from mima.errors import MimaError
 from mima.sampling import Sampler
@@ -32,3 +32,13 @@ def test_rectified_flow_has_a_noise_level_for_every_number_of_steps(tmp_path):
     pipeline = tiny.tiny_stable_diffusion(tmp_path, blocks=1)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=10)
     assert Sampler(steps=11)._drawer(pipeline).scheduler.config.num_train_timesteps == 10
+
+
+def test_one_step_of_pixart_alpha_is_refused_where_its_scheduler_has_none(tmp_path):
+    folder = builders.save(builders.pixart, tmp_path / "pixart")
+    alpha = builders.opened(folder)
+    with pytest.raises(MimaError, match="steps must be at least 2 for a PixArtAlphaPipeline with"):
+        Sampler(steps=1)(alpha, ["a cat"], (0,))
+    assert Sampler(steps=2)(alpha, ["a cat"], (0,))
+    alpha.scheduler = DDPMScheduler.from_config(alpha.scheduler.config)
+    assert Sampler(steps=1)(alpha, ["a cat"], (0,))
