@@ -117,8 +117,8 @@ def run_demo(
 
     Args:
         output: a new folder. It will hold ``erased/`` and ``immunized/`` (diffusers folders),
-            ``evaluation/`` (what `evaluate` writes), ``report.html``, ``results.json``,
-            ``curves.png``, ``grid.png`` and ``log``.
+            ``evaluation/`` (what `evaluate` writes), ``report.html``, ``report-figures/`` (every
+            figure of the report), ``results.json``, ``curves.png``, ``grid.png`` and ``log``.
         quick: two minutes instead of six.
         seed: of everything random.
         overwrite: replace the results of an earlier run.
