@@ -128,7 +128,9 @@ def methods() -> dict[str, Make]:
     }
     for name, recipe in RECIPES.items():
         if name == "default":
-            named[name] = _of_recipe(partial(recipe, rate=EMBEDDED_RATE, benign=True))
+            usual = partial(recipe, rate=EMBEDDED_RATE, benign=True)
+            named["default"] = _of_recipe(usual)
+            named["default-muon"] = _of_recipe(partial(usual, **MUON))
         else:
             # SOPHON's models were small themselves
             scale = 1.0 if name == "sophon" else EMBEDDED_RATE / USUAL_RATE
@@ -136,6 +138,23 @@ def methods() -> dict[str, Make]:
     return named
 
 
+MUON: Mapping[str, Any] = {
+    "upper": {
+        "optimizer": "muon",
+        "lr": 10 * EMBEDDED_RATE,
+        "ascent_ratio": 1.0,
+        "objective": "hinge",
+        "margin": 4.0,
+        "retain_captions": (
+            *(3 * ("own",)),
+            *(3 * ("ordinary",)),
+            *(3 * ("without_name",)),
+            "empty",
+        ),
+    }
+}
+"""What ``default-muon`` has otherwise than the recipe: a defender that steps by Muon, which bears a
+stronger ascent, with the bound of long runs, and every ordinary caption among what retains."""
 SHORT: Mapping[str, Any] = {
     "hypergradient": "first_order",
     "lower": {"steps": 4, "lr": 1e-3, "batch_size": 4, "parameters": "cross_attention_kv"},
@@ -244,7 +263,10 @@ _ATTACKS: dict[str, dict[str, Any]] = {
     "custom-diffusion": {"learning_rate": 1e-4, "batch_size": 4, "steps": 200},
     "textual-inversion": {"learning_rate": 5e-3, "batch_size": 4, "steps": 200},
 }
-EVERY = (CEILING, UNTRAINED, "imma", "joint", "compose", "alternating", "mima", *RECIPES)
+EVERY = (
+    *(CEILING, UNTRAINED, "imma", "joint", "compose", "alternating", "mima"),
+    *(*RECIPES, "default-muon"),
+)
 """All methods."""
 
 _TWO_OTHERS = ("benign-style-twemoji", "benign-owl")

@@ -510,12 +510,14 @@ _BEYOND = "beyond the axis"
 _LOWEST, _HIGHEST = -1.0, 2.0
 """Of a plot's axis."""
 _LOOKS: dict[str, dict[str, Any]] = {
-    method: {"color": f"C{place % 10}", "marker": marker, "linewidth": 1.2}
-    for place, (method, marker) in enumerate(
-        zip((name for name in EVERY if name not in ("default", CEILING)), "sDhdPX*<>p", strict=True)
-    )
-} | {
     "default": {"color": "black", "marker": "o", "linewidth": 2.2},
+    "default-muon": {"color": "navy", "marker": "v", "linewidth": 2.2},
     CEILING: {"color": "0.5", "marker": "", "linewidth": 1.4, "linestyle": "--"},
+}
+_LOOKS |= {
+    method: {"color": f"C{place}", "marker": marker, "linewidth": 1.2}
+    for place, (method, marker) in enumerate(
+        zip((name for name in EVERY if name not in _LOOKS), "sDhdPX*<>p", strict=True)
+    )
 }
 """The same in every plot, whichever methods it has."""
