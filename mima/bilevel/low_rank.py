@@ -62,7 +62,7 @@ class LowRankWeight(torch.Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear and not kwargs and isinstance(args[1], cls):
+        if func is _LINEAR and not kwargs and isinstance(args[1], cls):
             return _linear(*args)
         # shape, dtype and the like are those of W; other functions read the sum
         plain = _weight if func in _DESCRIBES else _sum
@@ -70,6 +70,8 @@ class LowRankWeight(torch.Tensor):
             return func(*map(plain, args), **{name: plain(x) for name, x in kwargs.items()})
 
 
+# a plan replaces the name while it counts
+_LINEAR = F.linear
 _DESCRIBES = {
     getattr(torch.Tensor, name).__get__
     for name in ("shape", "dtype", "device", "layout", "ndim", "is_meta", "is_cuda")
@@ -109,8 +111,9 @@ def _linear(
         update = F.linear(F.linear(x, adapted.A[0]), adapted.B[0])
         return torch.add(F.linear(x, adapted.weight, bias), update, alpha=adapted.scale[0])
     kind = x.device.type
-    # the factors follow the input, as autocast would have it
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    # the factors follow the input, as autocast would have it, which knows no meta device
+    cast = kind != "meta" and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if cast else x.dtype
     y = batched_lora(
         # one adapter: all tokens are those of one sample
         x.reshape(1 if index is None else len(index), -1, x.shape[-1]).to(dtype),

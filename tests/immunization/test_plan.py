@@ -486,3 +486,10 @@ def test_a_plan_reads_how_the_family_is_trained(tmp_path):
     assert activations(planned(max_sequence_length=4)) < activations(planned())
     with pytest.raises(MimaError, match="has no snr_gamma"):
         planned(snr_gamma=5.0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_adapters_of_several_concepts_are_planned_in_one_forward(model, tmp_path, precision):
+    lower = {**LORA, "concepts_per_forward": 2}
+    config = settings(tmp_path, merge="average", lower=lower, precision=precision)
+    assert plan(ModelSource(model), concepts(), config, device="cpu").memory["outer steps"]

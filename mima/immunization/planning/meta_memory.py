@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mima.bilevel.low_rank import LowRankWeight
 from mima.families.frozen import Upcast
 
 aten = torch.ops.aten
@@ -143,6 +144,9 @@ def _as_on_a_device(*, bfloat16: bool) -> Iterator[None]:
 
 
 def _half(x: Any) -> Any:
+    if isinstance(x, LowRankWeight):
+        # its factors follow the input, and their sum is not formed
+        return x
     is_float32 = isinstance(x, torch.Tensor) and x.dtype == torch.float32
     return x.to(torch.bfloat16) if is_float32 else x
 
