@@ -36,6 +36,7 @@ from mima.immunization.checks import (
     check_model,
     check_places,
     check_shards,
+    warn_of_model,
 )
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import encode_concepts, saw
@@ -291,6 +292,7 @@ def _immunized(
         edited = [name for reader in family.text_readers() for name in reader.names]
     hold_frozen(family.denoiser, {*written_to, *edited})
     check_model(pipeline, concepts, config)
+    warn_of_model(pipeline, concepts, config)
     if apart:
         move_others(pipeline, family, where)
         check_drawn(concepts, config, on_cpu=where.type == "cpu")

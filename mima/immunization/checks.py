@@ -103,7 +103,10 @@ def check_places(output: Path | None, checkpoint: Path | None) -> None:
 
 
 def check_model(pipeline: Pipeline, concepts: Sequence[Concept], config: ImmunizeConfig) -> None:
-    """Refuse a model that a later part of the run would refuse, or that could not be written."""
+    """Refuse a model that a later part of the run would refuse, or that could not be written.
+
+    Reads no weight, so that a plan refuses it, too.
+    """
     family = family_of(pipeline)
     check_unadapted(family)
     family.check_vae()
@@ -116,18 +119,9 @@ def check_model(pipeline: Pipeline, concepts: Sequence[Concept], config: Immuniz
                 f"lower.captions: {kind} needs a name to replace; the prompt does not contain it: "
                 f"{', '.join(nameless)}"
             )
-    if nameless and config.has_prior and "without_name" in config.upper.retain_captions:
-        logger.warning(
-            "upper.retain_captions: without_name needs a name to leave out, and the prompt does "
-            "not contain it: %s; class pictures are retained under their own captions instead",
-            ", ".join(nameless),
-        )
     if config.erase_first:
         for concept in concepts:
             edits_of(concept)
-    if reads_captions(concepts, config):
-        warn_of_emoji(pipeline, config.captions)
-    _warn_of_rates(pipeline, config)
     if config.shards > 1:
         check_splittable(pipeline)
     if config.train_tokens and config.merges and not family.reads_text_alone:
@@ -143,6 +137,20 @@ def check_model(pipeline: Pipeline, concepts: Sequence[Concept], config: Immuniz
                 raise MimaError(
                     f"concept {concept.name!r}: another concept has the token {concept.token!r} too"
                 )
+
+
+def warn_of_model(pipeline: Pipeline, concepts: Sequence[Concept], config: ImmunizeConfig) -> None:
+    """Warn of settings that do little, or something else, for these concepts and this model."""
+    nameless = [concept.name for concept in concepts if not names_of(concept)]
+    if nameless and config.has_prior and "without_name" in config.upper.retain_captions:
+        logger.warning(
+            "upper.retain_captions: without_name needs a name to leave out, and the prompt does "
+            "not contain it: %s; class pictures are retained under their own captions instead",
+            ", ".join(nameless),
+        )
+    if reads_captions(concepts, config):
+        warn_of_emoji(pipeline, config.captions)
+    _warn_of_rates(pipeline, config)
 
 
 def _check_captions(family: Family, config: ImmunizeConfig) -> None:

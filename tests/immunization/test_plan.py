@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import builders
@@ -493,3 +495,26 @@ def test_adapters_of_several_concepts_are_planned_in_one_forward(model, tmp_path
     lower = {**LORA, "concepts_per_forward": 2}
     config = settings(tmp_path, merge="average", lower=lower, precision=precision)
     assert plan(ModelSource(model), concepts(), config, device="cpu").memory["outer steps"]
+
+
+def without_a_name():
+    return [replace(concept, prompt="a photo") for concept in concepts()]
+
+
+@pytest.mark.parametrize(
+    ("made", "changes", "message"),
+    [
+        (concepts, {"lower": {"captions": "rare_token"}}, "lower.captions: of keys"),
+        (
+            without_a_name,
+            {"merge": "average", "lower": {"captions": "without_name"}},
+            "needs a name to replace",
+        ),
+    ],
+    ids=["captions", "name"],
+)
+def test_what_a_run_refuses_a_plan_refuses(model, tmp_path, made, changes, message):
+    config = settings(tmp_path, **changes)
+    for dry_run in (True, False):
+        with pytest.raises(MimaError, match=message):
+            immunize(model, made(), config, dry_run=dry_run)

@@ -7,7 +7,7 @@ from support import tiny
 from mima.concepts import embedded_concept
 from mima.errors import MimaError
 from mima.families import load_pipeline
-from mima.immunization.checks import check_model
+from mima.immunization.checks import warn_of_model
 from mima.immunization.config import ImmunizeConfig
 from mima.training.captions import ordinary_captions
 
@@ -57,10 +57,10 @@ def test_captions_of_emoji_are_told_where_another_model_reads_them(
     class_prompt = changes.pop("class_prompt", "a thing")
     concept = dataclasses.replace(tiny.concept(), class_prompt=class_prompt, class_images=())
     config = ImmunizeConfig(**changes)
-    check_model(pipeline, [concept], config)
+    warn_of_model(pipeline, [concept], config)
     assert ("those that ship with mima are about emoji" in caplog.text) == warns
 
 
 def test_the_embedded_model_reads_the_captions_that_ship(caplog):
-    check_model(load_pipeline("embedded"), [embedded_concept("tiger")], ImmunizeConfig())
+    warn_of_model(load_pipeline("embedded"), [embedded_concept("tiger")], ImmunizeConfig())
     assert "captions:" not in caplog.text

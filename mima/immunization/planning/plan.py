@@ -18,7 +18,7 @@ from mima.families import ModelSource, family_of, load_pipeline
 from mima.families.frozen import hold_frozen, stored_bytes
 from mima.families.pipelines import networks, networks_beside
 from mima.families.skeleton import open_skeleton
-from mima.immunization.checks import check_drawn, check_splittable
+from mima.immunization.checks import check_drawn, check_model
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.objectives import reads_start
 from mima.immunization.offload import idle_modules
@@ -62,7 +62,9 @@ def plan(
 
     One outer step is followed on the meta device, of two concepts (or one of each kind of attacker)
     and two lower-level steps; what grows with their number is added. Not counted: what an allocator
-    loses, and the text encoder's activations where new words are trained.
+    loses, and the text encoder's activations where new words are trained. Not checked, for it takes
+    the weights: whether an erased checkpoint can be read, and whether a merge can tell the texts
+    apart.
 
     In shards, memory is that of one process, and what each receives from the others is counted on
     paper. There are as many processes as were started, or as ``WORLD_SIZE`` says; of one, as many
@@ -81,7 +83,8 @@ def plan(
             for it.
 
     Raises:
-        MimaError: the model, a setting or the device is not to be had, see ``open_skeleton``.
+        MimaError: the model, a setting or the device is not to be had, see ``open_skeleton``, or
+            the run would refuse the model or the concepts, see ``check_model``.
 
     Examples:
         >>> print(plan(ModelSource("embedded"), concepts, ImmunizeConfig(), device="h100"))
@@ -117,10 +120,9 @@ def _plan(
     pipeline = open_skeleton(model)
     family = family_of(pipeline, resolution=config.resolution, training=config.training)
     upper_names, lower_names = trained_names(family, config)
-    if config.shards > 1:
-        check_splittable(pipeline)
-        if opened:
-            check_drawn(concepts, config, on_cpu=on_cpu)
+    check_model(pipeline, concepts, config)
+    if config.shards > 1 and opened:
+        check_drawn(concepts, config, on_cpu=on_cpu)
     mesh = Mesh(max(1, world_size() // config.shards), config.shards)
     both = [name for name in upper_names if name in lower_names]
     trained = {
