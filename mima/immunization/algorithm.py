@@ -31,6 +31,7 @@ from mima.families.recomputed import recomputed_blocks
 from mima.immunization.alternating import alternate
 from mima.immunization.checks import (
     check_concepts,
+    check_delta,
     check_drawn,
     check_erased,
     check_model,
@@ -210,6 +211,8 @@ def immunize(
     kept = None if checkpoint is None else expanded(checkpoint)
     check_places(place, kept)
     check_erased(erased, config)
+    if delta and place is not None:
+        check_delta(erased, config)
     logs = kept if place is None else logs_folder(place)
     tracker_kinds(config.trackers, logs)
     captions = ordinary_captions(config.captions)

@@ -69,6 +69,12 @@ def check_erased(erased: str | Path | None, config: ImmunizeConfig) -> None:
         raise MimaError(f"erased: {erased} does not exist")
 
 
+def check_delta(erased: str | Path | None, config: ImmunizeConfig) -> None:
+    """Refuse to write the changed weights alone of a run that changes none."""
+    if config.method == "none" and not config.erase_first and erased is None:
+        raise MimaError("delta: method none changes nothing, so there is nothing to write")
+
+
 def check_shards(config: ImmunizeConfig, *, dry_run: bool) -> None:
     """Refuse numbers of processes that shards cannot be dealt to."""
     if config.shards == 1:

@@ -518,3 +518,11 @@ def test_what_a_run_refuses_a_plan_refuses(model, tmp_path, made, changes, messa
     for dry_run in (True, False):
         with pytest.raises(MimaError, match=message):
             immunize(model, made(), config, dry_run=dry_run)
+
+
+def test_a_delta_of_nothing_is_refused_before_any_work(model, tmp_path):
+    config = settings(tmp_path, method="none")
+    for dry_run in (True, False):
+        with pytest.raises(MimaError, match="method none changes nothing"):
+            immunize(model, concepts(), config, output=tmp_path / "o", delta=True, dry_run=dry_run)
+    assert not (tmp_path / "o.checkpoint").exists()
