@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+from transformers import PreTrainedTokenizerFast
 
 from mima.errors import MimaError, one_line
 from mima.families import ModelSource, load_pipeline
@@ -157,6 +158,11 @@ def _refuse_circles(folder: str, names: Iterable[str]) -> tuple[str, ...]:
 def save_pipeline(pipeline: Pipeline, folder: str | Path) -> None:
     """Write a diffusers folder that any transformers from 4 on reads."""
     folder = Path(folder)
+    for part in pipeline.components.values():
+        if isinstance(part, PreTrainedTokenizerFast):
+            # the last call's, which every call sets: the same bytes whatever was read before
+            part.backend_tokenizer.no_padding()
+            part.backend_tokenizer.no_truncation()
     pipeline.save_pretrained(folder)
     for part, network in networks(pipeline).items():
         state = network.state_dict()

@@ -118,6 +118,21 @@ def test_an_interrupt_writes_a_checkpoint(model, tmp_path, changes):
     assert [r.drift for r in resumed.history] == [r.drift for r in whole.history]
 
 
+def test_a_resumed_run_writes_the_same_tokenizer(model, tmp_path):
+    config = settings(tmp_path, merge="average", steps=2)
+
+    def interrupt(report):
+        raise KeyboardInterrupt
+
+    immunized(model, config, output=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        immunized(model, config, output=tmp_path / "resumed", callbacks=[interrupt])
+    immunized(model, config, output=tmp_path / "resumed", resume=True)
+    # a resumed run reads no text, whose padding tokenizers keep
+    whole, resumed = (tmp_path / name / "tokenizer/tokenizer.json" for name in ("whole", "resumed"))
+    assert whole.read_bytes() == resumed.read_bytes()
+
+
 def test_an_interrupt_waits_for_the_update():
     done = []
 
