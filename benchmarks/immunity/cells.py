@@ -142,7 +142,6 @@ MUON: Mapping[str, Any] = {
     "upper": {
         "optimizer": "muon",
         "lr": 10 * EMBEDDED_RATE,
-        "ascent_ratio": 1.0,
         "objective": "hinge",
         "margin": 4.0,
         "retain_captions": (
@@ -153,8 +152,8 @@ MUON: Mapping[str, Any] = {
         ),
     }
 }
-"""What ``default-muon`` has otherwise than the recipe: a defender that steps by Muon, which bears a
-stronger ascent, with the bound of long runs, and every ordinary caption among what retains."""
+"""What ``default-muon`` has otherwise than the recipe: a defender that steps by Muon, the bound that
+the recipe has in long runs, and every ordinary caption among what retains."""
 SHORT: Mapping[str, Any] = {
     "hypergradient": "first_order",
     "lower": {"steps": 4, "lr": 1e-3, "batch_size": 4, "parameters": "cross_attention_kv"},
