@@ -17,7 +17,7 @@ from mima.families import family_of, load_pipeline
 from mima.families.pipelines import networks
 from mima.families.recomputed import recomputed_blocks
 from mima.immunization.algorithm import immunize
-from mima.immunization.checks import check_model
+from mima.immunization.checks import warn_of_model
 from mima.immunization.config import ImmunizeConfig
 from mima.immunization.encoding import ConceptData, encode_concepts
 from mima.immunization.levels import Problem
@@ -344,5 +344,5 @@ def test_a_card_says_that_concepts_had_their_turns(model, tmp_path):
 def test_a_rate_of_large_models_is_warned_of_on_a_small_one(rate, warned, caplog):
     config = default(rate=rate, steps=1, num_class_images=1)
     with caplog.at_level(logging.WARNING, "mima"):
-        check_model(load_pipeline("embedded"), concepts(1), config)
+        warn_of_model(load_pipeline("embedded"), concepts(1), config)
     assert ("of the recipe default by rate: 0.0001" in caplog.text) == warned
