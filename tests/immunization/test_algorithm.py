@@ -345,4 +345,4 @@ def test_a_rate_of_large_models_is_warned_of_on_a_small_one(rate, warned, caplog
     config = default(rate=rate, steps=1, num_class_images=1)
     with caplog.at_level(logging.WARNING, "mima"):
         warn_of_model(load_pipeline("embedded"), concepts(1), config)
-    assert ("of the recipe default by rate: 0.0001" in caplog.text) == warned
+    assert ("set rate: 0.0001 with the recipe default" in caplog.text) == warned
