@@ -152,9 +152,9 @@ MUON: Mapping[str, Any] = {
         ),
     }
 }
-"""What ``default-muon`` has otherwise than the recipe: a defender that steps by Muon, the bound that
-the recipe has in long runs, and every ordinary caption among what retains. Like all others it has
-half of the recipe's class pictures."""
+"""What ``default-muon`` has otherwise than the recipe: a defender that steps by Muon, the bound of
+the recipe's long runs, and every ordinary caption among what retains. Like all others it has half
+of the recipe's class pictures."""
 SHORT: Mapping[str, Any] = {
     "hypergradient": "first_order",
     "lower": {"steps": 4, "lr": 1e-3, "batch_size": 4, "parameters": "cross_attention_kv"},
