@@ -199,9 +199,8 @@ class UpperConfig(Settings):
 
     optimizer: UpperOptimizer = "adamw"
     """``adamw``, or ``muon``: orthogonal steps of matrices and, flattened to these, of filters
-    (Jordan et al., 2024), AdamW for the rest. A step then takes every direction of a weight alike:
-    what is broken under attack lies in more of them, and in none by much, so that ordinary
-    pictures change less (docs/results.md)."""
+    (Jordan et al., 2024), AdamW for the rest. On the embedded model as much is held under attack,
+    and less changes before one (docs/results.md); ``lr`` was twice AdamW's there."""
     lr: float = Field(3e-5, gt=0)
     """The step size: AdamW's, or that to which Muon's steps are scaled (their root mean square is a
     fifth of it)."""
