@@ -12,7 +12,7 @@ from mima.assets import assets
 from mima.choices import Task
 from mima.errors import MimaError, nearest
 from mima.immunization.config import ImmunizeConfig
-from mima.immunization.recipes import EMBEDDED_RATE, RECIPES, USUAL_RATE
+from mima.immunization.recipes import EMBEDDED_RATE, MARGIN, RECIPES, USUAL_RATE
 
 CEILING = "ceiling"
 """The method of a cell that attacks a model which never saw the concepts."""
@@ -143,7 +143,7 @@ MUON: Mapping[str, Any] = {
         "optimizer": "muon",
         "lr": 10 * EMBEDDED_RATE,
         "objective": "hinge",
-        "margin": 4.0,
+        "margin": MARGIN,
         "retain_captions": (
             *(3 * ("own",)),
             *(3 * ("ordinary",)),
